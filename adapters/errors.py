@@ -1,0 +1,97 @@
+"""What can be wrong with an adapter, each with a code and a cure.
+
+    AdapterError
+    ├── AdapterRejected        the files are not something this base can serve faithfully
+    ├── UploadTooLarge         more bytes than ``max_upload_bytes``
+    ├── UploadIncomplete       a file is missing, or the stream broke off
+    ├── StorageFull            the disk has no room
+    ├── AdapterNotFound        no such adapter or version of this tenant
+    ├── AdapterConflict        a name taken, or a version still needed
+    └── AdapterUnavailable     it exists, but cannot be brought into memory now
+"""
+
+from __future__ import annotations
+
+
+class AdapterError(Exception):
+    """``code`` is stable and for programs; the message says what is wrong and what to do."""
+
+    code = "adapter_error"
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class AdapterRejected(AdapterError):
+    """Refused at upload. Build it with ``fault()``, so that every code has its cure."""
+
+    code = "adapter_invalid"
+
+
+class UploadTooLarge(AdapterError):
+    code = "upload_too_large"
+
+
+class UploadIncomplete(AdapterError):
+    code = "upload_incomplete"
+
+
+class StorageFull(AdapterError):
+    code = "storage_full"
+
+
+class AdapterNotFound(AdapterError):
+    code = "adapter_not_found"
+
+
+class AdapterConflict(AdapterError):
+    code = "adapter_conflict"
+
+
+class AdapterUnavailable(AdapterError):
+    code = "adapter_unavailable"
+
+
+# code -> what to do about it. Every refusal of an upload names one of these.
+CURES: dict[str, str] = {
+    "config_invalid": "Upload the adapter_config.json that PEFT's save_pretrained wrote, unchanged.",
+    "not_lora": "Only PEFT adapters with peft_type LORA can be served; train or export one.",
+    "dora_unsupported": "Merge the adapter into the base model, or retrain with use_dora=False.",
+    "bias_unsupported": "Retrain with bias='none' and lora_bias=False.",
+    "modules_to_save_unsupported": "Retrain without modules_to_save, or merge the adapter into the base model.",
+    "init_unsupported": (
+        "Convert it to a plain LoRA with save_pretrained(path_initial_model_for_weight_conversion=...)."
+    ),
+    "feature_unsupported": "Retrain without this feature, or merge the adapter into the base model.",
+    "rank_too_large": "Retrain with a smaller r, or ask the operator to raise LORAPLEX_MAX_LORA_RANK.",
+    "rank_mismatch": "Upload the config and the weights of the same training run.",
+    "alpha_zero": "With lora_alpha 0 the adapter does nothing; retrain with lora_alpha > 0.",
+    "pattern_not_literal": "Use literal module names in rank_pattern and alpha_pattern, not regular expressions.",
+    "pattern_too_long": (
+        "Use fewer keys, as q_proj covers every layer, or merge the adapter into the base model."
+    ),
+    "weights_invalid": "Upload the adapter_model.safetensors that PEFT's save_pretrained wrote, unchanged.",
+    "weights_not_safetensors": "Save with safe_serialization=True; pickled weights are never opened.",
+    "dtype_unsupported": "Save the weights as float32, float16 or bfloat16.",
+    "tensor_unknown": "Export the adapter with PEFT's save_pretrained; other tensors cannot be served.",
+    "tensor_unpaired": "Export the adapter again: every module needs its lora_A and its lora_B.",
+    "module_unknown": "Retrain on the base model that is served here, with target_modules that it has.",
+    "module_fused": "Export the adapter with the parts split as the checkpoint names them.",
+    "shape_mismatch": "Retrain on the base model that is served here; this one was trained on another.",
+    "weights_not_finite": "The training diverged; retrain with a lower learning rate or from an earlier step.",
+    "unexpected_file": "Upload adapter_config.json and adapter_model.safetensors, and nothing else.",
+    "name_invalid": (
+        "Use 1 to 128 letters, digits, '.', '_' or '-', with a letter or digit first;"
+        " not `default`, and not the base model's name."
+    ),
+    "adapter_no_effect": "All its lora_B weights are zero, so it answers as the base does; upload a trained one.",
+}
+
+
+def fault(code: str, message: str, *, param: str | None = None) -> AdapterRejected:
+    """An ``AdapterRejected`` whose message ends with the cure of ``code``."""
+    return AdapterRejected(f"{message} {CURES[code]}", code=code, param=param)

@@ -1,0 +1,131 @@
+"""Every error a client can see, and the one table that says how it looks.
+
+    ServerError
+    ├── BadRequest              400   the body or a header is wrong
+    ├── Unauthorized            401   no key, or a wrong one
+    ├── Forbidden               403   a good key for something else
+    ├── NotFound                404
+    │   └── ModelNotFound       404   also for another tenant's adapter
+    ├── Conflict                409
+    ├── Unprocessable           422   admin input that parses but cannot be done
+    ├── TooManyRequests         429   with Retry-After
+    ├── Unavailable             503   with Retry-After
+    └── Internal                500
+
+Adapter errors (``adapters.errors``) are mapped here too, by ``status_of``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from adapters import errors as adapter_errors
+
+
+class ServerError(Exception):
+    code = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+        if code is not None:
+            self.code = code
+
+
+class BadRequest(ServerError):
+    code = "invalid_request"
+
+
+class Unauthorized(ServerError):
+    code = "invalid_api_key"
+
+
+class Forbidden(ServerError):
+    code = "permission_denied"
+
+
+class NotFound(ServerError):
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class Conflict(ServerError):
+    code = "conflict"
+
+
+class Unprocessable(ServerError):
+    code = "unprocessable"
+
+
+class TooManyRequests(ServerError):
+    code = "rate_limit_exceeded"
+
+
+class Unavailable(ServerError):
+    code = "server_overloaded"
+
+
+class Internal(ServerError):
+    code = "internal_error"
+
+
+# The most specific class first. type is OpenAI's vocabulary, so that its clients raise their own classes.
+STATUS: dict[type[Exception], tuple[int, str]] = {
+    BadRequest: (400, "invalid_request_error"),
+    Unauthorized: (401, "authentication_error"),
+    Forbidden: (403, "permission_error"),
+    NotFound: (404, "invalid_request_error"),
+    Conflict: (409, "invalid_request_error"),
+    Unprocessable: (422, "invalid_request_error"),
+    TooManyRequests: (429, "rate_limit_error"),
+    Unavailable: (503, "service_unavailable_error"),
+    Internal: (500, "server_error"),
+    adapter_errors.AdapterRejected: (422, "invalid_request_error"),
+    adapter_errors.UploadTooLarge: (413, "invalid_request_error"),
+    adapter_errors.UploadIncomplete: (400, "invalid_request_error"),
+    adapter_errors.StorageFull: (507, "server_error"),
+    adapter_errors.AdapterNotFound: (404, "invalid_request_error"),
+    adapter_errors.AdapterConflict: (409, "invalid_request_error"),
+    adapter_errors.AdapterUnavailable: (503, "service_unavailable_error"),
+}
+
+
+def status_of(error: Exception) -> tuple[int, str]:
+    """(HTTP status, OpenAI error type) of ``error``; (500, "server_error") for anything unknown."""
+    for cls in type(error).__mro__:
+        if cls in STATUS:
+            return STATUS[cls]
+    return STATUS[Internal]
+
+
+def envelope(message: str, type_: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+def body_of(error: ServerError | adapter_errors.AdapterError) -> dict[str, Any]:
+    """OpenAI's error body."""
+    return envelope(error.message, status_of(error)[1], error.code, error.param)
+
+
+def headers_of(error: Exception) -> dict[str, str]:
+    """``Retry-After`` in whole seconds, at least 1, on every 429 and 503; the challenge on a 401."""
+    status, _ = status_of(error)
+    if status == 401:
+        return {"WWW-Authenticate": "Bearer"}
+    if status not in (429, 503):
+        return {}
+    after = getattr(error, "retry_after", None)
+    return {"Retry-After": str(max(1, math.ceil(after if after is not None else 1)))}

@@ -1,0 +1,164 @@
+"""Every setting: its name, default and help text, in one frozen model.
+
+Order of precedence: arguments, ``LORAPLEX_*`` variables, the YAML file, the defaults.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+from sqlalchemy import URL
+
+# The sizes that vLLM compiles its LoRA kernels for (vllm.config.lora.MaxLoRARanks).
+ALLOWED_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+# Engine arguments that the dispatcher depends on; setting them twice could only contradict.
+OWNED_ENGINE_ARGS = {
+    "model": "MODEL",
+    "served_model_name": "SERVED_MODEL_NAME",
+    "enable_lora": "GPU_SLOTS",
+    "max_loras": "GPU_SLOTS",
+    "max_cpu_loras": "HOST_SLOTS",
+    "max_lora_rank": "MAX_LORA_RANK",
+    "max_model_len": "MAX_MODEL_LEN",
+    "worker_extension_cls": "nothing: it is how adapters are paged",
+    "lora_modules": "the admin API",
+}
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="LORAPLEX_", frozen=True, extra="forbid")
+
+    model: str = Field(description="Folder (or hub id) of the base model.")
+    served_model_name: str = Field(
+        "", description="The base model's public name; the last part of MODEL if empty."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    data_dir: Path = Field(Path("data"), description="Folder for adapter files and the SQLite database.")
+    database_url: str = Field(
+        "",
+        description="SQLAlchemy URL; SQLite in DATA_DIR if empty. `postgresql+asyncpg://…` for PostgreSQL.",
+    )
+    admin_key: SecretStr | None = Field(
+        None, description="Key of the admin API. Without it the first start makes one and prints it once."
+    )
+    service_key: SecretStr | None = Field(
+        None, description="Key of a trusted gateway, which names the customer in `X-Customer-ID`."
+    )
+    gpu_slots: int = Field(8, ge=1, description="Adapters that can run at the same time (vLLM's max_loras).")
+    host_slots: int = Field(
+        0,
+        ge=0,
+        description="Adapters kept in host memory (vLLM's max_cpu_loras); four times GPU_SLOTS if 0.",
+    )
+    max_lora_rank: int = Field(
+        64, description=f"Largest rank served, one of {', '.join(map(str, ALLOWED_MAX_RANKS))}."
+    )
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest prompt plus answer, in tokens; the model's own limit if unset."
+    )
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description='Any field of vLLM\'s AsyncEngineArgs, as JSON: `{"max_num_seqs": 32}`.',
+    )
+    max_running: int = Field(
+        0, ge=0, description="Sequences in the engine at once; the engine's max_num_seqs if 0."
+    )
+    max_staging: int = Field(2, ge=1, description="Adapters read from disk at the same time.")
+    slot_patience: float = Field(
+        2.0, gt=0, description="Seconds a cold adapter waits before a slot is drained for it."
+    )
+    max_queued: int = Field(256, ge=1, description="Waiting requests per tenant; one more gets 429.")
+    queue_timeout: float = Field(60.0, gt=0, description="Seconds a request may wait; then it gets 503.")
+    max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest upload, both files together, in bytes.")
+    max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest inference request body, in bytes.")
+    drain_timeout: float = Field(
+        30.0, ge=0, description="Seconds that streams may go on after SIGTERM before they are cut."
+    )
+    metrics_tenants: int = Field(
+        100, ge=0, description="Tenants with a metric label of their own; the rest share `other`."
+    )
+    log_format: Literal["json", "text"] = Field("json", description="Form of the log lines.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe level logged."
+    )
+
+    @field_validator("max_lora_rank")
+    @classmethod
+    def _rank_is_compiled(cls, rank: int) -> int:
+        if rank not in ALLOWED_MAX_RANKS:
+            raise ValueError(
+                f"must be one of {', '.join(map(str, ALLOWED_MAX_RANKS))}; take the next larger one"
+            )
+        return rank
+
+    @field_validator("engine_args")
+    @classmethod
+    def _engine_args_are_not_ours(cls, args: dict[str, Any]) -> dict[str, Any]:
+        for name in args:
+            if name.replace("-", "_") in OWNED_ENGINE_ARGS:
+                raise ValueError(f"{name!r} is set through {OWNED_ENGINE_ARGS[name.replace('-', '_')]}")
+        return {name.replace("-", "_"): value for name, value in args.items()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Derived defaults are filled in before the model is frozen, so that readers see one value."""
+        filled = dict(values)
+        if filled.get("model") and not filled.get("served_model_name"):
+            filled["served_model_name"] = str(filled["model"]).rstrip("/").rsplit("/", 1)[-1]
+        if not int(filled.get("host_slots") or 0):
+            filled["host_slots"] = 4 * int(filled.get("gpu_slots") or cls.model_fields["gpu_slots"].default)
+        if not filled.get("database_url"):
+            data_dir = Path(filled.get("data_dir") or cls.model_fields["data_dir"].default)
+            file = data_dir.absolute() / "loraplex.db"
+            filled["database_url"] = URL.create("sqlite+aiosqlite", database=str(file)).render_as_string()
+        return filled
+
+    @model_validator(mode="after")
+    def _slots_fit(self) -> Self:
+        if self.host_slots < self.gpu_slots:
+            raise ValueError(
+                f"host_slots ({self.host_slots}) must be at least gpu_slots ({self.gpu_slots}):"
+                " an adapter in a slot stays in host memory"
+            )
+        return self
+
+    @property
+    def blobs_dir(self) -> Path:
+        return self.data_dir.absolute()
+
+    @classmethod
+    def load(cls, config: Path | None = None, **overrides: Any) -> Settings:
+        """Settings from the environment over ``config`` (YAML); ``overrides`` win over both.
+
+        Raises pydantic's ValidationError, or FileNotFoundError where ``config`` is not there.
+        """
+        if config is not None and not config.is_file():
+            raise FileNotFoundError(f"there is no settings file {config}")
+
+        class FromFile(cls):  # type: ignore[valid-type,misc]
+            @classmethod
+            def settings_customise_sources(
+                cls,
+                settings_cls: type[BaseSettings],
+                init_settings: PydanticBaseSettingsSource,
+                env_settings: PydanticBaseSettingsSource,
+                dotenv_settings: PydanticBaseSettingsSource,
+                file_secret_settings: PydanticBaseSettingsSource,
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                sources = (init_settings, env_settings)
+                if config is None:
+                    return sources
+                return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=config))
+
+        return FromFile(**overrides)
