@@ -1,0 +1,299 @@
+"""Whose adapters there are, their versions, and which version answers. Rows only; the bytes are in ``blobs``.
+
+Rules held here, each within one transaction:
+  - version numbers of a name go 1, 2, 3 … and are never used twice, not even after deletes;
+  - an adapter has at least one version; the live one cannot be deleted;
+  - a tenant has at most one default adapter: the first one it links, until that is changed. Deleting
+    the default leaves none: no customer is answered by another adapter than the one they meant.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from itertools import groupby
+from pathlib import Path
+
+from sqlalchemy import Select, and_, delete, func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from adapters.errors import AdapterConflict, AdapterNotFound, fault
+from adapters.model import Adapter, Manifest, Version, VersionInfo, is_adapter_name, is_tenant_id
+from adapters.tables import MAX_INTEGER, AdapterRow, Database, ReadCache, TenantRow, VersionRow, now
+
+DEFAULT = "default"
+NUMBERED = re.compile(r"([^@]+)@([1-9][0-9]{0,8})", re.ASCII)
+RESOLVED = 65_536
+
+
+class Catalog:
+    """``path_of`` turns a digest into the folder of its files; ``reserved`` are names no adapter may take.
+
+    What a ``tenant`` argument names need not exist: such a tenant has no adapters.
+    """
+
+    def __init__(
+        self, database: Database, path_of: Callable[[str], Path], *, reserved: Collection[str] = ()
+    ) -> None:
+        self._database = database
+        self._path_of = path_of
+        self._reserved = frozenset(reserved) | {DEFAULT}
+        self._resolved: ReadCache[tuple[str, str], Version] = ReadCache(database, RESOLVED)
+
+    async def resolve(self, tenant: str, model: str | None) -> Version:
+        """The version that answers: ``name`` its live one, ``name@3`` the third, None or ``default`` the
+        live one of the tenant's default adapter.
+
+        Never older than the last write that has returned. AdapterNotFound (``model_not_found``) reads the
+        same for a name nobody has and for one that another tenant has.
+        """
+        wanted = DEFAULT if model is None else model
+        return await self._resolved.get((tenant, wanted), lambda: self._find(tenant, wanted))
+
+    def check_name(self, name: str) -> None:
+        """AdapterRejected (``name_invalid``) unless an adapter may be called ``name``."""
+        if not is_adapter_name(name):
+            raise fault("name_invalid", f"`{_shown(name)}` is not an adapter name.", param="name")
+        if name in self._reserved:
+            raise fault("name_invalid", f"The name `{name}` is reserved.", param="name")
+
+    async def link(
+        self, tenant: str, adapter: str, *, digest: str, manifest: Manifest, make_live: bool = True
+    ) -> tuple[Adapter, Version]:
+        """Makes the files under ``digest`` the next version of ``adapter``, which is created if need be.
+
+        AdapterRejected (``name_invalid``), AdapterNotFound (``tenant_not_found``).
+        """
+        self.check_name(adapter)
+        async with self._database.write() as session:
+            if not await _lock(session, tenant):
+                raise AdapterNotFound(f"There is no tenant `{_shown(tenant)}`.", code="tenant_not_found")
+            row = await session.get(AdapterRow, (tenant, adapter))
+            if row is None or not await _any(session, tenant, adapter):
+                first = not await _any(session, tenant)
+                row = await session.merge(
+                    AdapterRow(
+                        tenant=tenant,
+                        name=adapter,
+                        next_version=row.next_version if row else 1,
+                        live=None,
+                        is_default=first,
+                        pinned=False,
+                        created_at=now(),
+                    )
+                )
+                await session.flush()
+            version = VersionRow(
+                tenant=tenant,
+                adapter=adapter,
+                number=row.next_version,
+                digest=digest,
+                rank=manifest.rank,
+                size_bytes=manifest.size_bytes,
+                report=manifest.report(),
+                created_at=now(),
+            )
+            row.next_version += 1
+            if make_live:
+                row.live = version.number
+            session.add(version)
+            await session.flush()
+            return await self._one(session, tenant, adapter), self._version(version)
+
+    async def adapters(self, tenant: str) -> list[Adapter]:
+        """All of the tenant's, by name, each with its versions by number."""
+        async with self._database.read() as session:
+            found = await self._load(session, _rows(tenant)) if is_tenant_id(tenant) else []
+        return sorted(found, key=lambda adapter: adapter.name)
+
+    async def adapter(self, tenant: str, name: str) -> Adapter:
+        """AdapterNotFound if the tenant has none of that name."""
+        async with self._database.read() as session:
+            return await self._one(session, tenant, name)
+
+    async def update(
+        self,
+        tenant: str,
+        name: str,
+        *,
+        live: int | None = None,
+        default: bool | None = None,
+        pinned: bool | None = None,
+    ) -> Adapter:
+        """Changes what is not None, all of it or nothing; ``default=True`` takes it from the one that had it.
+
+        AdapterNotFound if the adapter, or the version to be live, is not there.
+        """
+        async with self._database.write() as session:
+            row = await self._locked(session, tenant, name)
+            if live is not None:
+                row.live = (await self._numbered(session, tenant, name, live, param="live")).number
+            if pinned is not None:
+                row.pinned = pinned
+            if default:
+                had = update(AdapterRow).where(AdapterRow.tenant == tenant, AdapterRow.is_default)
+                await session.execute(had.values(is_default=False))
+            if default is not None:
+                row.is_default = default
+            await session.flush()
+            return await self._one(session, tenant, name)
+
+    async def delete_adapter(self, tenant: str, name: str) -> list[Version]:
+        """Returns the versions that went away; their files may still be linked under other names."""
+        async with self._database.write() as session:
+            row = await self._locked(session, tenant, name)
+            gone = (await self._one(session, tenant, name)).versions
+            await session.execute(
+                delete(VersionRow).where(VersionRow.tenant == tenant, VersionRow.adapter == name)
+            )
+            row.live, row.pinned, row.is_default = None, False, False
+        return [info.version for info in gone]
+
+    async def delete_version(self, tenant: str, name: str, number: int) -> Version:
+        """AdapterConflict for the live version, and for the only one: that is ``delete_adapter``."""
+        async with self._database.write() as session:
+            row = await self._locked(session, tenant, name)
+            version = await self._numbered(session, tenant, name, number)
+            if len((await self._one(session, tenant, name)).versions) == 1:
+                raise AdapterConflict(
+                    f"Version {number} is the only version of `{name}`. Delete the adapter instead."
+                )
+            if row.live == number:
+                raise AdapterConflict(
+                    f"Version {number} of `{name}` is live. Set another version live first."
+                )
+            await session.delete(version)
+        return self._version(version)
+
+    async def linked_digests(self) -> set[str]:
+        async with self._database.read() as session:
+            return set(await session.scalars(select(VersionRow.digest).distinct()))
+
+    async def is_linked(self, digest: str) -> bool:
+        """Whether any version of any tenant has these files."""
+        async with self._database.read() as session:
+            query = select(VersionRow.number).where(VersionRow.digest == digest).limit(1)
+            return await session.scalar(query) is not None
+
+    async def pinned(self) -> list[Version]:
+        """The live versions of all pinned adapters, by tenant and name."""
+        async with self._database.read() as session:
+            found = await session.scalars(_live().where(AdapterRow.pinned))
+            return sorted(map(self._version, found), key=lambda version: (version.tenant, version.adapter))
+
+    async def count(self) -> dict[str, int]:
+        """Tenant -> how many adapters; a tenant without any is left out."""
+        query = select(VersionRow.tenant, func.count(VersionRow.adapter.distinct())).group_by(
+            VersionRow.tenant
+        )
+        async with self._database.read() as session:
+            return dict((await session.execute(query)).all())
+
+    async def _find(self, tenant: str, model: str) -> Version:
+        numbered = NUMBERED.fullmatch(model)
+        name = numbered[1] if numbered else model
+        absent = f"The model `{_shown(model)}` does not exist."
+        query = _live().where(VersionRow.tenant == tenant)
+        if model == DEFAULT:
+            absent = "The tenant has no default adapter with a live version. Name an adapter in `model`."
+            query = query.where(AdapterRow.is_default)
+        elif numbered:
+            query = select(VersionRow).where(
+                VersionRow.tenant == tenant, VersionRow.adapter == name, VersionRow.number == int(numbered[2])
+            )
+        else:
+            query = query.where(VersionRow.adapter == name)
+        if _well_formed(tenant, name):
+            async with self._database.read() as session:
+                found = await session.scalar(query)
+            if found is not None:
+                return self._version(found)
+        raise AdapterNotFound(absent, code="model_not_found", param="model")
+
+    async def _one(self, session: AsyncSession, tenant: str, name: str) -> Adapter:
+        if _well_formed(tenant, name):
+            for adapter in await self._load(session, _rows(tenant).where(AdapterRow.name == name)):
+                return adapter
+        raise AdapterNotFound(f"There is no adapter `{_shown(name)}`.")
+
+    async def _load(self, session: AsyncSession, query: Select[AdapterRow, VersionRow]) -> list[Adapter]:
+        rows = (await session.execute(query)).all()
+        return [
+            Adapter(
+                tenant=adapter.tenant,
+                name=adapter.name,
+                live=adapter.live,
+                default=adapter.is_default,
+                pinned=adapter.pinned,
+                created_at=adapter.created_at,
+                versions=tuple(VersionInfo(self._version(v), v.created_at, v.report) for _, v in pairs),
+            )
+            for adapter, pairs in groupby(rows, key=lambda pair: pair[0])
+        ]
+
+    async def _locked(self, session: AsyncSession, tenant: str, name: str) -> AdapterRow:
+        """The row of an adapter that has versions; AdapterNotFound."""
+        await _lock(session, tenant)
+        await self._one(session, tenant, name)
+        return await session.get_one(AdapterRow, (tenant, name))
+
+    async def _numbered(
+        self, session: AsyncSession, tenant: str, name: str, number: int, *, param: str | None = None
+    ) -> VersionRow:
+        if 1 <= number <= MAX_INTEGER:
+            found = await session.get(VersionRow, (tenant, name, number))
+            if found is not None:
+                return found
+        raise AdapterNotFound(
+            f"The adapter `{name}` has no version {number}.", code="version_not_found", param=param
+        )
+
+    def _version(self, row: VersionRow) -> Version:
+        return Version(
+            tenant=row.tenant,
+            adapter=row.adapter,
+            number=row.number,
+            digest=row.digest,
+            path=self._path_of(row.digest),
+            rank=row.rank,
+            size_bytes=row.size_bytes,
+        )
+
+
+def _live() -> Select[VersionRow]:
+    answers = and_(
+        AdapterRow.tenant == VersionRow.tenant,
+        AdapterRow.name == VersionRow.adapter,
+        AdapterRow.live == VersionRow.number,
+    )
+    return select(VersionRow).join(AdapterRow, answers)
+
+
+def _rows(tenant: str) -> Select[AdapterRow, VersionRow]:
+    belongs = and_(AdapterRow.tenant == VersionRow.tenant, AdapterRow.name == VersionRow.adapter)
+    query = select(AdapterRow, VersionRow).join(VersionRow, belongs).where(AdapterRow.tenant == tenant)
+    return query.order_by(AdapterRow.name, VersionRow.number)
+
+
+async def _lock(session: AsyncSession, tenant: str) -> bool:
+    """Whether the tenant exists. Every write to its adapters starts here: on PostgreSQL the lock on its
+    row keeps another process (a restart that overlaps, the command line) from counting along."""
+    return is_tenant_id(tenant) and bool(await session.get(TenantRow, tenant, with_for_update=True))
+
+
+async def _any(session: AsyncSession, tenant: str, adapter: str | None = None) -> bool:
+    """Whether the tenant, or this adapter of it, has a version."""
+    query = select(VersionRow.number).where(VersionRow.tenant == tenant).limit(1)
+    if adapter is not None:
+        query = query.where(VersionRow.adapter == adapter)
+    return await session.scalar(query) is not None
+
+
+def _well_formed(tenant: str, name: str) -> bool:
+    """PostgreSQL refuses some text (NUL, lone surrogates), so names are looked at before it is asked."""
+    return is_tenant_id(tenant) and is_adapter_name(name)
+
+
+def _shown(text: str) -> str:
+    """``text`` as an answer may repeat it: of bounded length, and valid UTF-8 whatever came in."""
+    return text[:200].encode("utf-8", "replace").decode()

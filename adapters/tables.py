@@ -1,0 +1,356 @@
+"""The database: its tables, its one way in, and the cache in front of it.
+
+    tenants ──< keys
+       └─────< adapters ──< versions          meta: key -> value
+
+SQLite or PostgreSQL. One server process writes; what it has committed survives a crash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from cachetools import LRUCache
+from sqlalchemy import (
+    JSON,
+    URL,
+    BigInteger,
+    Connection,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    MetaData,
+    String,
+    Text,
+    event,
+    make_url,
+    select,
+    text,
+)
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
+MIGRATIONS = "adapters:migrations"
+# How long a SQLite writer of another process (the command line) may hold us up.
+BUSY_TIMEOUT_MS = 30_000
+# Names the PostgreSQL advisory lock under which the schema is upgraded.
+UPGRADE_LOCK = 0x6C6F7261
+
+MAX_INTEGER = 2**31 - 1
+
+
+class SchemaTooNew(RuntimeError):
+    """The database was last used by a newer version of this program, whose tables are unknown here."""
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Timezone-aware UTC on both sides; SQLite keeps no zone, so it is put back on reading."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone cannot be stored")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class TenantRow(Base):
+    __tablename__ = "tenants"
+
+    id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    name: Mapped[str] = mapped_column(String(200))
+    weight: Mapped[float] = mapped_column(Double)
+    base_allowed: Mapped[bool]
+    max_queued: Mapped[int | None]
+    max_running: Mapped[int | None]
+    cache_salt: Mapped[str] = mapped_column(String(128))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class KeyRow(Base):
+    """``digest`` is the SHA-256 of the key, in hex; the key itself is nowhere."""
+
+    __tablename__ = "keys"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), index=True)
+    name: Mapped[str | None] = mapped_column(String(200))
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class AdapterRow(Base):
+    """An adapter is there while it has versions.
+
+    The row outlives them: it remembers ``next_version``, so that ``name@3`` never means other weights,
+    not even after the adapter was deleted and uploaded anew.
+    """
+
+    __tablename__ = "adapters"
+    __table_args__ = (
+        Index(
+            "ix_adapters_default",
+            "tenant",
+            unique=True,
+            sqlite_where=text("is_default"),
+            postgresql_where=text("is_default"),
+        ),
+    )
+
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    next_version: Mapped[int]
+    live: Mapped[int | None]
+    is_default: Mapped[bool]
+    pinned: Mapped[bool]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class VersionRow(Base):
+    __tablename__ = "versions"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant", "adapter"], ["adapters.tenant", "adapters.name"], ondelete="CASCADE"),
+    )
+
+    tenant: Mapped[str] = mapped_column(String(63), primary_key=True)
+    adapter: Mapped[str] = mapped_column(String(128), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), index=True)
+    rank: Mapped[int]
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    report: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class MetaRow(Base):
+    """Facts about the installation as a whole."""
+
+    __tablename__ = "meta"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(Text)
+
+
+class Database:
+    """Sessions on one database.
+
+    ``generation`` grows with every write, after it is on disk and before ``write()`` returns; it is what
+    a ``ReadCache`` goes by. A ValueError says what is wrong with ``url``.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = _checked(url)
+        self.generation = 0
+        self._engine = _engine(self.url)
+        self._reader = async_sessionmaker(self._engine, expire_on_commit=False)
+        writing = self._engine.execution_options(loraplex_writes=True)
+        self._writer = async_sessionmaker(writing, expire_on_commit=False)
+        # Writers of this process wait here, in order, instead of in SQLite's busy handler, where they
+        # would hold the connections that readers need, and the unlucky would time out.
+        self._turn = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        return f"Database({self.url.render_as_string()!r}, generation={self.generation})"
+
+    async def open(self) -> None:
+        """Creates what is missing and upgrades the schema; SchemaTooNew if it is beyond this program."""
+        if self.url.get_backend_name() == "sqlite":
+            await asyncio.to_thread(_create_private, Path(str(self.url.database)))
+        # SQLite alters a table by dropping and refilling it, and with foreign keys on that deletes
+        # every row that refers to it.
+        engine = _engine(self.url, foreign_keys=False)
+        try:
+            async with engine.execution_options(loraplex_writes=True).begin() as connection:
+                await connection.run_sync(_upgrade)
+        finally:
+            await engine.dispose()
+
+    async def close(self) -> None:
+        async with self._turn:
+            await self._engine.dispose()
+
+    async def ping(self) -> None:
+        """Reads one row's worth; SQLAlchemy's errors come through."""
+        async with self.read() as session:
+            await session.execute(select(MetaRow.key).limit(1))
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncSession]:
+        """One consistent look for a single statement; for several of them too on SQLite."""
+        async with self._reader() as session:
+            yield session
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncSession]:
+        """One transaction: on disk when the block has ended, gone without trace if the block raises.
+
+        Cancelled during the commit, it ends the commit first. Writes take turns, and each one empties
+        the read caches: nothing that happens per request belongs here.
+        """
+        async with self._turn:
+            session = self._writer()
+            try:
+                yield session
+                await _to_the_end(session.commit())
+            finally:
+                try:
+                    await _to_the_end(session.close())
+                finally:
+                    self.generation += 1
+
+
+class ReadCache(Generic[K, T]):
+    """The ``size`` most recently used answers of ``database`` since its last write.
+
+    Sound because only this process writes: an answer is kept only if no write ended while it was read.
+    """
+
+    def __init__(self, database: Database, size: int) -> None:
+        self._database = database
+        self._generation = database.generation
+        self._answers: LRUCache[K, T] = LRUCache(maxsize=size)
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    async def get(self, key: K, read: Callable[[], Awaitable[T]]) -> T:
+        """The answer to ``key``, from ``read`` if it is not known. What ``read`` raises is not kept."""
+        generation = self._database.generation
+        if self._generation != generation:
+            self._answers.clear()
+            self._generation = generation
+        if key in self._answers:
+            return self._answers[key]
+        answer = await read()
+        if self._database.generation == generation:
+            self._answers[key] = answer
+        return answer
+
+
+async def _to_the_end(step: Coroutine[Any, Any, None]) -> None:
+    """Runs ``step`` to its end even if cancelled meanwhile; the cancellation is raised afterwards."""
+    task = asyncio.create_task(step)
+    interruption: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption from task.exception()
+    task.result()
+
+
+def _checked(text: str) -> URL:
+    url = make_url(text)
+    if url.drivername in DRIVERS:
+        url = url.set(drivername=DRIVERS[url.drivername])
+    if url.drivername not in DRIVERS.values():
+        raise ValueError(
+            f"the database must be sqlite+aiosqlite:///… or postgresql+asyncpg://…, not {url.drivername}"
+        )
+    in_memory = url.database in (None, "", ":memory:") or str(url.database).startswith("file:")
+    if url.get_backend_name() == "sqlite" and in_memory:
+        raise ValueError("the database must be a plain file: what it holds has to survive a restart")
+    return url
+
+
+def _engine(url: URL, *, foreign_keys: bool = True) -> AsyncEngine:
+    if url.get_backend_name() != "sqlite":
+        return create_async_engine(url, pool_pre_ping=True)
+    engine = create_async_engine(url)
+
+    # SQLAlchemy's recipe for transactions with the sqlite3 driver: the driver begins none, we begin all.
+    @event.listens_for(engine.sync_engine, "connect")
+    def connected(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in (
+            f"busy_timeout = {BUSY_TIMEOUT_MS}",
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            f"foreign_keys = {'ON' if foreign_keys else 'OFF'}",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    # A transaction that reads first and writes later fails at once with "database is locked" when
+    # another one wrote in between; one that takes the write lock at its beginning waits instead.
+    @event.listens_for(engine.sync_engine, "begin")
+    def began(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("loraplex_writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _create_private(path: Path) -> None:
+    """Key digests and cache salts are for the owner's eyes; SQLite gives its other files the same mode."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        path.touch(mode=0o600, exist_ok=False)
+
+
+def _upgrade(connection: Connection) -> None:
+    """Brings the schema to this program's revision within the transaction of ``connection``."""
+    sqlite = connection.dialect.name == "sqlite"
+    if not sqlite:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": UPGRADE_LOCK})
+    config = Config()
+    config.set_main_option("script_location", MIGRATIONS)
+    config.attributes["connection"] = connection
+    scripts = ScriptDirectory.from_config(config)
+    for revision in MigrationContext.configure(connection).get_current_heads():
+        try:
+            scripts.get_revision(revision)
+        except CommandError:
+            raise SchemaTooNew(
+                f"The database {connection.engine.url.render_as_string()} was last used by a newer version"
+                f" (its schema is {revision}, this program knows up to {scripts.get_current_head()})."
+                " Start that version, or restore a backup."
+            ) from None
+    command.upgrade(config, "head")
+    if sqlite and (broken := connection.exec_driver_sql("PRAGMA foreign_key_check").all()):
+        raise RuntimeError(f"after the upgrade {len(broken)} rows refer to nothing; it was rolled back")

@@ -1,0 +1,361 @@
+"""Who is asking: keys and customer tags to tenants, and the tenants themselves.
+
+    Authorization: Bearer <tenant key>                                   that key's tenant
+    Authorization: Bearer <service key>   X-Customer-ID: <tenant>        the tenant that a gateway names
+    Authorization: Bearer <admin key>                                    the admin API, and only that
+
+Of every key only the SHA-256 is kept. No message repeats a key or says whether one nearly matched.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, TypedDict, Unpack
+
+from sqlalchemy import delete, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from adapters.model import TENANT_PATTERN, is_tenant_id
+from adapters.tables import MAX_INTEGER, Database, KeyRow, MetaRow, ReadCache, TenantRow, VersionRow, now
+from server.errors import BadRequest, Conflict, Forbidden, NotFound, Unauthorized, Unprocessable
+
+ADMIN_KEY = "admin_key_sha256"
+SHORTEST_KEY = 16
+LONGEST_KEY = 512
+LIGHTEST, HEAVIEST = 0.001, 1000.0
+AUTHENTICATED = 16_384
+
+BEARER = re.compile(rf"bearer +([\x21-\x7e]{{1,{LONGEST_KEY}}})", re.ASCII | re.IGNORECASE)
+TENANT_KEY = re.compile(r"lp-[A-Za-z0-9_-]{43}", re.ASCII)
+KEY_ID = re.compile(r"[0-9a-f]{16}", re.ASCII)
+
+NO_KEY = (
+    "You didn't provide an API key. You need to provide your API key in an Authorization header"
+    " using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+)
+WRONG_KEY = "Incorrect API key provided."
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A customer. ``max_queued`` and ``max_running`` are None where the server's own limits hold.
+
+    ``weight`` is its share relative to the others. ``cache_salt`` keeps its prefix cache apart from
+    everybody else's and is never shown.
+    """
+
+    id: str
+    name: str
+    weight: float
+    base_allowed: bool
+    max_queued: int | None
+    max_running: int | None
+    created_at: datetime
+    cache_salt: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    id: str
+    name: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedKey:
+    """A new key, in clear for the only time."""
+
+    id: str
+    name: str | None
+    created_at: datetime
+    key: str = field(repr=False)
+
+
+class TenantChanges(TypedDict, total=False):
+    """What ``update`` may change; None for a limit gives it back to the server."""
+
+    name: str
+    weight: float
+    base_allowed: bool
+    max_queued: int | None
+    max_running: int | None
+
+
+class Tenants:
+    """Tenants and keys in ``database``. A configured ``admin_key`` wins over the one that was made here.
+
+    ValueError for configured keys that are short, unsendable or the same. ``open`` before anything else.
+    """
+
+    def __init__(self, database: Database, *, admin_key: str | None, service_key: str | None) -> None:
+        for name, key in (("admin_key", admin_key), ("service_key", service_key)):
+            if key is not None:
+                _check_configured(name, key)
+        if admin_key is not None and admin_key == service_key:
+            raise ValueError("admin_key and service_key must differ: one may not run what the other may")
+        self._database = database
+        self._configured = admin_key is not None
+        self._admin = _digest(admin_key) if admin_key is not None else None
+        self._service = _digest(service_key) if service_key is not None else None
+        self._by_key: ReadCache[str, Tenant] = ReadCache(database, AUTHENTICATED)
+        self._by_id: ReadCache[str, Tenant] = ReadCache(database, AUTHENTICATED)
+
+    async def open(self) -> str | None:
+        """Makes the admin key where none is configured or stored, and returns it: the only time it is
+        shown. ValueError if the stored one is the service key."""
+        if self._configured:
+            return None
+        async with self._database.read() as session:
+            stored = await session.get(MetaRow, ADMIN_KEY)
+        made = None
+        if stored is None:
+            made = f"lp-admin-{secrets.token_urlsafe(32)}"
+            stored = MetaRow(key=ADMIN_KEY, value=_digest(made))
+            async with self._database.write() as session:
+                session.add(stored)
+        if self._is(stored.value, self._service):
+            raise ValueError("service_key is the admin key of this database; choose another")
+        self._admin = stored.value
+        return made
+
+    async def create(
+        self,
+        id: str,
+        *,
+        name: str | None = None,
+        weight: float = 1.0,
+        base_allowed: bool = True,
+        max_queued: int | None = None,
+        max_running: int | None = None,
+    ) -> Tenant:
+        """``name`` is the id if None. Conflict if the id is taken, Unprocessable for what cannot be."""
+        if not is_tenant_id(id):
+            raise Unprocessable(f"A tenant id has the form {TENANT_PATTERN}.", param="id")
+        settings: TenantChanges = {
+            "name": id if name is None else name,
+            "weight": weight,
+            "base_allowed": base_allowed,
+            "max_queued": max_queued,
+            "max_running": max_running,
+        }
+        _check(settings)
+        row = TenantRow(id=id, cache_salt=secrets.token_urlsafe(32), created_at=now(), **settings)
+        async with self._database.write() as session:
+            session.add(row)
+            try:
+                await session.flush()
+            except IntegrityError:
+                raise Conflict(f"The tenant `{id}` exists already.", param="id") from None
+        return _tenant(row)
+
+    async def get(self, id: str) -> Tenant:
+        async with self._database.read() as session:
+            return _tenant(await _row(session, id))
+
+    async def update(self, id: str, /, **changes: Unpack[TenantChanges]) -> Tenant:
+        """Changes what is given, all of it or nothing. NotFound, Unprocessable."""
+        _check(changes)
+        async with self._database.write() as session:
+            row = await _row(session, id, lock=True)
+            for column, value in changes.items():
+                setattr(row, column, value)
+        return _tenant(row)
+
+    async def delete(self, id: str) -> set[str]:
+        """Removes the tenant with its keys and adapters. NotFound.
+
+        Returns the digests its versions had: another tenant may have the same files, so ask
+        ``Catalog.is_linked`` before removing any.
+        """
+        async with self._database.write() as session:
+            # Locked first, as in ``Catalog.link``: a version linked meanwhile would be missing in the answer.
+            await _row(session, id, lock=True)
+            digests = set(await session.scalars(select(VersionRow.digest).where(VersionRow.tenant == id)))
+            await session.execute(delete(TenantRow).where(TenantRow.id == id))
+        return digests
+
+    async def issue_key(self, tenant: str, name: str | None = None) -> IssuedKey:
+        """A key of 256 random bits. NotFound, Unprocessable."""
+        if name is not None:
+            _check({"name": name})
+        key = f"lp-{secrets.token_urlsafe(32)}"
+        row = KeyRow(id=secrets.token_hex(8), tenant=tenant, name=name, digest=_digest(key), created_at=now())
+        async with self._database.write() as session:
+            await _row(session, tenant, lock=True)
+            session.add(row)
+        return IssuedKey(id=row.id, name=name, created_at=row.created_at, key=key)
+
+    async def keys(self, tenant: str) -> builtins.list[KeyInfo]:
+        """The tenant's keys, oldest first. NotFound."""
+        async with self._database.read() as session:
+            await _row(session, tenant)
+            query = select(KeyRow).where(KeyRow.tenant == tenant).order_by(KeyRow.created_at, KeyRow.id)
+            return [KeyInfo(row.id, row.name, row.created_at) for row in await session.scalars(query)]
+
+    async def revoke(self, tenant: str, key_id: str) -> None:
+        """The key is refused from the moment this returns. NotFound."""
+        async with self._database.write() as session:
+            await _row(session, tenant, lock=True)
+            row = await session.get(KeyRow, key_id) if KEY_ID.fullmatch(key_id) else None
+            if row is None or row.tenant != tenant:
+                raise NotFound(f"The tenant `{tenant}` has no such key.")
+            await session.delete(row)
+
+    async def list(self) -> builtins.list[Tenant]:
+        """All tenants, by id."""
+        async with self._database.read() as session:
+            return sorted(
+                map(_tenant, await session.scalars(select(TenantRow))), key=lambda tenant: tenant.id
+            )
+
+    async def authenticate(self, authorization: str | None, customer: str | None) -> Tenant:
+        """Who runs this inference request, from ``Authorization`` and ``X-Customer-ID``.
+
+        Unauthorized without a known key; BadRequest (``customer_required``) for the service key alone;
+        Forbidden for the admin key, for an unknown customer (``unknown_customer``) and for a tenant key
+        beside another customer (``customer_mismatch``).
+        """
+        key = _bearer(authorization)
+        digest = _digest(key)
+        if self._is(digest, self._admin):
+            raise Forbidden("Admin keys cannot run inference. Use a key of a tenant.")
+        if self._is(digest, self._service):
+            return await self._customer(customer)
+        tenant = await self._holder(key)
+        if customer and customer != tenant.id:
+            raise Forbidden(
+                "X-Customer-ID names another customer than the one this key belongs to.",
+                code="customer_mismatch",
+                param="X-Customer-ID",
+            )
+        return tenant
+
+    async def require_admin(self, authorization: str | None) -> None:
+        """Unauthorized without a known key, Forbidden for one that is not the admin's."""
+        key = _bearer(authorization)
+        digest = _digest(key)
+        if self._is(digest, self._admin):
+            return
+        if not self._is(digest, self._service):
+            await self._holder(key)
+        raise Forbidden("This key cannot administer. Use the admin key.")
+
+    @staticmethod
+    def _is(digest: str, known: str | None) -> bool:
+        return known is not None and hmac.compare_digest(digest, known)
+
+    async def _customer(self, customer: str | None) -> Tenant:
+        if not customer:
+            raise BadRequest(
+                "A service key needs the header X-Customer-ID with the customer's tenant id.",
+                code="customer_required",
+                param="X-Customer-ID",
+            )
+        try:
+            return await self._by_id.get(customer, lambda: self.get(customer))
+        except NotFound:
+            raise Forbidden(
+                "The customer in X-Customer-ID is not known here.",
+                code="unknown_customer",
+                param="X-Customer-ID",
+            ) from None
+
+    async def _holder(self, key: str) -> Tenant:
+        """The tenant that ``key`` was issued to; Unauthorized."""
+        if not TENANT_KEY.fullmatch(key):
+            raise Unauthorized(WRONG_KEY)
+        digest = _digest(key)
+        return await self._by_key.get(digest, lambda: self._look_up(digest))
+
+    async def _look_up(self, digest: str) -> Tenant:
+        query = select(TenantRow, KeyRow.digest).join(KeyRow, KeyRow.tenant == TenantRow.id)
+        async with self._database.read() as session:
+            found = (await session.execute(query.where(KeyRow.digest == digest))).one_or_none()
+        if found is None or not self._is(digest, found[1]):
+            raise Unauthorized(WRONG_KEY)
+        return _tenant(found[0])
+
+
+def _bearer(authorization: str | None) -> str:
+    """The key in an ``Authorization`` header; Unauthorized."""
+    if not authorization:
+        raise Unauthorized(NO_KEY)
+    # The length is looked at first: the header comes from anybody.
+    found = BEARER.fullmatch(authorization) if len(authorization) <= 2 * LONGEST_KEY else None
+    if found is None:
+        raise Unauthorized(WRONG_KEY)
+    return found[1]
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _check_configured(name: str, key: str) -> None:
+    if len(key) < SHORTEST_KEY:
+        raise ValueError(f"{name} must have at least {SHORTEST_KEY} characters")
+    if not BEARER.fullmatch(f"Bearer {key}"):
+        raise ValueError(f"{name} must be at most {LONGEST_KEY} printable ASCII characters without spaces")
+
+
+async def _row(session: AsyncSession, id: str, *, lock: bool = False) -> TenantRow:
+    """NotFound. ``lock`` it to write: on PostgreSQL another process then waits for its turn."""
+    # PostgreSQL refuses some text (NUL, lone surrogates), so the id is looked at before it is asked.
+    row = await session.get(TenantRow, id, with_for_update=lock) if is_tenant_id(id) else None
+    if row is None:
+        raise NotFound(f"There is no tenant `{id}`." if is_tenant_id(id) else "There is no such tenant.")
+    return row
+
+
+def _check(changes: TenantChanges) -> None:
+    """Unprocessable for the first value that cannot be."""
+    for name, value in changes.items():
+        if name not in RULES:
+            raise Unprocessable(f"A tenant has no setting `{name}`.")
+        allowed, form = RULES[name]
+        if not allowed(value):
+            raise Unprocessable(f"`{name}` must be {form}.", param=name)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= 200 and value.isprintable()
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and LIGHTEST <= value <= HEAVIEST
+
+
+def _is_limit(value: Any) -> bool:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return value is None or (is_int and 1 <= value <= MAX_INTEGER)
+
+
+# What the fairness rules divide by has to stay away from 0 and from infinity.
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (_is_name, "1 to 200 printable characters"),
+    "weight": (_is_weight, f"a number from {LIGHTEST} to {HEAVIEST:g}"),
+    "base_allowed": (lambda value: isinstance(value, bool), "true or false"),
+    "max_queued": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
+    "max_running": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
+}
+
+
+def _tenant(row: TenantRow) -> Tenant:
+    return Tenant(
+        id=row.id,
+        name=row.name,
+        weight=float(row.weight),
+        base_allowed=row.base_allowed,
+        max_queued=row.max_queued,
+        max_running=row.max_running,
+        created_at=row.created_at,
+        cache_salt=row.cache_salt,
+    )

@@ -1,0 +1,43 @@
+"""Empty databases to test on: a SQLite file, and PostgreSQL where LORAPLEX_TEST_POSTGRES has the URL of one.
+
+The PostgreSQL user must be allowed to create databases; each test gets one of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url, text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+POSTGRES = os.environ.get("LORAPLEX_TEST_POSTGRES", "")
+
+KINDS = [
+    "sqlite",
+    pytest.param(
+        "postgres", marks=pytest.mark.skipif(not POSTGRES, reason="LORAPLEX_TEST_POSTGRES is not set")
+    ),
+]
+
+
+@asynccontextmanager
+async def empty(kind: str, folder: Path) -> AsyncIterator[str]:
+    """The URL of a database that nobody has opened yet."""
+    if kind == "sqlite":
+        yield f"sqlite+aiosqlite:///{folder / 'private' / 'loraplex.db'}"
+        return
+    name = f"loraplex_test_{uuid.uuid4().hex}"
+    server = create_async_engine(POSTGRES, isolation_level="AUTOCOMMIT")
+    try:
+        async with server.connect() as connection:
+            await connection.execute(text(f"CREATE DATABASE {name}"))
+        yield make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
+        async with server.connect() as connection:
+            await connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    finally:
+        await server.dispose()
