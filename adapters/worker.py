@@ -1,0 +1,247 @@
+"""The engine-side half of paging: a mix-in for vLLM's worker (``worker_extension_cls``).
+
+Every method is called with ``collective_rpc`` and so runs between two engine steps, on the worker's
+own thread. What is slow about a load (reading, parsing, packing, pinning) runs in threads of its own,
+which touch neither the GPU nor the engine's tables:
+
+    stage        start reading into host memory      a thread; the call returns at once
+    (collect)    enter what is read into the tables  a dictionary insert
+    activate     copy host -> slot                   a few milliseconds
+    deactivate   free the slot, keep host memory
+    evict        free both
+
+This file reaches into vLLM's LoRA managers in the places listed in ``_Pager``; the tests on the real
+engine fail when one of them changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# A paging operation: (verb, load id, internal name, absolute folder). Name and folder matter to "stage" only.
+WireOp = tuple[str, int, str, str]
+
+
+class LoraplexWorker:
+    """Methods are prefixed: vLLM refuses an extension that shares an attribute with its worker."""
+
+    def loraplex_describe(self) -> dict[str, Any]:
+        """The base model's adaptable layers, as plain data; also puts the guard on in-step loads.
+
+        ``modules``: checkpoint name -> [in_features, out_features]; ``fused``: suffix -> its parts.
+        """
+        return self._loraplex_pager().describe()
+
+    def loraplex_page(self, ops: list[WireOp]) -> dict[str, Any]:
+        """Carries out ``ops`` in order, then reports which loads have reached host memory since.
+
+        ``results``: one ``[error or None, seconds]`` per operation; ``staged``: ``[load id, error or None,
+        seconds, bytes]`` per load. An operation that fails changes nothing and does not stop the next.
+        """
+        return self._loraplex_pager().page(ops)
+
+    def loraplex_report(self) -> dict[str, Any]:
+        """What this worker really holds: ``host`` and ``slots`` by load id, ``staging``, ``in_step_loads``."""
+        return self._loraplex_pager().report()
+
+    def _loraplex_pager(self) -> _Pager:
+        pager: _Pager | None = getattr(self, "_loraplex_state", None)
+        if pager is None:
+            pager = self._loraplex_state = _Pager(self.model_runner.lora_manager)  # type: ignore[attr-defined]
+        return pager
+
+
+class _Pager:
+    """Owns the loads of one worker. Uses, of vLLM's ``LRUCacheWorkerLoRAManager`` (``manager``) and its
+    ``LRUCacheLoRAModelManager`` (``tables``): ``_load_adapter``, ``_create_merged_loras_inplace``,
+    ``_registered_adapters``, ``_active_adapters``, ``lora_index_to_id``, ``activate_adapter``,
+    ``deactivate_adapter``, ``remove_adapter``, ``modules`` and ``packed_modules``.
+    """
+
+    def __init__(self, manager: Any) -> None:
+        self.manager = manager
+        self.tables = manager._adapter_manager
+        self._load = manager._load_adapter
+        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="loraplex-stage")
+        self._staging: dict[int, Future[tuple[Any, float]]] = {}
+        self._evicted_while_staging: set[int] = set()
+        self._freed = False
+        self.in_step_loads = 0
+        manager._load_adapter = self._load_inside_a_step
+
+    def _load_inside_a_step(self, request: Any) -> Any:
+        """Only reached when the engine was asked to run what is not resident, which must never happen.
+
+        It is counted rather than refused: an exception in a step ends the engine for everybody.
+        """
+        self.in_step_loads += 1
+        logger.error("adapter %s was loaded inside an engine step", request.lora_name)
+        return self._load(request)
+
+    def describe(self) -> dict[str, Any]:
+        mapper = getattr(self.tables.model, "hf_to_vllm_mapper", None)
+        modules: dict[str, list[int]] = {}
+        for name, layer in self.tables.modules.items():
+            shapes = _part_shapes(layer)
+            parts = self.tables.packed_modules.get(name) or [name]
+            if shapes is None or len(parts) not in (1, len(shapes)):
+                continue
+            if len(parts) == 1:
+                shapes = [(shapes[0][0], sum(out for _, out in shapes))]
+            for part, shape in zip(parts, shapes, strict=True):
+                modules[_checkpoint_name(part, mapper)] = list(shape)
+        fused = {
+            suffix: list(parts)
+            for suffix, parts in self.tables.packed_modules_mapping.items()
+            if len(parts) > 1 and not suffix.startswith("experts")
+        }
+        return {
+            "modules": modules,
+            "fused": fused,
+            "slots": self.tables.lora_slots,
+            "capacity": self.tables.capacity,
+            "max_lora_rank": self.manager.lora_config.max_lora_rank,
+            "lora_dtype": str(self.manager.lora_config.lora_dtype).removeprefix("torch."),
+        }
+
+    def page(self, ops: list[WireOp]) -> dict[str, Any]:
+        results = []
+        for verb, load_id, name, path in ops:
+            started = time.perf_counter()
+            error: str | None = None
+            try:
+                if verb == "stage":
+                    self._stage(load_id, name, path)
+                elif verb == "activate":
+                    self._activate(load_id)
+                elif verb == "deactivate":
+                    self.tables.deactivate_adapter(load_id)
+                elif verb == "evict":
+                    self._evict(load_id)
+                else:
+                    error = f"unknown paging operation {verb!r}"
+            except Exception as exc:  # whatever vLLM raises belongs to this operation alone
+                logger.exception("paging operation %s %d failed", verb, load_id)
+                error = f"{type(exc).__name__}: {exc}"
+            results.append([error, time.perf_counter() - started])
+        return {"results": results, "staged": self._collect()}
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "host": sorted(self.tables.list_adapters()),
+            "slots": list(self.tables.lora_index_to_id),
+            "staging": sorted(self._staging),
+            "in_step_loads": self.in_step_loads,
+        }
+
+    def _stage(self, load_id: int, name: str, path: str) -> None:
+        self._staging[load_id] = self._threads.submit(self._read, load_id, name, path)
+
+    def _read(self, load_id: int, name: str, path: str) -> tuple[Any, float]:
+        """Runs in a thread: files -> packed, scaled (and on a GPU machine pinned) host tensors."""
+        from vllm.lora.request import LoRARequest
+
+        started = time.perf_counter()
+        lora = self._load(LoRARequest(lora_name=name, lora_int_id=load_id, lora_path=path))
+        self.tables._create_merged_loras_inplace(lora)
+        return lora, time.perf_counter() - started
+
+    def _collect(self) -> list[list[Any]]:
+        """Enters finished loads into vLLM's tables, on the engine's own thread."""
+        staged: list[list[Any]] = []
+        for load_id in [i for i, future in self._staging.items() if future.done()]:
+            future = self._staging.pop(load_id)
+            if load_id in self._evicted_while_staging:
+                self._evicted_while_staging.discard(load_id)
+                continue
+            error = future.exception()
+            if error is not None:
+                staged.append([load_id, f"{type(error).__name__}: {error}", 0.0, 0])
+                continue
+            lora, seconds = future.result()
+            if len(self.tables._registered_adapters) >= self.tables.capacity:
+                # Entering it would make vLLM drop another one that we believe resident.
+                staged.append([load_id, "host memory holds max_cpu_loras adapters already", 0.0, 0])
+                continue
+            self.tables._registered_adapters[load_id] = lora
+            staged.append([load_id, None, seconds, _size_of(lora)])
+        if self._freed:
+            self._freed = False
+            threading.Thread(target=_return_free_memory, name="loraplex-trim", daemon=True).start()
+        return staged
+
+    def _activate(self, load_id: int) -> None:
+        if load_id not in self.tables._registered_adapters:
+            raise LookupError(f"load {load_id} is not in host memory")
+        if load_id in self.tables._active_adapters:
+            return
+        if len(self.tables._active_adapters) >= self.tables.lora_slots:
+            raise LookupError("no slot is free")
+        try:
+            self.tables.activate_adapter(load_id)
+        except BaseException:
+            # vLLM marks the slot before it copies: half an adapter must not be mistaken for a whole one.
+            self.tables.remove_adapter(load_id)
+            raise
+
+    def _evict(self, load_id: int) -> None:
+        if load_id in self._staging:
+            self._evicted_while_staging.add(load_id)
+            return
+        self.tables.remove_adapter(load_id)
+        self._freed = True
+
+
+def _part_shapes(layer: Any) -> list[tuple[int, int]] | None:
+    """(in_features, out_features) of each checkpoint layer inside ``layer``, whole, not the local shard.
+
+    None for what Loraplex does not serve adapters on yet: embeddings, the language-model head, experts.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+
+    base = getattr(layer, "base_layer", None)
+    if not isinstance(base, LinearBase):
+        return None
+    inputs = int(base.input_size)
+    if hasattr(base, "total_num_heads") and hasattr(base, "total_num_kv_heads"):
+        keys = base.total_num_kv_heads * base.head_size
+        values = base.total_num_kv_heads * getattr(base, "v_head_size", base.head_size)
+        return [(inputs, base.total_num_heads * base.head_size), (inputs, keys), (inputs, values)]
+    sizes = getattr(base, "output_sizes", None)
+    if sizes:
+        return [(inputs, int(size)) for size in sizes]
+    return [(inputs, int(base.output_size))]
+
+
+def _checkpoint_name(name: str, mapper: Any) -> str:
+    """The name that a checkpoint and PEFT use for vLLM's ``name``; prefixes are all that is inverted."""
+    prefixes = getattr(mapper, "orig_to_new_prefix", None) or {}
+    for original, new in sorted(prefixes.items(), key=lambda item: -len(item[1] or "")):
+        if new and name.startswith(new):
+            return f"{original}{name[len(new) :]}"
+    return name
+
+
+def _size_of(lora: Any) -> int:
+    """Bytes of host memory that the adapter's tensors take."""
+    total = 0
+    for layer in lora.loras.values():
+        for side in (layer.lora_a, layer.lora_b):
+            tensors = side if isinstance(side, list) else [side]
+            total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return total
+
+
+def _return_free_memory() -> None:
+    """Hands freed tensors' pages back to the system; glibc would keep them for the next load."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return

@@ -1,0 +1,455 @@
+"""vLLM behind one class: the only file of this process that imports it.
+
+    Engine.start(settings)        loads the base model; adapters are paged through ``adapters.worker``
+    engine.page(ops)              carries out paging operations between two engine steps
+    engine.parse(kind, body)      vLLM's own request model
+    engine.answer(call, request)  vLLM's own OpenAI handlers, for a call that holds a lease
+
+The tokens of every call are counted in ``_MeteredLLM.generate``, below the OpenAI handlers, so that what a
+client left behind is counted too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import os
+from argparse import Namespace
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal, Protocol
+
+from pydantic import ValidationError
+from starlette.datastructures import State
+
+from adapters.model import BaseModel, ModuleShape
+from server.errors import BadRequest, Internal, ServerError, Unavailable
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["chat", "completion"]
+
+
+@dataclass(frozen=True, slots=True)
+class PageOp:
+    """One step of paging. ``name`` and ``path`` (absolute) are needed by "stage" only."""
+
+    verb: Literal["stage", "activate", "deactivate", "evict"]
+    load_id: int
+    name: str = ""
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PageResult:
+    """How an operation ended: ``error`` is None when it was done; ``seconds`` is the worker's time."""
+
+    error: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """A load that has left its staging thread; ``size_bytes`` of host memory if ``error`` is None."""
+
+    load_id: int
+    error: str | None
+    seconds: float
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageReport:
+    results: tuple[PageResult, ...]
+    staged: tuple[StageResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What the workers hold: load ids in host memory, per slot, and being staged."""
+
+    host: frozenset[int]
+    slots: tuple[int | None, ...]
+    staging: frozenset[int]
+    in_step_loads: int
+
+
+class EngineDied(Exception):
+    """The engine process is gone; nothing can be served until the server is started again."""
+
+
+class Meter(Protocol):
+    """Told by the engine what a call consumed.
+
+    A call with several prompts runs as several ``part``s; the totals of one part are cumulative.
+    """
+
+    def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None: ...
+
+
+@dataclass(slots=True)
+class Call:
+    """One admitted request on its way through the engine.
+
+    ``model`` is the engine's name for what answers, ``public_model`` the name shown in the answer.
+    ``cache_salt`` separates tenants in the prefix cache (at most 128 characters, none of ``@ / \\``).
+    """
+
+    id: str
+    kind: Kind
+    model: str
+    public_model: str
+    cache_salt: str
+    meter: Meter
+    request_ids: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Either ``body`` (a JSON document) or ``stream`` (SSE chunks, which must be closed)."""
+
+    body: dict[str, Any] | None = None
+    stream: AsyncIterator[str] | None = None
+
+
+_current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("loraplex_call", default=None)
+
+
+class Engine:
+    """A running vLLM engine. Made by ``start``; ``stop`` ends its processes."""
+
+    def __init__(self, llm: Any, state: State, base: BaseModel, max_running: int, max_model_len: int) -> None:
+        self.base = base
+        self.max_running = max_running
+        self.max_model_len = max_model_len
+        self._llm = llm
+        self._state = state
+        self._loads: dict[int, PageOp] = {}
+        self._half_staged: dict[int, list[StageResult]] = {}
+        self._workers = 1
+
+    @classmethod
+    async def start(cls, settings: Settings) -> Engine:
+        """Loads the base model; takes from half a minute (small, CPU) to many minutes (70B).
+
+        Raises ValueError for engine arguments that vLLM does not know or cannot combine.
+        """
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+
+        args, engine_args = _arguments(settings)
+        llm = await asyncio.to_thread(_metered_llm_class().from_engine_args, engine_args)
+        try:
+            state = State()
+            tasks = await llm.get_supported_tasks()
+            if "generate" not in tasks:
+                raise ValueError(f"{settings.model} does not generate text; it supports {', '.join(tasks)}")
+            await init_app_state(llm, state, args, tasks)
+            described = await llm.collective_rpc("loraplex_describe")
+            base = _base_model(settings.served_model_name, described)
+            config = llm.vllm_config
+            engine = cls(
+                llm,
+                state,
+                base,
+                max_running=config.scheduler_config.max_num_seqs,
+                max_model_len=config.model_config.max_model_len,
+            )
+        except BaseException:
+            llm.shutdown()
+            raise
+        engine._workers = len(described)
+        state.openai_serving_models.model_name = _public_name(settings.served_model_name)
+        return engine
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._llm.shutdown, 10.0)
+
+    @property
+    def lora_dtype(self) -> str:
+        """The dtype in which adapters are served: "float32", "float16" or "bfloat16"."""
+        return str(self._llm.vllm_config.lora_config.lora_dtype).removeprefix("torch.")
+
+    async def check(self) -> None:
+        """Raises EngineDied unless the engine process answers; for /ready."""
+        with _engine_errors():
+            await self._llm.check_health()
+
+    async def page(self, ops: Sequence[PageOp]) -> PageReport:
+        """Carries out ``ops`` in order between two engine steps, and collects what has been staged.
+
+        An operation that fails is reported in its result; EngineDied is the only exception.
+        """
+        wire = [(op.verb, op.load_id, op.name, op.path) for op in ops]
+        with _engine_errors():
+            reports = await self._llm.collective_rpc("loraplex_page", args=(wire,))
+        results = []
+        for op, per_worker in zip(ops, zip(*(r["results"] for r in reports), strict=True), strict=True):
+            errors = [error for error, _ in per_worker if error is not None]
+            results.append(PageResult(errors[0] if errors else None, max(s for _, s in per_worker)))
+            self._remember(op, failed=bool(errors))
+        return PageReport(tuple(results), self._whole_stages(reports))
+
+    async def report(self) -> WorkerReport:
+        """The workers' own account. With several workers: host and slots hold what all of them hold."""
+        with _engine_errors():
+            reports = await self._llm.collective_rpc("loraplex_report")
+        first = reports[0]
+        return WorkerReport(
+            host=frozenset.intersection(*(frozenset(r["host"]) for r in reports)),
+            slots=tuple(
+                load if all(load in r["slots"] for r in reports) else None for load in first["slots"]
+            ),
+            staging=frozenset().union(*(r["staging"] for r in reports)),
+            in_step_loads=sum(r["in_step_loads"] for r in reports),
+        )
+
+    def parse(self, kind: Kind, body: dict[str, Any]) -> Any:
+        """``body`` as vLLM's request model. Raises BadRequest naming the field that is wrong."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.exceptions import VLLMValidationError
+
+        model = ChatCompletionRequest if kind == "chat" else CompletionRequest
+        try:
+            return model.model_validate(body)
+        except ValidationError as exc:
+            first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+            param = ".".join(str(part) for part in first["loc"]) or None
+            message = f"{param}: {first['msg']}" if param else first["msg"]
+            raise BadRequest(message, param=param) from exc
+        except VLLMValidationError as exc:
+            raise BadRequest(_message_of(exc), param=exc.parameter) from exc
+        except (ValueError, TypeError, OverflowError) as exc:
+            raise BadRequest(_message_of(exc)) from exc
+
+    def count_prompt(self, text: str) -> int:
+        """A quick estimate of a prompt's tokens, at least 1; the true number comes with the first token."""
+        return max(1, len(text) // 4)
+
+    async def answer(self, call: Call, request: Any) -> Answer:
+        """vLLM's answer to ``request``. The caller closes the stream, or calls ``abort`` if it gives up.
+
+        Raises BadRequest (and its kin) for what vLLM refuses, EngineDied when the engine is gone.
+        """
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+        request.model = call.model
+        request.cache_salt = call.cache_salt
+        request.request_id = call.id
+        token = _current_call.set(call)
+        try:
+            with _request_errors():
+                if call.kind == "chat":
+                    result = await self._state.openai_serving_chat.create_chat_completion(request)
+                else:
+                    result = await self._state.openai_serving_completion.create_completion(request)
+        finally:
+            _current_call.reset(token)
+        if isinstance(result, ErrorResponse):
+            raise _from_vllm(result.error.message, int(result.error.code), result.error.param)
+        if hasattr(result, "model_dump"):
+            return Answer(body=_without_vllm_fields(result.model_dump()))
+        return Answer(stream=result)
+
+    async def abort(self, call: Call) -> None:
+        """Ends what ``call`` still runs in the engine. Safe to call again, and after the end."""
+        for request_id in call.request_ids:
+            self._llm.settle(request_id, call.meter)
+        with contextlib.suppress(Exception):
+            await self._llm.abort(call.request_ids)
+
+    def poll(self, call: Call) -> None:
+        """Tells the call's meter what has been produced so far; for answers that are not streamed."""
+        for request_id in call.request_ids:
+            self._llm.settle(request_id, call.meter)
+
+    def _remember(self, op: PageOp, *, failed: bool) -> None:
+        """Keeps vLLM's table of servable names equal to what is in a slot."""
+        from vllm.lora.request import LoRARequest
+
+        names = self._state.openai_serving_models.lora_requests
+        if op.verb == "stage" and not failed:
+            self._loads[op.load_id] = op
+        elif op.verb == "activate" and not failed:
+            load = self._loads[op.load_id]
+            names[load.name] = LoRARequest(load.name, load.load_id, load.path)
+        elif op.verb in ("deactivate", "evict"):
+            load = self._loads.pop(op.load_id, op) if op.verb == "evict" else self._loads.get(op.load_id, op)
+            served = names.get(load.name)
+            if served is not None and served.lora_int_id == op.load_id:
+                del names[load.name]
+
+    def _whole_stages(self, reports: Sequence[dict[str, Any]]) -> tuple[StageResult, ...]:
+        """A load is staged when every worker has it, and failed when one of them could not."""
+        whole = []
+        for report in reports:
+            for load_id, error, seconds, size in report["staged"]:
+                parts = self._half_staged.setdefault(load_id, [])
+                parts.append(StageResult(load_id, error, seconds, size))
+                if len(parts) == self._workers:
+                    del self._half_staged[load_id]
+                    errors = [part.error for part in parts if part.error is not None]
+                    slowest = max(part.seconds for part in parts)
+                    whole.append(StageResult(load_id, errors[0] if errors else None, slowest, size))
+        return tuple(whole)
+
+
+def _arguments(settings: Settings) -> tuple[Namespace, Any]:
+    """(arguments of vLLM's OpenAI front end, AsyncEngineArgs) for ``settings``."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    ours: dict[str, Any] = {
+        "model": settings.model,
+        "enable_lora": True,
+        "max_loras": settings.gpu_slots,
+        "max_cpu_loras": settings.host_slots,
+        "max_lora_rank": settings.max_lora_rank,
+        "max_model_len": settings.max_model_len,
+        "worker_extension_cls": "adapters.worker.LoraplexWorker",
+    }
+    known = {f.name for f in fields(AsyncEngineArgs)}
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    for name, value in settings.engine_args.items():
+        if name not in known and not hasattr(args, name):
+            close = get_close_matches(name, known | set(vars(args)), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"ENGINE_ARGS: vLLM has no argument {name!r}{hint}")
+        setattr(args, name, value)
+    for name, value in ours.items():
+        setattr(args, name, value)
+    args.served_model_name = [settings.served_model_name]
+    args.enable_log_requests = False
+    engine_args = {name: value for name, value in {**settings.engine_args, **ours}.items() if name in known}
+    return args, AsyncEngineArgs(
+        **engine_args, served_model_name=[settings.served_model_name], enable_log_requests=False
+    )
+
+
+def _base_model(name: str, described: Sequence[dict[str, Any]]) -> BaseModel:
+    """The whole model out of its workers' accounts: pipeline stages each know their own layers."""
+    modules: dict[str, ModuleShape] = {}
+    for one in described:
+        modules.update({module: ModuleShape(*shape) for module, shape in one["modules"].items()})
+    return BaseModel(
+        name=name,
+        modules=dict(sorted(modules.items())),
+        max_lora_rank=described[0]["max_lora_rank"],
+        fused={suffix: tuple(parts) for suffix, parts in described[0]["fused"].items()},
+    )
+
+
+def _public_name(base_name: str) -> Any:
+    """What ``model`` shows in answers: the customer's own name, never the engine's."""
+
+    def model_name(lora_request: Any = None) -> str:
+        call = _current_call.get()
+        return call.public_model if call is not None else base_name
+
+    return model_name
+
+
+def _metered_llm_class() -> Any:
+    """A function, because importing vLLM takes seconds and is not needed to read settings or run the CLI."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    class _MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
+        """AsyncLLM that runs nothing without a call, and tells the call's meter what it produces."""
+
+        def generate(
+            self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
+        ) -> AsyncIterator[Any]:
+            call = _current_call.get()
+            if call is None:
+                raise RuntimeError("the engine was asked to generate outside an admitted call")
+            call.request_ids.append(request_id)
+            stream = super().generate(prompt, sampling_params, request_id, **kwargs)
+            return self._metered(stream, call.meter, request_id)
+
+        @staticmethod
+        async def _metered(stream: AsyncIterator[Any], meter: Meter, part: str) -> AsyncIterator[Any]:
+            # While streaming an output holds what is new; otherwise one output holds everything.
+            produced = 0
+            async for output in stream:
+                produced += sum(len(completion.token_ids) for completion in output.outputs)
+                prompt = len(output.prompt_token_ids or ())
+                meter.progressed(part, prompt, produced, output.num_cached_tokens or 0)
+                yield output
+
+        def settle(self, request_id: str, meter: Meter) -> None:
+            """Counts what is produced but not handed out yet; needed before an abort forgets it."""
+            processor = self.output_processor
+            prompt = produced = 0
+            for internal in processor.external_req_ids.get(request_id, ()):
+                state = processor.request_states.get(internal)
+                if state is not None and state.detokenizer is not None:
+                    prompt = state.prompt_len
+                    produced += state.detokenizer.num_output_tokens()
+            if produced:
+                meter.progressed(request_id, prompt, produced, 0)
+
+    return _MeteredLLM
+
+
+def _without_vllm_fields(body: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's response fields; vLLM adds its own, which are null unless one of its extras was asked for."""
+    for name in (
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "prompt_token_ids",
+        "prompt_logprobs",
+        "metrics",
+    ):
+        if body.get(name) is None:
+            body.pop(name, None)
+    return body
+
+
+def _from_vllm(message: str, status: int, param: str | None) -> ServerError:
+    if status == 503:
+        return Unavailable(message)
+    if status >= 500:
+        return Internal("The engine failed on this request.")
+    return BadRequest(message, param=param)
+
+
+@contextlib.contextmanager
+def _engine_errors() -> Iterator[None]:
+    """For calls about the engine itself: its death is the only thing that can be wrong with them."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as exc:
+        raise EngineDied(str(exc)) from exc
+
+
+@contextlib.contextmanager
+def _request_errors() -> Iterator[None]:
+    """For calls with a client's input: vLLM's exceptions mapped to ours, once, at the boundary."""
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMError
+
+    try:
+        with _engine_errors():
+            yield
+    except (ServerError, EngineDied):
+        raise
+    except GracefulHTTPError as exc:
+        raise Unavailable(str(exc)) from exc
+    except VLLMClientError as exc:
+        raise BadRequest(_message_of(exc), param=getattr(exc, "parameter", None)) from exc
+    except VLLMError as exc:
+        raise Internal("The engine failed on this request.") from exc
+    except (ValueError, TypeError, OverflowError) as exc:
+        raise BadRequest(_message_of(exc)) from exc
+
+
+def _message_of(exc: Exception) -> str:
+    """The message alone: vLLM's ``str()`` appends the rejected value, however long it is."""
+    return str(exc.args[0]) if exc.args else str(exc)
