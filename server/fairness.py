@@ -1,0 +1,264 @@
+"""Who is next: every tenant's waiting requests, and what each tenant has used so far.
+
+The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024).
+A tenant's counter grows by (input tokens + 2 * output tokens) / weight; of the tenants with a request
+that can run now, the one with the lowest counter is next. A tenant that comes back after having had
+nothing queued or running starts at the lowest counter of those that have: being away earns no credit.
+
+A tenant's requests wait in lanes, one per version, in order of arrival. A lane is open while its
+version takes requests (the base model's always is), so a request for an adapter that still has to be
+loaded is overtaken and never stands in another's way.
+
+    Ask        what a caller asks for           Request    one ask on its way, from queue to end
+    Tenant     its counter and its open lanes   FairQueue  all of them; the owner of this state
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+
+from server.ranking import Ranking
+
+INPUT_COST, OUTPUT_COST = 1.0, 2.0
+LOOK_PAST = 16  # tenants looked at for a request small enough to pass one that does not fit
+RECENT_RUNS = 32  # runs of a tenant from which its pace is estimated
+RETRY_SOONEST, RETRY_LATEST = 1.0, 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request as the plan sees it.
+
+    ``version`` is a ``Version.key``, or None for the base model. ``prompt_tokens`` is an estimate,
+    charged when the request runs and corrected as it progresses. ``max_tokens`` bounds the output of
+    each of its ``sequences`` (n times the number of prompts). ``max_queued`` and ``max_running`` are
+    the tenant's own limits in requests and sequences; None leaves the server's.
+    """
+
+    id: str
+    tenant: str
+    version: str | None
+    prompt_tokens: int
+    max_tokens: int
+    sequences: int = 1
+    weight: float = 1.0
+    max_queued: int | None = None
+    max_running: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1 or not self.weight > 0:
+            raise ValueError(f"a request needs a sequence and a positive weight: {self}")
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """One customer's share. ``queued`` counts requests, ``running`` sequences."""
+
+    id: str
+    counter: float = 0.0
+    queued: int = 0
+    running: int = 0
+    queued_since: float = 0.0
+    lanes: Ranking[Lane] = field(default_factory=Ranking)
+    runs: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_RUNS))
+
+    @property
+    def active(self) -> bool:
+        return bool(self.queued or self.running)
+
+    @property
+    def head(self) -> Request | None:
+        """Its next request by arrival, of those whose version takes requests."""
+        lane = self.lanes.first()
+        return None if lane is None else lane.head
+
+    def may_run(self, request: Request) -> bool:
+        """Within the tenant's own limit; a request larger than that runs when nothing else of it does."""
+        limit = request.ask.max_running
+        return limit is None or not self.running or self.running + request.ask.sequences <= limit
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One ask on its way. ``passed_at`` is when a smaller request first ran in its place."""
+
+    ask: Ask
+    tenant: Tenant
+    number: int
+    arrived: float
+    charged: float = 0.0
+    output_tokens: int = 0
+    passed_at: float | None = None
+
+    @property
+    def tokens_left(self) -> int:
+        """The most that it can still produce."""
+        return max(0, self.ask.max_tokens * self.ask.sequences - self.output_tokens)
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One tenant's waiting requests for one version, by arrival."""
+
+    version: str | None
+    tenant: Tenant
+    requests: OrderedDict[int, Request] = field(default_factory=OrderedDict)
+
+    @property
+    def head(self) -> Request:
+        return next(iter(self.requests.values()))
+
+
+class FairQueue:
+    def __init__(self) -> None:
+        self._tenants: dict[str, Tenant] = {}
+        self._lanes: dict[str | None, dict[Tenant, Lane]] = {}
+        self._open: set[str | None] = {None}
+        self._ready: Ranking[Tenant] = Ranking()  # with a request that its own limits let run
+        self._active: Ranking[Tenant] = Ranking()  # with anything queued or running
+        self._level = 0.0  # the counter of the last tenant to leave
+        self._numbers = count(1)
+
+    def push(self, ask: Ask, now: float) -> Request:
+        tenant = self._tenants.get(ask.tenant)
+        if tenant is None:
+            tenant = self._tenants[ask.tenant] = Tenant(ask.tenant)
+        if not tenant.active:
+            lowest = self._active.first()
+            tenant.counter = max(tenant.counter, self._level if lowest is None else lowest.counter)
+        if not tenant.queued:
+            tenant.queued_since = now
+            tenant.runs.clear()
+        request = Request(ask, tenant, next(self._numbers), now)
+        lane = self._lanes.setdefault(ask.version, {}).setdefault(tenant, Lane(ask.version, tenant))
+        lane.requests[request.number] = request
+        tenant.queued += 1
+        self._rank_lane(lane)
+        return request
+
+    def remove(self, request: Request) -> None:
+        """It leaves the queue and will not run."""
+        self._take_out(request)
+        self._rank(request.tenant)
+
+    def start(self, request: Request, now: float) -> None:
+        """It leaves the queue to run. What it is expected to read is charged."""
+        self._take_out(request)
+        request.tenant.running += request.ask.sequences
+        request.tenant.runs.append(now)
+        self.charge(request, request.ask.prompt_tokens, 0)
+
+    def charge(self, request: Request, prompt_tokens: int, output_tokens: int) -> None:
+        """Charge for what it has used in all. What an estimate was too high by pays for later tokens."""
+        cost = INPUT_COST * prompt_tokens + OUTPUT_COST * output_tokens
+        if cost > request.charged:
+            request.tenant.counter += (cost - request.charged) / request.ask.weight
+            request.charged = cost
+        self._rank(request.tenant)
+
+    def end(self, request: Request) -> None:
+        """It was running and is no more."""
+        request.tenant.running -= request.ask.sequences
+        self._rank(request.tenant)
+
+    def gate(self, version: str, is_open: bool) -> None:
+        """Whether requests for ``version`` can run."""
+        if is_open == (version in self._open):
+            return
+        (self._open.add if is_open else self._open.discard)(version)
+        for lane in self._lanes.get(version, {}).values():
+            self._rank_lane(lane)
+
+    def first(self, accept: Callable[[Request], bool] | None = None) -> Request | None:
+        """The request whose turn it is; with ``accept`` the first acceptable one of those leading."""
+        if accept is None:
+            tenant = self._ready.first()
+            return None if tenant is None else tenant.head
+        heads = (tenant.head for tenant in self._ready.leading(LOOK_PAST))
+        return next((head for head in heads if head is not None and accept(head)), None)
+
+    def waits(self, version: str | None) -> bool:
+        return version in self._lanes
+
+    def waiting(self, version: str | None) -> list[Request]:
+        """What waits for ``version``, by arrival."""
+        lanes = self._lanes.get(version, {}).values()
+        return sorted((r for lane in lanes for r in lane.requests.values()), key=lambda r: r.number)
+
+    def queued(self, tenant_id: str) -> int:
+        tenant = self._tenants.get(tenant_id)
+        return 0 if tenant is None else tenant.queued
+
+    def retry_after(self, tenant_id: str, now: float) -> float:
+        """Seconds until what the tenant has queued will have run at its recent pace, 1 to 60.
+
+        While nothing has run yet the guess is that it takes as long again as it took so far.
+        """
+        tenant = self._tenants.get(tenant_id)
+        if tenant is None:
+            return RETRY_SOONEST
+        start = tenant.runs[0] if len(tenant.runs) == RECENT_RUNS else tenant.queued_since
+        backlog = tenant.queued / len(tenant.runs) if tenant.runs else 1.0
+        return min(max((now - start) * backlog, RETRY_SOONEST), RETRY_LATEST)
+
+    def tenants(self) -> Iterator[Tenant]:
+        return iter(self._tenants.values())
+
+    def open_versions(self) -> frozenset[str | None]:
+        return frozenset(self._open)
+
+    def _take_out(self, request: Request) -> None:
+        tenant, version = request.tenant, request.ask.version
+        lanes = self._lanes[version]
+        lane = lanes[tenant]
+        del lane.requests[request.number]
+        tenant.queued -= 1
+        if not lane.requests:
+            del lanes[tenant]
+        if not lanes:
+            del self._lanes[version]
+        self._rank_lane(lane)
+
+    def _rank_lane(self, lane: Lane) -> None:
+        if lane.requests and lane.version in self._open:
+            lane.tenant.lanes.set(lane, lane.head.number)
+        else:
+            lane.tenant.lanes.drop(lane)
+        self._rank(lane.tenant)
+
+    def _rank(self, tenant: Tenant) -> None:
+        head = tenant.head
+        if head is not None and tenant.may_run(head):
+            self._ready.set(tenant, (tenant.counter, head.number))
+        else:
+            self._ready.drop(tenant)
+        if tenant.active:
+            self._active.set(tenant, tenant.counter)
+        elif tenant in self._active:
+            self._active.drop(tenant)
+            self._level = tenant.counter
+
+    def check(self) -> None:
+        """Assert that every index says what the lanes say."""
+        queued = dict.fromkeys(self._tenants.values(), 0)
+        for version, lanes in self._lanes.items():
+            assert lanes, f"no lanes for {version}"
+            for tenant, lane in lanes.items():
+                assert lane.requests, f"empty lane of {tenant.id}"
+                assert list(lane.requests) == sorted(lane.requests)
+                assert (lane in tenant.lanes) == (version in self._open)
+                queued[tenant] += len(lane.requests)
+        for tenant, number in queued.items():
+            assert tenant.queued == number, f"{tenant.id}: {tenant.queued} queued, {number} in lanes"
+            assert tenant.running >= 0
+            assert (tenant in self._active) == tenant.active
+            head = tenant.head
+            ready = head is not None and tenant.may_run(head)
+            assert (tenant in self._ready) == ready
+            if head is not None and ready:
+                assert self._ready.rank(tenant) == (tenant.counter, head.number)
+            if tenant.active:
+                assert self._active.rank(tenant) == tenant.counter

@@ -1,0 +1,135 @@
+"""Two orders that can be changed while they are used, both without scanning.
+
+``Ranking``   members by a rank of their own
+``Turns``     members by tenant: tenants take turns, each sends its longest-waiting member
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from heapq import heapify, heappop, heappush
+from itertools import count
+from typing import Any, Generic, TypeVar
+
+Member = TypeVar("Member", bound=Hashable)
+
+SLACK = 16  # stale entries a heap may carry beside twice its members
+
+
+class Ranking(Generic[Member]):
+    """A priority queue whose members can be ranked anew and dropped, in O(log n) amortised.
+
+    Lowest rank first, equal ranks in the order in which they were set. An entry that was replaced or
+    dropped stays in the heap until it surfaces, or until stale entries outnumber the others.
+    """
+
+    __slots__ = ("_entries", "_heap", "_serial")
+
+    def __init__(self) -> None:
+        self._entries: dict[Member, tuple[Any, int, Member]] = {}
+        self._heap: list[tuple[Any, int, Member]] = []
+        self._serial = count()
+
+    def set(self, member: Member, rank: Any) -> None:
+        old = self._entries.get(member)
+        if old is not None and old[0] == rank:
+            return
+        entry = self._entries[member] = (rank, next(self._serial), member)
+        heappush(self._heap, entry)
+        if len(self._heap) > 2 * len(self._entries) + SLACK:
+            self._heap = list(self._entries.values())
+            heapify(self._heap)
+
+    def drop(self, member: Member) -> None:
+        """Forget ``member``; nothing happens if it is not here."""
+        self._entries.pop(member, None)
+
+    def first(self) -> Member | None:
+        heap, entries = self._heap, self._entries
+        while heap:
+            entry = heap[0]
+            if entries.get(entry[2]) is entry:
+                return entry[2]
+            heappop(heap)
+        return None
+
+    def leading(self, limit: int) -> list[Member]:
+        """The first ``limit`` members, in order."""
+        taken: list[tuple[Any, int, Member]] = []
+        while len(taken) < limit and self.first() is not None:
+            taken.append(heappop(self._heap))
+        for entry in taken:
+            heappush(self._heap, entry)
+        return [member for _, _, member in taken]
+
+    def rank(self, member: Member) -> Any:
+        return self._entries[member][0]
+
+    def __contains__(self, member: object) -> bool:
+        return member in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Ranking({[member for _, _, member in sorted(self._entries.values())]})"
+
+
+class Turns(Generic[Member]):
+    """Who gets the next of something scarce, so that a tenant with many members delays no other.
+
+    A tenant's place is the later of two times: since when its first member waits, and its own last
+    turn. Where every tenant has one member that is simply the longest-waiting one.
+    """
+
+    __slots__ = ("_last", "_lines", "_order", "_serial", "_tenants")
+
+    def __init__(self) -> None:
+        self._lines: dict[str, Ranking[Member]] = {}
+        self._order: Ranking[str] = Ranking()
+        self._tenants: dict[Member, str] = {}
+        self._last: dict[str, tuple[float, int]] = {}
+        self._serial = count(1)
+
+    def add(self, member: Member, tenant: str, since: float) -> None:
+        """Let ``member`` wait; if it does already, nothing changes."""
+        if member in self._tenants:
+            return
+        self._tenants[member] = tenant
+        self._lines.setdefault(tenant, Ranking()).set(member, since)
+        self._rank(tenant)
+
+    def drop(self, member: Member) -> None:
+        """``member`` waits no more; nothing happens if it did not."""
+        tenant = self._tenants.pop(member, None)
+        if tenant is not None:
+            self._lines[tenant].drop(member)
+            self._rank(tenant)
+
+    def take(self, member: Member, now: float) -> None:
+        """``member`` gets what it waits for, which is its tenant's turn."""
+        self._last[self._tenants[member]] = (now, next(self._serial))
+        self.drop(member)
+
+    def first(self) -> Member | None:
+        tenant = self._order.first()
+        return None if tenant is None else self._lines[tenant].first()
+
+    def _rank(self, tenant: str) -> None:
+        line = self._lines[tenant]
+        first = line.first()
+        if first is None:
+            del self._lines[tenant]
+            self._order.drop(tenant)
+            return
+        last, serial = self._last.get(tenant, (float("-inf"), 0))
+        self._order.set(tenant, (max(line.rank(first), last), serial))
+
+    def __contains__(self, member: object) -> bool:
+        return member in self._tenants
+
+    def __len__(self) -> int:
+        return len(self._tenants)
+
+    def __repr__(self) -> str:
+        return f"Turns({self._lines})"
