@@ -1,0 +1,384 @@
+"""Bytes on disk.
+
+    <root>/quarantine/<uuid>/<file>      being received, or on its way out
+    <root>/blobs/<digest>/<file>         committed: written once, read-only, named by its contents
+
+``digest`` is the SHA-256 over the lines ``name size sha256`` of the two files, in the order of their
+names. A folder enters ``blobs`` and leaves it by one rename, so it is whole or not there. Whatever a
+crash leaves behind is in quarantine, or linked by no row of the catalog: ``sweep`` removes both.
+
+All I/O runs in worker threads. A cancelled call waits for its thread before it raises, so nothing is
+written after the folder is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import functools
+import hashlib
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+from weakref import WeakValueDictionary
+
+from adapters.errors import StorageFull, UploadIncomplete, UploadTooLarge, fault
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+
+logger = logging.getLogger(__name__)
+
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
+_BLOCK = 1 << 20
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_PROBE = ".probe-"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class BlobStore:
+    """The folders under ``root``; ``max_bytes`` bounds one upload, both files together.
+
+    One process owns a root: ``sweep`` takes everything in quarantine for abandoned.
+    """
+
+    def __init__(self, root: Path, *, max_bytes: int) -> None:
+        self.root = root.absolute()
+        self.max_bytes = max_bytes
+        self.blobs = self.root / "blobs"
+        self.quarantine = self.root / "quarantine"
+        # One commit or removal of a digest at a time; other digests do not wait for it.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def __repr__(self) -> str:
+        return f"BlobStore({str(self.root)!r}, max_bytes={self.max_bytes})"
+
+    async def open(self) -> None:
+        """Makes the folders; raises OSError where they cannot be written or a rename between them fails."""
+        await _in_thread(self._open)
+
+    def receive(self) -> Incoming:
+        """An upload, to be entered with ``async with``: what is not committed at the end is discarded."""
+        return Incoming(self)
+
+    def path(self, digest: str) -> Path:
+        """The absolute folder of ``digest``, there or not; ValueError for anything but a SHA-256."""
+        if re.fullmatch(r"[0-9a-f]{64}", digest) is None:
+            raise ValueError(f"not a digest: {digest!r}")
+        return self.blobs / digest
+
+    async def exists(self, digest: str) -> bool:
+        return await _in_thread(self.path(digest).is_dir)
+
+    async def remove(self, digest: str) -> None:
+        """Removes the blob, if it is there. The caller knows that nobody links it or is about to."""
+        path = self.path(digest)
+        async with self._lock(digest):
+            await _in_thread(self._remove, path)
+
+    async def sweep(self, linked: Collection[str]) -> list[str]:
+        """At start-up: empties quarantine, removes blobs that are not ``linked``, and returns their names."""
+        return await _in_thread(self._sweep, frozenset(linked))
+
+    async def check(self) -> None:
+        """Whether an upload could be written now; raises StorageFull, or the OSError that says why not."""
+        await _in_thread(self._probe)
+
+    def _lock(self, digest: str) -> asyncio.Lock:
+        return self._locks.setdefault(digest, asyncio.Lock())
+
+    def _open(self) -> None:
+        for folder in (self.root, self.quarantine, self.blobs):
+            folder.mkdir(parents=True, exist_ok=True)
+        _sync_folder(self.root)
+        self._probe()
+
+    def _probe(self) -> None:
+        """Does what an upload does. Only a rename tells whether two folders are on one mount."""
+        with _disk_errors("checking that adapters can be stored"):
+            folder = self.quarantine / uuid.uuid4().hex
+            folder.mkdir()
+            moved = self.blobs / f"{_PROBE}{folder.name}"
+            try:
+                with (folder / CONFIG_FILE).open("wb") as file:
+                    file.write(b"\0")
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.rename(folder, moved)
+            finally:
+                shutil.rmtree(moved, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _sweep(self, linked: frozenset[str]) -> list[str]:
+        with _disk_errors("sweeping the adapter store"):
+            for folder in self.quarantine.iterdir():
+                _discard(folder)
+            removed = []
+            for path in sorted(self.blobs.iterdir()):
+                if path.name.startswith(_PROBE):
+                    _discard(path)
+                elif re.fullmatch(r"[0-9a-f]{64}", path.name) and path.name not in linked:
+                    self._remove(path)
+                    removed.append(path.name)
+            return removed
+
+    def _remove(self, path: Path) -> None:
+        """Out of ``blobs`` by a rename, so that a crash half-way leaves no half blob under its name."""
+        with _disk_errors(f"removing {path.name}"):
+            if not path.exists():
+                return
+            trash = self.quarantine / uuid.uuid4().hex
+            path.chmod(0o755)  # moving a folder rewrites its "..", for which it must be writable
+            os.rename(path, trash)
+            _sync_folder(self.blobs)
+            _discard(trash)
+
+    def _commit(self, folder: Path, digest: str) -> Path:
+        """Moves ``folder`` to its place; where a whole blob is there already, that one is kept."""
+        path = self.path(digest)
+        with _disk_errors(f"committing {digest}"):
+            if path.exists():
+                if _digest_of(path) == digest:
+                    _seal(path)
+                    _sync_folder(self.blobs)
+                    return path
+                logger.warning("blob %s is damaged and replaced by a new upload of the same files", digest)
+                self._remove(path)
+            _sync_folder(folder)
+            os.rename(folder, path)
+            _seal(path)
+            _sync_folder(self.blobs)
+            return path
+
+
+@dataclass(slots=True)
+class _File:
+    """An open file and what went into it. ``waiting`` is not written yet."""
+
+    descriptor: int
+    waiting: bytearray = field(default_factory=bytearray)
+    size: int = 0
+    sha256: Any = field(default_factory=hashlib.sha256)
+
+    def flush(self) -> None:
+        if self.waiting:
+            _write_all(self.descriptor, self.waiting)
+            self.sha256.update(self.waiting)
+            self.waiting = bytearray()
+
+    def close(self) -> None:
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class Incoming:
+    """An upload in quarantine: ``write`` … ``finish``, then, if it is to stay, ``commit``.
+
+    ``path`` is its folder, first in quarantine, after ``commit`` in ``blobs``. ``digest`` is None until
+    ``finish``. One task uses it; the calls do not overlap.
+    """
+
+    def __init__(self, store: BlobStore) -> None:
+        self.path = store.quarantine / uuid.uuid4().hex
+        self.digest: str | None = None
+        self.size_bytes = 0
+        self._store = store
+        self._quarantine = self.path
+        self._files: dict[str, _File] = {}
+
+    def __repr__(self) -> str:
+        state = "committed" if self.path != self._quarantine else "finished" if self.digest else "receiving"
+        return f"Incoming({self.path.name}, {state}, {self.size_bytes} bytes in {sorted(self._files)})"
+
+    async def __aenter__(self) -> Self:
+        try:
+            await _in_thread(self._make)
+        except BaseException:
+            await _in_thread(self._discard)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await _in_thread(self._discard)
+
+    async def write(self, filename: str, chunk: bytes) -> None:
+        """Appends ``chunk`` to one of the two files; about a megabyte is collected before the disk is asked.
+
+        Raises UploadTooLarge, StorageFull, AdapterRejected for a file of another name.
+        """
+        assert self.digest is None, "finished"
+        _check_name(filename)
+        self.size_bytes += len(chunk)
+        if self.size_bytes > self._store.max_bytes:
+            raise UploadTooLarge(
+                f"The upload is larger than {self._store.max_bytes} bytes. Retrain with a smaller r, or ask"
+                " the operator to raise LORAPLEX_MAX_UPLOAD_BYTES."
+            )
+        if filename not in self._files:
+            await _in_thread(self._create, filename)
+        file = self._files[filename]
+        file.size += len(chunk)
+        file.waiting += chunk
+        if len(file.waiting) >= _BLOCK:
+            await _in_thread(self._flush, file)
+
+    async def finish(self) -> str:
+        """Writes out, syncs and closes both files; returns the digest.
+
+        Raises UploadIncomplete, StorageFull.
+        """
+        assert self.digest is None, "finished"
+        missing = [name for name in FILES if name not in self._files]
+        if missing:
+            raise UploadIncomplete(
+                f"The upload lacks {' and '.join(missing)}. Send both files in one request."
+            )
+        await _in_thread(self._finish)
+        self.digest = _digest(
+            {name: (file.size, file.sha256.hexdigest()) for name, file in self._files.items()}
+        )
+        return self.digest
+
+    async def commit(self) -> Path:
+        """Moves the files to their place in ``blobs``, on disk when this returns, and returns the folder.
+
+        Where the same bytes are there already, those are kept. Raises StorageFull. May be repeated.
+        """
+        assert self.digest is not None, "finish comes first"
+        async with self._store._lock(self.digest):
+            self.path = await _in_thread(self._store._commit, self._quarantine, self.digest)
+        return self.path
+
+    def _make(self) -> None:
+        with _disk_errors("starting an upload"):
+            self._quarantine.mkdir()
+
+    def _create(self, filename: str) -> None:
+        with _disk_errors(f"writing {filename}"):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._files[filename] = _File(os.open(self._quarantine / filename, flags, 0o600))
+
+    def _flush(self, file: _File) -> None:
+        with _disk_errors("writing an upload"):
+            file.flush()
+
+    def _finish(self) -> None:
+        with _disk_errors("finishing an upload"):
+            for file in self._files.values():
+                file.flush()
+                if os.fstat(file.descriptor).st_size != file.size:
+                    raise OSError(errno.EIO, "a write before this failed half-way")
+                os.fchmod(file.descriptor, 0o444)
+                os.fsync(file.descriptor)
+                file.close()
+
+    def _discard(self) -> None:
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+        _discard(self._quarantine)
+
+
+async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Runs ``function`` in a worker thread. Cancelled, it waits for the thread to end, then raises.
+
+    Not ``asyncio.to_thread``: its cancelled caller goes on while the thread still writes.
+    """
+    future = asyncio.get_running_loop().run_in_executor(None, functools.partial(function, *args, **kwargs))
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        future.exception()
+        raise cancelled
+    return future.result()
+
+
+@contextlib.contextmanager
+def _disk_errors(doing: str) -> Iterator[None]:
+    """A full disk or quota becomes StorageFull; any other OSError says what was being done."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageFull(
+                "There is no room to store adapters. Remove some, or ask the operator to free space in"
+                " LORAPLEX_DATA_DIR."
+            ) from error
+        error.add_note(f"while {doing}")
+        raise
+
+
+def _check_name(filename: str) -> None:
+    if filename in FILES:
+        return
+    if filename.endswith(_PICKLE_SUFFIXES):
+        raise fault(
+            "weights_not_safetensors", f"The upload holds {filename[:120]!r}, a pickle.", param=filename
+        )
+    raise fault("unexpected_file", f"The upload holds {filename[:120]!r}.")
+
+
+def _write_all(descriptor: int, data: bytearray) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _seal(path: Path) -> None:
+    path.chmod(0o555)
+    _sync_folder(path)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(files: Mapping[str, tuple[int, str]]) -> str:
+    """The digest of an adapter; ``files`` maps a name to its size in bytes and its SHA-256 in hex."""
+    lines = "".join(f"{name} {size} {sha256}\n" for name, (size, sha256) in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _digest_of(folder: Path) -> str | None:
+    """The digest of a committed folder as it is now; None where its files cannot be read."""
+    files = {}
+    try:
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                files[path.name] = (path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    except OSError:
+        logger.warning("blob %s cannot be read", folder.name, exc_info=True)
+        return None
+    return _digest(files)
+
+
+def _discard(folder: Path) -> None:
+    """Best effort: what cannot be removed now is removed by the next sweep."""
+    try:
+        if folder.is_dir() and not folder.is_symlink():
+            folder.chmod(0o700)
+            shutil.rmtree(folder)
+        else:
+            folder.unlink(missing_ok=True)
+    except OSError:
+        logger.warning("could not remove %s", folder, exc_info=True)

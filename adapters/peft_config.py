@@ -1,0 +1,318 @@
+"""``adapter_config.json``: every field PEFT writes is read, known to be harmless, or refused.
+
+A test holds the three lists against the fields of the installed PEFT, so that a new one needs a decision.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import ConfigDict, Field
+
+from adapters import strict_json
+from adapters.errors import AdapterRejected, fault
+from adapters.model import CONFIG_FILE, BaseModel
+from adapters.strict_json import show
+
+MAX_CONFIG_BYTES = 1 << 20
+
+# vLLM compiles every key as a regular expression and looks it up per module, in a cache of 500. Past that
+# each look-up compiles again: 560 keys took 99 s where 400 took 3 s. Half of it, as two are staged at once.
+MAX_PATTERN_KEYS = 250
+
+
+def _is_set(value: Any) -> bool:
+    """PEFT turns a variant on for anything that is not None, also for an empty list or dictionary."""
+    return value is not None and value is not False
+
+
+def _modifies_base(init: Any) -> bool:
+    """vLLM's rule: these initialisations alone leave the base weights as they are."""
+    return isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+
+# field -> (code, when it is refused, why)
+REFUSED: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+    "use_dora": ("dora_unsupported", bool, "DoRA scales the columns of the merged weight"),
+    "bias": ("bias_unsupported", lambda bias: bias != "none", "trained biases are not served"),
+    "lora_bias": ("bias_unsupported", bool, "a bias on lora_B is not served"),
+    "modules_to_save": ("modules_to_save_unsupported", bool, "fully trained layers would be dropped"),
+    "init_lora_weights": (
+        "init_unsupported",
+        _modifies_base,
+        "this initialisation changes the base weights, which are shared here",
+    ),
+    "trainable_token_indices": ("feature_unsupported", bool, "trained token embeddings would be dropped"),
+    "target_parameters": ("feature_unsupported", bool, "adapters on bare parameters are not served"),
+    "layer_replication": (
+        "feature_unsupported",
+        bool,
+        "the base model's layers are shared and stay as they are",
+    ),
+    "ensure_weight_tying": ("feature_unsupported", bool, "tied adapters are not served"),
+    "fan_in_fan_out": ("feature_unsupported", bool, "it belongs to Conv1D layers, which are not served"),
+    "use_qalora": ("feature_unsupported", bool, "QALoRA pools the input of lora_A"),
+    "alora_invocation_tokens": ("feature_unsupported", _is_set, "aLoRA applies to a part of the tokens only"),
+    "use_bdlora": ("feature_unsupported", _is_set, "BD-LoRA stores block-diagonal factors"),
+    "arrow_config": ("feature_unsupported", _is_set, "Arrow routes between several adapters"),
+    "kasa_config": ("feature_unsupported", _is_set, "KaSA truncates the base weights"),
+    "monteclora_config": ("feature_unsupported", _is_set, "Monteclora saves a sampler beside the weights"),
+    "megatron_config": ("feature_unsupported", _is_set, "Megatron's parallel layers have another layout"),
+}
+
+# Training and bookkeeping: a forward pass without gradients is the same with and without them.
+HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "corda_config",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "velora_config",
+    }
+)
+
+Rank = Annotated[int, Field(ge=1)]
+
+
+class PeftConfig(pydantic.BaseModel):
+    """The fields that decide what is served; ``model_extra`` holds the others."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+    r: Rank
+    lora_alpha: float
+    target_modules: list[str] | str | None
+    use_rslora: bool | None = None
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    base_model_name_or_path: str | None = Field(None, max_length=1024)
+    task_type: str | None = Field(None, max_length=64)
+
+    def rank_of(self, module: str) -> int:
+        """The rank PEFT gave ``module``, a name without the ``base_model.model.`` prefix."""
+        return _match(self.rank_pattern or {}, module) or self.r
+
+    def scaling_of(self, module: str) -> float:
+        """What lora_B is multiplied with: alpha / r, with rsLoRA alpha / sqrt(r) (arXiv:2312.03732)."""
+        alpha = _match(self.alpha_pattern or {}, module) or self.lora_alpha
+        rank = self.rank_of(module)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def warnings(self, base: BaseModel, adapted: Collection[str]) -> list[str]:
+        """What is served as it stands but may not be what was meant; ``adapted`` are the module names."""
+        suffixes = {suffix for module in adapted for suffix in _suffixes(module)}
+        return [
+            *self._unknown_fields(),
+            *self._other_base(base),
+            *self._other_task(),
+            *self._risky_init(),
+            *self._without_tensors(suffixes),
+            *self._beyond_targets(adapted),
+            *self._idle_patterns(suffixes),
+            *self._shadowed_patterns(suffixes),
+        ]
+
+    def _unknown_fields(self) -> Iterable[str]:
+        unknown = sorted((self.model_extra or {}).keys() - HARMLESS - REFUSED.keys())
+        if unknown:
+            yield f"{CONFIG_FILE} has fields that PEFT's LoRA does not know, ignored: {_some(unknown)}"
+
+    def _other_base(self, base: BaseModel) -> Iterable[str]:
+        named = self.base_model_name_or_path
+        if named and _last_part(named) != _last_part(base.name):
+            yield f"it names the base model {show(named)}, and {show(base.name)} is served"
+
+    def _other_task(self) -> Iterable[str]:
+        if self.task_type not in (None, "CAUSAL_LM"):
+            yield f"its task_type is {show(self.task_type)}; it is served as CAUSAL_LM"
+
+    def _risky_init(self) -> Iterable[str]:
+        init = (self.model_extra or {}).get("init_lora_weights")
+        if isinstance(init, str) and init.lower() == "lora_ga":
+            yield (
+                "LoRA-GA trains on changed base weights: unless the adapter was converted with"
+                " path_initial_model_for_weight_conversion, it answers differently here, as in PEFT"
+            )
+
+    def _without_tensors(self, suffixes: set[str]) -> Iterable[str]:
+        if isinstance(self.target_modules, list):
+            missing = [name for name in self.target_modules if name not in suffixes]
+            if missing:
+                yield f"target_modules without a tensor, served as the base has them: {_some(missing)}"
+
+    def _beyond_targets(self, adapted: Collection[str]) -> Iterable[str]:
+        if isinstance(self.target_modules, list):
+            targets = set(self.target_modules)
+            beyond = [module for module in adapted if targets.isdisjoint(_suffixes(module))]
+            if beyond:
+                yield f"modules that target_modules does not list, served all the same: {_some(beyond)}"
+
+    def _idle_patterns(self, suffixes: set[str]) -> Iterable[str]:
+        for field in ("rank_pattern", "alpha_pattern"):
+            idle = [key for key in getattr(self, field) or {} if key not in suffixes]
+            if idle:
+                yield f"{field} keys that match no module of the adapter: {_some(idle)}"
+
+    def _shadowed_patterns(self, suffixes: set[str]) -> Iterable[str]:
+        """PEFT sorts the keys when it saves, so the first match may be another one than in training."""
+        for field in ("rank_pattern", "alpha_pattern"):
+            pattern: Mapping[str, float] = getattr(self, field) or {}
+            for key in pattern:
+                longer = next((k for k in suffixes if k in pattern and k.endswith(f".{key}")), None)
+                if longer and pattern[longer] != pattern[key]:
+                    yield (
+                        f"in {field} both {show(key)} ({pattern[key]}) and {show(longer)} ({pattern[longer]})"
+                        " match a module; the first in the file counts, as in PEFT"
+                    )
+                    break
+
+
+def read_config(path: Path, base: BaseModel) -> PeftConfig:
+    """The adapter's configuration; raises AdapterRejected for what ``base`` cannot serve faithfully."""
+    fields = _load(path)
+    _check_type(fields)
+    _check_features(fields)
+    config = _validate(fields)
+    _check_alpha(config)
+    _check_max_rank(config, base)
+    _check_patterns(config, base)
+    return config
+
+
+def _refuse(code: str, message: str) -> AdapterRejected:
+    return fault(code, f"{CONFIG_FILE}: {message}", param=CONFIG_FILE)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        raise _refuse("config_invalid", "the file is missing.") from None
+    if len(data) > MAX_CONFIG_BYTES:
+        raise _refuse("config_invalid", f"it is larger than {MAX_CONFIG_BYTES} bytes.")
+    try:
+        fields = strict_json.loads(data, max_items=100_000)
+    except ValueError as error:
+        raise _refuse("config_invalid", f"it is not valid JSON: {error}.") from None
+    if not isinstance(fields, dict):
+        raise _refuse("config_invalid", f"it must be a JSON object and is {show(fields)}.")
+    return fields
+
+
+def _check_type(fields: Mapping[str, Any]) -> None:
+    if fields.get("peft_type") != "LORA":
+        raise _refuse("not_lora", f"peft_type is {show(fields.get('peft_type'))} instead of 'LORA'.")
+
+
+def _check_features(fields: Mapping[str, Any]) -> None:
+    for field, (code, is_refused, why) in REFUSED.items():
+        if field in fields and is_refused(fields[field]):
+            raise _refuse(code, f"{field} is {show(fields[field])}: {why}.")
+
+
+def _validate(fields: dict[str, Any]) -> PeftConfig:
+    try:
+        return PeftConfig.model_validate(fields)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])[:120]
+        found = "" if first["type"] == "missing" else f", found {show(first['input'])}"
+        raise _refuse("config_invalid", f"{where}: {first['msg']}{found}.") from None
+
+
+def _check_alpha(config: PeftConfig) -> None:
+    alphas = {"lora_alpha": config.lora_alpha}
+    alphas |= {f"alpha_pattern {show(key)}": alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    for name, alpha in alphas.items():
+        if alpha == 0:
+            raise _refuse("alpha_zero", f"{name} is 0.")
+        if alpha < 0:
+            raise _refuse("config_invalid", f"{name} is {alpha} and must be greater than 0.")
+
+
+def _check_max_rank(config: PeftConfig, base: BaseModel) -> None:
+    """As vLLM: the largest rank named anywhere counts, also if no module has it."""
+    ranks = {"r": config.r}
+    ranks |= {f"rank_pattern {show(key)}": rank for key, rank in (config.rank_pattern or {}).items()}
+    name = max(ranks, key=ranks.__getitem__)
+    if ranks[name] > base.max_lora_rank:
+        raise _refuse(
+            "rank_too_large", f"{name} is {show(ranks[name])}, and at most {base.max_lora_rank} is served."
+        )
+
+
+def _check_patterns(config: PeftConfig, base: BaseModel) -> None:
+    fields: dict[str, Mapping[str, float]] = {
+        "rank_pattern": config.rank_pattern or {},
+        "alpha_pattern": config.alpha_pattern or {},
+    }
+    keys = {key: field for field, pattern in fields.items() for key in pattern}
+    if len(keys) > MAX_PATTERN_KEYS:
+        raise _refuse(
+            "pattern_too_long",
+            f"rank_pattern and alpha_pattern have {len(keys)} different keys, and at most {MAX_PATTERN_KEYS}"
+            " are served.",
+        )
+    for key, field in keys.items():
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", key):
+            raise _refuse("pattern_not_literal", f"{field} has the key {show(key)}.")
+    _check_wildcards(keys, base)
+
+
+def _check_wildcards(keys: Mapping[str, str], base: BaseModel) -> None:
+    """A "." in a key is any character to PEFT and vLLM; refused where that reaches another module."""
+    suffixes: dict[int, set[str]] = defaultdict(set)
+    for module in base.modules:
+        for suffix in _suffixes(module):
+            suffixes[len(suffix)].add(suffix)
+    for key, field in keys.items():
+        if "." not in key:
+            continue
+        reads = re.compile(key).fullmatch
+        other = next((suffix for suffix in suffixes[len(key)] if suffix != key and reads(suffix)), None)
+        if other is not None:
+            raise _refuse(
+                "pattern_not_literal", f"{field} has the key {show(key)}, which also matches {show(other)}."
+            )
+
+
+def _match(pattern: Mapping[str, float], module: str) -> Any:
+    """PEFT's ``get_pattern_key`` for literal keys: a suffix at a "." boundary, the first in the file wins."""
+    suffixes = set(_suffixes(module))
+    return next((value for key, value in pattern.items() if key in suffixes), None)
+
+
+def _suffixes(module: str) -> Iterable[str]:
+    """``a.b.c`` -> ``a.b.c``, ``b.c``, ``c``."""
+    yield module
+    while "." in module:
+        module = module.partition(".")[2]
+        yield module
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1].casefold()
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(show(name) for name in names[:5]) + more

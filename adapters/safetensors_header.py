@@ -1,0 +1,146 @@
+"""The header of ``adapter_model.safetensors``, checked in full before a byte of data is mapped.
+
+8 bytes   length of the header, little-endian
+header    {"name": {"dtype", "shape", "data_offsets": [begin, end]}, …, "__metadata__": {str: str}}
+data      the tensors, back to back
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters import strict_json
+from adapters.errors import AdapterRejected, fault
+from adapters.model import WEIGHTS_FILE
+from adapters.strict_json import show
+
+# About 150 bytes a tensor: 16 MiB is room for MAX_TENSORS, a mixture of experts with every expert adapted.
+MAX_HEADER_BYTES = 16 << 20
+MAX_TENSORS = 100_000
+
+# safetensors' name -> (torch's name, bytes per element)
+DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_PROTOCOL = 0x80
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """``dtype`` is torch's name for it, ``begin`` and ``end`` count from the start of the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """The tensors of a safetensors file by name; their bytes tile the rest of the file exactly.
+
+    Raises AdapterRejected: ``weights_invalid``, ``weights_not_safetensors``, ``dtype_unsupported``.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or not 2 <= length <= size - 8 or length > MAX_HEADER_BYTES:
+                raise _no_header(prefix, length, size)
+            data = file.read(length)
+    except FileNotFoundError:
+        raise _invalid("the file is missing.") from None
+    if not data.startswith(b"{"):
+        raise _no_header(prefix, length, size)
+    entries = _parse(data)
+    tensors = {name: _tensor(name, entry) for name, entry in entries.items()}
+    _check_tiling(tensors, size - 8 - length)
+    return tensors
+
+
+def _invalid(message: str) -> AdapterRejected:
+    return fault("weights_invalid", f"{WEIGHTS_FILE}: {message}", param=WEIGHTS_FILE)
+
+
+def _no_header(prefix: bytes, length: int, size: int) -> AdapterRejected:
+    if prefix.startswith(_ZIP_MAGIC) or prefix[:1] == bytes([_PICKLE_PROTOCOL]):
+        return fault(
+            "weights_not_safetensors",
+            f"{WEIGHTS_FILE} is a pickle under another name: it begins with {prefix[:4]!r}.",
+            param=WEIGHTS_FILE,
+        )
+    if len(prefix) < 8:
+        return _invalid(f"it has {size} bytes, and the length of its header alone takes 8.")
+    if length > MAX_HEADER_BYTES:
+        return _invalid(f"its header claims {length} bytes, and at most {MAX_HEADER_BYTES} are read.")
+    if not 2 <= length <= size - 8:
+        return _invalid(f"its header claims {length} bytes of a file of {size}.")
+    return _invalid("its header is not a JSON object.")
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        entries = strict_json.loads(data, max_items=16 * MAX_TENSORS)
+    except ValueError as error:
+        raise _invalid(f"its header is not valid: {error}.") from None
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _invalid("__metadata__ must map strings to strings.")
+    if not 0 < len(entries) <= MAX_TENSORS:
+        raise _invalid(f"it holds {len(entries)} tensors; 1 to {MAX_TENSORS} are read.")
+    return dict(entries)
+
+
+def _tensor(name: str, entry: Any) -> TensorHeader:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _invalid(f"tensor {show(name)} must have exactly dtype, shape and data_offsets.")
+    if not isinstance(entry["dtype"], str):
+        raise _invalid(f"tensor {show(name)} has the dtype {show(entry['dtype'])}.")
+    if entry["dtype"] not in DTYPES:
+        raise fault(
+            "dtype_unsupported",
+            f"{WEIGHTS_FILE}: tensor {show(name)} has dtype {show(entry['dtype'])},"
+            f" and {', '.join(DTYPES)} are served.",
+            param=WEIGHTS_FILE,
+        )
+    dtype, itemsize = DTYPES[entry["dtype"]]
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _are_sizes(shape):
+        raise _invalid(f"tensor {show(name)} has the shape {show(shape)}.")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _invalid(f"tensor {show(name)} has the data_offsets {show(offsets)}.")
+    begin, end = offsets
+    expected = math.prod(shape) * itemsize
+    if end - begin != expected:
+        raise _invalid(
+            f"tensor {show(name)}, {entry['dtype']} of shape {show(shape)}, takes {show(expected)} bytes,"
+            f" and its data_offsets span {end - begin}."
+        )
+    return TensorHeader(dtype, tuple(shape), begin, end)
+
+
+def _are_sizes(values: Any) -> bool:
+    """A list of at most eight integers in 64 bits; JSON's true is no integer."""
+    return (
+        isinstance(values, list)
+        and len(values) <= 8
+        and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+    )
+
+
+def _check_tiling(tensors: dict[str, TensorHeader], data_bytes: int) -> None:
+    at = 0
+    for name, tensor in _by_offset(tensors.items()):
+        if tensor.begin != at:
+            raise _invalid(f"tensor {show(name)} begins at byte {tensor.begin} of the data instead of {at}.")
+        at = tensor.end
+    if at != data_bytes:
+        raise _invalid(f"its tensors take {at} bytes, and the file has {data_bytes} for them.")
+
+
+def _by_offset(tensors: Iterable[tuple[str, TensorHeader]]) -> list[tuple[str, TensorHeader]]:
+    return sorted(tensors, key=lambda item: (item[1].begin, item[1].end))
