@@ -18,7 +18,7 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal, Protocol
 
@@ -251,6 +251,9 @@ class Engine:
         finally:
             _current_call.reset(token)
         if isinstance(result, ErrorResponse):
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError  # vLLM turns it into an error response
             raise _from_vllm(result.error.message, int(result.error.code), result.error.param)
         if hasattr(result, "model_dump"):
             return Answer(body=_without_vllm_fields(result.model_dump()))
@@ -316,20 +319,32 @@ def _arguments(settings: Settings) -> tuple[Namespace, Any]:
     }
     known = {f.name for f in fields(AsyncEngineArgs)}
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    for name, value in settings.engine_args.items():
+    given = dict(settings.engine_args)
+    for name, value in given.items():
         if name not in known and not hasattr(args, name):
             close = get_close_matches(name, known | set(vars(args)), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"ENGINE_ARGS: vLLM has no argument {name!r}{hint}")
+        default = getattr(args, name, None)
+        if isinstance(value, dict) and is_dataclass(default):
+            given[name] = value = _config(name, default, value)
         setattr(args, name, value)
     for name, value in ours.items():
         setattr(args, name, value)
     args.served_model_name = [settings.served_model_name]
     args.enable_log_requests = False
-    engine_args = {name: value for name, value in {**settings.engine_args, **ours}.items() if name in known}
+    engine_args = {name: value for name, value in {**given, **ours}.items() if name in known}
     return args, AsyncEngineArgs(
         **engine_args, served_model_name=[settings.served_model_name], enable_log_requests=False
     )
+
+
+def _config(name: str, default: Any, changes: dict[str, Any]) -> Any:
+    """One of vLLM's config classes with ``changes``; vLLM's complaint becomes a ValueError naming ``name``."""
+    try:
+        return replace(default, **changes)
+    except (ValueError, TypeError) as exc:
+        raise ValueError(f"ENGINE_ARGS: {name}: {exc}") from exc
 
 
 def _base_model(name: str, described: Sequence[dict[str, Any]]) -> BaseModel:

@@ -1,0 +1,127 @@
+"""The command line: ``python -m server serve`` and ``demo``; installed as ``loraplex``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+from rich.console import Console
+
+from server import __version__
+from server.settings import Settings
+
+cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console(stderr=True)
+
+
+@cli.command()
+def serve(
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+) -> None:
+    """Serve the base model and its adapters."""
+    raise SystemExit(_serve(_settings(config)))
+
+
+@cli.command()
+def demo(
+    once: Annotated[bool, typer.Option(help="Stop after the answers.")] = False,
+    port: Annotated[int | None, typer.Option(help="Port to serve on; 8000 if it is free.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for the base model and the demo's data.")] = None,
+) -> None:
+    """Three customers, three adapters, one small model, on this machine."""
+    from server.demo.run import run
+
+    raise SystemExit(run(once=once, port=port, cache=cache))
+
+
+@cli.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def _settings(config: Path | None) -> Settings:
+    try:
+        return Settings.load(config)
+    except FileNotFoundError as exc:
+        console.print(f"[red]{exc}[/red]")
+        raise SystemExit(2) from exc
+    except ValidationError as exc:
+        for error in exc.errors():
+            name = "_".join(str(part) for part in error["loc"]).upper() or "settings"
+            console.print(f"[red]LORAPLEX_{name}[/red]: {error['msg']}")
+        raise SystemExit(2) from exc
+
+
+class _Server(uvicorn.Server):
+    """uvicorn with a drain: on the first signal it goes on listening, not ready, until streams are done."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining is not None or not self.started:
+            super().handle_exit(sig, frame)
+            return
+        asyncio.get_running_loop().call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        from server.app import drain
+
+        try:
+            await drain(self.config.app)  # type: ignore[arg-type]
+        finally:
+            self.should_exit = True
+
+
+def _serve(settings: Settings) -> int:
+    from server import logs
+    from server.app import create_app
+    from server.engine import EngineDied
+
+    logs.configure(settings.log_format, settings.log_level)
+    # vLLM must not ask a hub about a model that is here, nor report usage.
+    if Path(settings.model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    died: list[EngineDied] = []
+
+    def on_death(exc: EngineDied) -> None:
+        died.append(exc)
+        server.should_exit = True
+
+    app = create_app(settings, on_death=on_death)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            loop="uvloop",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=5,
+            server_header=False,
+        )
+    )
+    server.run()
+    return 1 if died or not server.started else 0
+
+
+def main() -> None:
+    """Entry point of the ``loraplex`` script."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    cli()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""``/v1``: what customers call. Thin: authenticate, read, hand over to ``complete``, write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from adapters.errors import AdapterNotFound
+from adapters.model import Adapter
+from server.complete import Completions, LeasedStream, open_completion
+from server.dispatcher import Lease
+from server.engine import Kind
+from server.errors import BadRequest, ModelNotFound
+from server.http import json_object, while_connected
+from server.tenants import Tenant, Tenants
+
+router = APIRouter(prefix="/v1", tags=["inference"])
+
+# vLLM reads these; a tenant must not choose its own place in the queue or in the cache.
+_ENGINE_HEADERS = ("x-vllm-", "x-data-parallel-rank", "x-session-id")
+
+
+class LeasedResponse(StreamingResponse):
+    """SSE that closes its stream whatever happens: read to the end, left by the client, or never begun."""
+
+    def __init__(self, stream: LeasedStream, lease: Lease, log: dict[str, Any]) -> None:
+        super().__init__(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._stream = stream
+        self._lease = lease
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._stream.aclose()
+            self._log |= _usage(self._lease)
+
+
+@router.post("/chat/completions", summary="Chat, answered by the customer's adapter")
+async def chat_completions(request: Request) -> Response:
+    return await _complete(request, "chat")
+
+
+@router.post("/completions", summary="Text completion, by the customer's adapter")
+async def completions(request: Request) -> Response:
+    return await _complete(request, "completion")
+
+
+@router.get("/models", summary="The customer's adapters, and the base model where allowed")
+async def models(request: Request) -> dict[str, Any]:
+    tenant = await _tenant(request)
+    return {"object": "list", "data": await _model_cards(request, tenant)}
+
+
+@router.get("/models/{name:path}", summary="One of them")
+async def model(request: Request, name: str) -> dict[str, Any]:
+    tenant = await _tenant(request)
+    for card in await _model_cards(request, tenant):
+        if card["id"] == name:
+            return card
+    raise ModelNotFound(f"The model `{name}` does not exist.", param="model")
+
+
+async def _complete(request: Request, kind: Kind) -> Response:
+    tenant = await _tenant(request)
+    for header in request.headers:
+        if header.startswith(_ENGINE_HEADERS):
+            raise BadRequest(f"The header {header} is not accepted.", code="unknown_header", param=header)
+    body = await json_object(request, request.app.state.settings.max_body_bytes)
+    service: Completions = request.app.state.completions
+    opened = await while_connected(
+        request, open_completion(service, tenant, kind, body, request.state.request_id)
+    )
+    log: dict[str, Any] = request.state.log
+    log["model"] = opened.model
+    if opened.stream is not None:
+        return LeasedResponse(opened.stream, opened.lease, log)
+    log |= _usage(opened.lease)
+    return JSONResponse(opened.body)
+
+
+async def _tenant(request: Request) -> Tenant:
+    tenants: Tenants = request.app.state.tenants
+    tenant = await tenants.authenticate(
+        request.headers.get("authorization"), request.headers.get("x-customer-id")
+    )
+    request.state.log["tenant"] = tenant.id
+    return tenant
+
+
+async def _model_cards(request: Request, tenant: Tenant) -> list[dict[str, Any]]:
+    state = request.app.state
+    base = state.completions.engine.base.name
+    try:
+        adapters = await state.completions.catalog.adapters(tenant.id)
+    except AdapterNotFound:
+        adapters = []
+    cards = [_card(adapter, base) for adapter in adapters if adapter.live is not None]
+    if tenant.base_allowed:
+        cards.append({"id": base, "object": "model", "created": state.started, "owned_by": "loraplex"})
+    return cards
+
+
+def _card(adapter: Adapter, base: str) -> dict[str, Any]:
+    return {
+        "id": adapter.name,
+        "object": "model",
+        "created": int(adapter.created_at.timestamp()),
+        "owned_by": adapter.tenant,
+        "parent": base,
+    }
+
+
+def _usage(lease: Lease) -> dict[str, Any]:
+    """What the log line says of a request that ran."""
+    return {
+        "version": lease.version.number if lease.version else None,
+        "outcome": lease.outcome,
+        "prompt_tokens": lease.prompt_tokens,
+        "output_tokens": lease.output_tokens,
+    }

@@ -1,0 +1,260 @@
+"""The use case: a completion, top to bottom.
+
+Every refusal happens before the first byte of an answer: an unknown field, an unknown model, a full queue,
+an adapter that cannot be loaded, a prompt that is too long. What comes out is a document or a stream; a
+stream carries its lease and gives it back when it is closed, even if nobody ever read it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adapters.catalog import Catalog
+from adapters.errors import AdapterError, AdapterNotFound
+from adapters.model import Version
+from server.dispatcher import Dispatcher, Lease
+from server.engine import Answer, Call, Engine, EngineDied, Kind
+from server.errors import (
+    BadRequest,
+    Internal,
+    ModelNotFound,
+    ServerError,
+    TooManyRequests,
+    Unavailable,
+    body_of,
+)
+from server.metrics import Metrics, Outcome
+from server.tenants import Tenant
+
+# OpenAI's request fields that the engine honours. Anything else is refused by name: a field that is
+# silently ignored changes the meaning of a request, and vLLM's own extras are the operator's business.
+_SHARED = {
+    "model", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n", "presence_penalty", "seed",
+    "stop", "stream", "stream_options", "temperature", "top_p", "user",
+}  # fmt: skip
+ALLOWED: Mapping[Kind, frozenset[str]] = {
+    "chat": frozenset(
+        _SHARED
+        | {
+            "messages", "max_completion_tokens", "parallel_tool_calls", "reasoning_effort", "response_format",
+            "tool_choice", "tools", "top_logprobs",
+        }
+    ),
+    "completion": frozenset(_SHARED | {"prompt", "echo", "suffix"}),
+}  # fmt: skip
+# OpenAI's fields that say something about OpenAI's service, not about the answer: accepted and dropped.
+DROPPED = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store"})
+RESPONSE_FORMATS = frozenset({"text", "json_object", "json_schema"})
+STREAM_OPTIONS = frozenset({"include_usage", "include_obfuscation"})
+DEFAULT_MODEL = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """What a completion needs; made once by ``create_app``."""
+
+    engine: Engine
+    dispatcher: Dispatcher
+    catalog: Catalog
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """``body`` or ``stream`` is set. ``model`` is the public name of what answered."""
+
+    model: str
+    lease: Lease
+    body: dict[str, Any] | None = None
+    stream: LeasedStream | None = None
+
+
+async def open_completion(
+    service: Completions, tenant: Tenant, kind: Kind, body: dict[str, Any], request_id: str
+) -> Completion:
+    """Answers ``body`` for ``tenant``, or opens the stream that will.
+
+    Raises a ServerError or AdapterError before anything was answered. Cancelling it ends the request in the
+    engine and gives its place back.
+    """
+    try:
+        version, public = await _resolve(service, tenant, body.get("model"))
+        request = service.engine.parse(kind, _allowed(kind, body))
+        sequences, max_tokens = _size(service.engine, kind, body, request)
+        lease = await service.dispatcher.submit(
+            tenant.id,
+            version,
+            prompt_tokens=service.engine.count_prompt(_prompt_text(body)),
+            max_tokens=max_tokens,
+            sequences=sequences,
+            weight=tenant.weight,
+            max_queued=tenant.max_queued,
+            max_running=tenant.max_running,
+        )
+    except (ServerError, AdapterError) as exc:
+        service.metrics.ended(tenant.id, _outcome_of(exc))
+        raise
+    except asyncio.CancelledError:
+        service.metrics.ended(tenant.id, "disconnected")
+        raise
+    call = Call(
+        id=request_id,
+        kind=kind,
+        model=version.key if version else service.engine.base.name,
+        public_model=public,
+        cache_salt=tenant.cache_salt,
+        meter=lease,
+    )
+    return await _run(service.engine, lease, call, request)
+
+
+async def _run(engine: Engine, lease: Lease, call: Call, request: Any) -> Completion:
+    """From here on the lease is ours, so every way out either returns it in the completion or closes it."""
+    lease.abort = lambda: engine.abort(call)
+    lease.streamed = bool(request.stream)
+    if not lease.streamed:
+        lease.poll = lambda: engine.poll(call)
+    try:
+        answer = await engine.answer(call, request)
+        if answer.stream is not None:
+            return Completion(call.public_model, lease, stream=await LeasedStream.opened(answer, lease))
+    except asyncio.CancelledError:
+        await lease.close("disconnected")
+        raise
+    except EngineDied as exc:
+        await lease.close("failed")
+        raise Unavailable("The engine has stopped; the server is restarting.", code="engine_stopped") from exc
+    except BaseException as exc:
+        await lease.close(_outcome_of(exc))
+        raise
+    await lease.close("completed")
+    return Completion(call.public_model, lease, body=answer.body)
+
+
+class LeasedStream:
+    """SSE chunks, and the lease that they are produced with. ``aclose`` is idempotent and always needed."""
+
+    def __init__(self, chunks: AsyncIterator[str], first: str | None, lease: Lease) -> None:
+        self._chunks = chunks
+        self._first = first
+        self._lease = lease
+        self._outcome: Outcome = "disconnected"
+
+    @classmethod
+    async def opened(cls, answer: Answer, lease: Lease) -> LeasedStream:
+        """Waits for the first chunk, so that a request which fails at once gets a status, not a stream."""
+        assert answer.stream is not None
+        first = await anext(answer.stream, None)
+        if first is not None and (error := _error_in(first)) is not None:
+            raise error
+        return cls(answer.stream, first, lease)
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        if self._first is not None:
+            yield self._first
+        async for chunk in self._chunks:
+            error = _error_in(chunk)
+            if error is not None:
+                self._outcome = "failed"
+                yield f"data: {json.dumps(body_of(error))}\n\n"
+            else:
+                yield chunk
+        if self._outcome != "failed":
+            self._outcome = "completed"
+
+    async def aclose(self) -> None:
+        await self._lease.close(self._outcome)
+
+
+async def _resolve(service: Completions, tenant: Tenant, model: Any) -> tuple[Version | None, str]:
+    """(version, public name); the version is None for the base model."""
+    if model is not None and not isinstance(model, str):
+        raise BadRequest("model must be a string", param="model")
+    if model == service.engine.base.name and tenant.base_allowed:
+        return None, model
+    try:
+        version = await service.catalog.resolve(tenant.id, model)
+    except AdapterNotFound as exc:
+        raise ModelNotFound(exc.message, param="model") from exc
+    named = model is not None and model != DEFAULT_MODEL
+    return version, model if named and model is not None else version.adapter
+
+
+def _allowed(kind: Kind, body: dict[str, Any]) -> dict[str, Any]:
+    """``body`` with only what this API means. Raises BadRequest naming the first field that it does not."""
+    for name in body:
+        if name not in ALLOWED[kind] and name not in DROPPED:
+            raise _unknown(name)
+    kept = {name: value for name, value in body.items() if name not in DROPPED}
+    options = kept.get("stream_options")
+    if isinstance(options, dict):
+        for name in options:
+            if name not in STREAM_OPTIONS:
+                raise _unknown(f"stream_options.{name}")
+        kept["stream_options"] = {k: v for k, v in options.items() if k != "include_obfuscation"}
+    wanted = kept.get("response_format")
+    if isinstance(wanted, dict) and wanted.get("type") not in RESPONSE_FORMATS:
+        formats = ", ".join(sorted(RESPONSE_FORMATS))
+        raise BadRequest(f"response_format.type must be one of {formats}", param="response_format")
+    return kept
+
+
+def _unknown(param: str) -> BadRequest:
+    return BadRequest(f"Unrecognized request argument supplied: {param}", code="unknown_field", param=param)
+
+
+def _size(engine: Engine, kind: Kind, body: dict[str, Any], request: Any) -> tuple[int, int]:
+    """(sequences, most output tokens of each). Raises BadRequest when it can never fit."""
+    prompts = 1
+    if kind == "completion" and isinstance(request.prompt, list) and request.prompt:
+        nested = not isinstance(request.prompt[0], int)
+        prompts = len(request.prompt) if nested else 1
+    sequences = (request.n or 1) * prompts
+    if not 1 <= sequences <= engine.max_running:
+        raise BadRequest(f"n times the number of prompts must be from 1 to {engine.max_running}", param="n")
+    if kind == "chat":
+        limit = request.max_completion_tokens or body.get("max_tokens")
+    else:
+        limit = request.max_tokens
+    most = engine.max_model_len
+    return sequences, most if limit is None else max(1, min(limit, most))
+
+
+def _prompt_text(body: dict[str, Any]) -> str:
+    """Text of about the prompt's length; good enough for an estimate, and cheap."""
+    return str(body.get("messages") or body.get("prompt") or "")
+
+
+def _error_in(chunk: str) -> ServerError | None:
+    """vLLM reports an error in a stream as an event of its own, with a number for a code."""
+    if not chunk.startswith('data: {"error"'):
+        return None
+    try:
+        error = json.loads(chunk.removeprefix("data: "))["error"]
+        status, message = int(error["code"]), str(error["message"])
+    except (ValueError, KeyError, TypeError):
+        return Internal("The engine failed on this request.")
+    if status == 503:
+        return Unavailable(message)
+    if status >= 500:
+        return Internal("The engine failed on this request.")
+    return BadRequest(message, param=error.get("param"))
+
+
+def _outcome_of(exc: BaseException) -> Outcome:
+    if isinstance(exc, TooManyRequests):
+        return "refused"
+    if isinstance(exc, Unavailable):
+        return "unavailable"
+    if isinstance(exc, BadRequest | ModelNotFound):
+        return "rejected"
+    return "unavailable" if isinstance(exc, AdapterError) else "failed"
+
+
+def new_request_id() -> str:
+    return secrets.token_hex(16)

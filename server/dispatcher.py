@@ -1,0 +1,466 @@
+"""Effects: carries out what the plan decides, against the engine.
+
+One task, ``_page_forever``, talks to the engine about adapters, so paging operations reach it in the order in
+which the plan decided them; everything else is a plain call on the event loop. A request holds a ``Lease``
+from the moment it may run until its answer is closed:
+
+    lease = await dispatcher.submit(tenant, version, ...)    waits for a slot and a place in the engine
+    ...the engine runs the call, with the lease as its meter...
+    await lease.close()                                      always, once; gives the place back
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from typing import Protocol
+
+from adapters.errors import AdapterUnavailable
+from adapters.model import Tier, Version
+from server.engine import EngineDied, PageOp, PageReport, PageResult, WorkerReport
+from server.errors import TooManyRequests, Unavailable
+from server.metrics import Gauges, Metrics, Outcome
+from server.plan import (
+    Activate,
+    Ask,
+    Deactivate,
+    Effect,
+    Evict,
+    Limits,
+    Plan,
+    Refusal,
+    Refuse,
+    Run,
+    Snapshot,
+    Stage,
+)
+
+logger = logging.getLogger(__name__)
+
+# Each poll is one short call between engine steps; a load takes tens of milliseconds and more.
+STAGE_POLL = 0.005
+RECONCILE_EVERY = 5.0
+METER_POLL = 0.25
+# Tokens between two reports of one request to the plan: fine enough for fairness, cheap enough to stream.
+REPORT_EVERY = 8
+
+
+class Pager(Protocol):
+    """What the dispatcher needs of an engine."""
+
+    async def page(self, ops: Sequence[PageOp]) -> PageReport: ...
+    async def report(self) -> WorkerReport: ...
+
+
+class Lease:
+    """A slot and a place in the engine, and the meter of what was consumed with it.
+
+    Its totals are cumulative: ``prompt_tokens``, ``output_tokens`` and ``cached_tokens`` over all parts.
+    """
+
+    def __init__(
+        self, owner: Dispatcher, id_: str, tenant: str, version: Version | None, since: float
+    ) -> None:
+        self.id = id_
+        self.tenant = tenant
+        self.version = version
+        self.prompt_tokens = 0
+        self.output_tokens = 0
+        self.cached_tokens = 0
+        self.outcome: Outcome = "completed"
+        self.streamed = False
+        self.poll: Callable[[], None] | None = None
+        self.abort: Callable[[], Awaitable[None]] | None = None
+        self._owner = owner
+        self._since = since
+        self._parts: dict[str, tuple[int, int, int]] = {}
+        self._reported = 0
+        self._last_token: float | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        what = self.version.key if self.version else "base"
+        return f"<Lease {self.id} {self.tenant} {what} {self.prompt_tokens}+{self.output_tokens} tokens>"
+
+    def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None:
+        """The engine's report on one part of the call; totals that go backwards are ignored."""
+        prompt, output, cached = self._parts.get(part, (0, 0, 0))
+        if output_tokens < output or (output_tokens == output and prompt_tokens <= prompt):
+            return
+        self._parts[part] = max(prompt, prompt_tokens), output_tokens, max(cached, cached_tokens)
+        self.prompt_tokens += max(0, prompt_tokens - prompt)
+        self.output_tokens += output_tokens - output
+        self.cached_tokens += max(0, cached_tokens - cached)
+        if self.streamed and output_tokens > output:
+            self._time_tokens(output_tokens - output)
+        if self._reported == 0 or self.output_tokens - self._reported >= REPORT_EVERY:
+            self._report()
+
+    async def close(self, outcome: Outcome | None = None) -> None:
+        """Ends the call in the engine if it still runs, then gives slot and place back. Idempotent.
+
+        Runs to its end even if the caller is cancelled meanwhile.
+        """
+        if self._closing is None:
+            if outcome is not None:
+                self.outcome = outcome
+            self._closing = self._owner._keep(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        try:
+            if self.abort is not None and self.outcome != "completed":
+                await self.abort()
+        finally:
+            self._report()
+            self._owner._closed(self)
+
+    def _report(self) -> None:
+        self._reported = self.output_tokens
+        self._owner._progressed(self)
+
+    def _time_tokens(self, new: int) -> None:
+        now = self._owner.now()
+        if self._last_token is None:
+            self._owner.metrics.first_token(self.tenant, now - self._since)
+        else:
+            for _ in range(new):
+                self._owner.metrics.token_gap(self.tenant, (now - self._last_token) / new)
+        self._last_token = now
+
+
+class Dispatcher:
+    """Owns the plan. ``start`` before the first request, ``stop`` after the last."""
+
+    def __init__(
+        self,
+        pager: Pager,
+        limits: Limits,
+        metrics: Metrics,
+        *,
+        on_death: Callable[[EngineDied], None] = lambda _: None,
+    ) -> None:
+        self.metrics = metrics
+        self._pager = pager
+        self._limits = limits
+        self._plan = Plan(limits)
+        self._on_death = on_death
+        self._died: EngineDied | None = None
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._leases: dict[str, Lease] = {}
+        self._versions: dict[str, Version] = {}
+        self._ops: list[PageOp] = []
+        self._staging: set[int] = set()
+        self._wake = asyncio.Event()
+        self._loops: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ids = itertools.count(1)
+        self._in_step_loads = 0
+        self._doubt = False
+
+    def start(self) -> None:
+        self._loops = [
+            asyncio.create_task(self._page_forever(), name="loraplex-pager"),
+            asyncio.create_task(self._poll_forever(), name="loraplex-meter"),
+        ]
+
+    async def stop(self) -> None:
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.gather(*self._loops, *self._tasks, return_exceptions=True)
+
+    def now(self) -> float:
+        """The event loop's clock, so that a simulated loop simulates the plan's time too."""
+        return asyncio.get_running_loop().time()
+
+    async def submit(
+        self,
+        tenant: str,
+        version: Version | None,
+        *,
+        prompt_tokens: int,
+        max_tokens: int,
+        sequences: int = 1,
+        weight: float = 1.0,
+        max_queued: int | None = None,
+        max_running: int | None = None,
+    ) -> Lease:
+        """Waits until the request may run. Raises TooManyRequests, Unavailable or AdapterUnavailable.
+
+        Cancelling the wait takes the request out of the queue; a lease that comes at the same moment is
+        given back.
+        """
+        if self._died is not None:
+            raise Unavailable("The engine has stopped; the server is restarting.", code="engine_stopped")
+        ask = Ask(
+            id=f"{tenant}-{next(self._ids)}",
+            tenant=tenant,
+            version=version.key if version else None,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            sequences=sequences,
+            weight=weight,
+            max_queued=max_queued,
+            max_running=max_running,
+        )
+        if version is not None:
+            self._versions[version.key] = version
+        lease = Lease(self, ask.id, tenant, version, self.now())
+        granted = asyncio.get_running_loop().create_future()
+        self._waiting[ask.id] = granted
+        self._leases[ask.id] = lease
+        try:
+            self._happened(self._plan.submitted(self.now(), ask))
+            await granted
+        except asyncio.CancelledError:
+            self._forget(ask.id)
+            self._happened(self._plan.cancelled(self.now(), ask.id))
+            raise
+        except BaseException:
+            self._forget(ask.id)
+            raise
+        self.metrics.queued(tenant, self.now() - lease._since)
+        return lease
+
+    async def wait_until_idle(self, timeout: float) -> bool:
+        """True once nothing waits or runs; False if that is not so after ``timeout`` seconds."""
+        deadline = self.now() + timeout
+        while self._leases:
+            if self.now() >= deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    def drain(self) -> None:
+        """Refuses what waits and what comes; what runs goes on."""
+        self._happened(self._plan.drain(self.now()))
+
+    def open_leases(self) -> list[Lease]:
+        """What still runs, for closing at the end of a drain."""
+        return [lease for id_, lease in self._leases.items() if id_ not in self._waiting]
+
+    def in_use(self, keys: Collection[str]) -> bool:
+        """True while a request waits for or runs on one of these versions."""
+        return any(lease.version is not None and lease.version.key in keys for lease in self._leases.values())
+
+    def warm(self, version: Version, *, slot: bool) -> None:
+        self._versions[version.key] = version
+        self._happened(self._plan.warm(self.now(), version.key, slot))
+
+    def pin(self, version: Version, pinned: bool) -> None:
+        self._versions[version.key] = version
+        self._happened(self._plan.pin(self.now(), version.key, pinned, version.tenant))
+
+    def retire(self, version: Version) -> None:
+        """A version that no request can name any more: it leaves memory as soon as nothing runs on it."""
+        self._happened(self._plan.retire(self.now(), version.key))
+
+    def snapshot(self) -> Snapshot:
+        return self._plan.snapshot()
+
+    def tier_of(self, version: Version) -> Tier:
+        return self._plan.tier_of(version.key)
+
+    def gauges(self, versions_on_disk: int) -> Gauges:
+        """``versions_on_disk``: all versions of the catalog, resident or not."""
+        snapshot = self.snapshot()
+        gpu = sum(1 for slot in snapshot.slots if slot.version is not None)
+        host = sum(1 for entry in snapshot.host if entry.tier is not Tier.DISK)
+        return Gauges(
+            adapters={
+                Tier.DISK: max(0, versions_on_disk - host),
+                Tier.HOST: max(0, host - gpu),
+                Tier.GPU: gpu,
+            },
+            slots=self._limits.gpu_slots,
+            slots_used=gpu,
+            host_slots=self._limits.host_slots,
+            queued=snapshot.queued,
+            running=snapshot.running,
+            in_step_loads=self._in_step_loads,
+        )
+
+    # --- effects ---------------------------------------------------------------------------------
+
+    def _carry_out(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Stage(version=key, load_id=load_id):
+                    version = self._versions[key]
+                    self._staging.add(load_id)
+                    self._page(PageOp("stage", load_id, key, str(version.path)))
+                case Activate(load_id=load_id):
+                    self._page(PageOp("activate", load_id))
+                case Deactivate(load_id=load_id):
+                    self.metrics.evicted("gpu")
+                    self._page(PageOp("deactivate", load_id))
+                case Evict(load_id=load_id):
+                    self.metrics.evicted("host")
+                    self._staging.discard(load_id)
+                    self._page(PageOp("evict", load_id))
+                case Run(id=id_):
+                    granted = self._waiting.pop(id_)
+                    if not granted.done():  # a cancelled wait gives its place back by itself
+                        granted.set_result(None)
+                case Refuse(id=id_):
+                    granted = self._waiting.pop(id_)
+                    if not granted.done():
+                        granted.set_exception(_refusal(effect))
+
+    def _happened(self, effects: Sequence[Effect]) -> None:
+        """An event from outside the pager's task, which looks anew at what is due."""
+        self._carry_out(effects)
+        self._wake.set()
+
+    def _page(self, op: PageOp) -> None:
+        self._ops.append(op)
+
+    async def _page_forever(self) -> None:
+        reconcile_at = self.now() + RECONCILE_EVERY
+        while True:
+            if not self._ops:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._pause(reconcile_at)):
+                        await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self._page_once()
+                if not self._ops and (self._doubt or self.now() >= reconcile_at):
+                    self._doubt = False
+                    reconcile_at = self.now() + RECONCILE_EVERY
+                    await self._reconcile()
+            except EngineDied as exc:
+                self._give_up(exc)
+                return
+            self._carry_out(self._plan.tick(self.now()))
+
+    async def _poll_forever(self) -> None:
+        """Reads the meters of answers that are not streamed; they report nothing before their end."""
+        while True:
+            await asyncio.sleep(METER_POLL)
+            for lease in list(self._leases.values()):
+                if lease.poll is not None:
+                    lease.poll()
+
+    def _pause(self, reconcile_at: float) -> float:
+        """Seconds until there is something to do without being woken."""
+        if self._staging:
+            return STAGE_POLL
+        deadline = self._plan.next_deadline()
+        due = reconcile_at if deadline is None else min(deadline, reconcile_at)
+        return max(0.001, due - self.now())
+
+    async def _page_once(self) -> None:
+        ops, self._ops = self._ops, []
+        if not ops and not self._staging:
+            return
+        report = await self._pager.page(ops)
+        for op, result in zip(ops, report.results, strict=True):
+            self._paged(op, result)
+        for staged in report.staged:
+            self._staging.discard(staged.load_id)
+            if staged.error is None:
+                self.metrics.staged(staged.seconds)
+                self._carry_out(self._plan.staged(self.now(), staged.load_id, staged.size_bytes))
+            else:
+                self._failed("stage", staged.load_id, staged.error)
+
+    def _paged(self, op: PageOp, result: PageResult) -> None:
+        if op.verb == "activate":
+            if result.error is None:
+                self.metrics.activated(result.seconds)
+                self._carry_out(self._plan.activated(self.now(), op.load_id))
+            else:
+                self._failed("activate", op.load_id, result.error)
+        elif result.error is not None:
+            if op.verb == "stage":
+                self._staging.discard(op.load_id)
+                self._failed("stage", op.load_id, result.error)
+            else:
+                logger.error("%s of load %d failed: %s", op.verb, op.load_id, result.error)
+                self._doubt = True
+
+    def _failed(self, step: str, load_id: int, error: str) -> None:
+        logger.error("%s of load %d failed: %s", step, load_id, error)
+        self._doubt = True
+        if step == "stage":
+            self.metrics.load_failed("stage")
+            self._carry_out(self._plan.stage_failed(self.now(), load_id, error))
+        else:
+            self.metrics.load_failed("activate")
+            self._carry_out(self._plan.activation_failed(self.now(), load_id, error))
+
+    async def _reconcile(self) -> None:
+        """Compares what the plan believes with what the worker holds; the worker is right."""
+        self._plan.check()
+        believed = {entry.load_id for entry in self._plan.snapshot().host}
+        report = await self._pager.report()
+        self._in_step_loads = report.in_step_loads
+        if self._ops:
+            return  # the plan moved on meanwhile; there is another look in a few seconds
+        for load_id in believed - report.host - self._staging:
+            logger.error("load %d is gone from the engine", load_id)
+            self._carry_out(self._plan.lost(self.now(), load_id))
+        for load_id in report.host - believed - self._staging:
+            logger.error("load %d is in the engine, but nobody knows it", load_id)
+            self._page(PageOp("evict", load_id))
+        needed = self._plan.known_versions()
+        self._versions = {key: v for key, v in self._versions.items() if key in needed}
+
+    def _give_up(self, exc: EngineDied) -> None:
+        self._died = exc
+        logger.critical("the engine died: %s", exc)
+        for granted in self._waiting.values():
+            if not granted.done():
+                granted.set_exception(Unavailable("The engine has stopped.", code="engine_stopped"))
+        self._waiting.clear()
+        self._on_death(exc)
+
+    # --- what leases tell ------------------------------------------------------------------------
+
+    def _progressed(self, lease: Lease) -> None:
+        if lease.id in self._leases:
+            effects = self._plan.progressed(self.now(), lease.id, lease.prompt_tokens, lease.output_tokens)
+            if effects:
+                self._happened(effects)
+
+    def _closed(self, lease: Lease) -> None:
+        self._forget(lease.id)
+        self.metrics.ended(
+            lease.tenant, lease.outcome, lease.prompt_tokens, lease.cached_tokens, lease.output_tokens
+        )
+        self._happened(self._plan.finished(self.now(), lease.id))
+
+    def _forget(self, id_: str) -> None:
+        self._waiting.pop(id_, None)
+        self._leases.pop(id_, None)
+
+    def _keep(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """A task that nobody but this dispatcher needs to hold on to."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _refusal(refuse: Refuse) -> Exception:
+    match refuse.reason:
+        case Refusal.QUEUE_FULL:
+            return TooManyRequests(
+                "Too many of your requests are waiting already; send the next ones later.",
+                code="rate_limit_exceeded",
+                retry_after=refuse.retry_after,
+            )
+        case Refusal.QUEUE_TIMEOUT:
+            return Unavailable(
+                "The server is too busy: the request waited too long for its turn.",
+                code="queue_timeout",
+                retry_after=refuse.retry_after,
+            )
+        case Refusal.ADAPTER_UNAVAILABLE:
+            return AdapterUnavailable("The adapter could not be loaded; try again in a moment.")
+        case Refusal.DRAINING:
+            return Unavailable("The server is shutting down.", code="shutting_down", retry_after=5)

@@ -1,0 +1,176 @@
+"""What every route shares: request ids, the access log line, error bodies, bodies with a size limit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, NoReturn, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapters.errors import AdapterError, UploadTooLarge
+from server.complete import new_request_id
+from server.errors import BadRequest, Internal, ServerError, body_of, envelope, headers_of, status_of
+
+logger = logging.getLogger("loraplex.access")
+T = TypeVar("T")
+
+# nginx's status for a client that left; nobody reads it, but it is counted and logged.
+CLIENT_LEFT = 499
+_CLIENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class ClientLeft(Exception):
+    """The client hung up before there was an answer."""
+
+
+class RequestContext:
+    """ASGI middleware: an id of our own for every request, and one log line when it is over.
+
+    A client's ``X-Request-Id`` is echoed, never used.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        request_id = new_request_id()
+        shown = _client_id(scope) or request_id
+        log: dict[str, Any] = {"request_id": request_id}
+        scope.setdefault("state", {}).update(request_id=request_id, log=log)
+        status = 0
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", shown.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tagged)
+        finally:
+            log |= {"status": status, "seconds": round(time.monotonic() - started, 4)}
+            logger.info("%s %s", scope["method"], _matched_path(scope), extra=log)
+
+
+def _client_id(scope: Scope) -> str | None:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            text = value.decode("latin-1")
+            return text if _CLIENT_ID.fullmatch(text) else None
+    return None
+
+
+def _matched_path(scope: Scope) -> str:
+    """The route's template rather than the URL: bounded, and without anything a client made up."""
+    route = scope.get("route")
+    return getattr(route, "path", "(no route)")
+
+
+async def limited_body(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """The body in chunks. Raises UploadTooLarge past ``limit`` bytes, before they are all received."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise UploadTooLarge(
+            f"The body is larger than the {limit} bytes that are allowed.", code="body_too_large"
+        )
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > limit:
+            raise UploadTooLarge(
+                f"The body is larger than the {limit} bytes that are allowed.", code="body_too_large"
+            )
+        yield chunk
+
+
+async def json_object(request: Request, limit: int) -> dict[str, Any]:
+    """The body as a JSON object. Raises BadRequest or UploadTooLarge."""
+    raw = b"".join([chunk async for chunk in limited_body(request, limit)])
+    try:
+        body = json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as exc:
+        raise BadRequest(f"The body is not valid JSON: {str(exc)[:200]}", code="invalid_json") from exc
+    if not isinstance(body, dict):
+        raise BadRequest("The body must be a JSON object.", code="invalid_json")
+    return body
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """``work``'s result; when the client hangs up first, ``work`` is cancelled and ClientLeft raised.
+
+    The body must have been read: all that can still come from the client is its leaving.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled() and task.exception() is None:
+            return task.result()
+        raise ClientLeft
+    finally:
+        watcher.cancel()
+        task.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Every error leaves in OpenAI's shape, whoever raised it."""
+
+    async def on_known(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, ServerError | AdapterError)
+        request.state.log["code"] = exc.code
+        return JSONResponse(body_of(exc), status_of(exc)[0], headers_of(exc))
+
+    async def on_invalid(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, RequestValidationError)
+        first = exc.errors()[0]
+        param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        message = f"{param}: {first['msg']}" if param else first["msg"]
+        return JSONResponse(envelope(message, "invalid_request_error", "invalid_request", param), 422)
+
+    async def on_http(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, HTTPException)
+        code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, "invalid_request")
+        message = f"{exc.detail}: {request.method} {request.url.path}"
+        body = envelope(message, "invalid_request_error", code)
+        return JSONResponse(body, exc.status_code, dict(exc.headers or {}))
+
+    async def on_left(request: Request, exc: Exception) -> Response:
+        return Response(status_code=CLIENT_LEFT)
+
+    async def on_unknown(request: Request, exc: Exception) -> Response:
+        logger.error("request failed", exc_info=exc, extra={"request_id": request.state.request_id})
+        return JSONResponse(body_of(Internal("The server failed on this request.")), 500)
+
+    app.add_exception_handler(ServerError, on_known)
+    app.add_exception_handler(AdapterError, on_known)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(ClientLeft, on_left)
+    app.add_exception_handler(Exception, on_unknown)

@@ -1,0 +1,34 @@
+"""Structured log lines. They carry ids, tenants, adapters and counts, never prompts, answers or keys."""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+from typing import Literal
+
+_FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+def configure(form: Literal["json", "text"], level: str) -> None:
+    """One handler on stderr for everything of this process; uvicorn's access log is replaced by ours."""
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {
+                "json": {
+                    "()": "pythonjsonlogger.json.JsonFormatter",
+                    "fmt": _FIELDS,
+                    "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"},
+                },
+                "text": {"format": _FIELDS},
+            },
+            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": form}},
+            "root": {"handlers": ["stderr"], "level": level.upper()},
+            "loggers": {
+                "uvicorn": {"level": "WARNING"},
+                "uvicorn.access": {"level": "CRITICAL"},
+                "alembic": {"level": "WARNING"},
+            },
+        }
+    )

@@ -1,0 +1,189 @@
+"""What Prometheus sees: the only file that imports prometheus_client.
+
+Counters and histograms are written where things happen; gauges are read from the dispatcher's state at
+scrape time, so they can never drift from it. vLLM's own metrics live in the default registry and are
+served from the same page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+)
+from prometheus_client import generate_latest as _generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+# A creation time beside every counter says nothing here and makes the page a third longer.
+disable_created_metrics()
+
+Outcome = Literal["completed", "disconnected", "rejected", "refused", "unavailable", "failed", "cut"]
+
+_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKEN_GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """The server's state at one moment. ``adapters`` counts versions by tier, disk meaning on disk alone."""
+
+    adapters: Mapping[str, int]
+    slots: int
+    slots_used: int
+    host_slots: int
+    queued: Mapping[str, int]
+    running: Mapping[str, int]
+    in_step_loads: int
+
+
+class Metrics:
+    """One server's metrics. ``tenants`` bounds the label values; tenants beyond it share ``other``."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, *, tenants: int = 100) -> None:
+        self._limit = tenants
+        self._labels: set[str] = set()
+        self._registry = CollectorRegistry()
+        r = self._registry
+        self._requests = Counter(
+            "loraplex_requests", "Inference requests, by how they ended.", ["tenant", "outcome"], registry=r
+        )
+        self._prompt_tokens = Counter(
+            "loraplex_prompt_tokens", "Prompt tokens of requests that ran.", ["tenant"], registry=r
+        )
+        self._cached_tokens = Counter(
+            "loraplex_cached_tokens", "Prompt tokens found in the prefix cache.", ["tenant"], registry=r
+        )
+        self._output_tokens = Counter(
+            "loraplex_output_tokens",
+            "Output tokens produced, also for clients that left.",
+            ["tenant"],
+            registry=r,
+        )
+        self._ttft = Histogram(
+            "loraplex_time_to_first_token_seconds",
+            "From arrival to the first token of a streamed answer.",
+            ["tenant"],
+            buckets=_LATENCY,
+            registry=r,
+        )
+        self._itl = Histogram(
+            "loraplex_inter_token_latency_seconds",
+            "Between two tokens of a streamed answer.",
+            ["tenant"],
+            buckets=_TOKEN_GAP,
+            registry=r,
+        )
+        self._queue = Histogram(
+            "loraplex_queue_seconds",
+            "From arrival until the engine took the request.",
+            ["tenant"],
+            buckets=_LATENCY,
+            registry=r,
+        )
+        self._stage = Histogram(
+            "loraplex_stage_seconds", "Disk to host memory.", buckets=_LATENCY, registry=r
+        )
+        self._activate = Histogram(
+            "loraplex_activation_seconds", "Host memory to a slot.", buckets=_LATENCY, registry=r
+        )
+        self._evictions = Counter("loraplex_evictions", "Adapters moved out of a tier.", ["tier"], registry=r)
+        self._failures = Counter(
+            "loraplex_load_failures", "Loads that failed, by step.", ["step"], registry=r
+        )
+
+    def label(self, tenant: str) -> str:
+        if tenant in self._labels:
+            return tenant
+        if len(self._labels) < self._limit:
+            self._labels.add(tenant)
+            return tenant
+        return OTHER
+
+    def watch(self, gauges: Callable[[], Gauges]) -> None:
+        """``gauges`` is called at every scrape."""
+        self._registry.register(_State(gauges, self.label))
+
+    def queued(self, tenant: str, seconds: float) -> None:
+        self._queue.labels(self.label(tenant)).observe(seconds)
+
+    def first_token(self, tenant: str, seconds: float) -> None:
+        self._ttft.labels(self.label(tenant)).observe(seconds)
+
+    def token_gap(self, tenant: str, seconds: float) -> None:
+        self._itl.labels(self.label(tenant)).observe(seconds)
+
+    def ended(self, tenant: str, outcome: Outcome, prompt: int = 0, cached: int = 0, output: int = 0) -> None:
+        label = self.label(tenant)
+        self._requests.labels(label, outcome).inc()
+        self._prompt_tokens.labels(label).inc(prompt)
+        self._cached_tokens.labels(label).inc(cached)
+        self._output_tokens.labels(label).inc(output)
+
+    def staged(self, seconds: float) -> None:
+        self._stage.observe(seconds)
+
+    def activated(self, seconds: float) -> None:
+        self._activate.observe(seconds)
+
+    def evicted(self, tier: Literal["gpu", "host"]) -> None:
+        self._evictions.labels(tier).inc()
+
+    def load_failed(self, step: Literal["stage", "activate"]) -> None:
+        self._failures.labels(step).inc()
+
+    def render(self) -> bytes:
+        """The text exposition: ours, then what vLLM keeps in the default registry."""
+        return _generate_latest(self._registry) + _generate_latest(REGISTRY)
+
+
+class _State(Collector):
+    def __init__(self, gauges: Callable[[], Gauges], label: Callable[[str], str]) -> None:
+        self._gauges = gauges
+        self._label = label
+
+    def describe(self) -> Iterator[GaugeMetricFamily]:
+        """Empty: registering must not read a state that is not complete yet."""
+        return iter(())
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        now = self._gauges()
+        adapters = GaugeMetricFamily("loraplex_adapters", "Adapter versions by tier.", labels=["tier"])
+        for tier, count in now.adapters.items():
+            adapters.add_metric([tier], count)
+        yield adapters
+        yield GaugeMetricFamily("loraplex_gpu_slots", "Slots there are.", value=now.slots)
+        yield GaugeMetricFamily(
+            "loraplex_gpu_slots_used", "Slots that hold an adapter.", value=now.slots_used
+        )
+        yield GaugeMetricFamily(
+            "loraplex_host_slots", "Adapters that fit in host memory.", value=now.host_slots
+        )
+        yield GaugeMetricFamily(
+            "loraplex_in_step_loads",
+            "Adapters loaded inside an engine step; anything but 0 is a defect.",
+            value=now.in_step_loads,
+        )
+        yield self._by_tenant("loraplex_queue_depth", "Waiting requests.", now.queued)
+        yield self._by_tenant("loraplex_running", "Requests in the engine.", now.running)
+
+    def _by_tenant(self, name: str, help_: str, counts: Mapping[str, int]) -> GaugeMetricFamily:
+        summed: dict[str, int] = {}
+        for tenant, count in counts.items():
+            label = self._label(tenant)
+            summed[label] = summed.get(label, 0) + count
+        family = GaugeMetricFamily(name, help_, labels=["tenant"])
+        for label, count in summed.items():
+            family.add_metric([label], count)
+        return family
