@@ -1,0 +1,58 @@
+"""The real engine, started once per run, and adapters made for it by PEFT."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from server.app import create_app
+from server.demo.base import cache_folder, prepare
+from server.settings import Settings
+from tests.engine.reference import Reference
+from tests.site import ADMIN_KEY, SERVICE_KEY, Site, serving
+
+GPU_SLOTS = 8
+HOST_SLOTS = 16
+
+
+@pytest.fixture(scope="session")
+def base_dir() -> Path:
+    return prepare(cache_folder())
+
+
+@pytest.fixture(scope="session")
+def reference(base_dir: Path) -> Reference:
+    return Reference(base_dir)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def site(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    settings = Settings(
+        model=str(base_dir),
+        data_dir=tmp_path_factory.mktemp("data"),
+        admin_key=ADMIN_KEY,
+        service_key=SERVICE_KEY,
+        gpu_slots=GPU_SLOTS,
+        host_slots=HOST_SLOTS,
+        max_lora_rank=64,
+        max_model_len=1024,
+        engine_args={
+            "dtype": "float32",
+            "max_num_seqs": 16,
+            # A random adapter would fill a JSON document with blanks.
+            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        },
+        log_format="text",
+        log_level="warning",
+    )
+    async with serving(create_app(settings)) as site:
+        yield site

@@ -1,0 +1,114 @@
+"""Fifty customers, each with an adapter of the same name, through eight slots: every answer is their own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from pathlib import Path
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from tests.engine.conftest import HOST_SLOTS
+from tests.engine.reference import ATTENTION, MLP, Answer, Reference, Spec
+from tests.site import Site
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
+
+CUSTOMERS = 50
+LENGTH = 16
+PROMPT = "What should I do when my parcel has not arrived?"
+TOLERANCE = 1e-2
+
+TARGETS = (("q_proj", "v_proj"), ATTENTION, MLP, ("q_proj", "down_proj"))
+
+
+def specs() -> list[Spec]:
+    kinds = itertools.cycle(itertools.product((8, 16, 32, 64), TARGETS))
+    return [
+        Spec(seed=i, rank=rank, targets=targets, alpha=16 + i % 3 * 8, rslora=i % 7 == 0)
+        for i, (rank, targets) in zip(range(CUSTOMERS), kinds, strict=False)
+    ]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def customers(
+    site: Site, reference: Reference, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[str, Path]]:
+    """tenant -> (key, adapter folder)."""
+    root = tmp_path_factory.mktemp("adapters")
+    made = {}
+    for i, spec in enumerate(specs()):
+        folder = await asyncio.to_thread(reference.make, spec, root / str(i))
+        tenant = f"customer-{i}"
+        made[tenant] = await site.tenant(tenant, {"support": folder}), folder
+    return made
+
+
+async def answer(site: Site, key: str) -> Answer:
+    response = await site.chat(
+        key, PROMPT, model="support", max_tokens=LENGTH, temperature=0, logprobs=True, top_logprobs=1
+    )
+    assert response.status_code == 200, response.text
+    content = response.json()["choices"][0]["logprobs"]["content"]
+    return Answer(tuple(t["token"] for t in content), tuple(t["logprob"] for t in content))
+
+
+async def check(reference: Reference, folder: Path, got: Answer) -> None:
+    """``got`` is the greedy answer of PEFT's adapter, token by token and within the tolerance."""
+    want = await asyncio.to_thread(reference.score, folder, reference.chat_ids(PROMPT), got.tokens)
+    assert got.tokens == want.tokens, folder
+    assert got.log_probs == pytest.approx(want.log_probs, abs=TOLERANCE), folder
+
+
+def engine_memory() -> int:
+    """Unique bytes of the engine's processes, which are this process's children."""
+    return sum(p.memory_full_info().uss for p in psutil.Process().children(recursive=True))
+
+
+async def test_every_answer_is_the_customers_own(
+    site: Site, reference: Reference, customers: dict[str, tuple[str, Path]]
+) -> None:
+    engine = site.app.state.engine
+    start = engine_memory()
+    order = list(customers) * 2
+    random.Random(1).shuffle(order)
+    room = asyncio.Semaphore(16)
+
+    async def ask(tenant: str) -> tuple[str, Answer]:
+        async with room:
+            return tenant, await answer(site, customers[tenant][0])
+
+    answers = await asyncio.gather(*(ask(tenant) for tenant in order))
+    grown = engine_memory() - start
+
+    first = dict(answers)
+    assert len({got.tokens for got in first.values()}) > CUSTOMERS * 0.8
+    for tenant, (_, folder) in customers.items():
+        await check(reference, folder, first[tenant])
+    for tenant, got in answers:
+        assert got.tokens == first[tenant].tokens, tenant
+        assert got.log_probs == pytest.approx(first[tenant].log_probs, abs=TOLERANCE), tenant
+
+    report = await engine.report()
+    assert report.in_step_loads == 0
+    assert len(report.host) <= HOST_SLOTS
+    largest = max(_bytes(folder) for _, folder in customers.values())
+    assert grown <= HOST_SLOTS * largest * 1.5, f"{grown / 1e6:.0f} MB for adapters of {largest / 1e6:.0f} MB"
+
+
+async def test_same_prompt_and_name_of_two_tenants_differ_with_prefix_caching(
+    site: Site, reference: Reference, customers: dict[str, tuple[str, Path]]
+) -> None:
+    (first, first_dir), (second, second_dir) = customers["customer-1"], customers["customer-2"]
+    # Twice each and interleaved, so that the second time comes out of the prefix cache.
+    answers = [await answer(site, key) for key in (first, second, first, second)]
+    for got, folder in zip(answers, (first_dir, second_dir) * 2, strict=True):
+        await check(reference, folder, got)
+    assert answers[0].tokens != answers[1].tokens
+
+
+def _bytes(folder: Path) -> int:
+    return (folder / "adapter_model.safetensors").stat().st_size

@@ -1,0 +1,76 @@
+"""A served app for tests: a real uvicorn on a free port of 127.0.0.1, in the test's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+from fastapi import FastAPI
+
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+
+ADMIN_KEY = "admin-key-of-the-tests"
+SERVICE_KEY = "service-key-of-the-tests"
+
+
+@dataclass(frozen=True)
+class Site:
+    """``admin`` is authenticated as the operator, ``http`` is not authenticated at all."""
+
+    app: FastAPI
+    url: str
+    admin: httpx.AsyncClient
+    http: httpx.AsyncClient
+
+    async def tenant(self, id_: str, adapters: Mapping[str, Path] | None = None, **fields: Any) -> str:
+        """Makes a tenant with these adapters, uploaded in order; returns its key."""
+        made = await self.admin.post("/admin/v1/tenants", json={"id": id_, **fields})
+        assert made.status_code == 201, made.text
+        for name, folder in (adapters or {}).items():
+            uploaded = await self.upload(id_, name, folder)
+            assert uploaded.status_code == 201, uploaded.text
+        key = await self.admin.post(f"/admin/v1/tenants/{id_}/keys", json={})
+        return str(key.json()["key"])
+
+    async def upload(self, tenant: str, name: str, folder: Path) -> httpx.Response:
+        files = {n: (folder / n).read_bytes() for n in (CONFIG_FILE, WEIGHTS_FILE)}
+        return await self.admin.post(f"/admin/v1/tenants/{tenant}/adapters/{name}/versions", files=files)
+
+    def openai(self, key: str, **options: Any) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+
+    async def chat(self, key: str, text: str, **fields: Any) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": text}], **fields}
+        return await self.http.post("/v1/chat/completions", json=body, headers=bearer(key))
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@asynccontextmanager
+async def serving(app: FastAPI) -> AsyncIterator[Site]:
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="on"))
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        if task.done():
+            task.result()
+            raise RuntimeError("the server did not start")
+        await asyncio.sleep(0.02)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with (
+        httpx.AsyncClient(base_url=url, headers=bearer(ADMIN_KEY), timeout=120) as admin,
+        httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http,
+    ):
+        yield Site(app, url, admin, http)
+    server.should_exit = True
+    await task
