@@ -217,10 +217,9 @@ def _size(engine: Engine, kind: Kind, body: dict[str, Any], request: Any) -> tup
     sequences = (request.n or 1) * prompts
     if not 1 <= sequences <= engine.max_running:
         raise BadRequest(f"n times the number of prompts must be from 1 to {engine.max_running}", param="n")
-    if kind == "chat":
-        limit = request.max_completion_tokens or body.get("max_tokens")
-    else:
-        limit = request.max_tokens
+    # From the body where it can be: reading chat's deprecated max_tokens warns on every request.
+    chat = kind == "chat"
+    limit = (body.get("max_completion_tokens") or body.get("max_tokens")) if chat else request.max_tokens
     most = engine.max_model_len
     return sequences, most if limit is None else max(1, min(limit, most))
 

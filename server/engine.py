@@ -139,6 +139,8 @@ class Engine:
         Raises ValueError for engine arguments that vLLM does not know or cannot combine.
         """
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # We stop the engine when nothing runs any more, so its workers have nothing to finish.
+        os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
         args, engine_args = _arguments(settings)
@@ -167,7 +169,7 @@ class Engine:
         return engine
 
     async def stop(self) -> None:
-        await asyncio.to_thread(self._llm.shutdown, 10.0)
+        await asyncio.to_thread(self._llm.shutdown, 15.0)
 
     @property
     def lora_dtype(self) -> str:
@@ -340,7 +342,7 @@ def _arguments(settings: Settings) -> tuple[Namespace, Any]:
 
 
 def _config(name: str, default: Any, changes: dict[str, Any]) -> Any:
-    """One of vLLM's config classes with ``changes``; vLLM's complaint becomes a ValueError naming ``name``."""
+    """One of vLLM's config classes with ``changes``; what vLLM complains of becomes a ValueError."""
     try:
         return replace(default, **changes)
     except (ValueError, TypeError) as exc:
