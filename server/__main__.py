@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -47,7 +48,18 @@ def version() -> None:
     print(__version__)
 
 
+def _warn_of_strangers() -> None:
+    """A misspelt variable would otherwise be a setting that silently stays at its default."""
+    known = {f"LORAPLEX_{name.upper()}" for name in Settings.model_fields} | {"LORAPLEX_CACHE"}
+    for name in os.environ:
+        if name.startswith("LORAPLEX_") and name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            console.print(f"[yellow]{name} is not a setting[/yellow]{hint}")
+
+
 def _settings(config: Path | None) -> Settings:
+    _warn_of_strangers()
     try:
         return Settings.load(config)
     except FileNotFoundError as exc:
@@ -55,8 +67,8 @@ def _settings(config: Path | None) -> Settings:
         raise SystemExit(2) from exc
     except ValidationError as exc:
         for error in exc.errors():
-            name = "_".join(str(part) for part in error["loc"]).upper() or "settings"
-            console.print(f"[red]LORAPLEX_{name}[/red]: {error['msg']}")
+            name = "_".join(str(part) for part in error["loc"]).upper()
+            console.print(f"[red]{f'LORAPLEX_{name}' if name else 'settings'}[/red]: {error['msg']}")
         raise SystemExit(2) from exc
 
 

@@ -15,7 +15,7 @@ from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
 from server.http import limited_body
 from server.multipart import boundary_of, parts
-from server.publish import Publishing, publish, unpublish
+from server.publish import Publishing, move_pin, publish, unpublish
 from server.tenants import Tenant, Tenants
 
 # Multipart boundaries and part headers around the two files.
@@ -163,13 +163,9 @@ async def update_adapter(
     await tenants.get(tenant)
     if not body.model_fields_set:
         raise Unprocessable("Name at least one of live, default and pinned.")
-    before = await publishing.catalog.adapter(tenant, name)
-    after = await publishing.catalog.update(tenant, name, **body.model_dump(exclude_unset=True))
-    if before.pinned and before.live_version and before.live_version != after.live_version:
-        publishing.dispatcher.pin(before.live_version, False)
-    if after.live_version and (after.pinned or before.pinned):
-        publishing.dispatcher.pin(after.live_version, after.pinned)
-    return _adapter_json(after, publishing.dispatcher)
+    adapter = await publishing.catalog.update(tenant, name, **body.model_dump(exclude_unset=True))
+    move_pin(publishing.dispatcher, adapter)
+    return _adapter_json(adapter, publishing.dispatcher)
 
 
 @router.delete("/tenants/{tenant}/adapters/{name}", status_code=204)

@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.errors import AdapterNotFound
 from adapters.model import Adapter
-from server.complete import Completions, LeasedStream, open_completion
+from server.complete import Completion, Completions, LeasedStream, open_completion
 from server.dispatcher import Lease
 from server.engine import Kind
 from server.errors import BadRequest, ModelNotFound
@@ -73,7 +73,9 @@ async def _complete(request: Request, kind: Kind) -> Response:
     body = await json_object(request, request.app.state.settings.max_body_bytes)
     service: Completions = request.app.state.completions
     opened = await while_connected(
-        request, open_completion(service, tenant, kind, body, request.state.request_id)
+        request,
+        open_completion(service, tenant, kind, body, request.state.request_id),
+        Completion.discard,
     )
     log: dict[str, Any] = request.state.log
     log["model"] = opened.model

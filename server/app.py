@@ -42,7 +42,12 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            await _start(app, settings, start_engine, on_death, stack)
+            try:
+                await _start(app, settings, start_engine, on_death, stack)
+            except Exception as exc:
+                expected = isinstance(exc, ValueError | OSError)
+                logger.critical("cannot start: %s", exc, exc_info=None if expected else exc)
+                raise
             yield
             await _finish_tasks(app)
 

@@ -73,6 +73,10 @@ class Completion:
     body: dict[str, Any] | None = None
     stream: LeasedStream | None = None
 
+    async def discard(self) -> None:
+        """For one that nobody will read any more."""
+        await self.lease.close("disconnected")
+
 
 async def open_completion(
     service: Completions, tenant: Tenant, kind: Kind, body: dict[str, Any], request_id: str

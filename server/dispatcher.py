@@ -251,8 +251,10 @@ class Dispatcher:
         self._happened(self._plan.warm(self.now(), version.key, slot))
 
     def pin(self, version: Version, pinned: bool) -> None:
-        self._versions[version.key] = version
+        """A pinned version is loaded when there is room, and then stays in its slot."""
         self._happened(self._plan.pin(self.now(), version.key, pinned, version.tenant))
+        if pinned:
+            self.warm(version, slot=True)
 
     def retire(self, version: Version) -> None:
         """A version that no request can name any more: it leaves memory as soon as nothing runs on it."""
@@ -332,10 +334,14 @@ class Dispatcher:
                     self._doubt = False
                     reconcile_at = self.now() + RECONCILE_EVERY
                     await self._reconcile()
+                self._carry_out(self._plan.tick(self.now()))
             except EngineDied as exc:
                 self._give_up(exc)
                 return
-            self._carry_out(self._plan.tick(self.now()))
+            except Exception as exc:  # a defect; without this task every request would wait in silence
+                logger.exception("paging failed")
+                self._give_up(EngineDied(f"paging failed: {exc!r}"))
+                return
 
     async def _poll_forever(self) -> None:
         """Reads the meters of answers that are not streamed; they report nothing before their end."""
@@ -396,17 +402,23 @@ class Dispatcher:
     async def _reconcile(self) -> None:
         """Compares what the plan believes with what the worker holds; the worker is right."""
         self._plan.check()
-        believed = {entry.load_id for entry in self._plan.snapshot().host}
+        snapshot = self._plan.snapshot()
+        believed = {entry.load_id for entry in snapshot.host}
+        in_slots = {slot.load_id for slot in snapshot.slots if slot.load_id is not None}
         report = await self._pager.report()
         self._in_step_loads = report.in_step_loads
         if self._ops:
             return  # the plan moved on meanwhile; there is another look in a few seconds
-        for load_id in believed - report.host - self._staging:
+        gone = (believed - report.host - self._staging) | in_slots.difference(report.slots)
+        for load_id in gone:
             logger.error("load %d is gone from the engine", load_id)
             self._carry_out(self._plan.lost(self.now(), load_id))
-        for load_id in report.host - believed - self._staging:
+        for load_id in (report.host - believed - self._staging) | (report.host & gone):
             logger.error("load %d is in the engine, but nobody knows it", load_id)
             self._page(PageOp("evict", load_id))
+        for load_id in (believed - in_slots).intersection(report.slots):
+            logger.error("load %d holds a slot that was taken from it", load_id)
+            self._page(PageOp("deactivate", load_id))
         needed = self._plan.known_versions()
         self._versions = {key: v for key, v in self._versions.items() if key in needed}
 
@@ -416,8 +428,8 @@ class Dispatcher:
         for granted in self._waiting.values():
             if not granted.done():
                 granted.set_exception(Unavailable("The engine has stopped.", code="engine_stopped"))
-        self._waiting.clear()
         self._on_death(exc)
+        self._carry_out(self._plan.drain(self.now()))  # or it would start them when something ends
 
     # --- what leases tell ------------------------------------------------------------------------
 

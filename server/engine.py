@@ -20,6 +20,7 @@ from argparse import Namespace
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pydantic import ValidationError
@@ -143,6 +144,8 @@ class Engine:
         os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
+        if settings.model.startswith(("/", ".")) and not Path(settings.model).is_dir():
+            raise ValueError(f"MODEL: there is no folder {settings.model}")
         args, engine_args = _arguments(settings)
         llm = await asyncio.to_thread(_metered_llm_class().from_engine_args, engine_args)
         try:

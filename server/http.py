@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
 
 from fastapi import FastAPI, Request
@@ -113,10 +113,13 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(
+    request: Request, work: Coroutine[Any, Any, T], discard: Callable[[T], Awaitable[None]]
+) -> T:
     """``work``'s result; when the client hangs up first, ``work`` is cancelled and ClientLeft raised.
 
-    The body must have been read: all that can still come from the client is its leaving.
+    A result that comes at the moment when this call is itself cancelled goes to ``discard``. The body must
+    have been read: all that can still come from the client is its leaving.
     """
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnected(request))
@@ -129,6 +132,10 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         if not task.cancelled() and task.exception() is None:
             return task.result()
         raise ClientLeft
+    except asyncio.CancelledError:
+        if task.done() and not task.cancelled() and task.exception() is None:
+            await discard(task.result())
+        raise
     finally:
         watcher.cancel()
         task.cancel()

@@ -6,6 +6,14 @@ import logging
 import logging.config
 from typing import Literal
 
+
+class _NotTwice(logging.Filter):
+    """Drops uvicorn's traceback of a start that failed: ``create_app`` has said why in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.name == "uvicorn.error" and str(record.msg).startswith("Traceback"))
+
+
 _FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
@@ -23,7 +31,10 @@ def configure(form: Literal["json", "text"], level: str) -> None:
                 },
                 "text": {"format": _FIELDS},
             },
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": form}},
+            "filters": {"once": {"()": _NotTwice}},
+            "handlers": {
+                "stderr": {"class": "logging.StreamHandler", "formatter": form, "filters": ["once"]}
+            },
             "root": {"handlers": ["stderr"], "level": level.upper()},
             "loggers": {
                 "uvicorn": {"level": "WARNING"},

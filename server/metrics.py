@@ -24,7 +24,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 # A creation time beside every counter says nothing here and makes the page a third longer.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 Outcome = Literal["completed", "disconnected", "rejected", "refused", "unavailable", "failed", "cut"]
 

@@ -58,9 +58,15 @@ async def publish(
         async with service.linking:
             await incoming.commit()
             adapter, version = await service.catalog.link(tenant, name, digest=digest, manifest=manifest)
-    if adapter.pinned:
-        service.dispatcher.pin(version, True)
+    move_pin(service.dispatcher, adapter)
     return Published(adapter, version, manifest)
+
+
+def move_pin(dispatcher: Dispatcher, adapter: Adapter) -> None:
+    """Pins and loads the live version of a pinned adapter, and lets go of all its others."""
+    live = adapter.live_version if adapter.pinned else None
+    for key, version in {info.version.key: info.version for info in adapter.versions}.items():
+        dispatcher.pin(version, live is not None and key == live.key)
 
 
 async def unpublish(service: Publishing, versions: list[Version]) -> None:

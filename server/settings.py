@@ -114,10 +114,11 @@ class Settings(BaseSettings):
     def _fill_in(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Derived defaults are filled in before the model is frozen, so that readers see one value."""
         filled = dict(values)
+        slots = str(filled.get("gpu_slots") or cls.model_fields["gpu_slots"].default)
         if filled.get("model") and not filled.get("served_model_name"):
             filled["served_model_name"] = str(filled["model"]).rstrip("/").rsplit("/", 1)[-1]
-        if not int(filled.get("host_slots") or 0):
-            filled["host_slots"] = 4 * int(filled.get("gpu_slots") or cls.model_fields["gpu_slots"].default)
+        if filled.get("host_slots") in (None, 0, "0", "") and slots.isdigit():
+            filled["host_slots"] = 4 * int(slots)
         if not filled.get("database_url"):
             data_dir = Path(filled.get("data_dir") or cls.model_fields["data_dir"].default)
             file = data_dir.absolute() / "loraplex.db"
