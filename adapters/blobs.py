@@ -147,7 +147,7 @@ class BlobStore:
         path = self.path(digest)
         with _disk_errors(f"committing {digest}"):
             if path.exists():
-                if _digest_of(path) == digest:
+                if digest_of(path) == digest:
                     _seal(path)
                     _sync_folder(self.blobs)
                     return path
@@ -359,8 +359,8 @@ def _digest(files: Mapping[str, tuple[int, str]]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _digest_of(folder: Path) -> str | None:
-    """The digest of a committed folder as it is now; None where its files cannot be read."""
+def digest_of(folder: Path) -> str | None:
+    """The digest of the files in ``folder`` as they are now; None where they cannot be read."""
     files = {}
     try:
         for path in folder.iterdir():

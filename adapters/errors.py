@@ -1,13 +1,13 @@
 """What can be wrong with an adapter, each with a code and a cure.
 
-    AdapterError
-    ├── AdapterRejected        the files are not something this base can serve faithfully
-    ├── UploadTooLarge         more bytes than ``max_upload_bytes``
-    ├── UploadIncomplete       a file is missing, or the stream broke off
-    ├── StorageFull            the disk has no room
-    ├── AdapterNotFound        no such adapter or version of this tenant
-    ├── AdapterConflict        a name taken, or a version still needed
-    └── AdapterUnavailable     it exists, but cannot be brought into memory now
+AdapterError
+├── AdapterRejected        the files are not something this base can serve faithfully
+├── UploadTooLarge         more bytes than ``max_upload_bytes``
+├── UploadIncomplete       a file is missing, or the stream broke off
+├── StorageFull            the disk has no room
+├── AdapterNotFound        no such adapter or version of this tenant
+├── AdapterConflict        a name taken, or a version still needed
+└── AdapterUnavailable     it exists, but cannot be brought into memory now
 """
 
 from __future__ import annotations

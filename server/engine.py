@@ -144,8 +144,6 @@ class Engine:
         os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
-        if settings.model.startswith(("/", ".")) and not Path(settings.model).is_dir():
-            raise ValueError(f"MODEL: there is no folder {settings.model}")
         args, engine_args = _arguments(settings)
         llm = await asyncio.to_thread(_metered_llm_class().from_engine_args, engine_args)
         try:
@@ -313,6 +311,8 @@ def _arguments(settings: Settings) -> tuple[Namespace, Any]:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    if settings.model.startswith(("/", ".")) and not Path(settings.model).is_dir():
+        raise ValueError(f"MODEL: there is no folder {settings.model}")
     ours: dict[str, Any] = {
         "model": settings.model,
         "enable_lora": True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from adapters.blobs import digest_of
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 
 KEY_NAME = "demo"
@@ -56,15 +56,6 @@ async def _upload(admin: httpx.AsyncClient, path: str, folder: Path) -> None:
             return
     files = {name: (name, (folder / name).read_bytes()) for name in (CONFIG_FILE, WEIGHTS_FILE)}
     _accept(await admin.post(f"{path}/versions", files=files), 201)
-
-
-def digest_of(folder: Path) -> str:
-    """What the server will call the two files in ``folder``: SHA-256 over their names, sizes and hashes."""
-    lines = ""
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        data = (folder / name).read_bytes()
-        lines += f"{name} {len(data)} {hashlib.sha256(data).hexdigest()}\n"
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 async def ask(client: httpx.AsyncClient, key: str, model: str, question: str) -> Answer:

@@ -1,0 +1,60 @@
+# Everything runs from .venv, which the first target that needs it makes. `make help` lists the targets.
+
+# Another Python than the first of these that the pins fit: `make PYTHON=/path/to/python3.12`.
+PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+PINS := config/requirements-torch.txt config/requirements-cpu.txt config/requirements-dev.txt
+# Asked only where pip finds no CPU build of torch by itself.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := install
+.DELETE_ON_ERROR:
+.PHONY: install runtime demo test check clean help
+
+install: $(STAMP) ## Make .venv with everything pinned (about two minutes; a second time nothing)
+
+$(STAMP): $(PINS) pyproject.toml
+	@test "$$(uname -sm)" = "Linux x86_64" || { echo "The CPU build of vLLM exists for Linux on x86-64 only; elsewhere use the image (Dockerfile)."; exit 1; }
+	@test -x $(PY) || { \
+		for python in $(PYTHONS); do $$python -c "$(FITS)" 2>/dev/null && break; python=; done; \
+		test -n "$$python" || { echo "None of these is Python 3.11, 3.12 or 3.13: $(PYTHONS)"; exit 1; }; \
+		echo "== making $(VENV) with $$python"; $$python -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; }
+	@$(PY) -c "import ctypes; ctypes.CDLL('libnuma.so.1')" 2>/dev/null || { echo "vLLM needs the system library libnuma.so.1: apt-get install libnuma1, or dnf install numactl-libs"; exit 1; }
+	@$(MAKE) --no-print-directory runtime
+	@echo "== installing the tools for tests, checks and the demo"
+	@$(PIP) install --no-deps -r config/requirements-dev.txt
+	@echo "== linking this checkout, for the command loraplex"
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+	@echo "== done; try: make demo"
+
+# Into whatever $(PIP) installs into: the CPU image is built with it too.
+runtime:
+	@echo "== installing the CPU build of torch"
+	@$(PIP) install --no-deps -r config/requirements-torch.txt 2>/dev/null \
+		|| $(PIP) install --no-deps -r config/requirements-torch.txt --extra-index-url $(TORCH_INDEX)
+	@echo "== installing vLLM and the server's other packages"
+	@$(PIP) install --no-deps -r config/requirements-cpu.txt
+
+demo: $(STAMP) ## Three customers, three voices, one model; ONCE=1 ends after the answers
+	@$(PY) -m server demo $(if $(filter-out 0,$(ONCE)),--once)
+
+test: $(STAMP) ## Run all tests, on the real engine too
+	$(PY) -m pytest
+
+check: $(STAMP) ## Lint, formatting, types, and which module may import which
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/test_imports.py
+
+clean: ## Remove .venv and all caches; data stays
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
