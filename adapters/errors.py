@@ -62,7 +62,7 @@ CURES: dict[str, str] = {
     "not_lora": "Only PEFT adapters with peft_type LORA can be served; train or export one.",
     "dora_unsupported": "Merge the adapter into the base model, or retrain with use_dora=False.",
     "bias_unsupported": "Retrain with bias='none' and lora_bias=False.",
-    "modules_to_save_unsupported": "Retrain without modules_to_save, or merge the adapter into the base model.",
+    "modules_to_save_unsupported": "Retrain without it, or merge the adapter into the base model.",
     "init_unsupported": (
         "Convert it to a plain LoRA with save_pretrained(path_initial_model_for_weight_conversion=...)."
     ),
@@ -70,7 +70,7 @@ CURES: dict[str, str] = {
     "rank_too_large": "Retrain with a smaller r, or ask the operator to raise LORAPLEX_MAX_LORA_RANK.",
     "rank_mismatch": "Upload the config and the weights of the same training run.",
     "alpha_zero": "With lora_alpha 0 the adapter does nothing; retrain with lora_alpha > 0.",
-    "pattern_not_literal": "Use literal module names in rank_pattern and alpha_pattern, not regular expressions.",
+    "pattern_not_literal": "Use literal module names in the patterns, not regular expressions.",
     "pattern_too_long": (
         "Use fewer keys, as q_proj covers every layer, or merge the adapter into the base model."
     ),
@@ -82,13 +82,13 @@ CURES: dict[str, str] = {
     "module_unknown": "Retrain on the base model that is served here, with target_modules that it has.",
     "module_fused": "Export the adapter with the parts split as the checkpoint names them.",
     "shape_mismatch": "Retrain on the base model that is served here; this one was trained on another.",
-    "weights_not_finite": "The training diverged; retrain with a lower learning rate or from an earlier step.",
+    "weights_not_finite": "The training diverged; retrain with a lower learning rate or longer warm-up.",
     "unexpected_file": "Upload adapter_config.json and adapter_model.safetensors, and nothing else.",
     "name_invalid": (
         "Use 1 to 128 letters, digits, '.', '_' or '-', with a letter or digit first;"
         " not `default`, and not the base model's name."
     ),
-    "adapter_no_effect": "All its lora_B weights are zero, so it answers as the base does; upload a trained one.",
+    "adapter_no_effect": "It would answer as the base does: all its lora_B are zero. Upload a trained one.",
 }
 
 

@@ -48,7 +48,7 @@ class LoraplexWorker:
         return self._loraplex_pager().page(ops)
 
     def loraplex_report(self) -> dict[str, Any]:
-        """What this worker really holds: ``host`` and ``slots`` by load id, ``staging``, ``in_step_loads``."""
+        """What this worker holds: ``host`` and ``slots`` by load id, ``staging``, ``in_step_loads``."""
         return self._loraplex_pager().report()
 
     def _loraplex_pager(self) -> _Pager:
