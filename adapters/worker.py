@@ -16,8 +16,10 @@ engine fail when one of them changes.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
+import os
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,7 +71,9 @@ class _Pager:
         self.manager = manager
         self.tables = manager._adapter_manager
         self._load = manager._load_adapter
-        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="loraplex-stage")
+        self._threads = ThreadPoolExecutor(
+            max_workers=8, thread_name_prefix="loraplex-stage", initializer=_yield_to_the_engine
+        )
         self._staging: dict[int, Future[tuple[Any, float]]] = {}
         self._evicted_while_staging: set[int] = set()
         self._freed = False
@@ -197,6 +201,19 @@ class _Pager:
             return
         self.tables.remove_adapter(load_id)
         self._freed = True
+
+
+def _yield_to_the_engine() -> None:
+    """For a staging thread: the engine's own threads come first, on the processor and in OpenMP.
+
+    On Linux niceness belongs to a thread, and so does the number of threads that its torch calls use. Two
+    OpenMP teams on the same cores would wait for each other, in the middle of an engine step.
+    """
+    import torch
+
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    torch.set_num_threads(1)
 
 
 def _part_shapes(layer: Any) -> list[tuple[int, int]] | None:

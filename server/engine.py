@@ -382,6 +382,9 @@ def _metered_llm_class() -> Any:
     class _MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
         """AsyncLLM that runs nothing without a call, and tells the call's meter what it produces."""
 
+        def __del__(self) -> None:
+            """``Engine`` stops it; vLLM's own attempt at interpreter exit finds its modules gone."""
+
         def generate(
             self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
         ) -> AsyncIterator[Any]:
