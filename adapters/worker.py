@@ -206,14 +206,18 @@ class _Pager:
 def _yield_to_the_engine() -> None:
     """For a staging thread: the engine's own threads come first, on the processor and in OpenMP.
 
-    On Linux niceness belongs to a thread, and so does the number of threads that its torch calls use. Two
-    OpenMP teams on the same cores would wait for each other, in the middle of an engine step.
+    On Linux affinity and niceness belong to a thread, and so does the number of threads that its torch calls
+    use. vLLM's CPU worker binds itself to some cores, which a thread inherits: it gets back all those that
+    the parent process may use. Two OpenMP teams on the same cores would wait for each other in the middle of
+    an engine step. (That worker also replaces ``torch.set_num_threads`` by a warning.)
     """
     import torch
 
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-    torch.set_num_threads(1)
+    torch._C.set_num_threads(1)
 
 
 def _part_shapes(layer: Any) -> list[tuple[int, int]] | None:
