@@ -14,7 +14,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install runtime demo test check clean help
+.PHONY: install runtime demo test check bench clean help
 
 install: $(STAMP) ## Make .venv with everything pinned (about two minutes; a second time nothing)
 
@@ -52,6 +52,9 @@ check: $(STAMP) ## Lint, formatting, types, and which module may import which
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_imports.py
+
+bench: $(STAMP) ## Measure against bare vLLM, 40 minutes; SCENARIO=storm for one, RUNS=1, QUICK=1
+	$(PY) -m tests.bench $(SCENARIO) $(if $(RUNS),--runs $(RUNS)) $(if $(filter-out 0,$(QUICK)),--quick)
 
 clean: ## Remove .venv and all caches; data stays
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,1 @@
+"""The benchmarks: Loraplex and bare vLLM, with the same model, settings, client and load, in the same run."""

@@ -1,0 +1,76 @@
+"""What a scenario declares: its measures, their targets, and how the servers are set up for it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tests.bench.adapters import Adapter
+from tests.bench.client import Client
+from tests.bench.servers import Server, Setup
+
+Values = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A bound on the median of the ratio to bare vLLM, or on the median of Loraplex's own value."""
+
+    of: Literal["ratio", "value"]
+    sign: Literal["≤", "≥"]
+    bound: float
+
+    def met(self, value: float) -> bool:
+        """False for ``nan``: what was not measured has not been shown."""
+        return value <= self.bound if self.sign == "≤" else value >= self.bound
+
+    def __str__(self) -> str:
+        return f"{'ratio ' if self.of == 'ratio' else ''}{self.sign} {self.bound:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """``key`` in what ``Scenario.measure`` returns; without a ``goal`` it is shown for the reader only."""
+
+    key: str
+    title: str
+    unit: str = ""
+    goal: Goal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One of the repetitions. A ``quick`` one shows that everything works, and its numbers mean nothing."""
+
+    number: int = 0
+    quick: bool = False
+    trace: Path | None = None
+
+    def seconds(self, full: float, quick: float) -> float:
+        return quick if self.quick else full
+
+    def count(self, full: int, quick: int) -> int:
+        return quick if self.quick else full
+
+    def rng(self, *salt: int) -> random.Random:
+        """The same choices for both servers, others in each round."""
+        return random.Random(f"{self.number}/{salt}")
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """``measure`` is called once for each of ``setups``; what it returns is put together.
+
+    ``adapters`` are on disk before, and in no server's memory: a scenario loads and warms what it wants warm.
+    Adapters that must be cold belong to one scenario of a setup only.
+    """
+
+    name: str
+    measures: tuple[Measure, ...]
+    adapters: Callable[[Round], tuple[Adapter, ...]]
+    measure: Callable[[Server, Client, Round], Awaitable[Values]]
+    setups: tuple[Setup, ...] = (Setup(),)
+    servers: tuple[str, ...] = ("loraplex", "vllm")

@@ -1,0 +1,73 @@
+"""The arithmetic of the measures. Seconds everywhere; ``inf`` stands for what never came."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+from tests.bench.client import Record
+
+
+def percentile(values: Iterable[float], q: float) -> float:
+    """The smallest value that at least ``q`` percent of ``values`` do not exceed (nearest rank).
+
+    Never interpolates, so one request that never ended makes the highest percentiles ``inf``, not ``nan``.
+    ``nan`` without values.
+    """
+    ordered = sorted(values)
+    if not ordered:
+        return math.nan
+    return ordered[max(0, math.ceil(q / 100 * len(ordered)) - 1)]
+
+
+def median(values: Iterable[float]) -> float:
+    """The middle value, or the mean of the two middle ones; ``nan`` without values."""
+    ordered = sorted(values)
+    if not ordered:
+        return math.nan
+    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return low if low == high else (low + high) / 2
+
+
+def jain(shares: Sequence[float]) -> float:
+    """Jain's fairness index, (Σx)² / (n·Σx²): 1 when all are equal, 1/n when one has everything."""
+    squares = sum(x * x for x in shares)
+    return sum(shares) ** 2 / (len(shares) * squares) if squares else math.nan
+
+
+def ratio(ours: float, theirs: float) -> float:
+    """``ours / theirs``; 0 where only theirs never came, ``nan`` where neither did or theirs is 0."""
+    if theirs == 0:
+        return math.nan
+    return ours / theirs
+
+
+def weight_error(tokens: Sequence[float], weights: Sequence[float]) -> float:
+    """The largest relative distance of a share of ``tokens`` from its share of ``weights``."""
+    total, whole = sum(tokens), sum(weights)
+    if not total:
+        return math.nan
+    return max(abs(t / total * whole / w - 1) for t, w in zip(tokens, weights, strict=True))
+
+
+def gaps(times: Sequence[float], start: float = -math.inf, end: float = math.inf) -> list[float]:
+    """Time between consecutive tokens, of the gaps that end from ``start`` to ``end``."""
+    return [b - a for a, b in itertools.pairwise(times) if start <= b <= end]
+
+
+def waiting_between(records: Iterable[Record], start: float, end: float) -> list[Record]:
+    """Those without a first token at some moment from ``start`` to ``end``, whenever they arrived.
+
+    By arrival alone, who starved through the whole window would not be in it.
+    """
+    return [r for r in records if r.arrival <= end and r.arrival + r.to_first_token >= start]
+
+
+def tokens_between(records: Iterable[Record], start: float, end: float) -> float:
+    """Output tokens that arrived from ``start`` to ``end``.
+
+    A chunk may carry several tokens; where the server's usage says how many there were in all, each chunk
+    counts for its share.
+    """
+    return sum(r.tokens_per_chunk * sum(start <= t <= end for t in r.chunks) for r in records)

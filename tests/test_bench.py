@@ -1,0 +1,461 @@
+"""What the benchmarks compute, and that a missed target is said to be missed; no engine."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import math
+import random
+import statistics
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from rich.console import Console
+
+from tests.bench.__main__ import main
+from tests.bench.adapters import Adapter, mixed
+from tests.bench.client import NEVER_END, Client, Record, Target
+from tests.bench.plot import write_plot
+from tests.bench.report import Outcomes, number, summarize, table, write_json
+from tests.bench.scenario import Goal, Measure, Round, Scenario, Values
+from tests.bench.scenarios import FULL_RUN, SCENARIOS
+from tests.bench.servers import Loraplex, Server
+from tests.bench.stats import (
+    gaps,
+    jain,
+    median,
+    percentile,
+    ratio,
+    tokens_between,
+    waiting_between,
+    weight_error,
+)
+from tests.bench.workload import (
+    Arrival,
+    closed_loop,
+    distinct,
+    gamma_arrivals,
+    identical,
+    log_normal_lengths,
+    open_loop,
+    parse_trace,
+    prompt,
+    uniform,
+    zipf,
+)
+
+DRAWS = 20_000
+
+
+def drawn(indices: itertools.chain[int] | object, count: int = DRAWS) -> Counter[int]:
+    return Counter(itertools.islice(indices, count))  # type: ignore[call-overload]
+
+
+# Popularity, arrivals and lengths
+
+
+def test_identical_and_distinct() -> None:
+    assert drawn(identical(), 7) == {0: 7}
+    assert list(itertools.islice(distinct(3), 7)) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_uniform_is_even() -> None:
+    counts = drawn(uniform(8, random.Random(1)))
+    assert set(counts) == set(range(8))
+    assert all(abs(n - DRAWS / 8) < 0.1 * DRAWS / 8 for n in counts.values())
+
+
+@pytest.mark.parametrize("s", [0.8, 1.0, 1.2])
+def test_zipf_falls_as_a_power_of_the_rank(s: float) -> None:
+    counts = drawn(zipf(32, s, random.Random(2)))
+    harmonic = sum((k + 1) ** -s for k in range(32))
+    for k in (0, 1, 3, 7):
+        assert counts[k] == pytest.approx(DRAWS * (k + 1) ** -s / harmonic, rel=0.12)
+
+
+def test_the_same_seed_makes_the_same_choices_and_another_round_others() -> None:
+    def choices(round_: Round) -> list[int]:
+        return list(itertools.islice(zipf(32, 1.0, round_.rng(1)), 50))
+
+    assert choices(Round(0)) == choices(Round(0))
+    assert choices(Round(0)) != choices(Round(1))
+    assert Round(0).rng(1).random() != Round(0).rng(2).random()
+
+
+@pytest.mark.parametrize("cv", [1.0, 4.0])
+def test_gamma_arrivals_have_their_rate_and_burstiness(cv: float) -> None:
+    times = list(itertools.islice(gamma_arrivals(5.0, cv, random.Random(3)), DRAWS))
+    between = [b - a for a, b in itertools.pairwise(times)]
+    assert statistics.mean(between) == pytest.approx(0.2, rel=0.1)
+    assert statistics.stdev(between) / statistics.mean(between) == pytest.approx(cv, rel=0.1)
+
+
+def test_log_normal_lengths() -> None:
+    lengths = list(itertools.islice(log_normal_lengths(32, 0.6, 100, random.Random(4)), DRAWS))
+    assert statistics.median(lengths) == pytest.approx(32, abs=1)
+    assert min(lengths) >= 1
+    assert max(lengths) == 100
+
+
+def test_prompts_do_not_share_a_beginning() -> None:
+    rng = random.Random(5)
+    first, second = prompt(16, rng), prompt(16, rng)
+    assert len(first.split()) == 16
+    assert first.split()[:4] != second.split()[:4]
+
+
+# Traces
+
+
+def row(timestamp: float, model: str = "a", **fields: object) -> str:
+    return json.dumps(
+        {"timestamp": timestamp, "input_length": 3, "output_length": 4, "model": model} | fields
+    )
+
+
+def test_a_trace_is_sorted_and_begins_at_zero() -> None:
+    assert parse_trace([row(2500, "b"), "", row(1000)]) == [Arrival(0.0, 3, 4, "a"), Arrival(1.5, 3, 4, "b")]
+    assert parse_trace([]) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"timestamp": 1}', row(1, output_length=0), row(1, input_length="many")]
+)
+def test_a_wrong_line_of_a_trace_is_named(line: str) -> None:
+    with pytest.raises(ValueError, match="line 2 of the trace"):
+        parse_trace([row(0), line])
+
+
+# Arithmetic
+
+
+def record(*chunks: float, arrival: float = 0.0, tokens: int | None = None, **fields: object) -> Record:
+    return Record("a", "", arrival, 8, chunks=list(chunks), output_tokens=tokens, **fields)  # type: ignore[arg-type]
+
+
+def test_percentile_is_the_nearest_rank() -> None:
+    values = [float(i) for i in range(100, 0, -1)]
+    assert percentile(values, 99) == 99
+    assert percentile(values, 100) == 100
+    assert percentile(values, 0) == 1
+    assert percentile([3.0], 99) == 3
+    assert percentile([1.0, math.inf], 50) == 1
+    assert percentile([1.0, math.inf], 99) == math.inf
+    assert math.isnan(percentile([], 99))
+
+
+def test_median_of_what_never_came() -> None:
+    assert median([3.0, 1.0, 2.0]) == 2
+    assert median([1.0, 2.0]) == 1.5
+    assert median([math.inf, math.inf]) == math.inf
+    assert median([1.0, math.inf, math.inf]) == math.inf
+    assert math.isnan(median([]))
+
+
+def test_jain() -> None:
+    assert jain([5.0] * 10) == pytest.approx(1)
+    assert jain([1.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+    assert jain([4.0, 2.0, 1.0]) == pytest.approx(49 / 63)
+    assert math.isnan(jain([0.0, 0.0]))
+
+
+def test_ratio() -> None:
+    assert ratio(3, 2) == 1.5
+    assert ratio(3, math.inf) == 0
+    assert ratio(math.inf, 3) == math.inf
+    assert math.isnan(ratio(math.inf, math.inf))
+    assert math.isnan(ratio(1, 0))
+
+
+def test_weight_error_is_relative_to_each_share() -> None:
+    assert weight_error([40, 20, 10], [4, 2, 1]) == pytest.approx(0)
+    assert weight_error([40, 20, 5], [4, 2, 1]) == pytest.approx(1 - (5 / 65) / (1 / 7))
+    assert math.isnan(weight_error([0, 0], [1, 1]))
+
+
+def test_gaps_belong_to_the_window_they_end_in() -> None:
+    times = [0.0, 1.0, 3.0, 3.5]
+    assert gaps(times) == [1.0, 2.0, 0.5]
+    assert gaps(times, 2.0, 3.2) == [2.0]
+    assert gaps(times, 4.0) == []
+    assert gaps([1.0]) == []
+
+
+def test_a_chunk_of_several_tokens_counts_for_its_share() -> None:
+    one_each, merged = record(1.0, 2.0, 3.0), record(1.0, 2.0, tokens=6)
+    assert tokens_between([one_each], 1.5, 3.0) == 2
+    assert tokens_between([one_each, merged], 1.5, 3.0) == 2 + 3
+
+
+def test_who_waits_through_a_window_is_in_it() -> None:
+    starved, answered, early, late = (
+        record(9.0),
+        record(2.5, arrival=2.2),
+        record(0.5),
+        record(5.0, arrival=4.0),
+    )
+    never = record(arrival=1.0)
+    waiting = waiting_between([starved, answered, early, late, never], 2.0, 3.0)
+    assert waiting == [starved, answered, never]
+
+
+def test_times_of_a_record() -> None:
+    assert record(1.5, arrival=1.0).to_first_token == 0.5
+    assert record().to_first_token == math.inf
+    assert record(1.5, arrival=1.0, end=3.0).duration == 2.0
+    assert record(1.5, arrival=1.0, end=3.0, error="broke off").duration == math.inf
+    assert record(1.5, arrival=1.0).duration == math.inf
+    assert record(1.5, arrival=1.0, end=3.0).as_json(1.0)["chunks"] == [0.5]
+
+
+# The client and its loops
+
+
+class Chunks(httpx.AsyncByteStream):
+    """Cut in the middle of an event, as networks do."""
+
+    def __init__(self, text: str) -> None:
+        self._data = text.encode()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for start in range(0, len(self._data), 7):
+            yield self._data[start : start + 7]
+
+
+class Here:
+    def request(self, adapter: Adapter | None, body: dict[str, object]) -> Target:
+        return Target("http://here/v1/completions", {"Authorization": "Bearer k"}, {"model": "m", **body})
+
+
+def event(text: str) -> str:
+    return f"data: {json.dumps({'choices': [{'text': text}], 'usage': None})}\n\n"
+
+
+USAGE = 'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}\n\n'
+
+
+async def answered(
+    monkeypatch: pytest.MonkeyPatch, status: int, text: str
+) -> tuple[Record, list[httpx.Request]]:
+    asked: list[httpx.Request] = []
+
+    async def answer(self: object, request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return httpx.Response(status, stream=Chunks(text))
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", answer)
+    async with Client(Here()) as client:
+        made = await client.ask(Adapter(8, 0), "hello", 3)
+        assert client.records == [made]
+    return made, asked
+
+
+async def test_the_client_notes_every_chunk_and_the_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, (asked,) = await answered(
+        monkeypatch, 200, event("a") + event("") + event("b") + USAGE + "data: [DONE]\n\n"
+    )
+    assert made.error is None
+    assert (len(made.chunks), made.prompt_tokens, made.output_tokens) == (3, 5, 3)
+    assert made.arrival <= made.chunks[0] <= made.chunks[-1] <= (made.end or 0)
+    body = json.loads(asked.content)
+    assert (body["model"], body["max_tokens"], body["logit_bias"]) == ("m", 3, NEVER_END)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "said"),
+    [
+        (503, '{"error": {"message": "full"}}', "full"),
+        (200, event("a"), "the stream broke off"),
+        (200, event("a") + 'data: {"error": {"message": "cut"}}\n\ndata: [DONE]\n\n', "cut"),
+    ],
+)
+async def test_the_client_tells_what_failed(
+    monkeypatch: pytest.MonkeyPatch, status: int, text: str, said: str
+) -> None:
+    made, _ = await answered(monkeypatch, status, text)
+    assert said in (made.error or "")
+    assert made.status == status
+    assert made.duration == math.inf
+
+
+async def test_a_closed_loop_has_one_request_of_each_client_at_a_time() -> None:
+    running: Counter[int] = Counter()
+    finished: Counter[int] = Counter()
+    enough = asyncio.Event()
+
+    async def ask(number: int) -> Record:
+        running[number] += 1
+        assert running[number] == 1
+        await asyncio.sleep(0)
+        running[number] -= 1
+        finished[number] += 1
+        if sum(finished.values()) >= 30:
+            enough.set()
+        return record(end=1.0)
+
+    async with closed_loop(3, ask, drain=True):
+        await enough.wait()
+    assert set(finished) == {0, 1, 2}
+    assert not +running, "a drained loop leaves nothing running"
+
+
+async def test_a_closed_loop_gives_up_what_runs_and_does_not_hide_a_fault() -> None:
+    async with asyncio.timeout(5):
+        async with closed_loop(2, lambda _: asyncio.Event().wait()):  # type: ignore[arg-type,return-value]
+            await asyncio.sleep(0)
+
+    async def broken(number: int) -> Record:
+        raise LookupError("no such adapter")
+
+    with pytest.raises(LookupError):
+        async with closed_loop(1, broken):
+            await asyncio.sleep(0)
+
+
+async def test_an_open_loop_does_not_wait_for_answers() -> None:
+    begun: list[str] = []
+    everyone = asyncio.Event()
+
+    async def ask(arrival: Arrival, at: float) -> Record:
+        begun.append(arrival.model)
+        if len(begun) == 3:
+            everyone.set()
+        await everyone.wait()
+        return record(arrival=at)
+
+    arrivals = [Arrival(at, 1, 1, model) for at, model in ((0.0, "a"), (0.01, "b"), (0.02, "c"))]
+    async with asyncio.timeout(5):
+        records = await open_loop(arrivals, ask)
+    assert begun == ["a", "b", "c"]
+    assert records[2].arrival - records[0].arrival == pytest.approx(0.02)
+
+
+# Declarations and the report
+
+
+async def _not_measured(server: Server, client: Client, round_: Round) -> Values:
+    raise AssertionError
+
+
+def scenario(*measures: Measure) -> Scenario:
+    return Scenario("storm", measures, lambda _: (), _not_measured)
+
+
+def outcomes(ours: list[float], theirs: list[float]) -> Outcomes:
+    made = Outcomes()
+    for server, values in (("loraplex", ours), ("vllm", theirs)):
+        for run, value in enumerate(values):
+            made.add(server, run, {"x": value})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("goal", "ours", "theirs", "verdict"),
+    [
+        (Goal("ratio", "≥", 1.3), [14.0, 13.0, 12.0], [10.0, 10.0, 10.0], "met"),
+        (Goal("ratio", "≥", 1.3), [12.9, 12.9, 20.0], [10.0, 10.0, 10.0], "missed"),
+        (Goal("ratio", "≤", 0.7), [5.0, 5.0], [math.inf, math.inf], "met"),
+        (Goal("ratio", "≤", 0.7), [math.inf], [math.inf], "missed"),
+        (Goal("ratio", "≤", 0.7), [5.0], [], "missed"),
+        (Goal("value", "≤", 2), [1.0, 2.0, 9.0], [], "met"),
+        (Goal("value", "≤", 2), [1.0, 2.1, 9.0], [1.0], "missed"),
+        (Goal("value", "≤", 2), [math.nan], [], "missed"),
+        (Goal("value", "≥", 0.95), [], [], "missed"),
+        (None, [1.0], [1.0], ""),
+    ],
+)
+def test_verdicts(goal: Goal | None, ours: list[float], theirs: list[float], verdict: str) -> None:
+    (row,) = summarize(scenario(Measure("x", "gap", "ms", goal)), outcomes(ours, theirs))
+    assert row.verdict == verdict
+
+
+def test_ratios_are_taken_run_by_run() -> None:
+    (row,) = summarize(scenario(Measure("x", "gap")), outcomes([1.0, 4.0, 6.0], [1.0, 2.0, 4.0]))
+    assert (row.ours, row.theirs) == (4.0, 2.0)
+    assert (row.low, row.ratio, row.high) == (1.0, 1.5, 2.0)
+
+
+def test_a_missed_target_is_in_the_table_and_in_the_file(tmp_path: Path) -> None:
+    missed = scenario(Measure("x", "p99 gap", "ms", Goal("ratio", "≤", 0.7)))
+    made = outcomes([9.0], [10.0])
+    console = Console(record=True, width=140)
+    console.print(table(summarize(missed, made), "1 run"))
+    line = next(line for line in console.export_text().splitlines() if "p99 gap" in line)
+    for part in ("storm", "9.00 ms", "10.0 ms", "0.90 (0.90–0.90)", "ratio ≤ 0.7", "missed"):
+        assert part in line
+    write_json(missed, made, tmp_path, quick=False)
+    document = json.loads((tmp_path / "storm.json").read_text(encoding="utf-8"))
+    assert document["measures"][0]["verdict"] == "missed"
+    assert document["runs"] == {"loraplex": {"0": {"x": 9.0}}, "vllm": {"0": {"x": 10.0}}}
+
+
+def test_what_never_came_has_a_place_in_json_and_in_the_plot(tmp_path: Path) -> None:
+    one = scenario(Measure("x", "cold", "s", Goal("value", "≤", 1)), Measure("y", "not measured"))
+    made = outcomes([2.0, math.nan], [math.inf])
+    write_json(one, made, tmp_path, quick=True)
+    text = (tmp_path / "storm.json").read_text(encoding="utf-8")
+    assert json.loads(text)["runs"] == {
+        "loraplex": {"0": {"x": 2.0}, "1": {"x": None}},
+        "vllm": {"0": {"x": "never"}},
+    }
+    write_plot(one, made, tmp_path)
+    assert (tmp_path / "storm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_values_of_several_setups_come_together() -> None:
+    made = Outcomes()
+    made.add("vllm", 0, {"a": 1.0})
+    made.add("vllm", 0, {"b": 2.0})
+    assert made.of("vllm", "a") == {0: 1.0}
+    assert made.of("vllm", "b") == {0: 2.0}
+    assert made.of("loraplex", "a") == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (1234.5, "1234 ms"),
+        (98.76, "98.8 ms"),
+        (0.01234, "0.0123 ms"),
+        (0.0, "0 ms"),
+        (math.inf, "never"),
+        (math.nan, "–"),
+    ],
+)
+def test_numbers(value: float, shown: str) -> None:
+    assert number(value, "ms") == shown
+
+
+def test_mixed_adapters_are_distinct_and_of_all_ranks() -> None:
+    adapters = mixed(32)
+    assert len({a.name for a in adapters}) == 32
+    assert Counter(a.rank for a in adapters) == {8: 8, 16: 8, 32: 8, 64: 8}
+
+
+def test_cold_adapters_belong_to_one_scenario_and_customers_to_one_weight() -> None:
+    """Two scenarios of one process that share an adapter would make the second one's warm."""
+    used = [(name, a) for name in FULL_RUN for a in set(SCENARIOS[name].adapters(Round()))]
+    shared = {a.name for n, a in used if sum(a.name == b.name for _, b in used) > 1}
+    assert not shared
+    assert all(a.rank <= 64 for _, a in used)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_declarations(name: str) -> None:
+    declared = SCENARIOS[name]
+    keys = [measure.key for measure in declared.measures]
+    assert len(set(keys)) == len(keys)
+    assert all(len(measure.title) <= 60 for measure in declared.measures)
+    if declared.servers == (Loraplex.name,):
+        assert all(m.goal is None or m.goal.of == "value" for m in declared.measures)
+
+
+def test_an_unknown_scenario_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["storm", "typhoon"])
+    assert refused.value.code == 2
+    assert "no scenario typhoon" in capsys.readouterr().err
