@@ -189,6 +189,11 @@ class Catalog:
         async with self._database.read() as session:
             return dict((await session.execute(query)).all())
 
+    async def count_versions(self) -> int:
+        """How many versions there are, of all tenants."""
+        async with self._database.read() as session:
+            return await session.scalar(select(func.count()).select_from(VersionRow)) or 0
+
     async def _find(self, tenant: str, model: str) -> Version:
         numbered = NUMBERED.fullmatch(model)
         name = numbered[1] if numbered else model

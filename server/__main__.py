@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 import uvicorn
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from server import __version__
 from server.settings import Settings
@@ -70,6 +72,9 @@ def _settings(config: Path | None) -> Settings:
             name = "_".join(str(part) for part in error["loc"]).upper()
             console.print(f"[red]{f'LORAPLEX_{name}' if name else 'settings'}[/red]: {error['msg']}")
         raise SystemExit(2) from exc
+    except ValueError as exc:
+        console.print(f"[red]{escape(str(exc))}[/red]")
+        raise SystemExit(2) from exc
 
 
 class _Server(uvicorn.Server):
@@ -80,7 +85,9 @@ class _Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._draining is not None or not self.started:
+        if not self.started:
+            _leave_at_once(sig)
+        if self._draining is not None:
             super().handle_exit(sig, frame)
             return
         asyncio.get_running_loop().call_soon_threadsafe(self._begin_drain)
@@ -95,6 +102,13 @@ class _Server(uvicorn.Server):
             await drain(self.config.app)  # type: ignore[arg-type]
         finally:
             self.should_exit = True
+
+
+def _leave_at_once(sig: int) -> NoReturn:
+    """A signal while the model is being loaded, which nothing can interrupt and which may take minutes."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    os._exit(128 + sig)
 
 
 def _serve(settings: Settings) -> int:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters.model import Adapter, Tier, Version
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
-from server.http import limited_body
+from server.http import limited_body, parse_object
 from server.multipart import boundary_of, parts
 from server.publish import Publishing, move_pin, publish, unpublish
 from server.tenants import Tenant, Tenants
@@ -31,7 +32,10 @@ router = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=[Depends(_ad
 
 
 class _Body(BaseModel):
+    """``empty`` is what an empty body stands for."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+    empty: ClassVar[bytes] = b""
 
 
 class NewTenant(_Body):
@@ -52,6 +56,7 @@ class TenantChange(_Body):
 
 
 class NewKey(_Body):
+    empty = b"{}"
     name: str | None = None
 
 
@@ -59,6 +64,28 @@ class AdapterChange(_Body):
     live: int | None = Field(None, ge=1)
     default: bool | None = None
     pinned: bool | None = None
+
+
+def _json(model: type[_Body]) -> Any:
+    """The body as ``model``: read after the key was checked, and no more of it than is allowed.
+
+    FastAPI would read all of it first, whoever sent it.
+    """
+
+    async def read(request: Request) -> _Body:
+        limit = request.app.state.settings.max_body_bytes
+        raw = b"".join([chunk async for chunk in limited_body(request, limit)])
+        try:
+            return model.model_validate(parse_object(raw or model.empty))
+        except ValidationError as exc:
+            raise RequestValidationError(exc.errors()) from exc
+
+    return Depends(read)
+
+
+def _documented(model: type[_Body]) -> dict[str, Any]:
+    schema = {"schema": model.model_json_schema()}
+    return {"requestBody": {"content": {"application/json": schema}, "required": not model.empty}}
 
 
 def _tenants(request: Request) -> Tenants:
@@ -75,8 +102,8 @@ TenantsOf = Annotated[Tenants, Depends(_tenants)]
 PublishingOf = Annotated[Publishing, Depends(_publishing)]
 
 
-@router.post("/tenants", status_code=201)
-async def create_tenant(body: NewTenant, tenants: TenantsOf) -> dict[str, Any]:
+@router.post("/tenants", status_code=201, openapi_extra=_documented(NewTenant))
+async def create_tenant(body: Annotated[NewTenant, _json(NewTenant)], tenants: TenantsOf) -> dict[str, Any]:
     return _tenant_json(await tenants.create(**body.model_dump()))
 
 
@@ -90,8 +117,10 @@ async def get_tenant(tenant: str, tenants: TenantsOf) -> dict[str, Any]:
     return _tenant_json(await tenants.get(tenant))
 
 
-@router.patch("/tenants/{tenant}")
-async def update_tenant(tenant: str, body: TenantChange, tenants: TenantsOf) -> dict[str, Any]:
+@router.patch("/tenants/{tenant}", openapi_extra=_documented(TenantChange))
+async def update_tenant(
+    tenant: str, body: Annotated[TenantChange, _json(TenantChange)], tenants: TenantsOf
+) -> dict[str, Any]:
     return _tenant_json(await tenants.update(tenant, **body.model_dump(exclude_unset=True)))
 
 
@@ -106,9 +135,11 @@ async def delete_tenant(
     return Response(status_code=204)
 
 
-@router.post("/tenants/{tenant}/keys", status_code=201)
-async def create_key(tenant: str, tenants: TenantsOf, body: NewKey | None = None) -> dict[str, Any]:
-    issued = await tenants.issue_key(tenant, body.name if body else None)
+@router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=_documented(NewKey))
+async def create_key(
+    tenant: str, body: Annotated[NewKey, _json(NewKey)], tenants: TenantsOf
+) -> dict[str, Any]:
+    issued = await tenants.issue_key(tenant, body.name)
     return {"id": issued.id, "key": issued.key, "name": issued.name}
 
 
@@ -156,9 +187,13 @@ async def get_adapter(tenant: str, name: str, tenants: TenantsOf, publishing: Pu
     return _adapter_json(await publishing.catalog.adapter(tenant, name), publishing.dispatcher)
 
 
-@router.patch("/tenants/{tenant}/adapters/{name}")
+@router.patch("/tenants/{tenant}/adapters/{name}", openapi_extra=_documented(AdapterChange))
 async def update_adapter(
-    tenant: str, name: str, body: AdapterChange, tenants: TenantsOf, publishing: PublishingOf
+    tenant: str,
+    name: str,
+    body: Annotated[AdapterChange, _json(AdapterChange)],
+    tenants: TenantsOf,
+    publishing: PublishingOf,
 ) -> dict[str, Any]:
     await tenants.get(tenant)
     if not body.model_fields_set:

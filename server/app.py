@@ -101,10 +101,10 @@ async def _start(
     state.completions = Completions(engine, dispatcher, catalog, metrics)
     state.publishing = Publishing(engine, dispatcher, blobs, catalog)
     state.started = int(time.time())
-    state.adapters = sum((await catalog.count()).values())
+    state.versions = await catalog.count_versions()
 
     def gauges() -> Gauges:
-        return dispatcher.gauges(state.adapters)
+        return dispatcher.gauges(state.versions)
 
     metrics.watch(gauges)
     for version in await catalog.pinned():
@@ -158,7 +158,7 @@ def _add_operations(app: FastAPI) -> None:
     @app.get("/metrics", tags=["operations"])
     async def metrics(request: Request) -> Response:
         state = request.app.state
-        state.adapters = sum((await state.publishing.catalog.count()).values())
+        state.versions = await state.publishing.catalog.count_versions()
         return Response(state.metrics.render(), media_type=Metrics.content_type)
 
 

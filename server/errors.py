@@ -102,6 +102,8 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     adapter_errors.AdapterUnavailable: (503, "service_unavailable_error"),
 }
 
+LONGEST_TEXT = 1000
+
 
 def status_of(error: Exception) -> tuple[int, str]:
     """(HTTP status, OpenAI error type) of ``error``; (500, "server_error") for anything unknown."""
@@ -112,7 +114,14 @@ def status_of(error: Exception) -> tuple[int, str]:
 
 
 def envelope(message: str, type_: str, code: str | None, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+    shown = None if param is None else _shown(param)
+    return {"error": {"message": _shown(message), "type": type_, "param": shown, "code": code}}
+
+
+def _shown(text: str) -> str:
+    """``text``, which may repeat what a client sent: of bounded length, and valid UTF-8 whatever came in."""
+    short = text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
+    return short.encode("utf-8", "replace").decode()
 
 
 def body_of(error: ServerError | adapter_errors.AdapterError) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.errors import AdapterError, UploadTooLarge
@@ -61,6 +62,13 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, tagged)
+        except Exception as exc:
+            logger.error("request failed", exc_info=exc, extra={"request_id": request_id})
+            if status:
+                raise  # a part of the answer is out; all that is left is to break the connection
+            await JSONResponse(body_of(Internal("The server failed on this request.")), 500)(
+                scope, receive, tagged
+            )
         finally:
             log |= {"status": status, "seconds": round(time.monotonic() - started, 4)}
             logger.info("%s %s", scope["method"], _matched_path(scope), extra=log)
@@ -99,7 +107,10 @@ async def limited_body(request: Request, limit: int) -> AsyncIterator[bytes]:
 
 async def json_object(request: Request, limit: int) -> dict[str, Any]:
     """The body as a JSON object. Raises BadRequest or UploadTooLarge."""
-    raw = b"".join([chunk async for chunk in limited_body(request, limit)])
+    return parse_object(b"".join([chunk async for chunk in limited_body(request, limit)]))
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as exc:
@@ -171,13 +182,9 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_left(request: Request, exc: Exception) -> Response:
         return Response(status_code=CLIENT_LEFT)
 
-    async def on_unknown(request: Request, exc: Exception) -> Response:
-        logger.error("request failed", exc_info=exc, extra={"request_id": request.state.request_id})
-        return JSONResponse(body_of(Internal("The server failed on this request.")), 500)
-
     app.add_exception_handler(ServerError, on_known)
     app.add_exception_handler(AdapterError, on_known)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(ClientLeft, on_left)
-    app.add_exception_handler(Exception, on_unknown)
+    app.add_exception_handler(ClientDisconnect, on_left)

@@ -40,6 +40,8 @@ def configure(form: Literal["json", "text"], level: str) -> None:
                 "uvicorn": {"level": "WARNING"},
                 "uvicorn.access": {"level": "CRITICAL"},
                 "alembic": {"level": "WARNING"},
+                # At DEBUG it tells every SQL parameter, cache salts among them.
+                "aiosqlite": {"level": "WARNING"},
             },
         }
     )

@@ -12,6 +12,7 @@ from python_multipart.multipart import MultipartParser
 from server.errors import BadRequest
 
 _MAX_HEADER = 8 << 10
+_MAX_BOUNDARY = 70  # RFC 2046
 
 
 def boundary_of(content_type: str | None) -> bytes:
@@ -19,7 +20,8 @@ def boundary_of(content_type: str | None) -> bytes:
     header = Message()
     header["content-type"] = content_type or ""
     boundary = header.get_param("boundary")
-    if header.get_content_type() != "multipart/form-data" or not isinstance(boundary, str):
+    is_form = header.get_content_type() == "multipart/form-data"
+    if not is_form or not isinstance(boundary, str) or not 1 <= len(boundary) <= _MAX_BOUNDARY:
         raise BadRequest(
             "Send the files as multipart/form-data, in fields named adapter_config.json and"
             " adapter_model.safetensors."

@@ -120,7 +120,7 @@ class Settings(BaseSettings):
         if filled.get("host_slots") in (None, 0, "0", "") and slots.isdigit():
             filled["host_slots"] = 4 * int(slots)
         if not filled.get("database_url"):
-            data_dir = Path(filled.get("data_dir") or cls.model_fields["data_dir"].default)
+            data_dir = Path(str(filled.get("data_dir") or cls.model_fields["data_dir"].default))
             file = data_dir.absolute() / "loraplex.db"
             filled["database_url"] = URL.create("sqlite+aiosqlite", database=str(file)).render_as_string()
         return filled
@@ -142,7 +142,8 @@ class Settings(BaseSettings):
     def load(cls, config: Path | None = None, **overrides: Any) -> Settings:
         """Settings from the environment over ``config`` (YAML); ``overrides`` win over both.
 
-        Raises pydantic's ValidationError, or FileNotFoundError where ``config`` is not there.
+        Raises pydantic's ValidationError; FileNotFoundError where ``config`` is not there; ValueError where
+        it, or a variable, cannot be parsed.
         """
         if config is not None and not config.is_file():
             raise FileNotFoundError(f"there is no settings file {config}")
@@ -160,6 +161,9 @@ class Settings(BaseSettings):
                 sources = (init_settings, env_settings)
                 if config is None:
                     return sources
-                return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=config))
+                try:
+                    return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=config))
+                except Exception as exc:  # PyYAML's own, and what a file that is a list or a text leads to
+                    raise ValueError(f"{config} does not hold settings in YAML: {exc}") from exc
 
         return FromFile(**overrides)
