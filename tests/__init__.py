@@ -1,0 +1,5 @@
+"""Tests; the helpers among them assert too, and pytest should say as much about those."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.engine_suite", "tests.tiny", "tests.world")

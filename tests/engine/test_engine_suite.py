@@ -1,0 +1,60 @@
+"""The suite that the fake passes, on the real engine.
+
+The dispatcher would take the suite's loads for strays, so it stands still meanwhile and holds nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from server.engine import Engine, PageOp
+from tests.engine.reference import Reference, Spec
+from tests.engine_suite import EngineSuite, MakeAdapter
+from tests.site import Site
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
+
+
+@pytest.fixture(scope="module")
+def make_adapter(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
+    root = tmp_path_factory.mktemp("suite")
+
+    @cache
+    def make(n: int) -> Path:
+        return reference.make(Spec(seed=800 + n, rank=8, targets=("q_proj", "v_proj")), root / str(n))
+
+    return make
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def quiet(site: Site) -> AsyncIterator[Engine]:
+    """The engine while the dispatcher has given everything back and asks for nothing."""
+    engine, dispatcher = site.app.state.engine, site.app.state.dispatcher
+    for version in list(dispatcher._versions.values()):
+        dispatcher.retire(version)
+    async with asyncio.timeout(30):
+        while (report := await engine.report()).host or report.staging:
+            await asyncio.sleep(0.05)
+    await dispatcher.stop()
+    yield engine
+    dispatcher.start()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def engine(quiet: Engine) -> AsyncIterator[Engine]:
+    """``quiet``, holding no adapter before or after."""
+    yield quiet
+    async with asyncio.timeout(60):
+        while (report := await quiet.report()).host or report.staging:
+            await quiet.page([PageOp("evict", load_id) for load_id in report.host])
+    assert report.in_step_loads == 0
+
+
+class TestEngine(EngineSuite):
+    pass

@@ -1,0 +1,440 @@
+"""What every engine does, the real one and the fake: the fake cannot lie about what is tested here.
+
+A module that runs it subclasses ``EngineSuite`` and has two fixtures: ``engine``, which holds no adapter,
+and ``make_adapter``, which gives the folder of adapter ``n``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from server.engine import Answer, Call, Engine, Kind, PageOp, StageResult
+from server.errors import BadRequest
+
+MakeAdapter = Callable[[int], Path]
+
+# Far from the ids that a plan gives out.
+_ids = itertools.count(1_000_000)
+PUBLIC = "my-adapter"
+
+
+@dataclass
+class RecordingMeter:
+    """part -> (prompt tokens, output tokens)."""
+
+    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None:
+        before = self.parts.get(part, (0, 0))
+        self.parts[part] = max(before[0], prompt_tokens), max(before[1], output_tokens)
+
+    @property
+    def prompt(self) -> int:
+        return sum(prompt for prompt, _ in self.parts.values())
+
+    @property
+    def output(self) -> int:
+        return sum(output for _, output in self.parts.values())
+
+    def usage(self) -> tuple[int, int]:
+        return self.prompt, self.output
+
+
+def stage(folder: Path | str, name: str = "") -> PageOp:
+    load_id = next(_ids)
+    return PageOp("stage", load_id, name or f"tenant/adapter@{load_id}", str(folder))
+
+
+def then(verb: Any, staged: PageOp) -> PageOp:
+    return PageOp(verb, staged.load_id)
+
+
+async def read_in(
+    engine: Engine, *loads: PageOp, and_then: tuple[PageOp, ...] = ()
+) -> dict[int, StageResult]:
+    """Stages ``loads``, does ``and_then`` in the same call, and waits until each is staged or has failed."""
+    report = await engine.page([*loads, *and_then])
+    assert [result.error for result in report.results] == [None] * len(report.results)
+    wanted = {load.load_id for load in loads} - {op.load_id for op in and_then}
+    seen = {result.load_id: result for result in report.staged}
+    async with asyncio.timeout(60):
+        while wanted - seen.keys():
+            await asyncio.sleep(0.005)
+            for result in (await engine.page([])).staged:
+                assert result.load_id not in seen, "a load is reported once"
+                seen[result.load_id] = result
+    return seen
+
+
+async def bring_in(engine: Engine, folder: Path) -> PageOp:
+    """A version in a slot."""
+    load = stage(folder)
+    assert (await read_in(engine, load))[load.load_id].error is None
+    (activated,) = (await engine.page([then("activate", load)])).results
+    assert activated.error is None
+    return load
+
+
+def call(engine: Engine, kind: Kind, body: dict[str, Any], load: PageOp | None) -> tuple[Call, Any]:
+    """(call, vLLM's request) for ``body`` on ``load``, or on the base model."""
+    model = engine.base.name if load is None else load.name
+    made = Call(f"suite-{next(_ids)}", kind, model, PUBLIC, "salt-of-the-suite", RecordingMeter())
+    return made, engine.parse(kind, body)
+
+
+def meter_of(made: Call) -> RecordingMeter:
+    assert isinstance(made.meter, RecordingMeter)
+    return made.meter
+
+
+async def ask(
+    engine: Engine, kind: Kind, body: dict[str, Any], load: PageOp | None
+) -> tuple[Answer, RecordingMeter]:
+    made, request = call(engine, kind, body, load)
+    return await engine.answer(made, request), meter_of(made)
+
+
+async def events(answer: Answer) -> list[dict[str, Any]]:
+    """The events of a stream that ends as it should."""
+    assert answer.stream is not None
+    chunks = [chunk async for chunk in answer.stream]
+    assert chunks[-1] == "data: [DONE]\n\n"
+    assert all(chunk.startswith("data: ") and chunk.endswith("\n\n") for chunk in chunks)
+    return [json.loads(chunk.removeprefix("data: ")) for chunk in chunks[:-1]]
+
+
+def said(body: dict[str, Any], choice: int = 0) -> str:
+    one = body["choices"][choice]
+    return str(one["message"]["content"] if "message" in one else one["text"])
+
+
+def spoken(chunks: list[dict[str, Any]], choice: int = 0) -> str:
+    """The text of one choice of a stream."""
+    mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice]
+    return "".join(c["delta"].get("content") or "" if "delta" in c else c["text"] for c in mine)
+
+
+# Without the tokens that end an answer, so that its length is known.
+ENDLESS = {"temperature": 0, "logit_bias": {"0": -100, "2": -100}}
+QUESTION: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Name three colours."}],
+    "max_tokens": 5,
+    **ENDLESS,
+}
+TEXT: dict[str, Any] = {"prompt": "Red, green and", "max_tokens": 5, **ENDLESS}
+BODIES: list[tuple[Kind, dict[str, Any]]] = [("chat", QUESTION), ("completion", TEXT)]
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+kinds = pytest.mark.parametrize(("kind", "body"), BODIES, ids=["chat", "completion"])
+
+
+class EngineSuite:
+    # --- what it is ------------------------------------------------------------------------------
+
+    async def test_it_describes_itself(self, engine: Engine) -> None:
+        await engine.check()
+        assert engine.base.name
+        assert engine.base.modules
+        assert all(shape.in_features > 0 < shape.out_features for shape in engine.base.modules.values())
+        assert engine.max_running >= 2
+        assert engine.max_model_len >= 64
+        assert engine.lora_dtype in ("float32", "float16", "bfloat16")
+        assert engine.count_prompt("") >= 1
+        assert engine.count_prompt("word " * 100) > 50
+
+    # --- paging ----------------------------------------------------------------------------------
+
+    async def test_a_version_goes_up_and_down_the_tiers(
+        self, engine: Engine, make_adapter: MakeAdapter
+    ) -> None:
+        empty = await engine.report()
+        assert (empty.host, empty.staging) == (frozenset(), frozenset())
+        load = stage(make_adapter(0))
+        staged = (await read_in(engine, load))[load.load_id]
+        assert (staged.error, staged.size_bytes > 0, staged.seconds >= 0) == (None, True, True)
+        for verb, on_host, in_slot in (
+            ("activate", True, True),
+            ("deactivate", True, False),
+            ("activate", True, True),
+            ("evict", False, False),
+        ):
+            (result,) = (await engine.page([then(verb, load)])).results
+            assert result.error is None
+            report_ = await engine.report()
+            assert (load.load_id in report_.host) is on_host, verb
+            assert (load.load_id in report_.slots) is in_slot, verb
+        assert (await engine.page([])).staged == ()
+        assert (await engine.report()).slots == empty.slots
+
+    async def test_operations_are_carried_out_in_order(
+        self, engine: Engine, make_adapter: MakeAdapter
+    ) -> None:
+        first, second = stage(make_adapter(0)), stage(make_adapter(1))
+        await read_in(engine, first, second)
+        report = await engine.page(
+            [then("activate", first), then("evict", first), then("activate", first), then("activate", second)]
+        )
+        assert [result.error is None for result in report.results] == [True, True, False, True]
+        held = await engine.report()
+        assert held.host == {second.load_id}
+        assert [load for load in held.slots if load is not None] == [second.load_id]
+
+    async def test_what_is_not_staged_cannot_be_activated(
+        self, engine: Engine, make_adapter: MakeAdapter
+    ) -> None:
+        before = await engine.report()
+        (result,) = (await engine.page([PageOp("activate", next(_ids))])).results
+        assert result.error is not None
+        assert await engine.report() == before
+
+    async def test_there_are_only_so_many_slots(self, engine: Engine, make_adapter: MakeAdapter) -> None:
+        slots = len((await engine.report()).slots)
+        loads = [stage(make_adapter(i % 2)) for i in range(slots + 1)]
+        await read_in(engine, *loads)
+        results = (await engine.page([then("activate", load) for load in loads])).results
+        assert [result.error is None for result in results] == [True] * slots + [False]
+        held = await engine.report()
+        assert held.host == {load.load_id for load in loads}
+        assert set(held.slots) == {load.load_id for load in loads[:-1]}
+        freed, last = loads[0], loads[-1]
+        results = (await engine.page([then("deactivate", freed), then("activate", last)])).results
+        assert [result.error for result in results] == [None, None]
+        assert set((await engine.report()).slots) == {load.load_id for load in loads[1:]}
+
+    async def test_host_memory_takes_only_so_many(self, engine: Engine, make_adapter: MakeAdapter) -> None:
+        results: list[StageResult] = []
+        while not results or results[-1].error is None:
+            load = stage(make_adapter(0))
+            results.append((await read_in(engine, load))[load.load_id])
+            assert len(results) < 200, "host memory has no bound"
+        assert len((await engine.report()).host) == len(results) - 1
+        (result,) = (await engine.page([PageOp("activate", results[-1].load_id)])).results
+        assert result.error is not None, "the id of a failed load is burnt"
+
+    async def test_activating_again_takes_no_second_slot(
+        self, engine: Engine, make_adapter: MakeAdapter
+    ) -> None:
+        load = await bring_in(engine, make_adapter(0))
+        (again,) = (await engine.page([then("activate", load)])).results
+        assert again.error is None
+        assert [i for i in (await engine.report()).slots if i is not None] == [load.load_id]
+
+    async def test_evicted_while_it_is_staged_it_never_arrives(
+        self, engine: Engine, make_adapter: MakeAdapter
+    ) -> None:
+        gone, kept = stage(make_adapter(0)), stage(make_adapter(1))
+        staged = await read_in(engine, gone, kept, and_then=(then("evict", gone),))
+        async with asyncio.timeout(60):
+            while (await engine.report()).staging:
+                staged |= {r.load_id: r for r in (await engine.page([])).staged}
+        assert gone.load_id not in staged
+        assert (await engine.report()).host == {kept.load_id}
+
+    @pytest.mark.parametrize("what", ["no folder", "no weights", "spoilt config", "spoilt weights"])
+    async def test_what_cannot_be_read_fails_alone(
+        self, engine: Engine, make_adapter: MakeAdapter, tmp_path: Path, what: str
+    ) -> None:
+        broken = tmp_path / "broken"
+        if what != "no folder":
+            broken.mkdir()
+            (broken / CONFIG_FILE).write_bytes((make_adapter(0) / CONFIG_FILE).read_bytes())
+            (broken / WEIGHTS_FILE).write_bytes((make_adapter(0) / WEIGHTS_FILE).read_bytes())
+        if what == "no weights":
+            (broken / WEIGHTS_FILE).unlink()
+        elif what == "spoilt config":
+            (broken / CONFIG_FILE).write_text("{")
+        elif what == "spoilt weights":
+            (broken / WEIGHTS_FILE).write_bytes(b"\xff" * 64)
+        bad, good = stage(broken), stage(make_adapter(1))
+        staged = await read_in(engine, bad, good)
+        assert staged[bad.load_id].error
+        assert staged[good.load_id].error is None
+        (result,) = (await engine.page([then("activate", bad)])).results
+        assert result.error is not None, "the id of a failed load is burnt"
+        assert (await engine.report()).host == {good.load_id}
+
+    async def test_taking_out_what_is_not_in_changes_nothing(
+        self, engine: Engine, make_adapter: MakeAdapter
+    ) -> None:
+        load = await bring_in(engine, make_adapter(0))
+        before = await engine.report()
+        unknown = next(_ids)
+        results = (await engine.page([PageOp("deactivate", unknown), PageOp("evict", unknown)])).results
+        assert [result.error for result in results] == [None, None]
+        assert await engine.report() == before
+        assert load.load_id in before.slots
+
+    # --- answers ---------------------------------------------------------------------------------
+
+    @kinds
+    async def test_a_document(
+        self, engine: Engine, make_adapter: MakeAdapter, kind: Kind, body: dict[str, Any]
+    ) -> None:
+        load = await bring_in(engine, make_adapter(0))
+        answer, meter = await ask(engine, kind, body, load)
+        assert answer.stream is None
+        assert answer.body is not None
+        assert answer.body["object"] == ("chat.completion" if kind == "chat" else "text_completion")
+        assert answer.body["model"] == PUBLIC
+        assert [choice["finish_reason"] for choice in answer.body["choices"]] == ["length"]
+        usage = answer.body["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == meter.usage()
+        assert usage["completion_tokens"] == 5
+        assert load.name not in json.dumps(answer.body), "the engine's own name leaked"
+
+    @kinds
+    async def test_a_stream_says_the_same_and_counts_the_same(
+        self, engine: Engine, make_adapter: MakeAdapter, kind: Kind, body: dict[str, Any]
+    ) -> None:
+        load = await bring_in(engine, make_adapter(0))
+        whole, counted = await ask(engine, kind, body, load)
+        answer, meter = await ask(engine, kind, {**body, **STREAMED}, load)
+        assert answer.body is None
+        chunks = await events(answer)
+        assert whole.body is not None
+        assert spoken(chunks) == said(whole.body)
+        assert {chunk["model"] for chunk in chunks} == {PUBLIC}
+        reasons = [c["finish_reason"] for chunk in chunks for c in chunk["choices"] if c.get("finish_reason")]
+        assert reasons == ["length"]
+        assert chunks[-1]["choices"] == []
+        usage = chunks[-1]["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == meter.usage() == counted.usage()
+
+    async def test_without_stream_options_no_usage_is_sent(self, engine: Engine) -> None:
+        answer, meter = await ask(engine, "chat", {**QUESTION, "stream": True}, None)
+        assert all(chunk.get("usage") is None for chunk in await events(answer))
+        assert meter.output == 5
+
+    async def test_each_adapter_answers_in_its_own_way(
+        self, engine: Engine, make_adapter: MakeAdapter
+    ) -> None:
+        loads = [None, await bring_in(engine, make_adapter(0)), await bring_in(engine, make_adapter(1))]
+        answers = await asyncio.gather(*(ask(engine, "chat", QUESTION, load) for load in loads * 2))
+        texts = [said(answer.body or {}) for answer, _ in answers]
+        assert len(set(texts[:3])) == 3
+        assert texts[:3] == texts[3:]
+
+    @kinds
+    async def test_several_choices(self, engine: Engine, kind: Kind, body: dict[str, Any]) -> None:
+        several = {**body, "n": 2, "temperature": 1, "seed": 1}
+        answer, meter = await ask(engine, kind, several, None)
+        assert answer.body is not None
+        assert [choice["index"] for choice in answer.body["choices"]] == [0, 1]
+        assert answer.body["usage"]["completion_tokens"] == meter.output == 10
+        assert answer.body["usage"]["prompt_tokens"] == meter.prompt
+        streamed, meter = await ask(engine, kind, {**several, **STREAMED}, None)
+        chunks = await events(streamed)
+        assert {c["index"] for chunk in chunks for c in chunk["choices"]} == {0, 1}
+        assert chunks[-1]["usage"]["completion_tokens"] == meter.output == 10
+
+    async def test_several_prompts_are_parts_of_one_call(self, engine: Engine) -> None:
+        answer, meter = await ask(engine, "completion", {**TEXT, "prompt": ["Red,", "One, two,"]}, None)
+        assert answer.body is not None
+        assert [choice["index"] for choice in answer.body["choices"]] == [0, 1]
+        assert len(meter.parts) == 2
+        usage = answer.body["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == meter.usage()
+        assert usage["completion_tokens"] == 10
+
+    # --- endings ---------------------------------------------------------------------------------
+
+    @kinds
+    async def test_abort_ends_a_stream(self, engine: Engine, kind: Kind, body: dict[str, Any]) -> None:
+        long = {**body, "max_tokens": 50, "stream": True}
+        made, request = call(engine, kind, long, None)
+        answer = await engine.answer(made, request)
+        assert answer.stream is not None
+        for _ in range(3):
+            await anext(answer.stream)
+        await engine.abort(made)
+        counted = meter_of(made).output
+        assert 0 < counted < 50
+        async with asyncio.timeout(60):
+            rest = [chunk async for chunk in answer.stream]
+        assert rest[-1] == "data: [DONE]\n\n"
+        assert meter_of(made).output < 50
+        await engine.abort(made)
+        assert meter_of(made).output >= counted
+
+    async def test_abort_after_the_end_is_harmless(self, engine: Engine) -> None:
+        made, request = call(engine, "chat", QUESTION, None)
+        await engine.answer(made, request)
+        before = meter_of(made).usage()
+        await engine.abort(made)
+        engine.poll(made)
+        assert meter_of(made).usage() == before
+
+    async def test_poll_tells_what_a_document_has_cost_so_far(self, engine: Engine) -> None:
+        made, request = call(engine, "chat", {**QUESTION, "max_tokens": 30}, None)
+        answering = asyncio.create_task(engine.answer(made, request))
+        seen = {0}
+        while not answering.done():
+            engine.poll(made)
+            seen.add(meter_of(made).output)
+            await asyncio.sleep(0.001)
+        assert any(0 < output < 30 for output in seen)
+        assert (await answering).body is not None
+        assert meter_of(made).output == 30
+
+    async def test_a_cancelled_answer_is_cancelled(self, engine: Engine) -> None:
+        made, request = call(engine, "chat", {**QUESTION, "max_tokens": 50}, None)
+        answering = asyncio.create_task(engine.answer(made, request))
+        while meter_of(made).output == 0:
+            await asyncio.sleep(0.001)
+            engine.poll(made)
+        answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answering
+        await engine.abort(made)
+        assert 0 < meter_of(made).output < 50
+
+    # --- refusals --------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize(
+        ("kind", "changes", "param"),
+        [
+            ("chat", {"messages": "hello"}, "messages"),
+            ("chat", {"max_tokens": "many"}, "max_tokens"),
+            ("chat", {"n": "two"}, "n"),
+            ("completion", {"prompt": 3.5}, "prompt"),
+            ("completion", {"max_tokens": []}, "max_tokens"),
+        ],
+    )
+    async def test_a_wrong_field_is_named(
+        self, engine: Engine, kind: Kind, changes: dict[str, Any], param: str
+    ) -> None:
+        body = QUESTION if kind == "chat" else TEXT
+        with pytest.raises(BadRequest) as refused:
+            engine.parse(kind, {**body, **changes})
+        assert (refused.value.param or "").split(".")[0] == param
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_an_impossible_value_is_refused_before_the_first_byte(
+        self, engine: Engine, stream: bool
+    ) -> None:
+        made, request = call(engine, "chat", {**QUESTION, "temperature": -1, "stream": stream}, None)
+        with pytest.raises(BadRequest) as refused:
+            await engine.answer(made, request)
+        assert "temperature" in refused.value.message
+        assert meter_of(made).parts == {}
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @kinds
+    async def test_a_prompt_that_is_too_long_is_refused_before_the_first_byte(
+        self, engine: Engine, kind: Kind, body: dict[str, Any], stream: bool
+    ) -> None:
+        words = "word " * (engine.max_model_len + 1)
+        long = {"messages": [{"role": "user", "content": words}]} if kind == "chat" else {"prompt": words}
+        made, request = call(engine, kind, {**body, **long, "stream": stream}, None)
+        with pytest.raises(BadRequest) as refused:
+            await engine.answer(made, request)
+        assert words not in refused.value.message
+        assert meter_of(made).parts == {}

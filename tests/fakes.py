@@ -1,0 +1,439 @@
+"""An engine without a model: the public face of ``server.engine.Engine``, on the event loop's clock.
+
+It passes ``tests.engine_suite``, which the real engine passes too. Beyond that it watches its caller: what
+the real engine would take and then serve wrongly (a version that is not in a slot, a slot emptied under a
+running request, an id used twice) ends in ``violations``, which every test asserts to be empty.
+
+Its answers are countable: token 0 is the name of the folder that the adapter was loaded from (a digest, for
+blobs), or ``base``; token ``i`` is the number ``i``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel
+from server.engine import (
+    Answer,
+    Call,
+    Engine,
+    EngineDied,
+    PageOp,
+    PageReport,
+    PageResult,
+    StageResult,
+    WorkerReport,
+    _from_vllm,
+    _request_errors,
+)
+
+BASE_NAME = "base"
+NATURAL_LENGTH = 8
+
+
+def read_adapter(folder: Path) -> int:
+    """Bytes of the adapter in ``folder``; raises what is wrong with it."""
+    json.loads((folder / CONFIG_FILE).read_bytes())
+    with safe_open(folder / WEIGHTS_FILE, "np") as file:
+        return sum(len(bytes(file.get_tensor(name))) for name in file.keys())  # noqa: SIM118
+
+
+@dataclass
+class Times:
+    """Seconds: to read an adapter, to activate one, between two tokens, until a page call begins."""
+
+    stage: float = 0.0
+    activate: float = 0.0
+    step: float = 0.0
+    page: float = 0.0
+
+
+@dataclass
+class _Run:
+    """A call in the engine. ``produced`` counts output tokens by part."""
+
+    call: Call
+    load_id: int | None
+    shown: str
+    prompts: list[int]
+    choices: int
+    limit: int
+    natural_end: bool
+    produced: dict[str, int] = field(default_factory=dict)
+    aborted: bool = False
+
+    @property
+    def sequences(self) -> int:
+        return self.choices * len(self.prompts)
+
+    def token(self, i: int) -> str:
+        return self.shown if i == 0 else f" {i}"
+
+    def text(self, tokens: int) -> str:
+        return "".join(self.token(i) for i in range(tokens))
+
+    def settle(self) -> None:
+        """Tells the meter all that was produced; needed before an abort forgets it."""
+        for prompt, (part, tokens) in zip(self.prompts, self.produced.items(), strict=True):
+            if tokens:
+                self.call.meter.progressed(part, prompt, tokens, 0)
+
+
+class FakeEngine:
+    lora_dtype = "float32"
+    parse = Engine.parse
+    count_prompt = Engine.count_prompt
+
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        gpu_slots: int = 2,
+        host_slots: int = 4,
+        max_running: int = 8,
+        max_model_len: int = 512,
+        times: Times | None = None,
+        read: Callable[[Path], int] = read_adapter,
+    ) -> None:
+        self.base = base
+        self.max_running = max_running
+        self.max_model_len = max_model_len
+        self.times = times or Times()
+        self.violations: list[str] = []
+        self.calls: list[Call] = []
+        self.ops: list[PageOp] = []
+        self.running: list[_Run] = []
+        self.most_running = 0
+        self.stopped = False
+        # (HTTP status, tokens): every stream breaks with it after so many tokens.
+        self.break_streams: tuple[int, int] | None = None
+        self._read = read
+        self._host_slots = host_slots
+        self._slots: list[int | None] = [None] * gpu_slots
+        self._host: set[int] = set()
+        self._loads: dict[int, PageOp] = {}
+        self._staging: dict[int, float] = {}
+        self._evicted_while_staging: set[int] = set()
+        self._failures: Counter[tuple[str, str]] = Counter()
+        self._died: EngineDied | None = None
+
+    # --- what tests do to it ---------------------------------------------------------------------
+
+    def fail(self, verb: str, name: str, times: int = 1) -> None:
+        """The next ``times`` of this operation on this version fail."""
+        self._failures[verb, name] += times
+
+    def lose(self, name: str) -> None:
+        """Drops what it holds of a version, behind everybody's back."""
+        for load_id in [i for i in self._host if self._loads[i].name == name]:
+            self._remove(load_id)
+
+    def plant(self, load_id: int) -> None:
+        """Holds a load that nobody asked for."""
+        self._loads[load_id] = PageOp("stage", load_id, "stray")
+        self._host.add(load_id)
+
+    def die(self) -> None:
+        self._died = EngineDied("the engine process is gone")
+
+    def held(self, name: str) -> bool:
+        return any(self._loads[i].name == name for i in self._host)
+
+    # --- the engine's public face ----------------------------------------------------------------
+
+    async def check(self) -> None:
+        self._alive()
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+    async def page(self, ops: Sequence[PageOp]) -> PageReport:
+        self._alive()
+        takes = self.times.page + self.times.activate * sum(op.verb == "activate" for op in ops)
+        await asyncio.sleep(takes)
+        self._alive()
+        self.ops += ops
+        return PageReport(tuple(self._carry_out(op) for op in ops), tuple(self._collect()))
+
+    async def report(self) -> WorkerReport:
+        self._alive()
+        await asyncio.sleep(self.times.page)
+        return WorkerReport(frozenset(self._host), tuple(self._slots), frozenset(self._staging), 0)
+
+    async def answer(self, call: Call, request: Any) -> Answer:
+        self._alive()
+        self.calls.append(call)
+        if not call.cache_salt or len(call.cache_salt) > 128 or set(call.cache_salt) & set("@/\\\0"):
+            self._violated(f"cache salt {call.cache_salt!r}")
+        run = self._run_of(call, request)
+        if request.stream:
+            events = self._chat_events if call.kind == "chat" else self._completion_events
+            include_usage = bool(request.stream_options and request.stream_options.include_usage)
+            return Answer(stream=self._sse(run, events, include_usage))
+        async for i in self._produce(run):
+            del i
+            if self.break_streams and self._due_to_break(run):
+                raise _from_vllm("it broke", self.break_streams[0], None)
+        run.settle()
+        return Answer(body=self._body(run))
+
+    async def abort(self, call: Call) -> None:
+        for run in [run for run in self.running if run.call is call]:
+            run.settle()
+            run.aborted = True
+            self.running.remove(run)
+
+    def poll(self, call: Call) -> None:
+        for run in self.running:
+            if run.call is call:
+                run.settle()
+
+    # --- paging ----------------------------------------------------------------------------------
+
+    def _carry_out(self, op: PageOp) -> PageResult:
+        if op.verb == "stage":
+            return PageResult(self._stage(op), 0.0)
+        if op.verb == "activate":
+            return PageResult(self._activate(op.load_id), self.times.activate)
+        if op.verb == "deactivate":
+            if op.load_id in self._host and self._fails("deactivate", self._loads[op.load_id]):
+                return PageResult("RuntimeError: injected", 0.0)
+            self._leave_slot(op.load_id)
+        elif op.load_id in self._staging:
+            self._evicted_while_staging.add(op.load_id)
+        else:
+            self._remove(op.load_id)
+        return PageResult(None, 0.0)
+
+    def _stage(self, op: PageOp) -> str | None:
+        if op.load_id in self._loads:
+            self._violated(f"load id {op.load_id} is used twice")
+        self._loads[op.load_id] = op
+        self._staging[op.load_id] = asyncio.get_running_loop().time() + self.times.stage
+        return None
+
+    def _collect(self) -> list[StageResult]:
+        now = asyncio.get_running_loop().time()
+        staged = []
+        for load_id in [i for i, due in self._staging.items() if due <= now]:
+            del self._staging[load_id]
+            if load_id in self._evicted_while_staging:
+                self._evicted_while_staging.discard(load_id)
+                continue
+            error, size = self._outcome(self._loads[load_id])
+            if error is None and len(self._host) >= self._host_slots:
+                error = "host memory holds max_cpu_loras adapters already"
+            if error is not None:
+                staged.append(StageResult(load_id, error, 0.0, 0))
+                continue
+            self._host.add(load_id)
+            staged.append(StageResult(load_id, None, self.times.stage, size))
+        return staged
+
+    def _outcome(self, op: PageOp) -> tuple[str | None, int]:
+        if self._fails("stage", op):
+            return "OSError: injected", 0
+        try:
+            return None, self._read(Path(op.path))
+        except Exception as exc:  # as in a staging thread
+            return f"{type(exc).__name__}: {exc}", 0
+
+    def _activate(self, load_id: int) -> str | None:
+        if load_id not in self._host:
+            return f"LookupError: load {load_id} is not in host memory"
+        if load_id in self._slots:
+            return None
+        if None not in self._slots:
+            return "LookupError: no slot is free"
+        if self._fails("activate", self._loads[load_id]):
+            self._remove(load_id)  # as the worker does: half an adapter must not stay
+            return "RuntimeError: injected"
+        self._slots[self._slots.index(None)] = load_id
+        return None
+
+    def _remove(self, load_id: int) -> None:
+        self._leave_slot(load_id)
+        self._host.discard(load_id)
+
+    def _leave_slot(self, load_id: int) -> None:
+        if load_id in self._slots:
+            self._slots[self._slots.index(load_id)] = None
+            for run in self.running:
+                if run.load_id == load_id:
+                    self._violated(f"load {load_id} left its slot under a running request")
+
+    def _fails(self, verb: str, op: PageOp) -> bool:
+        if not self._failures[verb, op.name]:
+            return False
+        self._failures[verb, op.name] -= 1
+        return True
+
+    # --- answers ---------------------------------------------------------------------------------
+
+    def _run_of(self, call: Call, request: Any) -> _Run:
+        load_id = self._load_of(call.model)
+        shown = BASE_NAME if load_id is None else Path(self._loads[load_id].path).name
+        limit = request.max_tokens
+        if call.kind == "chat" and request.max_completion_tokens is not None:
+            limit = request.max_completion_tokens
+        with _request_errors():
+            prompts = [self._checked(text) for text in _prompts(call.kind, request)]
+            request.to_sampling_params(NATURAL_LENGTH if limit is None else limit, {})
+        room = self.max_model_len - max(prompts)
+        natural_end = limit is None
+        limit = min(room, NATURAL_LENGTH if limit is None else limit)
+        run = _Run(call, load_id, shown, prompts, request.n or 1, limit, natural_end)
+        for i in range(len(prompts)):
+            call.request_ids.append(f"{call.id}-{i}")
+            run.produced[call.request_ids[-1]] = 0
+        return run
+
+    def _load_of(self, model: str) -> int | None:
+        if model == self.base.name:
+            return None
+        for load_id in self._slots:
+            if load_id is not None and self._loads[load_id].name == model:
+                return load_id
+        self._violated(f"{model} is to be run but has no slot")
+        raise AssertionError(self.violations[-1])
+
+    def _checked(self, prompt: str) -> int:
+        """Its tokens: one per word, and one more."""
+        from vllm.exceptions import VLLMValidationError
+
+        tokens = len(prompt.split()) + 1
+        if tokens >= self.max_model_len:
+            raise VLLMValidationError(
+                f"The prompt has {tokens} tokens; the model takes {self.max_model_len}.", parameter="prompt"
+            )
+        return tokens
+
+    async def _produce(self, run: _Run) -> AsyncIterator[int]:
+        """Token numbers, one step each; ends early when the call is aborted."""
+        self.running.append(run)
+        self.most_running = max(self.most_running, sum(other.sequences for other in self.running))
+        if self.most_running > self.max_running:
+            self._violated(f"{self.most_running} sequences run at once")
+        try:
+            for i in range(run.limit):
+                await asyncio.sleep(self.times.step)
+                self._alive()
+                if run.aborted:
+                    return
+                if run.load_id is not None and run.load_id not in self._slots:
+                    self._violated(f"load {run.load_id} runs without a slot")
+                for part in run.produced:
+                    run.produced[part] += run.choices
+                yield i
+        finally:
+            if run in self.running:
+                self.running.remove(run)
+
+    async def _sse(
+        self, run: _Run, events: Callable[[_Run, int], list[dict[str, Any]]], include_usage: bool
+    ) -> AsyncIterator[str]:
+        last = -1
+        try:
+            async for i in self._produce(run):
+                run.settle()
+                if self.break_streams and self._due_to_break(run):
+                    yield _error_event("it broke", self.break_streams[0])
+                    yield "data: [DONE]\n\n"
+                    return
+                last = i
+                for event in events(run, i):
+                    yield f"data: {json.dumps(event)}\n\n"
+        except EngineDied:
+            yield _error_event("the engine is dead", 500)
+        if run.aborted:
+            for event in events(run, last + 1):
+                event["choices"][0]["finish_reason"] = "abort"
+                yield f"data: {json.dumps(event)}\n\n"
+        if include_usage:
+            yield f"data: {json.dumps({**_head(run, stream=True), 'choices': [], 'usage': _usage(run)})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    def _due_to_break(self, run: _Run) -> bool:
+        assert self.break_streams is not None
+        return min(run.produced.values()) > self.break_streams[1]
+
+    def _chat_events(self, run: _Run, i: int) -> list[dict[str, Any]]:
+        events = []
+        if i == 0:
+            for choice in range(run.sequences):
+                events.append(_chunk(run, choice, {"delta": {"role": "assistant", "content": ""}}, None))
+        for choice in range(run.sequences):
+            delta = {"delta": {"content": "" if run.aborted else run.token(i)}}
+            events.append(_chunk(run, choice, delta, _finish(run, i)))
+        return events
+
+    def _completion_events(self, run: _Run, i: int) -> list[dict[str, Any]]:
+        text = "" if run.aborted else run.token(i)
+        return [_chunk(run, choice, {"text": text}, _finish(run, i)) for choice in range(run.sequences)]
+
+    def _body(self, run: _Run) -> dict[str, Any]:
+        tokens = min(run.produced.values()) // run.choices
+        text = run.text(tokens)
+        said = (
+            {"message": {"role": "assistant", "content": text}} if run.call.kind == "chat" else {"text": text}
+        )
+        finish = "abort" if run.aborted else _finish(run, tokens - 1)
+        choices = [
+            {"index": i, **said, "logprobs": None, "finish_reason": finish} for i in range(run.sequences)
+        ]
+        return {**_head(run, stream=False), "choices": choices, "usage": _usage(run)}
+
+    def _alive(self) -> None:
+        if self._died is not None:
+            raise self._died
+
+    def _violated(self, what: str) -> None:
+        self.violations.append(what)
+
+
+def _prompts(kind: str, request: Any) -> list[str]:
+    if kind == "chat":
+        return [" ".join(str(message.get("content")) for message in request.messages)]
+    prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
+    if not prompts:
+        raise ValueError("there is no prompt")
+    if isinstance(prompts[0], int):
+        prompts = [prompts]
+    return [text if isinstance(text, str) else " ".join(map(str, text)) for text in prompts]
+
+
+def _head(run: _Run, *, stream: bool) -> dict[str, Any]:
+    if run.call.kind == "chat":
+        id_, object_ = f"chatcmpl-{run.call.id}", "chat.completion.chunk" if stream else "chat.completion"
+    else:
+        id_, object_ = f"cmpl-{run.call.id}", "text_completion"
+    return {"id": id_, "object": object_, "created": 0, "model": run.call.public_model}
+
+
+def _chunk(run: _Run, index: int, said: dict[str, Any], finish: str | None) -> dict[str, Any]:
+    choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
+    return {**_head(run, stream=True), "choices": [choice]}
+
+
+def _finish(run: _Run, i: int) -> str | None:
+    if i != run.limit - 1:
+        return None
+    return "stop" if run.natural_end else "length"
+
+
+def _usage(run: _Run) -> dict[str, int]:
+    prompt, output = sum(run.prompts), sum(run.produced.values())
+    return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+
+
+def _error_event(message: str, code: int) -> str:
+    error = {"message": message, "type": "BadRequestError", "param": None, "code": code}
+    return f"data: {json.dumps({'error': error})}\n\n"

@@ -1,0 +1,421 @@
+"""The dispatcher against an engine that fails, dies, loses things and is slow. Time is virtual."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from adapters.errors import AdapterUnavailable
+from adapters.model import Tier
+from server.dispatcher import RECONCILE_EVERY
+from server.errors import TooManyRequests, Unavailable, headers_of
+from tests.clock import run
+from tests.fakes import Times
+from tests.world import World, read, tenant, version
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
+
+
+async def settle(world: World) -> None:
+    """Long enough for every poll and one reconciliation."""
+    await asyncio.sleep(RECONCILE_EVERY * 2.5)
+
+
+# --- what works -------------------------------------------------------------------------------------
+
+
+def test_a_request_joins_the_load_that_is_under_way() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            texts = await asyncio.gather(*(world.ask("acme") for _ in range(4)))
+            assert all('"acme-a"' in text for text in texts)
+            assert [op.verb for op in world.engine.ops] == ["stage", "activate"]
+            assert world.dispatcher.tier_of(version("acme")) is Tier.GPU
+            assert world.dispatcher.tier_of(version("zeta")) is Tier.DISK
+            world.check_idle()
+
+    run(scenario())
+
+
+def test_the_base_model_needs_no_slot() -> None:
+    async def scenario() -> None:
+        async with World() as world, world.busy("acme"):
+            assert '"base"' in await world.ask("zeta", model="base-model")
+            assert [op.verb for op in world.engine.ops] == ["stage", "activate"]
+
+    run(scenario())
+
+
+def test_many_versions_take_turns_in_one_slot() -> None:
+    async def scenario() -> None:
+        async with World(limits={"slot_patience": 0.1}) as world:
+            names = [f"t{i}" for i in range(6)] * 3
+            texts = await asyncio.gather(*(world.ask(name, max_tokens=5) for name in names))
+            for name, text in zip(names, texts, strict=True):
+                assert f'"{name}-a"' in text
+            world.check_idle()
+            assert world.outcomes() == {"completed": 18}
+
+    run(scenario())
+
+
+def test_a_warm_stream_is_not_delayed_by_a_load() -> None:
+    async def scenario() -> None:
+        times = Times(stage=5.0, activate=0.01, step=0.02, page=0.001)
+        async with World(gpu_slots=2, host_slots=4, times=times) as world:
+            opened = await world.open("warm", max_tokens=400)
+            assert opened.stream is not None
+            cold = [asyncio.create_task(world.ask(f"cold{i}")) for i in range(3)]
+            gaps, before = [], None
+            async for _ in opened.stream:
+                now = world.dispatcher.now()
+                if before is not None:
+                    gaps.append(now - before)
+                before = now
+            await opened.stream.aclose()
+            assert max(gaps) <= times.step + times.activate + 3 * times.page
+            await asyncio.gather(*cold)
+
+    run(scenario())
+
+
+def test_weights_decide_who_gets_more() -> None:
+    async def scenario() -> list[str]:
+        async with World(max_running=1, gpu_slots=2) as world:
+            done: list[str] = []
+
+            async def client(who: str, weight: float) -> None:
+                while len(done) < 60:
+                    await world.ask(tenant(who, weight=weight), max_tokens=8)
+                    done.append(who)
+
+            await asyncio.gather(
+                *(client(w, x) for w, x in (("heavy", 3.0), ("light", 1.0)) for _ in range(4))
+            )
+            return done[10:60]
+
+    done = run(scenario())
+    assert 32 <= done.count("heavy") <= 43, done
+
+
+def test_a_tenants_own_limits_hold() -> None:
+    async def scenario() -> None:
+        async with World(max_running=8) as world:
+            small = tenant("small", max_running=1, max_queued=2)
+            most = 0
+
+            async def watch() -> None:
+                nonlocal most
+                while True:
+                    most = max(most, len(world.engine.running))
+                    await asyncio.sleep(0.005)
+
+            watching = asyncio.create_task(watch())
+            asked = [asyncio.create_task(world.ask(small)) for _ in range(5)]
+            results = await asyncio.gather(*asked, return_exceptions=True)
+            watching.cancel()
+            assert most == 1
+            refused = [r for r in results if isinstance(r, TooManyRequests)]
+            assert len(refused) == 3
+            assert all(int(headers_of(error)["Retry-After"]) >= 1 for error in refused)
+            assert world.outcomes() == {"completed": 2, "refused": 3}
+            world.check_idle()
+
+    run(scenario())
+
+
+def test_waiting_has_an_end() -> None:
+    async def scenario() -> None:
+        async with (
+            World(limits={"queue_timeout": 3.0, "slot_patience": 100.0}) as world,
+            world.busy("acme", 400),
+        ):
+            started = world.dispatcher.now()
+            with pytest.raises(Unavailable) as refused:
+                await world.ask("zeta")
+            assert refused.value.code == "queue_timeout"
+            assert world.dispatcher.now() - started == pytest.approx(3.0, abs=0.1)
+            assert "Retry-After" in headers_of(refused.value)
+
+    run(scenario())
+
+
+def test_an_unstreamed_answer_is_counted_while_it_is_produced() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            answering = asyncio.create_task(world.ask("acme", stream=False, max_tokens=100))
+            await asyncio.sleep(1.0)
+            (lease,) = world.dispatcher.open_leases()
+            assert 20 < lease.output_tokens < 60
+            assert world.dispatcher.snapshot().counters["acme"] > 2 * 20
+            assert repr(lease).startswith("<Lease acme-1 acme acme/a@acme-a 2+")
+            await answering
+            assert lease.output_tokens == 100
+
+    run(scenario())
+
+
+# --- what fails -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["stage", "activate"])
+def test_a_load_that_fails_is_its_own_requests_affair(verb: str) -> None:
+    async def scenario() -> None:
+        async with World(gpu_slots=2) as world, world.busy("warm") as warm:
+            world.engine.fail(verb, version("bad").key)
+            asked = {who: asyncio.create_task(world.ask(who)) for who in ("bad", "good")}
+            also_bad = asyncio.create_task(world.ask("bad"))
+            assert '"good-a"' in await asked["good"]
+            for task in (asked["bad"], also_bad):
+                with pytest.raises(AdapterUnavailable) as refused:
+                    await task
+                assert headers_of(refused.value)["Retry-After"]
+            assert not warm.done()
+            assert '"bad-a"' in await world.ask("bad"), "the next attempt works"
+            ids = [op.load_id for op in world.engine.ops if op.verb == "stage"]
+            assert len(set(ids)) == len(ids), "a failed load burns its id"
+            text = world.metrics.render().decode()
+            assert f'loraplex_load_failures_total{{step="{verb}"}} 1.0' in text
+
+    run(scenario())
+
+
+def test_the_engines_death_ends_everything_once() -> None:
+    async def scenario() -> None:
+        async with World(max_running=1) as world:
+            running = asyncio.create_task(world.ask("acme", stream=False, max_tokens=1000))
+            await asyncio.sleep(1.0)
+            waiting = [asyncio.create_task(world.ask(who)) for who in ("acme", "zeta", "acme")]
+            await asyncio.sleep(0.5)
+            world.engine.die()
+            for task in (*waiting, running):
+                with pytest.raises(Unavailable) as refused:
+                    await task
+                assert refused.value.code == "engine_stopped"
+                assert "Retry-After" in headers_of(refused.value)
+            with pytest.raises(Unavailable) as refused:
+                await world.ask("acme")
+            assert refused.value.code == "engine_stopped"
+            await settle(world)
+            assert len(world.deaths) == 1
+            world.dispatcher.drain()
+            assert await world.dispatcher.wait_until_idle(1)
+            world.check_idle()
+
+    run(scenario())
+
+
+def test_a_pager_that_fails_in_an_unknown_way_does_not_hang_its_clients() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            world.engine.raises = RuntimeError("nobody thought of this")
+            with pytest.raises(Unavailable) as refused:
+                await asyncio.wait_for(world.ask("acme"), 30)
+            assert refused.value.code == "engine_stopped"
+            assert len(world.deaths) == 1, "the process must be restarted"
+
+    run(scenario())
+
+
+# --- reconciliation ---------------------------------------------------------------------------------
+
+
+def test_what_the_engine_lost_is_loaded_again() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            await world.ask("acme")
+            world.engine.lose(version("acme").key)
+            await settle(world)
+            assert world.dispatcher.tier_of(version("acme")) is Tier.DISK
+            assert '"acme-a"' in await world.ask("acme")
+
+    run(scenario())
+
+
+def test_what_nobody_knows_is_evicted() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            world.engine.plant(77)
+            await settle(world)
+            assert (await world.engine.report()).host == frozenset()
+
+    run(scenario())
+
+
+def test_a_slot_that_was_not_given_back_is_taken_back() -> None:
+    async def scenario() -> None:
+        async with World(host_slots=3) as world:
+            await world.ask("acme")
+            world.engine.fail("deactivate", version("acme").key)
+            with pytest.raises(AdapterUnavailable):
+                await world.ask("zeta")
+            await settle(world)
+            assert '"zeta-a"' in await world.ask("zeta")
+
+    run(scenario())
+
+
+def test_an_adapter_that_fell_out_of_its_slot_is_not_run_without_one() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            await world.ask("acme")
+            (load_id,) = (await world.engine.report()).host
+            world.engine._leave_slot(load_id)
+            await settle(world)
+            assert '"acme-a"' in await world.ask("acme")
+
+    run(scenario())
+
+
+# --- leases -----------------------------------------------------------------------------------------
+
+
+def test_closing_is_done_once_whoever_asks() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            lease = await world.dispatcher.submit("acme", version("acme"), prompt_tokens=1, max_tokens=5)
+            lease.progressed("part", 7, 3, 0)
+            lease.progressed("part", 7, 2, 0)
+            lease.progressed("other", 1, 1, 1)
+            await asyncio.gather(lease.close("disconnected"), lease.close("completed"), lease.close())
+            await lease.close("failed")
+            assert (lease.prompt_tokens, lease.output_tokens, lease.cached_tokens) == (8, 4, 1)
+            assert world.outcomes() == {"disconnected": 1}
+            world.check_idle()
+
+    run(scenario())
+
+
+def test_a_closer_that_is_cancelled_closes_all_the_same() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            lease = await world.dispatcher.submit("acme", version("acme"), prompt_tokens=1, max_tokens=5)
+            released = asyncio.Event()
+
+            async def slow_abort() -> None:
+                await released.wait()
+
+            lease.abort = slow_abort
+            closer = asyncio.create_task(lease.close("disconnected"))
+            await asyncio.sleep(0.1)
+            closer.cancel()
+            await asyncio.wait([closer])
+            assert closer.cancelled()
+            assert world.dispatcher.in_use([version("acme").key]), "the engine still holds it"
+            released.set()
+            await asyncio.sleep(0.1)
+            world.check_idle()
+
+    run(scenario())
+
+
+def test_an_abort_that_fails_still_gives_the_place_back() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            lease = await world.dispatcher.submit("acme", version("acme"), prompt_tokens=1, max_tokens=5)
+
+            async def broken_abort() -> None:
+                raise RuntimeError("no")
+
+            lease.abort = broken_abort
+            with pytest.raises(RuntimeError):
+                await lease.close("disconnected")
+            world.check_idle()
+
+    run(scenario())
+
+
+def test_drain_refuses_what_waits_and_cut_ends_what_runs() -> None:
+    async def scenario() -> None:
+        async with World(max_running=1) as world, world.busy("acme", 200) as running:
+            waiting = asyncio.create_task(world.ask("acme"))
+            await asyncio.sleep(0.1)
+            world.dispatcher.drain()
+            for late in (waiting, world.ask("acme")):
+                with pytest.raises(Unavailable) as refused:
+                    await late
+                assert refused.value.code == "shutting_down"
+                assert headers_of(refused.value)["Retry-After"] == "5"
+            assert not await world.dispatcher.wait_until_idle(0.5)
+            assert not running.done()
+            for lease in world.dispatcher.open_leases():
+                await lease.close("cut")
+            assert await world.dispatcher.wait_until_idle(0)
+            assert "abort" in await running
+            assert world.outcomes() == {"cut": 1, "unavailable": 2}
+
+    run(scenario())
+
+
+def test_drain_lets_what_runs_end() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            running = asyncio.create_task(world.ask("acme", max_tokens=50))
+            await asyncio.sleep(0.5)
+            world.dispatcher.drain()
+            assert await world.dispatcher.wait_until_idle(10)
+            assert '" 49"' in await running
+
+    run(scenario())
+
+
+# --- pins, warmth, retirement -----------------------------------------------------------------------
+
+
+def test_a_pinned_version_stays() -> None:
+    async def scenario() -> None:
+        async with World(gpu_slots=2, host_slots=2) as world:
+            await world.ask("pinned")
+            world.dispatcher.pin(version("pinned"), True)
+            for name in ("b", "c", "d"):
+                await world.ask(name)
+            assert world.dispatcher.tier_of(version("pinned")) is Tier.GPU
+            world.dispatcher.pin(version("pinned"), False)
+            for name in ("b", "c", "d"):
+                await world.ask(name)
+            assert world.dispatcher.tier_of(version("pinned")) is Tier.DISK
+
+    run(scenario())
+
+
+def test_warmed_before_the_first_request() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            world.dispatcher.warm(version("acme"), slot=True)
+            await asyncio.sleep(1)
+            assert world.dispatcher.tier_of(version("acme")) is Tier.GPU
+
+    run(scenario())
+
+
+def test_a_retired_version_leaves_when_its_last_request_is_done() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            opened = await world.open("acme", max_tokens=20)
+            key = version("acme").key
+            world.dispatcher.retire(version("acme"))
+            assert world.dispatcher.in_use([key])
+            await asyncio.sleep(0.1)
+            assert world.engine.held(key)
+            assert '" 19"' in await read(opened)
+            assert not world.dispatcher.in_use([key])
+            await asyncio.sleep(0.1)
+            assert not world.engine.held(key)
+
+    run(scenario())
+
+
+def test_gauges_say_what_is_where() -> None:
+    async def scenario() -> None:
+        async with World(gpu_slots=2, host_slots=3) as world:
+            for name in ("a", "b", "c"):
+                await world.ask(name)
+            async with world.busy("c"):
+                gauges = world.dispatcher.gauges(10)
+                assert gauges.adapters == {"disk": 7, "host": 1, "gpu": 2}
+                assert (gauges.slots, gauges.slots_used, gauges.host_slots) == (2, 2, 3)
+                assert gauges.running == {"c": 1}
+            assert world.dispatcher.gauges(10).running == {}
+
+    run(scenario())

@@ -1,0 +1,319 @@
+"""Health, readiness, metrics, drain and death, over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import shutil
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.__main__ import _Server
+from server.app import create_app, drain
+from server.engine import EngineDied
+from server.settings import Settings
+from tests import tiny
+from tests.fakes import FakeEngine, Times
+from tests.site import Site, bearer
+from tests.test_api import CHAT, CHAT_URL, digest, error
+from tests.tiny import fake_site
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    engine = FakeEngine(tiny.base(), times=Times(step=0.01))
+    async with fake_site(tmp_path, engine, drain_timeout=0.3) as site:
+        yield site
+
+
+async def samples(site: Site) -> Samples:
+    answer = await site.http.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def value(of: Samples, name: str, **labels: str) -> float:
+    return of[name, frozenset(labels.items())]
+
+
+async def begun(site: Site, key: str, tokens: int = 500) -> asyncio.Task[str]:
+    """A stream that is being produced, and that is read to its end."""
+
+    async def read() -> str:
+        body = {**CHAT, "max_tokens": tokens, "stream": True}
+        async with site.http.stream("POST", CHAT_URL, json=body, headers=bearer(key)) as stream:
+            return "".join([line async for line in stream.aiter_lines()])
+
+    running = site.app.state.engine.running
+    before = len(running)
+    task = asyncio.create_task(read())
+    async with asyncio.timeout(10):
+        while len(running) == before or min(running[-1].produced.values()) < 2:
+            await asyncio.sleep(0.005)
+    return task
+
+
+# --- readiness --------------------------------------------------------------------------------------
+
+
+async def test_alive_and_ready(site: Site) -> None:
+    alive = await site.http.get("/health")
+    assert (alive.status_code, alive.json()) == (200, {"status": "alive"})
+    ready = await site.http.get("/ready")
+    assert ready.status_code == 200
+    checks = {"engine": "ok", "database": "ok", "store": "ok"}
+    assert ready.json() == {"status": "ready", "checks": checks}
+
+
+@pytest.mark.parametrize("part", ["engine", "database", "store"])
+async def test_not_ready_without_one_of_its_parts(
+    tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreachable() -> None:
+        raise ConnectionRefusedError(f"{tmp_path}")
+
+    engine = FakeEngine(tiny.base())
+    async with fake_site(tmp_path, engine) as site:
+        if part == "engine":
+            engine.die()
+        elif part == "database":
+            monkeypatch.setattr(site.app.state.database, "ping", unreachable)
+        else:
+            shutil.rmtree(tmp_path / "quarantine")
+        ready = await site.http.get("/ready")
+        assert ready.status_code == 503
+        assert ready.json()["status"] == "not ready"
+        assert [name for name, said in ready.json()["checks"].items() if said != "ok"] == [part]
+        assert str(tmp_path) not in ready.text
+        assert (await site.http.get("/health")).status_code == 200
+
+
+# --- drain ------------------------------------------------------------------------------------------
+
+
+async def test_a_drain_refuses_what_comes_and_lets_what_runs_end(tmp_path: Path) -> None:
+    engine = FakeEngine(tiny.base(), times=Times(step=0.01))
+    async with fake_site(tmp_path, engine, drain_timeout=30) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        stream = await begun(site, key, tokens=100)
+        draining = asyncio.create_task(drain(site.app))
+        async with asyncio.timeout(10):
+            while (ready := await site.http.get("/ready")).status_code == 200:
+                await asyncio.sleep(0)
+        assert ready.json() == {"status": "not ready", "checks": {"draining": "yes"}}
+        error(await site.chat(key, "hi"), 503, "shutting_down")
+        assert (await site.http.get("/health")).status_code == 200
+        assert (await site.http.get("/v1/models", headers=bearer(key))).status_code == 200
+        await draining
+        assert '" 99"' in await stream
+
+
+async def test_a_drain_that_takes_too_long_cuts_what_runs(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+    streams = [await begun(site, key) for _ in range(2)]
+    with caplog.at_level(logging.WARNING):
+        await drain(site.app)
+    for text in await asyncio.gather(*streams):
+        assert '"finish_reason": "abort"' in text
+        assert text.endswith("data: [DONE]")
+    assert "cut 2 requests" in caplog.text
+    assert value(await samples(site), "loraplex_requests_total", tenant="acme", outcome="cut") == 2
+
+
+async def test_the_first_signal_drains(tmp_path: Path) -> None:
+    engine = FakeEngine(tiny.base(), times=Times(step=0.01))
+    async with fake_site(tmp_path, engine, drain_timeout=30) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        stream = await begun(site, key, tokens=100)
+        server = _Server(uvicorn.Config(site.app))
+        server.started = True
+        server.handle_exit(signal.SIGTERM, None)
+        async with asyncio.timeout(10):
+            while not site.app.state.draining:
+                await asyncio.sleep(0)
+        assert not server.should_exit
+        assert '" 99"' in await stream
+        async with asyncio.timeout(10):
+            while not server.should_exit:
+                await asyncio.sleep(0.01)
+
+
+async def test_the_second_signal_does_not_wait(site: Site) -> None:
+    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+    stream = await begun(site, key)
+    server = _Server(uvicorn.Config(site.app))
+    server.started = True
+    server.handle_exit(signal.SIGTERM, None)
+    async with asyncio.timeout(10):
+        while not site.app.state.draining:
+            await asyncio.sleep(0)
+    assert not server.should_exit
+    server.handle_exit(signal.SIGTERM, None)
+    assert server.should_exit
+    stream.cancel()
+
+
+# --- death ------------------------------------------------------------------------------------------
+
+
+async def test_the_engines_death(tmp_path: Path) -> None:
+    deaths: list[EngineDied] = []
+    engine = FakeEngine(tiny.base(), max_running=1, times=Times(step=0.01))
+    async with fake_site(tmp_path, engine, on_death=deaths.append) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        stream = await begun(site, key)
+        waiting = [asyncio.create_task(site.chat(key, "hi", stream=i > 0)) for i in range(2)]
+        async with asyncio.timeout(10):
+            while site.app.state.dispatcher.snapshot().queued != {"acme": 2}:
+                await asyncio.sleep(0.005)
+        engine.die()
+        text = await stream
+        assert '{"error": {"message": "The engine failed' in text
+        assert text.endswith("data: [DONE]")
+        for response in await asyncio.gather(*waiting):
+            error(response, 503, "engine_stopped")
+        async with asyncio.timeout(10):
+            while not deaths:
+                await asyncio.sleep(0.01)
+        error(await site.chat(key, "hi"), 503, "engine_stopped")
+        assert (await site.http.get("/ready")).status_code == 503
+        assert len(deaths) == 1
+
+
+async def test_an_engine_that_does_not_start_leaves_nothing_open(tmp_path: Path) -> None:
+    async def fail(_: Settings) -> FakeEngine:
+        raise ValueError("no such model")
+
+    app = create_app(tiny.settings(tmp_path), start_engine=fail)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no such model"):
+        async with app.router.lifespan_context(app):
+            raise AssertionError("it started")
+    async with fake_site(tmp_path) as site:
+        assert (await site.http.get("/ready")).status_code == 200
+
+
+# --- metrics ----------------------------------------------------------------------------------------
+
+
+async def test_metrics_add_up(site: Site) -> None:
+    key = await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2), "c": tiny.adapter(3)})
+    for seed in (4, 5, 6):
+        await site.upload("acme", "a", tiny.adapter(seed))
+    usage: Counter[str] = Counter()
+    for model in ("a", "b", "c", "a@1"):
+        answered = await site.chat(key, "one two three", model=model, max_tokens=5)
+        usage.update(answered.json()["usage"])
+    await (await begun(site, key, tokens=7))
+    await site.chat(key, "hi", model="nobody")
+    await site.chat(key, "hi", n=100)
+    stream = await begun(site, key, tokens=400)
+    now = await samples(site)
+    assert value(now, "loraplex_running", tenant="acme") == 1
+    stream.cancel()
+    assert await site.app.state.dispatcher.wait_until_idle(10)
+    now = await samples(site)
+    outcomes = {
+        dict(labels)["outcome"]: count
+        for (name, labels), count in now.items()
+        if name == "loraplex_requests_total"
+    }
+    assert outcomes == {"completed": 5, "rejected": 2, "disconnected": 1}
+    output = value(now, "loraplex_output_tokens_total", tenant="acme")
+    assert usage["completion_tokens"] + 7 < output < usage["completion_tokens"] + 7 + 400
+    assert value(now, "loraplex_prompt_tokens_total", tenant="acme") == usage["prompt_tokens"] + 3 + 3
+    assert value(now, "loraplex_queue_seconds_count", tenant="acme") == 6
+    assert value(now, "loraplex_time_to_first_token_seconds_count", tenant="acme") == 2
+    gaps = value(now, "loraplex_inter_token_latency_seconds_count", tenant="acme")
+    assert gaps == output - usage["completion_tokens"] - 2
+    tiers = {tier: value(now, "loraplex_adapters", tier=tier) for tier in ("disk", "host", "gpu")}
+    assert sum(tiers.values()) == 6, "versions are counted, not adapters"
+    assert tiers["gpu"] == value(now, "loraplex_gpu_slots_used") <= value(now, "loraplex_gpu_slots") == 2
+    assert value(now, "loraplex_host_slots") == 4
+    assert (
+        value(now, "loraplex_stage_seconds_count") == value(now, "loraplex_activation_seconds_count") - 1 >= 4
+    )
+    assert value(now, "loraplex_in_step_loads") == 0
+    assert ("loraplex_running", frozenset({("tenant", "acme")})) not in now
+
+
+async def test_only_so_many_tenants_have_a_label(tmp_path: Path) -> None:
+    async with fake_site(tmp_path, metrics_tenants=2) as site:
+        for i in range(4):
+            await site.chat(await site.tenant(f"t{i}"), "hi", model=tiny.NAME)
+        now = await samples(site)
+        counts = {
+            dict(labels)["tenant"]: count
+            for (name, labels), count in now.items()
+            if name == "loraplex_requests_total"
+        }
+        assert counts == {"t0": 1, "t1": 1, "other": 2}
+
+
+# --- a crowd ----------------------------------------------------------------------------------------
+
+
+async def test_fifty_clients_of_ten_adapters_in_two_slots_get_their_own(tmp_path: Path) -> None:
+    times = Times(stage=0.01, activate=0.002, step=0.001, page=0.001)
+    engine = FakeEngine(tiny.base(), gpu_slots=2, host_slots=4, max_running=8, times=times)
+    async with fake_site(tmp_path, engine, slot_patience=0.05) as site:
+        keys = [await site.tenant(f"t{i}", {"support": tiny.adapter(i)}) for i in range(10)]
+        own = [await digest(site, f"t{i}", "support") for i in range(10)]
+        assert len(set(own)) == 10
+        order = random.Random(1)
+
+        async def client(number: int) -> None:
+            who = number % 10
+            for turn in range(3):
+                stream = (number + turn) % 2 == 0
+                tokens = order.randint(1, 12)
+                answered = await site.chat(
+                    keys[who], "hi", model="support", max_tokens=tokens, stream=stream, n=1 + number % 2
+                )
+                assert answered.status_code == 200, answered.text
+                assert own[who] in answered.text
+                assert not any(other in answered.text for other in own if other != own[who])
+
+        await asyncio.gather(*(client(number) for number in range(50)))
+        assert await site.app.state.dispatcher.wait_until_idle(10)
+        now = await samples(site)
+        completed = [
+            value(now, "loraplex_requests_total", tenant=f"t{i}", outcome="completed") for i in range(10)
+        ]
+        assert completed == [15] * 10
+        assert engine.most_running <= 8
+        assert value(now, "loraplex_evictions_total", tier="gpu") > 0
+
+
+async def test_a_client_is_not_kept_waiting_by_others_that_leave(site: Site) -> None:
+    keys = {who: await site.tenant(who, {"a": tiny.adapter(i)}) for i, who in enumerate(("rude", "kind"))}
+    rude = [asyncio.create_task(site.chat(keys["rude"], "hi", max_tokens=500)) for _ in range(20)]
+    async with asyncio.timeout(20):
+        while not site.app.state.engine.running:
+            await asyncio.sleep(0.01)
+        for task in rude:
+            task.cancel()
+        results = await asyncio.gather(*rude, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError | httpx.HTTPError) for result in results)
+        assert (await site.chat(keys["kind"], "hi", max_tokens=2)).status_code == 200
+    assert await site.app.state.dispatcher.wait_until_idle(10)
+    now = await samples(site)
+    assert value(now, "loraplex_requests_total", tenant="rude", outcome="disconnected") == 20

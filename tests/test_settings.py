@@ -1,0 +1,233 @@
+"""Settings: where they come from, what they derive, what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+from server import __main__ as command_line
+from server.settings import ALLOWED_MAX_RANKS, OWNED_ENGINE_ARGS, Settings
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in [name for name in os.environ if name.startswith("LORAPLEX_")]:
+        monkeypatch.delenv(name)
+
+
+def made(**fields: Any) -> Settings:
+    return Settings.load(**({"model": "/models/tiny"} | fields))
+
+
+def refusal(**fields: Any) -> tuple[str, str]:
+    """(field, message) of the one thing that is wrong."""
+    with pytest.raises(ValidationError) as refused:
+        made(**fields)
+    (error,) = refused.value.errors()
+    return ".".join(map(str, error["loc"])), error["msg"]
+
+
+# --- where they come from ---------------------------------------------------------------------------
+
+
+def test_arguments_over_variables_over_the_file_over_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("model: /from/file\nport: 1\nhost: 1.1.1.1\ngpu_slots: 3\nengine_args: {seed: 1}\n")
+    monkeypatch.setenv("LORAPLEX_PORT", "2")
+    monkeypatch.setenv("LORAPLEX_HOST", "2.2.2.2")
+    monkeypatch.setenv("LORAPLEX_ENGINE_ARGS", '{"max_num_seqs": 4}')
+    settings = Settings.load(file, host="3.3.3.3")
+    assert (settings.model, settings.gpu_slots, settings.port, settings.host) == (
+        "/from/file",
+        3,
+        2,
+        "3.3.3.3",
+    )
+    assert settings.max_queued == 256
+    assert Settings.load(model="m").port == 2
+    monkeypatch.delenv("LORAPLEX_ENGINE_ARGS")
+    assert Settings.load(file).engine_args == {"seed": 1}
+
+
+def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "model": "/m", "served_model_name": "shown", "host": "0.0.0.0", "port": "0", "data_dir": "/d",
+        "database_url": "postgresql+asyncpg://h/db", "admin_key": "a" * 16, "service_key": "s" * 16,
+        "gpu_slots": "2", "host_slots": "5", "max_lora_rank": "16", "max_model_len": "128",
+        "engine_args": "{}", "max_running": "3", "max_staging": "1", "slot_patience": "0.5",
+        "max_queued": "9", "queue_timeout": "1.5", "max_upload_bytes": "100", "max_body_bytes": "2000",
+        "drain_timeout": "0.0", "metrics_tenants": "0", "log_format": "text", "log_level": "debug",
+    }  # fmt: skip
+    assert values.keys() == Settings.model_fields.keys()
+    for name, value in values.items():
+        monkeypatch.setenv(f"LORAPLEX_{name.upper()}", value)
+    settings = Settings.load()
+    shown = {name: getattr(settings, name) for name in values}
+    for secret in ("admin_key", "service_key"):
+        assert shown[secret].get_secret_value() == values[secret]
+        assert values[secret] not in repr(settings)
+        del shown[secret], values[secret]
+    assert {name: str(value) for name, value in shown.items()} == values
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        Settings.load(Path("nowhere.yaml"))
+
+
+# --- what they derive -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("/a/b/tiny", "tiny"), ("/a/b/tiny/", "tiny"), ("org/name", "name"), ("tiny", "tiny")]
+)
+def test_the_public_name_is_the_last_part_of_the_model(model: str, name: str) -> None:
+    assert made(model=model).served_model_name == name
+    assert made(model=model, served_model_name="shown").served_model_name == "shown"
+
+
+@pytest.mark.parametrize(
+    ("given", "host"), [({}, 32), ({"gpu_slots": 3}, 12), ({"gpu_slots": 3, "host_slots": 3}, 3)]
+)
+def test_host_memory_is_four_times_the_slots(given: dict[str, int], host: int) -> None:
+    assert made(**given).host_slots == host
+    assert made(**{name: str(value) for name, value in given.items()}).host_slots == host
+
+
+def test_the_database_is_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("data"), tmp_path / "a b#c?d%"):
+        settings = made(data_dir=folder)
+        from sqlalchemy import make_url
+
+        url = make_url(settings.database_url)
+        assert (url.drivername, url.database) == ("sqlite+aiosqlite", str(folder.absolute() / "loraplex.db"))
+
+
+def test_dashes_and_underscores_are_the_same_to_the_engine() -> None:
+    assert made(engine_args={"max-num-seqs": 4}).engine_args == {"max_num_seqs": 4}
+
+
+# --- what they refuse -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OWNED_ENGINE_ARGS)
+def test_what_has_a_setting_of_its_own_is_no_engine_argument(name: str) -> None:
+    for spelling in (name, name.replace("_", "-")):
+        field, message = refusal(engine_args={spelling: 1})
+        assert field == "engine_args"
+        assert repr(spelling) in message
+        assert OWNED_ENGINE_ARGS[name] in message
+
+
+def test_owned_arguments_are_arguments_of_the_engine() -> None:
+    from dataclasses import fields
+
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    front_end = {"lora_modules"}
+    assert OWNED_ENGINE_ARGS.keys() - front_end <= {field.name for field in fields(AsyncEngineArgs)}
+    settings = {name.upper() for name in Settings.model_fields}
+    assert {told for told in OWNED_ENGINE_ARGS.values() if told.isupper()} <= settings
+
+
+def test_ranks_are_those_that_vllm_compiles() -> None:
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    assert get_args(MaxLoRARanks) == ALLOWED_MAX_RANKS
+    assert refusal(max_lora_rank=24)[0] == "max_lora_rank"
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"model": None}, "model"),
+        ({"gpu_slots": 0}, "gpu_slots"),
+        ({"gpu_slots": "many"}, "gpu_slots"),
+        ({"gpu_slots": [8]}, "gpu_slots"),
+        ({"host_slots": "many"}, "host_slots"),
+        ({"host_slots": [8]}, "host_slots"),
+        ({"gpu_slots": 4, "host_slots": 3}, ""),
+        ({"port": 70_000}, "port"),
+        ({"slot_patience": 0}, "slot_patience"),
+        ({"log_level": "loud"}, "log_level"),
+        ({"gpu_slot": 4}, "gpu_slot"),
+        ({"data_dir": 5}, "data_dir"),
+    ],
+)
+def test_what_cannot_be_is_named(fields: dict[str, Any], name: str) -> None:
+    assert refusal(**fields)[0] == name
+
+
+def test_they_do_not_change() -> None:
+    settings = made()
+    with pytest.raises(ValidationError):
+        settings.port = 9  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_has_its_help(name: str) -> None:
+    told = Settings.model_fields[name].description or ""
+    assert told[-1] == "."
+    assert 10 < len(told) < 140
+
+
+# --- the command line -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variables", "file", "said"),
+    [
+        ({}, None, "LORAPLEX_MODEL"),
+        ({"MODEL": "m", "PORT": "x"}, None, "LORAPLEX_PORT"),
+        ({"MODEL": "m", "ENGINE_ARGS": "{"}, None, "engine_args"),
+        ({"MODEL": "m", "ENGINE_ARGS": "[]"}, None, "LORAPLEX_ENGINE_ARGS"),
+        ({"MODEL": "m", "ENGINE_ARGS": '{"max_loras": 2}'}, None, "GPU_SLOTS"),
+        ({}, "model: m\nport: {", "settings.yaml"),
+        ({}, "- model\n- port", "settings.yaml"),
+        ({}, "just words", "settings.yaml"),
+        ({}, "model: m\nmodle: m", "modle"),
+        ({}, "model: m\ngpu_slots: [8]", "LORAPLEX_GPU_SLOTS"),
+    ],
+)
+def test_a_wrong_setting_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], file: str | None, said: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(f"LORAPLEX_{name}", value)
+    arguments = ["serve"]
+    if file is not None:
+        (tmp_path / "settings.yaml").write_text(file)
+        arguments += ["--config", str(tmp_path / "settings.yaml")]
+    monkeypatch.setattr(command_line, "_serve", lambda _: pytest.fail("it was served"))
+    done = CliRunner().invoke(command_line.cli, arguments)
+    assert done.exit_code == 2, done.exception
+    assert isinstance(done.exception, SystemExit)
+    assert said.lower() in done.output.lower().replace("\n", "")
+    assert "Traceback" not in done.output
+
+
+def test_a_file_that_does_not_exist_is_said_in_a_line() -> None:
+    done = CliRunner().invoke(command_line.cli, ["serve", "--config", "nowhere.yaml"])
+    assert done.exit_code == 2
+    assert "nowhere.yaml" in done.output
+
+
+def test_settings_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPLEX_MODEL", "/m/tiny")
+    monkeypatch.setenv("LORAPLEX_ENGINE_ARGS", json.dumps({"dtype": "float32"}))
+    served: list[Settings] = []
+    monkeypatch.setattr(command_line, "_serve", lambda settings: served.append(settings) or 3)
+    assert CliRunner().invoke(command_line.cli, ["serve"]).exit_code == 3
+    assert served[0].engine_args == {"dtype": "float32"}

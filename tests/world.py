@@ -1,0 +1,141 @@
+"""A dispatcher on a ``FakeEngine``, without files, database or HTTP, for scenarios in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from adapters.errors import AdapterNotFound
+from adapters.model import BaseModel, ModuleShape, Version
+from server.complete import Completion, Completions, open_completion
+from server.dispatcher import Dispatcher
+from server.engine import EngineDied, PageOp, PageReport
+from server.metrics import Metrics
+from server.plan import Limits
+from server.tenants import Tenant
+from tests.fakes import FakeEngine, Times
+
+BASE = BaseModel("base-model", {"model.layers.0.mlp.up_proj": ModuleShape(8, 8)}, max_lora_rank=8)
+SOME_TIME = Times(stage=0.05, activate=0.01, step=0.02, page=0.001)
+
+
+def version(tenant: str, adapter: str = "a") -> Version:
+    name = f"{tenant}-{adapter}"
+    return Version(tenant, adapter, 1, name, Path("/blobs") / name, rank=8)
+
+
+def tenant(id_: str, **fields: Any) -> Tenant:
+    settings: dict[str, Any] = {"weight": 1.0, "base_allowed": True, "max_queued": None, "max_running": None}
+    made = datetime.now(UTC)
+    return Tenant(id=id_, name=id_, created_at=made, cache_salt=f"salt-{id_}", **(settings | fields))
+
+
+class _Catalog:
+    """Every tenant has every adapter, after a turn of the loop."""
+
+    async def resolve(self, tenant: str, model: str | None) -> Version:
+        await asyncio.sleep(0)
+        if model == "nobody":
+            raise AdapterNotFound("The model does not exist.")
+        return version(tenant, model or "a")
+
+
+class Pager(FakeEngine):
+    """A FakeEngine whose ``page`` can be made to raise."""
+
+    raises: Exception | None = None
+
+    async def page(self, ops: Sequence[PageOp]) -> PageReport:
+        if self.raises is not None:
+            raise self.raises
+        return await super().page(ops)
+
+
+@dataclass
+class World:
+    gpu_slots: int = 1
+    host_slots: int = 2
+    max_running: int = 4
+    times: Times = field(default_factory=lambda: SOME_TIME)
+    limits: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        slots = {"gpu_slots": self.gpu_slots, "host_slots": self.host_slots, "max_running": self.max_running}
+        self.engine = Pager(BASE, **slots, times=self.times, read=lambda _: 1000)
+        self.metrics = Metrics()
+        self.deaths: list[EngineDied] = []
+        self.dispatcher = Dispatcher(
+            self.engine, Limits(**slots, **self.limits), self.metrics, on_death=self.deaths.append
+        )
+        self.plan = self.dispatcher._plan
+        self.service = Completions(self.engine, self.dispatcher, _Catalog(), self.metrics)  # type: ignore[arg-type]
+
+    async def __aenter__(self) -> Self:
+        self.dispatcher.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.dispatcher.stop()
+        if error is None:
+            self.plan.check()
+            assert self.engine.violations == []
+
+    def check_idle(self) -> None:
+        """Nothing waits, runs or is held for a request, in any of the places that could."""
+        snapshot = self.dispatcher.snapshot()
+        assert (snapshot.queued, snapshot.running) == ({}, {})
+        assert not any(slot.running for slot in snapshot.slots)
+        assert self.dispatcher._leases == {}
+        assert self.dispatcher._waiting == {}
+        assert self.engine.running == []
+        self.plan.check()
+
+    async def open(self, who: str | Tenant, *, n: int = 1, **fields: Any) -> Completion:
+        """A streamed completion unless ``stream`` says otherwise."""
+        asker = tenant(who) if isinstance(who, str) else who
+        body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "stream": True, "n": n}
+        return await open_completion(self.service, asker, "chat", {**body, **fields}, f"r{id(body)}")
+
+    async def ask(self, who: str | Tenant, **fields: Any) -> str:
+        """All chunks of the answer, or its document, as the routes read them."""
+        return await read(await self.open(who, **fields))
+
+    def outcomes(self) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for family in text_string_to_metric_families(self.metrics.render().decode()):
+            for sample in family.samples:
+                if sample.name == "loraplex_requests_total":
+                    total[sample.labels["outcome"]] += int(sample.value)
+        return dict(total)
+
+    @asynccontextmanager
+    async def busy(self, who: str, tokens: int = 100) -> Any:
+        """A stream of ``who`` that has begun and goes on."""
+        reading = asyncio.create_task(self.ask(who, max_tokens=tokens))
+        while not any(run.call.model.startswith(who) for run in self.engine.running):
+            await asyncio.sleep(0.01)
+        try:
+            yield reading
+        finally:
+            reading.cancel()
+            await asyncio.wait([reading])
+
+
+async def read(opened: Completion) -> str:
+    if opened.stream is None:
+        return str(opened.body)
+    try:
+        return "".join([chunk async for chunk in opened.stream])
+    finally:
+        await opened.stream.aclose()
