@@ -31,15 +31,30 @@ logger = logging.getLogger(__name__)
 WireOp = tuple[str, int, str, str]
 
 
+def spare_slots() -> int:
+    """Slots that vLLM needs beyond those that adapters may take.
+
+    Its CPU kernels mark a token without an adapter by slot -1, and then index with that: such a token gets
+    the weights of the last slot. One that stays empty there keeps the base model the base model. (The GPU
+    kernels skip those tokens.)
+    """
+    from vllm.platforms import current_platform
+
+    return 1 if current_platform.is_cpu() else 0
+
+
 class LoraplexWorker:
     """Methods are prefixed: vLLM refuses an extension that shares an attribute with its worker."""
 
-    def loraplex_describe(self) -> dict[str, Any]:
-        """The base model's adaptable layers, as plain data; also puts the guard on in-step loads.
+    _loraplex_state: _Pager
+
+    def loraplex_open(self, gpu_slots: int, host_slots: int) -> dict[str, Any]:
+        """Starts paging within these caps; returns the base model's adaptable layers, as plain data.
 
         ``modules``: checkpoint name -> [in_features, out_features]; ``fused``: suffix -> its parts.
         """
-        return self._loraplex_pager().describe()
+        self._loraplex_state = _Pager(self.model_runner.lora_manager, gpu_slots, host_slots)  # type: ignore[attr-defined]
+        return self._loraplex_state.describe()
 
     def loraplex_page(self, ops: list[WireOp]) -> dict[str, Any]:
         """Carries out ``ops`` in order, then reports which loads have reached host memory since.
@@ -47,17 +62,11 @@ class LoraplexWorker:
         ``results``: one ``[error or None, seconds]`` per operation; ``staged``: ``[load id, error or None,
         seconds, bytes]`` per load. An operation that fails changes nothing and does not stop the next.
         """
-        return self._loraplex_pager().page(ops)
+        return self._loraplex_state.page(ops)
 
     def loraplex_report(self) -> dict[str, Any]:
         """What this worker holds: ``host`` and ``slots`` by load id, ``staging``, ``in_step_loads``."""
-        return self._loraplex_pager().report()
-
-    def _loraplex_pager(self) -> _Pager:
-        pager: _Pager | None = getattr(self, "_loraplex_state", None)
-        if pager is None:
-            pager = self._loraplex_state = _Pager(self.model_runner.lora_manager)  # type: ignore[attr-defined]
-        return pager
+        return self._loraplex_state.report()
 
 
 class _Pager:
@@ -67,9 +76,15 @@ class _Pager:
     ``deactivate_adapter``, ``remove_adapter``, ``modules`` and ``packed_modules``.
     """
 
-    def __init__(self, manager: Any) -> None:
+    def __init__(self, manager: Any, gpu_slots: int, host_slots: int) -> None:
         self.manager = manager
         self.tables = manager._adapter_manager
+        self.gpu_slots = gpu_slots
+        self.host_slots = host_slots
+        for spare in range(gpu_slots, self.tables.lora_slots):
+            # See spare_slots(): it is never filled, as vLLM takes the first free one, and holds zeros.
+            for layer in self.tables.modules.values():
+                layer.reset_lora(spare)
         self._load = manager._load_adapter
         self._threads = ThreadPoolExecutor(
             max_workers=8, thread_name_prefix="loraplex-stage", initializer=_yield_to_the_engine
@@ -109,8 +124,6 @@ class _Pager:
         return {
             "modules": modules,
             "fused": fused,
-            "slots": self.tables.lora_slots,
-            "capacity": self.tables.capacity,
             "max_lora_rank": self.manager.lora_config.max_lora_rank,
             "lora_dtype": str(self.manager.lora_config.lora_dtype).removeprefix("torch."),
         }
@@ -140,7 +153,7 @@ class _Pager:
     def report(self) -> dict[str, Any]:
         return {
             "host": sorted(self.tables.list_adapters()),
-            "slots": list(self.tables.lora_index_to_id),
+            "slots": list(self.tables.lora_index_to_id)[: self.gpu_slots],
             "staging": sorted(self._staging),
             "in_step_loads": self.in_step_loads,
         }
@@ -170,9 +183,8 @@ class _Pager:
                 staged.append([load_id, f"{type(error).__name__}: {error}", 0.0, 0])
                 continue
             lora, seconds = future.result()
-            if len(self.tables._registered_adapters) >= self.tables.capacity:
-                # Entering it would make vLLM drop another one that we believe resident.
-                staged.append([load_id, "host memory holds max_cpu_loras adapters already", 0.0, 0])
+            if len(self.tables._registered_adapters) >= self.host_slots:
+                staged.append([load_id, "host memory holds host_slots adapters already", 0.0, 0])
                 continue
             self.tables._registered_adapters[load_id] = lora
             staged.append([load_id, None, seconds, _size_of(lora)])
@@ -186,7 +198,7 @@ class _Pager:
             raise LookupError(f"load {load_id} is not in host memory")
         if load_id in self.tables._active_adapters:
             return
-        if len(self.tables._active_adapters) >= self.tables.lora_slots:
+        if len(self.tables._active_adapters) >= self.gpu_slots:
             raise LookupError("no slot is free")
         try:
             self.tables.activate_adapter(load_id)

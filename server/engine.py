@@ -27,6 +27,7 @@ from pydantic import ValidationError
 from starlette.datastructures import State
 
 from adapters.model import BaseModel, ModuleShape
+from adapters.worker import spare_slots
 from server.errors import BadRequest, Internal, ServerError, Unavailable
 from server.settings import Settings
 
@@ -152,7 +153,9 @@ class Engine:
             if "generate" not in tasks:
                 raise ValueError(f"{settings.model} does not generate text; it supports {', '.join(tasks)}")
             await init_app_state(llm, state, args, tasks)
-            described = await llm.collective_rpc("loraplex_describe")
+            described = await llm.collective_rpc(
+                "loraplex_open", args=(settings.gpu_slots, settings.host_slots)
+            )
             base = _base_model(settings.served_model_name, described)
             config = llm.vllm_config
             engine = cls(
@@ -300,6 +303,8 @@ class Engine:
                 if len(parts) == self._workers:
                     del self._half_staged[load_id]
                     errors = [part.error for part in parts if part.error is not None]
+                    if errors:
+                        self._loads.pop(load_id, None)
                     slowest = max(part.seconds for part in parts)
                     whole.append(StageResult(load_id, errors[0] if errors else None, slowest, size))
         return tuple(whole)
@@ -316,8 +321,8 @@ def _arguments(settings: Settings) -> tuple[Namespace, Any]:
     ours: dict[str, Any] = {
         "model": settings.model,
         "enable_lora": True,
-        "max_loras": settings.gpu_slots,
-        "max_cpu_loras": settings.host_slots,
+        "max_loras": settings.gpu_slots + spare_slots(),
+        "max_cpu_loras": max(settings.host_slots, settings.gpu_slots + spare_slots()),
         "max_lora_rank": settings.max_lora_rank,
         "max_model_len": settings.max_model_len,
         "worker_extension_cls": "adapters.worker.LoraplexWorker",

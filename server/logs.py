@@ -6,6 +6,8 @@ import logging
 import logging.config
 from typing import Literal
 
+from pythonjsonlogger.core import RESERVED_ATTRS
+
 
 class _NotTwice(logging.Filter):
     """Drops uvicorn's traceback of a start that failed: ``create_app`` has said why in one line."""
@@ -28,6 +30,7 @@ def configure(form: Literal["json", "text"], level: str) -> None:
                     "()": "pythonjsonlogger.json.JsonFormatter",
                     "fmt": _FIELDS,
                     "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"},
+                    "reserved_attrs": [*RESERVED_ATTRS, "vllm_process_name"],
                 },
                 "text": {"format": _FIELDS},
             },

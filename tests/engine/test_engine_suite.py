@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from server.engine import Engine, PageOp
-from tests.engine.reference import Reference, Spec
+from tests.engine.reference import ATTENTION, MLP, Reference, Spec
 from tests.engine_suite import EngineSuite, MakeAdapter
 from tests.site import Site
 
@@ -27,7 +27,7 @@ def make_adapter(reference: Reference, tmp_path_factory: pytest.TempPathFactory)
 
     @cache
     def make(n: int) -> Path:
-        return reference.make(Spec(seed=800 + n, rank=8, targets=("q_proj", "v_proj")), root / str(n))
+        return reference.make(Spec(seed=800 + n, rank=8, targets=ATTENTION + MLP), root / str(n))
 
     return make
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from tests.engine.conftest import HOST_SLOTS
+from tests.engine.conftest import GPU_SLOTS, HOST_SLOTS
 from tests.engine.reference import ATTENTION, MLP, Answer, Reference, Spec
 from tests.site import Site
 
@@ -47,16 +47,16 @@ async def customers(
     return made
 
 
-async def answer(site: Site, key: str) -> Answer:
+async def answer(site: Site, key: str, model: str = "support") -> Answer:
     response = await site.chat(
-        key, PROMPT, model="support", max_tokens=LENGTH, temperature=0, logprobs=True, top_logprobs=1
+        key, PROMPT, model=model, max_tokens=LENGTH, temperature=0, logprobs=True, top_logprobs=1
     )
     assert response.status_code == 200, response.text
     content = response.json()["choices"][0]["logprobs"]["content"]
     return Answer(tuple(t["token"] for t in content), tuple(t["logprob"] for t in content))
 
 
-async def check(reference: Reference, folder: Path, got: Answer) -> None:
+async def check(reference: Reference, folder: Path | None, got: Answer) -> None:
     """``got`` is the greedy answer of PEFT's adapter, token by token and within the tolerance."""
     want = await asyncio.to_thread(reference.score, folder, reference.chat_ids(PROMPT), got.tokens)
     assert got.tokens == want.tokens, folder
@@ -108,6 +108,22 @@ async def test_same_prompt_and_name_of_two_tenants_differ_with_prefix_caching(
     for got, folder in zip(answers, (first_dir, second_dir) * 2, strict=True):
         await check(reference, folder, got)
     assert answers[0].tokens != answers[1].tokens
+
+
+async def test_the_base_answers_as_itself_beside_full_slots(
+    site: Site, reference: Reference, customers: dict[str, tuple[str, Path]]
+) -> None:
+    """vLLM's CPU kernels give a token without an adapter the weights of the last slot."""
+    tenants = [f"customer-{i}" for i in range(GPU_SLOTS)]
+    keys = [customers[tenant][0] for tenant in tenants]
+    await asyncio.gather(*(answer(site, key) for key in keys))
+    assert None not in (await site.app.state.engine.report()).slots
+    base, *others = await asyncio.gather(
+        answer(site, keys[0], "SmolLM2-135M-Instruct"), *(answer(site, key) for key in keys)
+    )
+    await check(reference, None, base)
+    for tenant, got in zip(tenants, others, strict=True):
+        await check(reference, customers[tenant][1], got)
 
 
 def _bytes(folder: Path) -> int:

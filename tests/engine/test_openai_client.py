@@ -237,15 +237,19 @@ async def test_a_client_that_hangs_up_frees_its_place(site: Site, key: str) -> N
 
 
 class _Hanging:
-    """A request without streaming whose client goes away after a second."""
+    """A request without streaming, whose client goes away once it has produced a few tokens."""
 
     def __init__(self, site: Site, key: str, body: dict[str, object]) -> None:
+        self._site = site
         self._task = asyncio.ensure_future(
             site.http.post("/v1/chat/completions", json=body, headers=bearer(key))
         )
 
     async def __aenter__(self) -> None:
-        await asyncio.sleep(1.5)
+        leases = self._site.app.state.dispatcher.open_leases
+        async with asyncio.timeout(60):
+            while not any(lease.output_tokens > 5 for lease in leases()):
+                await asyncio.sleep(0.02)
 
     async def __aexit__(self, *exc: object) -> None:
         self._task.cancel()

@@ -93,7 +93,7 @@ async def test_our_caps_hold_where_vllms_own_would_evict(
     folder = await asyncio.to_thread(reference.make, Spec(2, 8, ("v_proj",)), tmp_path / "small")
     loads = await staged(engine, *[folder] * HOST_SLOTS)
     (over,) = (await stage(engine, folder)).values()
-    assert "max_cpu_loras" in (over.error or "")
+    assert "host_slots" in (over.error or "")
     results = (await engine.page([PageOp("activate", load) for load in loads])).results
     assert [r.error is None for r in results] == [True] * GPU_SLOTS + [False] * (HOST_SLOTS - GPU_SLOTS)
     report = await engine.report()
