@@ -271,6 +271,7 @@ async def test_a_pinned_adapter_stays_in_memory(site: Site) -> None:
 
 async def test_residency_as_it_is_now(site: Site) -> None:
     key = await site.tenant("acme", {"a": tiny.adapter(1)})
+    engine_of(site).times.step = 0.1
     assert await residency(site) == {
         "slots": [dict.fromkeys(("version", "load_id", "state")) | {"running": 0, "draining": False}] * 2,
         "host": [], "queued": {}, "running": {}, "counters": {}, "drains": 0, "draining": False,
@@ -278,7 +279,8 @@ async def test_residency_as_it_is_now(site: Site) -> None:
     async with site.http.stream(
         "POST", CHAT_URL, json={**CHAT, "max_tokens": 300, "stream": True}, headers=bearer(key)
     ) as stream:
-        await anext(stream.aiter_lines())
+        lines = stream.aiter_lines()
+        await anext(lines)
         now = await residency(site)
         version = f"acme/a@{await digest(site, 'acme', 'a')}"
         assert now["running"] == {"acme": 1}

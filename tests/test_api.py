@@ -361,28 +361,38 @@ async def test_an_engine_error_after_the_first_token_is_an_event(site: Site) -> 
     assert heard[-1] == " 1"
 
 
-async def test_a_full_queue_and_a_long_wait(tmp_path: Path) -> None:
-    engine = FakeEngine(tiny.base(), max_running=1, times=Times(step=0.02))
-    async with fake_site(tmp_path, engine, max_queued=2, queue_timeout=0.5) as site:
-        key = await site.tenant("acme", {"a": tiny.adapter(1)})
-        body = {**CHAT, "max_tokens": 200}
-        async with site.http.stream("POST", CHAT_URL, json={**body, "stream": True}, headers=bearer(key)):
-            waiting = [
-                asyncio.create_task(site.http.post(CHAT_URL, json=body, headers=bearer(key))) for _ in "12"
-            ]
-            while site.app.state.dispatcher.snapshot().queued != {"acme": 2}:
-                await asyncio.sleep(0.01)
-            error(await site.http.post(CHAT_URL, json=body, headers=bearer(key)), 429, "rate_limit_exceeded")
-            for response in await asyncio.gather(*waiting):
-                error(response, 503, "queue_timeout")
-        with pytest.raises(openai.RateLimitError):
-            await _crowd_out(site, key)
+@pytest.fixture
+async def narrow(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Site]:
+    """A site with one place in the engine, which is taken; its parameter is how long one may wait for it."""
+    engine = FakeEngine(tiny.base(), max_running=1, times=Times(step=0.1))
+    async with fake_site(tmp_path, engine, queue_timeout=request.param) as site:
+        key = await site.tenant("first", {"a": tiny.adapter(1)})
+        body = {**CHAT, "max_tokens": 500, "stream": True}
+        async with site.http.stream("POST", CHAT_URL, json=body, headers=bearer(key)):
+            yield site
 
 
-async def _crowd_out(site: Site, key: str) -> None:
-    client = site.openai(key)
-    asked = [client.chat.completions.create(model="a", messages=MESSAGES, max_tokens=20) for _ in range(4)]
-    results = await asyncio.gather(*asked, return_exceptions=True)
-    for result in results:
-        if isinstance(result, openai.RateLimitError):
-            raise result
+@pytest.mark.parametrize("narrow", [0.5], indirect=True)
+async def test_whoever_waits_too_long_is_told(narrow: Site) -> None:
+    key = await narrow.tenant("acme", {"a": tiny.adapter(1)})
+    error(await narrow.chat(key, "hi"), 503, "queue_timeout")
+    with pytest.raises(openai.InternalServerError) as refused:
+        await narrow.openai(key).chat.completions.create(model="a", messages=MESSAGES)
+    assert refused.value.status_code == 503
+
+
+@pytest.mark.parametrize("narrow", [60.0], indirect=True)
+async def test_only_so_many_may_wait(narrow: Site) -> None:
+    key = await narrow.tenant("acme", {"a": tiny.adapter(1)}, max_queued=1)
+    waiting = asyncio.create_task(narrow.chat(key, "hi"))
+    async with asyncio.timeout(10):
+        while narrow.app.state.dispatcher.snapshot().queued != {"acme": 1}:
+            await asyncio.sleep(0.01)
+    error(await narrow.chat(key, "hi"), 429, "rate_limit_exceeded")
+    with pytest.raises(openai.RateLimitError):
+        await narrow.openai(key).chat.completions.create(model="a", messages=MESSAGES)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    async with asyncio.timeout(10):
+        while narrow.app.state.dispatcher.snapshot().queued:
+            await asyncio.sleep(0.01)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    engine = FakeEngine(tiny.base(), times=Times(step=0.01))
+    engine = FakeEngine(tiny.base(), times=Times(step=0.03))
     async with fake_site(tmp_path, engine, max_body_bytes=64 << 10) as site:
         yield site
 

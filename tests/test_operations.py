@@ -33,7 +33,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    engine = FakeEngine(tiny.base(), times=Times(step=0.01))
+    engine = FakeEngine(tiny.base(), times=Times(step=0.03))
     async with fake_site(tmp_path, engine, drain_timeout=0.3) as site:
         yield site
 
@@ -177,7 +177,7 @@ async def test_the_second_signal_does_not_wait(site: Site) -> None:
 
 async def test_the_engines_death(tmp_path: Path) -> None:
     deaths: list[EngineDied] = []
-    engine = FakeEngine(tiny.base(), max_running=1, times=Times(step=0.01))
+    engine = FakeEngine(tiny.base(), max_running=1, times=Times(step=0.03))
     async with fake_site(tmp_path, engine, on_death=deaths.append) as site:
         key = await site.tenant("acme", {"a": tiny.adapter(1)})
         stream = await begun(site, key)

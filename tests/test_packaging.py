@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +83,11 @@ def test_a_pin_is_a_name_and_a_version_and_no_address(path: Path) -> None:
 
 
 def test_the_pins_are_what_is_installed() -> None:
-    installed = {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions()}
+    # Not by sys.path: setuptools, once imported, puts its own copies of some of them there.
+    folder = sysconfig.get_paths()["purelib"]
+    installed = {
+        canonicalize_name(d.name): d.version for d in importlib.metadata.distributions(path=[folder])
+    }
     for name, version in pins("torch", "cpu", "dev").items():
         assert installed.get(name) == version, name
 
