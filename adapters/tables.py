@@ -9,6 +9,8 @@ SQLite or PostgreSQL. One server process writes; what it has committed survives 
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -51,6 +53,7 @@ DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "po
 MIGRATIONS = "adapters:migrations"
 # How long a SQLite writer of another process (the command line) may hold us up.
 BUSY_TIMEOUT_MS = 30_000
+WAL_TRIES = 200
 # Names the PostgreSQL advisory lock under which the schema is upgraded.
 UPGRADE_LOCK = 0x6C6F7261
 
@@ -307,13 +310,10 @@ def _engine(url: URL, *, foreign_keys: bool = True) -> AsyncEngine:
     def connected(connection: Any, _record: Any) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
-        for pragma in (
-            f"busy_timeout = {BUSY_TIMEOUT_MS}",
-            "journal_mode = WAL",
-            "synchronous = FULL",
-            f"foreign_keys = {'ON' if foreign_keys else 'OFF'}",
-        ):
-            cursor.execute(f"PRAGMA {pragma}")
+        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        _use_wal(cursor)
+        cursor.execute("PRAGMA synchronous = FULL")
+        cursor.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
         cursor.close()
 
     # A transaction that reads first and writes later fails at once with "database is locked" when
@@ -324,6 +324,18 @@ def _engine(url: URL, *, foreign_keys: bool = True) -> AsyncEngine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _use_wal(cursor: Any) -> None:
+    """A new file turns into a WAL database in a moment that SQLite's busy timeout does not wait for."""
+    for left in reversed(range(WAL_TRIES)):
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if not left:
+                raise
+            time.sleep(0.01)
 
 
 def _create_private(path: Path) -> None:
