@@ -18,7 +18,7 @@ from adapters.catalog import Catalog
 from adapters.errors import AdapterError, AdapterNotFound
 from adapters.model import Version
 from server.dispatcher import Dispatcher, Lease
-from server.engine import Answer, Call, Engine, EngineDied, Kind
+from server.engine import Answer, Call, Engine, EngineDied, Kind, from_vllm
 from server.errors import (
     BadRequest,
     Internal,
@@ -242,11 +242,7 @@ def _error_in(chunk: str) -> ServerError | None:
         status, message = int(error["code"]), str(error["message"])
     except (ValueError, KeyError, TypeError):
         return Internal("The engine failed on this request.")
-    if status == 503:
-        return Unavailable(message)
-    if status >= 500:
-        return Internal("The engine failed on this request.")
-    return BadRequest(message, param=error.get("param"))
+    return from_vllm(message, status, error.get("param"))
 
 
 def _outcome_of(exc: BaseException) -> Outcome:

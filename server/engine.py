@@ -260,15 +260,14 @@ class Engine:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise asyncio.CancelledError  # vLLM turns it into an error response
-            raise _from_vllm(result.error.message, int(result.error.code), result.error.param)
+            raise from_vllm(result.error.message, int(result.error.code), result.error.param)
         if hasattr(result, "model_dump"):
             return Answer(body=_without_vllm_fields(result.model_dump()))
         return Answer(stream=result)
 
     async def abort(self, call: Call) -> None:
         """Ends what ``call`` still runs in the engine. Safe to call again, and after the end."""
-        for request_id in call.request_ids:
-            self._llm.settle(request_id, call.meter)
+        self.poll(call)
         with contextlib.suppress(Exception):
             await self._llm.abort(call.request_ids)
 
@@ -439,7 +438,7 @@ def _without_vllm_fields(body: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-def _from_vllm(message: str, status: int, param: str | None) -> ServerError:
+def from_vllm(message: str, status: int, param: str | None) -> ServerError:
     if status == 503:
         return Unavailable(message)
     if status >= 500:

@@ -134,10 +134,6 @@ class Settings(BaseSettings):
             )
         return self
 
-    @property
-    def blobs_dir(self) -> Path:
-        return self.data_dir.absolute()
-
     @classmethod
     def load(cls, config: Path | None = None, **overrides: Any) -> Settings:
         """Settings from the environment over ``config`` (YAML); ``overrides`` win over both.

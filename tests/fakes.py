@@ -31,8 +31,8 @@ from server.engine import (
     PageResult,
     StageResult,
     WorkerReport,
-    _from_vllm,
     _request_errors,
+    from_vllm,
 )
 
 BASE_NAME = "base"
@@ -181,7 +181,7 @@ class FakeEngine:
         async for i in self._produce(run):
             del i
             if self.break_streams and self._due_to_break(run):
-                raise _from_vllm("it broke", self.break_streams[0], None)
+                raise from_vllm("it broke", self.break_streams[0], None)
         run.settle()
         return Answer(body=self._body(run))
 
