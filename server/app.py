@@ -138,6 +138,7 @@ def _limits(settings: Settings, engine: Engine) -> Limits:
         max_running=min(settings.max_running or engine.max_running, engine.max_running),
         max_staging=settings.max_staging,
         slot_patience=settings.slot_patience,
+        preempt_after=settings.preempt_after,
         queue_timeout=settings.queue_timeout,
         max_queued=settings.max_queued,
     )

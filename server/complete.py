@@ -18,7 +18,7 @@ from adapters.catalog import Catalog
 from adapters.errors import AdapterError, AdapterNotFound
 from adapters.model import Version
 from server.dispatcher import Dispatcher, Lease
-from server.engine import Answer, Call, Engine, EngineDied, Kind, from_vllm
+from server.engine import Answer, Call, Engine, EngineDied, InFlight, Kind, from_vllm
 from server.errors import (
     BadRequest,
     Internal,
@@ -99,6 +99,7 @@ async def open_completion(
             weight=tenant.weight,
             max_queued=tenant.max_queued,
             max_running=tenant.max_running,
+            resumable=service.engine.resumable(request),
         )
     except (ServerError, AdapterError) as exc:
         service.metrics.ended(tenant.id, _outcome_of(exc))
@@ -119,10 +120,8 @@ async def open_completion(
 
 async def _run(engine: Engine, lease: Lease, call: Call, request: Any) -> Completion:
     """From here on the lease is ours, so every way out either returns it in the completion or closes it."""
-    lease.abort = lambda: engine.abort(call)
     lease.streamed = bool(request.stream)
-    if not lease.streamed:
-        lease.poll = lambda: engine.poll(call)
+    lease.work = InFlight(engine, call)
     try:
         answer = await engine.answer(call, request)
         if answer.stream is not None:

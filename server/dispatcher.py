@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Protocol
 
 from adapters.errors import AdapterUnavailable
@@ -31,6 +31,7 @@ from server.plan import (
     Evict,
     Limits,
     Plan,
+    Preempt,
     Refusal,
     Refuse,
     Run,
@@ -55,9 +56,20 @@ class Pager(Protocol):
     async def report(self) -> WorkerReport: ...
 
 
+class Work(Protocol):
+    """What runs in the engine with a lease; see ``server.engine.Engine`` for each."""
+
+    async def abort(self) -> None: ...
+    async def pause(self) -> bool: ...
+    async def resume(self) -> None: ...
+    async def give_up(self, reason: str) -> None: ...
+    def poll(self) -> None: ...
+
+
 class Lease:
     """A slot and a place in the engine, and the meter of what was consumed with it.
 
+    The dispatcher may take both back for a while and return them later: the ``work`` is paused meanwhile.
     Its totals are cumulative: ``prompt_tokens``, ``output_tokens`` and ``cached_tokens`` over all parts.
     """
 
@@ -72,8 +84,7 @@ class Lease:
         self.cached_tokens = 0
         self.outcome: Outcome = "completed"
         self.streamed = False
-        self.poll: Callable[[], None] | None = None
-        self.abort: Callable[[], Awaitable[None]] | None = None
+        self.work: Work | None = None
         self._owner = owner
         self._since = since
         self._parts: dict[str, tuple[int, int, int]] = {}
@@ -110,10 +121,14 @@ class Lease:
             self._closing = self._owner._keep(self._close())
         await asyncio.shield(self._closing)
 
+    @property
+    def closing(self) -> bool:
+        return self._closing is not None
+
     async def _close(self) -> None:
         try:
-            if self.abort is not None and self.outcome != "completed":
-                await self.abort()
+            if self.work is not None and self.outcome != "completed":
+                await self.work.abort()
         finally:
             self._report()
             self._owner._closed(self)
@@ -187,6 +202,7 @@ class Dispatcher:
         weight: float = 1.0,
         max_queued: int | None = None,
         max_running: int | None = None,
+        resumable: bool = False,
     ) -> Lease:
         """Waits until the request may run. Raises TooManyRequests, Unavailable or AdapterUnavailable.
 
@@ -205,6 +221,7 @@ class Dispatcher:
             weight=weight,
             max_queued=max_queued,
             max_running=max_running,
+            resumable=resumable,
         )
         if version is not None:
             self._versions[version.key] = version
@@ -303,14 +320,45 @@ class Dispatcher:
                     self.metrics.evicted("host")
                     self._staging.discard(load_id)
                     self._page(PageOp("evict", load_id))
-                case Run(id=id_):
+                case Run(id=id_) if id_ in self._waiting:
                     granted = self._waiting.pop(id_)
                     if not granted.done():  # a cancelled wait gives its place back by itself
                         granted.set_result(None)
-                case Refuse(id=id_):
+                case Run(id=id_):
+                    self._keep(self._go_on(self._leases[id_]))
+                case Preempt(id=id_):
+                    self._keep(self._put_aside(self._leases[id_]))
+                case Refuse(id=id_) if id_ in self._waiting:
                     granted = self._waiting.pop(id_)
                     if not granted.done():
                         granted.set_exception(_refusal(effect))
+                case Refuse(id=id_):
+                    self._keep(self._break_off(self._leases[id_], str(_refusal(effect))))
+
+    async def _put_aside(self, lease: Lease) -> None:
+        try:
+            paused = lease.work is not None and await lease.work.pause()
+        except EngineDied:
+            return  # the pager's task meets it too
+        if lease.closing:
+            return  # its end is on its way to the plan, or there
+        if paused:
+            logger.info("put aside %r", lease)
+            self.metrics.preempted(lease.tenant)
+            self._happened(self._plan.preempted(self.now(), lease.id))
+        else:
+            self._happened(self._plan.kept(self.now(), lease.id))
+
+    async def _go_on(self, lease: Lease) -> None:
+        assert lease.work is not None, f"{lease!r} goes on, but it never began"
+        with contextlib.suppress(EngineDied):
+            await lease.work.resume()
+
+    async def _break_off(self, lease: Lease, reason: str) -> None:
+        """What was put aside cannot go on: whoever reads its answer gets an error, and closes the lease."""
+        assert lease.work is not None, f"{lease!r} breaks off, but it never began"
+        with contextlib.suppress(EngineDied):
+            await lease.work.give_up(reason)
 
     def _happened(self, effects: Sequence[Effect]) -> None:
         """An event from outside the pager's task, which looks anew at what is due."""
@@ -348,8 +396,8 @@ class Dispatcher:
         while True:
             await asyncio.sleep(METER_POLL)
             for lease in list(self._leases.values()):
-                if lease.poll is not None:
-                    lease.poll()
+                if lease.work is not None and not lease.streamed:
+                    lease.work.poll()
 
     def _pause(self, reconcile_at: float) -> float:
         """Seconds until there is something to do without being woken."""

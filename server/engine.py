@@ -14,12 +14,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import copy
 import logging
 import os
+import weakref
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -93,12 +96,13 @@ class Meter(Protocol):
     def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None: ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Call:
     """One admitted request on its way through the engine.
 
     ``model`` is the engine's name for what answers, ``public_model`` the name shown in the answer.
     ``cache_salt`` separates tenants in the prefix cache (at most 128 characters, none of ``@ / \\``).
+    ``sent`` holds what the engine was asked for, as vLLM's core knows it; see ``Engine.pause``.
     """
 
     id: str
@@ -108,6 +112,8 @@ class Call:
     cache_salt: str
     meter: Meter
     request_ids: list[str] = field(default_factory=list)
+    sent: list[Any] = field(default_factory=list)
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,29 @@ class Answer:
 
     body: dict[str, Any] | None = None
     stream: AsyncIterator[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A call and the engine that runs it."""
+
+    engine: Engine
+    call: Call
+
+    async def abort(self) -> None:
+        await self.engine.abort(self.call)
+
+    async def pause(self) -> bool:
+        return await self.engine.pause(self.call)
+
+    async def resume(self) -> None:
+        await self.engine.resume(self.call)
+
+    async def give_up(self, reason: str) -> None:
+        await self.engine.give_up(self.call, reason)
+
+    def poll(self) -> None:
+        self.engine.poll(self.call)
 
 
 _current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("loraplex_call", default=None)
@@ -233,6 +262,19 @@ class Engine:
         except (ValueError, TypeError, OverflowError) as exc:
             raise BadRequest(_message_of(exc)) from exc
 
+    def resumable(self, request: Any) -> bool:
+        """Whether ``request`` may be paused, by what is cheap to see; ``pause`` has the last word."""
+        formatted = getattr(request, "response_format", None)
+        chooses = getattr(request, "tools", None) and request.tool_choice != "none"
+        return (
+            (request.n or 1) == 1
+            and (formatted is None or formatted.type == "text")
+            and not chooses
+            and not request.presence_penalty
+            and not request.frequency_penalty
+            and (request.seed is None or request.temperature == 0)
+        )
+
     def count_prompt(self, text: str) -> int:
         """A quick estimate of a prompt's tokens, at least 1; the true number comes with the first token."""
         return max(1, len(text) // 4)
@@ -270,6 +312,26 @@ class Engine:
         self.poll(call)
         with contextlib.suppress(Exception):
             await self._llm.abort(call.request_ids)
+
+    async def pause(self, call: Call) -> bool:
+        """Takes what ``call`` runs out of the engine until ``resume``; its consumer notices only a wait.
+
+        When it returns, nothing of the call uses its adapter any more, so the slot may be emptied. False, and
+        nothing happens, if the call could not go on exactly as it would have (see ``_can_resume``) or has
+        nothing left to produce.
+        """
+        with _engine_errors():
+            return bool(await self._llm.pause(call))
+
+    async def resume(self, call: Call) -> None:
+        """Goes on after ``pause`` where it stopped. The call's model must be in a slot again."""
+        names = self._state.openai_serving_models.lora_requests
+        with _engine_errors():
+            await self._llm.resume(call, names.get(call.model))
+
+    async def give_up(self, call: Call, reason: str) -> None:
+        """Ends a paused call with an error that says ``reason``: status 503 if nothing was answered."""
+        await self._llm.give_up(call, reason)
 
     def poll(self, call: Call) -> None:
         """Tells the call's meter what has been produced so far; for answers that are not streamed."""
@@ -384,7 +446,17 @@ def _metered_llm_class() -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     class _MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
-        """AsyncLLM that runs nothing without a call, and tells the call's meter what it produces."""
+        """AsyncLLM that runs nothing without a call, and tells the call's meter what it produces.
+
+        A paused call is unknown to vLLM's core, but not to its output processor: detokenizer, stop strings,
+        log-probabilities and usage are kept there and go on as if nothing had happened.
+        """
+
+        _calls: weakref.WeakValueDictionary[str, Call]
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._calls = weakref.WeakValueDictionary()  # by the id that ``generate`` was called with
+            super().__init__(*args, **kwargs)
 
         def __del__(self) -> None:
             """``Engine`` stops it; vLLM's own attempt at interpreter exit finds its modules gone."""
@@ -396,6 +468,7 @@ def _metered_llm_class() -> Any:
             if call is None:
                 raise RuntimeError("the engine was asked to generate outside an admitted call")
             call.request_ids.append(request_id)
+            self._calls[request_id] = call
             stream = super().generate(prompt, sampling_params, request_id, **kwargs)
             return self._metered(stream, call.meter, request_id)
 
@@ -408,6 +481,59 @@ def _metered_llm_class() -> Any:
                 prompt = len(output.prompt_token_ids or ())
                 meter.progressed(part, prompt, produced, output.num_cached_tokens or 0)
                 yield output
+
+        async def _add_request(self, request: Any, prompt: Any, parent: Any, index: int, queue: Any) -> None:
+            call = self._calls.get(request.external_req_id)
+            if call is not None:
+                call.sent.append(request)
+            if call is None or not call.paused:
+                await super()._add_request(request, prompt, parent, index, queue)
+            else:
+                self.output_processor.add_request(request, prompt, parent, index, queue)
+
+        def _unfinished(self, call: Call) -> list[tuple[Any, Any]]:
+            """(what was sent, what its output processor holds) for each part that goes on."""
+            states = self.output_processor.request_states
+            return [(sent, states[sent.request_id]) for sent in call.sent if sent.request_id in states]
+
+        async def pause(self, call: Call) -> bool:
+            unfinished = self._unfinished(call)
+            if not all(_can_resume(sent) for sent, _ in unfinished) or (call.sent and not unfinished):
+                return False
+            call.paused = True
+            left = [sent.request_id for sent, _ in unfinished]
+            for sent, state in unfinished:
+                self._rename(sent, state)
+            await self.engine_core.abort_requests_async(left)
+            return True
+
+        def _rename(self, sent: Any, state: Any) -> None:
+            """Gives it an id that the core has never seen: what is under way for the old one is dropped.
+
+            The same tokens come again when it is resumed. (The core also handles an abort twice, which would
+            end a request that came back under its old id.)
+            """
+            processor, old = self.output_processor, sent.request_id
+            processor.lora_states.request_finished(old, state.lora_name)
+            stem, _, count = old.partition("~")
+            new = f"{stem}~{int(count or 0) + 1}"
+            processor.request_states[new] = processor.request_states.pop(old)
+            siblings = processor.external_req_ids[state.external_req_id]
+            siblings[siblings.index(old)] = new
+            sent.request_id = state.request_id = state.queue.request_id = new
+
+        async def resume(self, call: Call, lora_request: Any) -> None:
+            call.paused = False
+            for sent, state in self._unfinished(call):
+                await self.engine_core.add_request_async(_continuation(sent, state, lora_request))
+
+        async def give_up(self, call: Call, reason: str) -> None:
+            from vllm.exceptions import GracefulHTTPError
+
+            for sent, state in self._unfinished(call):
+                queue, state.queue = state.queue, None  # else the abort would replace the error
+                queue.put(GracefulHTTPError(reason, HTTPStatus.SERVICE_UNAVAILABLE))
+                await self.abort(sent.request_id, internal=True)
 
         def settle(self, request_id: str, meter: Meter) -> None:
             """Counts what is produced but not handed out yet; needed before an abort forgets it."""
@@ -422,6 +548,43 @@ def _metered_llm_class() -> Any:
                 meter.progressed(request_id, prompt, produced, 0)
 
     return _MeteredLLM
+
+
+def _can_resume(sent: Any) -> bool:
+    """Whether a request that is begun anew from its prompt and its answer so far goes on as it would have.
+
+    Not so where the core keeps more than tokens: a grammar's state, a random generator's, or counts of the
+    answer's own tokens, which would then be the prompt's.
+    """
+    params = sent.sampling_params
+    return (
+        params is not None
+        and params.n == 1
+        and params.structured_outputs is None
+        and params.presence_penalty == params.frequency_penalty == 0
+        and (params.seed is None or params.sampling_type == params.sampling_type.GREEDY)
+        and getattr(params, "thinking_token_budget", None) is None
+        and getattr(params, "repetition_detection", None) is None
+        and not params.bad_words
+        and not params.extra_args
+        and sent.prompt_embeds is None
+    )
+
+
+def _continuation(sent: Any, state: Any, lora_request: Any) -> Any:
+    """``sent`` with what was answered so far as part of its prompt."""
+    said = list(state.detokenizer.output_token_ids)
+    params = sent.sampling_params.clone()
+    params.max_tokens -= len(said)
+    params.min_tokens = max(0, params.min_tokens - len(said))
+    if said:  # log-probabilities of the prompt came with the first token
+        params.prompt_logprobs = None
+        params.skip_reading_prefix_cache = False
+    more = copy.copy(sent)
+    more.prompt_token_ids = [*sent.prompt_token_ids, *said]
+    more.sampling_params = params
+    more.lora_request = lora_request
+    return more
 
 
 def _without_vllm_fields(body: dict[str, Any]) -> dict[str, Any]:

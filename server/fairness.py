@@ -35,7 +35,8 @@ class Ask:
     ``version`` is a ``Version.key``, or None for the base model. ``prompt_tokens`` is an estimate,
     charged when the request runs and corrected as it progresses. ``max_tokens`` bounds the output of
     each of its ``sequences`` (n times the number of prompts). ``max_queued`` and ``max_running`` are
-    the tenant's own limits in requests and sequences; None leaves the server's.
+    the tenant's own limits in requests and sequences; None leaves the server's. ``resumable`` if it may be
+    taken out of the engine once it runs, and go on later.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Ask:
     weight: float = 1.0
     max_queued: int | None = None
     max_running: int | None = None
+    resumable: bool = False
 
     def __post_init__(self) -> None:
         if self.sequences < 1 or not self.weight > 0:
@@ -83,7 +85,10 @@ class Tenant:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One ask on its way. ``passed_at`` is when a smaller request first ran in its place."""
+    """One ask on its way. ``passed_at`` is when a smaller request first ran in its place.
+
+    ``fixed`` once it is known that it cannot be put aside.
+    """
 
     ask: Ask
     tenant: Tenant
@@ -92,6 +97,7 @@ class Request:
     charged: float = 0.0
     output_tokens: int = 0
     passed_at: float | None = None
+    fixed: bool = False
 
     @property
     def tokens_left(self) -> int:
@@ -113,7 +119,10 @@ class Lane:
 
 
 class FairQueue:
-    def __init__(self) -> None:
+    """``counted`` is told of a tenant whose counter has changed."""
+
+    def __init__(self, counted: Callable[[str], None] = lambda _: None) -> None:
+        self._counted = counted
         self._tenants: dict[str, Tenant] = {}
         self._lanes: dict[str | None, dict[Tenant, Lane]] = {}
         self._open: set[str | None] = {None}
@@ -129,15 +138,26 @@ class FairQueue:
         if not tenant.active:
             lowest = self._active.first()
             tenant.counter = max(tenant.counter, self._level if lowest is None else lowest.counter)
+            self._counted(tenant.id)
         if not tenant.queued:
             tenant.queued_since = now
             tenant.runs.clear()
-        request = Request(ask, tenant, next(self._numbers), now)
+        request = Request(ask, tenant, next(self._numbers), now, fixed=not ask.resumable)
         lane = self._lanes.setdefault(ask.version, {}).setdefault(tenant, Lane(ask.version, tenant))
         lane.requests[request.number] = request
         tenant.queued += 1
         self._rank_lane(lane)
         return request
+
+    def put_back(self, request: Request) -> None:
+        """It ran, and waits again where its arrival puts it."""
+        tenant, version = request.tenant, request.ask.version
+        lane = self._lanes.setdefault(version, {}).setdefault(tenant, Lane(version, tenant))
+        lane.requests[request.number] = request
+        lane.requests = OrderedDict(sorted(lane.requests.items()))
+        tenant.queued += 1
+        tenant.running -= request.ask.sequences
+        self._rank_lane(lane)
 
     def remove(self, request: Request) -> None:
         """It leaves the queue and will not run."""
@@ -157,6 +177,7 @@ class FairQueue:
         if cost > request.charged:
             request.tenant.counter += (cost - request.charged) / request.ask.weight
             request.charged = cost
+            self._counted(request.tenant.id)
         self._rank(request.tenant)
 
     def end(self, request: Request) -> None:
@@ -187,6 +208,9 @@ class FairQueue:
         """What waits for ``version``, by arrival."""
         lanes = self._lanes.get(version, {}).values()
         return sorted((r for lane in lanes for r in lane.requests.values()), key=lambda r: r.number)
+
+    def counter(self, tenant_id: str) -> float:
+        return self._tenants[tenant_id].counter
 
     def queued(self, tenant_id: str) -> int:
         tenant = self._tenants.get(tenant_id)

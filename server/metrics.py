@@ -99,6 +99,9 @@ class Metrics:
             "loraplex_activation_seconds", "Host memory to a slot.", buckets=_LATENCY, registry=r
         )
         self._evictions = Counter("loraplex_evictions", "Adapters moved out of a tier.", ["tier"], registry=r)
+        self._preemptions = Counter(
+            "loraplex_preemptions", "Answers put aside for another adapter.", ["tenant"], registry=r
+        )
         self._failures = Counter(
             "loraplex_load_failures", "Loads that failed, by step.", ["step"], registry=r
         )
@@ -139,6 +142,9 @@ class Metrics:
 
     def evicted(self, tier: Literal["gpu", "host"]) -> None:
         self._evictions.labels(tier).inc()
+
+    def preempted(self, tenant: str) -> None:
+        self._preemptions.labels(self.label(tenant)).inc()
 
     def load_failed(self, step: Literal["stage", "activate"]) -> None:
         self._failures.labels(step).inc()

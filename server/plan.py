@@ -3,9 +3,11 @@
 A request's life:
 
     submitted -> waits in its tenant's queue -> Run -> progressed ... -> finished
-                   |  its version is staged and activated meanwhile
-                   +-> Refuse (queue full, waited too long, adapter unavailable, shutting down)
-                   +-> cancelled
+                   |  its version is staged and activated meanwhile       |
+                   +-> Refuse (queue full, waited too long, adapter       |
+                   |       unavailable, shutting down)                    |
+                   +-> cancelled                                          |
+                   +<--- preempted (put aside; it has no time limit) <----+ Preempt
 
 A request runs when its version has a slot that is not draining and the engine has room; the order among
 those is ``FairQueue``'s. Which versions have slots is ``Residency``'s. After every event the plan settles:
@@ -18,6 +20,7 @@ smaller ones for ``slot_patience``; then nothing else starts until it fits. One 
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +40,7 @@ __all__ = [
     "HostEntry",
     "Limits",
     "Plan",
+    "Preempt",
     "Refusal",
     "Refuse",
     "Run",
@@ -71,7 +75,14 @@ class Refuse:
     detail: str = ""
 
 
-Effect = Stage | Evict | Activate | Deactivate | Run | Refuse
+@dataclass(frozen=True, slots=True)
+class Preempt:
+    """Take it out of the engine, to go on at its next Run; answered by preempted or kept, or by its end."""
+
+    id: str
+
+
+Effect = Stage | Evict | Activate | Deactivate | Run | Refuse | Preempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +90,8 @@ class Snapshot:
     """The state at one moment, for operators and metrics.
 
     ``queued`` counts requests and ``running`` sequences, of the tenants that have any; ``counters`` are
-    the virtual token counters of all tenants seen. ``drains`` counts slots ever drained for another.
+    the virtual token counters of all tenants seen. ``aside`` counts requests that have run and wait to go
+    on. ``drains`` counts slots ever drained for another, ``preemptions`` requests ever put aside.
     """
 
     slots: tuple[Slot, ...]
@@ -87,7 +99,9 @@ class Snapshot:
     queued: Mapping[str, int]
     running: Mapping[str, int]
     counters: Mapping[str, float]
+    aside: int
     drains: int
+    preemptions: int
     draining: bool
 
 
@@ -100,18 +114,20 @@ class Plan:
     def __init__(self, limits: Limits, first_load_id: int = 1) -> None:
         self._limits = limits
         self._effects: list[Effect] = []
-        self._queue = FairQueue()
-        self._residency = Residency(limits, first_load_id, self._emit, self._queue.gate)
+        self._queue = FairQueue(self._counted)
+        self._residency = Residency(limits, first_load_id, self._emit, self._queue.gate, self._queue.counter)
         self._waiting: OrderedDict[str, Request] = OrderedDict()  # by arrival
+        self._aside: dict[str, Request] = {}  # they wait too, but for as long as it takes
         self._running: dict[str, tuple[Request, Load | None]] = {}
         self._sequences = 0
         self._held_for: Request | None = None
         self._draining = False
+        self._preemptions = 0
 
     # --- requests ------------------------------------------------------------------------------------
 
     def submitted(self, now: float, ask: Ask) -> list[Effect]:
-        if ask.id in self._waiting or ask.id in self._running:
+        if ask.id in self._waiting or ask.id in self._running or ask.id in self._aside:
             raise ValueError(f"there is a request {ask.id} already")
         self._expire(now)
         limit = self._limits.max_queued if ask.max_queued is None else ask.max_queued
@@ -155,7 +171,29 @@ class Plan:
             self._sequences -= request.ask.sequences
             self._queue.end(request)
             if load is not None:
-                self._residency.end(load, request.tokens_left, now)
+                self._residency.end(load, request, now)
+        elif id in self._aside:
+            self._drop(self._aside[id])
+        return self._settle(now)
+
+    def preempted(self, now: float, id: str) -> list[Effect]:
+        """A running request is out of the engine and waits again; nothing happens if it has ended."""
+        request, load = self._running.pop(id, (None, None))
+        if request is not None and load is not None:
+            self._preemptions += 1
+            self._sequences -= request.ask.sequences
+            self._queue.put_back(request)
+            self._aside[id] = request
+            self._residency.end(load, request, now)
+            self._residency.want(load.version, request.ask.tenant, now)
+        return self._settle(now)
+
+    def kept(self, now: float, id: str) -> list[Effect]:
+        """A running request could not be put aside, and never can."""
+        request, load = self._running.get(id, (None, None))
+        if request is not None and load is not None and not request.fixed:
+            request.fixed = True
+            self._residency.fix(load)
         return self._settle(now)
 
     # --- adapters ------------------------------------------------------------------------------------
@@ -240,7 +278,17 @@ class Plan:
             or self._residency.grant(now)
             or self._residency.stage(now)
             or self._residency.drain(now, spared)
+            or self._preempt(now, spared)
         )
+
+    def _preempt(self, now: float, spared: str | None) -> bool:
+        chosen = self._residency.preempt(now, spared)
+        if chosen is None:
+            return False
+        for id, (_, load) in self._running.items():
+            if load is chosen:
+                self._emit(Preempt(id))
+        return True
 
     def _admit(self, now: float) -> bool:
         self._held_for = None
@@ -269,7 +317,7 @@ class Plan:
 
     def _run(self, request: Request, now: float) -> None:
         version = request.ask.version
-        load = None if version is None else self._residency.begin(version, request.tokens_left, now)
+        load = None if version is None else self._residency.begin(version, request, now)
         self._queue.start(request, now)
         self._forget_waiting(request)
         self._running[request.ask.id] = (request, load)
@@ -302,13 +350,17 @@ class Plan:
         self._forget_waiting(request)
 
     def _forget_waiting(self, request: Request) -> None:
-        del self._waiting[request.ask.id]
+        if self._waiting.pop(request.ask.id, None) is None:
+            del self._aside[request.ask.id]
         version = request.ask.version
         if version is not None and not self._queue.waits(version):
             self._residency.unwant(version)
 
     def _emit(self, effect: Effect) -> None:
         self._effects.append(effect)
+
+    def _counted(self, tenant: str) -> None:
+        self._residency.recount(tenant)
 
     # --- what is seen --------------------------------------------------------------------------------
 
@@ -327,13 +379,16 @@ class Plan:
             queued={tenant.id: tenant.queued for tenant in tenants if tenant.queued},
             running={tenant.id: tenant.running for tenant in tenants if tenant.running},
             counters={tenant.id: tenant.counter for tenant in tenants},
+            aside=len(self._aside),
             drains=self._residency.drains,
+            preemptions=self._preemptions,
             draining=self._draining,
         )
 
     def __repr__(self) -> str:
         """``x+`` is on its way, ``x~`` drains, ``x!`` is overdue; ``x:2`` has two running requests."""
         room = f"running={self._sequences}/{self._limits.max_running} waiting={len(self._waiting)}"
+        room += f" aside={len(self._aside)}" if self._aside else ""
         held = "" if self._held_for is None else f" held_for={self._held_for.ask.id}"
         return f"<Plan {self._residency!r} {room}{held}{' draining' if self._draining else ''}>"
 
@@ -342,7 +397,9 @@ class Plan:
         self._queue.check()
         running = [request for request, _ in self._running.values()]
         assert not self._waiting.keys() & self._running.keys()
-        assert sum(tenant.queued for tenant in self._queue.tenants()) == len(self._waiting)
+        assert not self._aside.keys() & (self._waiting.keys() | self._running.keys())
+        queued = len(self._waiting) + len(self._aside)
+        assert sum(tenant.queued for tenant in self._queue.tenants()) == queued
         assert sum(tenant.running for tenant in self._queue.tenants()) == self._sequences
         assert sum(request.ask.sequences for request in running) == self._sequences
         assert self._sequences <= self._limits.max_running or len(running) == 1, f"{self!r}"
@@ -353,16 +410,17 @@ class Plan:
         first = self._queue.first()
         assert first is None or not self._fits(first), f"{first} could run: {self!r}"
 
-    def _running_by_load(self) -> dict[int, tuple[int, int]]:
-        sums: dict[int, tuple[int, int]] = {}
+    def _running_by_load(self) -> dict[int, tuple[int, int, int]]:
+        sums: dict[int, tuple[int, int, int]] = {}
         for request, load in self._running.values():
             if load is not None:
-                count, work = sums.get(load.id, (0, 0))
-                sums[load.id] = (count + 1, work + request.tokens_left)
+                count, work, fixed = sums.get(load.id, (0, 0, 0))
+                sums[load.id] = (count + 1, work + request.tokens_left, fixed + request.fixed)
         return sums
 
     def _versions_waited_for(self) -> set[str]:
-        return {r.ask.version for r in self._waiting.values() if r.ask.version is not None}
+        waiting = itertools.chain(self._waiting.values(), self._aside.values())
+        return {r.ask.version for r in waiting if r.ask.version is not None}
 
     def _check_gates(self) -> None:
         open_slots = {

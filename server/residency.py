@@ -11,7 +11,9 @@ STAGING and ACTIVATING last until the engine's answer; deactivating and evicting
 decided. A load in any of the four states has a host entry; from ACTIVATING on it has a slot as well.
 
 A version with waiting requests has a claim. A claim is overdue once it has waited for ``slot_patience``
-since its first request, or since it lost its slot. What may be taken from whom:
+since its first request, or since it lost its slot. Claims get host entries by turns of their tenants
+(``Turns``), and slots by what their tenants have had (``Shares``): the lowest token counter first, but before
+all a tenant that has waited for half of ``queue_timeout`` since its last one. What may be taken from whom:
 
     host entry   1. free   2. an idle one on the host   3. an idle one in a slot
                  4. for an overdue claim: that of the latest claim that is not, or a drained slot's
@@ -19,20 +21,27 @@ since its first request, or since it lost its slot. What may be taken from whom:
 
 Idle ones go least recently used first. One slot drains for every overdue claim on the host; if there is
 none, one does for an overdue claim that finds no host entry. The slot with the least work left is chosen,
-but not one that a full engine has kept from running anything for less than ``slot_patience``. Pinned versions
-keep their places, with two exceptions: those of a single tenant do not keep the last one, and where
-everything is pinned an overdue claim overrides the pins.
+but not one that a full engine has kept from running anything for less than ``slot_patience``. A slot also
+drains for a claim that is not overdue yet if its tenant has had more than the claim's, once it has had the
+slot for a while. Pinned versions keep their places, with two exceptions: those of a single tenant do not keep
+the last one, and where everything is pinned an overdue claim overrides the pins.
 
-Why nobody waits forever: claims get entries and slots by turns (``Turns``), so each comes first at some
-time. Then it is overdue after ``slot_patience``, a slot drains, and what runs there ends. Only an overdue
-claim pushes out another, and never one that is overdue itself, so two cannot push each other in circles.
+A drained slot is not waited for without end: ``preempt_after`` beyond its patience, an overdue claim has
+the requests put aside that run in one (it need not be the one that drains) where all of them can go on later.
+Nobody is put aside sooner than ``preempt_after`` after getting the slot, so that everybody gets on.
+
+Why nobody waits forever: claims get entries by turns, so each comes first at some time, and slots at the
+latest when their tenant starves. Then a slot drains, and what runs there ends or is put aside. Only an
+overdue claim pushes out another, and never one that is overdue itself, so two cannot push each other in
+circles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from server.ranking import Ranking, Turns
+from server.fairness import Request
+from server.ranking import Ranking, Shares, Turns
 from server.tiers import (
     Activate,
     Claim,
@@ -47,12 +56,18 @@ from server.tiers import (
     State,
 )
 
+# Of ``slot_patience``: how long a version has its slot at least before its tenant's share counts against it.
+TURN = 0.25
+# Of ``queue_timeout``: how long a tenant waits for its next slot before it comes before all others.
+STARVING = 0.5
+
 
 class Residency:
     """Owner of loads, slots and claims.
 
     ``emit`` gets every move in order. ``gate`` is told whether a version takes requests, after every
-    change to it. ``grant``, ``stage``, ``drain`` and ``sweep`` are the decisions: each makes at most one
+    change to it. ``counter`` tells what a tenant has had; ``recount`` is called when that has changed.
+    ``grant``, ``stage``, ``drain``, ``preempt`` and ``sweep`` are the decisions: each makes at most one
     and tells whether it did; they are to be called until none does.
     """
 
@@ -62,11 +77,15 @@ class Residency:
         first_load_id: int,
         emit: Callable[[Move], None],
         gate: Callable[[str, bool], None],
+        counter: Callable[[str], float],
     ) -> None:
         self._limits = limits
+        self._turn = TURN * limits.slot_patience
+        self._starving_after = STARVING * limits.queue_timeout
         self._next_id = first_load_id
         self._emit = emit
         self._gate = gate
+        self._counter = counter
         self._loads: dict[str, Load] = {}
         self._by_id: dict[int, Load] = {}
         self._slots: list[Load | None] = [None] * limits.gpu_slots
@@ -77,12 +96,13 @@ class Residency:
         self._to_warm_slot: dict[str, None] = {}  # staged, by arrival
         self._blocked = False  # the next to be staged is overdue and finds no host entry
         self._look_again: float | None = None  # when a slot that drain passed over may be taken
+        self._preempt_at: float | None = None  # when the next claim may have requests put aside
         self.drains = 0  # slots ever drained
         # Everything below follows from the above, by _index().
         self._for_host: Turns[str] = Turns()
-        self._for_slot: Turns[str] = Turns()
+        self._for_slot: Shares[str] = Shares(self._share)
         self._patient: Ranking[str] = Ranking()
-        self._overdue: set[str] = set()  # claims on the host that are
+        self._overdue: Ranking[str] = Ranking()  # claims on the host that are
         self._young: Ranking[str] = Ranking()  # those on the host that are not, latest first
         self._idle_on_host: Ranking[str] = Ranking()
         self._idle_in_slot: Ranking[str] = Ranking()
@@ -102,23 +122,34 @@ class Residency:
         if self._claims.pop(version, None) is not None:
             self._index(version)
 
-    def begin(self, version: str, tokens: int, now: float) -> Load:
-        """A request that can produce ``tokens`` runs on ``version``, which must be open."""
+    def begin(self, version: str, request: Request, now: float) -> Load:
+        """``request`` runs on ``version``, which must be open."""
         load = self._loads[version]
         assert load.state is State.ACTIVE, f"{version} is {load.state}"
         load.running += 1
-        load.work += tokens
+        load.work += request.tokens_left
+        load.fixed += request.fixed
         load.has_run = True
+        load.tenant = request.tenant.id
         load.used = now
         self._index(version)
         return load
 
-    def end(self, load: Load, tokens_left: int, now: float) -> None:
-        """One of its running requests ended, ``tokens_left`` before it had to."""
+    def end(self, load: Load, request: Request, now: float) -> None:
+        """One of its running requests ended, or was put aside."""
         load.running -= 1
-        load.work -= tokens_left
+        load.work -= request.tokens_left
+        load.fixed -= request.fixed
         load.used = now
         self._index(load.version)
+
+    def fix(self, load: Load) -> None:
+        """One of its running requests turned out to be one that cannot be put aside."""
+        load.fixed += 1
+        load.yielding = False
+
+    def recount(self, tenant: str) -> None:
+        self._for_slot.rerank(tenant)
 
     def progress(self, load: Load, tokens: int) -> None:
         """Its running requests produced ``tokens`` more."""
@@ -193,24 +224,21 @@ class Residency:
 
     def expire(self, now: float) -> None:
         """Mark the claims whose patience has ended."""
-        while (version := self._patient.first()) is not None:
-            if self._patience_end(version) > now:
-                return
+        while (version := self._patient.first()) is not None and self._patience_end(version) <= now:
             self._claims[version].overdue = True
             self._index(version)
 
     def next_deadline(self) -> float | None:
         first = self._patient.first()
         ends = [] if first is None else [self._patience_end(first)]
-        if self._look_again is not None:
-            ends.append(self._look_again)
+        ends += [at for at in (self._look_again, self._preempt_at) if at is not None]
         return min(ends, default=None)
 
     # --- decisions -----------------------------------------------------------------------------------
 
     def grant(self, now: float) -> bool:
         """Give a slot to the next that waits for one on the host."""
-        version = self._for_slot.first()
+        version = self._for_slot.first(now - self._starving_after)
         if version is None:
             return self._grant_warm(now)
         if not self._make_slot(now):
@@ -236,20 +264,43 @@ class Residency:
         return True
 
     def drain(self, now: float, spared: str | None) -> bool:
-        """Close a slot for an overdue claim, or open one again that nobody needs; never ``spared``'s."""
+        """Close a slot for a claim, or open one again that nobody needs; never ``spared``'s."""
         self._look_again = None
-        wanted = len(self._overdue) or int(self._blocked)
-        if len(self._draining) > wanted:
+        if len(self._draining) > max(len(self._for_slot), int(self._blocked)):
             self._set_draining(max((self._loads[v] for v in self._draining), key=_by_work), False)
             return True
-        if len(self._draining) == wanted:
-            return False
-        choice = min(self._drainable(now, spared), key=_by_work, default=None)
+        choice = None
+        if len(self._draining) < (len(self._overdue) or int(self._blocked)):
+            choice = min(self._drainable(now, spared), key=_by_work, default=None)
+        choice = choice or self._ahead(now, spared)
         if choice is None:
             return False
         self.drains += 1
         self._set_draining(choice, True)
         return True
+
+    def preempt(self, now: float, spared: str | None) -> Load | None:
+        """The load whose requests are to be put aside for a claim that has waited for too long."""
+        self._preempt_at = at = self._next_preemption()
+        if at is None or at > now:
+            return None
+        drained = [self._loads[v] for v in self._draining if not self._loads[v].yielding]
+        can_yield = [load for load in drained if load.running and not load.fixed]
+        if not can_yield:
+            can_yield = [load for load in self._drainable(now, spared) if load.running and not load.fixed]
+        ends = {load: load.active_since + self._limits.preempt_after for load in can_yield}
+        choice = min((load for load in can_yield if ends[load] <= now), key=_by_work, default=None)
+        if choice is None:
+            # What cannot yield is looked at whenever something happens.
+            self._preempt_at = min(ends.values(), default=None)
+            return None
+        self._preempt_at = None
+        if not choice.draining:
+            if drained:
+                self._set_draining(max(drained, key=_by_work), False)
+            self._set_draining(choice, True)
+        choice.yielding = True
+        return choice
 
     def sweep(self, now: float) -> bool:
         """Evict a retired version that is idle."""
@@ -281,6 +332,36 @@ class Residency:
                 self._start(version, now).warm = slot
                 return True
         return False
+
+    def _ahead(self, now: float, spared: str | None) -> Load | None:
+        """A slot whose tenant has had more than the next that gets none of those draining."""
+        waiting = self._for_slot.leading(len(self._draining) + 1)
+        if len(waiting) <= len(self._draining):
+            return None
+        level = self._counter(self._claims[waiting[-1]].tenant)
+        best: tuple[float, int] | None = None
+        choice = None
+        for load in self._drainable(now, spared):
+            if not load.has_run or (had := self._counter(load.tenant)) <= level:
+                continue
+            until = load.active_since + self._turn
+            if until > now:
+                self._look_again = until if self._look_again is None else min(self._look_again, until)
+            elif best is None or (had, -load.work) > best:
+                best, choice = (had, -load.work), load
+        return choice
+
+    def _next_preemption(self) -> float | None:
+        """When the first claim that no slot is yielding to may have one's requests put aside."""
+        yielding = sum(self._loads[version].yielding for version in self._draining)
+        overdue = self._overdue.leading(yielding + 1)
+        if len(overdue) > yielding:
+            version: str | None = overdue[-1]
+        else:
+            version = self._for_host.first() if self._blocked and not overdue and not yielding else None
+        if version is None:
+            return None
+        return self._patience_end(version) + self._limits.preempt_after
 
     # --- room ----------------------------------------------------------------------------------------
 
@@ -396,10 +477,11 @@ class Residency:
         if load.slot is not None:
             self._slots[load.slot] = None
             load.slot = None
-        load.draining = False
+        load.draining = load.yielding = False
 
     def _set_draining(self, load: Load, draining: bool) -> None:
         load.draining = draining
+        load.yielding = False
         self._index(load.version)
 
     def _restart_patience(self, version: str, now: float) -> None:
@@ -429,6 +511,10 @@ class Residency:
             self._patient.set(version, claim.since)
         else:
             self._patient.drop(version)
+        if claim is not None and overdue and state is State.HOST:
+            self._overdue.set(version, claim.since)
+        else:
+            self._overdue.drop(version)
 
         pinned = version in self._pins
         if claim is not None and not overdue and state is State.HOST:
@@ -444,7 +530,6 @@ class Residency:
                 index.drop(version)
 
         draining = load is not None and load.draining
-        _keep(self._overdue, version, overdue and state is State.HOST)
         _keep(self._staging, version, state is State.STAGING)
         _keep(self._draining, version, draining)
         self._gate(version, state is State.ACTIVE and not draining)
@@ -457,6 +542,11 @@ class Residency:
 
     def _patience_end(self, version: str) -> float:
         return self._claims[version].since + self._limits.slot_patience
+
+    def _share(self, version: str) -> tuple[float, float]:
+        """Its place among those that wait for a slot; the lowest is next."""
+        claim = self._claims[version]
+        return self._counter(claim.tenant), claim.since
 
     # --- what is seen --------------------------------------------------------------------------------
 
@@ -492,8 +582,10 @@ class Residency:
     def _claimed(self, version: str) -> str:
         return f"{version}{'!' if self._claims[version].overdue else ''}"
 
-    def check(self, running: dict[int, tuple[int, int]], waited_for: set[str]) -> None:
-        """Assert every invariant, given (requests, tokens left) by load id and the versions waited for."""
+    def check(self, running: dict[int, tuple[int, int, int]], waited_for: set[str]) -> None:
+        """Assert every invariant, given the versions waited for and what runs by load id: requests, tokens
+        left, requests that cannot be put aside.
+        """
         limits, loads = self._limits, self._loads
         assert len(loads) <= limits.host_slots, f"{len(loads)} host entries"
         assert set(self._claims) == waited_for, f"claims {self._claims}, waiting {waited_for}"
@@ -506,7 +598,8 @@ class Residency:
             assert load.id < self._next_id
             assert load.version == version
             assert in_slot == (load.slot is not None), f"{load}"
-            assert (load.running, load.work) == running.get(load.id, (0, 0)), f"{load}"
+            assert (load.running, load.work, load.fixed) == running.get(load.id, (0, 0, 0)), f"{load}"
+            assert not load.yielding or load.draining, f"{load}"
             assert not load.running or load.state is State.ACTIVE, f"{load}"
             assert not load.draining or load.state is State.ACTIVE, f"{load}"
             self._check_indices(version, load, self._claims.get(version))
@@ -537,7 +630,10 @@ class Residency:
         assert len(self._for_host) == claimed.count(State.DISK)
         assert len(self._for_slot) == claimed.count(State.HOST)
         assert self._staging | self._draining <= self._loads.keys()
-        assert self._overdue <= self._claims.keys()
+        on_host = [claim for version, claim in self._claims.items() if self.state(version) is State.HOST]
+        assert len(self._overdue) == sum(claim.overdue for claim in on_host)
+        for version in self._for_slot.leading(len(self._for_slot)):
+            assert self._for_slot.rank(version) == self._share(version)
         assert len(self._idle_on_host) <= states.count(State.HOST)
         assert len(self._idle_in_slot) <= states.count(State.ACTIVE)
 
@@ -545,7 +641,7 @@ class Residency:
         """No decision is left undone."""
         assert not self._for_slot or None not in self._slots, "a free slot and a version for it"
         assert not self._for_slot or self._take(self._idle_in_slot, self._slots) is None
-        assert len(self._draining) <= (len(self._overdue) or int(self._blocked)), "a slot drains for nobody"
+        assert len(self._draining) <= max(len(self._for_slot), self._blocked), "a slot drains for nobody"
         staging_full = len(self._staging) == self._limits.max_staging
         entry_free = len(self._loads) < self._limits.host_slots
         assert staging_full or not (self._for_host and entry_free), "a free host entry and a version for it"

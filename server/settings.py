@@ -77,6 +77,12 @@ class Settings(BaseSettings):
     slot_patience: float = Field(
         2.0, gt=0, description="Seconds a cold adapter waits before a slot is drained for it."
     )
+    preempt_after: float = Field(
+        10.0,
+        ge=0,
+        description="Seconds beyond SLOT_PATIENCE after which long answers are put aside for a cold adapter,"
+        " to go on later.",
+    )
     max_queued: int = Field(256, ge=1, description="Waiting requests per tenant; one more gets 429.")
     queue_timeout: float = Field(60.0, gt=0, description="Seconds a request may wait; then it gets 503.")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest upload, both files together, in bytes.")

@@ -17,6 +17,7 @@ class Limits:
     max_running: int
     max_staging: int = 2
     slot_patience: float = 2.0
+    preempt_after: float = 10.0
     queue_timeout: float = 60.0
     max_queued: int = 256
 
@@ -78,12 +79,15 @@ class State(StrEnum):
 class Load:
     """One stay of a version in memory. DISK once it is over, also while requests still run on a lost one.
 
-    ``running`` counts requests, ``work`` is the most output tokens that they can still produce.
+    ``tenant`` is whose request ran on it last; it is empty until ``has_run``.
+    ``running`` counts requests, ``work`` is the most output tokens that they can still produce. ``fixed``
+    counts those of them that cannot be put aside; ``yielding`` is set while all of them are being.
     """
 
     id: int
     version: str
     used: float
+    tenant: str = ""
     state: State = State.STAGING
     slot: int | None = None
     active_since: float = 0.0
@@ -92,6 +96,8 @@ class Load:
     warm: bool = False
     running: int = 0
     work: int = 0
+    fixed: int = 0
+    yielding: bool = False
     size_bytes: int = 0
 
 

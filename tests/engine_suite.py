@@ -18,7 +18,7 @@ import pytest
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.engine import Answer, Call, Engine, Kind, PageOp, StageResult
-from server.errors import BadRequest
+from server.errors import BadRequest, Unavailable
 
 MakeAdapter = Callable[[int], Path]
 
@@ -121,6 +121,45 @@ def spoken(chunks: list[dict[str, Any]], choice: int = 0) -> str:
     """The text of one choice of a stream."""
     mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice]
     return "".join(c["delta"].get("content") or "" if "delta" in c else c["text"] for c in mine)
+
+
+LOGPROBS: dict[Kind, dict[str, Any]] = {
+    "chat": {"logprobs": True, "top_logprobs": 2},
+    "completion": {"logprobs": 2},
+}
+
+
+async def whole(answer: Answer) -> Any:
+    """All that a client can tell of an answer, less ids and times; log-probabilities rounded."""
+    documents = [answer.body] if answer.body is not None else await events(answer)
+    said_: dict[int, list[Any]] = {}
+    usage = None
+    for document in documents:
+        assert document is not None
+        usage = document.get("usage") or usage
+        for choice in document.get("choices", ()):
+            text = (
+                choice["text"]
+                if "text" in choice
+                else (choice.get("delta") or choice["message"]).get("content")
+            )
+            said_.setdefault(choice["index"], []).append(
+                [text or "", _rounded(choice.get("logprobs")), choice.get("finish_reason")]
+            )
+    errors = [document["error"] for document in documents if document and "error" in document]
+    return {"said": said_, "usage": usage, "errors": errors}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 3)
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
+
+
+async def read_all(engine: Engine, made: Call, request: Any) -> Any:
+    return await whole(await engine.answer(made, request))
 
 
 # Without the tokens that end an answer, so that its length is known.
@@ -343,6 +382,118 @@ class EngineSuite:
         usage = answer.body["usage"]
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == meter.usage()
         assert usage["completion_tokens"] == 10
+
+    # --- pauses ----------------------------------------------------------------------------------
+
+    @kinds
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize("after", [0, 1, 7])
+    async def test_a_paused_answer_goes_on_as_if_nothing_had_happened(
+        self,
+        engine: Engine,
+        make_adapter: MakeAdapter,
+        kind: Kind,
+        body: dict[str, Any],
+        stream: bool,
+        after: int,
+    ) -> None:
+        """Paused twice, and its adapter gone from memory meanwhile."""
+        long = {**body, "max_tokens": 24, **LOGPROBS[kind], **(STREAMED if stream else {})}
+        load = await bring_in(engine, make_adapter(0))
+        expected, counted = await ask(engine, kind, long, load)
+        wanted = await whole(expected)
+        made, request = call(engine, kind, long, load)
+        reading = asyncio.create_task(read_all(engine, made, request))
+        for pauses in (1, 2):
+            while meter_of(made).output < pauses * after:
+                await asyncio.sleep(0.001)
+                engine.poll(made)
+            if not await engine.pause(made):
+                continue  # it has not begun, or it has ended, before
+            await engine.page([then("evict", load)])
+            await asyncio.sleep(0.05)
+            produced = meter_of(made).output
+            await asyncio.sleep(0.05)
+            engine.poll(made)
+            assert meter_of(made).output == produced, "it runs while it is paused"
+            assert not reading.done()
+            load = stage(make_adapter(0), load.name)
+            await read_in(engine, load)
+            await engine.page([then("activate", load)])
+            await engine.resume(made)
+        assert await reading == wanted
+        assert meter_of(made).usage() == counted.usage()
+
+    @pytest.mark.parametrize("cut", range(1, 12))
+    async def test_a_stop_string_may_straddle_the_pause(self, engine: Engine, cut: int) -> None:
+        body = {**TEXT, "max_tokens": 12}
+        text = said((await ask(engine, "completion", body, None))[0].body or {})
+        stop = text[len(text) // 3 : 2 * len(text) // 3]
+        stopping = {**body, "stop": [stop], **STREAMED}
+        answer, counted = await ask(engine, "completion", stopping, None)
+        wanted = await whole(answer)
+        made, request = call(engine, "completion", stopping, None)
+        reading = asyncio.create_task(read_all(engine, made, request))
+        while meter_of(made).output < cut and not reading.done():
+            await asyncio.sleep(0.001)
+        if await engine.pause(made):
+            await engine.resume(made)
+        assert await reading == wanted
+        assert meter_of(made).usage() == counted.usage()
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"n": 2, "temperature": 1},
+            {"seed": 7, "temperature": 1},
+            {"presence_penalty": 0.5},
+            {"frequency_penalty": 0.5},
+            {"response_format": {"type": "json_object"}},
+        ],
+        ids=lambda changes: next(iter(changes)),
+    )
+    async def test_what_would_not_go_on_the_same_is_not_paused(
+        self, engine: Engine, changes: dict[str, Any]
+    ) -> None:
+        made, request = call(engine, "chat", {**QUESTION, "max_tokens": 20, **changes}, None)
+        assert not engine.resumable(request)
+        reading = asyncio.create_task(read_all(engine, made, request))
+        while meter_of(made).output == 0:
+            await asyncio.sleep(0.001)
+            engine.poll(made)
+        assert not await engine.pause(made)
+        await reading
+
+    async def test_a_paused_answer_can_be_aborted(self, engine: Engine) -> None:
+        made, request = call(engine, "chat", {**QUESTION, "max_tokens": 50, "stream": True}, None)
+        assert engine.resumable(request)
+        answer = await engine.answer(made, request)
+        assert answer.stream is not None
+        for _ in range(3):
+            await anext(answer.stream)
+        assert await engine.pause(made)
+        await engine.abort(made)
+        async with asyncio.timeout(60):
+            rest = [chunk async for chunk in answer.stream]
+        assert rest[-1] == "data: [DONE]\n\n"
+        assert '"finish_reason":"abort"' in "".join(rest).replace(" ", "")
+        await engine.resume(made)  # too late; nothing happens
+        assert 0 < meter_of(made).output < 50
+
+    @pytest.mark.parametrize("stream", [True, False])
+    async def test_a_paused_answer_can_be_given_up(self, engine: Engine, stream: bool) -> None:
+        made, request = call(engine, "chat", {**QUESTION, "max_tokens": 50, "stream": stream}, None)
+        reading = asyncio.create_task(read_all(engine, made, request))
+        while meter_of(made).output == 0:
+            await asyncio.sleep(0.001)
+            engine.poll(made)
+        assert await engine.pause(made)
+        await engine.give_up(made, "it is gone")
+        if stream:
+            assert "it is gone" in str(await reading)
+        else:
+            with pytest.raises(Unavailable, match="it is gone"):
+                await reading
 
     # --- endings ---------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from server.engine import (
     _request_errors,
     from_vllm,
 )
+from server.errors import Unavailable
 
 BASE_NAME = "base"
 NATURAL_LENGTH = 8
@@ -67,8 +68,11 @@ class _Run:
     choices: int
     limit: int
     natural_end: bool
+    resumable: bool
     produced: dict[str, int] = field(default_factory=dict)
     aborted: bool = False
+    going: asyncio.Event = field(default_factory=asyncio.Event)
+    given_up: str | None = None
 
     @property
     def sequences(self) -> int:
@@ -91,6 +95,7 @@ class FakeEngine:
     lora_dtype = "float32"
     parse = Engine.parse
     count_prompt = Engine.count_prompt
+    resumable = Engine.resumable
 
     def __init__(
         self,
@@ -111,6 +116,7 @@ class FakeEngine:
         self.calls: list[Call] = []
         self.ops: list[PageOp] = []
         self.running: list[_Run] = []
+        self.paused: list[_Run] = []
         self.most_running = 0
         self.stopped = False
         # (HTTP status, tokens): every stream breaks with it after so many tokens.
@@ -186,10 +192,39 @@ class FakeEngine:
         return Answer(body=self._body(run))
 
     async def abort(self, call: Call) -> None:
-        for run in [run for run in self.running if run.call is call]:
-            run.settle()
-            run.aborted = True
+        for runs in (self.running, self.paused):
+            for run in [run for run in runs if run.call is call]:
+                run.settle()
+                run.aborted = True
+                runs.remove(run)
+                run.going.set()
+
+    async def pause(self, call: Call) -> bool:
+        self._alive()
+        runs = [run for run in self.running if run.call is call]
+        if not runs or not all(run.resumable for run in runs):
+            return False
+        for run in runs:
             self.running.remove(run)
+            self.paused.append(run)
+            run.going.clear()
+        await asyncio.sleep(self.times.page)
+        return True
+
+    async def resume(self, call: Call) -> None:
+        self._alive()
+        for run in [run for run in self.paused if run.call is call]:
+            self.paused.remove(run)
+            self.running.append(run)
+            run.load_id = self._load_of(call.model)
+            run.going.set()
+
+    async def give_up(self, call: Call, reason: str) -> None:
+        for run in [run for run in self.paused if run.call is call]:
+            self.paused.remove(run)
+            run.settle()
+            run.given_up = reason
+            run.going.set()
 
     def poll(self, call: Call) -> None:
         for run in self.running:
@@ -290,7 +325,8 @@ class FakeEngine:
         room = self.max_model_len - max(prompts)
         natural_end = limit is None
         limit = min(room, NATURAL_LENGTH if limit is None else limit)
-        run = _Run(call, load_id, shown, prompts, request.n or 1, limit, natural_end)
+        resumable = self.resumable(request)
+        run = _Run(call, load_id, shown, prompts, request.n or 1, limit, natural_end, resumable)
         for i in range(len(prompts)):
             call.request_ids.append(f"{call.id}-{i}")
             run.produced[call.request_ids[-1]] = 0
@@ -318,6 +354,7 @@ class FakeEngine:
 
     async def _produce(self, run: _Run) -> AsyncIterator[int]:
         """Token numbers, one step each; ends early when the call is aborted."""
+        run.going.set()
         self.running.append(run)
         self.most_running = max(self.most_running, sum(other.sequences for other in self.running))
         if self.most_running > self.max_running:
@@ -325,7 +362,10 @@ class FakeEngine:
         try:
             for i in range(run.limit):
                 await asyncio.sleep(self.times.step)
+                await run.going.wait()
                 self._alive()
+                if run.given_up is not None:
+                    raise from_vllm(run.given_up, 503, None)
                 if run.aborted:
                     return
                 if run.load_id is not None and run.load_id not in self._slots:
@@ -334,8 +374,9 @@ class FakeEngine:
                     run.produced[part] += run.choices
                 yield i
         finally:
-            if run in self.running:
-                self.running.remove(run)
+            for runs in (self.running, self.paused):
+                if run in runs:
+                    runs.remove(run)
 
     async def _sse(
         self, run: _Run, events: Callable[[_Run, int], list[dict[str, Any]]], include_usage: bool
@@ -353,6 +394,8 @@ class FakeEngine:
                     yield f"data: {json.dumps(event)}\n\n"
         except EngineDied:
             yield _error_event("the engine is dead", 500)
+        except Unavailable as exc:
+            yield _error_event(exc.message, 503)
         if run.aborted:
             for event in events(run, last + 1):
                 event["choices"][0]["finish_reason"] = "abort"

@@ -105,6 +105,42 @@ def test_cancelled_at_every_step(victim: Victim, insist: int, crowded: bool) -> 
     assert "completed" in seen
 
 
+async def cancelled_aside_at(step: int, *, stream: bool) -> tuple[bool, dict[str, int], int]:
+    """The same for a long answer that is put aside for two others in turn."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    limits = {"slot_patience": 0.1, "preempt_after": 0.1}
+    async with World(gpu_slots=1, host_slots=2, max_running=2, limits=limits) as world:
+        victim = asyncio.create_task(world.ask("victim", max_tokens=30, stream=stream))
+        await asyncio.sleep(0.2)
+        others = [asyncio.create_task(world.ask(who, max_tokens=6)) for who in ("one", "two")]
+        loop.at_step(loop.steps + 1 + step, victim.cancel)
+        await asyncio.wait([victim])
+        reached = victim.cancelled()
+        loop.forget_actions()
+        assert await world.dispatcher.wait_until_idle(60)
+        await asyncio.gather(*others)
+        preempted = world.dispatcher.snapshot().preemptions
+        world.check_idle()
+        assert world.engine.paused == []
+        return reached, world.outcomes(), preempted
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_cancelled_at_every_step_of_being_put_aside(stream: bool) -> None:
+    step, most = 0, 0
+    while True:
+        reached, outcomes, preempted = run(cancelled_aside_at(step, stream=stream))
+        assert sum(outcomes.values()) == 3, f"step {step}: {outcomes}"
+        assert outcomes["completed"] >= (2 if reached else 3)
+        most = max(most, preempted)
+        if not reached:
+            break
+        step += 1
+        assert step < 3000
+    assert most >= 1, "nothing was put aside"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_while_it_waits(stream: bool) -> None:
     async def scenario() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 
@@ -17,9 +18,119 @@ from tests.world import World, read, tenant, version
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
 
+class Idle:
+    """Work that does nothing."""
+
+    async def abort(self) -> None: ...
+
+    async def pause(self) -> bool:
+        return True
+
+    async def resume(self) -> None: ...
+
+    async def give_up(self, reason: str) -> None: ...
+
+    def poll(self) -> None: ...
+
+
 async def settle(world: World) -> None:
     """Long enough for every poll and one reconciliation."""
     await asyncio.sleep(RECONCILE_EVERY * 2.5)
+
+
+# --- long generations ---------------------------------------------------------------------------------
+
+HASTE = {"slot_patience": 0.2, "preempt_after": 0.3}
+
+
+def _tokens(text: str) -> list[str]:
+    return re.findall(r'"content": " (\d+)"', text)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_long_answer_is_put_aside_and_goes_on(stream: bool) -> None:
+    async def scenario() -> None:
+        async with World(limits=HASTE) as world:
+            hog = asyncio.create_task(world.ask("hog", max_tokens=300, stream=stream))
+            await asyncio.sleep(1)
+            began = world.dispatcher.now()
+            assert '"cold-a"' in await world.ask("cold", max_tokens=3)
+            assert world.dispatcher.now() - began < 1
+            assert not hog.done()
+            text = await hog
+            if stream:
+                assert _tokens(text) == [str(i) for i in range(1, 300)]
+            else:
+                assert "'completion_tokens': 300" in text
+            assert world.dispatcher.snapshot().preemptions == 1
+            assert world.outcomes() == {"completed": 2}
+            world.check_idle()
+            assert world.engine.paused == []
+
+    run(scenario())
+
+
+def test_many_long_answers_share_few_slots() -> None:
+    async def scenario() -> None:
+        async with World(gpu_slots=2, host_slots=4, limits=HASTE) as world:
+            asks = [world.ask(f"hog{n}", max_tokens=200) for n in range(6)]
+            texts = await asyncio.gather(*asks)
+            assert all(_tokens(text) == [str(i) for i in range(1, 200)] for text in texts)
+            assert world.dispatcher.snapshot().preemptions > 6
+            world.check_idle()
+
+    run(scenario())
+
+
+def test_an_answer_that_cannot_go_on_later_keeps_its_slot() -> None:
+    async def scenario() -> None:
+        async with World(limits=HASTE) as world:
+            hog = asyncio.create_task(world.ask("hog", max_tokens=100, n=2))
+            await asyncio.sleep(0.3)
+            await world.ask("cold", max_tokens=3)
+            assert hog.done()
+            assert world.dispatcher.snapshot().preemptions == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_was_put_aside_fails_alone_when_its_adapter_is_gone(stream: bool) -> None:
+    async def scenario() -> None:
+        async with World(limits=HASTE) as world:
+            hog = asyncio.create_task(world.ask("hog", max_tokens=300, stream=stream))
+            await asyncio.sleep(0.5)
+            cold = asyncio.create_task(world.ask("cold", max_tokens=50))
+            while not world.engine.paused:
+                await asyncio.sleep(0.05)
+            world.engine.lose("hog/a@hog-a")
+            world.engine.fail("stage", "hog/a@hog-a", 100)
+            if stream:
+                assert "service_unavailable_error" in await hog
+            else:
+                with pytest.raises(Unavailable):
+                    await hog
+            assert '"cold-a"' in await cold
+            await settle(world)
+            world.check_idle()
+
+    run(scenario())
+
+
+def test_what_was_put_aside_may_end_during_a_drain() -> None:
+    async def scenario() -> None:
+        async with World(limits=HASTE) as world:
+            hog = asyncio.create_task(world.ask("hog", max_tokens=300))
+            await asyncio.sleep(0.5)
+            cold = asyncio.create_task(world.ask("cold", max_tokens=50))
+            while not world.engine.paused:
+                await asyncio.sleep(0.05)
+            world.dispatcher.drain()
+            assert await world.dispatcher.wait_until_idle(60)
+            assert len(_tokens(await hog)) == 299
+            assert len(_tokens(await cold)) == 49
+
+    run(scenario())
 
 
 # --- what works -------------------------------------------------------------------------------------
@@ -293,10 +404,11 @@ def test_a_closer_that_is_cancelled_closes_all_the_same() -> None:
             lease = await world.dispatcher.submit("acme", version("acme"), prompt_tokens=1, max_tokens=5)
             released = asyncio.Event()
 
-            async def slow_abort() -> None:
-                await released.wait()
+            class Slow(Idle):
+                async def abort(self) -> None:
+                    await released.wait()
 
-            lease.abort = slow_abort
+            lease.work = Slow()
             closer = asyncio.create_task(lease.close("disconnected"))
             await asyncio.sleep(0.1)
             closer.cancel()
@@ -315,10 +427,11 @@ def test_an_abort_that_fails_still_gives_the_place_back() -> None:
         async with World() as world:
             lease = await world.dispatcher.submit("acme", version("acme"), prompt_tokens=1, max_tokens=5)
 
-            async def broken_abort() -> None:
-                raise RuntimeError("no")
+            class Broken(Idle):
+                async def abort(self) -> None:
+                    raise RuntimeError("no")
 
-            lease.abort = broken_abort
+            lease.work = Broken()
             with pytest.raises(RuntimeError):
                 await lease.close("disconnected")
             world.check_idle()

@@ -15,6 +15,7 @@ from server.plan import (
     HostEntry,
     Limits,
     Plan,
+    Preempt,
     Refusal,
     Refuse,
     Run,
@@ -445,7 +446,7 @@ def test_the_slot_with_the_least_work_left_drains() -> None:
     plan.progressed(1.0, "c1", 10, 60)
     plan.progressed(1.1, "c1", 10, 0)  # too late to be true
     run(plan, 1.0, "b2", "b", max_tokens=20)
-    plan.submitted(1.0, ask("d1", "d"))
+    plan.submitted(1.0, ask("d1", "d", tenant="b"))  # which has had the most of them
     plan.staged(1.1, 4)
     assert plan.tick(3.0) == []
     assert repr(plan).startswith("<Plan slots[a:1 b:2 c~:1] host[d] claims[d!]")
@@ -458,7 +459,7 @@ def test_only_as_many_slots_drain_as_versions_are_overdue() -> None:
         load(plan, 0.0, version, n)
         run(plan, 0.0, f"{version}1", version)
     for n, version in enumerate("de", start=4):
-        plan.submitted(float(n), ask(f"{version}1", version))
+        plan.submitted(float(n), ask(f"{version}1", version, tenant="c"))  # which has had no less than others
         plan.staged(float(n), n)
     drained = {now: [s.draining for s in _slots(plan, now)] for now in (5.9, 6.0, 6.9, 7.0, 20.0)}
     assert [sum(flags) for flags in drained.values()] == [0, 1, 1, 2, 2]
@@ -521,7 +522,7 @@ def test_the_longest_waiting_version_gets_the_slot() -> None:
     assert plan.finished(4.0, "a1") == [Deactivate("a", 1), Activate("b", 2)]
 
 
-def test_tenants_take_turns_at_slots() -> None:
+def test_the_next_slot_is_for_who_has_had_least() -> None:
     plan = make(gpu=1, host=8, max_staging=8, slot_patience=2.0)
     for n in range(3):
         plan.submitted(0.0, ask(f"noisy{n}", f"n{n}", tenant="noisy"))
@@ -529,10 +530,140 @@ def test_tenants_take_turns_at_slots() -> None:
     plan.submitted(0.1, ask("quiet", "q", tenant="quiet"))
     plan.staged(0.1, 4)
     order = []
-    for now, load_id, id_ in [(1.0, 1, "noisy0"), (2.0, 2, "noisy1"), (3.0, 4, "quiet"), (4.0, 3, "noisy2")]:
+    for now, load_id, id_ in [(1.0, 1, "noisy0"), (2.0, 4, "quiet"), (3.0, 2, "noisy1"), (4.0, 3, "noisy2")]:
         order += plan.activated(now, load_id)
         plan.finished(now + 0.5, id_)
-    assert order == [Run("noisy0"), Run("noisy1"), Run("quiet"), Run("noisy2")]
+    assert order == [Run("noisy0"), Run("quiet"), Run("noisy1"), Run("noisy2")]
+
+
+def test_who_has_had_most_gets_a_slot_after_half_the_queue_timeout() -> None:
+    plan = make(gpu=1, host=8, slot_patience=2.0, queue_timeout=60.0)
+    load(plan, 0.0, "a", 1)
+    run(plan, 0.0, "a1", "a")
+    plan.submitted(0.0, ask("greedy", None, tenant="greedy"))
+    plan.progressed(0.0, "greedy", 10, 100_000)
+    plan.submitted(0.0, ask("b1", "b", tenant="greedy"))
+    plan.staged(0.0, 2)
+    for n, now in enumerate([10.0, 20.0, 29.0], start=3):
+        plan.submitted(now, ask(f"c{n}", f"c{n}"))
+        plan.staged(now, n)
+    assert plan.finished(29.5, "a1") == [Deactivate("a", 1), Activate("c3", 3)]
+    plan.activated(29.5, 3)
+    assert plan.finished(30.0, "c3") == [Deactivate("c3", 3), Activate("b", 2)]
+
+
+def test_a_slot_drains_for_one_who_has_had_less_after_a_while() -> None:
+    plan = make(gpu=2, host=8, slot_patience=2.0)
+    for n, version in enumerate("ab", start=1):
+        load(plan, 0.0, version, n)
+        run(plan, 0.0, f"{version}1", version, max_tokens=100)
+    plan.progressed(0.1, "a1", 10, 50)
+    plan.submitted(0.2, ask("c1", "c"))
+    assert plan.staged(0.3, 3) == []
+    assert repr(plan).startswith("<Plan slots[a:1 b:1] host[c]")
+    assert plan.next_deadline() == 0.5  # a quarter of slot_patience after they got their slots
+    assert plan.tick(0.5) == []
+    assert repr(plan).startswith("<Plan slots[a~:1 b:1] host[c]")
+    assert plan.submitted(0.6, ask("a2", "a")) == []
+    assert plan.finished(0.7, "a1") == [Deactivate("a", 1), Activate("c", 3)]
+    plan.check()
+
+
+# --- long generations ----------------------------------------------------------------------------
+
+
+def _hogged(**changes: Any) -> Plan:
+    """One slot, in which ``a1`` and ``a2`` run, and ``b1`` has been waiting for it since 0.0."""
+    plan = make(gpu=1, host=4, slot_patience=2.0, preempt_after=10.0, queue_timeout=60.0)
+    load(plan, 0.0, "a", 1)
+    run(plan, 0.0, "a1", "a", max_tokens=1000, resumable=True)
+    run(plan, 0.0, "a2", "a", max_tokens=1000, **{"resumable": True, **changes})
+    plan.submitted(0.0, ask("b1", "b"))
+    assert plan.staged(0.1, 2) == []
+    plan.tick(2.0)
+    return plan
+
+
+def test_a_long_generation_is_put_aside_for_one_that_waits_and_goes_on_later() -> None:
+    plan = _hogged()
+    assert repr(plan).startswith("<Plan slots[a~:2] host[b] claims[b!]")
+    assert plan.next_deadline() == 12.0
+    assert plan.tick(11.9) == []
+    plan.progressed(11.9, "a1", 10, 300)
+    assert plan.tick(12.0) == [Preempt("a1"), Preempt("a2")]
+    assert plan.tick(12.1) == []
+    assert plan.preempted(12.2, "a1") == []
+    assert plan.preempted(12.3, "a2") == [Deactivate("a", 1), Activate("b", 2)]
+    assert "aside=2" in repr(plan)
+    assert plan.activated(12.4, 2) == [Run("b1")]
+    plan.check()
+    assert plan.finished(13.0, "b1") == [Deactivate("b", 2), Activate("a", 1)]
+    assert plan.activated(13.1, 1) == [Run("a1"), Run("a2")]
+    assert plan.finished(20.0, "a1") == []
+    assert plan.snapshot().preemptions == 2
+    plan.check()
+
+
+def test_what_was_put_aside_waits_for_as_long_as_it_takes() -> None:
+    plan = _hogged()
+    plan.tick(12.0)
+    plan.preempted(12.2, "a1")
+    plan.preempted(12.3, "a2")
+    plan.activated(12.4, 2)
+    assert plan.tick(1000.0) == []
+    assert plan.drain(1000.0) == []  # it had begun before: it may end
+    assert plan.finished(1001.0, "b1") == [Deactivate("b", 2), Activate("a", 1)]
+    assert plan.activated(1001.0, 1) == [Run("a1"), Run("a2")]
+
+
+def test_what_was_put_aside_can_be_cancelled_or_end_or_be_refused() -> None:
+    plan = _hogged()
+    plan.tick(12.0)
+    plan.preempted(12.2, "a1")
+    plan.preempted(12.3, "a2")
+    plan.activated(12.4, 2)
+    assert plan.cancelled(13.0, "a1") == []
+    plan.check()
+    plan.lost(13.5, 1)
+    plan.check()
+    assert plan.finished(14.0, "b1") == []
+    assert plan.stage_failed(15.0, 3, "gone") == [Refuse("a2", Refusal.ADAPTER_UNAVAILABLE, None, "gone")]
+    assert plan.finished(16.0, "a2") == []
+    plan.check()
+
+
+def test_a_slot_with_a_request_that_cannot_go_on_later_is_left_alone() -> None:
+    plan = _hogged(resumable=False)
+    assert plan.tick(12.0) == []
+    assert plan.tick(50.0) == []
+    assert plan.finished(51.0, "a2") == [Preempt("a1")]
+    plan.check()
+
+
+def test_a_request_that_could_not_be_put_aside_is_not_asked_again() -> None:
+    plan = _hogged()
+    assert plan.tick(12.0) == [Preempt("a1"), Preempt("a2")]
+    assert plan.preempted(12.1, "a1") == []
+    assert plan.kept(12.2, "a2") == []
+    plan.check()
+    assert plan.tick(30.0) == []
+    assert plan.finished(31.0, "a2") == [Deactivate("a", 1), Activate("b", 2)]
+
+
+def test_another_slot_yields_if_the_one_that_drains_cannot() -> None:
+    plan = make(gpu=2, host=4, slot_patience=2.0, preempt_after=10.0)
+    for n, version in enumerate("ab", start=1):
+        load(plan, 0.0, version, n)
+    run(plan, 0.0, "a1", "a", max_tokens=100)
+    run(plan, 0.0, "b1", "b", max_tokens=1000, resumable=True)
+    plan.submitted(0.0, ask("c1", "c", tenant="b"))
+    plan.staged(0.1, 3)
+    plan.tick(2.0)
+    assert repr(plan).startswith("<Plan slots[a~:1 b:1]")
+    assert plan.tick(12.0) == [Preempt("b1")]
+    assert repr(plan).startswith("<Plan slots[a:1 b~:1]")
+    assert plan.preempted(12.1, "b1") == [Deactivate("b", 2), Activate("c", 3)]
+    plan.check()
 
 
 def test_a_version_that_waits_for_the_engine_keeps_its_slot_until_patience() -> None:

@@ -20,6 +20,7 @@ from server.plan import (
     Evict,
     Limits,
     Plan,
+    Preempt,
     Refusal,
     Refuse,
     Run,
@@ -43,6 +44,9 @@ class Sent:
     done: Callable[[], None] | None = None
     load: int | None = None
     produced: int = 0
+    stays: int = 0  # times it was in the engine; the last one since then, with so many tokens produced before
+    since: float = 0.0
+    at_first: int = 0
 
     def end(self, outcome: str) -> None:
         assert not self.outcome, f"{self.ask.id}: {self.outcome}, then {outcome}"
@@ -55,6 +59,7 @@ class Chances:
 
     stage_fails: float = 0.0
     activation_fails: float = 0.0
+    preemption_fails: float = 0.0
     stage_seconds: tuple[float, float] = (0.05, 0.1)
     activation_seconds: tuple[float, float] = (0.005, 0.01)
 
@@ -80,6 +85,7 @@ class World:
         self.counters: dict[str, float] = {}
         self.queued: Counter[str] = Counter()
         self.sequences = 0
+        self.preempted = 0
         self.events = 0
         self._heap: list[tuple[float, int, Callable[[], Sequence[Effect]]]] = []
         self._serial = itertools.count()
@@ -153,9 +159,11 @@ class World:
                     assert self.host.pop(load_id) == version
                 case Run(id_):
                     self._run(self.sent[id_])
+                case Preempt(id_):
+                    self._preempt(self.sent[id_])
                 case Refuse(id_, reason, after):
                     sent = self.sent[id_]
-                    assert sent.state == "waiting"
+                    assert sent.state == "waiting" or reason is Refusal.ADAPTER_UNAVAILABLE
                     assert after is None or 1 <= after <= 60
                     self._leave(sent, reason.value)
         if self.check_everything:
@@ -199,9 +207,36 @@ class World:
 
         self.later(self.rng.uniform(*self.chances.activation_seconds), answer)
 
+    def _preempt(self, sent: Sent) -> None:
+        assert sent.state == "running"
+        assert sent.ask.resumable
+        stay = sent.stays
+        fails = self.rng.random() < self.chances.preemption_fails
+
+        def answer() -> Sequence[Effect]:
+            if sent.state != "running" or sent.stays != stay:
+                return []
+            if fails:
+                return self.plan.kept(self.now, sent.ask.id)
+            sent.state = "aside"
+            said = int((self.now - sent.since) / SECONDS_PER_TOKEN) * sent.ask.sequences
+            sent.produced = max(sent.produced, min(sent.at_first + said, sent.tokens * sent.ask.sequences))
+            self.queued[sent.ask.tenant] += 1
+            self.sequences -= sent.ask.sequences
+            self.preempted += 1
+            prompt = sent.ask.prompt_tokens + 3
+            effects = list(self.plan.progressed(self.now, sent.ask.id, prompt, sent.produced))
+            return effects + list(self.plan.preempted(self.now, sent.ask.id))
+
+        self.later(self.rng.uniform(0.001, 0.05), answer)
+
     def _run(self, sent: Sent) -> None:
-        assert sent.state == "waiting"
-        sent.state, sent.ran_at = "running", self.now
+        assert sent.state in ("waiting", "aside")
+        if sent.ran_at is None:
+            sent.ran_at = self.now
+        sent.state = "running"
+        sent.stays += 1
+        sent.since, sent.at_first = self.now, sent.produced
         if sent.ask.version is not None:
             usable = [i for i in self.slots - self.activating if self.host[i] == sent.ask.version]
             assert usable, f"{sent.ask.id} runs, but {sent.ask.version} is not active"
@@ -213,18 +248,20 @@ class World:
         self._produce(sent)
 
     def _produce(self, sent: Sent) -> None:
-        """Report in two halves, then end."""
-        seconds = sent.tokens * SECONDS_PER_TOKEN
+        """Report in two halves of what is left, then end."""
         total = sent.tokens * sent.ask.sequences
+        seconds = (total - sent.produced) / sent.ask.sequences * SECONDS_PER_TOKEN
+        half = (total + sent.produced) // 2
+        stay = sent.stays
 
         def report() -> Sequence[Effect]:
-            if sent.state != "running":
+            if sent.state != "running" or sent.stays != stay:
                 return []
-            sent.produced = total // 2
-            return self.plan.progressed(self.now, sent.ask.id, sent.ask.prompt_tokens + 3, total // 2)
+            sent.produced = half
+            return self.plan.progressed(self.now, sent.ask.id, sent.ask.prompt_tokens + 3, half)
 
         def end() -> Sequence[Effect]:
-            if sent.state != "running":
+            if sent.state != "running" or sent.stays != stay:
                 return []
             sent.produced = total
             effects = list(self.plan.progressed(self.now, sent.ask.id, sent.ask.prompt_tokens + 3, total))
@@ -236,7 +273,7 @@ class World:
         self.later(seconds, end)
 
     def _leave(self, sent: Sent, outcome: str) -> None:
-        if sent.state == "waiting":
+        if sent.state in ("waiting", "aside"):
             self.queued[sent.ask.tenant] -= 1
         else:
             self.sequences -= sent.ask.sequences
@@ -273,7 +310,13 @@ WALKS = [
     (
         1,
         Limits(
-            gpu_slots=1, host_slots=1, max_running=1, max_queued=6, slot_patience=0.5, queue_timeout=NEVER
+            gpu_slots=1,
+            host_slots=1,
+            max_running=1,
+            max_queued=6,
+            slot_patience=0.5,
+            preempt_after=2.0,
+            queue_timeout=NEVER,
         ),
     ),
     (
@@ -284,10 +327,27 @@ WALKS = [
     (
         4,
         Limits(
-            gpu_slots=2, host_slots=3, max_running=5, max_queued=8, slot_patience=0.3, queue_timeout=NEVER
+            gpu_slots=2,
+            host_slots=3,
+            max_running=5,
+            max_queued=8,
+            slot_patience=0.3,
+            preempt_after=0.5,
+            queue_timeout=NEVER,
         ),
     ),
-    (5, Limits(gpu_slots=3, host_slots=6, max_running=8, max_staging=3, max_queued=8, queue_timeout=15.0)),
+    (
+        5,
+        Limits(
+            gpu_slots=3,
+            host_slots=6,
+            max_running=8,
+            max_staging=3,
+            max_queued=8,
+            preempt_after=0.0,
+            queue_timeout=15.0,
+        ),
+    ),
     (
         6,
         Limits(gpu_slots=1, host_slots=1, max_running=4, max_queued=6, slot_patience=1.0, queue_timeout=10.0),
@@ -302,7 +362,7 @@ class Walker:
 
     def __init__(self, seed: int, limits: Limits) -> None:
         self.rng = random.Random(seed)
-        chances = Chances(0.05, 0.05, stage_seconds=(0.01, 1.5), activation_seconds=(0.001, 0.3))
+        chances = Chances(0.05, 0.05, 0.05, stage_seconds=(0.01, 1.5), activation_seconds=(0.001, 0.3))
         self.world = World(limits, self.rng, chances)
         self.outcomes: Counter[str] = Counter()
         self.submitted = 0
@@ -366,6 +426,7 @@ class Walker:
             weight={"ada": 4.0, "bob": 0.5}.get(tenant, 1.0),
             max_queued=3 if tenant == "cyd" else None,
             max_running=2 if tenant == "dee" else None,
+            resumable=rng.random() < 0.8,
         )
         self.world.submit(ask, tokens=rng.choice([1, 5, 20, 80]))
 
@@ -382,6 +443,8 @@ def test_random_walk(seed: int, limits: Limits) -> None:
     assert sum(walker.outcomes.values()) == walker.submitted
     assert walker.world.plan.next_deadline() is None
     assert walker.outcomes["finished"] > 500
+    assert walker.world.preempted > 50 or limits.preempt_after == Limits.preempt_after
+    assert walker.world.plan.snapshot().preemptions == walker.world.preempted
     expected = {"finished", "cancelled", Refusal.QUEUE_FULL, Refusal.ADAPTER_UNAVAILABLE}
     if limits.queue_timeout < NEVER:
         expected.add(Refusal.QUEUE_TIMEOUT)
