@@ -112,6 +112,7 @@ class Call:
     cache_salt: str
     meter: Meter
     request_ids: list[str] = field(default_factory=list)
+    resumable: bool = False
     sent: list[Any] = field(default_factory=list)
     paused: bool = False
 
@@ -286,6 +287,7 @@ class Engine:
         """
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+        call.resumable = self.resumable(request)
         request.model = call.model
         request.cache_salt = call.cache_salt
         request.request_id = call.id
@@ -498,7 +500,8 @@ def _metered_llm_class() -> Any:
 
         async def pause(self, call: Call) -> bool:
             unfinished = self._unfinished(call)
-            if not all(_can_resume(sent) for sent, _ in unfinished) or (call.sent and not unfinished):
+            ended = bool(call.sent) and not unfinished
+            if ended or not call.resumable or not all(_can_resume(sent) for sent, _ in unfinished):
                 return False
             call.paused = True
             left = [sent.request_id for sent, _ in unfinished]
