@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -67,10 +67,11 @@ class World:
     max_running: int = 4
     times: Times = field(default_factory=lambda: SOME_TIME)
     limits: dict[str, Any] = field(default_factory=dict)
+    make_engine: Callable[..., Any] = Pager
 
     def __post_init__(self) -> None:
         slots = {"gpu_slots": self.gpu_slots, "host_slots": self.host_slots, "max_running": self.max_running}
-        self.engine = Pager(BASE, **slots, times=self.times, read=lambda _: 1000)
+        self.engine = self.make_engine(BASE, **slots, times=self.times, read=lambda _: 1000)
         self.metrics = Metrics()
         self.deaths: list[EngineDied] = []
         self.dispatcher = Dispatcher(

@@ -1,6 +1,7 @@
 """The command line: ``python -m tests.bench [SCENARIO ...] [--runs N] [--out DIR] [--quick] [--trace FILE]``.
 
-In each run, both servers are started once for each setup, in turns first, and measured by the same client.
+In each run, both servers are started once for each setup, in turns first, and measured by the same client;
+a simulation needs neither.
 The status is 0 if everything could be measured, whether or not the targets are met, and 1 if not.
 """
 
@@ -9,11 +10,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +25,7 @@ from tests.bench.adapters import make
 from tests.bench.client import Client, Record
 from tests.bench.plot import write_plot
 from tests.bench.report import Outcomes, summarize, table, write_json
-from tests.bench.scenario import Round, Scenario
+from tests.bench.scenario import Round, Scenario, Simulation, Values
 from tests.bench.scenarios import FULL_RUN, SCENARIOS
 from tests.bench.servers import SERVERS, Server, Setup
 
@@ -37,22 +39,39 @@ console = Console(width=None if Console().is_terminal else 150, log_path=False)
 class Bench:
     """``outcomes`` grows while it runs, and is written after each server, so that a stop loses little."""
 
-    def __init__(self, scenarios: Sequence[Scenario], servers: Sequence[Server], out: Path) -> None:
+    def __init__(
+        self, scenarios: Sequence[Scenario | Simulation], servers: Sequence[Server], out: Path
+    ) -> None:
         self.scenarios = scenarios
         self.outcomes = {scenario.name: Outcomes() for scenario in scenarios}
         self._servers = servers
         self._out = out
 
     async def run(self, round_: Round) -> None:
-        setups = dict.fromkeys(setup for scenario in self.scenarios for setup in scenario.setups)
+        due = [s for s in self.scenarios if s.runs is None or round_.number < s.runs]
+        for simulation in (s for s in due if isinstance(s, Simulation)):
+            await self._simulate(simulation, round_)
+            self.write(quick=round_.quick)
+        measured = [s for s in due if isinstance(s, Scenario)]
         # In turns, so that a machine that gets slower or faster does not favour one of them.
         servers = self._servers if round_.number % 2 == 0 else self._servers[::-1]
-        for setup in setups:
+        for setup in dict.fromkeys(setup for scenario in measured for setup in scenario.setups):
             for server in servers:
-                todo = [s for s in self.scenarios if setup in s.setups and server.name in s.servers]
+                todo = [s for s in measured if setup in s.setups and server.name in s.servers]
                 if todo:
                     await self._session(server, setup, todo, round_)
                     self.write(quick=round_.quick)
+
+    async def _simulate(self, simulation: Simulation, round_: Round) -> None:
+        began = time.monotonic()
+        (where,) = simulation.servers
+        try:
+            async with asyncio.timeout(LONGEST):
+                values = await _in_a_process(simulation.simulate, round_)
+            self.outcomes[simulation.name].add(where, round_.number, values)
+            console.log(f"run {round_.number + 1}: {simulation.name}: {_since(began)}")
+        except Exception as exc:
+            self._failed(simulation, where, round_, exc)
 
     async def _session(
         self, server: Server, setup: Setup, scenarios: Sequence[Scenario], round_: Round
@@ -68,7 +87,7 @@ class Bench:
             # The server did not start or did not live; the others can still be measured.
             for scenario in scenarios:
                 if round_.number not in self.outcomes[scenario.name].values.get(server.name, {}):
-                    self._failed(scenario, server, round_, exc)
+                    self._failed(scenario, server.name, round_, exc)
 
     async def _measure(self, server: Server, scenario: Scenario, round_: Round) -> None:
         began = time.monotonic()
@@ -80,14 +99,14 @@ class Bench:
                 self.outcomes[scenario.name].add(server.name, round_.number, values)
                 console.log(f"run {round_.number + 1}: {server.name}: {scenario.name}: {_since(began)}")
             except Exception as exc:
-                self._failed(scenario, server, round_, exc)
+                self._failed(scenario, server.name, round_, exc)
             for record in client.failures():
                 where = f"{server.name}, run {round_.number + 1}, {record.label}"
                 self.outcomes[scenario.name].failed_requests.append(f"{where}: {record.error}")
             self._write_raw(server, scenario, round_, client.records, origin)
 
-    def _failed(self, scenario: Scenario, server: Server, round_: Round, exc: Exception) -> None:
-        text = f"{server.name}, run {round_.number + 1}: {type(exc).__name__}: {exc}"
+    def _failed(self, scenario: Scenario | Simulation, server: str, round_: Round, exc: Exception) -> None:
+        text = f"{server}, run {round_.number + 1}: {type(exc).__name__}: {exc}"
         self.outcomes[scenario.name].failures.append(text)
         console.log(f"[red]{scenario.name}: {text}[/red]", markup=True)
 
@@ -121,6 +140,15 @@ class Bench:
         return not any(outcomes.failures for outcomes in self.outcomes.values())
 
 
+async def _in_a_process(simulate: Callable[[Round], Values], round_: Round) -> Values:
+    """With a heap of its own, so that its times are its own, and ended when this is cancelled."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        result = pool.apply_async(simulate, (round_,))
+        while not result.ready():
+            await asyncio.sleep(0.1)
+        return result.get()
+
+
 def _since(began: float) -> str:
     return f"{time.monotonic() - began:.0f} s"
 
@@ -134,12 +162,14 @@ async def bench(options: argparse.Namespace) -> int:
     rounds = [Round(number, options.quick, options.trace) for number in range(runs)]
     scenarios = [SCENARIOS[name] for name in options.scenarios or FULL_RUN]
     options.out.mkdir(parents=True, exist_ok=True)
-    base = await asyncio.to_thread(prepare, cache_folder())
-    await make(a for s in scenarios for r in rounds for a in s.adapters(r))
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as work:
-        servers = [server(base, Path(work)) for server in SERVERS.values()]
+        servers: list[Server] = []
+        if any(isinstance(scenario, Scenario) for scenario in scenarios):
+            base = await asyncio.to_thread(prepare, cache_folder())
+            await make(a for s in scenarios for r in rounds for a in s.adapters(r))
+            servers = [server(base, Path(work)) for server in SERVERS.values()]
         running = Bench(scenarios, servers, options.out)
+        began = time.monotonic()
         try:
             for round_ in rounds:
                 await running.run(round_)

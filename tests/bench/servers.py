@@ -25,7 +25,6 @@ from server.demo.process import free_port, running, tail
 from tests.bench.adapters import Adapter
 from tests.bench.client import Target
 
-DTYPE = "bfloat16"
 MAX_MODEL_LEN = 2048
 SLOT_PATIENCE = 2.0  # seconds; Loraplex's default
 ADAPTER_NAME = "support"
@@ -50,9 +49,10 @@ class Setup:
     host_slots: int = 16
     max_num_seqs: int = 16
     max_lora_rank: int = 16
+    dtype: str = "bfloat16"
 
     def __str__(self) -> str:
-        return f"{self.host_slots}-{self.max_num_seqs}-{self.max_lora_rank}"
+        return f"{self.host_slots}-{self.max_num_seqs}-{self.max_lora_rank}-{self.dtype}"
 
 
 LARGE = Setup(host_slots=32, max_lora_rank=64)
@@ -169,7 +169,7 @@ class Loraplex(Server):
             "MAX_LORA_RANK": str(self.setup.max_lora_rank),
             "MAX_MODEL_LEN": str(MAX_MODEL_LEN),
             "SLOT_PATIENCE": str(SLOT_PATIENCE),
-            "ENGINE_ARGS": json.dumps({"dtype": DTYPE, "max_num_seqs": self.setup.max_num_seqs}),
+            "ENGINE_ARGS": json.dumps({"dtype": self.setup.dtype, "max_num_seqs": self.setup.max_num_seqs}),
         }
         return {f"LORAPLEX_{name}": value for name, value in settings.items()}
 
@@ -216,7 +216,7 @@ class BareVllm(Server):
             "served-model-name": BASE_NAME,
             "host": "127.0.0.1",
             "port": port,
-            "dtype": DTYPE,
+            "dtype": self.setup.dtype,
             "max-num-seqs": self.setup.max_num_seqs,
             "max-model-len": MAX_MODEL_LEN,
             "max-loras": self.setup.gpu_slots,

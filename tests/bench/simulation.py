@@ -1,0 +1,241 @@
+"""Loraplex's own decisions at full size: the real plan and dispatcher, a simulated engine, virtual time.
+
+    traffic ──▶ Dispatcher ──▶ TimedPlan(Plan)
+                    │ page, report        │ every event, with the wall time it took
+                    ▼
+              SimulatedEngine: one step for all sequences, tokens for each
+
+What is virtual is the time in which requests arrive, run and wait; what is measured is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import random
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapters.model import Version
+from server.engine import Call
+from server.errors import TooManyRequests, Unavailable
+from server.plan import Effect, Plan
+from tests.bench.workload import gamma_arrivals, log_normal_lengths, zipf
+from tests.clock import run
+from tests.fakes import Times, _Run
+from tests.world import Pager, World, version
+
+LONGEST = 256  # output tokens; what clients ask for, though most answers end earlier
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The simulated engine: each of its steps gives every running sequence ``tokens`` more.
+
+    ``limits`` are those of the plan's ``Limits`` that are not the machine's.
+    """
+
+    gpu_slots: int = 64
+    host_slots: int = 512
+    max_running: int = 256
+    limits: Mapping[str, Any] = field(default_factory=lambda: {"max_staging": 8})
+    tokens: int = 1
+    times: Times = field(default_factory=lambda: Times(stage=0.1, activate=0.005, step=0.025, page=0.01))
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """``rate`` is in requests a second, ``cv`` the coefficient of variation of the time between two.
+
+    A request is for one of ``popularity`` adapters, each of one tenant. With fewer ``adapters`` than that,
+    several share one, and everything else stays the same: who asks, when, and for how many tokens.
+    """
+
+    tenants: int = 1_000
+    adapters: int = 10_000
+    requests: int = 100_000
+    popularity: int = 10_000
+    rate: float = 120.0
+    cv: float = 4.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    number: int
+    at: float
+    tenant: str
+    adapter: int
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(slots=True)
+class Simulated:
+    """``outcomes`` counts requests; waits are in virtual seconds, of those that ran; ``wall`` is real.
+
+    ``seconds`` are the real ones of each event of the plan, by its name; ``effects`` counts by class.
+    """
+
+    outcomes: Counter[str]
+    waits: Sequence[float]
+    seconds: dict[str, Sequence[float]]
+    effects: Counter[str]
+    drains: int
+    virtual: float
+    wall: float
+
+
+class TimedPlan:
+    """A plan that notes how long each of its events takes. An event is what gets ``now`` first."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.seconds: dict[str, array[float]] = {}
+        self.effects: Counter[str] = Counter()
+        self._plan = plan
+        for name, method in inspect.getmembers(plan, inspect.ismethod):
+            if not name.startswith("_") and next(iter(inspect.signature(method).parameters), "") == "now":
+                setattr(self, name, self._timed(name, method))
+
+    def _timed(self, name: str, event: Callable[..., list[Effect]]) -> Callable[..., list[Effect]]:
+        seconds = self.seconds[name] = array("d")
+
+        def timed(*arguments: Any) -> list[Effect]:
+            began = time.perf_counter()
+            effects = event(*arguments)
+            seconds.append(time.perf_counter() - began)
+            for effect in effects:
+                self.effects[type(effect).__name__] += 1
+            return effects
+
+        return timed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plan, name)
+
+
+@dataclass(eq=False)
+class _Generation(_Run):
+    ended: asyncio.Future[None] = field(kw_only=True)
+
+
+class SimulatedEngine(Pager):
+    """Advances all that it runs in one step, as an engine with continuous batching does."""
+
+    tokens = 1
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stepping: asyncio.Task[None] | None = None
+
+    async def generate(self, call: Call, input_tokens: int, output_tokens: int) -> None:
+        """Returns when the last of ``output_tokens`` is out; the call's meter is told of each step."""
+        ended = asyncio.get_running_loop().create_future()
+        load_id = self._load_of(call.model)
+        new = _Generation(call, load_id, "", [input_tokens], 1, output_tokens, False, ended=ended)
+        new.produced[call.id] = 0
+        self.running.append(new)
+        self.most_running = max(self.most_running, len(self.running))
+        if len(self.running) > self.max_running:
+            self._violated(f"{len(self.running)} sequences run at once")
+        if self._stepping is None or self._stepping.done():
+            self._stepping = asyncio.create_task(self._step_while_busy())
+        await ended
+
+    async def _step_while_busy(self) -> None:
+        while self.running:
+            await asyncio.sleep(self.times.step)
+            for one in self.running:
+                (part,) = one.produced
+                one.produced[part] = min(one.limit, one.produced[part] + self.tokens)
+                if one.produced[part] == one.limit:
+                    one.ended.set_result(None)
+                one.settle()
+            self.running = [one for one in self.running if not one.ended.done()]
+
+
+def simulate(traffic: Traffic, machine: Machine) -> Simulated:
+    """Sends all of ``traffic`` through and waits until the last request has ended.
+
+    Raises AssertionError where at the end the plan does not add up, something is left behind, or the engine
+    was misused.
+    """
+    return run(_simulated(traffic, machine))
+
+
+async def _simulated(traffic: Traffic, machine: Machine) -> Simulated:
+    loop = asyncio.get_running_loop()
+    world = World(
+        machine.gpu_slots,
+        machine.host_slots,
+        machine.max_running,
+        machine.times,
+        dict(machine.limits),
+        make_engine=SimulatedEngine,
+    )
+    world.engine.tokens = machine.tokens
+    plan = TimedPlan(world.plan)
+    world.dispatcher._plan = plan  # type: ignore[assignment]
+    outcomes: list[str] = []
+    waits: list[float] = []
+    versions = [version(f"tenant-{a % traffic.tenants}", f"a{a}") for a in range(traffic.adapters)]
+
+    async def client(request: Request) -> None:
+        outcomes.append(await _ask(world, request, versions[request.adapter], waits))
+
+    began = time.perf_counter()
+    async with world, asyncio.TaskGroup() as group:
+        for request in requests(traffic):
+            await asyncio.sleep(request.at - loop.time())
+            group.create_task(client(request))
+    world.check_idle()
+    return Simulated(
+        outcomes=Counter(outcomes),
+        waits=waits,
+        seconds=plan.seconds,
+        effects=plan.effects,
+        drains=world.plan.snapshot().drains,
+        virtual=loop.time(),
+        wall=time.perf_counter() - began,
+    )
+
+
+async def _ask(world: World, request: Request, wanted: Version, waits: list[float]) -> str:
+    """How it ended."""
+    loop = asyncio.get_running_loop()
+    arrived = loop.time()
+    try:
+        lease = await world.dispatcher.submit(
+            request.tenant, wanted, prompt_tokens=request.input_tokens, max_tokens=LONGEST
+        )
+    except TooManyRequests:
+        return "refused"
+    except Unavailable:
+        return "timed out"
+    waits.append(loop.time() - arrived)
+    call = Call(lease.id, "completion", wanted.key, wanted.adapter, "salt", lease)
+    try:
+        await world.engine.generate(call, request.input_tokens, request.output_tokens)
+    finally:
+        await lease.close("completed")
+    return "completed"
+
+
+def requests(traffic: Traffic) -> Sequence[Request]:
+    rng = random.Random(traffic.seed)
+    rows = zip(
+        gamma_arrivals(traffic.rate, traffic.cv, rng),
+        zipf(traffic.popularity, 1.0, rng),
+        log_normal_lengths(64, 0.8, 1024, rng),
+        log_normal_lengths(32, 0.6, LONGEST, rng),
+        strict=False,
+    )
+    return [
+        Request(number, at, f"tenant-{k % traffic.tenants}", k % traffic.adapters, input_, output)
+        for number, (at, k, input_, output) in enumerate(itertools.islice(rows, traffic.requests))
+    ]

@@ -1,0 +1,54 @@
+"""The benchmark ``scale`` in small: every request has its outcome, and nothing is left behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from server.plan import Limits, Plan
+from tests.bench.simulation import LONGEST, Machine, TimedPlan, Traffic, requests, simulate
+from tests.fakes import Times
+
+CROWDED = Machine(gpu_slots=4, host_slots=12, max_running=16, limits={"queue_timeout": 5.0, "max_queued": 8})
+SMALL = Traffic(tenants=50, adapters=200, popularity=200, requests=2_000, rate=16.0)
+
+
+def test_every_request_of_a_crowd_has_one_outcome() -> None:
+    """More than can be served: bursts fill queues, and some wait too long."""
+    done = simulate(SMALL, CROWDED)
+    assert done.outcomes.total() == SMALL.requests
+    assert set(done.outcomes) == {"completed", "refused", "timed out"}
+    assert done.effects["Run"] == done.outcomes["completed"] == len(done.waits)
+    assert done.effects["Refuse"] == SMALL.requests - done.outcomes["completed"]
+    assert 0 <= done.effects["Stage"] - done.effects["Evict"] <= CROWDED.host_slots
+    assert 0 <= done.effects["Activate"] - done.effects["Deactivate"] <= CROWDED.gpu_slots
+
+
+def test_a_simulation_is_the_same_every_time() -> None:
+    traffic = Traffic(tenants=5, adapters=20, popularity=20, requests=200)
+    first, second = simulate(traffic, CROWDED), simulate(traffic, CROWDED)
+    assert (first.waits, first.effects, first.virtual) == (second.waits, second.effects, second.virtual)
+
+
+def test_an_answer_takes_a_step_for_each_of_its_tokens() -> None:
+    """One request: staged, activated, then run; ``tokens`` in a step divide the time."""
+    (only,) = requests(Traffic(requests=1))
+    times = Times(stage=1.0, step=0.5)
+    slow = simulate(Traffic(requests=1), Machine(times=times))
+    fast = simulate(Traffic(requests=1), Machine(times=times, tokens=LONGEST))
+    assert slow.waits == fast.waits == [pytest.approx(1.0, abs=0.02)]
+    assert slow.virtual - fast.virtual == pytest.approx((only.output_tokens - 1) * 0.5, abs=0.1)
+
+
+def test_fewer_adapters_change_nothing_else() -> None:
+    many, few = requests(SMALL), requests(replace(SMALL, adapters=10))
+    assert [replace(r, adapter=0) for r in many] == [replace(r, adapter=0) for r in few]
+    assert {r.adapter for r in few} == set(range(10))
+    assert len({r.adapter for r in many}) > 100
+
+
+def test_every_event_of_the_plan_is_timed() -> None:
+    plan = TimedPlan(Plan(Limits(gpu_slots=1, host_slots=1, max_running=1)))
+    assert set(plan.seconds) >= {"submitted", "cancelled", "progressed", "finished", "activated", "tick"}
+    assert not {"check", "snapshot", "next_deadline"} & set(plan.seconds)
