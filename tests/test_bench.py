@@ -16,12 +16,14 @@ import httpx
 import pytest
 from rich.console import Console
 
-from tests.bench.__main__ import main
-from tests.bench.adapters import Adapter, mixed
+from adapters.inspect import inspect
+from adapters.model import WEIGHTS_FILE, BaseModel, ModuleShape
+from tests.bench.__main__ import Bench, main
+from tests.bench.adapters import Adapter, mixed, write
 from tests.bench.client import NEVER_END, Client, Record, Target
 from tests.bench.plot import write_plot
-from tests.bench.report import Outcomes, number, summarize, table, write_json
-from tests.bench.scenario import Goal, Measure, Round, Scenario, Values
+from tests.bench.report import Outcomes, number, summarize, table, write_json, write_table
+from tests.bench.scenario import Goal, Measure, Round, Scenario, Simulation, Values
 from tests.bench.scenarios import FULL_RUN, SCENARIOS
 from tests.bench.servers import Loraplex, Server
 from tests.bench.stats import (
@@ -260,6 +262,7 @@ async def test_the_client_notes_every_chunk_and_the_usage(monkeypatch: pytest.Mo
     )
     assert made.error is None
     assert (len(made.chunks), made.prompt_tokens, made.output_tokens) == (3, 5, 3)
+    assert made.text == "ab"
     assert made.arrival <= made.chunks[0] <= made.chunks[-1] <= (made.end or 0)
     body = json.loads(asked.content)
     assert (body["model"], body["max_tokens"], body["logit_bias"]) == ("m", 3, NEVER_END)
@@ -388,6 +391,9 @@ def test_a_missed_target_is_in_the_table_and_in_the_file(tmp_path: Path) -> None
     for part in ("storm", "9.00 ms", "10.0 ms", "0.90 (0.90–0.90)", "ratio ≤ 0.7", "missed"):
         assert part in line
     write_json(missed, made, tmp_path, quick=False)
+    write_table(summarize(missed, made), tmp_path)
+    *_, last = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert last == "| storm | p99 gap | 9.00 ms | 10.0 ms | 0.90 (0.90–0.90) | ratio ≤ 0.7 | missed |"
     document = json.loads((tmp_path / "storm.json").read_text(encoding="utf-8"))
     assert document["measures"][0]["verdict"] == "missed"
     assert document["runs"] == {"loraplex": {"0": {"x": 9.0}}, "vllm": {"0": {"x": 10.0}}}
@@ -459,3 +465,36 @@ def test_an_unknown_scenario_is_refused_by_name(capsys: pytest.CaptureFixture[st
         main(["storm", "typhoon"])
     assert refused.value.code == 2
     assert "no scenario typhoon" in capsys.readouterr().err
+
+
+def test_adapters_are_what_an_upload_must_be(tmp_path: Path) -> None:
+    shapes = {f"model.layers.0.mlp.{name}": (12, 8) for name in ("up_proj", "gate_proj")}
+    for seed in (0, 1):
+        write(tmp_path / str(seed), 4, seed, shapes)
+    base = BaseModel("base", {name: ModuleShape(inputs, out) for name, (out, inputs) in shapes.items()}, 8)
+    manifest = inspect(tmp_path / "0", base)
+    assert (manifest.rank, len(manifest.modules), manifest.warnings) == (4, 2, ())
+    first, second = ((tmp_path / str(seed) / WEIGHTS_FILE).read_bytes() for seed in (0, 1))
+    assert first != second
+
+
+def test_a_scenario_is_measured_as_often_as_it_says(tmp_path: Path) -> None:
+    """A simulation needs no server, and its values come from a process of its own."""
+    simulation = Simulation(
+        "storm", (Measure("x", "number of the run", goal=Goal("value", "≤", 0)),), _number, runs=1
+    )
+    running = Bench([simulation], [], tmp_path)
+
+    async def all_runs() -> None:
+        for number_ in range(2):
+            await running.run(Round(number_))
+
+    asyncio.run(all_runs())
+    assert running.outcomes["storm"].values == {"loraplex": {0: {"x": 0.0}}}
+    assert running.complete
+    assert (tmp_path / "storm.png").is_file()
+    assert json.loads((tmp_path / "storm.json").read_text())["measures"][0]["verdict"] == "met"
+
+
+def _number(round_: Round) -> Values:
+    return {"x": float(round_.number)}

@@ -24,7 +24,7 @@ from server.demo.base import CHECKOUT, cache_folder, prepare
 from tests.bench.adapters import make
 from tests.bench.client import Client, Record
 from tests.bench.plot import write_plot
-from tests.bench.report import Outcomes, summarize, table, write_json
+from tests.bench.report import Outcomes, Row, summarize, table, write_json, write_table
 from tests.bench.scenario import Round, Scenario, Simulation, Values
 from tests.bench.scenarios import FULL_RUN, SCENARIOS
 from tests.bench.servers import SERVERS, Server, Setup
@@ -125,10 +125,13 @@ class Bench:
             outcomes = self.outcomes[scenario.name]
             write_json(scenario, outcomes, self._out, quick=quick)
             write_plot(scenario, outcomes, self._out)
+        write_table(self._rows(), self._out)
+
+    def _rows(self) -> list[Row]:
+        return [row for s in self.scenarios for row in summarize(s, self.outcomes[s.name])]
 
     def show(self, title: str) -> None:
-        rows = [row for s in self.scenarios for row in summarize(s, self.outcomes[s.name])]
-        console.print(table(rows, title))
+        console.print(table(self._rows(), title))
         for name, outcomes in self.outcomes.items():
             for text in outcomes.failures:
                 console.print(f"[red]not measured[/red]  {name}: {text}")

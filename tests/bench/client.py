@@ -46,6 +46,7 @@ class Record:
     error: str | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    text: str = ""
 
     @property
     def to_first_token(self) -> float:
@@ -149,8 +150,9 @@ def _note(event: dict[str, Any], now: float, record: Record) -> None:
     if "error" in event:
         record.error = str(event["error"])[:500]
         return
-    if event["choices"]:
+    for choice in event["choices"]:
         record.chunks.append(now)
+        record.text += choice["text"]
     if usage := event.get("usage"):
         record.prompt_tokens = usage["prompt_tokens"]
         record.output_tokens = usage["completion_tokens"]

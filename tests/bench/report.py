@@ -105,6 +105,26 @@ def table(rows: Iterable[Row], title: str) -> Table:
     return shown
 
 
+def write_table(rows: Iterable[Row], folder: Path) -> None:
+    """``table.md``: the same table in Markdown."""
+    lines = [
+        "| scenario | measure | Loraplex | bare vLLM | ratio (lowest–highest run) | target | |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        cells = (
+            row.scenario,
+            row.measure.title,
+            number(row.ours, row.measure.unit),
+            number(row.theirs, row.measure.unit),
+            _spread(row),
+            str(row.measure.goal or ""),
+            row.verdict,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def number(value: float, unit: str = "") -> str:
     """Three significant digits with the unit; a dash for ``nan``, "never" for ``inf``."""
     if math.isnan(value):

@@ -26,7 +26,7 @@ from tests.bench.adapters import Adapter
 from tests.bench.client import Target
 
 MAX_MODEL_LEN = 2048
-SLOT_PATIENCE = 2.0  # seconds; Loraplex's default
+SLOT_PATIENCE, PREEMPT_AFTER = 2.0, 10.0  # seconds; Loraplex's defaults
 ADAPTER_NAME = "support"
 START = 300.0
 
@@ -169,6 +169,7 @@ class Loraplex(Server):
             "MAX_LORA_RANK": str(self.setup.max_lora_rank),
             "MAX_MODEL_LEN": str(MAX_MODEL_LEN),
             "SLOT_PATIENCE": str(SLOT_PATIENCE),
+            "PREEMPT_AFTER": str(PREEMPT_AFTER),
             "ENGINE_ARGS": json.dumps({"dtype": self.setup.dtype, "max_num_seqs": self.setup.max_num_seqs}),
         }
         return {f"LORAPLEX_{name}": value for name, value in settings.items()}

@@ -60,7 +60,7 @@ class Traffic:
     adapters: int = 10_000
     requests: int = 100_000
     popularity: int = 10_000
-    rate: float = 120.0
+    rate: float = 110.0
     cv: float = 4.0
     seed: int = 0
 

@@ -1,10 +1,21 @@
 """All scenarios. Those of one setup run in this order in one process, so what must be cold comes early."""
 
 from tests.bench.scenario import Scenario, Simulation
-from tests.bench.scenarios import churn, cold, noisy, overhead, replay, scale, starvation, storm, weights
+from tests.bench.scenarios import (
+    churn,
+    cold,
+    hog,
+    noisy,
+    overhead,
+    replay,
+    scale,
+    starvation,
+    storm,
+    weights,
+)
 
 SCENARIOS: dict[str, Scenario | Simulation] = {
     module.SCENARIO.name: module.SCENARIO
-    for module in (scale, overhead, cold, storm, starvation, churn, noisy, weights, replay)
+    for module in (scale, overhead, cold, storm, starvation, hog, churn, noisy, weights, replay)
 }
 FULL_RUN = tuple(name for name in SCENARIOS if name != "replay")
