@@ -8,11 +8,13 @@ import json
 import math
 import random
 import statistics
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from rich.console import Console
 
@@ -21,10 +23,11 @@ from adapters.model import WEIGHTS_FILE, BaseModel, ModuleShape
 from tests.bench.__main__ import Bench, main
 from tests.bench.adapters import Adapter, mixed, write
 from tests.bench.client import NEVER_END, Client, Record, Target
-from tests.bench.plot import write_plot
+from tests.bench.plot import write_plot, write_samples
 from tests.bench.report import Outcomes, number, summarize, table, write_json, write_table
 from tests.bench.scenario import Goal, Measure, Round, Scenario, Simulation, Values
-from tests.bench.scenarios import FULL_RUN, SCENARIOS
+from tests.bench.scenarios import FULL_RUN, SCENARIOS, hog
+from tests.bench.scenarios.residency import _trend
 from tests.bench.servers import Loraplex, Server
 from tests.bench.stats import (
     gaps,
@@ -32,6 +35,7 @@ from tests.bench.stats import (
     median,
     percentile,
     ratio,
+    slope,
     tokens_between,
     waiting_between,
     weight_error,
@@ -498,3 +502,112 @@ def test_a_scenario_is_measured_as_often_as_it_says(tmp_path: Path) -> None:
 
 def _number(round_: Round) -> Values:
     return {"x": float(round_.number)}
+
+
+def test_a_slope_has_an_interval_that_holds_it() -> None:
+    rng = random.Random(6)
+    hours = [i / 360 for i in range(180)]
+    held = 0
+    for _ in range(200):
+        per_hour, error = slope(hours, [500 + 12 * h + rng.gauss(0, 3) for h in hours])
+        held += abs(per_hour - 12) <= error
+    assert 180 <= held <= 199
+    assert slope(hours, [7.0] * 180) == (0, 0)
+    assert slope(hours, [3 * h for h in hours]) == (pytest.approx(3), pytest.approx(0, abs=1e-9))
+    assert all(math.isnan(x) for x in slope([0, 1], [0, 1]))
+
+
+def test_steps_that_stay_widen_the_interval() -> None:
+    """A level that wanders by itself looks like growth to who takes its values for independent."""
+    rng = random.Random(7)
+    hours = [i / 360 for i in range(180)]
+    apart = [rng.gauss(0, 1) for _ in hours]
+    wandering = list(itertools.accumulate(apart, lambda level, step: 0.9 * level + step))
+    scale = statistics.stdev(wandering) / statistics.stdev(apart)
+    assert slope(hours, wandering)[1] > 3 * scale * slope(hours, apart)[1]
+
+
+@pytest.mark.parametrize(
+    ("per_hour", "verdict"), [(0.0, "met"), (-40.0, "met"), (4.0, "met"), (40.0, "missed")]
+)
+def test_growth_is_what_is_more_than_chance_and_one_percent(per_hour: float, verdict: str) -> None:
+    rng = random.Random(8)
+    hours = [i / 360 for i in range(120)]
+    trend = _trend(hours, [1000 + per_hour * h + rng.gauss(0, 0.5) for h in hours])
+    goal = next(m.goal for m in SCENARIOS["residency"].measures if m.key == "api_pss_growth")
+    assert goal is not None
+    assert ("met" if goal.met(trend["growth"]) else "missed") == verdict
+
+
+def test_samples_are_drawn_and_written(tmp_path: Path) -> None:
+    one, made = scenario(Measure("x", "level")), outcomes([1.0], [])
+    write_samples(one, made, tmp_path)
+    assert not (tmp_path / "storm-samples.png").exists()
+    rows = [{"seconds": 0.0, "a": 1.0, "b": 2.0}, {"seconds": 60.0, "a": 3.0, "b": 4.0}]
+    made.samples = {"loraplex": {0: rows}}
+    write_samples(one, made, tmp_path)
+    write_json(one, made, tmp_path, quick=False)
+    assert (tmp_path / "storm-samples.png").read_bytes().startswith(b"\x89PNG")
+    document = json.loads((tmp_path / "storm.json").read_text(encoding="utf-8"))
+    assert document["samples"]["loraplex"]["0"] == rows
+
+
+def test_a_process_is_measured_to_less_than_a_tick(tmp_path: Path) -> None:
+    server = Loraplex(tmp_path, tmp_path)
+    server._process = psutil.Process()
+    before, counted = server.api_cpu_seconds(), time.process_time()
+    sum(range(300_000))
+    assert server.api_cpu_seconds() - before == pytest.approx(time.process_time() - counted, abs=0.002)
+    footprint = server.footprint()
+    assert footprint["api_threads"] >= 1
+    assert footprint["api_rss"] >= footprint["api_pss"] > 10
+    assert footprint["engine_files"] == sum(p.num_fds() for p in psutil.Process().children(recursive=True))
+
+
+class Hogged:
+    """A server and its client: four answers at once, and a fifth after ``fifth_after`` seconds."""
+
+    def __init__(self, fifth_after: float, changed: bool) -> None:
+        self.records: list[Record] = []
+        self._fifth_after, self._changed = fifth_after, changed
+
+    def labelled(self, *labels: str) -> list[Record]:
+        return [r for r in self.records if r.label in labels]
+
+    async def load(self, adapter: Adapter) -> None:
+        """It is where it is needed."""
+
+    async def ask(
+        self, adapter: Adapter, words: str, tokens: int, *, label: str, arrival: float | None = None
+    ) -> Record:
+        made = Record(adapter.name, label, time.perf_counter() if arrival is None else arrival, tokens)
+        self.records.append(made)
+        await asyncio.sleep(self._fifth_after if label == "fifth" else 0)
+        made.chunks += [time.perf_counter(), time.perf_counter()]
+        made.text = words + ("!" if self._changed and label == "four" and adapter == hog.FOUR[0] else "")
+        await asyncio.sleep(0.05)
+        made.chunks.append(time.perf_counter())
+        made.end = time.perf_counter()
+        return made
+
+
+@pytest.mark.parametrize(("changed", "unchanged"), [(False, 4), (True, 3)])
+async def test_the_answers_beside_a_fifth_are_compared_with_those_without(
+    monkeypatch: pytest.MonkeyPatch, changed: bool, unchanged: int
+) -> None:
+    monkeypatch.setattr(hog, "BETWEEN", 0.01)
+    both = Hogged(0.01, changed)
+    values = await hog.measure(both, both, Round())  # type: ignore[arg-type]
+    assert values["unchanged"] == unchanged
+    assert 0.01 <= values["first_token"] < 1
+    assert values["longest_gap"] >= 0.05
+
+
+async def test_a_fifth_that_never_comes_leaves_nothing_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hog, "BETWEEN", 0.01)
+    monkeypatch.setattr(hog, "WATCHED", 0.05)
+    both = Hogged(60, changed=False)
+    values = await hog.measure(both, both, Round())  # type: ignore[arg-type]
+    assert values["first_token"] == math.inf
+    assert math.isnan(values["unchanged"])
+    assert not both.labelled("alone")

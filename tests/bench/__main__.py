@@ -1,7 +1,7 @@
-"""The command line: ``python -m tests.bench [SCENARIO ...] [--runs N] [--out DIR] [--quick] [--trace FILE]``.
+"""The command line: ``python -m tests.bench [SCENARIO ...] [--runs N] [--out DIR] [--quick] ...``.
 
-In each run, both servers are started once for each setup, in turns first, and measured by the same client;
-a simulation needs neither.
+In each run, both servers are started once for each setup, and measured one after the other, in turns first,
+by the same client; a simulation needs neither.
 The status is 0 if everything could be measured, whether or not the targets are met, and 1 if not.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -23,14 +24,13 @@ from rich.console import Console
 from server.demo.base import CHECKOUT, cache_folder, prepare
 from tests.bench.adapters import make
 from tests.bench.client import Client, Record
-from tests.bench.plot import write_plot
+from tests.bench.plot import write_plot, write_samples
 from tests.bench.report import Outcomes, Row, summarize, table, write_json, write_table
-from tests.bench.scenario import Round, Scenario, Simulation, Values
+from tests.bench.scenario import LONGEST, Round, Scenario, Simulation, Values
 from tests.bench.scenarios import FULL_RUN, SCENARIOS
 from tests.bench.servers import SERVERS, Server, Setup
 
 RUNS = 3
-LONGEST = 400.0  # seconds of one scenario on one server
 
 # A log file is no terminal and has no width of its own.
 console = Console(width=None if Console().is_terminal else 150, log_path=False)
@@ -56,11 +56,11 @@ class Bench:
         # In turns, so that a machine that gets slower or faster does not favour one of them.
         servers = self._servers if round_.number % 2 == 0 else self._servers[::-1]
         for setup in dict.fromkeys(setup for scenario in measured for setup in scenario.setups):
-            for server in servers:
-                todo = [s for s in measured if setup in s.setups and server.name in s.servers]
-                if todo:
-                    await self._session(server, setup, todo, round_)
-                    self.write(quick=round_.quick)
+            todo = {
+                server: [s for s in measured if setup in s.setups and server.name in s.servers]
+                for server in servers
+            }
+            await self._sessions(setup, {server: some for server, some in todo.items() if some}, round_)
 
     async def _simulate(self, simulation: Simulation, round_: Round) -> None:
         began = time.monotonic()
@@ -73,33 +73,41 @@ class Bench:
         except Exception as exc:
             self._failed(simulation, where, round_, exc)
 
-    async def _session(
-        self, server: Server, setup: Setup, scenarios: Sequence[Scenario], round_: Round
-    ) -> None:
+    async def _sessions(self, setup: Setup, todo: Mapping[Server, Sequence[Scenario]], round_: Round) -> None:
+        """Starts the servers together, since that takes longest, and measures each while the others idle."""
         began = time.monotonic()
-        try:
-            async with server.running(setup):
-                console.log(f"run {round_.number + 1}: {server.name} is up after {_since(began)}")
-                await server.prepare(a for s in scenarios for a in s.adapters(round_))
-                for scenario in scenarios:
-                    await self._measure(server, scenario, round_)
-        except Exception as exc:
-            # The server did not start or did not live; the others can still be measured.
-            for scenario in scenarios:
-                if round_.number not in self.outcomes[scenario.name].values.get(server.name, {}):
-                    self._failed(scenario, server.name, round_, exc)
+        async with contextlib.AsyncExitStack() as stack:
+            starts = (stack.enter_async_context(server.running(setup)) for server in todo)
+            started = await asyncio.gather(*starts, return_exceptions=True)
+            console.log(f"run {round_.number + 1}: {' and '.join(s.name for s in todo)}: {_since(began)}")
+            for (server, scenarios), failure in zip(todo.items(), started, strict=True):
+                try:
+                    if failure is not None:
+                        raise failure
+                    await server.prepare(a for s in scenarios for a in s.adapters(round_))
+                    for scenario in scenarios:
+                        await self._measure(server, scenario, round_)
+                except Exception as exc:
+                    # The server did not start or did not live; the others can still be measured.
+                    for scenario in scenarios:
+                        if round_.number not in self.outcomes[scenario.name].values.get(server.name, {}):
+                            self._failed(scenario, server.name, round_, exc)
+                self.write(quick=round_.quick)
 
     async def _measure(self, server: Server, scenario: Scenario, round_: Round) -> None:
         began = time.monotonic()
         origin = time.perf_counter()
         async with Client(server) as client:
             try:
-                async with asyncio.timeout(LONGEST):
+                async with asyncio.timeout(scenario.longest):
                     values = await scenario.measure(server, client, round_)
                 self.outcomes[scenario.name].add(server.name, round_.number, values)
                 console.log(f"run {round_.number + 1}: {server.name}: {scenario.name}: {_since(began)}")
             except Exception as exc:
                 self._failed(scenario, server.name, round_, exc)
+            if client.samples:
+                runs = self.outcomes[scenario.name].samples.setdefault(server.name, {})
+                runs[round_.number] = client.samples
             for record in client.failures():
                 where = f"{server.name}, run {round_.number + 1}, {record.label}"
                 self.outcomes[scenario.name].failed_requests.append(f"{where}: {record.error}")
@@ -125,6 +133,7 @@ class Bench:
             outcomes = self.outcomes[scenario.name]
             write_json(scenario, outcomes, self._out, quick=quick)
             write_plot(scenario, outcomes, self._out)
+            write_samples(scenario, outcomes, self._out)
         write_table(self._rows(), self._out)
 
     def _rows(self) -> list[Row]:
@@ -162,7 +171,7 @@ async def bench(options: argparse.Namespace) -> int:
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     runs = 1 if options.quick else options.runs
-    rounds = [Round(number, options.quick, options.trace) for number in range(runs)]
+    rounds = [Round(number, options.quick, options.trace, options.minutes) for number in range(runs)]
     scenarios = [SCENARIOS[name] for name in options.scenarios or FULL_RUN]
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as work:
@@ -198,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=CHECKOUT / "bench-results", help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="one short run, to see that everything works")
     parser.add_argument("--trace", type=Path, help="JSON lines for the scenario replay")
+    parser.add_argument("--minutes", type=float, help="how long residency lasts, 30 unless given")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.scenarios if name not in SCENARIOS]:
         parser.error(f"no scenario {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")

@@ -71,10 +71,14 @@ class Record:
 
 
 class Client:
-    """``records`` holds every request since it was made, in order of arrival, whatever became of it."""
+    """``records`` holds every request since it was made, in order of arrival, whatever became of it.
+
+    ``samples`` is for what a scenario reads meanwhile: rows of ``seconds`` and the same other names in each.
+    """
 
     def __init__(self, server: Askable) -> None:
         self.records: list[Record] = []
+        self.samples: list[dict[str, float]] = []
         self._server = server
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._http = httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)

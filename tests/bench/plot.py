@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from tests.bench.report import Outcomes, number
 from tests.bench.scenario import Measure, Scenario, Simulation
@@ -24,18 +25,39 @@ COLUMNS = 4
 
 def write_plot(scenario: Scenario | Simulation, outcomes: Outcomes, folder: Path) -> None:
     """``<scenario>.png``."""
-    rows = math.ceil(len(scenario.measures) / COLUMNS)
-    columns = min(COLUMNS, len(scenario.measures))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.6 * columns, 3.0 * rows), squeeze=False, layout="constrained"
-    )
-    for axis, measure in zip(axes.flat, scenario.measures, strict=False):
+    figure, axes = _panels(len(scenario.measures))
+    for axis, measure in zip(axes, scenario.measures, strict=True):
         _panel(axis, measure, scenario, outcomes)
-    for axis in list(axes.flat)[len(scenario.measures) :]:
-        axis.axis("off")
     figure.suptitle(scenario.name)
     figure.savefig(folder / f"{scenario.name}.png", dpi=110)
     plt.close(figure)
+
+
+def write_samples(scenario: Scenario | Simulation, outcomes: Outcomes, folder: Path) -> None:
+    """``<scenario>-samples.png``: a panel for each name that was sampled, a line for each run of a server."""
+    lines = [(server, rows) for server, runs in outcomes.samples.items() for rows in runs.values() if rows]
+    if not lines:
+        return
+    names = [name for name in lines[0][1][0] if name != "seconds"]
+    figure, axes = _panels(len(names))
+    for axis, name in zip(axes, names, strict=True):
+        for server, samples in lines:
+            minutes = [sample["seconds"] / 60 for sample in samples]
+            axis.plot(minutes, [sample[name] for sample in samples], color=COLORS[server], linewidth=1)
+        axis.set_title(name, fontsize=8)
+        axis.set_xlabel("minutes", fontsize=8)
+    figure.suptitle(scenario.name)
+    figure.savefig(folder / f"{scenario.name}-samples.png", dpi=110)
+    plt.close(figure)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    rows, columns = math.ceil(count / COLUMNS), min(COLUMNS, count)
+    size = (3.6 * columns, 3.0 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in list(axes.flat)[count:]:
+        axis.axis("off")
+    return figure, list(axes.flat)[:count]
 
 
 def _panel(axis: Axes, measure: Measure, scenario: Scenario | Simulation, outcomes: Outcomes) -> None:

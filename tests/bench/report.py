@@ -23,9 +23,13 @@ STYLES = {"met": "green", "missed": "red"}
 
 @dataclass(slots=True)
 class Outcomes:
-    """Of one scenario: server -> run -> values; what went wrong; requests that were refused or broke off."""
+    """Of one scenario: server -> run -> values; what went wrong; requests that were refused or broke off.
+
+    ``samples`` are the rows of ``Client.samples``, server -> run -> rows.
+    """
 
     values: dict[str, dict[int, Values]] = field(default_factory=dict)
+    samples: dict[str, dict[int, list[dict[str, float]]]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     failed_requests: list[str] = field(default_factory=list)
 
@@ -159,6 +163,7 @@ def write_json(scenario: Scenario | Simulation, outcomes: Outcomes, folder: Path
             server: {str(run): _plain(values) for run, values in sorted(runs.items())}
             for server, runs in outcomes.values.items()
         },
+        "samples": outcomes.samples,
         "failures": outcomes.failures,
         "failed_requests": outcomes.failed_requests,
     }

@@ -13,6 +13,7 @@ from tests.bench.client import Client
 from tests.bench.servers import Server, Setup
 
 Values = dict[str, float]
+LONGEST = 400.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,15 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One of the repetitions. A ``quick`` one shows that everything works, and its numbers mean nothing."""
+    """One of the repetitions. A ``quick`` one shows that everything works, and its numbers mean nothing.
+
+    ``trace`` and ``minutes`` are what the command line says, for those scenarios that take one.
+    """
 
     number: int = 0
     quick: bool = False
     trace: Path | None = None
+    minutes: float | None = None
 
     def seconds(self, full: float, quick: float) -> float:
         return quick if self.quick else full
@@ -66,7 +71,7 @@ class Scenario:
 
     ``adapters`` are on disk before, and in no server's memory: a scenario loads and warms what it wants warm.
     Adapters that must be cold belong to one scenario of a setup only. ``runs`` is for what takes too long to
-    be repeated as often as the others.
+    be repeated as often as the others, ``longest`` in seconds on one server is where it is given up.
     """
 
     name: str
@@ -76,6 +81,7 @@ class Scenario:
     setups: tuple[Setup, ...] = (Setup(),)
     servers: tuple[str, ...] = ("loraplex", "vllm")
     runs: int | None = None
+    longest: float | None = LONGEST
 
 
 @dataclass(frozen=True, slots=True)

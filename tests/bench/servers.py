@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -110,10 +111,18 @@ class Server(ABC):
                 await asyncio.sleep(0.3)
 
     def api_cpu_seconds(self) -> float:
-        """CPU time of the process that answers HTTP, without the engine's processes, since its start."""
+        """CPU time of the process that answers HTTP, without the engine's processes, since its start.
+
+        Read from its clock (``clock_getcpuclockid(3)``): ``/proc`` counts in ticks of 10 ms.
+        """
         assert self._process is not None, "the server is not running"
-        times = self._process.cpu_times()
-        return float(times.user + times.system)
+        return time.clock_gettime((~self._process.pid << 3) | 2)
+
+    def footprint(self) -> dict[str, float]:
+        """Memory in MiB, threads and open files: ``api_…`` of that process, ``engine_…`` of its children."""
+        assert self._process is not None, "the server is not running"
+        sides = {"api": [self._process], "engine": self._process.children(recursive=True)}
+        return {f"{side}_{what}": n for side, who in sides.items() for what, n in _footprint(who).items()}
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -246,6 +255,17 @@ class BareVllm(Server):
 
 
 SERVERS: dict[str, type[Server]] = {cls.name: cls for cls in (Loraplex, BareVllm)}
+
+
+def _footprint(processes: Iterable[psutil.Process]) -> dict[str, float]:
+    sums = dict.fromkeys(("pss", "rss", "threads", "files"), 0.0)
+    for process in processes:
+        memory = process.memory_full_info()
+        sums["pss"] += memory.pss / (1 << 20)
+        sums["rss"] += memory.rss / (1 << 20)
+        sums["threads"] += process.num_threads()
+        sums["files"] += process.num_fds()
+    return sums
 
 
 def _read_into_page_cache(folder: Path) -> None:

@@ -51,6 +51,28 @@ def weight_error(tokens: Sequence[float], weights: Sequence[float]) -> float:
     return max(abs(t / total * whole / w - 1) for t, w in zip(tokens, weights, strict=True))
 
 
+def slope(times: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    """Least squares' change of ``values`` per unit of time, and half of its 95 % confidence interval.
+
+    Memory moves in steps, so what is left of neighbours is alike: the interval is widened as if there were
+    only n(1-r)/(1+r) values, r being that likeness (lag-1 autocorrelation) where it is positive. ``nan`` for
+    fewer than 3 values.
+    """
+    n = len(values)
+    if n < 3:
+        return math.nan, math.nan
+    middle, level = sum(times) / n, sum(values) / n
+    spread = sum((t - middle) ** 2 for t in times)
+    per_time = sum((t - middle) * (v - level) for t, v in zip(times, values, strict=True)) / spread
+    left = [v - level - per_time * (t - middle) for t, v in zip(times, values, strict=True)]
+    squares = sum(x * x for x in left)
+    if squares == 0:
+        return per_time, 0.0
+    alike = max(0.0, sum(a * b for a, b in itertools.pairwise(left)) / squares)
+    free = max(1.0, n * (1 - alike) / (1 + alike) - 2)
+    return per_time, 1.96 * math.sqrt(squares / free / spread)
+
+
 def gaps(times: Sequence[float], start: float = -math.inf, end: float = math.inf) -> list[float]:
     """Time between consecutive tokens, of the gaps that end from ``start`` to ``end``."""
     return [b - a for a, b in itertools.pairwise(times) if start <= b <= end]

@@ -8,6 +8,7 @@ from tests.bench.scenarios import (
     noisy,
     overhead,
     replay,
+    residency,
     scale,
     starvation,
     storm,
@@ -16,6 +17,18 @@ from tests.bench.scenarios import (
 
 SCENARIOS: dict[str, Scenario | Simulation] = {
     module.SCENARIO.name: module.SCENARIO
-    for module in (scale, overhead, cold, storm, starvation, hog, churn, noisy, weights, replay)
+    for module in (
+        scale,
+        overhead,
+        cold,
+        storm,
+        starvation,
+        hog,
+        churn,
+        noisy,
+        weights,
+        replay,
+        residency,
+    )
 }
-FULL_RUN = tuple(name for name in SCENARIOS if name != "replay")
+FULL_RUN = tuple(name for name in SCENARIOS if name not in ("replay", "residency"))

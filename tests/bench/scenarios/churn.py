@@ -41,7 +41,7 @@ async def _cell(client: Client, round_: Round, name: str) -> Values:
     async with closed_loop(CLIENTS, ask, drain=True):
         await asyncio.sleep(round_.seconds(2, 1))
         start = time.perf_counter()
-        await asyncio.sleep(round_.seconds(12, 5))
+        await asyncio.sleep(round_.seconds(15, 5))
         end = time.perf_counter()
     records = client.labelled(name)
     latencies = [r.duration for r in waiting_between(records, start, end)]

@@ -20,7 +20,7 @@ from tests.bench.workload import closed_loop, prompt, warm
 CROWDED = Setup(max_num_seqs=4)
 NOISY, *QUIET = of_rank(16, 10, first=500)
 NOISY_CLIENTS = 30
-INPUT, OUTPUT = 8, 12  # tokens
+INPUT, OUTPUT = 8, 8  # tokens: many small requests, so that shares are not cut off by a request's length
 
 
 async def measure(server: Server, client: Client, round_: Round) -> Values:
@@ -38,7 +38,7 @@ async def measure(server: Server, client: Client, round_: Round) -> Values:
     async with asking("noisy", [NOISY] * NOISY_CLIENTS + QUIET):
         await asyncio.sleep(round_.seconds(3, 1))
         start = time.perf_counter()
-        await asyncio.sleep(round_.seconds(20, 6))
+        await asyncio.sleep(round_.seconds(25, 6))
         end = time.perf_counter()
     together = client.labelled("noisy")
     served = {

@@ -32,7 +32,7 @@ async def measure(server: Server, client: Client, round_: Round) -> Values:
     async with closed_loop(CLIENTS_EACH * len(CUSTOMERS), ask):
         await asyncio.sleep(round_.seconds(3, 1))
         start = time.perf_counter()
-        await asyncio.sleep(round_.seconds(20, 6))
+        await asyncio.sleep(round_.seconds(40, 6))
         end = time.perf_counter()
     records = client.labelled("backlogged")
     served = [tokens_between([r for r in records if r.adapter == a.name], start, end) for a in CUSTOMERS]
