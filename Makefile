@@ -53,8 +53,9 @@ check: $(STAMP) ## Lint, formatting, types, and which module may import which
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_imports.py
 
-bench: $(STAMP) ## Measure against bare vLLM, 40 minutes; SCENARIO=storm for one, RUNS=1, QUICK=1
-	$(PY) -m tests.bench $(SCENARIO) $(if $(RUNS),--runs $(RUNS)) $(if $(filter-out 0,$(QUICK)),--quick)
+bench: $(STAMP) ## Measure against bare vLLM, 40 minutes; SCENARIO=storm for one, RUNS=1, QUICK=1, MINUTES=10
+	$(PY) -m tests.bench $(SCENARIO) $(if $(RUNS),--runs $(RUNS)) $(if $(filter-out 0,$(QUICK)),--quick) \
+		$(if $(MINUTES),--minutes $(MINUTES))
 
 clean: ## Remove .venv and all caches; data stays
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,11 +1,12 @@
 """Loraplex's own decisions at full size: the real plan and dispatcher, a simulated engine, virtual time.
 
     traffic ──▶ Dispatcher ──▶ TimedPlan(Plan)
-                    │ page, report        │ every event, with the wall time it took
+                    │ page, report        │ every event, with the time it took
                     ▼
               SimulatedEngine: one step for all sequences, tokens for each
 
-What is virtual is the time in which requests arrive, run and wait; what is measured is real.
+What is virtual is the time in which requests arrive, run and wait. What a decision takes is real: CPU time of
+this thread, which is all that a pure decision can take, and does not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from server.errors import TooManyRequests, Unavailable
 from server.plan import Effect, Plan
 from tests.bench.workload import gamma_arrivals, log_normal_lengths, zipf
 from tests.clock import run
-from tests.fakes import Times, _Run
+from tests.fakes import Times
 from tests.world import Pager, World, version
 
 LONGEST = 256  # output tokens; what clients ask for, though most answers end earlier
@@ -79,7 +80,7 @@ class Request:
 class Simulated:
     """``outcomes`` counts requests; waits are in virtual seconds, of those that ran; ``wall`` is real.
 
-    ``seconds`` are the real ones of each event of the plan, by its name; ``effects`` counts by class.
+    ``seconds`` are those of CPU time of each event of the plan, by its name; ``effects`` counts by class.
     """
 
     outcomes: Counter[str]
@@ -92,7 +93,7 @@ class Simulated:
 
 
 class TimedPlan:
-    """A plan that notes how long each of its events takes. An event is what gets ``now`` first."""
+    """A plan that notes what each of its events takes. An event is what gets ``now`` first."""
 
     def __init__(self, plan: Plan) -> None:
         self.seconds: dict[str, array[float]] = {}
@@ -106,9 +107,9 @@ class TimedPlan:
         seconds = self.seconds[name] = array("d")
 
         def timed(*arguments: Any) -> list[Effect]:
-            began = time.perf_counter()
+            began = time.thread_time()
             effects = event(*arguments)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.thread_time() - began)
             for effect in effects:
                 self.effects[type(effect).__name__] += 1
             return effects
@@ -119,9 +120,25 @@ class TimedPlan:
         return getattr(self._plan, name)
 
 
-@dataclass(eq=False)
-class _Generation(_Run):
-    ended: asyncio.Future[None] = field(kw_only=True)
+@dataclass(slots=True, eq=False)
+class _Generation:
+    """What ``FakeEngine`` holds as running."""
+
+    call: Call
+    load_id: int | None
+    input_tokens: int
+    limit: int
+    ended: asyncio.Future[None]
+    produced: int = 0
+
+    def step(self, tokens: int) -> None:
+        self.produced = min(self.limit, self.produced + tokens)
+        self.settle()
+        if self.produced == self.limit:
+            self.ended.set_result(None)
+
+    def settle(self) -> None:
+        self.call.meter.progressed(self.call.id, self.input_tokens, self.produced, 0)
 
 
 class SimulatedEngine(Pager):
@@ -137,9 +154,7 @@ class SimulatedEngine(Pager):
         """Returns when the last of ``output_tokens`` is out; the call's meter is told of each step."""
         ended = asyncio.get_running_loop().create_future()
         load_id = self._load_of(call.model)
-        new = _Generation(call, load_id, "", [input_tokens], 1, output_tokens, False, ended=ended)
-        new.produced[call.id] = 0
-        self.running.append(new)
+        self.running.append(_Generation(call, load_id, input_tokens, output_tokens, ended))
         self.most_running = max(self.most_running, len(self.running))
         if len(self.running) > self.max_running:
             self._violated(f"{len(self.running)} sequences run at once")
@@ -151,11 +166,7 @@ class SimulatedEngine(Pager):
         while self.running:
             await asyncio.sleep(self.times.step)
             for one in self.running:
-                (part,) = one.produced
-                one.produced[part] = min(one.limit, one.produced[part] + self.tokens)
-                if one.produced[part] == one.limit:
-                    one.ended.set_result(None)
-                one.settle()
+                one.step(self.tokens)
             self.running = [one for one in self.running if not one.ended.done()]
 
 
