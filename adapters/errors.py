@@ -64,7 +64,8 @@ CURES: dict[str, str] = {
     "bias_unsupported": "Retrain with bias='none' and lora_bias=False.",
     "modules_to_save_unsupported": "Retrain without it, or merge the adapter into the base model.",
     "init_unsupported": (
-        "Convert it to a plain LoRA with save_pretrained(path_initial_model_for_weight_conversion=...)."
+        "Convert it to a plain LoRA with save_pretrained(path_initial_model_for_weight_conversion=...), or"
+        " upload the weights from before the training beside it as initial_adapter_model.safetensors."
     ),
     "feature_unsupported": "Retrain without this feature, or merge the adapter into the base model.",
     "rank_too_large": "Retrain with a smaller r, or ask the operator to raise LORAPLEX_MAX_LORA_RANK.",
@@ -82,13 +83,22 @@ CURES: dict[str, str] = {
     "module_unknown": "Retrain on the base model that is served here, with target_modules that it has.",
     "module_fused": "Export the adapter with the parts split as the checkpoint names them.",
     "shape_mismatch": "Retrain on the base model that is served here; this one was trained on another.",
+    "target_mismatch": (
+        "Upload the config and the weights of the same training run: PEFT would ignore these tensors."
+    ),
+    "base_mismatch": (
+        "Retrain on the base model that is served here, or upload it to a server of the base it names."
+    ),
     "weights_not_finite": "The training diverged; retrain with a lower learning rate or longer warm-up.",
-    "unexpected_file": "Upload adapter_config.json and adapter_model.safetensors, and nothing else.",
+    "unexpected_file": (
+        "Upload adapter_config.json and adapter_model.safetensors, and nothing else (but, for PiSSA and its"
+        " kin, initial_adapter_model.safetensors)."
+    ),
     "name_invalid": (
         "Use 1 to 128 letters, digits, '.', '_' or '-', with a letter or digit first;"
         " not `default`, and not the base model's name."
     ),
-    "adapter_no_effect": "It would answer as the base does: all its lora_B are zero. Upload a trained one.",
+    "adapter_no_effect": "It would answer as the base does, as an untrained one would. Upload a trained one.",
 }
 
 

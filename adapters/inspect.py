@@ -9,7 +9,8 @@ tensor in memory at a time. Nothing is unpickled and no pattern of the upload is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import takewhile
@@ -19,18 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adapters.errors import AdapterRejected, fault
-from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, Manifest
-from adapters.peft_config import PeftConfig, read_config
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, Coverage, Manifest
+from adapters.names import kind_of, layer_of, leaf, template
+from adapters.peft_config import PeftConfig, check_base, read_config
 from adapters.safetensors_header import TensorHeader, read_header
 from adapters.strict_json import show
+from adapters.values import DTYPES, extremes, one_thread, product_norm
 
 PREFIX = "base_model.model."
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-# Few enough that torch wakes no second thread: beside a busy engine the two wait for each other at every
-# tensor, and 150 MiB took 12 s instead of half a second.
-_SERIAL_ELEMENTS = 1 << 14
 
 _LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -48,7 +46,7 @@ _FOREIGN = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class Pair:
     """One module's tensors by name: lora_A (rank, in_features) and lora_B (out_features, rank)."""
 
     a_name: str
@@ -61,26 +59,30 @@ class _Pair:
         return self.a.shape[0]
 
 
-def inspect(folder: Path, base: BaseModel, *, serving_dtype: str | None = None) -> Manifest:
+def inspect(
+    folder: Path, base: BaseModel, *, serving_dtype: str | None = None, any_base: bool = False
+) -> Manifest:
     """The manifest of the adapter in ``folder``, if ``base`` serves it as PEFT would.
 
     ``serving_dtype`` is the type the engine casts adapters to (``float32``, ``float16``, ``bfloat16``); the
-    values are judged after that cast, or in the file's own type without it. Synchronous: reads the whole
-    weights file, so call it in a thread. Raises AdapterRejected, and OSError when the disk fails.
+    values are judged after that cast, or in the file's own type without it. ``any_base`` accepts an adapter
+    that declares another base's fingerprint. Synchronous: reads the whole weights file, so call it in a
+    thread. Raises AdapterRejected, and OSError when the disk fails.
     """
     if serving_dtype is not None and serving_dtype not in DTYPES:
         raise ValueError(f"serving_dtype must be one of {', '.join(DTYPES)}, not {serving_dtype!r}")
     _refuse_pickles(folder)
     config = read_config(folder / CONFIG_FILE, base)
-    pairs = _pair(read_header(folder / WEIGHTS_FILE), base)
-    for module, pair in pairs.items():
-        _check_shape(module, pair, base)
-        _check_rank(module, pair, config)
-    idle = _check_values(folder / WEIGHTS_FILE, pairs, config, serving_dtype)
+    if not any_base:
+        check_base(config, base)
+    pairs = check_tensors(read_header(folder / WEIGHTS_FILE), config, base)
+    with one_thread():
+        norms = _norms(folder / WEIGHTS_FILE, pairs, config, serving_dtype)
     warnings = config.warnings(base, pairs)
+    idle = [module for module, norm in norms.items() if norm == 0]
     if idle:
         warnings.append(
-            f"{len(idle)} of {len(pairs)} modules have a lora_A or lora_B of zeros, as {show(idle[0])}"
+            f"{len(idle)} of {len(pairs)} modules do nothing, as lora_B times lora_A is zero: {show(idle[0])}"
         )
     return Manifest(
         rank=max(pair.rank for pair in pairs.values()),
@@ -89,11 +91,52 @@ def inspect(folder: Path, base: BaseModel, *, serving_dtype: str | None = None) 
         dtype="+".join(sorted({tensor.dtype for pair in pairs.values() for tensor in (pair.a, pair.b)})),
         size_bytes=sum((folder / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)),
         modules=tuple(sorted(pairs)),
-        target_modules=tuple(sorted({_leaf(module) for module in pairs})),
-        layers=tuple(sorted({layer for module in pairs if (layer := _layer(module)) is not None})),
+        target_modules=tuple(sorted({leaf(module) for module in pairs})),
+        layers=tuple(sorted({layer for module in pairs if (layer := layer_of(module)) is not None})),
         base_model=config.base_model_name_or_path or None,
+        coverage=_coverage(norms, config, base),
         warnings=tuple(warnings),
     )
+
+
+def check_tensors(
+    tensors: Mapping[str, TensorHeader], config: PeftConfig, base: BaseModel
+) -> dict[str, Pair]:
+    """Full module name -> its two tensors, sorted; each fits its module of ``base`` and the config exactly.
+
+    Raises AdapterRejected. Headers only: no value is looked at.
+    """
+    pairs = _pair(tensors, base)
+    for module, pair in pairs.items():
+        _check_shape(module, pair, base)
+        _check_rank(module, pair, config)
+    config.check_targets(base, pairs)
+    return pairs
+
+
+def _coverage(norms: Mapping[str, float], config: PeftConfig, base: BaseModel) -> tuple[Coverage, ...]:
+    available: dict[str, int] = defaultdict(int)
+    for module in base.modules:
+        available[kind_of(module)] += 1
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for module in norms:
+        kinds[kind_of(module)].append(module)
+    rows = []
+    for kind, modules in sorted(kinds.items()):
+        ranks = [config.rank_of(module) for module in modules]
+        scalings = [config.scaling_of(module) for module in modules]
+        sizes = [norms[module] for module in modules]
+        rows.append(
+            Coverage(
+                module=kind,
+                layers=tuple(sorted(n for module in modules if (n := layer_of(module)) is not None)),
+                available=available[kind],
+                rank=(min(ranks), max(ranks)),
+                scaling=(min(scalings), max(scalings)),
+                norm=(min(sizes), max(sizes)),
+            )
+        )
+    return tuple(rows)
 
 
 def _refuse(code: str, message: str) -> AdapterRejected:
@@ -106,7 +149,7 @@ def _refuse_pickles(folder: Path) -> None:
             raise fault("weights_not_safetensors", f"The adapter holds {name}, a pickle.", param=name)
 
 
-def _pair(tensors: Mapping[str, TensorHeader], base: BaseModel) -> dict[str, _Pair]:
+def _pair(tensors: Mapping[str, TensorHeader], base: BaseModel) -> dict[str, Pair]:
     """Full module name -> its two tensors, sorted by name; every module is one of the base's."""
     sides: dict[str, dict[str, str]] = {}
     for name in sorted(tensors):
@@ -122,7 +165,7 @@ def _pair(tensors: Mapping[str, TensorHeader], base: BaseModel) -> dict[str, _Pa
                     "tensor_unpaired", f"{show(named[other])} has no lora_{side} beside it ({module})."
                 )
     return {
-        module: _Pair(named["A"], named["B"], tensors[named["A"]], tensors[named["B"]])
+        module: Pair(named["A"], named["B"], tensors[named["A"]], tensors[named["B"]])
         for module, named in sides.items()
     }
 
@@ -153,9 +196,9 @@ def _check_module(module: str, base: BaseModel) -> None:
 
 def _hint(module: str, base: BaseModel) -> str:
     """What the base has instead: fewer layers, the same tail under another prefix, or other leaf names."""
-    template, layer = _template(module), _layer(module)
+    same, layer = template(module), layer_of(module)
     layers = sorted(
-        found for name in base.modules if _template(name) == template and (found := _layer(name)) is not None
+        found for name in base.modules if template(name) == same and (found := layer_of(name)) is not None
     )
     if layer is not None and layers:
         if layer > layers[-1]:
@@ -164,12 +207,12 @@ def _hint(module: str, base: BaseModel) -> str:
     near = max(base.modules, key=lambda name: _common_tail(name, module), default=None)
     if near is not None and _common_tail(near, module) > 0:
         return f"; did you mean {show(near)}?"
-    leaves = sorted({_leaf(name) for name in base.modules})
-    close = get_close_matches(_leaf(module)[:128], leaves, n=1)
+    leaves = sorted({leaf(name) for name in base.modules})
+    close = get_close_matches(leaf(module)[:128], leaves, n=1)
     return f"; did you mean {close[0]}?" if close else f"; it has {', '.join(leaves[:12])}"
 
 
-def _check_shape(module: str, pair: _Pair, base: BaseModel) -> None:
+def _check_shape(module: str, pair: Pair, base: BaseModel) -> None:
     shape = base.modules[module]
     for name, tensor, fixed, size in (
         (pair.a_name, pair.a, 1, shape.in_features),
@@ -187,7 +230,7 @@ def _check_shape(module: str, pair: _Pair, base: BaseModel) -> None:
             )
 
 
-def _check_rank(module: str, pair: _Pair, config: PeftConfig) -> None:
+def _check_rank(module: str, pair: Pair, config: PeftConfig) -> None:
     expected = config.rank_of(module)
     for name, rank in ((pair.a_name, pair.rank), (pair.b_name, pair.b.shape[1])):
         if rank != expected:
@@ -196,76 +239,46 @@ def _check_rank(module: str, pair: _Pair, config: PeftConfig) -> None:
             )
 
 
-def _check_values(
-    path: Path, pairs: Mapping[str, _Pair], config: PeftConfig, serving_dtype: str | None
-) -> list[str]:
-    """The modules that do nothing. Refuses what is not finite as served, and adapters that do nothing at all.
+def _norms(
+    path: Path, pairs: Mapping[str, Pair], config: PeftConfig, serving_dtype: str | None
+) -> dict[str, float]:
+    """Module -> Frobenius norm of what is added to its weight, as served.
 
-    As vLLM does it: cast to the engine's type, then lora_B times the scaling in that type.
+    Refuses what is not finite as served, and adapters that do nothing at all. As vLLM does it: cast to the
+    engine's type, then lora_B times the scaling in that type. At most one pair is in memory.
     """
-    idle = []
+    norms = {}
     try:
         with safe_open(path, framework="pt") as file:
             for module, pair in pairs.items():
-                scaling = config.scaling_of(module)
-                acts = [
-                    _is_active(name, file.get_tensor(name), factor, serving_dtype)
-                    for name, factor in ((pair.a_name, 1.0), (pair.b_name, scaling))
-                ]
-                if not all(acts):
-                    idle.append(module)
+                a = _served(pair.a_name, file.get_tensor(pair.a_name), 1.0, serving_dtype)
+                b = _served(
+                    pair.b_name, file.get_tensor(pair.b_name), config.scaling_of(module), serving_dtype
+                )
+                norms[module] = product_norm(a, b)
     except SafetensorError as error:
         raise _refuse("weights_invalid", f"safetensors cannot read it: {error}.") from None
-    if len(idle) == len(pairs):
+    if not any(norms.values()):
         raise _refuse(
-            "adapter_no_effect", f"each of its {len(pairs)} modules has a lora_A or lora_B of zeros."
+            "adapter_no_effect", f"in each of its {len(pairs)} modules lora_B times lora_A is zero."
         )
-    return idle
+    return norms
 
 
-def _is_active(name: str, tensor: torch.Tensor, factor: float, serving_dtype: str | None) -> bool:
-    """Whether any element is not zero as served; refuses NaN, infinity, and what the cast makes infinite.
-
-    Casting and scaling (factor > 0) keep the order of numbers, so the smallest and the largest stand for all.
-    """
-    extremes = _extremes(tensor)
-    if not extremes.isfinite().all():
+def _served(name: str, tensor: torch.Tensor, factor: float, serving_dtype: str | None) -> torch.Tensor:
+    """``tensor`` as served; refuses NaN, infinity, and what the cast or the scaling makes infinite."""
+    found = extremes(tensor)
+    if not found.isfinite().all():
         raise _refuse("weights_not_finite", f"tensor {show(name)} holds NaN or infinity.")
     dtype = DTYPES[serving_dtype] if serving_dtype else tensor.dtype
-    served = extremes.to(dtype) * factor
-    if not served.isfinite().all():
+    # Casting and scaling (factor > 0) keep the order of numbers, so these two stand for all.
+    if not (found.to(dtype) * factor).isfinite().all():
         raise _refuse(
             "weights_not_finite",
-            f"tensor {show(name)} reaches {extremes.abs().max().item():.4g}, times the scaling {factor:.4g}"
+            f"tensor {show(name)} reaches {found.abs().max().item():.4g}, times the scaling {factor:.4g}"
             f" too large for {serving_dtype or dtype}, which ends at {torch.finfo(dtype).max:.4g}.",
         )
-    return bool(served.any())
-
-
-def _extremes(tensor: torch.Tensor) -> torch.Tensor:
-    """(2,): the smallest and the largest element; NaN where there is one."""
-    flat = tensor.flatten()
-    parts = [flat[at : at + _SERIAL_ELEMENTS] for at in range(0, flat.numel(), _SERIAL_ELEMENTS)]
-    return torch.stack(torch.stack([torch.stack(part.aminmax()) for part in parts]).aminmax())
-
-
-def _leaf(module: str) -> str:
-    return module.rpartition(".")[2]
-
-
-def _layer(module: str) -> int | None:
-    """The first number in the name: ``model.layers.3.mlp.experts.7.up_proj`` -> 3."""
-    return next((int(part) for part in _numbers(module)), None)
-
-
-def _template(module: str) -> str:
-    """The name with its layer left open, so that the same module of every layer is equal."""
-    layer = next(_numbers(module), None)
-    return module if layer is None else module.replace(f".{layer}.", ".*.", 1)
-
-
-def _numbers(module: str) -> Iterator[str]:
-    return (part for part in module.split(".") if part.isdecimal() and part.isascii() and len(part) < 10)
+    return tensor.to(dtype) * factor
 
 
 def _common_tail(left: str, right: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -15,6 +15,9 @@ ADAPTER_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# What PEFT calls path_initial_model_for_weight_conversion: the weights before training, for the conversion of
+# PiSSA and its kin. Read at upload, never kept.
+INITIAL_FILE = "initial_adapter_model.safetensors"
 
 
 def is_tenant_id(text: str) -> bool:
@@ -47,13 +50,42 @@ class BaseModel:
 
     ``modules`` maps the full name of every layer that can carry a LoRA, in the names of the
     checkpoint (``model.layers.0.self_attn.q_proj``, never the fused ``qkv_proj``), to its shape.
-    ``fused`` maps a fused suffix to its parts (``qkv_proj`` -> q, k, v) for error messages.
+    ``fused`` maps a fused suffix to its parts in the order of their rows (``qkv_proj`` -> q, k, v).
+    ``source`` is the folder or hub id it was loaded from; ``fingerprint`` is ``adapters.shapes.fingerprint``.
     """
 
     name: str
     modules: Mapping[str, ModuleShape]
     max_lora_rank: int
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    source: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What an adapter does to one kind of module, such as ``self_attn.q_proj``, over all layers.
+
+    ``layers`` are those it changes, of ``available`` in the base. ``rank``, ``scaling`` (what BA is
+    multiplied with) and ``norm`` (the Frobenius norm of scaling * BA) are (smallest, largest) over those.
+    """
+
+    module: str
+    layers: tuple[int, ...]
+    available: int
+    rank: tuple[int, int]
+    scaling: tuple[float, float]
+    norm: tuple[float, float]
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "module": self.module,
+            "layers": ranges(self.layers),
+            "available": self.available,
+            "rank": list(self.rank),
+            "scaling": list(self.scaling),
+            "norm": list(self.norm),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +93,8 @@ class Manifest:
     """What inspection learned about one adapter's files.
 
     ``rank`` is the largest rank of any pair, ``size_bytes`` the size of both files together,
-    ``modules`` the full names of the base modules it changes, sorted.
+    ``modules`` the full names of the base modules it changes, sorted. ``conversions`` says what was rewritten
+    so that it can be served, and ``original_digest`` names the files as they were uploaded, if anything was.
     """
 
     rank: int
@@ -73,7 +106,10 @@ class Manifest:
     target_modules: tuple[str, ...]
     layers: tuple[int, ...]
     base_model: str | None = None
+    coverage: tuple[Coverage, ...] = ()
     warnings: tuple[str, ...] = ()
+    conversions: tuple[str, ...] = ()
+    original_digest: str | None = None
 
     def report(self) -> dict[str, Any]:
         """The manifest as JSON for the operator: counts instead of 200 module names."""
@@ -81,8 +117,21 @@ class Manifest:
         report["modules"] = len(self.modules)
         report["target_modules"] = list(self.target_modules)
         report["layers"] = list(self.layers)
+        report["coverage"] = [row.report() for row in self.coverage]
         report["warnings"] = list(self.warnings)
+        report["conversions"] = list(self.conversions)
         return report
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Sorted numbers for people: 0, 1, 2, 5 -> ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(str(end) for end in run) for run in runs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ A test holds the three lists against the fields of the installed PEFT, so that a
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import defaultdict
@@ -18,13 +19,16 @@ from pydantic import ConfigDict, Field
 from adapters import strict_json
 from adapters.errors import AdapterRejected, fault
 from adapters.model import CONFIG_FILE, BaseModel
+from adapters.names import match, suffixes
 from adapters.strict_json import show
+from adapters.targets import Targets
 
 MAX_CONFIG_BYTES = 1 << 20
 
 # vLLM compiles every key as a regular expression and looks it up per module, in a cache of 500. Past that
 # each look-up compiles again: 560 keys took 99 s where 400 took 3 s. Half of it, as two are staged at once.
 MAX_PATTERN_KEYS = 250
+MAX_PATTERN_KEY = 512  # characters
 
 
 def _is_set(value: Any) -> bool:
@@ -72,10 +76,7 @@ HARMLESS = frozenset(
         "auto_mapping",
         "corda_config",
         "eva_config",
-        "exclude_modules",
         "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
         "loftq_config",
         "lora_dropout",
         "lora_ga_config",
@@ -99,36 +100,64 @@ class PeftConfig(pydantic.BaseModel):
 
     r: Rank
     lora_alpha: float
-    target_modules: list[str] | str | None
+    target_modules: list[str] | str
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     use_rslora: bool | None = None
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, float] | None = None
     base_model_name_or_path: str | None = Field(None, max_length=1024)
+    base_model_fingerprint: str | None = Field(None, max_length=128)
     task_type: str | None = Field(None, max_length=64)
 
     def rank_of(self, module: str) -> int:
         """The rank PEFT gave ``module``, a name without the ``base_model.model.`` prefix."""
-        return _match(self.rank_pattern or {}, module) or self.r
+        return match(self.rank_pattern or {}, module) or self.r
 
     def scaling_of(self, module: str) -> float:
         """What lora_B is multiplied with: alpha / r, with rsLoRA alpha / sqrt(r) (arXiv:2312.03732)."""
-        alpha = _match(self.alpha_pattern or {}, module) or self.lora_alpha
+        alpha = match(self.alpha_pattern or {}, module) or self.lora_alpha
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def warnings(self, base: BaseModel, adapted: Collection[str]) -> list[str]:
         """What is served as it stands but may not be what was meant; ``adapted`` are the module names."""
-        suffixes = {suffix for module in adapted for suffix in _suffixes(module)}
+        found = {suffix for module in adapted for suffix in suffixes(module)}
         return [
             *self._unknown_fields(),
             *self._other_base(base),
             *self._other_task(),
             *self._risky_init(),
-            *self._without_tensors(suffixes),
-            *self._beyond_targets(adapted),
-            *self._idle_patterns(suffixes),
-            *self._shadowed_patterns(suffixes),
+            *self._without_tensors(found),
+            *self._partly_without_tensors(base, adapted, found),
+            *self._idle_patterns(found),
+            *self._shadowed_patterns(found),
         ]
+
+    @functools.cached_property
+    def targets(self) -> Targets:
+        return Targets.of(
+            self.target_modules, self.exclude_modules, self.layers_to_transform, self.layers_pattern
+        )
+
+    def check_targets(self, base: BaseModel, adapted: Collection[str]) -> None:
+        """Refuses tensors that PEFT would ignore, and missing ones that it would fill at random."""
+        beyond = [module for module in adapted if self.targets.covers(module) is False]
+        if beyond:
+            raise _refuse(
+                "target_mismatch",
+                f"target_modules, exclude_modules and layers_to_transform leave out {_some(beyond)}, which"
+                " have tensors.",
+            )
+        if (self.model_extra or {}).get("init_lora_weights") is False:
+            missing = [m for m in base.modules if m not in adapted and self.targets.covers(m)]
+            if missing:
+                raise _refuse(
+                    "target_mismatch",
+                    f"it targets {_some(missing)}, which have no tensors, and with init_lora_weights=False"
+                    " PEFT fills those at random.",
+                )
 
     def _unknown_fields(self) -> Iterable[str]:
         unknown = sorted((self.model_extra or {}).keys() - HARMLESS - REFUSED.keys())
@@ -137,7 +166,8 @@ class PeftConfig(pydantic.BaseModel):
 
     def _other_base(self, base: BaseModel) -> Iterable[str]:
         named = self.base_model_name_or_path
-        if named and _last_part(named) != _last_part(base.name):
+        served = {_last_part(name) for name in (base.name, base.source) if name}
+        if named and _last_part(named) not in served:
             yield f"it names the base model {show(named)}, and {show(base.name)} is served"
 
     def _other_task(self) -> Iterable[str]:
@@ -152,31 +182,40 @@ class PeftConfig(pydantic.BaseModel):
                 " path_initial_model_for_weight_conversion, it answers differently here, as in PEFT"
             )
 
-    def _without_tensors(self, suffixes: set[str]) -> Iterable[str]:
+    def _without_tensors(self, found: set[str]) -> Iterable[str]:
         if isinstance(self.target_modules, list):
-            missing = [name for name in self.target_modules if name not in suffixes]
+            missing = [name for name in self.target_modules if name not in found]
             if missing:
                 yield f"target_modules without a tensor, served as the base has them: {_some(missing)}"
 
-    def _beyond_targets(self, adapted: Collection[str]) -> Iterable[str]:
-        if isinstance(self.target_modules, list):
-            targets = set(self.target_modules)
-            beyond = [module for module in adapted if targets.isdisjoint(_suffixes(module))]
-            if beyond:
-                yield f"modules that target_modules does not list, served all the same: {_some(beyond)}"
+    def _partly_without_tensors(
+        self, base: BaseModel, adapted: Collection[str], found: set[str]
+    ) -> Iterable[str]:
+        missing = [
+            module
+            for module in base.modules
+            if module not in adapted and self.targets.covers(module) and self._is_named_by(found, module)
+        ]
+        if missing:
+            yield f"targeted modules without tensors, served as the base has them: {_some(missing)}"
 
-    def _idle_patterns(self, suffixes: set[str]) -> Iterable[str]:
+    def _is_named_by(self, found: set[str], module: str) -> bool:
+        """Whether a name in ``target_modules`` that has tensors elsewhere is one of ``module``'s, too."""
+        names = self.targets.modules
+        return not isinstance(names, str) and any(s in found and s in names for s in suffixes(module))
+
+    def _idle_patterns(self, found: set[str]) -> Iterable[str]:
         for field in ("rank_pattern", "alpha_pattern"):
-            idle = [key for key in getattr(self, field) or {} if key not in suffixes]
+            idle = [key for key in getattr(self, field) or {} if key not in found]
             if idle:
                 yield f"{field} keys that match no module of the adapter: {_some(idle)}"
 
-    def _shadowed_patterns(self, suffixes: set[str]) -> Iterable[str]:
+    def _shadowed_patterns(self, found: set[str]) -> Iterable[str]:
         """PEFT sorts the keys when it saves, so the first match may be another one than in training."""
         for field in ("rank_pattern", "alpha_pattern"):
             pattern: Mapping[str, float] = getattr(self, field) or {}
             for key in pattern:
-                longer = next((k for k in suffixes if k in pattern and k.endswith(f".{key}")), None)
+                longer = next((k for k in found if k in pattern and k.endswith(f".{key}")), None)
                 if longer and pattern[longer] != pattern[key]:
                     yield (
                         f"in {field} both {show(key)} ({pattern[key]}) and {show(longer)} ({pattern[longer]})"
@@ -187,7 +226,11 @@ class PeftConfig(pydantic.BaseModel):
 
 def read_config(path: Path, base: BaseModel) -> PeftConfig:
     """The adapter's configuration; raises AdapterRejected for what ``base`` cannot serve faithfully."""
-    fields = _load(path)
+    return parse_config(load_fields(path), base)
+
+
+def parse_config(fields: Mapping[str, Any], base: BaseModel) -> PeftConfig:
+    """``fields`` as a configuration; raises AdapterRejected for what ``base`` cannot serve faithfully."""
     _check_type(fields)
     _check_features(fields)
     config = _validate(fields)
@@ -197,11 +240,23 @@ def read_config(path: Path, base: BaseModel) -> PeftConfig:
     return config
 
 
+def check_base(config: PeftConfig, base: BaseModel) -> None:
+    """Refuses an adapter that declares the fingerprint of another base model."""
+    declared = config.base_model_fingerprint
+    if declared and base.fingerprint and declared != base.fingerprint:
+        raise _refuse(
+            "base_mismatch",
+            f"base_model_fingerprint is {show(declared)}, and that of {show(base.name)} is"
+            f" {show(base.fingerprint)}.",
+        )
+
+
 def _refuse(code: str, message: str) -> AdapterRejected:
     return fault(code, f"{CONFIG_FILE}: {message}", param=CONFIG_FILE)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_fields(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``, within limits; raises AdapterRejected."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
@@ -229,7 +284,7 @@ def _check_features(fields: Mapping[str, Any]) -> None:
             raise _refuse(code, f"{field} is {show(fields[field])}: {why}.")
 
 
-def _validate(fields: dict[str, Any]) -> PeftConfig:
+def _validate(fields: Mapping[str, Any]) -> PeftConfig:
     try:
         return PeftConfig.model_validate(fields)
     except pydantic.ValidationError as error:
@@ -273,6 +328,11 @@ def _check_patterns(config: PeftConfig, base: BaseModel) -> None:
             " are served.",
         )
     for key, field in keys.items():
+        if len(key) > MAX_PATTERN_KEY:
+            raise _refuse(
+                "pattern_too_long",
+                f"{field} has a key of {len(key)} characters, and at most {MAX_PATTERN_KEY} are served.",
+            )
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", key):
             raise _refuse("pattern_not_literal", f"{field} has the key {show(key)}.")
     _check_wildcards(keys, base)
@@ -280,37 +340,30 @@ def _check_patterns(config: PeftConfig, base: BaseModel) -> None:
 
 def _check_wildcards(keys: Mapping[str, str], base: BaseModel) -> None:
     """A "." in a key is any character to PEFT and vLLM; refused where that reaches another module."""
-    suffixes: dict[int, set[str]] = defaultdict(set)
+    by_length: dict[int, set[str]] = defaultdict(set)
     for module in base.modules:
-        for suffix in _suffixes(module):
-            suffixes[len(suffix)].add(suffix)
+        for suffix in suffixes(module):
+            by_length[len(suffix)].add(suffix)
     for key, field in keys.items():
         if "." not in key:
             continue
         reads = re.compile(key).fullmatch
-        other = next((suffix for suffix in suffixes[len(key)] if suffix != key and reads(suffix)), None)
+        other = next((suffix for suffix in by_length[len(key)] if suffix != key and reads(suffix)), None)
         if other is not None:
             raise _refuse(
                 "pattern_not_literal", f"{field} has the key {show(key)}, which also matches {show(other)}."
             )
 
 
-def _match(pattern: Mapping[str, float], module: str) -> Any:
-    """PEFT's ``get_pattern_key`` for literal keys: a suffix at a "." boundary, the first in the file wins."""
-    suffixes = set(_suffixes(module))
-    return next((value for key, value in pattern.items() if key in suffixes), None)
-
-
-def _suffixes(module: str) -> Iterable[str]:
-    """``a.b.c`` -> ``a.b.c``, ``b.c``, ``c``."""
-    yield module
-    while "." in module:
-        module = module.partition(".")[2]
-        yield module
+_QUANTIZED = re.compile(r"(?:-unsloth)?-bnb-4bit|-4bit|-8bit")
 
 
 def _last_part(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1].casefold()
+    """The model in a hub id or path; QLoRA's quantized copies and hub snapshots are the model they are of."""
+    *parents, last = name.rstrip("/").split("/")
+    if len(parents) > 1 and parents[-1] == "snapshots":  # models--org--name/snapshots/revision
+        last = parents[-2].rsplit("--", 1)[-1]
+    return _QUANTIZED.sub("", last.casefold())
 
 
 def _some(names: list[str]) -> str:

@@ -27,8 +27,9 @@ LEVELS: list[set[str]] = [
     {"server.errors", "server.settings"},
     {"server"},
     {"adapters.catalog", "adapters.blobs", "adapters.inspect", "adapters.worker"},
-    {"adapters.tables", "adapters.peft_config", "adapters.safetensors_header"},
-    {"adapters.strict_json"},
+    {"adapters.tables", "adapters.peft_config", "adapters.safetensors_header", "adapters.values"},
+    {"adapters.strict_json", "adapters.targets"},
+    {"adapters.names"},
     {"adapters.errors", "adapters.model"},
     {"adapters"},
 ]
@@ -39,7 +40,7 @@ ONLY_IN = {
     "prometheus_client": {"server.metrics"},
     "vllm": {"server.engine", "adapters.worker"},
     "sqlalchemy": {"server.tenants", "server.settings", "adapters.catalog", "adapters.tables"},
-    "torch": {"adapters.worker", "adapters.inspect"},
+    "torch": {"adapters.worker", "adapters.inspect", "adapters.values"},
 }
 NEVER_IN_ADAPTERS = {"server", "fastapi", "starlette", "prometheus_client"}
 

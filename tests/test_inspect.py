@@ -25,7 +25,7 @@ from adapters import inspect as inspection
 from adapters import peft_config, safetensors_header, strict_json
 from adapters.errors import CURES, AdapterRejected
 from adapters.inspect import inspect
-from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, Manifest, ModuleShape
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, Coverage, Manifest, ModuleShape, ranges
 from adapters.peft_config import PeftConfig, read_config
 from adapters.safetensors_header import MAX_HEADER_BYTES, read_header
 
@@ -184,6 +184,14 @@ def test_the_manifest_names_what_is_changed(base: BaseModel, tmp_path: Path) -> 
     folder = train(
         tmp_path, target_modules=["down_proj", "q_proj"], rank_pattern={"down_proj": 6}, use_rslora=True
     )
+    _, tensors = read(folder)
+
+    def norms(kind: str, scaling: float) -> tuple[float, float]:
+        prefix = "base_model.model.model.layers"
+        pairs = [[tensors[f"{prefix}.{n}.{kind}.lora_{side}.weight"] for side in "AB"] for n in (0, 1)]
+        found = [pytest.approx((b.double() @ a.double()).norm().item() * scaling) for a, b in pairs]
+        return tuple(sorted(found, key=lambda norm: norm.expected))
+
     assert inspect(folder, base) == Manifest(
         rank=6,
         alpha=8.0,
@@ -194,7 +202,22 @@ def test_the_manifest_names_what_is_changed(base: BaseModel, tmp_path: Path) -> 
         target_modules=("down_proj", "q_proj"),
         layers=(0, 1),
         base_model="acme/tiny-llama",
+        coverage=tuple(
+            Coverage(kind, (0, 1), 2, (rank, rank), (scaling, scaling), norms(kind, scaling))
+            for kind, rank, scaling in (
+                ("mlp.down_proj", 6, 8 / 6**0.5),
+                ("self_attn.q_proj", 4, 8 / 4**0.5),
+            )
+        ),
     )
+
+
+def test_the_coverage_names_layers_and_not_modules(base: BaseModel, tmp_path: Path) -> None:
+    report = inspect(train(tmp_path, layers_to_transform=[1], target_modules=["q_proj"]), base).report()
+    (row,) = report["coverage"]
+    assert (row["module"], row["layers"], row["available"]) == ("self_attn.q_proj", "1", 2)
+    assert (row["rank"], row["scaling"]) == ([4, 4], [2, 2])
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
 
 
 def test_names_without_pefts_prefix_are_read_as_vllm_reads_them(
@@ -236,6 +259,13 @@ def zero(tensors: Tensors, part: str) -> None:
             tensors[name] = torch.zeros_like(tensors[name])
 
 
+def cancel(tensors: Tensors) -> None:
+    """[A; A] and [B, -B]: neither is zero, their product is."""
+    for name, weight in tensors.items():
+        half = weight[:2] if "lora_A" in name else weight[:, :2]
+        tensors[name] = torch.cat([half, half] if "lora_A" in name else [half, -half], int("lora_B" in name))
+
+
 WARNINGS: dict[str, tuple[Callable[[Config, Tensors], Any], list[str]]] = {
     "unknown field": (
         lambda c, t: c.update(use_zora=True, unsloth_fixed=True),
@@ -251,7 +281,10 @@ WARNINGS: dict[str, tuple[Callable[[Config, Tensors], Any], list[str]]] = {
         lambda c, t: c.update(target_modules=["q_proj", "k_proj", "experts.w1"]),
         ["target_modules without", "'experts.w1'"],
     ),
-    "tensor without target": (lambda c, t: c.update(target_modules=["q_proj"]), ["does not list", "k_proj"]),
+    "targeted without tensor": (
+        lambda c, t: [t.pop(name) for name in list(t) if K1 in name],
+        ["without tensors", K1],
+    ),
     "idle pattern": (lambda c, t: c.update(rank_pattern={"v_proj": 2}), ["rank_pattern", "'v_proj'"]),
     "shadowed pattern": (
         lambda c, t: c.update(alpha_pattern={"k_proj": 3, K1: 4}),
@@ -271,13 +304,40 @@ def test_doubts_are_warnings(name: str, good: Path, base: BaseModel, tmp_path: P
     assert all(fragment in warning for fragment in fragments), warning
 
 
-@pytest.mark.parametrize("named", ["acme/tiny-llama", "/srv/models/Tiny-Llama/", "tiny-llama", None, ""])
+SAME_BASE = [
+    "acme/tiny-llama",
+    "/srv/models/Tiny-Llama/",
+    "tiny-llama",
+    "unsloth/tiny-llama-unsloth-bnb-4bit",
+    "/root/.cache/huggingface/hub/models--acme--tiny-llama/snapshots/0123abc",
+    "/models/where-it-lies",
+    None,
+    "",
+]
+
+
+@pytest.mark.parametrize("named", SAME_BASE)
 def test_the_same_base_by_another_path_is_no_warning(
     named: str | None, good: Path, base: BaseModel, tmp_path: Path
 ) -> None:
     config, tensors = read(good)
     config["base_model_name_or_path"] = named
-    assert inspect(write(tmp_path, config, tensors), base).warnings == ()
+    served = dataclasses.replace(base, source="/models/where-it-lies")
+    assert inspect(write(tmp_path, config, tensors), served).warnings == ()
+
+
+def test_another_fingerprint_is_refused_unless_it_is_meant(
+    good: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    config, tensors = read(good)
+    config["base_model_fingerprint"] = "aa"
+    folder = write(tmp_path, config, tensors)
+    assert inspect(folder, base).warnings == ()
+    assert inspect(folder, dataclasses.replace(base, fingerprint="aa")).warnings == ()
+    other = dataclasses.replace(base, fingerprint="bb")
+    with pytest.raises(AdapterRejected, match=r"'aa'.*'bb'"):
+        inspect(folder, other)
+    assert inspect(folder, other, any_base=True).modules
 
 
 # --- what is refused ------------------------------------------------------------------------------------
@@ -292,6 +352,7 @@ class Bad:
     change: Callable[[Config, Tensors], Any] = lambda config, tensors: None
     damage: Callable[[Path], Any] = lambda folder: None
     serving_dtype: str | None = None
+    fingerprint: str | None = None
 
 
 def field(code: str, name: str, value: Any, *says: str) -> Bad:
@@ -376,6 +437,10 @@ def share_bytes(folder: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + data[start + size :])
 
 
+def declare(config: Config, _: Tensors) -> None:
+    config["base_model_fingerprint"] = "aa"
+
+
 BAD: dict[str, Bad] = {
     # the config as a file
     "no config": Bad("config_invalid", ("missing",), damage=lambda f: (f / CONFIG_FILE).unlink()),
@@ -422,6 +487,24 @@ BAD: dict[str, Bad] = {
     "alpha is negative": field("config_invalid", "lora_alpha", -8, "-8"),
     "alpha is 0": field("alpha_zero", "lora_alpha", 0),
     "alpha is -0.0": field("alpha_zero", "lora_alpha", -0.0),
+    "no list of target_modules": field("config_invalid", "target_modules", None, "found None"),
+    "not targeted": field("target_mismatch", "target_modules", ["q_proj"], K1),
+    "targeted by another full name": field(
+        "target_mismatch", "target_modules", "model.layers.0.self_attn.v_proj", Q0
+    ),
+    "excluded": field("target_mismatch", "exclude_modules", ["k_proj"], K1),
+    "excluded by its full name": field("target_mismatch", "exclude_modules", K1, K1),
+    "another layer": field("target_mismatch", "layers_to_transform", [1], Q0),
+    "no layer of that pattern": Bad(
+        "target_mismatch", (Q0,), lambda c, t: c.update(layers_to_transform=[0, 1], layers_pattern=["h"])
+    ),
+    "filled at random": Bad(
+        "target_mismatch",
+        ("'model.layers.0.self_attn.v_proj'", "random"),
+        lambda c, t: c.update(init_lora_weights=False, target_modules=["q_proj", "k_proj", "v_proj"]),
+    ),
+    "another base by fingerprint": Bad("base_mismatch", ("'aa'", "tiny-llama"), declare, fingerprint="bb"),
+    "endless pattern": field("pattern_too_long", "rank_pattern", {"x" * 600: 4}, "600", "512"),
     "alpha_pattern has 0": field("alpha_zero", "alpha_pattern", {"q_proj": 0}, "'q_proj'"),
     "alpha_pattern has a negative": field(
         "config_invalid", "alpha_pattern", {"q_proj": -1}, "'q_proj'", "-1"
@@ -667,6 +750,7 @@ BAD: dict[str, Bad] = {
     ),
     "untrained": Bad("adapter_no_effect", ("4 modules",), lambda c, t: zero(t, "lora_B")),
     "A of zeros": Bad("adapter_no_effect", ("4 modules",), lambda c, t: zero(t, "lora_A")),
+    "B and A cancel out": Bad("adapter_no_effect", ("4 modules",), lambda c, t: cancel(t)),
     "vanishes in float16": Bad(
         "adapter_no_effect",
         ("4 modules",),
@@ -685,7 +769,9 @@ def refusal(bad: Bad, good: Path, base: BaseModel, folder: Path) -> AdapterRejec
     write(folder, config, tensors)
     bad.damage(folder)
     with pytest.raises(AdapterRejected) as caught:
-        inspect(folder, base, serving_dtype=bad.serving_dtype)
+        inspect(
+            folder, dataclasses.replace(base, fingerprint=bad.fingerprint), serving_dtype=bad.serving_dtype
+        )
     return caught.value
 
 
@@ -709,7 +795,8 @@ def test_every_code_of_an_inspection_has_a_case() -> None:
 
 
 def test_every_field_of_peft_is_decided_on() -> None:
-    known = PeftConfig.model_fields.keys() | peft_config.REFUSED.keys() | peft_config.HARMLESS
+    ours = {"base_model_fingerprint"}
+    known = (PeftConfig.model_fields.keys() - ours) | peft_config.REFUSED.keys() | peft_config.HARMLESS
     assert {field.name for field in dataclasses.fields(LoraConfig)} == known
 
 
@@ -733,18 +820,6 @@ def test_pefts_own_conversion_cures_a_modified_base(init: str, base: BaseModel, 
         path_initial_model_for_weight_conversion=str(tmp_path / "initial"),
     )
     assert inspect(tmp_path / "converted", base).rank == 8
-
-
-@pytest.mark.parametrize("at", [0, 99, 100, 255])
-def test_a_tensor_is_looked_at_to_its_last_part(
-    at: int, good: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inspection, "_SERIAL_ELEMENTS", 100)
-    config, tensors = read(good)
-    tensors[A0].view(-1)[at] = math.nan
-    with pytest.raises(AdapterRejected) as caught:
-        inspect(write(tmp_path, config, tensors), base)
-    assert caught.value.code == "weights_not_finite"
 
 
 def test_a_layer_that_exists_elsewhere_is_explained(good: Path, base: BaseModel, tmp_path: Path) -> None:
