@@ -3,7 +3,7 @@
     <root>/quarantine/<uuid>/<file>      being received, or on its way out
     <root>/blobs/<digest>/<file>         committed: written once, read-only, named by its contents
 
-``digest`` is the SHA-256 over the lines ``name size sha256`` of the two files, in the order of their
+``digest`` is the SHA-256 over the lines ``name size sha256`` of the files, in the order of their
 names. A folder enters ``blobs`` and leaves it by one rename, so it is whole or not there. Whatever a
 crash leaves behind is in quarantine, or linked by no row of the catalog: ``sweep`` removes both.
 
@@ -31,11 +31,13 @@ from typing import Any, ParamSpec, Self, TypeVar
 from weakref import WeakValueDictionary
 
 from adapters.errors import StorageFull, UploadIncomplete, UploadTooLarge, fault
-from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
+# May be uploaded, but is used up by the conversion and never committed.
+_PASSING_FILES = (INITIAL_FILE,)
 _BLOCK = 1 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _PROBE = ".probe-"
@@ -251,6 +253,14 @@ class Incoming:
         )
         return self.digest
 
+    async def examine(self, look: Callable[[Path], T]) -> T:
+        """What ``look`` says about the folder, in a worker thread; it may replace files by others.
+
+        ``digest`` and ``size_bytes`` are of what lies there then. Raises StorageFull, and what ``look`` does.
+        """
+        assert self.digest is not None, "finish comes first"
+        return await _in_thread(self._examine, look)
+
     async def commit(self) -> Path:
         """Moves the files to their place in ``blobs``, on disk when this returns, and returns the folder.
 
@@ -283,6 +293,17 @@ class Incoming:
                 os.fchmod(file.descriptor, 0o444)
                 os.fsync(file.descriptor)
                 file.close()
+
+    def _examine(self, look: Callable[[Path], T]) -> T:
+        with _disk_errors("examining an upload"):
+            before = _marks(self._quarantine)
+            seen = look(self._quarantine)
+            if _marks(self._quarantine) != before:
+                self.digest = digest_of(self._quarantine)
+                self.size_bytes = sum(path.stat().st_size for path in self._quarantine.iterdir())
+                if self.digest is None:
+                    raise OSError(errno.EIO, "what was just written cannot be read")
+            return seen
 
     def _discard(self) -> None:
         for file in self._files.values():
@@ -325,7 +346,7 @@ def _disk_errors(doing: str) -> Iterator[None]:
 
 
 def _check_name(filename: str) -> None:
-    if filename in FILES:
+    if filename in FILES or filename in _PASSING_FILES:
         return
     if filename.endswith(_PICKLE_SUFFIXES):
         raise fault(
@@ -351,6 +372,11 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _marks(folder: Path) -> set[tuple[str, int]]:
+    """Tells a folder's files from others of the same names."""
+    return {(path.name, path.stat().st_ino) for path in folder.iterdir()}
 
 
 def _digest(files: Mapping[str, tuple[int, str]]) -> str:

@@ -71,7 +71,7 @@ def inspect(
     """
     if serving_dtype is not None and serving_dtype not in DTYPES:
         raise ValueError(f"serving_dtype must be one of {', '.join(DTYPES)}, not {serving_dtype!r}")
-    _refuse_pickles(folder)
+    refuse_pickles(folder)
     config = read_config(folder / CONFIG_FILE, base)
     if not any_base:
         check_base(config, base)
@@ -143,7 +143,7 @@ def _refuse(code: str, message: str) -> AdapterRejected:
     return fault(code, f"{WEIGHTS_FILE}: {message}", param=WEIGHTS_FILE)
 
 
-def _refuse_pickles(folder: Path) -> None:
+def refuse_pickles(folder: Path) -> None:
     for name in PICKLES:
         if (folder / name).exists():
             raise fault("weights_not_safetensors", f"The adapter holds {name}, a pickle.", param=name)
@@ -153,8 +153,8 @@ def _pair(tensors: Mapping[str, TensorHeader], base: BaseModel) -> dict[str, Pai
     """Full module name -> its two tensors, sorted by name; every module is one of the base's."""
     sides: dict[str, dict[str, str]] = {}
     for name in sorted(tensors):
-        module, side = _parse_name(name)
-        _check_module(module, base)
+        module, side = parse_name(name)
+        check_module(module, base)
         twin = sides.setdefault(module, {}).setdefault(side, name)
         if twin != name:
             raise _refuse("weights_invalid", f"{show(twin)} and {show(name)} are the same lora_{side}.")
@@ -170,7 +170,7 @@ def _pair(tensors: Mapping[str, TensorHeader], base: BaseModel) -> dict[str, Pai
     }
 
 
-def _parse_name(name: str) -> tuple[str, str]:
+def parse_name(name: str) -> tuple[str, str]:
     """``base_model.model.<module>.lora_A.weight`` -> module, "A". vLLM reads it without the prefix too."""
     match = _LORA_NAME.fullmatch(name)
     if match is not None:
@@ -185,7 +185,8 @@ def _parse_name(name: str) -> tuple[str, str]:
     )
 
 
-def _check_module(module: str, base: BaseModel) -> None:
+def check_module(module: str, base: BaseModel) -> None:
+    """Refuses a module that ``base`` does not have, with the nearest that it has."""
     if module in base.modules:
         return
     for fused, parts in base.fused.items():

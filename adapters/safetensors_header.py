@@ -21,6 +21,7 @@ from adapters.strict_json import show
 # About 150 bytes a tensor. Every linear layer of a model of 126 layers makes 1,764 tensors, 260 kB.
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 10_000
+MAX_NAME = 512  # characters
 
 # safetensors' name -> (torch's name, bytes per element)
 DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
@@ -96,6 +97,8 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 
 def _tensor(name: str, entry: Any) -> TensorHeader:
+    if len(name) > MAX_NAME:
+        raise _invalid(f"tensor {show(name)} has a name of {len(name)} characters; {MAX_NAME} are read.")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _invalid(f"tensor {show(name)} must have exactly dtype, shape and data_offsets.")
     if not isinstance(entry["dtype"], str):

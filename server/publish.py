@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 
+from adapters.admit import admit
 from adapters.blobs import BlobStore
 from adapters.catalog import Catalog
-from adapters.inspect import inspect
 from adapters.model import Adapter, Manifest, Version
 from server.dispatcher import Dispatcher
 from server.engine import Engine
@@ -51,12 +52,17 @@ async def publish(
     async with service.blobs.receive() as incoming:
         async for filename, chunk in files:
             await incoming.write(filename, chunk)
-        digest = await incoming.finish()
-        manifest = await asyncio.to_thread(
-            inspect, incoming.path, service.engine.base, serving_dtype=service.engine.lora_dtype
+        uploaded = await incoming.finish()
+        manifest = await incoming.examine(
+            partial(
+                admit,
+                base=service.engine.base,
+                original_digest=uploaded,
+                serving_dtype=service.engine.lora_dtype,
+            )
         )
         async with service.linking:
-            await incoming.commit()
+            digest = (await incoming.commit()).name
             adapter, version = await service.catalog.link(tenant, name, digest=digest, manifest=manifest)
     move_pin(service.dispatcher, adapter)
     return Published(adapter, version, manifest)

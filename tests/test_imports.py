@@ -26,6 +26,8 @@ LEVELS: list[set[str]] = [
     {"server.engine", "server.tenants", "server.metrics", "server.logs"},
     {"server.errors", "server.settings"},
     {"server"},
+    {"adapters.admit"},
+    {"adapters.convert"},
     {"adapters.catalog", "adapters.blobs", "adapters.inspect", "adapters.worker"},
     {"adapters.tables", "adapters.peft_config", "adapters.safetensors_header", "adapters.values"},
     {"adapters.strict_json", "adapters.targets"},
@@ -40,7 +42,7 @@ ONLY_IN = {
     "prometheus_client": {"server.metrics"},
     "vllm": {"server.engine", "adapters.worker"},
     "sqlalchemy": {"server.tenants", "server.settings", "adapters.catalog", "adapters.tables"},
-    "torch": {"adapters.worker", "adapters.inspect", "adapters.values"},
+    "torch": {"adapters.worker", "adapters.inspect", "adapters.values", "adapters.convert"},
 }
 NEVER_IN_ADAPTERS = {"server", "fastapi", "starlette", "prometheus_client"}
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import hashlib
 import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
+from adapters.blobs import digest_of
+from adapters.convert import Conversion
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests import tiny
 from tests.site import ADMIN_KEY, Site, bearer
@@ -34,6 +39,10 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 def files(seed: int = 1) -> dict[str, bytes]:
     return {name: (tiny.adapter(seed) / name).read_bytes() for name in BOTH}
+
+
+def tensors(seed: int) -> dict[str, Any]:
+    return load_file(tiny.adapter(seed) / WEIGHTS_FILE)
 
 
 def blobs(folder: Path) -> list[str]:
@@ -65,6 +74,38 @@ async def test_an_upload_answers_with_what_it_is(site: Site, tmp_path: Path, ord
         stored = tmp_path / "blobs" / body["digest"] / name
         assert stored.read_bytes() == content
         assert not os.stat(stored).st_mode & 0o222
+
+
+async def test_what_was_converted_is_stored_under_a_digest_of_its_own(site: Site, tmp_path: Path) -> None:
+    named = {name.replace(".weight", ".default.weight"): x for name, x in tensors(1).items()}
+    sent = {CONFIG_FILE: files()[CONFIG_FILE], WEIGHTS_FILE: save(named)}
+    body = (await site.admin.post(URL, files=sent)).json()
+    report = body["report"]
+    assert report["conversions"] == ["the adapter's name was taken out of the tensors' names: 'default'"]
+    lines = "".join(
+        f"{name} {len(content)} {hashlib.sha256(content).hexdigest()}\n"
+        for name, content in sorted(sent.items())
+    )
+    assert report["original_digest"] == hashlib.sha256(lines.encode()).hexdigest()
+    assert body["digest"] != report["original_digest"]
+    assert blobs(tmp_path) == [body["digest"]]
+    stored = tmp_path / "blobs" / body["digest"]
+    assert digest_of(stored) == body["digest"]
+    assert load_file(stored / WEIGHTS_FILE).keys() == tensors(1).keys()
+    assert report["size_bytes"] == sum(path.stat().st_size for path in stored.iterdir())
+
+
+async def test_a_disk_that_fills_up_while_converting_is_a_507(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Conversion, "write", full)
+    named = {name.replace(".weight", ".default.weight"): x for name, x in tensors(1).items()}
+    sent = {CONFIG_FILE: files()[CONFIG_FILE], WEIGHTS_FILE: save(named)}
+    error(await site.admin.post(URL, files=sent), 507, "storage_full")
+    await nothing_kept(site, tmp_path)
 
 
 async def test_the_same_bytes_twice_are_two_versions_of_one_blob(site: Site, tmp_path: Path) -> None:

@@ -1,0 +1,409 @@
+"""Uploads that say what we could serve in a form that vLLM would refuse or lose, rewritten into PEFT's.
+
+    names      wrappers of torch (FSDP, compile, DDP, checkpointing), the adapter's name inside a tensor's
+               (``lora_A.default.weight``), a bare backbone without its ``model.``
+    fused      ``qkv_proj`` of a model whose checkpoint has ``q_proj``, ``k_proj``, ``v_proj``: each part gets
+               all of lora_A and its own rows of lora_B
+    initial    PiSSA, OLoRA, CorDA and LoRA-GA change the base weights before training. With the weights from
+               before, A0 and B0: W + BA - B0A0 = W + [B | -B0] [A ; A0], a plain LoRA of twice the rank
+               (``subtract_mutated_init`` in ``peft/tuners/lora/model.py``)
+
+What is to be done is decided on names and shapes alone, and checked as every upload is, before a byte is
+written. Writing holds one tensor of the result in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from adapters.errors import AdapterRejected, fault
+from adapters.inspect import PREFIX, check_module, check_tensors, parse_name, refuse_pickles
+from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE, BaseModel
+from adapters.names import leaf
+from adapters.peft_config import PeftConfig, load_fields, parse_config
+from adapters.safetensors_header import DTYPES, TensorHeader, read_header
+from adapters.strict_json import show
+from adapters.values import DTYPES as DTYPE_OF
+
+# What PEFT's conversion with path_initial_model_for_weight_conversion is for.
+CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
+
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_NAMED = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+_ST_NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
+_ITEMSIZE = dict(DTYPES.values())
+
+# (full module name, "A" or "B")
+Side = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows of one tensor of the upload; all of them if ``rows`` is None."""
+
+    file: str
+    name: str
+    rows: tuple[int, int] | None = None
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of the result: ``pieces`` one after the other along ``dim``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[_Piece, ...]
+    dim: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What will be written, and ``notes`` for the report: one sentence for each thing that changes."""
+
+    fields: Mapping[str, Any]
+    tensors: Mapping[Side, _Tensor]
+    notes: tuple[str, ...]
+
+    def write(self, source: Path, target: Path) -> None:
+        """Both files in ``target``, on disk and complete under their names; ``target`` may be ``source``.
+
+        Raises AdapterRejected where safetensors cannot read the upload, OSError where the disk fails.
+        """
+        config = json.dumps(self.fields, indent=2).encode()
+        with ExitStack() as stack:
+            parts = {name: stack.enter_context(_Part(target / name)) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+            parts[CONFIG_FILE].file.write(config)
+            self._write_weights(source, parts[WEIGHTS_FILE].file)
+            for part in parts.values():
+                part.keep()
+        if source == target:
+            (source / INITIAL_FILE).unlink(missing_ok=True)
+
+    def headers(self) -> dict[str, TensorHeader]:
+        """The tensors of the result by name, in the order of their bytes."""
+        headers, at = {}, 0
+        for (module, side), tensor in sorted(self.tensors.items()):
+            size = tensor.shape[0] * tensor.shape[1] * _ITEMSIZE[tensor.dtype]
+            headers[f"{PREFIX}{module}.lora_{side}.weight"] = TensorHeader(
+                tensor.dtype, tensor.shape, at, at + size
+            )
+            at += size
+        return headers
+
+    def _write_weights(self, source: Path, file: BinaryIO) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for name, tensor in self.headers().items():
+            header[name] = {
+                "dtype": _ST_NAMES[tensor.dtype],
+                "shape": tensor.shape,
+                "data_offsets": (tensor.begin, tensor.end),
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text = text.ljust(-(-len(text) // 8) * 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        files = {piece.file for tensor in self.tensors.values() for piece in tensor.pieces}
+        try:
+            with ExitStack() as stack:
+                opened = {
+                    name: stack.enter_context(safe_open(source / name, framework="pt")) for name in files
+                }
+                for side in sorted(self.tensors):
+                    file.write(_bytes_of(_build(self.tensors[side], opened)))
+        except SafetensorError as error:
+            raise _refuse("weights_invalid", f"safetensors cannot read it: {error}.") from None
+
+
+def plan(folder: Path, base: BaseModel) -> Conversion | None:
+    """What must be rewritten so that ``base`` serves ``folder``; None where it can be served as it is.
+
+    Reads the config and the headers. Raises AdapterRejected for what no conversion helps.
+    """
+    refuse_pickles(folder)
+    fields = load_fields(folder / CONFIG_FILE)
+    initial: _Upload | None = None
+    if (folder / INITIAL_FILE).exists():
+        fields = _without_init(fields)
+        initial = _read(INITIAL_FILE, folder, base)
+    config = parse_config(fields, base)
+    upload = _read(WEIGHTS_FILE, folder, base)
+    parts = {module: parts for module, _ in upload.tensors if (parts := _parts(module, base))}
+    if initial is None and not parts and not upload.notes:
+        return None
+    modules = {module for module, _ in upload.tensors}
+    config.check_targets(base, {upload.trained_as.get(module, module) for module in modules})
+    tensors, notes, twice = upload.tensors, list(upload.notes), 1
+    if initial is not None:
+        tensors, twice = _subtract(tensors, initial.tensors), 2
+        fields = _of_twice_the_rank(fields, config)
+        notes.append("its initial weights were subtracted: a plain LoRA of twice the rank")
+    if parts:
+        tensors = _split(tensors, parts, base)
+        fields = _with_patterns_of_parts(fields, config, parts)
+        for fused in sorted({leaf(module) for module in parts}):
+            notes.append(f"{fused} was split into {', '.join(base.fused[fused])}, rows in this order")
+    if parts or upload.trained_as:
+        fields = _with_exact_targets(fields, {module for module, _ in tensors})
+    conversion = Conversion(fields, tensors, tuple(notes))
+    converted = parse_config(fields, base)
+    check_tensors(conversion.headers(), converted, base)
+    for module in modules:
+        for part in parts.get(module, (module,)):
+            _check_same(config, module, converted, part, twice)
+    return conversion
+
+
+def _refuse(code: str, message: str, file: str = WEIGHTS_FILE) -> AdapterRejected:
+    return fault(code, f"{file}: {message}", param=file)
+
+
+# --- names ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """The tensors of one file under the names of the base's modules (a fused one under its own).
+
+    ``trained_as`` holds the module names of a bare backbone, where they were others.
+    """
+
+    tensors: Mapping[Side, _Tensor]
+    trained_as: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def _read(file: str, folder: Path, base: BaseModel) -> _Upload:
+    """Raises AdapterRejected for tensors that are none of a LoRA's, or that are the same twice."""
+    tensors: dict[Side, _Tensor] = {}
+    trained_as: dict[str, str] = {}
+    wrappers: set[str] = set()
+    adapters: set[str] = set()
+    for name, header in sorted(read_header(folder / file).items()):
+        found = _NAMED.fullmatch(name)
+        if found is None:
+            parse_name(name)
+            raise AssertionError(name)  # it has said why
+        trained, wrapped = _unwrapped(found["module"])
+        module = _rooted(trained, base)
+        if not _parts(module, base):
+            check_module(module, base)
+        if module != trained:
+            trained_as[module] = trained
+        wrappers |= wrapped
+        adapters.add(found["adapter"] or "")
+        side = (module, found["side"])
+        if side in tensors:
+            twin = tensors[side].pieces[0].name
+            raise _refuse("weights_invalid", f"{show(twin)} and {show(name)} are the same tensor.", file)
+        tensors[side] = _Tensor(header.dtype, header.shape, (_Piece(file, name),))
+    if len(adapters) > 1:
+        raise _refuse(
+            "tensor_unknown", f"it holds tensors of {len(adapters)} adapters, {show(sorted(adapters))}.", file
+        )
+    notes = []
+    if wrappers:
+        notes.append(f"torch's wrappers were taken out of the tensors' names: {', '.join(sorted(wrappers))}")
+    if adapters != {""}:
+        notes.append(f"the adapter's name was taken out of the tensors' names: {show(adapters.pop())}")
+    if trained_as:
+        notes.append("'model.' was put before the names of a bare backbone's modules")
+    return _Upload(tensors, trained_as, tuple(notes))
+
+
+def _unwrapped(name: str) -> tuple[str, set[str]]:
+    """A module's name without PEFT's prefix and torch's wrappers, and which of these there were."""
+    parts = name.split(".")
+    wrappers = _WRAPPERS.intersection(parts)
+    parts = [part for part in parts if part not in _WRAPPERS]
+    if parts[:1] == ["module"]:
+        parts, wrappers = parts[1:], wrappers | {"module"}
+    return ".".join(parts).removeprefix(PREFIX), set(wrappers)
+
+
+def _rooted(module: str, base: BaseModel) -> str:
+    """PEFT on a backbone alone (``AutoModel``) knows its modules without the ``model.`` in front."""
+    if module in base.modules or _parts(module, base):
+        return module
+    rooted = f"model.{module}"
+    return rooted if rooted in base.modules or _parts(rooted, base) else module
+
+
+def _parts(module: str, base: BaseModel) -> tuple[str, ...]:
+    """The modules that the base has instead of a fused one; empty where it is not, or not all are there."""
+    if module in base.modules:
+        return ()
+    parent, _, last = module.rpartition(".")
+    parts = tuple(f"{parent}.{part}" for part in base.fused.get(last, ()))
+    return parts if all(part in base.modules for part in parts) else ()
+
+
+# --- tensors --------------------------------------------------------------------------------------------
+
+
+def _split(
+    tensors: Mapping[Side, _Tensor], parts: Mapping[str, tuple[str, ...]], base: BaseModel
+) -> dict[Side, _Tensor]:
+    split: dict[Side, _Tensor] = {}
+    for (module, side), tensor in tensors.items():
+        begin = 0
+        for part in parts.get(module, ()):
+            made = tensor
+            if side == "B":
+                end = begin + base.modules[part].out_features
+                made, begin = _rows(tensor, begin, end), end
+            if (part, side) in split or (part, side) in tensors:
+                raise _refuse("weights_invalid", f"{show(module)} and {show(part)} are the same layer.")
+            split[part, side] = made
+        if module not in parts:
+            split[module, side] = tensor
+        elif side == "B" and tensor.shape[:1] != (begin,):
+            raise _refuse(
+                "shape_mismatch",
+                f"tensor {show(tensor.pieces[0].name)} is {tensor.shape}, and {base.name} needs"
+                f" ({begin}, rank) for {', '.join(map(leaf, parts[module]))} together.",
+            )
+    return split
+
+
+def _rows(tensor: _Tensor, begin: int, end: int) -> _Tensor:
+    """Rows ``begin`` to ``end`` of a lora_B, whose pieces lie side by side."""
+    pieces = tuple(replace(piece, rows=(begin, end)) for piece in tensor.pieces)
+    return replace(tensor, shape=(end - begin, *tensor.shape[1:]), pieces=pieces)
+
+
+def _subtract(trained: Mapping[Side, _Tensor], initial: Mapping[Side, _Tensor]) -> dict[Side, _Tensor]:
+    """[A ; A0] and [B | -B0] for every pair; both files have the same tensors in the same shapes."""
+    if trained.keys() != initial.keys():
+        module, side = sorted(trained.keys() ^ initial.keys())[0]
+        raise _refuse("tensor_unpaired", f"{show(module)} has a lora_{side} in one file only.", INITIAL_FILE)
+    joined = {}
+    for (module, side), tensor in trained.items():
+        before = initial[module, side]
+        if before.shape != tensor.shape or len(tensor.shape) != 2:
+            raise _refuse(
+                "shape_mismatch",
+                f"lora_{side} of {show(module)} is {before.shape}, and {tensor.shape} in {WEIGHTS_FILE}.",
+                INITIAL_FILE,
+            )
+        rows, columns = tensor.shape
+        joined[module, side] = _Tensor(
+            tensor.dtype if tensor.dtype == before.dtype else "float32",
+            (rows * 2, columns) if side == "A" else (rows, columns * 2),
+            (*tensor.pieces, *(replace(piece, negated=side == "B") for piece in before.pieces)),
+            dim=0 if side == "A" else 1,
+        )
+    return joined
+
+
+def _build(tensor: _Tensor, files: Mapping[str, Any]) -> torch.Tensor:
+    pieces = []
+    for piece in tensor.pieces:
+        if piece.rows is None:
+            part = files[piece.file].get_tensor(piece.name)
+        else:
+            part = files[piece.file].get_slice(piece.name)[slice(*piece.rows)]
+        part = part.to(DTYPE_OF[tensor.dtype])
+        pieces.append(-part if piece.negated else part)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, tensor.dim)
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    """A buffer of its bytes, row after row."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
+
+
+# --- the config -----------------------------------------------------------------------------------------
+
+
+def _without_init(fields: Mapping[str, Any]) -> dict[str, Any]:
+    init = fields.get("init_lora_weights")
+    if not isinstance(init, str) or not init.lower().startswith(CONVERTIBLE):
+        raise fault(
+            "unexpected_file",
+            f"The upload holds {INITIAL_FILE}, and init_lora_weights is {show(init)}, which needs none.",
+            param=INITIAL_FILE,
+        )
+    return {**fields, "init_lora_weights": True}
+
+
+def _of_twice_the_rank(fields: Mapping[str, Any], config: PeftConfig) -> dict[str, Any]:
+    """Of the same scaling: alpha grows with the rank, with rsLoRA with its root."""
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return {
+        **fields,
+        "r": config.r * 2,
+        "lora_alpha": config.lora_alpha * factor,
+        "rank_pattern": {key: rank * 2 for key, rank in (config.rank_pattern or {}).items()},
+        "alpha_pattern": {key: alpha * factor for key, alpha in (config.alpha_pattern or {}).items()},
+    }
+
+
+def _with_patterns_of_parts(
+    fields: Mapping[str, Any], config: PeftConfig, parts: Mapping[str, tuple[str, ...]]
+) -> dict[str, Any]:
+    """A key of a fused module becomes one of each of its parts, at the same place in the order."""
+    names = {leaf(module): [leaf(part) for part in of] for module, of in parts.items()}
+    changed = dict(fields)
+    for field in ("rank_pattern", "alpha_pattern"):
+        expanded: dict[str, Any] = {}
+        for key, value in (fields.get(field) or {}).items():
+            parent, dot, last = key.rpartition(".")
+            for name in names.get(last, [last]):
+                expanded.setdefault(f"{parent}{dot}{name}", value)
+        changed[field] = expanded
+    return changed
+
+
+def _with_exact_targets(fields: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    return {
+        **fields,
+        "target_modules": sorted(modules),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _check_same(config: PeftConfig, module: str, converted: PeftConfig, part: str, twice: int) -> None:
+    """Patterns are matched by name, and names have changed: no part may have got another's rank or alpha."""
+    same_rank = converted.rank_of(part) == config.rank_of(module) * twice
+    if not same_rank or not math.isclose(converted.scaling_of(part), config.scaling_of(module)):
+        raise _refuse(
+            "module_fused", f"the patterns give {show(module)} another rank or alpha than {show(part)}."
+        )
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+class _Part:
+    """A file that appears under its name when ``keep`` is called, and never in part."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._partial = path.with_name(f".{path.name}.part")
+
+    def __enter__(self) -> Self:
+        self.file: BinaryIO = self._partial.open("xb")
+        return self
+
+    def keep(self) -> None:
+        self.file.flush()
+        os.fchmod(self.file.fileno(), 0o444)
+        os.fsync(self.file.fileno())
+        self._partial.rename(self.path)
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self._partial.unlink(missing_ok=True)
