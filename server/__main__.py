@@ -45,6 +45,34 @@ def demo(
 
 
 @cli.command()
+def doctor(
+    adapter: Annotated[Path, typer.Argument(help="Folder that PEFT's save_pretrained wrote.")],
+    base: Annotated[Path, typer.Option(help="Folder of the base model; its weights are not loaded.")],
+    max_rank: Annotated[int, typer.Option(help="The server's LORAPLEX_MAX_LORA_RANK.")] = 64,
+    dtype: Annotated[str | None, typer.Option(help="What the server casts adapters to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what an upload would be answered: 0 accepted, 1 refused, 2 not to be told."""
+    from server import offline
+
+    raise SystemExit(offline.doctor(adapter, base, max_rank=max_rank, dtype=dtype, as_json=as_json))
+
+
+@cli.command()
+def merge(
+    base: Annotated[Path, typer.Option(help="Folder of the base model.")],
+    adapter: Annotated[Path, typer.Option(help="Folder that PEFT's save_pretrained wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder to be made for the merged checkpoint.")],
+    verify: Annotated[bool, typer.Option(help="Compare with base + PEFT, in float32 in memory.")] = True,
+    tolerance: Annotated[float, typer.Option(help="Largest difference in a log-probability.")] = 0.1,
+) -> None:
+    """Write base + adapter as one checkpoint, for a customer who outgrows sharing."""
+    from server import offline
+
+    raise SystemExit(offline.merge(base, adapter, out, verify=verify, tolerance=tolerance))
+
+
+@cli.command()
 def version() -> None:
     """Print the version."""
     print(__version__)

@@ -30,6 +30,7 @@ from pydantic import ValidationError
 from starlette.datastructures import State
 
 from adapters.model import BaseModel, ModuleShape
+from adapters.shapes import fingerprint
 from adapters.worker import spare_slots
 from server.errors import BadRequest, Internal, ServerError, Unavailable
 from server.settings import Settings
@@ -187,6 +188,8 @@ class Engine:
                 "loraplex_open", args=(settings.gpu_slots, settings.host_slots)
             )
             base = _base_model(settings.served_model_name, described)
+            found = await asyncio.to_thread(fingerprint, Path(settings.model))
+            base = replace(base, source=settings.model, fingerprint=found)
             config = llm.vllm_config
             engine = cls(
                 llm,

@@ -1,0 +1,252 @@
+"""Base and adapter -> one ordinary checkpoint: W + scaling * BA, for a customer who outgrows sharing.
+
+Every shard is copied by the kernel, and the weights that change are then rewritten in place, some rows at a
+time: memory stays near one pair of matrices, and names, order, types and index are the base's own. The sum is
+made in float32 and rounded to the base's type once. The folder appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+
+from adapters.convert import plan
+from adapters.inspect import check_tensors, inspect
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel
+from adapters.peft_config import read_config
+from adapters.safetensors_header import DTYPES, read_header
+from adapters.values import DTYPES as DTYPE_OF
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+# Other forms of the same weights, which would be the base's beside the merged ones.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".safetensors", ".h5", ".msgpack", ".onnx")
+
+# Elements of a weight that are in memory at once, three times in float32.
+_ROWS = 1 << 20
+
+
+class MergeError(Exception):
+    """The base's checkpoint is not one that can be merged into; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What is added to one weight: ``scaling * b @ a``, both by their names in the adapter's file."""
+
+    weight: str
+    a_name: str
+    b_name: str
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A prompt, and how the merged model continues it at each of its positions, against base and PEFT.
+
+    ``effect`` and ``error`` are the largest KL divergence of the next token, in nats, of base and of merged
+    model from the adapter's; ``log_prob`` is the largest change in the log-probability of a likeliest token.
+    """
+
+    prompt: str
+    effect: float
+    error: float
+    log_prob: float
+
+
+class Merge(AbstractContextManager["Merge"]):
+    """``with Merge(...) as merge: merge.run(); merge.verify(...); merge.keep()``; else nothing is left.
+
+    ``adapter`` is inspected as for an upload, and converted where it must be. Raises AdapterRejected,
+    MergeError, FileExistsError where ``out`` is there already, OSError.
+    """
+
+    def __init__(self, base_dir: Path, base: BaseModel, adapter: Path, out: Path) -> None:
+        self.base_dir = base_dir
+        self.base = base
+        self.out = out.absolute()
+        self.partial = self.out.with_name(f".{self.out.name}-{uuid.uuid4().hex}")
+        self._adapter = adapter
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        if self.out.exists() or self.out.is_symlink():
+            raise FileExistsError(f"{self.out} is there already; name a folder that is not")
+        with contextlib.ExitStack() as stack:
+            conversion = plan(self._adapter, self.base)
+            if conversion is not None:
+                scratch = Path(stack.enter_context(TemporaryDirectory(prefix="loraplex-merge-")))
+                conversion.write(self._adapter, scratch)
+                self._adapter = scratch
+            inspect(self._adapter, self.base)
+            self.partial.mkdir(parents=True)
+            stack.callback(shutil.rmtree, self.partial, ignore_errors=True)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def run(self) -> int:
+        """Writes the merged checkpoint beside ``out``; returns how many weights have changed."""
+        shards = _shards(self.base_dir)
+        changes = self._changes()
+        missing = sorted(changes.keys() - shards.keys())
+        if missing:
+            raise MergeError(
+                f"the checkpoint of {self.base.name} has no tensor {missing[0]}: its weights have other"
+                " names, or are quantized. Merge into the original checkpoint."
+            )
+        for path in sorted(self.base_dir.iterdir()):
+            if path.is_file() and not path.name.endswith(_OTHER_WEIGHTS):
+                shutil.copyfile(path, self.partial / path.name)
+        for name in sorted(set(shards.values())):
+            here = [change for weight, change in changes.items() if shards[weight] == name]
+            self._merge_shard(name, here)
+        return len(changes)
+
+    def verify(self, prompts: list[str]) -> list[Probe]:
+        """Runs base, base with PEFT's adapter, and merged model in float32, one model at a time."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        def load(folder: Path) -> Any:
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+
+        tokenizer = AutoTokenizer.from_pretrained(self.base_dir, local_files_only=True)
+        ids = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in prompts]
+        with torch.inference_mode():
+            model = PeftModel.from_pretrained(load(self.base_dir), self._adapter).eval()
+            adapted = [_log_probs(model, one) for one in ids]
+            with model.disable_adapter():
+                plain = [_log_probs(model, one) for one in ids]
+            del model
+            merged = load(self.partial).eval()
+            return [
+                _compare(prompt, before, want, _log_probs(merged, one))
+                for prompt, before, want, one in zip(prompts, plain, adapted, ids, strict=True)
+            ]
+
+    def keep(self) -> None:
+        """Gives the folder its name, on disk when this returns."""
+        for path in self.partial.iterdir():
+            _sync(path)
+        _sync(self.partial)
+        if self.out.exists():
+            raise FileExistsError(f"{self.out} was made by somebody else in the meantime")
+        self.partial.rename(self.out)
+        _sync(self.out.parent)
+
+    def _changes(self) -> dict[str, _Change]:
+        """By the name of the weight."""
+        config = read_config(self._adapter / CONFIG_FILE, self.base)
+        pairs = check_tensors(read_header(self._adapter / WEIGHTS_FILE), config, self.base)
+        return {
+            f"{module}.weight": _Change(
+                f"{module}.weight", pair.a_name, pair.b_name, config.scaling_of(module)
+            )
+            for module, pair in pairs.items()
+        }
+
+    def _merge_shard(self, name: str, changes: list[_Change]) -> None:
+        target = self.partial / name
+        shutil.copyfile(self.base_dir / name, target)
+        with (
+            target.open("r+b") as shard,
+            safe_open(self._adapter / WEIGHTS_FILE, framework="pt") as adapter,
+        ):
+            length = int.from_bytes(shard.read(8), "little")
+            header = json.loads(shard.read(length))
+            for change in changes:
+                shape = self.base.modules[change.weight.removesuffix(".weight")]
+                entry = header[change.weight]
+                if entry["dtype"] not in DTYPES or entry["shape"] != [shape.out_features, shape.in_features]:
+                    raise MergeError(
+                        f"{change.weight} is {entry['dtype']} of shape {entry['shape']} in {name}, and must"
+                        f" be F32, F16 or BF16 of shape {[shape.out_features, shape.in_features]}. Merge into"
+                        " the original checkpoint, not into a quantized one."
+                    )
+                a = adapter.get_tensor(change.a_name).float()
+                b = adapter.get_tensor(change.b_name).float()
+                begin = 8 + length + entry["data_offsets"][0]
+                _add(shard.fileno(), begin, entry["dtype"], a, b * change.scaling, change.weight)
+
+
+def _add(descriptor: int, begin: int, dtype: str, a: torch.Tensor, b: torch.Tensor, weight: str) -> None:
+    """Adds ``b @ a`` to the matrix at byte ``begin`` of an open file, rows by rows."""
+    name, size = DTYPES[dtype]
+    columns = a.shape[1]
+    step = max(1, _ROWS // columns)
+    for at in range(0, b.shape[0], step):
+        part = b[at : at + step]
+        place = begin + at * columns * size
+        data = bytearray(os.pread(descriptor, len(part) * columns * size, place))
+        rows = torch.frombuffer(data, dtype=DTYPE_OF[name]).view(len(part), columns)
+        total = torch.addmm(rows.float(), part, a).to(rows.dtype)
+        if not total.isfinite().all():
+            raise MergeError(f"{weight} with the adapter is too large for {name}")
+        _write_all(descriptor, total.flatten().view(torch.uint8).numpy(), place)
+
+
+def _write_all(descriptor: int, data: Any, place: int) -> None:
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(descriptor, rest, place)
+        rest, place = rest[written:], place + written
+
+
+def _shards(base_dir: Path) -> Mapping[str, str]:
+    """Weight -> the file in ``base_dir`` that holds it."""
+    index, single = base_dir / INDEX_FILE, base_dir / SINGLE_FILE
+    if index.is_file():
+        shards = dict(json.loads(index.read_text())["weight_map"])
+        if any(Path(name).name != name for name in shards.values()):
+            raise MergeError(f"{index} names files outside its folder")
+        return shards
+    if not single.is_file():
+        raise MergeError(f"{base_dir} holds neither {SINGLE_FILE} nor {INDEX_FILE}; save the base with them")
+    with safe_open(single, framework="pt") as weights:
+        return dict.fromkeys(weights.keys(), SINGLE_FILE)
+
+
+def _log_probs(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """(positions, vocabulary) of the next token after each position."""
+    return torch.log_softmax(model(ids).logits[0].float(), dim=-1)
+
+
+def _compare(prompt: str, plain: torch.Tensor, want: torch.Tensor, got: torch.Tensor) -> Probe:
+    best = want.argmax(dim=-1, keepdim=True)
+    return Probe(
+        prompt,
+        effect=_divergence(want, plain),
+        error=_divergence(want, got),
+        log_prob=(want - got).gather(-1, best).abs().max().item(),
+    )
+
+
+def _divergence(want: torch.Tensor, other: torch.Tensor) -> float:
+    return max(0.0, (want.exp() * (want - other)).sum(-1).max().item())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,91 @@
+"""A base model as its folder describes it: names and shapes without an engine, and without reading weights.
+
+The running engine reports the same (``adapters.worker``); a test holds the two against each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from adapters.model import BaseModel, ModuleShape
+from adapters.names import leaf
+from adapters.values import DTYPES
+
+# What vLLM and some trainers fuse, in the order of the rows.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+# Elements of each of a few weights that go into a fingerprint.
+_SAMPLE = 4096
+
+
+def read_base(model_dir: Path, *, max_lora_rank: int, name: str | None = None) -> BaseModel:
+    """The base model in ``model_dir``, named after the folder. Raises as ``module_shapes`` does."""
+    folder = model_dir.absolute()
+    modules = module_shapes(folder)
+    leaves = {leaf(module) for module in modules}
+    return BaseModel(
+        name=name or folder.name,
+        modules=modules,
+        max_lora_rank=max_lora_rank,
+        fused={fused: parts for fused, parts in FUSED.items() if leaves.issuperset(parts)},
+        source=str(folder),
+        fingerprint=fingerprint(folder),
+    )
+
+
+def module_shapes(model_dir: Path) -> dict[str, ModuleShape]:
+    """Every linear layer but the language-model head by its full name, sorted; reads ``config.json`` only.
+
+    Raises OSError where there is no config, ValueError where transformers does not know the architecture.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    head = model.get_output_embeddings()
+    shapes = {
+        name: ModuleShape(layer.in_features, layer.out_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and layer is not head
+    }
+    return dict(sorted(shapes.items()))
+
+
+def dtype_of(model_dir: Path) -> str | None:
+    """The type in which vLLM serves the model and its adapters by default; None where that is another."""
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(model_dir, local_files_only=True).dtype
+    # vLLM's "auto": what was saved as float32 is served in half of it.
+    name = str(dtype).removeprefix("torch.")
+    return "bfloat16" if name == "float32" else name if name in DTYPES else None
+
+
+def fingerprint(model_dir: Path) -> str | None:
+    """64 hex digits that tell a model from its relatives of the same shape; None without safetensors.
+
+    SHA-256 over the names and shapes of all weights, and over the first elements of the first, the middle
+    and the last of them in bfloat16, so that a copy in float32 is the same model. Reads headers and a few kB.
+    """
+    import torch
+    from safetensors import safe_open
+
+    shapes: dict[str, list[int]] = {}
+    files: dict[str, Path] = {}
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (it is not a dictionary)
+                shapes[name], files[name] = weights.get_slice(name).get_shape(), path
+    if not files:
+        return None
+    names = sorted(files)
+    digest = hashlib.sha256("".join(f"{name} {shapes[name]}\n" for name in names).encode())
+    for name in (names[0], names[len(names) // 2], names[-1]):
+        with safe_open(files[name], framework="pt") as weights:
+            first = weights.get_slice(name)[: 1 if len(shapes[name]) > 1 else _SAMPLE]
+        values = first.flatten()[:_SAMPLE].to(torch.bfloat16)
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,129 @@
+"""What the command line does without a server, for people: tables on the terminal, and exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from adapters.doctor import Diagnosis, diagnose
+from adapters.errors import AdapterRejected
+from adapters.merge import Merge, MergeError, Probe
+from adapters.model import BaseModel, Coverage, Manifest, ranges
+from adapters.shapes import dtype_of, read_base
+
+OK, REFUSED, FAILED = 0, 1, 2
+
+# Short, so that a large model can be verified on a processor.
+PROBES = [
+    "The capital of France is",
+    "To make bread, first mix the flour with",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+]
+
+
+def doctor(adapter: Path, base_dir: Path, *, max_rank: int, dtype: str | None, as_json: bool) -> int:
+    """Prints what an upload of ``adapter`` would be answered; 0 accepted, 1 refused, 2 not to be told."""
+    try:
+        base = read_base_quietly(base_dir, max_rank)
+        if not adapter.is_dir():
+            raise FileNotFoundError(f"there is no folder {adapter}")
+        diagnosis = diagnose(adapter, base, serving_dtype=dtype or dtype_of(base_dir))
+    except (OSError, ValueError) as error:
+        return fail(error)
+    if as_json:
+        print(json.dumps(diagnosis.report(), indent=2))
+    else:
+        _show(adapter, diagnosis)
+    return OK if diagnosis.error is None else REFUSED
+
+
+def merge(base_dir: Path, adapter: Path, out: Path, *, verify: bool, tolerance: float) -> int:
+    """Writes base and adapter as one checkpoint to ``out``; 0 done, 1 refused or not the same, 2 failed."""
+    console = Console()
+    try:
+        # The rank is the server's limit, and a merged model has none.
+        base = read_base_quietly(base_dir, max_rank=1 << 30)
+        with Merge(base_dir, base, adapter, out) as merging:
+            console.print(f"{merging.run()} weights changed")
+            if verify:
+                probes = merging.verify(PROBES)
+                console.print(_probe_table(probes))
+                worst = max(probe.log_prob for probe in probes)
+                if not worst <= tolerance:
+                    console.print(
+                        f"[red]not kept[/red]: a log-probability differs by {worst:.4g}, not {tolerance}"
+                    )
+                    return REFUSED
+            merging.keep()
+    except AdapterRejected as error:
+        console.print(f"[red]refused[/red] {error.code}: {escape(error.message)}")
+        return REFUSED
+    except ImportError as error:
+        return fail(ImportError(f"{error}; install it, or skip the comparison with --no-verify"))
+    except (OSError, ValueError, MergeError) as error:
+        return fail(error)
+    console.print(f"[green]written[/green] {escape(str(out))}")
+    return OK
+
+
+def read_base_quietly(folder: Path, max_rank: int) -> BaseModel:
+    """The base model in ``folder``; a path that is none must not be taken for a hub's id."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json of a base model")
+    return read_base(folder, max_lora_rank=max_rank)
+
+
+def fail(error: Exception) -> int:
+    Console(stderr=True).print(f"[red]{escape(str(error))}[/red]")
+    return FAILED
+
+
+def _show(adapter: Path, diagnosis: Diagnosis) -> None:
+    console = Console()
+    base, manifest = diagnosis.base, diagnosis.manifest
+    if diagnosis.error is not None:
+        console.print(f"[red]refused[/red] {diagnosis.error.code}: {escape(diagnosis.error.message)}")
+    if manifest is not None:
+        console.print(_table(adapter, manifest, base))
+        for note in manifest.conversions:
+            console.print(f"[cyan]converted[/cyan] {escape(note)}")
+        for warning in manifest.warnings:
+            console.print(f"[yellow]warning[/yellow] {escape(warning)}")
+        console.print(f"[green]accepted[/green] rank {manifest.rank}, {manifest.size_bytes} bytes")
+    console.print(f"base {escape(base.name)}, fingerprint {base.fingerprint}")
+
+
+def _probe_table(probes: list[Probe]) -> Table:
+    table = Table(title="merged model against base + PEFT, in float32")
+    table.add_column("prompt")
+    for heading in ("adapter's effect (KL)", "merged (KL)", "largest change in log-probability"):
+        table.add_column(heading, justify="right")
+    for probe in probes:
+        numbers = (probe.effect, probe.error, probe.log_prob)
+        table.add_row(escape(probe.prompt), *(f"{number:.2e}" for number in numbers))
+    return table
+
+
+def _table(adapter: Path, manifest: Manifest, base: BaseModel) -> Table:
+    table = Table(title=escape(f"{adapter.name} on {base.name}"))
+    for heading in ("module", "layers", "of", "rank", "scaling", "norm of the change"):
+        table.add_column(heading, justify="left" if heading in ("module", "layers") else "right")
+    for row in manifest.coverage:
+        table.add_row(*_cells(row))
+    return table
+
+
+def _cells(row: Coverage) -> tuple[str, ...]:
+    spans = [
+        f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+        for low, high in (row.rank, row.scaling, row.norm)
+    ]
+    return row.module, ranges(row.layers), str(row.available), *spans
