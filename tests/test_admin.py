@@ -274,7 +274,8 @@ async def test_residency_as_it_is_now(site: Site) -> None:
     engine_of(site).times.step = 0.1
     assert await residency(site) == {
         "slots": [dict.fromkeys(("version", "load_id", "state")) | {"running": 0, "draining": False}] * 2,
-        "host": [], "queued": {}, "running": {}, "counters": {}, "drains": 0, "draining": False,
+        "host": [], "queued": {}, "running": {}, "counters": {}, "aside": 0, "drains": 0,
+        "preemptions": 0, "draining": False,
     }  # fmt: skip
     async with site.http.stream(
         "POST", CHAT_URL, json={**CHAT, "max_tokens": 300, "stream": True}, headers=bearer(key)
