@@ -14,7 +14,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install runtime demo test check bench clean help
+.PHONY: install runtime demo test check bench fuzz clean help
 
 install: $(STAMP) ## Make .venv with everything pinned (about two minutes; a second time nothing)
 
@@ -56,6 +56,9 @@ check: $(STAMP) ## Lint, formatting, types, and which module may import which
 bench: $(STAMP) ## Measure against bare vLLM, 40 minutes; SCENARIO=storm for one, RUNS=1, QUICK=1, MINUTES=10
 	$(PY) -m tests.bench $(SCENARIO) $(if $(RUNS),--runs $(RUNS)) $(if $(filter-out 0,$(QUICK)),--quick) \
 		$(if $(MINUTES),--minutes $(MINUTES))
+
+fuzz: $(STAMP) ## Mutated configs and headers against their parsers, four minutes; COUNT=200000, SEED=0
+	$(PY) -m tests.fuzz $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED))
 
 clean: ## Remove .venv and all caches; data stays
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
