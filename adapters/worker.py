@@ -11,7 +11,7 @@ which touch neither the GPU nor the engine's tables:
     evict        free both
 
 This file reaches into vLLM's LoRA managers in the places listed in ``_Pager``; the tests on the real
-engine fail when one of them changes.
+engine fail when one of them changes. On a CPU it puts ``adapters.cpu_kernels`` in place of vLLM's own.
 """
 
 from __future__ import annotations
@@ -29,18 +29,6 @@ logger = logging.getLogger(__name__)
 
 # A paging operation: (verb, load id, internal name, absolute folder). Name and folder matter to "stage" only.
 WireOp = tuple[str, int, str, str]
-
-
-def spare_slots() -> int:
-    """Slots that vLLM needs beyond those that adapters may take.
-
-    Its CPU kernels mark a token without an adapter by slot -1, and then index with that: such a token gets
-    the weights of the last slot. One that stays empty there keeps the base model the base model. (The GPU
-    kernels skip those tokens.)
-    """
-    from vllm.platforms import current_platform
-
-    return 1 if current_platform.is_cpu() else 0
 
 
 class LoraplexWorker:
@@ -77,14 +65,16 @@ class _Pager:
     """
 
     def __init__(self, manager: Any, gpu_slots: int, host_slots: int) -> None:
+        from vllm.platforms import current_platform
+
         self.manager = manager
         self.tables = manager._adapter_manager
         self.gpu_slots = gpu_slots
         self.host_slots = host_slots
-        for spare in range(gpu_slots, self.tables.lora_slots):
-            # See spare_slots(): it is never filled, as vLLM takes the first free one, and holds zeros.
-            for layer in self.tables.modules.values():
-                layer.reset_lora(spare)
+        if current_platform.is_cpu():
+            from adapters.cpu_kernels import install
+
+            install(self.tables)
         self._load = manager._load_adapter
         self._threads = ThreadPoolExecutor(
             max_workers=8, thread_name_prefix="loraplex-stage", initializer=_yield_to_the_engine
@@ -153,7 +143,7 @@ class _Pager:
     def report(self) -> dict[str, Any]:
         return {
             "host": sorted(self.tables.list_adapters()),
-            "slots": list(self.tables.lora_index_to_id)[: self.gpu_slots],
+            "slots": list(self.tables.lora_index_to_id),
             "staging": sorted(self._staging),
             "in_step_loads": self.in_step_loads,
         }

@@ -31,7 +31,6 @@ from starlette.datastructures import State
 
 from adapters.model import BaseModel, ModuleShape
 from adapters.shapes import fingerprint
-from adapters.worker import spare_slots
 from server.errors import BadRequest, Internal, ServerError, Unavailable
 from server.settings import Settings
 
@@ -387,8 +386,8 @@ def _arguments(settings: Settings) -> tuple[Namespace, Any]:
     ours: dict[str, Any] = {
         "model": settings.model,
         "enable_lora": True,
-        "max_loras": settings.gpu_slots + spare_slots(),
-        "max_cpu_loras": max(settings.host_slots, settings.gpu_slots + spare_slots()),
+        "max_loras": settings.gpu_slots,
+        "max_cpu_loras": settings.host_slots,
         "max_lora_rank": settings.max_lora_rank,
         "max_model_len": settings.max_model_len,
         "worker_extension_cls": "adapters.worker.LoraplexWorker",

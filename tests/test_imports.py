@@ -29,7 +29,13 @@ LEVELS: list[set[str]] = [
     {"adapters.admit", "adapters.doctor", "adapters.merge"},
     {"adapters.convert"},
     {"adapters.catalog", "adapters.blobs", "adapters.inspect", "adapters.worker"},
-    {"adapters.tables", "adapters.peft_config", "adapters.safetensors_header", "adapters.shapes"},
+    {
+        "adapters.cpu_kernels",
+        "adapters.peft_config",
+        "adapters.safetensors_header",
+        "adapters.shapes",
+        "adapters.tables",
+    },
     {"adapters.strict_json", "adapters.targets", "adapters.values"},
     {"adapters.names"},
     {"adapters.errors", "adapters.model"},
@@ -40,10 +46,11 @@ PURE = {"server.plan", "server.fairness", "server.residency", "server.ranking", 
 IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "server.engine", "server.metrics"}
 ONLY_IN = {
     "prometheus_client": {"server.metrics"},
-    "vllm": {"server.engine", "adapters.worker"},
+    "vllm": {"server.engine", "adapters.worker", "adapters.cpu_kernels"},
     "sqlalchemy": {"server.tenants", "server.settings", "adapters.catalog", "adapters.tables"},
     "torch": {
         "adapters.convert",
+        "adapters.cpu_kernels",
         "adapters.inspect",
         "adapters.merge",
         "adapters.shapes",

@@ -43,7 +43,7 @@ ENVIRONMENT = {
 class Setup:
     """What both servers are started with. ``max_num_seqs`` is the most sequences in a batch.
 
-    On CPU each token costs as much as ``max_lora_rank``, whatever its adapter's own rank.
+    On CPU each token costs bare vLLM as much as ``max_lora_rank``, whatever its adapter's own rank.
     """
 
     gpu_slots: int = 4

@@ -113,7 +113,7 @@ async def test_same_prompt_and_name_of_two_tenants_differ_with_prefix_caching(
 async def test_the_base_answers_as_itself_beside_full_slots(
     site: Site, reference: Reference, customers: dict[str, tuple[str, Path]]
 ) -> None:
-    """vLLM's CPU kernels give a token without an adapter the weights of the last slot."""
+    """vLLM's own CPU kernels would give a token without an adapter the weights of the last slot."""
     tenants = [f"customer-{i}" for i in range(GPU_SLOTS)]
     keys = [customers[tenant][0] for tenant in tenants]
     await asyncio.gather(*(answer(site, key) for key in keys))

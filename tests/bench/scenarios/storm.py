@@ -17,7 +17,7 @@ from tests.bench.workload import prompt, warm
 COLD = of_rank(64, 10, first=301)
 BETWEEN = 0.5  # seconds
 # Tokens of a cold request: few, since it is its load that is measured. On CPU each token of a prompt costs
-# about as much as a step of the warm stream.
+# bare vLLM about as much as a step of the warm stream.
 INPUT, OUTPUT = 2, 2
 STREAM_INPUT = 16
 STREAM = MAX_MODEL_LEN - 2 * STREAM_INPUT  # more tokens than the warm stream can get to

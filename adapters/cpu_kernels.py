@@ -1,0 +1,290 @@
+"""LoRA on a CPU: a replacement for the matrix products that vLLM runs there.
+
+vLLM's own gather a copy of a slot's whole weights for every token, (tokens, rank, features), and take a
+token without an adapter (slot -1) for one of the last slot. Here the tokens of a step are grouped by slot
+once, and each slot that occurs is multiplied once, where it lies and as wide as its adapter's rank.
+
+    install(tables)     in place of vLLM's own wrappers, when no adapter is loaded yet
+
+On a CPU vLLM runs LoRA eagerly, so what is installed later is what runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+# What one slot does to one slice of a layer's output: matrices by which its tokens are multiplied, one after
+# the other, (features, rank) and (rank, features). None: its adapter leaves that slice alone.
+Part = tuple[torch.Tensor, ...] | None
+
+# A run costs two small products, sorting a copy of the tokens. More runs than this for each slot are sorted.
+RUNS_PER_SLOT = 2
+_ADOPTED = (BaseLinearLayerWithLoRA, VocabParallelEmbeddingWithLoRA, LogitsProcessorWithLoRA)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The rows of a batch by slot. ``runs``: (slot, first row, row after the last), without slot -1.
+
+    Where slots take turns too often, ``runs`` are those of the rows in ``order``; ``place`` then says for
+    every row of the batch where it is among them, which is one past the end for a row without a slot.
+    """
+
+    runs: tuple[tuple[int, int, int], ...]
+    order: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, slots: Sequence[int]) -> Groups:
+        """``slots``: the slot of each row, -1 for none."""
+        runs = _runs(slots)
+        if len(runs) <= RUNS_PER_SLOT * len({slot for slot, _, _ in runs}):
+            return cls(runs)
+        order = sorted((row for row, slot in enumerate(slots) if slot >= 0), key=lambda row: slots[row])
+        place = [len(order)] * len(slots)
+        for index, row in enumerate(order):
+            place[row] = index
+        return cls(_runs([slots[row] for row in order]), torch.tensor(order), torch.tensor(place))
+
+
+def _runs(slots: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    runs = []
+    first = 0
+    for row in range(1, len(slots) + 1):
+        if row == len(slots) or slots[row] != slots[first]:
+            if slots[first] >= 0:
+                runs.append((slots[first], first, row))
+            first = row
+    return tuple(runs)
+
+
+class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is not typed for us
+    """Each method does what vLLM's says in its docstring, and nothing to a row of slot -1.
+
+    ``y`` is changed in place; its rows and those of ``x`` are the tokens of the last ``update_metadata``.
+    """
+
+    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str) -> None:
+        super().__init__(max_num_batched_tokens, max_batches, device)
+        self._tokens = Groups(())
+        self._samples = Groups(())
+        # id of a layer's B weights (which the layer keeps, so it names nothing else) -> slot -> slices.
+        self._parts: dict[int, list[list[Part]]] = {}
+
+    def __repr__(self) -> str:
+        return f"GroupedPunicaWrapper({len(self._parts)} layers, runs {list(self._tokens.runs)})"
+
+    def adopt(self, layer: Any) -> None:
+        """Serves ``layer`` from now on, and learns from its ``set_lora`` how wide each slot really is."""
+        if isinstance(layer.lora_b_stacked, tuple):
+            layer.lora_a_stacked = tuple(weights.to(_fast(weights.dtype)) for weights in layer.lora_a_stacked)
+            layer.lora_b_stacked = tuple(weights.to(_fast(weights.dtype)) for weights in layer.lora_b_stacked)
+            full = _pairs(layer.lora_a_stacked, layer.lora_b_stacked)
+        elif layer.lora_a_stacked.dim() == 3:  # an embedding, whose A is a table that the layer looks up in
+            full = _singles(layer.lora_b_stacked)
+        else:
+            full = _pairs((layer.lora_a_stacked,), (layer.lora_b_stacked,))
+        parts = list(full)
+        self._parts[id(layer.lora_b_stacked)] = parts
+        set_lora, reset_lora = layer.set_lora, layer.reset_lora
+
+        @functools.wraps(reset_lora)
+        def reset_and_learn(index: int) -> None:
+            reset_lora(index)
+            parts[index] = [None] * len(full[index])
+
+        @functools.wraps(set_lora)
+        def set_and_learn(index: int, lora_a: Any, lora_b: Any) -> None:
+            set_lora(index, lora_a, lora_b)
+            given = lora_b if isinstance(lora_b, list) else [lora_b]
+            if len(given) == len(full[index]):
+                ranks = [0 if weights is None else weights.shape[1] for weights in given]
+                parts[index] = [_narrow(part, rank) for part, rank in zip(full[index], ranks, strict=True)]
+            else:  # vLLM has split one tensor for several slices
+                parts[index] = full[index]
+
+        layer.set_lora, layer.reset_lora = set_and_learn, reset_and_learn
+
+    def update_metadata(
+        self, mapping: Any, lora_index_to_id: Any, max_loras: int, vocab_size: int, **kwargs: Any
+    ) -> None:
+        super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
+        self._tokens = Groups.of(self.token_lora_indices.tolist())
+        self._samples = Groups.of(self.sampler_indices.tolist())
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: tuple[torch.Tensor, ...] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        parts = self._parts.get(id(lora_b_stacked)) or _pairs(lora_a_stacked, lora_b_stacked)
+        _add(self._tokens, y, x, parts, output_slices, scale=scale)
+
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        *,
+        buffer: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        parts = self._parts.get(id(lora_b_stacked)) or _pairs((lora_a_stacked,), (lora_b_stacked,))
+        # The model and the adapter may pad the vocabulary differently.
+        _add(self._samples, y, x, parts, (min(y.shape[-1], lora_b_stacked.shape[2]),), scale=scale)
+
+    def add_lora_embedding(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        parts = self._parts.get(id(lora_b_stacked)) or _singles(lora_b_stacked)
+        # vLLM looks all ranks up, whatever the adapter's own.
+        _add(self._tokens, y, x, parts, (lora_b_stacked.shape[2],))
+
+    def add_shrink(
+        self,
+        y: tuple[torch.Tensor, ...] | torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """For layers that pass what is between A and B to other workers: always as wide as the slot."""
+        for out, weights in zip(y, lora_a_stacked, strict=True):
+            _add(self._tokens, out, x, _singles(weights), (weights.shape[2],), scale=scale)
+
+    def add_expand(
+        self,
+        y: torch.Tensor,
+        x: tuple[torch.Tensor, ...] | torch.Tensor,
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        output_slices: tuple[int, ...],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if not add_inputs:
+            y.narrow(-1, offset_start, sum(output_slices)).zero_()
+        for rows, weights, size in zip(x, lora_b_stacked, output_slices, strict=True):
+            _add(self._tokens, y, rows, _singles(weights), (size,), offset=offset_start)
+            offset_start += size
+
+
+def install(tables: Any) -> None:
+    """Replaces the wrappers of vLLM's ``LRUCacheLoRAModelManager``, in it and in all its layers."""
+    replacements: dict[int, GroupedPunicaWrapper] = {}
+    for prefix, wrapper in tables.punica_wrapper_mapping.items():
+        if id(wrapper) not in replacements:
+            tokens, batches = len(wrapper._token_lora_indices), len(wrapper._seq_lengths)
+            replacements[id(wrapper)] = GroupedPunicaWrapper(tokens, batches, wrapper.device)
+        tables.punica_wrapper_mapping[prefix] = replacements[id(wrapper)]
+    for layer in tables.modules.values():
+        replacement = replacements[id(layer.punica_wrapper)]
+        layer.set_mapping(replacement)
+        if isinstance(layer, _ADOPTED):  # experts have methods of their own, which no CPU wrapper has
+            replacement.adopt(layer)
+    tables._last_mapping = None  # or vLLM would think that the new wrappers know the batch already
+
+
+def _fast(dtype: torch.dtype) -> torch.dtype:
+    """What to multiply weights of ``dtype`` in: without instructions for it torch is ten times slower."""
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype if dtype not in native or native[dtype]() else torch.float32
+
+
+def _pairs(a_stacked: Sequence[torch.Tensor], b_stacked: Sequence[torch.Tensor]) -> list[list[Part]]:
+    """slot -> slices, each as wide as the slot: A (slots, 1, rank, in) and B (slots, 1, out, rank)."""
+    slices = [
+        list(zip(a[:, 0].mT, b[:, 0].mT, strict=True)) for a, b in zip(a_stacked, b_stacked, strict=True)
+    ]
+    return [list(parts) for parts in zip(*slices, strict=True)]
+
+
+def _singles(stacked: torch.Tensor) -> list[list[Part]]:
+    return [[(weights,)] for weights in stacked[:, 0].mT]
+
+
+def _narrow(part: Part, rank: int) -> Part:
+    """The first ``rank`` of a slot's ranks; what is behind them is zero."""
+    if part is None or not rank:
+        return None
+    *shrink, expand = part
+    return (*(a[:, :rank] for a in shrink), expand[:rank] if shrink else expand)
+
+
+def _add(
+    groups: Groups,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    parts: Sequence[Sequence[Part]],
+    sizes: Sequence[int],
+    *,
+    offset: int = 0,
+    scale: float = 1.0,
+) -> None:
+    """Adds to the columns of ``y`` from ``offset`` on what ``parts``, by slot, make of the rows of ``x``.
+
+    ``sizes``: how many columns each slice of a slot's parts has.
+    """
+    runs = [(parts[slot], first, last) for slot, first, last in groups.runs if any(parts[slot])]
+    if not runs:
+        return
+    dtype = next(part[0].dtype for parts_, _, _ in runs for part in parts_ if part)
+    y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]).to(dtype)
+    if groups.order is None or groups.place is None:
+        _add_runs(runs, y, x, sizes, offset, scale)
+        return
+    delta = torch.zeros((len(groups.order) + 1, sum(sizes)), dtype=torch.float32, device=y.device)
+    _add_runs(runs, delta, x.index_select(0, groups.order), sizes, 0, scale)
+    y.narrow(1, offset, sum(sizes)).add_(delta.index_select(0, groups.place))
+
+
+def _add_runs(
+    runs: Iterable[tuple[Sequence[Part], int, int]],
+    y: torch.Tensor,
+    x: torch.Tensor,
+    sizes: Sequence[int],
+    offset: int,
+    scale: float,
+) -> None:
+    for parts, first, last in runs:
+        tokens, out = x[first:last], y[first:last]
+        column = offset
+        for part, size in zip(parts, sizes, strict=True):
+            if part is not None:
+                *shrink, expand = part
+                rows = tokens.mm(*shrink) if shrink else tokens
+                _accumulate(out.narrow(1, column, size), rows, expand[:, :size], scale)
+            column += size
+
+
+def _accumulate(y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, scale: float) -> None:
+    """y += scale * x @ weights, rounded once to the dtype of ``y``."""
+    if y.dtype == weights.dtype:
+        y.addmm_(x, weights, alpha=scale)
+    else:
+        y.add_(x.mm(weights), alpha=scale)
