@@ -22,7 +22,7 @@ from adapters.errors import AdapterUnavailable
 from adapters.model import Tier, Version
 from server.engine import EngineDied, PageOp, PageReport, PageResult, WorkerReport
 from server.errors import TooManyRequests, Unavailable
-from server.metrics import Gauges, Metrics, Outcome
+from server.metrics import Gauges, Metrics, Outcome, TokenTimes
 from server.plan import (
     Activate,
     Ask,
@@ -89,7 +89,8 @@ class Lease:
         self._since = since
         self._parts: dict[str, tuple[int, int, int]] = {}
         self._reported = 0
-        self._last_token: float | None = None
+        self._last_token = 0.0
+        self._token_times: TokenTimes | None = None
         self._closing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -139,11 +140,13 @@ class Lease:
 
     def _time_tokens(self, new: int) -> None:
         now = self._owner.now()
-        if self._last_token is None:
-            self._owner.metrics.first_token(self.tenant, now - self._since)
+        if self._token_times is None:
+            self._token_times = self._owner.metrics.token_times(self.tenant)
+            self._token_times.first(now - self._since)
         else:
+            gap = (now - self._last_token) / new
             for _ in range(new):
-                self._owner.metrics.token_gap(self.tenant, (now - self._last_token) / new)
+                self._token_times.gap(gap)
         self._last_token = now
 
 

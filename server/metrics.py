@@ -46,6 +46,14 @@ class Gauges:
     in_step_loads: int
 
 
+@dataclass(frozen=True, slots=True)
+class TokenTimes:
+    """Where one stream tells its times, in seconds: ``first`` from arrival, ``gap`` between two tokens."""
+
+    first: Callable[[float], None]
+    gap: Callable[[float], None]
+
+
 class Metrics:
     """One server's metrics. ``tenants`` bounds the label values; tenants beyond it share ``other``."""
 
@@ -121,11 +129,10 @@ class Metrics:
     def queued(self, tenant: str, seconds: float) -> None:
         self._queue.labels(self.label(tenant)).observe(seconds)
 
-    def first_token(self, tenant: str, seconds: float) -> None:
-        self._ttft.labels(self.label(tenant)).observe(seconds)
-
-    def token_gap(self, tenant: str, seconds: float) -> None:
-        self._itl.labels(self.label(tenant)).observe(seconds)
+    def token_times(self, tenant: str) -> TokenTimes:
+        """For one stream of ``tenant``: finding a label for every token costs as much as counting it."""
+        label = self.label(tenant)
+        return TokenTimes(self._ttft.labels(label).observe, self._itl.labels(label).observe)
 
     def ended(self, tenant: str, outcome: Outcome, prompt: int = 0, cached: int = 0, output: int = 0) -> None:
         label = self.label(tenant)

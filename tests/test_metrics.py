@@ -55,9 +55,10 @@ def test_requests_and_tokens() -> None:
 def test_times_and_loads() -> None:
     metrics = Metrics()
     metrics.queued("acme", 0.2)
-    metrics.first_token("acme", 0.3)
+    times = metrics.token_times("acme")
+    times.first(0.3)
     for _ in range(3):
-        metrics.token_gap("acme", 0.004)
+        times.gap(0.004)
     metrics.staged(0.5)
     metrics.activated(0.006)
     metrics.evicted("gpu")
