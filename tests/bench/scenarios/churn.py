@@ -74,4 +74,5 @@ SCENARIO = Scenario(
     lambda _: ADAPTERS,
     measure,
     setups=tuple(replace(LARGE, host_slots=host_slots) for host_slots in HOST_SLOTS),
+    runs=2,
 )

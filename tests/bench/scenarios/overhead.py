@@ -14,7 +14,7 @@ from tests.bench.workload import prompt, warm
 
 (ADAPTER,) = of_rank(16, 1, first=100)
 MODELS: dict[str, Adapter | None] = {"base": None, "adapter": ADAPTER}
-REQUESTS = {1: 6, 16: 2}  # clients -> requests of each
+REQUESTS = {1: 4, 16: 2}  # clients -> requests of each
 INPUT, OUTPUT = 16, 64  # tokens
 
 

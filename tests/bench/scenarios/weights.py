@@ -52,5 +52,6 @@ SCENARIO = Scenario(
     lambda _: CUSTOMERS,
     measure,
     setups=(CROWDED,),
+    runs=2,
     servers=("loraplex",),
 )
