@@ -443,7 +443,7 @@ def test_random_walk(seed: int, limits: Limits) -> None:
     assert sum(walker.outcomes.values()) == walker.submitted
     assert walker.world.plan.next_deadline() is None
     assert walker.outcomes["finished"] > 500
-    assert walker.world.preempted > 50 or limits.preempt_after == Limits.preempt_after
+    assert walker.world.preempted > 50 or limits.preempt_after >= 10
     assert walker.world.plan.snapshot().preemptions == walker.world.preempted
     expected = {"finished", "cancelled", Refusal.QUEUE_FULL, Refusal.ADAPTER_UNAVAILABLE}
     if limits.queue_timeout < NEVER:

@@ -63,7 +63,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "model": "/m", "served_model_name": "shown", "host": "0.0.0.0", "port": "0", "data_dir": "/d",
         "database_url": "postgresql+asyncpg://h/db", "admin_key": "a" * 16, "service_key": "s" * 16,
         "gpu_slots": "2", "host_slots": "5", "max_lora_rank": "16", "max_model_len": "128",
-        "engine_args": "{}", "max_running": "3", "max_staging": "1", "slot_patience": "0.5",
+        "engine_args": "{}", "max_running": "3", "max_staging": "1", "slot_patience": "0.5", "preempt_after": "3",
         "max_queued": "9", "queue_timeout": "1.5", "max_upload_bytes": "100", "max_body_bytes": "2000",
         "drain_timeout": "0.0", "metrics_tenants": "0", "log_format": "text", "log_level": "debug",
     }  # fmt: skip
