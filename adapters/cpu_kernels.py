@@ -85,8 +85,12 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is n
     def adopt(self, layer: Any) -> None:
         """Serves ``layer`` from now on, and learns from its ``set_lora`` how wide each slot really is."""
         if isinstance(layer.lora_b_stacked, tuple):
-            layer.lora_a_stacked = tuple(weights.to(_fast(weights.dtype)) for weights in layer.lora_a_stacked)
-            layer.lora_b_stacked = tuple(weights.to(_fast(weights.dtype)) for weights in layer.lora_b_stacked)
+            layer.lora_a_stacked = tuple(
+                weights.to(fast_dtype(weights.dtype)) for weights in layer.lora_a_stacked
+            )
+            layer.lora_b_stacked = tuple(
+                weights.to(fast_dtype(weights.dtype)) for weights in layer.lora_b_stacked
+            )
             full = _pairs(layer.lora_a_stacked, layer.lora_b_stacked)
         elif layer.lora_a_stacked.dim() == 3:  # an embedding, whose A is a table that the layer looks up in
             full = _singles(layer.lora_b_stacked)
@@ -207,7 +211,7 @@ def install(tables: Any) -> None:
     tables._last_mapping = None  # or vLLM would think that the new wrappers know the batch already
 
 
-def _fast(dtype: torch.dtype) -> torch.dtype:
+def fast_dtype(dtype: torch.dtype) -> torch.dtype:
     """What to multiply weights of ``dtype`` in: without instructions for it torch is ten times slower."""
     native = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,

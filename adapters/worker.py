@@ -39,7 +39,8 @@ class LoraplexWorker:
     def loraplex_open(self, gpu_slots: int, host_slots: int) -> dict[str, Any]:
         """Starts paging within these caps; returns the base model's adaptable layers, as plain data.
 
-        ``modules``: checkpoint name -> [in_features, out_features]; ``fused``: suffix -> its parts.
+        ``modules``: checkpoint name -> [in_features, out_features]; ``fused``: suffix -> its parts;
+        ``slot_bytes``: what one slot takes on this worker.
         """
         self._loraplex_state = _Pager(self.model_runner.lora_manager, gpu_slots, host_slots)  # type: ignore[attr-defined]
         return self._loraplex_state.describe()
@@ -61,7 +62,7 @@ class _Pager:
     """Owns the loads of one worker. Uses, of vLLM's ``LRUCacheWorkerLoRAManager`` (``manager``) and its
     ``LRUCacheLoRAModelManager`` (``tables``): ``_load_adapter``, ``_create_merged_loras_inplace``,
     ``_registered_adapters``, ``_active_adapters``, ``lora_index_to_id``, ``activate_adapter``,
-    ``deactivate_adapter``, ``remove_adapter``, ``modules`` and ``packed_modules``.
+    ``deactivate_adapter``, ``remove_adapter``, ``model``, ``modules`` and ``packed_modules``.
     """
 
     def __init__(self, manager: Any, gpu_slots: int, host_slots: int) -> None:
@@ -116,7 +117,19 @@ class _Pager:
             "fused": fused,
             "max_lora_rank": self.manager.lora_config.max_lora_rank,
             "lora_dtype": str(self.manager.lora_config.lora_dtype).removeprefix("torch."),
+            "slot_bytes": self._allocated() // self.tables.lora_slots,
         }
+
+    def _allocated(self) -> int:
+        """Bytes of all slots, of layers that Loraplex serves no adapters on too."""
+        from vllm.lora.layers import BaseLayerWithLoRA
+
+        total = 0
+        for layer in self.tables.model.modules():
+            if isinstance(layer, BaseLayerWithLoRA):
+                for side in (layer.lora_a_stacked, layer.lora_b_stacked):
+                    total += sum(t.nbytes for t in (side if isinstance(side, tuple | list) else [side]))
+        return total
 
     def page(self, ops: list[WireOp]) -> dict[str, Any]:
         results = []

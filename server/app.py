@@ -114,7 +114,8 @@ async def _start(
     # every stream for half a second.
     gc.collect()
     gc.freeze()
-    logger.info("ready: %s with %d slots", engine.base.name, settings.gpu_slots)
+    sized = engine.capacity.describe(settings.adapter_gpu_memory, settings.adapter_host_memory)
+    logger.info("ready: %s; %s", engine.base.name, sized)
 
 
 async def _finish_tasks(app: FastAPI) -> None:
@@ -138,8 +139,8 @@ async def drain(app: FastAPI) -> None:
 
 def _limits(settings: Settings, engine: Engine) -> Limits:
     return Limits(
-        gpu_slots=settings.gpu_slots,
-        host_slots=settings.host_slots,
+        gpu_slots=engine.capacity.gpu_slots,
+        host_slots=engine.capacity.host_slots,
         max_running=min(settings.max_running or engine.max_running, engine.max_running),
         max_staging=settings.max_staging,
         slot_patience=settings.slot_patience,

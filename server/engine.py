@@ -31,8 +31,11 @@ from starlette.datastructures import State
 
 from adapters.model import BaseModel, ModuleShape
 from adapters.shapes import fingerprint
+from server import sizing
 from server.errors import BadRequest, Internal, ServerError, Unavailable
-from server.settings import Settings
+from server.settings import HOST_PER_GPU_SLOT, Settings
+from server.shapes import lora_layers
+from server.sizing import Capacity, Layer
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +157,17 @@ _current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("lor
 class Engine:
     """A running vLLM engine. Made by ``start``; ``stop`` ends its processes."""
 
-    def __init__(self, llm: Any, state: State, base: BaseModel, max_running: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        llm: Any,
+        state: State,
+        base: BaseModel,
+        capacity: Capacity,
+        max_running: int,
+        max_model_len: int,
+    ) -> None:
         self.base = base
+        self.capacity = capacity
         self.max_running = max_running
         self.max_model_len = max_model_len
         self._llm = llm
@@ -168,14 +180,16 @@ class Engine:
     async def start(cls, settings: Settings) -> Engine:
         """Loads the base model; takes from half a minute (small, CPU) to many minutes (70B).
 
-        Raises ValueError for engine arguments that vLLM does not know or cannot combine.
+        Raises ValueError for engine arguments that vLLM does not know or cannot combine, and for slots that
+        are "auto" where their number cannot be told.
         """
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # We stop the engine when nothing runs any more, so its workers have nothing to finish.
         os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
-        args, engine_args = _arguments(settings)
+        slots = await asyncio.to_thread(_slots, settings)
+        args, engine_args = _arguments(settings, slots)
         llm = await asyncio.to_thread(_metered_llm_class().from_engine_args, engine_args)
         try:
             state = State()
@@ -183,9 +197,7 @@ class Engine:
             if "generate" not in tasks:
                 raise ValueError(f"{settings.model} does not generate text; it supports {', '.join(tasks)}")
             await init_app_state(llm, state, args, tasks)
-            described = await llm.collective_rpc(
-                "loraplex_open", args=(settings.gpu_slots, settings.host_slots)
-            )
+            described = await llm.collective_rpc("loraplex_open", args=(slots.gpu, slots.host))
             base = _base_model(settings.served_model_name, described)
             found = await asyncio.to_thread(fingerprint, Path(settings.model))
             base = replace(base, source=settings.model, fingerprint=found)
@@ -194,6 +206,7 @@ class Engine:
                 llm,
                 state,
                 base,
+                _capacity(slots, base, described, config.lora_config.lora_dtype.itemsize),
                 max_running=config.scheduler_config.max_num_seqs,
                 max_model_len=config.model_config.max_model_len,
             )
@@ -375,8 +388,86 @@ class Engine:
         return tuple(whole)
 
 
-def _arguments(settings: Settings) -> tuple[Namespace, Any]:
-    """(arguments of vLLM's OpenAI front end, AsyncEngineArgs) for ``settings``."""
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """Numbers for ``gpu_slots`` and ``host_slots``; what a GPU slot should take, if they were computed."""
+
+    gpu: int
+    host: int
+    slot_bytes: int | None = None
+
+
+def _slots(settings: Settings) -> _Slots:
+    """``settings``' slots as numbers. Takes seconds where they are "auto": vLLM reads the model's config."""
+    if isinstance(settings.gpu_slots, int) and isinstance(settings.host_slots, int):
+        return _Slots(settings.gpu_slots, settings.host_slots)
+    config = _arguments(settings, _Slots(1, 1))[1].create_engine_config()
+    layers, lora = _layers(config), config.lora_config
+    rank, itemsize = settings.max_lora_rank, lora.lora_dtype.itemsize
+    slot_itemsize = _slot_itemsize(lora.lora_dtype)
+    workers = config.parallel_config.tensor_parallel_size
+    slot = sizing.slot_bytes(
+        layers, rank=rank, itemsize=slot_itemsize, workers=workers, fully_sharded=lora.fully_sharded_loras
+    )
+    gpu, host = settings.gpu_slots, settings.host_slots
+    if gpu == "auto":
+        most = config.scheduler_config.max_num_seqs
+        most = min(most, settings.max_running or most, most if host == "auto" else host or most)
+        gpu = sizing.gpu_slots(settings.adapter_gpu_memory, slot, most)
+    if host == "auto":
+        entry = sizing.entry_bytes(layers, rank=rank, itemsize=itemsize, workers=workers)
+        host = sizing.host_slots(settings.adapter_host_memory, entry, gpu)
+    return _Slots(gpu, host or HOST_PER_GPU_SLOT * gpu, slot)
+
+
+def _slot_itemsize(dtype: Any) -> int:
+    """Bytes of a number in a slot, for adapters of ``dtype``."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from adapters.cpu_kernels import fast_dtype
+
+        dtype = fast_dtype(dtype)
+    return int(dtype.itemsize)
+
+
+def _layers(config: Any) -> list[Layer]:
+    """What a slot of the engine that ``config`` (VllmConfig) describes has room for."""
+    from vllm.model_executor.model_loader.utils import get_model_cls
+
+    model, lora = config.model_config, config.lora_config
+    if model.is_multimodal_model or config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "the slots of a multimodal model, or of one in pipeline stages, are not computed;"
+            " give GPU_SLOTS and HOST_SLOTS as numbers"
+        )
+    implementation = get_model_cls(model)
+    return lora_layers(
+        model.hf_text_config,
+        vocabulary=list(implementation.embedding_modules),
+        fused=implementation.packed_modules_mapping,
+        targets=lora.target_modules,
+        workers=config.parallel_config.tensor_parallel_size,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _capacity(slots: _Slots, base: BaseModel, described: Sequence[dict[str, Any]], itemsize: int) -> Capacity:
+    """By what the workers have really allocated."""
+    slot = max(int(one["slot_bytes"]) for one in described)
+    if slots.slot_bytes not in (None, slot):
+        logger.warning(
+            "a slot was computed to take %d bytes and takes %d: give GPU_SLOTS and HOST_SLOTS as numbers",
+            slots.slot_bytes,
+            slot,
+        )
+    layers = [Layer(shape.in_features, shape.out_features) for shape in base.modules.values()]
+    entry = sizing.entry_bytes(layers, rank=base.max_lora_rank, itemsize=itemsize, workers=len(described))
+    return Capacity(slots.gpu, slots.host, slot, entry)
+
+
+def _arguments(settings: Settings, slots: _Slots) -> tuple[Namespace, Any]:
+    """(arguments of vLLM's OpenAI front end, AsyncEngineArgs) for ``settings`` with ``slots``."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -386,8 +477,8 @@ def _arguments(settings: Settings) -> tuple[Namespace, Any]:
     ours: dict[str, Any] = {
         "model": settings.model,
         "enable_lora": True,
-        "max_loras": settings.gpu_slots,
-        "max_cpu_loras": settings.host_slots,
+        "max_loras": slots.gpu,
+        "max_cpu_loras": slots.host,
         "max_lora_rank": settings.max_lora_rank,
         "max_model_len": settings.max_model_len,
         "worker_extension_cls": "adapters.worker.LoraplexWorker",

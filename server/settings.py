@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -19,6 +19,9 @@ from sqlalchemy import URL
 
 # The sizes that vLLM compiles its LoRA kernels for (vllm.config.lora.MaxLoRARanks).
 ALLOWED_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+# What host_slots 0 stands for.
+HOST_PER_GPU_SLOT = 4
 
 # Engine arguments that the dispatcher depends on; setting them twice could only contradict.
 OWNED_ENGINE_ARGS = {
@@ -54,11 +57,23 @@ class Settings(BaseSettings):
     service_key: SecretStr | None = Field(
         None, description="Key of a trusted gateway, which names the customer in `X-Customer-ID`."
     )
-    gpu_slots: int = Field(8, ge=1, description="Adapters that can run at the same time (vLLM's max_loras).")
-    host_slots: int = Field(
+    gpu_slots: int | Literal["auto"] = Field(
+        8,
+        description="Adapters that can run at the same time; `auto`: as many as ADAPTER_GPU_MEMORY holds.",
+    )
+    host_slots: int | Literal["auto"] = Field(
         0,
-        ge=0,
-        description="Adapters kept in host memory (vLLM's max_cpu_loras); four times GPU_SLOTS if 0.",
+        description="Adapters kept in host memory; 0: four times GPU_SLOTS; `auto`: by ADAPTER_HOST_MEMORY.",
+    )
+    adapter_gpu_memory: ByteSize = Field(
+        ByteSize(8 << 30),
+        ge=1,
+        description="Memory of each GPU that slots may take, where GPU_SLOTS is `auto`.",
+    )
+    adapter_host_memory: ByteSize = Field(
+        ByteSize(16 << 30),
+        ge=1,
+        description="Main memory that adapters may take, where HOST_SLOTS is `auto`.",
     )
     max_lora_rank: int = Field(
         64, description=f"Largest rank served, one of {', '.join(map(str, ALLOWED_MAX_RANKS))}."
@@ -98,6 +113,16 @@ class Settings(BaseSettings):
         "info", description="Least severe level logged."
     )
 
+    @field_validator("gpu_slots", "host_slots", mode="plain")
+    @classmethod
+    def _number_or_auto(cls, slots: Any, field: ValidationInfo) -> Any:
+        least = 1 if field.field_name == "gpu_slots" else 0
+        if slots == "auto":
+            return slots
+        if isinstance(slots, int | str) and str(slots).strip().isdecimal() and int(slots) >= least:
+            return int(slots)
+        raise ValueError(f"must be a number, at least {least}, or `auto`")
+
     @field_validator("max_lora_rank")
     @classmethod
     def _rank_is_compiled(cls, rank: int) -> int:
@@ -124,7 +149,7 @@ class Settings(BaseSettings):
         if filled.get("model") and not filled.get("served_model_name"):
             filled["served_model_name"] = str(filled["model"]).rstrip("/").rsplit("/", 1)[-1]
         if filled.get("host_slots") in (None, 0, "0", "") and slots.isdigit():
-            filled["host_slots"] = 4 * int(slots)
+            filled["host_slots"] = HOST_PER_GPU_SLOT * int(slots)
         if not filled.get("database_url"):
             data_dir = Path(str(filled.get("data_dir") or cls.model_fields["data_dir"].default))
             file = data_dir.absolute() / "loraplex.db"
@@ -133,7 +158,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _slots_fit(self) -> Self:
-        if self.host_slots < self.gpu_slots:
+        known = isinstance(self.gpu_slots, int) and isinstance(self.host_slots, int)
+        if known and self.host_slots < self.gpu_slots:  # type: ignore[operator]
             raise ValueError(
                 f"host_slots ({self.host_slots}) must be at least gpu_slots ({self.gpu_slots}):"
                 " an adapter in a slot stays in host memory"

@@ -35,6 +35,7 @@ from server.engine import (
     from_vllm,
 )
 from server.errors import Unavailable
+from server.sizing import Capacity
 
 BASE_NAME = "base"
 NATURAL_LENGTH = 8
@@ -109,6 +110,7 @@ class FakeEngine:
         read: Callable[[Path], int] = read_adapter,
     ) -> None:
         self.base = base
+        self.capacity = Capacity(gpu_slots, host_slots, slot_bytes=1 << 20, entry_bytes=1 << 19)
         self.max_running = max_running
         self.max_model_len = max_model_len
         self.times = times or Times()

@@ -106,7 +106,7 @@ def test_the_formula(
 ) -> None:
     """Adapters of all ranks and targets in the slots, all kinds of batches; the base's rows bit for bit."""
     if native:
-        monkeypatch.setattr(cpu_kernels, "_fast", lambda dtype: dtype)
+        monkeypatch.setattr(cpu_kernels, "fast_dtype", lambda dtype: dtype)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     layer, kernels = Layer(dtype), wrapper()
     kernels.adopt(layer)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from fastapi.routing import APIRoute
+from pydantic import ByteSize
 
 from server.app import create_app
 from server.metrics import Metrics
@@ -18,6 +19,8 @@ def settings_table() -> str:
     rows = ["| variable | default | |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         default = "" if field.is_required() else field.get_default(call_default_factory=True)
+        if isinstance(default, ByteSize):
+            default = default.human_readable()
         shown = "" if default in (None, "", {}) else f"`{default}`"
         rows.append(f"| `LORAPLEX_{name.upper()}` | {shown} | {field.description} |")
     return "\n".join(rows)

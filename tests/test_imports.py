@@ -24,7 +24,8 @@ LEVELS: list[set[str]] = [
     {"server.fairness"},
     {"server.ranking", "server.tiers"},
     {"server.engine", "server.tenants", "server.metrics", "server.logs"},
-    {"server.errors", "server.settings"},
+    {"server.errors", "server.settings", "server.shapes"},
+    {"server.sizing"},
     {"server"},
     {"adapters.admit", "adapters.doctor", "adapters.merge"},
     {"adapters.convert"},
@@ -42,7 +43,14 @@ LEVELS: list[set[str]] = [
     {"adapters"},
 ]
 # Decisions are pure: no clock, no loop, no engine.
-PURE = {"server.plan", "server.fairness", "server.residency", "server.ranking", "server.tiers"}
+PURE = {
+    "server.plan",
+    "server.fairness",
+    "server.residency",
+    "server.ranking",
+    "server.tiers",
+    "server.sizing",
+}
 IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "server.engine", "server.metrics"}
 ONLY_IN = {
     "prometheus_client": {"server.metrics"},
@@ -56,6 +64,7 @@ ONLY_IN = {
         "adapters.shapes",
         "adapters.values",
         "adapters.worker",
+        "server.shapes",
     },
 }
 NEVER_IN_ADAPTERS = {"server", "fastapi", "starlette", "prometheus_client"}

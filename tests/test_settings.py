@@ -62,8 +62,9 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
     values = {
         "model": "/m", "served_model_name": "shown", "host": "0.0.0.0", "port": "0", "data_dir": "/d",
         "database_url": "postgresql+asyncpg://h/db", "admin_key": "a" * 16, "service_key": "s" * 16,
-        "gpu_slots": "2", "host_slots": "5", "max_lora_rank": "16", "max_model_len": "128",
-        "engine_args": "{}", "max_running": "3", "max_staging": "1", "slot_patience": "0.5", "preempt_after": "3",
+        "gpu_slots": "2", "host_slots": "5", "adapter_gpu_memory": "3000", "adapter_host_memory": "4000",
+        "max_lora_rank": "16", "max_model_len": "128", "engine_args": "{}", "max_running": "3",
+        "max_staging": "1", "slot_patience": "0.5", "preempt_after": "3",
         "max_queued": "9", "queue_timeout": "1.5", "max_upload_bytes": "100", "max_body_bytes": "2000",
         "drain_timeout": "0.0", "metrics_tenants": "0", "log_format": "text", "log_level": "debug",
     }  # fmt: skip
@@ -101,6 +102,28 @@ def test_the_public_name_is_the_last_part_of_the_model(model: str, name: str) ->
 def test_host_memory_is_four_times_the_slots(given: dict[str, int], host: int) -> None:
     assert made(**given).host_slots == host
     assert made(**{name: str(value) for name, value in given.items()}).host_slots == host
+
+
+@pytest.mark.parametrize(
+    ("given", "slots"),
+    [
+        ({"gpu_slots": "auto"}, ("auto", 0)),
+        ({"gpu_slots": "auto", "host_slots": 6}, ("auto", 6)),
+        ({"gpu_slots": 3, "host_slots": "auto"}, (3, "auto")),
+        ({"gpu_slots": "auto", "host_slots": "auto"}, ("auto", "auto")),
+    ],
+)
+def test_slots_that_the_engine_is_to_count(given: dict[str, Any], slots: tuple[object, object]) -> None:
+    settings = made(**given)
+    assert (settings.gpu_slots, settings.host_slots) == slots
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GiB", 8 << 30), ("2 GB", 2 * 10**9), ("1.5MiB", 3 << 19), (77, 77)]
+)
+def test_memory_is_given_in_units(text: str | int, size: int) -> None:
+    settings = made(adapter_gpu_memory=text, adapter_host_memory=text)
+    assert (settings.adapter_gpu_memory, settings.adapter_host_memory) == (size, size)
 
 
 def test_the_database_is_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +178,14 @@ def test_ranks_are_those_that_vllm_compiles() -> None:
         ({"model": None}, "model"),
         ({"gpu_slots": 0}, "gpu_slots"),
         ({"gpu_slots": "many"}, "gpu_slots"),
+        ({"gpu_slots": "-1"}, "gpu_slots"),
+        ({"gpu_slots": True}, "gpu_slots"),
         ({"gpu_slots": [8]}, "gpu_slots"),
         ({"host_slots": "many"}, "host_slots"),
         ({"host_slots": [8]}, "host_slots"),
+        ({"host_slots": -1}, "host_slots"),
+        ({"adapter_gpu_memory": 0}, "adapter_gpu_memory"),
+        ({"adapter_host_memory": "plenty"}, "adapter_host_memory"),
         ({"gpu_slots": 4, "host_slots": 3}, ""),
         ({"port": 70_000}, "port"),
         ({"slot_patience": 0}, "slot_patience"),

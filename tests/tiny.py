@@ -80,6 +80,8 @@ async def fake_site(
 ) -> AsyncIterator[Site]:
     """The app on ``engine``; fails at the end if the engine was misused or the plan does not add up."""
     chosen = settings(folder, **changes)
+    assert isinstance(chosen.gpu_slots, int)
+    assert isinstance(chosen.host_slots, int)
     fake = engine or FakeEngine(base(), gpu_slots=chosen.gpu_slots, host_slots=chosen.host_slots)
 
     async def start(_: Settings) -> FakeEngine:

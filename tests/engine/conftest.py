@@ -20,6 +20,7 @@ from server.settings import Settings
 from tests.engine.reference import Reference
 from tests.site import ADMIN_KEY, SERVICE_KEY, Site, serving
 
+# What the memory of the settings below comes to.
 GPU_SLOTS = 8
 HOST_SLOTS = 16
 
@@ -41,8 +42,10 @@ async def site(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
         data_dir=tmp_path_factory.mktemp("data"),
         admin_key=ADMIN_KEY,
         service_key=SERVICE_KEY,
-        gpu_slots=GPU_SLOTS,
-        host_slots=HOST_SLOTS,
+        gpu_slots="auto",
+        host_slots="auto",
+        adapter_gpu_memory="800MiB",
+        adapter_host_memory="1.2GiB",
         max_lora_rank=64,
         max_model_len=1024,
         engine_args={

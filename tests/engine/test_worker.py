@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.model import WEIGHTS_FILE
-from server.engine import Engine, PageOp, StageResult
+from server.engine import Engine, PageOp, StageResult, _slots
 from tests.engine.conftest import GPU_SLOTS, HOST_SLOTS
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
 from tests.site import Site
@@ -66,6 +66,17 @@ async def test_the_worker_reports_the_base_as_peft_sees_it(engine: Engine, refer
     assert {n: (s.in_features, s.out_features) for n, s in engine.base.modules.items()} == linear
     assert engine.base.fused["qkv_proj"] == ("q_proj", "k_proj", "v_proj")
     assert engine.lora_dtype == "float32"
+
+
+async def test_slots_and_entries_cost_what_was_computed(
+    site: Site, engine: Engine, reference: Reference, tmp_path: Path
+) -> None:
+    slots = await asyncio.to_thread(_slots, site.app.state.settings)
+    assert (slots.gpu, slots.host) == (GPU_SLOTS, HOST_SLOTS)
+    assert slots.slot_bytes == engine.capacity.slot_bytes, "what the worker has allocated"
+    largest = await asyncio.to_thread(reference.make, Spec(4, 64, ATTENTION + MLP), tmp_path / "largest")
+    (result,) = (await stage(engine, largest)).values()
+    assert result.size_bytes == engine.capacity.entry_bytes
 
 
 async def test_half_an_adapter_is_never_left_in_a_slot(
