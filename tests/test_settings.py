@@ -64,7 +64,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "database_url": "postgresql+asyncpg://h/db", "admin_key": "a" * 16, "service_key": "s" * 16,
         "gpu_slots": "2", "host_slots": "5", "adapter_gpu_memory": "3000", "adapter_host_memory": "4000",
         "max_lora_rank": "16", "max_model_len": "128", "engine_args": "{}", "max_running": "3",
-        "max_staging": "1", "slot_patience": "0.5", "preempt_after": "3",
+        "max_staging": "1", "slot_patience": "0.5", "preempt_after": "3.0",
         "max_queued": "9", "queue_timeout": "1.5", "max_upload_bytes": "100", "max_body_bytes": "2000",
         "drain_timeout": "0.0", "metrics_tenants": "0", "log_format": "text", "log_level": "debug",
     }  # fmt: skip
