@@ -143,20 +143,14 @@ class FairQueue:
             tenant.queued_since = now
             tenant.runs.clear()
         request = Request(ask, tenant, next(self._numbers), now, fixed=not ask.resumable)
-        lane = self._lanes.setdefault(ask.version, {}).setdefault(tenant, Lane(ask.version, tenant))
-        lane.requests[request.number] = request
-        tenant.queued += 1
-        self._rank_lane(lane)
+        self._rank_lane(self._line_up(request))
         return request
 
     def put_back(self, request: Request) -> None:
         """It ran, and waits again where its arrival puts it."""
-        tenant, version = request.tenant, request.ask.version
-        lane = self._lanes.setdefault(version, {}).setdefault(tenant, Lane(version, tenant))
-        lane.requests[request.number] = request
+        lane = self._line_up(request)
         lane.requests = OrderedDict(sorted(lane.requests.items()))
-        tenant.queued += 1
-        tenant.running -= request.ask.sequences
+        request.tenant.running -= request.ask.sequences
         self._rank_lane(lane)
 
     def remove(self, request: Request) -> None:
@@ -233,6 +227,14 @@ class FairQueue:
 
     def open_versions(self) -> frozenset[str | None]:
         return frozenset(self._open)
+
+    def _line_up(self, request: Request) -> Lane:
+        """At the end of its lane, which is to be ranked anew."""
+        tenant, version = request.tenant, request.ask.version
+        lane = self._lanes.setdefault(version, {}).setdefault(tenant, Lane(version, tenant))
+        lane.requests[request.number] = request
+        tenant.queued += 1
+        return lane
 
     def _take_out(self, request: Request) -> None:
         tenant, version = request.tenant, request.ask.version

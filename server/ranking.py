@@ -1,13 +1,12 @@
 """Orders that can be changed while they are used, all without scanning.
 
 ``Ranking``   members by a rank of their own
-``Shares``    members by tenant: tenants by a rank of theirs, each sends its longest-waiting member
-``Turns``     the same, where tenants take turns
+``Turns``     members by tenant: tenants take turns, each sends its longest-waiting member
+``Shares``    the same by a rank of each tenant's
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -77,84 +76,6 @@ class Ranking(Generic[Member]):
         return f"Ranking({[member for _, _, member in sorted(self._entries.values())]})"
 
 
-class Shares(Generic[Member]):
-    """Who gets the next of something scarce, by what each tenant has had.
-
-    That is ``rank`` of the member of it that has waited longest.
-
-    A rank that changes by itself is looked at anew after ``rerank``. A tenant whose rank never comes first
-    waits no longer than it is let to: see ``first``.
-    """
-
-    __slots__ = ("_last", "_lines", "_order", "_rank_of", "_tenants", "_waiting")
-
-    def __init__(self, rank: Callable[[Member], Any]) -> None:
-        self._rank_of = rank
-        self._lines: dict[str, Ranking[Member]] = {}
-        self._order: Ranking[str] = Ranking()
-        self._waiting: Ranking[str] = Ranking()  # by how long, since it last got something
-        self._tenants: dict[Member, str] = {}
-        self._last: dict[str, float] = {}
-
-    def add(self, member: Member, tenant: str, since: float) -> None:
-        """Let ``member`` wait; if it does already, nothing changes."""
-        if member in self._tenants:
-            return
-        self._tenants[member] = tenant
-        self._lines.setdefault(tenant, Ranking()).set(member, since)
-        self.rerank(tenant)
-
-    def drop(self, member: Member) -> None:
-        """``member`` waits no more; nothing happens if it did not."""
-        tenant = self._tenants.pop(member, None)
-        if tenant is not None:
-            self._lines[tenant].drop(member)
-            self.rerank(tenant)
-
-    def take(self, member: Member, now: float) -> None:
-        """``member`` gets what it waits for."""
-        self._last[self._tenants[member]] = now
-        self.drop(member)
-
-    def rerank(self, tenant: str) -> None:
-        line = self._lines.get(tenant)
-        if line is None:
-            return
-        first = line.first()
-        if first is None:
-            del self._lines[tenant]
-            self._order.drop(tenant)
-            self._waiting.drop(tenant)
-        else:
-            self._order.set(tenant, self._rank_of(first))
-            self._waiting.set(tenant, max(line.rank(first), self._last.get(tenant, -math.inf)))
-
-    def first(self, too_long: float = -math.inf) -> Member | None:
-        """The next by rank, unless a tenant has waited since ``too_long`` or before: then its first."""
-        tenant = self._waiting.first()
-        if tenant is None or self._waiting.rank(tenant) > too_long:
-            tenant = self._order.first()
-        return None if tenant is None else self._lines[tenant].first()
-
-    def leading(self, limit: int) -> list[Member]:
-        """The longest-waiting members of the first ``limit`` tenants by rank, in order."""
-        firsts = (self._lines[tenant].first() for tenant in self._order.leading(limit))
-        return [member for member in firsts if member is not None]
-
-    def rank(self, member: Member) -> Any:
-        """The rank of its tenant."""
-        return self._order.rank(self._tenants[member])
-
-    def __contains__(self, member: object) -> bool:
-        return member in self._tenants
-
-    def __len__(self) -> int:
-        return len(self._tenants)
-
-    def __repr__(self) -> str:
-        return f"Shares({self._lines})"
-
-
 class Turns(Generic[Member]):
     """Who gets the next of something scarce, so that a tenant with many members delays no other.
 
@@ -192,7 +113,9 @@ class Turns(Generic[Member]):
         self.drop(member)
 
     def first(self) -> Member | None:
-        tenant = self._order.first()
+        return self._first_of(self._order.first())
+
+    def _first_of(self, tenant: str | None) -> Member | None:
         return None if tenant is None else self._lines[tenant].first()
 
     def _rank(self, tenant: str) -> None:
@@ -212,4 +135,47 @@ class Turns(Generic[Member]):
         return len(self._tenants)
 
     def __repr__(self) -> str:
-        return f"Turns({self._lines})"
+        return f"{type(self).__name__}({self._lines})"
+
+
+class Shares(Turns[Member]):
+    """The same by what each tenant has had, which is ``rank`` of the member of it that has waited longest.
+
+    A rank that changes by itself is looked at anew after ``rerank``. A tenant whose rank never comes first
+    waits no longer than it is let to: see ``next``.
+    """
+
+    __slots__ = ("_rank_of", "_shares")
+
+    def __init__(self, rank: Callable[[Member], Any]) -> None:
+        super().__init__()
+        self._rank_of = rank
+        self._shares: Ranking[str] = Ranking()
+
+    def rerank(self, tenant: str) -> None:
+        if tenant in self._lines:
+            self._rank(tenant)
+
+    def next(self, too_long: float) -> Member | None:
+        """The first by rank, or of a tenant that has waited for its turn since ``too_long``."""
+        tenant = self._order.first()
+        if tenant is None or self._order.rank(tenant)[0] > too_long:
+            tenant = self._shares.first()
+        return self._first_of(tenant)
+
+    def leading(self, limit: int) -> list[Member]:
+        """The longest-waiting members of the first ``limit`` tenants by rank, in order."""
+        firsts = map(self._first_of, self._shares.leading(limit))
+        return [member for member in firsts if member is not None]
+
+    def rank(self, member: Member) -> Any:
+        """The rank of its tenant."""
+        return self._shares.rank(self._tenants[member])
+
+    def _rank(self, tenant: str) -> None:
+        super()._rank(tenant)
+        first = self._first_of(tenant) if tenant in self._lines else None
+        if first is None:
+            self._shares.drop(tenant)
+        else:
+            self._shares.set(tenant, self._rank_of(first))

@@ -238,7 +238,7 @@ class Residency:
 
     def grant(self, now: float) -> bool:
         """Give a slot to the next that waits for one on the host."""
-        version = self._for_slot.first(now - self._starving_after)
+        version = self._for_slot.next(now - self._starving_after)
         if version is None:
             return self._grant_warm(now)
         if not self._make_slot(now):
@@ -335,14 +335,20 @@ class Residency:
 
     def _ahead(self, now: float, spared: str | None) -> Load | None:
         """A slot whose tenant has had more than the next that gets none of those draining."""
+        if len(self._for_slot) <= len(self._draining):
+            return None
+        loads = [(self._counter(load.tenant), load) for load in self._drainable(now, spared) if load.has_run]
+        waiting = self._for_slot.leading(1)
+        if not loads or max(had for had, _ in loads) <= self._had(waiting[0]):
+            return None  # most often; then no other claim needs to be looked at
         waiting = self._for_slot.leading(len(self._draining) + 1)
         if len(waiting) <= len(self._draining):
             return None
-        level = self._counter(self._claims[waiting[-1]].tenant)
+        level = self._had(waiting[-1])
         best: tuple[float, int] | None = None
         choice = None
-        for load in self._drainable(now, spared):
-            if not load.has_run or (had := self._counter(load.tenant)) <= level:
+        for had, load in loads:
+            if had <= level:
                 continue
             until = load.active_since + self._turn
             if until > now:
@@ -421,11 +427,13 @@ class Residency:
         One that was filled for its requests and has run none, because the engine is full, is left alone
         for ``slot_patience``: else a full engine would turn waiting into swapping.
         """
-        override = all(load is not None and self._kept(load.version, self._slots) for load in self._slots)
+        override = not self._pins or all(
+            load is not None and self._kept(load.version, self._slots) for load in self._slots
+        )
         for load in self._slots:
             if load is None or load.state is not State.ACTIVE or load.draining or load.version == spared:
                 continue
-            if self._kept(load.version, self._slots) and not override:
+            if not override and self._kept(load.version, self._slots):
                 continue
             ripe = load.active_since + self._limits.slot_patience
             if load.has_run or load.version not in self._claims or ripe <= now:
@@ -545,8 +553,11 @@ class Residency:
 
     def _share(self, version: str) -> tuple[float, float]:
         """Its place among those that wait for a slot; the lowest is next."""
-        claim = self._claims[version]
-        return self._counter(claim.tenant), claim.since
+        return self._had(version), self._claims[version].since
+
+    def _had(self, version: str) -> float:
+        """What the tenant whose claim it is has had."""
+        return self._counter(self._claims[version].tenant)
 
     # --- what is seen --------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from server.ranking import Ranking, Turns
+from server.ranking import Ranking, Shares, Turns
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -75,3 +75,22 @@ def _take_all(turns: Turns[str], now: float) -> list[str]:
         turns.take(member, now)
         order.append(member)
     return order
+
+
+def test_shares_go_to_who_has_had_least_but_let_nobody_wait_too_long() -> None:
+    had = {"greedy": 9.0, "modest": 1.0}
+    shares: Shares[str] = Shares(lambda member: had[member[:-1]])
+    shares.add("greedy1", "greedy", 0.0)
+    shares.add("modest1", "modest", 5.0)
+    shares.add("modest2", "modest", 6.0)
+    assert shares.leading(3) == ["modest1", "greedy1"]
+    assert (shares.next(-1.0), shares.next(0.0), shares.rank("modest2")) == ("modest1", "greedy1", 1.0)
+    had["modest"] = 10.0
+    shares.rerank("modest")
+    assert shares.next(-1.0) == "greedy1"
+    shares.take("greedy1", 7.0)
+    shares.add("greedy2", "greedy", 2.0)
+    assert shares.next(6.0) == "modest1", "greedy has waited since its last turn only"
+    shares.drop("modest1")
+    shares.drop("modest2")
+    assert (shares.leading(3), shares.next(0.0)) == (["greedy2"], "greedy2")
