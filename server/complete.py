@@ -90,6 +90,7 @@ async def open_completion(
         version, public = await _resolve(service, tenant, body.get("model"))
         request = service.engine.parse(kind, _allowed(kind, body))
         sequences, max_tokens = _size(service.engine, kind, body, request)
+        resumable = service.engine.resumable(request)
         lease = await service.dispatcher.submit(
             tenant.id,
             version,
@@ -99,7 +100,7 @@ async def open_completion(
             weight=tenant.weight,
             max_queued=tenant.max_queued,
             max_running=tenant.max_running,
-            resumable=service.engine.resumable(request),
+            resumable=resumable,
         )
     except (ServerError, AdapterError) as exc:
         service.metrics.ended(tenant.id, _outcome_of(exc))
@@ -114,6 +115,7 @@ async def open_completion(
         public_model=public,
         cache_salt=tenant.cache_salt,
         meter=lease,
+        resumable=resumable,
     )
     return await _run(service.engine, lease, call, request)
 

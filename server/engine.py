@@ -105,7 +105,8 @@ class Call:
 
     ``model`` is the engine's name for what answers, ``public_model`` the name shown in the answer.
     ``cache_salt`` separates tenants in the prefix cache (at most 128 characters, none of ``@ / \\``).
-    ``sent`` holds what the engine was asked for, as vLLM's core knows it; see ``Engine.pause``.
+    ``resumable`` is what ``Engine.resumable`` says of its request. ``sent`` holds what the engine was asked
+    for, as vLLM's core knows it; see ``Engine.pause``.
     """
 
     id: str
@@ -302,7 +303,6 @@ class Engine:
         """
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-        call.resumable = self.resumable(request)
         request.model = call.model
         request.cache_salt = call.cache_salt
         request.request_id = call.id

@@ -88,7 +88,9 @@ def call(engine: Engine, kind: Kind, body: dict[str, Any], load: PageOp | None) 
     """(call, vLLM's request) for ``body`` on ``load``, or on the base model."""
     model = engine.base.name if load is None else load.name
     made = Call(f"suite-{next(_ids)}", kind, model, PUBLIC, "salt-of-the-suite", RecordingMeter())
-    return made, engine.parse(kind, body)
+    request = engine.parse(kind, body)
+    made.resumable = engine.resumable(request)
+    return made, request
 
 
 def meter_of(made: Call) -> RecordingMeter:

@@ -69,7 +69,6 @@ class _Run:
     choices: int
     limit: int
     natural_end: bool
-    resumable: bool
     produced: dict[str, int] = field(default_factory=dict)
     aborted: bool = False
     going: asyncio.Event = field(default_factory=asyncio.Event)
@@ -204,7 +203,7 @@ class FakeEngine:
     async def pause(self, call: Call) -> bool:
         self._alive()
         runs = [run for run in self.running if run.call is call]
-        if not runs or not all(run.resumable for run in runs):
+        if not runs or not call.resumable:
             return False
         for run in runs:
             self.running.remove(run)
@@ -327,8 +326,7 @@ class FakeEngine:
         room = self.max_model_len - max(prompts)
         natural_end = limit is None
         limit = min(room, NATURAL_LENGTH if limit is None else limit)
-        resumable = self.resumable(request)
-        run = _Run(call, load_id, shown, prompts, request.n or 1, limit, natural_end, resumable)
+        run = _Run(call, load_id, shown, prompts, request.n or 1, limit, natural_end)
         for i in range(len(prompts)):
             call.request_ids.append(f"{call.id}-{i}")
             run.produced[call.request_ids[-1]] = 0
