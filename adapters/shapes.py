@@ -5,8 +5,10 @@ The running engine reports the same (``adapters.worker``); a test holds the two 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from adapters.model import BaseModel, ModuleShape
 from adapters.names import leaf
@@ -40,11 +42,9 @@ def module_shapes(model_dir: Path) -> dict[str, ModuleShape]:
     Raises OSError where there is no config, ValueError where transformers does not know the architecture.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model = on_meta(AutoConfig.from_pretrained(model_dir, local_files_only=True))
     head = model.get_output_embeddings()
     shapes = {
         name: ModuleShape(layer.in_features, layer.out_features)
@@ -52,6 +52,19 @@ def module_shapes(model_dir: Path) -> dict[str, ModuleShape]:
         if isinstance(layer, torch.nn.Linear) and layer is not head
     }
     return dict(sorted(shapes.items()))
+
+
+def on_meta(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The model that ``config`` (of transformers) describes, on torch's meta device: shapes and no data.
+
+    Raises whatever the model's own code does.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        return build(copy.deepcopy(config), trust_remote_code=trust_remote_code)
 
 
 def dtype_of(model_dir: Path) -> str | None:

@@ -7,11 +7,11 @@ are those of the checkpoint; vLLM fuses some of them, which changes no size. Wha
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from adapters.shapes import on_meta
 from server.sizing import Layer, Split
 
 _GIVE_A_NUMBER = "give GPU_SLOTS and HOST_SLOTS as numbers"
@@ -55,13 +55,8 @@ def lora_layers(
 
 
 def _on_meta(config: Any, trust_remote_code: bool) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
     try:
-        with torch.device("meta"):
-            build: Any = AutoModelForCausalLM.from_config
-            return build(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        return on_meta(config, trust_remote_code=trust_remote_code)
     except Exception as exc:  # code of the model's own, for a model that nobody here has seen
         raise ValueError(
             f"the shapes of {type(config).__name__} cannot be derived ({exc}); {_GIVE_A_NUMBER}"
