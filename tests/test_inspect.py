@@ -309,7 +309,7 @@ SAME_BASE = [
     "/srv/models/Tiny-Llama/",
     "tiny-llama",
     "unsloth/tiny-llama-unsloth-bnb-4bit",
-    "/root/.cache/huggingface/hub/models--acme--tiny-llama/snapshots/0123abc",
+    "/home/someone/.cache/huggingface/hub/models--acme--tiny-llama/snapshots/0123abc",
     "/models/where-it-lies",
     None,
     "",
