@@ -1,7 +1,7 @@
 """The command line: ``python -m tests.bench [SCENARIO ...] [--runs N] [--out DIR] [--quick] ...``.
 
-In each run, both servers are started once for each setup, and measured one after the other, in turns first,
-by the same client; a simulation needs neither.
+In each run, both servers are started once for each setup, in turns first, and measured by the same client; a
+simulation needs neither.
 The status is 0 if everything could be measured, whether or not the targets are met, and 1 if not.
 """
 
@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import multiprocessing
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -56,11 +55,11 @@ class Bench:
         # In turns, so that a machine that gets slower or faster does not favour one of them.
         servers = self._servers if round_.number % 2 == 0 else self._servers[::-1]
         for setup in dict.fromkeys(setup for scenario in measured for setup in scenario.setups):
-            todo = {
-                server: [s for s in measured if setup in s.setups and server.name in s.servers]
-                for server in servers
-            }
-            await self._sessions(setup, {server: some for server, some in todo.items() if some}, round_)
+            for server in servers:
+                todo = [s for s in measured if setup in s.setups and server.name in s.servers]
+                if todo:
+                    await self._session(server, setup, todo, round_)
+                    self.write(quick=round_.quick)
 
     async def _simulate(self, simulation: Simulation, round_: Round) -> None:
         began = time.monotonic()
@@ -73,26 +72,22 @@ class Bench:
         except Exception as exc:
             self._failed(simulation, where, round_, exc)
 
-    async def _sessions(self, setup: Setup, todo: Mapping[Server, Sequence[Scenario]], round_: Round) -> None:
-        """Starts the servers together, since that takes longest, and measures each while the others idle."""
+    async def _session(
+        self, server: Server, setup: Setup, scenarios: Sequence[Scenario], round_: Round
+    ) -> None:
+        """The other server is not even started: a worker of vLLM's takes half a core while it idles."""
         began = time.monotonic()
-        async with contextlib.AsyncExitStack() as stack:
-            starts = (stack.enter_async_context(server.running(setup)) for server in todo)
-            started = await asyncio.gather(*starts, return_exceptions=True)
-            console.log(f"run {round_.number + 1}: {' and '.join(s.name for s in todo)}: {_since(began)}")
-            for (server, scenarios), failure in zip(todo.items(), started, strict=True):
-                try:
-                    if failure is not None:
-                        raise failure
-                    await server.prepare(a for s in scenarios for a in s.adapters(round_))
-                    for scenario in scenarios:
-                        await self._measure(server, scenario, round_)
-                except Exception as exc:
-                    # The server did not start or did not live; the others can still be measured.
-                    for scenario in scenarios:
-                        if round_.number not in self.outcomes[scenario.name].values.get(server.name, {}):
-                            self._failed(scenario, server.name, round_, exc)
-                self.write(quick=round_.quick)
+        try:
+            async with server.running(setup):
+                console.log(f"run {round_.number + 1}: {server.name} is up after {_since(began)}")
+                await server.prepare(a for s in scenarios for a in s.adapters(round_))
+                for scenario in scenarios:
+                    await self._measure(server, scenario, round_)
+        except Exception as exc:
+            # The server did not start or did not live; the others can still be measured.
+            for scenario in scenarios:
+                if round_.number not in self.outcomes[scenario.name].values.get(server.name, {}):
+                    self._failed(scenario, server.name, round_, exc)
 
     async def _measure(self, server: Server, scenario: Scenario, round_: Round) -> None:
         began = time.monotonic()
