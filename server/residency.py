@@ -13,7 +13,8 @@ decided. A load in any of the four states has a host entry; from ACTIVATING on i
 A version with waiting requests has a claim. A claim is overdue once it has waited for ``slot_patience``
 since its first request, or since it lost its slot. Claims get host entries by turns of their tenants
 (``Turns``), and slots by what their tenants have had (``Shares``): the lowest token counter first, but before
-all a tenant that has waited for half of ``queue_timeout`` since its last one. What may be taken from whom:
+all a tenant that has waited for three times ``slot_patience`` since its last one: who is asked for most has had
+most, and an endless row of tenants that come once would pass it. What may be taken from whom:
 
     host entry   1. free   2. an idle one on the host   3. an idle one in a slot
                  4. for an overdue claim: that of the latest claim that is not, or a drained slot's
@@ -58,8 +59,8 @@ from server.tiers import (
 
 # Of ``slot_patience``: how long a version has its slot at least before its tenant's share counts against it.
 TURN = 0.25
-# Of ``queue_timeout``: how long a tenant waits for its next slot before it comes before all others.
-STARVING = 0.5
+# Times ``slot_patience``: how long a tenant waits for its next slot before it comes before all others.
+STARVING = 3.0
 
 
 class Residency:
@@ -81,7 +82,7 @@ class Residency:
     ) -> None:
         self._limits = limits
         self._turn = TURN * limits.slot_patience
-        self._starving_after = STARVING * limits.queue_timeout
+        self._starving_after = STARVING * limits.slot_patience
         self._next_id = first_load_id
         self._emit = emit
         self._gate = gate
