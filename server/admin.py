@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from adapters.errors import AdapterNotFound
 from adapters.model import Adapter, Tier, Version
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
@@ -64,6 +65,14 @@ class AdapterChange(_Body):
     live: int | None = Field(None, ge=1)
     default: bool | None = None
     pinned: bool | None = None
+
+
+class Warm(_Body):
+    """Which version, the live one if None, and whether in a slot or just in host memory."""
+
+    empty = b"{}"
+    version: int | None = Field(None, ge=1)
+    slot: bool = False
 
 
 def _json(model: type[_Body]) -> Any:
@@ -201,6 +210,28 @@ async def update_adapter(
     adapter = await publishing.catalog.update(tenant, name, **body.model_dump(exclude_unset=True))
     move_pin(publishing.dispatcher, adapter)
     return _adapter_json(adapter, publishing.dispatcher)
+
+
+@router.post("/tenants/{tenant}/adapters/{name}/warm", openapi_extra=_documented(Warm))
+async def warm_adapter(
+    tenant: str,
+    name: str,
+    body: Annotated[Warm, _json(Warm)],
+    request: Request,
+    tenants: TenantsOf,
+    publishing: PublishingOf,
+) -> dict[str, Any]:
+    await tenants.get(tenant)
+    adapter = await publishing.catalog.adapter(tenant, name)
+    wanted = body.version or adapter.live
+    version = next((info.version for info in adapter.versions if info.version.number == wanted), None)
+    if version is None:
+        raise AdapterNotFound(
+            f"The adapter `{name}` has no version {wanted}.", code="version_not_found", param="version"
+        )
+    timeout = request.app.state.settings.queue_timeout
+    tier = await publishing.dispatcher.warm(version, slot=body.slot, timeout=timeout)
+    return {"adapter": name, "version": version.number, "tier": tier}
 
 
 @router.delete("/tenants/{tenant}/adapters/{name}", status_code=204)

@@ -31,6 +31,7 @@ ROUTES = [
     ("GET", "/tenants/{tenant}/adapters/{name}"),
     ("PATCH", "/tenants/{tenant}/adapters/{name}"),
     ("DELETE", "/tenants/{tenant}/adapters/{name}"),
+    ("POST", "/tenants/{tenant}/adapters/{name}/warm"),
     ("DELETE", "/tenants/{tenant}/adapters/{name}/versions/{version}"),
     ("GET", "/residency"),
 ]

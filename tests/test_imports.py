@@ -22,6 +22,7 @@ LEVELS: list[set[str]] = [
     {"server.plan"},
     {"server.residency"},
     {"server.fairness"},
+    {"server.warming"},
     {"server.ranking", "server.tiers"},
     {"server.engine", "server.tenants", "server.metrics", "server.logs"},
     {"server.errors", "server.settings", "server.shapes"},
@@ -49,6 +50,7 @@ PURE = {
     "server.residency",
     "server.ranking",
     "server.tiers",
+    "server.warming",
     "server.sizing",
 }
 IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "server.engine", "server.metrics"}
