@@ -10,9 +10,10 @@ Rules held here, each within one transaction:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Select, and_, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -174,6 +175,13 @@ class Catalog:
         async with self._database.read() as session:
             query = select(VersionRow.number).where(VersionRow.digest == digest).limit(1)
             return await session.scalar(query) is not None
+
+    async def probe_of(self, digest: str) -> Mapping[str, Any] | None:
+        """What the engine showed of these files when they were last linked, if it was asked."""
+        query = select(VersionRow.report).where(VersionRow.digest == digest)
+        async with self._database.read() as session:
+            report = await session.scalar(query.order_by(VersionRow.created_at.desc()).limit(1))
+        return report.get("probe") if report else None
 
     async def pinned(self) -> list[Version]:
         """The live versions of all pinned adapters, by tenant and name."""

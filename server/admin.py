@@ -156,12 +156,18 @@ async def revoke_key(tenant: str, key_id: str, tenants: TenantsOf) -> Response:
 
 @router.post("/tenants/{tenant}/adapters/{name}/versions", status_code=201)
 async def create_version(
-    tenant: str, name: str, request: Request, tenants: TenantsOf, publishing: PublishingOf
+    tenant: str,
+    name: str,
+    request: Request,
+    tenants: TenantsOf,
+    publishing: PublishingOf,
+    allow_no_effect: bool = False,
 ) -> JSONResponse:
     await tenants.get(tenant)
     boundary = boundary_of(request.headers.get("content-type"))
     limit = request.app.state.settings.max_upload_bytes + _MULTIPART_ROOM
-    published = await publish(publishing, tenant, name, parts(limited_body(request, limit), boundary))
+    files = parts(limited_body(request, limit), boundary)
+    published = await publish(publishing, tenant, name, files, allow_no_effect=allow_no_effect)
     return JSONResponse(
         {
             "adapter": published.adapter.name,

@@ -18,6 +18,7 @@ LEVELS: list[set[str]] = [
     {"server.api", "server.admin"},
     {"server.http", "server.multipart"},
     {"server.complete", "server.publish"},
+    {"server.probe"},
     {"server.dispatcher"},
     {"server.plan"},
     {"server.residency"},
@@ -39,7 +40,7 @@ LEVELS: list[set[str]] = [
     },
     {"adapters.strict_json", "adapters.targets", "adapters.values"},
     {"adapters.names"},
-    {"adapters.errors", "adapters.model"},
+    {"adapters.errors", "adapters.model", "adapters.probes"},
     {"adapters"},
 ]
 # Decisions are pure: no clock, no loop, no engine.
@@ -50,6 +51,7 @@ PURE = {
     "server.ranking",
     "server.tiers",
     "server.sizing",
+    "adapters.probes",
 }
 IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "server.engine", "server.metrics"}
 ONLY_IN = {
