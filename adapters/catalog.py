@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.errors import AdapterConflict, AdapterNotFound, fault
 from adapters.model import Adapter, Manifest, Version, VersionInfo, is_adapter_name, is_tenant_id
+from adapters.receipts import Receipt
 from adapters.tables import MAX_INTEGER, AdapterRow, Database, ReadCache, TenantRow, VersionRow, now
 
 DEFAULT = "default"
@@ -59,10 +60,18 @@ class Catalog:
             raise fault("name_invalid", f"The name `{name}` is reserved.", param="name")
 
     async def link(
-        self, tenant: str, adapter: str, *, digest: str, manifest: Manifest, make_live: bool = True
+        self,
+        tenant: str,
+        adapter: str,
+        *,
+        digest: str,
+        manifest: Manifest,
+        make_live: bool = True,
+        receipt: Receipt | None = None,
     ) -> tuple[Adapter, Version]:
         """Makes the files under ``digest`` the next version of ``adapter``, which is created if need be.
 
+        ``receipt`` keeps what the upload is answered.
         AdapterRejected (``name_invalid``), AdapterNotFound (``tenant_not_found``).
         """
         self.check_name(adapter)
@@ -99,7 +108,10 @@ class Catalog:
                 row.live = version.number
             session.add(version)
             await session.flush()
-            return await self._one(session, tenant, adapter), self._version(version)
+            linked = await self._one(session, tenant, adapter)
+            if receipt is not None:
+                await receipt.keep(session, linked.uploaded(version.number))
+            return linked, self._version(version)
 
     async def adapters(self, tenant: str) -> list[Adapter]:
         """All of the tenant's, by name, each with its versions by number."""

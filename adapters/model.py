@@ -175,6 +175,17 @@ class Adapter:
     created_at: datetime
     versions: tuple[VersionInfo, ...]
 
+    def uploaded(self, number: int) -> dict[str, Any]:
+        """What the upload that became version ``number`` is answered."""
+        (info,) = (info for info in self.versions if info.version.number == number)
+        return {
+            "adapter": self.name,
+            "version": number,
+            "digest": info.version.digest,
+            "live": self.live,
+            "report": dict(info.report),
+        }
+
     @property
     def live_version(self) -> Version | None:
         return next((v.version for v in self.versions if v.version.number == self.live), None)

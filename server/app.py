@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 
 from adapters.blobs import BlobStore
 from adapters.catalog import Catalog
+from adapters.receipts import Receipts
 from adapters.tables import Database
 from server import __version__, admin, api
 from server.complete import DEFAULT_MODEL, Completions
@@ -101,7 +102,9 @@ async def _start(
     state.engine, state.database, state.blobs, state.metrics = engine, database, blobs, metrics
     state.dispatcher = dispatcher
     state.completions = Completions(engine, dispatcher, catalog, metrics)
-    state.publishing = Publishing(engine, dispatcher, blobs, catalog, Prober(engine, dispatcher))
+    state.publishing = Publishing(
+        engine, dispatcher, blobs, catalog, Receipts(database), Prober(engine, dispatcher)
+    )
     state.started = int(time.time())
     state.versions = await catalog.count_versions()
 

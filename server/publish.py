@@ -8,15 +8,17 @@ sweep at start-up.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from adapters.admit import admit
 from adapters.blobs import BlobStore, Incoming
 from adapters.catalog import Catalog
 from adapters.model import Adapter, Manifest, Version
+from adapters.receipts import Receipts
 from server.dispatcher import Dispatcher
 from server.engine import Engine
 from server.probe import Prober, no_effect
@@ -33,6 +35,7 @@ class Publishing:
     dispatcher: Dispatcher
     blobs: BlobStore
     catalog: Catalog
+    receipts: Receipts
     prober: Prober
     # The digest of each upload between commit and link; nobody removes it.
     coming: list[str] = field(default_factory=list)
@@ -42,9 +45,9 @@ class Publishing:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    adapter: Adapter
-    version: Version
-    manifest: Manifest
+    """``answer`` is what the client is told: see ``Adapter.uploaded``."""
+
+    answer: Mapping[str, Any]
 
 
 async def publish(
@@ -54,37 +57,42 @@ async def publish(
     files: AsyncIterator[tuple[str, bytes]],
     *,
     allow_no_effect: bool = False,
+    key: str | None = None,
 ) -> Published:
     """Receives ``files`` as (file name, bytes) pieces and makes them the live version of ``name``.
 
     When it returns, the files and the row are on disk. Raises an AdapterError or ServerError, with nothing
-    kept. ``allow_no_effect`` takes one that answers as the base does.
+    kept. ``allow_no_effect`` takes one that answers as the base does. An upload repeated with its ``key`` is
+    answered as before.
     """
     service.catalog.check_name(name)
     async with service.blobs.receive() as incoming:
         async for filename, chunk in files:
             await incoming.write(filename, chunk)
         uploaded = await incoming.finish()
-        manifest = await incoming.examine(
-            partial(
-                admit,
-                base=service.engine.base,
-                original_digest=uploaded,
-                serving_dtype=service.engine.lora_dtype,
-                allow_no_effect=allow_no_effect,
+        async with service.receipts.once(tenant, key, name, uploaded, allow_no_effect) as receipt:
+            if receipt is not None and receipt.answer is not None:
+                return Published(receipt.answer)
+            manifest = await incoming.examine(
+                partial(
+                    admit,
+                    base=service.engine.base,
+                    original_digest=uploaded,
+                    serving_dtype=service.engine.lora_dtype,
+                    allow_no_effect=allow_no_effect,
+                )
             )
-        )
-        async with _committed(service, incoming, tenant, name, manifest) as candidate:
-            known = await service.catalog.probe_of(candidate.digest)
-            probe = await service.prober.probe(candidate, known)
-            if not (probe["effect"] or allow_no_effect):
-                raise no_effect(manifest, probe)
-            manifest = replace(manifest, probe=probe | {"no_effect_allowed": allow_no_effect})
-            adapter, version = await service.catalog.link(
-                tenant, name, digest=candidate.digest, manifest=manifest
-            )
+            async with _committed(service, incoming, tenant, name, manifest) as candidate:
+                known = await service.catalog.probe_of(candidate.digest)
+                probe = await service.prober.probe(candidate, known)
+                if not (probe["effect"] or allow_no_effect):
+                    raise no_effect(manifest, probe)
+                manifest = replace(manifest, probe=probe | {"no_effect_allowed": allow_no_effect})
+                adapter, version = await service.catalog.link(
+                    tenant, name, digest=candidate.digest, manifest=manifest, receipt=receipt
+                )
     move_pin(service.dispatcher, adapter)
-    return Published(adapter, version, manifest)
+    return Published(adapter.uploaded(version.number))
 
 
 @asynccontextmanager

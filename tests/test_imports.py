@@ -31,6 +31,7 @@ LEVELS: list[set[str]] = [
     {"adapters.admit", "adapters.doctor", "adapters.merge"},
     {"adapters.convert"},
     {"adapters.catalog", "adapters.blobs", "adapters.inspect", "adapters.worker"},
+    {"adapters.receipts"},
     {
         "adapters.cpu_kernels",
         "adapters.peft_config",
@@ -57,7 +58,13 @@ IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "server.eng
 ONLY_IN = {
     "prometheus_client": {"server.metrics"},
     "vllm": {"server.engine", "adapters.worker", "adapters.cpu_kernels"},
-    "sqlalchemy": {"server.tenants", "server.settings", "adapters.catalog", "adapters.tables"},
+    "sqlalchemy": {
+        "server.tenants",
+        "server.settings",
+        "adapters.catalog",
+        "adapters.receipts",
+        "adapters.tables",
+    },
     "torch": {
         "adapters.convert",
         "adapters.cpu_kernels",
