@@ -10,15 +10,17 @@ Rules held here, each within one transaction:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Select, and_, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.errors import AdapterConflict, AdapterNotFound, fault
 from adapters.model import Adapter, Manifest, Version, VersionInfo, is_adapter_name, is_tenant_id
+from adapters.receipts import Receipt
 from adapters.tables import MAX_INTEGER, AdapterRow, Database, ReadCache, TenantRow, VersionRow, now
 
 DEFAULT = "default"
@@ -58,10 +60,18 @@ class Catalog:
             raise fault("name_invalid", f"The name `{name}` is reserved.", param="name")
 
     async def link(
-        self, tenant: str, adapter: str, *, digest: str, manifest: Manifest, make_live: bool = True
+        self,
+        tenant: str,
+        adapter: str,
+        *,
+        digest: str,
+        manifest: Manifest,
+        make_live: bool = True,
+        receipt: Receipt | None = None,
     ) -> tuple[Adapter, Version]:
         """Makes the files under ``digest`` the next version of ``adapter``, which is created if need be.
 
+        ``receipt`` keeps what the upload is answered.
         AdapterRejected (``name_invalid``), AdapterNotFound (``tenant_not_found``).
         """
         self.check_name(adapter)
@@ -98,7 +108,10 @@ class Catalog:
                 row.live = version.number
             session.add(version)
             await session.flush()
-            return await self._one(session, tenant, adapter), self._version(version)
+            linked = await self._one(session, tenant, adapter)
+            if receipt is not None:
+                await receipt.keep(session, linked.uploaded(version.number))
+            return linked, self._version(version)
 
     async def adapters(self, tenant: str) -> list[Adapter]:
         """All of the tenant's, by name, each with its versions by number."""
@@ -174,6 +187,13 @@ class Catalog:
         async with self._database.read() as session:
             query = select(VersionRow.number).where(VersionRow.digest == digest).limit(1)
             return await session.scalar(query) is not None
+
+    async def probe_of(self, digest: str) -> Mapping[str, Any] | None:
+        """What the engine showed of these files when they were last linked, if it was asked."""
+        query = select(VersionRow.report).where(VersionRow.digest == digest)
+        async with self._database.read() as session:
+            report = await session.scalar(query.order_by(VersionRow.created_at.desc()).limit(1))
+        return report.get("probe") if report else None
 
     async def pinned(self) -> list[Version]:
         """The live versions of all pinned adapters, by tenant and name."""

@@ -98,7 +98,10 @@ CURES: dict[str, str] = {
         "Use 1 to 128 letters, digits, '.', '_' or '-', with a letter or digit first;"
         " not `default`, and not the base model's name."
     ),
-    "adapter_no_effect": "It would answer as the base does, as an untrained one would. Upload a trained one.",
+    "adapter_no_effect": (
+        "It would answer as the base does, as an untrained one would. Upload a trained one, or say"
+        " allow_no_effect=true."
+    ),
 }
 
 

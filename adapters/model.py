@@ -95,6 +95,7 @@ class Manifest:
     ``rank`` is the largest rank of any pair, ``size_bytes`` the size of both files together,
     ``modules`` the full names of the base modules it changes, sorted. ``conversions`` says what was rewritten
     so that it can be served, and ``original_digest`` names the files as they were uploaded, if anything was.
+    ``probe`` is what the engine showed of it, see ``server.probe``; None where no engine has been asked.
     """
 
     rank: int
@@ -110,6 +111,7 @@ class Manifest:
     warnings: tuple[str, ...] = ()
     conversions: tuple[str, ...] = ()
     original_digest: str | None = None
+    probe: Mapping[str, Any] | None = None
 
     def report(self) -> dict[str, Any]:
         """The manifest as JSON for the operator: counts instead of 200 module names."""
@@ -172,6 +174,17 @@ class Adapter:
     pinned: bool
     created_at: datetime
     versions: tuple[VersionInfo, ...]
+
+    def uploaded(self, number: int) -> dict[str, Any]:
+        """What the upload that became version ``number`` is answered."""
+        (info,) = (info for info in self.versions if info.version.number == number)
+        return {
+            "adapter": self.name,
+            "version": number,
+            "digest": info.version.digest,
+            "live": self.live,
+            "report": dict(info.report),
+        }
 
     @property
     def live_version(self) -> Version | None:

@@ -1,7 +1,8 @@
 """The database: its tables, its one way in, and the cache in front of it.
 
     tenants ──< keys
-       └─────< adapters ──< versions          meta: key -> value
+       ├─────< adapters ──< versions          meta: key -> value
+       └─────< uploads
 
 SQLite or PostgreSQL. One server process writes; what it has committed survives a crash.
 """
@@ -165,6 +166,18 @@ class VersionRow(Base):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     report: Mapped[dict[str, Any]] = mapped_column(JSON)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class UploadRow(Base):
+    """What an upload with an ``Idempotency-Key`` was answered; see ``adapters.receipts``."""
+
+    __tablename__ = "uploads"
+
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    answer: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
 
 
 class MetaRow(Base):

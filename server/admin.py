@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import asdict
 from typing import Annotated, Any, ClassVar
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -165,22 +165,22 @@ async def revoke_key(tenant: str, key_id: str, tenants: TenantsOf) -> Response:
 
 @router.post("/tenants/{tenant}/adapters/{name}/versions", status_code=201)
 async def create_version(
-    tenant: str, name: str, request: Request, tenants: TenantsOf, publishing: PublishingOf
+    tenant: str,
+    name: str,
+    request: Request,
+    tenants: TenantsOf,
+    publishing: PublishingOf,
+    allow_no_effect: bool = False,
+    idempotency_key: Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")] = None,
 ) -> JSONResponse:
     await tenants.get(tenant)
     boundary = boundary_of(request.headers.get("content-type"))
     limit = request.app.state.settings.max_upload_bytes + _MULTIPART_ROOM
-    published = await publish(publishing, tenant, name, parts(limited_body(request, limit), boundary))
-    return JSONResponse(
-        {
-            "adapter": published.adapter.name,
-            "version": published.version.number,
-            "digest": published.version.digest,
-            "live": published.adapter.live,
-            "report": published.manifest.report(),
-        },
-        status_code=201,
+    files = parts(limited_body(request, limit), boundary)
+    published = await publish(
+        publishing, tenant, name, files, allow_no_effect=allow_no_effect, key=idempotency_key
     )
+    return JSONResponse(dict(published.answer), status_code=201)
 
 
 @router.get("/tenants/{tenant}/adapters")

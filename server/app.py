@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 
 from adapters.blobs import BlobStore
 from adapters.catalog import Catalog
+from adapters.receipts import Receipts
 from adapters.tables import Database
 from server import __version__, admin, api
 from server.complete import DEFAULT_MODEL, Completions
@@ -23,6 +24,7 @@ from server.engine import Engine, EngineDied
 from server.http import RequestContext, install_error_handlers
 from server.metrics import Gauges, Metrics
 from server.plan import Limits
+from server.probe import Prober
 from server.publish import Publishing
 from server.settings import Settings
 from server.tenants import Tenants
@@ -100,7 +102,9 @@ async def _start(
     state.engine, state.database, state.blobs, state.metrics = engine, database, blobs, metrics
     state.dispatcher = dispatcher
     state.completions = Completions(engine, dispatcher, catalog, metrics)
-    state.publishing = Publishing(engine, dispatcher, blobs, catalog)
+    state.publishing = Publishing(
+        engine, dispatcher, blobs, catalog, Receipts(database), Prober(engine, dispatcher)
+    )
     state.started = int(time.time())
     state.versions = await catalog.count_versions()
 

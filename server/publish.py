@@ -1,22 +1,27 @@
 """The use case: an upload, top to bottom.
 
 Bytes are committed under their digest before a row names them, so a failure at any step leaves nothing that
-a request could reach, and nothing to roll back: the sweep at start-up removes what nobody links.
+a request could reach, and little to roll back: what is not linked in the end is removed, after a crash by the
+sweep at start-up.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from adapters.admit import admit
-from adapters.blobs import BlobStore
+from adapters.blobs import BlobStore, Incoming
 from adapters.catalog import Catalog
 from adapters.model import Adapter, Manifest, Version
+from adapters.receipts import Receipts
 from server.dispatcher import Dispatcher
 from server.engine import Engine
+from server.probe import Prober, no_effect
 
 # How often a deleted version's blob is looked at until its last request is done.
 _RECLAIM_EVERY = 0.5
@@ -30,42 +35,82 @@ class Publishing:
     dispatcher: Dispatcher
     blobs: BlobStore
     catalog: Catalog
-    # Held from commit to link, and while a blob is removed: a digest must not vanish in between.
-    linking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    receipts: Receipts
+    prober: Prober
+    # The digest of each upload between commit and link; nobody removes it.
+    coming: list[str] = field(default_factory=list)
+    # Held while one of them comes, and while a blob is removed.
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    adapter: Adapter
-    version: Version
-    manifest: Manifest
+    """``answer`` is what the client is told: see ``Adapter.uploaded``."""
+
+    answer: Mapping[str, Any]
 
 
 async def publish(
-    service: Publishing, tenant: str, name: str, files: AsyncIterator[tuple[str, bytes]]
+    service: Publishing,
+    tenant: str,
+    name: str,
+    files: AsyncIterator[tuple[str, bytes]],
+    *,
+    allow_no_effect: bool = False,
+    key: str | None = None,
 ) -> Published:
     """Receives ``files`` as (file name, bytes) pieces and makes them the live version of ``name``.
 
-    When it returns, the files and the row are on disk. Raises an AdapterError, with nothing kept.
+    When it returns, the files and the row are on disk. Raises an AdapterError or ServerError, with nothing
+    kept. ``allow_no_effect`` takes one that answers as the base does. An upload repeated with its ``key`` is
+    answered as before.
     """
     service.catalog.check_name(name)
     async with service.blobs.receive() as incoming:
         async for filename, chunk in files:
             await incoming.write(filename, chunk)
         uploaded = await incoming.finish()
-        manifest = await incoming.examine(
-            partial(
-                admit,
-                base=service.engine.base,
-                original_digest=uploaded,
-                serving_dtype=service.engine.lora_dtype,
+        async with service.receipts.once(tenant, key, name, uploaded, allow_no_effect) as receipt:
+            if receipt is not None and receipt.answer is not None:
+                return Published(receipt.answer)
+            manifest = await incoming.examine(
+                partial(
+                    admit,
+                    base=service.engine.base,
+                    original_digest=uploaded,
+                    serving_dtype=service.engine.lora_dtype,
+                    allow_no_effect=allow_no_effect,
+                )
             )
-        )
-        async with service.linking:
-            digest = (await incoming.commit()).name
-            adapter, version = await service.catalog.link(tenant, name, digest=digest, manifest=manifest)
+            async with _committed(service, incoming, tenant, name, manifest) as candidate:
+                known = await service.catalog.probe_of(candidate.digest)
+                probe = await service.prober.probe(candidate, known)
+                if not (probe["effect"] or allow_no_effect):
+                    raise no_effect(manifest, probe)
+                manifest = replace(manifest, probe=probe | {"no_effect_allowed": allow_no_effect})
+                adapter, version = await service.catalog.link(
+                    tenant, name, digest=candidate.digest, manifest=manifest, receipt=receipt
+                )
     move_pin(service.dispatcher, adapter)
-    return Published(adapter, version, manifest)
+    return Published(adapter.uploaded(version.number))
+
+
+@asynccontextmanager
+async def _committed(
+    service: Publishing, incoming: Incoming, tenant: str, name: str, manifest: Manifest
+) -> AsyncIterator[Version]:
+    """The files in their place, as a version without a number; if the block fails they go again."""
+    async with service.changing:
+        path = await incoming.commit()
+        service.coming.append(path.name)
+    candidate = Version(tenant, name, 0, path.name, path, manifest.rank, manifest.size_bytes)
+    try:
+        yield candidate
+    except BaseException:
+        service.coming.remove(path.name)
+        await unpublish(service, [candidate])
+        raise
+    service.coming.remove(path.name)
 
 
 def move_pin(dispatcher: Dispatcher, adapter: Adapter) -> None:
@@ -76,7 +121,7 @@ def move_pin(dispatcher: Dispatcher, adapter: Adapter) -> None:
 
 
 async def unpublish(service: Publishing, versions: list[Version]) -> None:
-    """Frees the memory and the bytes of versions that were deleted, once their last request is done."""
+    """Frees the memory and the bytes of versions without a row, once their last request is done."""
     gone = {version.key: version for version in versions}
     for tenant in {version.tenant for version in versions}:
         for adapter in await service.catalog.adapters(tenant):
@@ -90,7 +135,7 @@ async def unpublish(service: Publishing, versions: list[Version]) -> None:
 
 
 async def remove_unlinked(service: Publishing, digests: set[str]) -> None:
-    async with service.linking:
+    async with service.changing:
         for digest in digests:
-            if not await service.catalog.is_linked(digest):
+            if digest not in service.coming and not await service.catalog.is_linked(digest):
                 await service.blobs.remove(digest)

@@ -257,6 +257,7 @@ async def test_a_pinned_adapter_stays_in_memory(site: Site) -> None:
     key = await site.tenant(
         "acme", {"pinned": tiny.adapter(0), **{f"a{i}": tiny.adapter(i) for i in range(1, 6)}}
     )
+    engine_of(site).ops.clear()  # each was in memory for its probe
     pinned = await site.admin.patch(f"{TENANTS}/acme/adapters/pinned", json={"pinned": True})
     assert pinned.json()["pinned"] is True
     await ask_first(site, key, model="pinned")
@@ -271,13 +272,13 @@ async def test_a_pinned_adapter_stays_in_memory(site: Site) -> None:
 
 
 async def test_residency_as_it_is_now(site: Site) -> None:
-    key = await site.tenant("acme", {"a": tiny.adapter(1)})
-    engine_of(site).times.step = 0.1
     assert await residency(site) == {
         "slots": [dict.fromkeys(("version", "load_id", "state")) | {"running": 0, "draining": False}] * 2,
         "host": [], "queued": {}, "running": {}, "counters": {}, "aside": 0, "drains": 0,
         "preemptions": 0, "draining": False,
     }  # fmt: skip
+    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+    engine_of(site).times.step = 0.1
     async with site.http.stream(
         "POST", CHAT_URL, json={**CHAT, "max_tokens": 300, "stream": True}, headers=bearer(key)
     ) as stream:

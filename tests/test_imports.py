@@ -18,6 +18,7 @@ LEVELS: list[set[str]] = [
     {"server.api", "server.admin"},
     {"server.http", "server.multipart"},
     {"server.complete", "server.publish"},
+    {"server.probe"},
     {"server.dispatcher"},
     {"server.plan"},
     {"server.residency"},
@@ -31,6 +32,7 @@ LEVELS: list[set[str]] = [
     {"adapters.admit", "adapters.doctor", "adapters.merge"},
     {"adapters.convert"},
     {"adapters.catalog", "adapters.blobs", "adapters.inspect", "adapters.worker"},
+    {"adapters.receipts"},
     {
         "adapters.cpu_kernels",
         "adapters.peft_config",
@@ -40,7 +42,7 @@ LEVELS: list[set[str]] = [
     },
     {"adapters.strict_json", "adapters.targets", "adapters.values"},
     {"adapters.names"},
-    {"adapters.errors", "adapters.model"},
+    {"adapters.errors", "adapters.model", "adapters.probes"},
     {"adapters"},
 ]
 # Decisions are pure: no clock, no loop, no engine.
@@ -52,12 +54,19 @@ PURE = {
     "server.tiers",
     "server.warming",
     "server.sizing",
+    "adapters.probes",
 }
 IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "server.engine", "server.metrics"}
 ONLY_IN = {
     "prometheus_client": {"server.metrics"},
     "vllm": {"server.engine", "adapters.worker", "adapters.cpu_kernels"},
-    "sqlalchemy": {"server.tenants", "server.settings", "adapters.catalog", "adapters.tables"},
+    "sqlalchemy": {
+        "server.tenants",
+        "server.settings",
+        "adapters.catalog",
+        "adapters.receipts",
+        "adapters.tables",
+    },
     "torch": {
         "adapters.convert",
         "adapters.cpu_kernels",
