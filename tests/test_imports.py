@@ -24,7 +24,8 @@ LEVELS: list[set[str]] = [
     {"server.fairness"},
     {"server.ranking", "server.tiers"},
     {"server.engine", "server.tenants", "server.metrics", "server.logs"},
-    {"server.errors", "server.settings", "server.shapes", "server.remote", "server.show"},
+    {"server.dialects", "server.fields"},
+    {"server.errors", "server.handlers", "server.settings", "server.shapes", "server.remote", "server.show"},
     {"server.sizing"},
     {"server"},
     {"adapters.admit", "adapters.doctor", "adapters.merge"},
@@ -54,7 +55,7 @@ PURE = {
 IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "server.engine", "server.metrics"}
 ONLY_IN = {
     "prometheus_client": {"server.metrics"},
-    "vllm": {"server.engine", "adapters.worker", "adapters.cpu_kernels"},
+    "vllm": {"server.engine", "server.handlers", "adapters.worker", "adapters.cpu_kernels"},
     "sqlalchemy": {"server.tenants", "server.settings", "adapters.catalog", "adapters.tables"},
     "torch": {
         "adapters.convert",
