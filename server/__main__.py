@@ -1,4 +1,4 @@
-"""The command line: ``python -m server serve`` and ``demo``; installed as ``loraplex``."""
+"""The command line: ``python -m server``; installed as ``loraplex``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from server import __version__
+from server import __version__, commands
 from server.settings import Settings
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -78,9 +78,12 @@ def version() -> None:
     print(__version__)
 
 
+commands.add_to(cli)
+
+
 def _warn_of_strangers() -> None:
     """A misspelt variable would otherwise be a setting that silently stays at its default."""
-    known = {f"LORAPLEX_{name.upper()}" for name in Settings.model_fields} | {"LORAPLEX_CACHE"}
+    known = {f"LORAPLEX_{name.upper()}" for name in [*Settings.model_fields, "cache", "url"]}
     for name in os.environ:
         if name.startswith("LORAPLEX_") and name not in known:
             close = get_close_matches(name, known, n=1)

@@ -10,14 +10,17 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.errors import AdapterNotFound
 from adapters.model import Adapter
-from server.complete import Completion, Completions, LeasedStream, open_completion
+from server.complete import Completion, Completions, LeasedStream, open_completion, resolve
+from server.dialects import speaks_anthropic
 from server.dispatcher import Lease
-from server.engine import Kind
 from server.errors import BadRequest, ModelNotFound
-from server.http import json_object, while_connected
+from server.fields import meant
+from server.handlers import Kind, TokenKind
+from server.http import json_object, matched_path, while_connected
 from server.tenants import Tenant, Tenants
 
 router = APIRouter(prefix="/v1", tags=["inference"])
+tokens = APIRouter(tags=["inference"])
 
 # vLLM reads these; a tenant must not choose its own place in the queue or in the cache.
 _ENGINE_HEADERS = ("x-vllm-", "x-data-parallel-rank", "x-session-id")
@@ -50,6 +53,31 @@ async def completions(request: Request) -> Response:
     return await _complete(request, "completion")
 
 
+@router.post("/responses", summary="OpenAI's responses, without what they keep between requests")
+async def responses(request: Request) -> Response:
+    return await _complete(request, "responses")
+
+
+@router.post("/messages", summary="Anthropic's messages")
+async def messages(request: Request) -> Response:
+    return await _complete(request, "messages")
+
+
+@router.post("/messages/count_tokens", summary="How many tokens a message has")
+async def count_tokens(request: Request) -> dict[str, Any]:
+    return await _tokens(request, "count_tokens")
+
+
+@tokens.post("/tokenize", summary="A text's or a chat's tokens")
+async def tokenize(request: Request) -> dict[str, Any]:
+    return await _tokens(request, "tokenize")
+
+
+@tokens.post("/detokenize", summary="The text of tokens")
+async def detokenize(request: Request) -> dict[str, Any]:
+    return await _tokens(request, "detokenize")
+
+
 @router.get("/models", summary="The customer's adapters, and the base model where allowed")
 async def models(request: Request) -> dict[str, Any]:
     tenant = await _tenant(request)
@@ -66,11 +94,7 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 
 
 async def _complete(request: Request, kind: Kind) -> Response:
-    tenant = await _tenant(request)
-    for header in request.headers:
-        if header.startswith(_ENGINE_HEADERS):
-            raise BadRequest(f"The header {header} is not accepted.", code="unknown_header", param=header)
-    body = await json_object(request, request.app.state.settings.max_body_bytes)
+    tenant, body = await _read(request)
     service: Completions = request.app.state.completions
     opened = await while_connected(
         request,
@@ -85,11 +109,28 @@ async def _complete(request: Request, kind: Kind) -> Response:
     return JSONResponse(opened.body)
 
 
+async def _tokens(request: Request, kind: TokenKind) -> dict[str, Any]:
+    tenant, body = await _read(request)
+    service: Completions = request.app.state.completions
+    await resolve(service, tenant, body.get("model"))
+    return await service.engine.tokens(kind, service.engine.parse(kind, meant(kind, body)))
+
+
+async def _read(request: Request) -> tuple[Tenant, dict[str, Any]]:
+    """Who asks, and what."""
+    tenant = await _tenant(request)
+    for header in request.headers:
+        if header.startswith(_ENGINE_HEADERS):
+            raise BadRequest(f"The header {header} is not accepted.", code="unknown_header", param=header)
+    return tenant, await json_object(request, request.app.state.settings.max_body_bytes)
+
+
 async def _tenant(request: Request) -> Tenant:
     tenants: Tenants = request.app.state.tenants
-    tenant = await tenants.authenticate(
-        request.headers.get("authorization"), request.headers.get("x-customer-id")
-    )
+    authorization, key = request.headers.get("authorization"), request.headers.get("x-api-key")
+    if authorization is None and key is not None and speaks_anthropic(matched_path(request.scope)):
+        authorization = f"Bearer {key}"
+    tenant = await tenants.authenticate(authorization, request.headers.get("x-customer-id"))
     request.state.log["tenant"] = tenant.id
     return tenant
 

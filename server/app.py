@@ -18,9 +18,10 @@ from adapters.catalog import Catalog
 from adapters.receipts import Receipts
 from adapters.tables import Database
 from server import __version__, admin, api
-from server.complete import DEFAULT_MODEL, Completions
+from server.complete import Completions
 from server.dispatcher import Dispatcher
 from server.engine import Engine, EngineDied
+from server.fields import DEFAULT_MODEL
 from server.http import RequestContext, install_error_handlers
 from server.metrics import Gauges, Metrics
 from server.plan import Limits
@@ -61,6 +62,7 @@ def create_app(
     app.add_middleware(RequestContext)
     install_error_handlers(app)
     app.include_router(api.router)
+    app.include_router(api.tokens)
     app.include_router(admin.router)
     _add_operations(app)
     return app

@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 from adapters.catalog import Catalog
 from adapters.errors import AdapterError, AdapterNotFound
 from adapters.model import Version
+from server.dialects import error_event
 from server.dispatcher import Dispatcher, Lease
-from server.engine import Answer, Call, Engine, EngineDied, InFlight, Kind, from_vllm
+from server.engine import Answer, Call, Engine, EngineDied, InFlight, from_vllm
 from server.errors import (
     BadRequest,
     Internal,
@@ -26,32 +27,11 @@ from server.errors import (
     ServerError,
     TooManyRequests,
     Unavailable,
-    body_of,
 )
+from server.fields import DEFAULT_MODEL, meant
+from server.handlers import BROKEN, FAILED, Kind
 from server.metrics import Metrics, Outcome
 from server.tenants import Tenant
-
-# OpenAI's request fields that the engine honours. Anything else is refused by name: a field that is
-# silently ignored changes the meaning of a request, and vLLM's own extras are the operator's business.
-_SHARED = {
-    "model", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n", "presence_penalty", "seed",
-    "stop", "stream", "stream_options", "temperature", "top_p", "user",
-}  # fmt: skip
-ALLOWED: Mapping[Kind, frozenset[str]] = {
-    "chat": frozenset(
-        _SHARED
-        | {
-            "messages", "max_completion_tokens", "parallel_tool_calls", "reasoning_effort", "response_format",
-            "tool_choice", "tools", "top_logprobs",
-        }
-    ),
-    "completion": frozenset(_SHARED | {"prompt", "echo", "suffix"}),
-}  # fmt: skip
-# OpenAI's fields that say something about OpenAI's service, not about the answer: accepted and dropped.
-DROPPED = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store"})
-RESPONSE_FORMATS = frozenset({"text", "json_object", "json_schema"})
-STREAM_OPTIONS = frozenset({"include_usage", "include_obfuscation"})
-DEFAULT_MODEL = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +67,8 @@ async def open_completion(
     engine and gives its place back.
     """
     try:
-        version, public = await _resolve(service, tenant, body.get("model"))
-        request = service.engine.parse(kind, _allowed(kind, body))
+        version, public = await resolve(service, tenant, body.get("model"))
+        request = service.engine.parse(kind, meant(kind, body))
         sequences, max_tokens = _size(service.engine, kind, body, request)
         resumable = service.engine.resumable(request)
         lease = await service.dispatcher.submit(
@@ -127,7 +107,9 @@ async def _run(engine: Engine, lease: Lease, call: Call, request: Any) -> Comple
     try:
         answer = await engine.answer(call, request)
         if answer.stream is not None:
-            return Completion(call.public_model, lease, stream=await LeasedStream.opened(answer, lease))
+            return Completion(
+                call.public_model, lease, stream=await LeasedStream.opened(answer, lease, call.kind)
+            )
     except asyncio.CancelledError:
         await lease.close("disconnected")
         raise
@@ -144,29 +126,32 @@ async def _run(engine: Engine, lease: Lease, call: Call, request: Any) -> Comple
 class LeasedStream:
     """SSE chunks, and the lease that they are produced with. ``aclose`` is idempotent and always needed."""
 
-    def __init__(self, chunks: AsyncIterator[str], first: str | None, lease: Lease) -> None:
+    def __init__(self, chunks: AsyncIterator[str], first: str | None, lease: Lease, kind: Kind) -> None:
         self._chunks = chunks
         self._first = first
         self._lease = lease
+        self._kind = kind
         self._outcome: Outcome = "disconnected"
 
     @classmethod
-    async def opened(cls, answer: Answer, lease: Lease) -> LeasedStream:
+    async def opened(cls, answer: Answer, lease: Lease, kind: Kind) -> LeasedStream:
         """Waits for the first chunk, so that a request which fails at once gets a status, not a stream."""
         assert answer.stream is not None
         first = await anext(answer.stream, None)
         if first is not None and (error := _error_in(first)) is not None:
             raise error
-        return cls(answer.stream, first, lease)
+        return cls(answer.stream, first, lease, kind)
 
     async def __aiter__(self) -> AsyncIterator[str]:
+        number = 0
         if self._first is not None:
             yield self._first
         async for chunk in self._chunks:
+            number += 1
             error = _error_in(chunk)
             if error is not None:
                 self._outcome = "failed"
-                yield f"data: {json.dumps(body_of(error))}\n\n"
+                yield error_event(self._kind, error, number)
             else:
                 yield chunk
         if self._outcome != "failed":
@@ -176,7 +161,7 @@ class LeasedStream:
         await self._lease.close(self._outcome)
 
 
-async def _resolve(service: Completions, tenant: Tenant, model: Any) -> tuple[Version | None, str]:
+async def resolve(service: Completions, tenant: Tenant, model: Any) -> tuple[Version | None, str]:
     """(version, public name); the version is None for the base model."""
     if model is not None and not isinstance(model, str):
         raise BadRequest("model must be a string", param="model")
@@ -190,31 +175,11 @@ async def _resolve(service: Completions, tenant: Tenant, model: Any) -> tuple[Ve
     return version, model if named and model is not None else version.adapter
 
 
-def _allowed(kind: Kind, body: dict[str, Any]) -> dict[str, Any]:
-    """``body`` with only what this API means. Raises BadRequest naming the first field that it does not."""
-    for name in body:
-        if name not in ALLOWED[kind] and name not in DROPPED:
-            raise _unknown(name)
-    kept = {name: value for name, value in body.items() if name not in DROPPED}
-    options = kept.get("stream_options")
-    if isinstance(options, dict):
-        for name in options:
-            if name not in STREAM_OPTIONS:
-                raise _unknown(f"stream_options.{name}")
-        kept["stream_options"] = {k: v for k, v in options.items() if k != "include_obfuscation"}
-    wanted = kept.get("response_format")
-    if isinstance(wanted, dict) and wanted.get("type") not in RESPONSE_FORMATS:
-        formats = ", ".join(sorted(RESPONSE_FORMATS))
-        raise BadRequest(f"response_format.type must be one of {formats}", param="response_format")
-    return kept
-
-
-def _unknown(param: str) -> BadRequest:
-    return BadRequest(f"Unrecognized request argument supplied: {param}", code="unknown_field", param=param)
-
-
 def _size(engine: Engine, kind: Kind, body: dict[str, Any], request: Any) -> tuple[int, int]:
     """(sequences, most output tokens of each). Raises BadRequest when it can never fit."""
+    if kind in ("responses", "messages"):
+        limit = request.max_output_tokens if kind == "responses" else request.max_tokens
+        return 1, _within(limit, engine.max_model_len)
     prompts = 1
     if kind == "completion" and isinstance(request.prompt, list) and request.prompt:
         nested = not isinstance(request.prompt[0], int)
@@ -225,24 +190,28 @@ def _size(engine: Engine, kind: Kind, body: dict[str, Any], request: Any) -> tup
     # From the body where it can be: reading chat's deprecated max_tokens warns on every request.
     chat = kind == "chat"
     limit = (body.get("max_completion_tokens") or body.get("max_tokens")) if chat else request.max_tokens
-    most = engine.max_model_len
-    return sequences, most if limit is None else max(1, min(limit, most))
+    return sequences, _within(limit, engine.max_model_len)
+
+
+def _within(limit: int | None, most: int) -> int:
+    return most if limit is None else max(1, min(limit, most))
 
 
 def _prompt_text(body: dict[str, Any]) -> str:
     """Text of about the prompt's length; good enough for an estimate, and cheap."""
-    return str(body.get("messages") or body.get("prompt") or "")
+    fields = ("messages", "prompt", "system", "instructions", "input")
+    return "".join(str(body[name]) for name in fields if body.get(name))
 
 
 def _error_in(chunk: str) -> ServerError | None:
     """vLLM reports an error in a stream as an event of its own, with a number for a code."""
-    if not chunk.startswith('data: {"error"'):
+    if not chunk.startswith(BROKEN):
         return None
     try:
         error = json.loads(chunk.removeprefix("data: "))["error"]
         status, message = int(error["code"]), str(error["message"])
     except (ValueError, KeyError, TypeError):
-        return Internal("The engine failed on this request.")
+        return Internal(FAILED)
     return from_vllm(message, status, error.get("param"))
 
 

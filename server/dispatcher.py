@@ -89,7 +89,7 @@ class Lease:
         self._owner = owner
         self._since = since
         self._parts: dict[str, tuple[int, int, int]] = {}
-        self._reported = 0
+        self._counted = (0, 0, 0)  # prompt, cached and output tokens that others know of
         self._last_token = 0.0
         self._token_times: TokenTimes | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -109,7 +109,8 @@ class Lease:
         self.cached_tokens += max(0, cached_tokens - cached)
         if self.streamed and output_tokens > output:
             self._time_tokens(output_tokens - output)
-        if self._reported == 0 or self.output_tokens - self._reported >= REPORT_EVERY:
+        counted = self._counted[2]
+        if counted == 0 or self.output_tokens - counted >= REPORT_EVERY:
             self._report()
 
     async def close(self, outcome: Outcome | None = None) -> None:
@@ -136,7 +137,10 @@ class Lease:
             self._owner._closed(self)
 
     def _report(self) -> None:
-        self._reported = self.output_tokens
+        now = (self.prompt_tokens, self.cached_tokens, self.output_tokens)
+        new = (after - before for after, before in zip(now, self._counted, strict=True))
+        self._owner.metrics.consumed(self.tenant, *new)
+        self._counted = now
         self._owner._progressed(self)
 
     def _time_tokens(self, new: int) -> None:
@@ -525,9 +529,7 @@ class Dispatcher:
 
     def _closed(self, lease: Lease) -> None:
         self._forget(lease.id)
-        self.metrics.ended(
-            lease.tenant, lease.outcome, lease.prompt_tokens, lease.cached_tokens, lease.output_tokens
-        )
+        self.metrics.ended(lease.tenant, lease.outcome)
         self._happened(self._plan.finished(self.now(), lease.id))
 
     def _forget(self, id_: str) -> None:

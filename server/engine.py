@@ -31,15 +31,14 @@ from starlette.datastructures import State
 
 from adapters.model import BaseModel, ModuleShape
 from adapters.shapes import fingerprint
-from server import sizing
-from server.errors import BadRequest, Internal, ServerError, Unavailable
+from server import handlers, sizing
+from server.errors import BadRequest, Internal, ServerError, Unavailable, status_of
+from server.handlers import FAILED, Kind, TokenKind
 from server.settings import HOST_PER_GPU_SLOT, Settings
 from server.shapes import lora_layers
 from server.sizing import Capacity, Layer
 
 logger = logging.getLogger(__name__)
-
-Kind = Literal["chat", "completion"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +118,8 @@ class Call:
     resumable: bool = False
     sent: list[Any] = field(default_factory=list)
     paused: bool = False
+    aborted: bool = False
+    broken: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +217,8 @@ class Engine:
             raise
         engine._workers = len(described)
         state.openai_serving_models.model_name = _public_name(settings.served_model_name)
+        messages = state.anthropic_serving_messages
+        messages.create_chat_completion = _under_messages(messages.create_chat_completion)
         return engine
 
     async def stop(self) -> None:
@@ -266,20 +269,14 @@ class Engine:
             in_step_loads=sum(r["in_step_loads"] for r in reports),
         )
 
-    def parse(self, kind: Kind, body: dict[str, Any]) -> Any:
+    def parse(self, kind: Kind | TokenKind, body: dict[str, Any]) -> Any:
         """``body`` as vLLM's request model. Raises BadRequest naming the field that is wrong."""
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
         from vllm.exceptions import VLLMValidationError
 
-        model = ChatCompletionRequest if kind == "chat" else CompletionRequest
         try:
-            return model.model_validate(body)
+            return handlers.request_model(kind, body).model_validate(body)
         except ValidationError as exc:
-            first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
-            param = ".".join(str(part) for part in first["loc"]) or None
-            message = f"{param}: {first['msg']}" if param else first["msg"]
-            raise BadRequest(message, param=param) from exc
+            raise _invalid(exc) from exc
         except VLLMValidationError as exc:
             raise BadRequest(_message_of(exc), param=exc.parameter) from exc
         except (ValueError, TypeError, OverflowError) as exc:
@@ -288,14 +285,16 @@ class Engine:
     def resumable(self, request: Any) -> bool:
         """Whether ``request`` may be paused, by what is cheap to see; ``pause`` has the last word."""
         formatted = getattr(request, "response_format", None)
+        formatted = formatted or getattr(getattr(request, "text", None), "format", None)
         chooses = getattr(request, "tools", None) and request.tool_choice != "none"
         return (
-            (request.n or 1) == 1
+            (getattr(request, "n", None) or 1) == 1
             and (formatted is None or formatted.type == "text")
+            and getattr(request, "output_config", None) is None
             and not chooses
-            and not request.presence_penalty
-            and not request.frequency_penalty
-            and (request.seed is None or request.temperature == 0)
+            and not getattr(request, "presence_penalty", None)
+            and not getattr(request, "frequency_penalty", None)
+            and (getattr(request, "seed", None) is None or request.temperature == 0)
         )
 
     def count_prompt(self, text: str) -> int:
@@ -307,31 +306,60 @@ class Engine:
 
         Raises BadRequest (and its kin) for what vLLM refuses, EngineDied when the engine is gone.
         """
-        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-
         request.model = call.model
         request.cache_salt = call.cache_salt
-        request.request_id = call.id
+        if call.kind != "messages":  # see ``_under_messages``
+            request.request_id = f"resp_{call.id}" if call.kind == "responses" else call.id
+        state = self._state
         token = _current_call.set(call)
         try:
             with _request_errors():
-                if call.kind == "chat":
-                    result = await self._state.openai_serving_chat.create_chat_completion(request)
-                else:
-                    result = await self._state.openai_serving_completion.create_completion(request)
+                match call.kind:
+                    case "chat":
+                        result = await state.openai_serving_chat.create_chat_completion(request)
+                    case "completion":
+                        result = await state.openai_serving_completion.create_completion(request)
+                    case "responses":
+                        result = await state.openai_serving_responses.create_responses(request)
+                    case "messages":
+                        result = await state.anthropic_serving_messages.create_messages(request)
         finally:
             _current_call.reset(token)
-        if isinstance(result, ErrorResponse):
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise asyncio.CancelledError  # vLLM turns it into an error response
-            raise from_vllm(result.error.message, int(result.error.code), result.error.param)
+        _raise_if_error(result)
         if hasattr(result, "model_dump"):
-            return Answer(body=_without_vllm_fields(result.model_dump()))
+            return Answer(body=handlers.document(call, call.kind, result))
+        if call.kind == "responses":
+            result = _told(handlers.response_events(call, _within(call, result)))
+        elif call.kind == "messages":
+            result = _told(handlers.message_events(call, result))
         return Answer(stream=result)
+
+    async def tokens(self, kind: TokenKind, request: Any) -> dict[str, Any]:
+        """What is asked about tokens, by the base model's tokenizer and chat template: no slot is needed.
+
+        Raises BadRequest for what vLLM refuses.
+        """
+        if kind == "detokenize":
+            most = int(self._llm.vllm_config.model_config.get_vocab_size()) - 1
+            if max(request.tokens, default=0) > most:  # the tokenizer would leave it out silently
+                raise BadRequest(f"tokens: the vocabulary ends with {most}", param="tokens")
+        request.model = self.base.name
+        serving = self._state.serving_tokenization
+        with _request_errors():
+            match kind:
+                case "tokenize":
+                    result = await serving.create_tokenize(request, None)
+                case "detokenize":
+                    result = await serving.create_detokenize(request, None)
+                case "count_tokens":
+                    result = await self._state.anthropic_serving_messages.count_tokens(request)
+        _raise_if_error(result)
+        answer: dict[str, Any] = result.model_dump(exclude_none=True)
+        return answer
 
     async def abort(self, call: Call) -> None:
         """Ends what ``call`` still runs in the engine. Safe to call again, and after the end."""
+        call.aborted = True
         self.poll(call)
         with contextlib.suppress(Exception):
             await self._llm.abort(call.request_ids)
@@ -542,6 +570,59 @@ def _public_name(base_name: str) -> Any:
     return model_name
 
 
+def _under_messages(create: Any) -> Any:
+    """Chat under vLLM's Anthropic handler: with our id, and with its errors kept (see ``until_broken``)."""
+
+    async def create_chat_completion(request: Any, raw_request: Any = None) -> Any:
+        call = _current_call.get()
+        if call is None:
+            raise RuntimeError("the engine was asked for a message outside an admitted call")
+        request.request_id = call.id
+        result = await create(request, raw_request)
+        return result if hasattr(result, "model_dump") else handlers.until_broken(call, result)
+
+    return create_chat_completion
+
+
+async def _within(call: Call, stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """``stream``, which may ask the engine for more at any step."""
+    end = object()
+    while True:
+        token = _current_call.set(call)
+        try:
+            item = await anext(stream, end)
+        finally:
+            _current_call.reset(token)
+        if item is end:
+            return
+        yield item
+
+
+async def _told(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    """``chunks``; an exception becomes their last event, as vLLM does it for chat."""
+    try:
+        with _request_errors():
+            try:
+                async for chunk in chunks:
+                    yield chunk
+            except ValidationError as exc:  # of an event of vLLM's own
+                raise Internal(FAILED) from exc
+    except EngineDied:
+        yield handlers.broken(FAILED, 500)
+    except ServerError as exc:
+        yield handlers.broken(exc.message, status_of(exc)[0], exc.param)
+
+
+def _raise_if_error(result: Any) -> None:
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    if isinstance(result, ErrorResponse):
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError  # vLLM turns it into an error response
+        raise from_vllm(result.error.message, int(result.error.code), result.error.param)
+
+
 def _metered_llm_class() -> Any:
     """A function, because importing vLLM takes seconds and is not needed to read settings or run the CLI."""
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -689,25 +770,11 @@ def _continuation(sent: Any, state: Any, lora_request: Any) -> Any:
     return more
 
 
-def _without_vllm_fields(body: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's response fields; vLLM adds its own, which are null unless one of its extras was asked for."""
-    for name in (
-        "kv_transfer_params",
-        "ec_transfer_params",
-        "prompt_token_ids",
-        "prompt_logprobs",
-        "metrics",
-    ):
-        if body.get(name) is None:
-            body.pop(name, None)
-    return body
-
-
 def from_vllm(message: str, status: int, param: str | None) -> ServerError:
     if status == 503:
         return Unavailable(message)
     if status >= 500:
-        return Internal("The engine failed on this request.")
+        return Internal(FAILED)
     return BadRequest(message, param=param)
 
 
@@ -737,9 +804,17 @@ def _request_errors() -> Iterator[None]:
     except VLLMClientError as exc:
         raise BadRequest(_message_of(exc), param=getattr(exc, "parameter", None)) from exc
     except VLLMError as exc:
-        raise Internal("The engine failed on this request.") from exc
+        raise Internal(FAILED) from exc
+    except ValidationError as exc:
+        raise _invalid(exc) from exc
     except (ValueError, TypeError, OverflowError) as exc:
         raise BadRequest(_message_of(exc)) from exc
+
+
+def _invalid(exc: ValidationError) -> BadRequest:
+    first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+    param = ".".join(str(part) for part in first["loc"]) or None
+    return BadRequest(f"{param}: {first['msg']}" if param else first["msg"], param=param)
 
 
 def _message_of(exc: Exception) -> str:

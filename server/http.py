@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.errors import AdapterError, UploadTooLarge
 from server.complete import new_request_id
+from server.dialects import anthropic, speaks_anthropic
 from server.errors import BadRequest, Internal, ServerError, body_of, envelope, headers_of, status_of
 
 logger = logging.getLogger("loraplex.access")
@@ -66,12 +67,11 @@ class RequestContext:
             logger.error("request failed", exc_info=exc, extra={"request_id": request_id})
             if status:
                 raise  # a part of the answer is out; all that is left is to break the connection
-            await JSONResponse(body_of(Internal("The server failed on this request.")), 500)(
-                scope, receive, tagged
-            )
+            failed = _error(scope, body_of(Internal("The server failed on this request.")), 500)
+            await failed(scope, receive, tagged)
         finally:
             log |= {"status": status, "seconds": round(time.monotonic() - started, 4)}
-            logger.info("%s %s", scope["method"], _matched_path(scope), extra=log)
+            logger.info("%s %s", scope["method"], matched_path(scope), extra=log)
 
 
 def _client_id(scope: Scope) -> str | None:
@@ -82,10 +82,18 @@ def _client_id(scope: Scope) -> str | None:
     return None
 
 
-def _matched_path(scope: Scope) -> str:
+def matched_path(scope: Scope) -> str:
     """The route's template rather than the URL: bounded, and without anything a client made up."""
     route = scope.get("route")
     return getattr(route, "path", "(no route)")
+
+
+def _error(
+    scope: Scope, body: dict[str, Any], status: int, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """OpenAI's error ``body``, as the clients of this route read it."""
+    told = anthropic(body, status) if speaks_anthropic(matched_path(scope)) else body
+    return JSONResponse(told, status, headers)
 
 
 async def limited_body(request: Request, limit: int) -> AsyncIterator[bytes]:
@@ -158,12 +166,12 @@ async def _disconnected(request: Request) -> None:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Every error leaves in OpenAI's shape, whoever raised it."""
+    """Every error leaves in OpenAI's shape, or in Anthropic's where its clients call, whoever raised it."""
 
     async def on_known(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, ServerError | AdapterError)
         request.state.log["code"] = exc.code
-        return JSONResponse(body_of(exc), status_of(exc)[0], headers_of(exc))
+        return _error(request.scope, body_of(exc), status_of(exc)[0], headers_of(exc))
 
     async def on_invalid(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, RequestValidationError)
@@ -177,7 +185,7 @@ def install_error_handlers(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, "invalid_request")
         message = f"{exc.detail}: {request.method} {request.url.path}"
         body = envelope(message, "invalid_request_error", code)
-        return JSONResponse(body, exc.status_code, dict(exc.headers or {}))
+        return _error(request.scope, body, exc.status_code, dict(exc.headers or {}))
 
     async def on_left(request: Request, exc: Exception) -> Response:
         return Response(status_code=CLIENT_LEFT)

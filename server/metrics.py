@@ -21,6 +21,7 @@ from prometheus_client import (
 )
 from prometheus_client import generate_latest as _generate_latest
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 # A creation time beside every counter says nothing here and makes the page a third longer.
@@ -31,6 +32,7 @@ Outcome = Literal["completed", "disconnected", "rejected", "refused", "unavailab
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 OTHER = "other"
+OUTPUT_TOKENS = "loraplex_output_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ class Metrics:
             "loraplex_cached_tokens", "Prompt tokens found in the prefix cache.", ["tenant"], registry=r
         )
         self._output_tokens = Counter(
-            "loraplex_output_tokens",
+            OUTPUT_TOKENS,
             "Output tokens produced, also for clients that left.",
             ["tenant"],
             registry=r,
@@ -134,9 +136,13 @@ class Metrics:
         label = self.label(tenant)
         return TokenTimes(self._ttft.labels(label).observe, self._itl.labels(label).observe)
 
-    def ended(self, tenant: str, outcome: Outcome, prompt: int = 0, cached: int = 0, output: int = 0) -> None:
+    def ended(self, tenant: str, outcome: Outcome) -> None:
+        self._requests.labels(self.label(tenant), outcome).inc()
+        self.consumed(tenant, 0, 0, 0)  # a series of its own, also of those who were only refused
+
+    def consumed(self, tenant: str, prompt: int, cached: int, output: int) -> None:
+        """Tokens since the last call, of a request that may still run."""
         label = self.label(tenant)
-        self._requests.labels(label, outcome).inc()
         self._prompt_tokens.labels(label).inc(prompt)
         self._cached_tokens.labels(label).inc(cached)
         self._output_tokens.labels(label).inc(output)
@@ -159,6 +165,16 @@ class Metrics:
     def render(self) -> bytes:
         """The text exposition: ours, then what vLLM keeps in the default registry."""
         return _generate_latest(self._registry) + _generate_latest(REGISTRY)
+
+
+def by_tenant(page: str, counter: str) -> dict[str, float]:
+    """The values of one of our counters on a page that ``render`` wrote, by tenant."""
+    mine = "\n".join(line for line in page.splitlines() if line.startswith(f"{counter}_total{{"))
+    return {
+        sample.labels["tenant"]: sample.value
+        for family in text_string_to_metric_families(mine)
+        for sample in family.samples
+    }
 
 
 class _State(Collector):

@@ -38,8 +38,10 @@ from server.engine import (
     _request_errors,
     from_vllm,
 )
-from server.errors import Unavailable
+from server.errors import BadRequest, Unavailable
+from server.handlers import TokenKind
 from server.sizing import Capacity
+from tests import fake_dialects
 
 BASE_NAME = "base"
 NATURAL_LENGTH = 8
@@ -160,6 +162,7 @@ class FakeEngine:
         self._evicted_while_staging: set[int] = set()
         self._failures: Counter[tuple[str, str]] = Counter()
         self._died: EngineDied | None = None
+        self._words = [""]  # by token id; 0 begins every prompt
 
     # --- what tests do to it ---------------------------------------------------------------------
 
@@ -209,17 +212,43 @@ class FakeEngine:
         self.calls.append(call)
         if not call.cache_salt or len(call.cache_salt) > 128 or set(call.cache_salt) & set("@/\\\0"):
             self._violated(f"cache salt {call.cache_salt!r}")
+        if call.kind == "messages":
+            with _request_errors():
+                request = fake_dialects.as_chat(request)
         run = self._run_of(call, request)
         if request.stream:
-            events = self._chat_events if call.kind == "chat" else self._completion_events
+            events = self._completion_events if call.kind == "completion" else self._chat_events
+            if call.kind == "responses":
+                return Answer(stream=fake_dialects.stream(call, self._sse(run, events, True)))
             include_usage = bool(request.stream_options and request.stream_options.include_usage)
-            return Answer(stream=self._sse(run, events, include_usage))
+            chunks = self._sse(run, events, include_usage)
+            return Answer(stream=fake_dialects.stream(call, chunks) if call.kind == "messages" else chunks)
         async for i in self._produce(run):
             del i
             if self.break_streams and self._due_to_break(run):
                 raise from_vllm("it broke", self.break_streams[0], None)
         run.settle()
-        return Answer(body=self._body(run))
+        body = self._body(run)
+        return Answer(
+            body=body if call.kind in ("chat", "completion") else fake_dialects.document(call, body)
+        )
+
+    async def tokens(self, kind: TokenKind, request: Any) -> dict[str, Any]:
+        self._alive()
+        if kind == "detokenize":
+            if max(request.tokens, default=0) >= len(self._words):
+                raise BadRequest("a token is not in the vocabulary", param="tokens")
+            return {"prompt": " ".join(self._words[i] for i in request.tokens if i)}
+        if kind == "count_tokens":
+            with _request_errors():
+                (prompt,) = _prompts("chat", fake_dialects.as_chat(request))
+            return {"input_tokens": len(prompt.split()) + 1}
+        (prompt,) = _prompts("chat" if hasattr(request, "messages") else "completion", request)
+        words = prompt.split()
+        self._words += dict.fromkeys(word for word in words if word not in self._words)
+        ids = [0, *(self._words.index(word) for word in words)]
+        strings = {"token_strs": [self._words[i] for i in ids]} if request.return_token_strs else {}
+        return {"tokens": ids, "count": len(ids), "max_model_len": self.max_model_len, **strings}
 
     async def abort(self, call: Call) -> None:
         for runs in (self.running, self.paused):
@@ -346,9 +375,10 @@ class FakeEngine:
     def _run_of(self, call: Call, request: Any) -> _Run:
         load_id = self._load_of(call.model)
         shown = BASE_NAME if load_id is None else Path(self._loads[load_id].path).name
-        limit = request.max_tokens
-        if call.kind == "chat" and request.max_completion_tokens is not None:
-            limit = request.max_completion_tokens
+        if call.kind == "responses":
+            limit = request.max_output_tokens
+        else:
+            limit = getattr(request, "max_completion_tokens", None) or request.max_tokens
         with _request_errors():
             prompts = [self._checked(text) for text in _prompts(call.kind, request)]
             params = request.to_sampling_params(NATURAL_LENGTH if limit is None else limit, {})
@@ -357,7 +387,8 @@ class FakeEngine:
         room = self.max_model_len - max(prompts)
         natural_end = limit is None
         limit = min(room, NATURAL_LENGTH if limit is None else limit)
-        run = _Run(call, load_id, shown, prompts, request.n or 1, limit, natural_end, request)
+        n = getattr(request, "n", None) or 1
+        run = _Run(call, load_id, shown, prompts, n, limit, natural_end, request)
         for i in range(len(prompts)):
             call.request_ids.append(f"{call.id}-{i}")
             run.produced[call.request_ids[-1]] = 0
@@ -459,7 +490,7 @@ class FakeEngine:
         finish = "abort" if run.aborted else _finish(run, tokens - 1)
         choices: list[dict[str, Any]] = []
         for i in range(run.sequences):
-            if run.call.kind == "chat":
+            if run.call.kind != "completion":
                 said = {"message": {"role": "assistant", "content": text}, "logprobs": None}
             else:
                 prompt = _prompts("completion", run.request)[i // run.choices]
@@ -501,7 +532,10 @@ class FakeEngine:
 
 
 def _prompts(kind: str, request: Any) -> list[str]:
-    if kind == "chat":
+    if kind == "responses":
+        items = [request.input] if isinstance(request.input, str) else request.input
+        return [" ".join(item if isinstance(item, str) else str(dict(item).get("content")) for item in items)]
+    if kind != "completion":
         return [" ".join(str(message.get("content")) for message in request.messages)]
     prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
     if not prompts:
@@ -512,7 +546,7 @@ def _prompts(kind: str, request: Any) -> list[str]:
 
 
 def _head(run: _Run, *, stream: bool) -> dict[str, Any]:
-    if run.call.kind == "chat":
+    if run.call.kind != "completion":
         id_, object_ = f"chatcmpl-{run.call.id}", "chat.completion.chunk" if stream else "chat.completion"
     else:
         id_, object_ = f"cmpl-{run.call.id}", "text_completion"

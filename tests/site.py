@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import uvicorn
@@ -45,6 +46,9 @@ class Site:
 
     def openai(self, key: str, **options: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+
+    def anthropic(self, key: str, **options: Any) -> anthropic.AsyncAnthropic:
+        return anthropic.AsyncAnthropic(base_url=self.url, api_key=key, max_retries=0, **options)
 
     async def chat(self, key: str, text: str, **fields: Any) -> httpx.Response:
         body = {"messages": [{"role": "user", "content": text}], **fields}

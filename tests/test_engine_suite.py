@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests import tiny
+from tests.dialect_suite import DialectSuite
 from tests.engine_suite import EngineSuite, MakeAdapter, call, stage, then
 from tests.fakes import FakeEngine, Times
 
@@ -26,6 +27,10 @@ def make_adapter() -> MakeAdapter:
 
 
 class TestFakeEngine(EngineSuite):
+    pass
+
+
+class TestFakeDialects(DialectSuite):
     pass
 
 

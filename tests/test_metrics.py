@@ -38,9 +38,12 @@ def value(of: Samples, name: str, **labels: str) -> float | None:
 
 def test_requests_and_tokens() -> None:
     metrics = Metrics()
-    metrics.ended("acme", "completed", prompt=10, cached=4, output=7)
-    metrics.ended("acme", "completed", prompt=1, output=2)
-    metrics.ended("acme", "cut", output=1)
+    metrics.ended("acme", "completed")
+    metrics.consumed("acme", 10, 4, 7)
+    metrics.ended("acme", "completed")
+    metrics.consumed("acme", 1, 0, 2)
+    metrics.ended("acme", "cut")
+    metrics.consumed("acme", 0, 0, 1)
     metrics.ended("zeta", "refused")
     now = samples(metrics)
     assert value(now, "requests_total", tenant="acme", outcome="completed") == 2

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from server.engine import Engine, PageOp
+from tests.dialect_suite import DialectSuite
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
 from tests.engine_suite import EngineSuite, MakeAdapter
 from tests.site import Site
@@ -57,4 +58,8 @@ async def engine(quiet: Engine) -> AsyncIterator[Engine]:
 
 
 class TestEngine(EngineSuite):
+    pass
+
+
+class TestDialects(DialectSuite):
     pass

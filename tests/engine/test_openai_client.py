@@ -6,6 +6,7 @@ import asyncio
 import json
 from pathlib import Path
 
+import anthropic
 import openai
 import pytest
 import pytest_asyncio
@@ -279,3 +280,109 @@ async def _metrics(site: Site) -> dict[tuple[str, frozenset[tuple[str, str]]], f
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+# --- the rest of the surface ------------------------------------------------------------------------
+
+
+async def test_responses_by_the_official_client(site: Site, key: str) -> None:
+    client = site.openai(key)
+    chat = await client.chat.completions.create(model="brush", messages=QUESTION, max_tokens=8, temperature=0)
+    made = await client.responses.create(
+        model="brush", input=QUESTION[0]["content"], max_output_tokens=8, temperature=0
+    )
+    assert made.output_text == chat.choices[0].message.content
+    assert (made.model, made.status) == ("brush", "incomplete")
+    assert chat.usage is not None
+    assert made.usage is not None
+    assert (made.usage.input_tokens, made.usage.output_tokens) == (chat.usage.prompt_tokens, 8)
+    asked = {"model": "brush", "input": QUESTION, "max_output_tokens": 8, "temperature": 0}
+    async with client.responses.stream(**asked) as stream:
+        types = [event.type async for event in stream]
+        final = await stream.get_final_response()
+    assert types[:2] == ["response.created", "response.in_progress"]
+    assert types[-1] == "response.completed"
+    assert final.output_text == made.output_text
+    assert final.usage is not None
+    assert final.usage.output_tokens == 8
+
+
+async def test_a_response_in_json(site: Site, key: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"type": "string", "enum": ["red", "green", "blue"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
+    made = await site.openai(key).responses.create(
+        model="brush",
+        input="Name a colour.",
+        max_output_tokens=40,
+        temperature=0,
+        text={"format": {"type": "json_schema", "name": "pick", "schema": schema}},
+    )
+    assert json.loads(made.output_text)["colour"] in ("red", "green", "blue")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_schema_that_is_none_is_refused_before_the_first_byte(
+    site: Site, key: str, stream: bool
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(("}}}
+    for url, body in (
+        (
+            "/v1/chat/completions",
+            {
+                "messages": QUESTION,
+                "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+            },
+        ),
+        (
+            "/v1/responses",
+            {"input": "hi", "text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}},
+        ),
+        (
+            "/v1/messages",
+            {
+                "messages": QUESTION,
+                "max_tokens": 8,
+                "output_config": {"format": {"type": "json_schema", "schema": schema}},
+            },
+        ),
+    ):
+        refused = await site.http.post(url, json={**body, "stream": stream}, headers=bearer(key))
+        assert refused.status_code == 400, refused.text
+        assert refused.json()["error"]["code"] == "invalid_request"
+
+
+async def test_messages_by_the_official_client(site: Site, key: str) -> None:
+    client = site.anthropic(key)
+    chat = await site.openai(key).chat.completions.create(
+        model="brush", messages=QUESTION, max_tokens=8, temperature=0
+    )
+    greedy = {"extra_body": {"temperature": 0}}
+    made = await client.messages.create(model="brush", messages=QUESTION, max_tokens=8, **greedy)
+    assert [b.text for b in made.content if b.type == "text"] == [chat.choices[0].message.content]
+    assert (made.model, made.stop_reason) == ("brush", "max_tokens")
+    assert chat.usage is not None
+    assert (made.usage.input_tokens, made.usage.output_tokens) == (chat.usage.prompt_tokens, 8)
+    async with client.messages.stream(model="brush", messages=QUESTION, max_tokens=8, **greedy) as stream:
+        spoken = "".join([text async for text in stream.text_stream])
+        final = await stream.get_final_message()
+    assert spoken == chat.choices[0].message.content
+    assert final.usage.output_tokens == 8
+    counted = await client.messages.count_tokens(model="brush", messages=QUESTION)
+    assert counted.input_tokens == made.usage.input_tokens
+    with pytest.raises(anthropic.NotFoundError):
+        await client.messages.create(model="nobodys", messages=QUESTION, max_tokens=8)
+
+
+async def test_tokens_of_the_customers_adapter(site: Site, key: str) -> None:
+    asked = {"model": "brush", "prompt": "Red, green"}
+    told = (await site.http.post("/tokenize", json=asked, headers=bearer(key))).json()
+    assert told["count"] == len(told["tokens"])
+    back = await site.http.post("/detokenize", json={"tokens": told["tokens"]}, headers=bearer(key))
+    assert back.json() == {"prompt": "Red, green"}
+    made = await site.openai(key).completions.create(model="brush", prompt="Red, green", max_tokens=1)
+    assert made.usage is not None
+    assert made.usage.prompt_tokens == told["count"]

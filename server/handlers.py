@@ -1,0 +1,127 @@
+"""What vLLM's serving objects take and give, by kind: their request models, and their streams as SSE.
+
+A stream that breaks says so in an event of its own, ``data: {"error": {…, "code": status}}``, whatever its
+kind: vLLM does so for chat, and ``server.complete`` turns it into a status or into the kind's own event.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Literal, Protocol
+
+Kind = Literal["chat", "completion", "responses", "messages"]
+TokenKind = Literal["tokenize", "detokenize", "count_tokens"]
+
+FAILED = "The engine failed on this request."
+BROKEN = 'data: {"error"'
+
+_OPENING = ("response.created", "response.in_progress")
+# vLLM's own fields, which are null unless one of its extras was asked for.
+_VLLM_FIELDS = (
+    "kv_transfer_params", "ec_transfer_params", "prompt_token_ids", "prompt_logprobs", "metrics",
+    "input_messages", "output_messages",
+)  # fmt: skip
+
+
+class Answering(Protocol):
+    """A call, as far as its stream needs it. ``broken`` is the event that ended it too early."""
+
+    @property
+    def id(self) -> str: ...
+
+    broken: str | None
+    aborted: bool
+
+
+def request_model(kind: Kind | TokenKind, body: dict[str, Any]) -> Any:
+    """vLLM's request model for ``body``."""
+    match kind:
+        case "chat":
+            from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as Model
+        case "completion":
+            from vllm.entrypoints.openai.completion.protocol import CompletionRequest as Model
+        case "responses":
+            from vllm.entrypoints.openai.responses.protocol import ResponsesRequest as Model
+        case "messages":
+            from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest as Model
+        case "count_tokens":
+            from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest as Model
+        case "tokenize" if "messages" in body:
+            from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest as Model
+        case "tokenize":
+            from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest as Model
+        case "detokenize":
+            from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest as Model
+    return Model
+
+
+def document(call: Answering, kind: Kind, result: Any) -> dict[str, Any]:
+    """vLLM's response object as the JSON that a customer gets."""
+    if kind == "responses":
+        return _response(call, result.model_dump(mode="json", by_alias=True))
+    if kind == "messages":
+        return {**result.model_dump(exclude_none=True), "id": f"msg_{call.id}"}
+    return _plain(result.model_dump())
+
+
+async def response_events(call: Answering, events: AsyncIterator[Any]) -> AsyncIterator[str]:
+    """Events of ``/v1/responses`` as SSE.
+
+    vLLM opens the stream before the engine has looked at the request. The opening is held back until it has,
+    so that what the engine refuses is refused before the first byte.
+    """
+    opening: list[str] = []
+    async for event in events:
+        shown = event.model_dump(mode="json", by_alias=True)
+        if "response" in shown:
+            shown["response"] = _response(call, shown["response"])
+        chunk = f"event: {event.type}\ndata: {json.dumps(shown)}\n\n"
+        if event.type in _OPENING:
+            opening.append(chunk)
+            continue
+        for held in opening:
+            yield held
+        opening.clear()
+        yield chunk
+
+
+async def message_events(call: Answering, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Events of ``/v1/messages`` under our id, and the error that ``until_broken`` kept at their end."""
+    async for event in events:
+        if event.startswith("event: error"):
+            yield broken(FAILED, 500)
+            return
+        if event.startswith("event: message_start"):
+            event = event.replace(f'"chatcmpl-{call.id}"', f'"msg_{call.id}"', 1)
+        yield event
+    if call.broken is not None:
+        yield call.broken
+
+
+async def until_broken(call: Answering, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    """A chat stream for vLLM's Anthropic converter, which would make an internal error of any error."""
+    async for chunk in chunks:
+        if chunk.startswith(BROKEN):
+            call.broken = chunk
+            return
+        yield chunk
+
+
+def broken(message: str, status: int, param: str | None = None) -> str:
+    """The event that says that a stream broke."""
+    return f"data: {json.dumps({'error': {'message': message, 'param': param, 'code': status}})}\n\n"
+
+
+def _plain(body: dict[str, Any]) -> dict[str, Any]:
+    for name in _VLLM_FIELDS:
+        if body.get(name) is None:
+            body.pop(name, None)
+    return body
+
+
+def _response(call: Answering, body: dict[str, Any]) -> dict[str, Any]:
+    """vLLM calls an answer that was aborted completed."""
+    if call.aborted and body["status"] == "completed":
+        body["status"] = "cancelled"
+    return _plain(body) | {"store": False}

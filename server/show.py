@@ -1,0 +1,93 @@
+"""What the command line shows of a server's documents: tables for people.
+
+Everything here is (document, what to show), or a part of the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import RenderableType
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+Shown = tuple[Any, RenderableType]
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
+    """Numbers to the right; None is a dash and a truth a word."""
+    cells = [list(row) for row in rows]
+    made = Table(box=None, header_style="bold", pad_edge=False)
+    for index, heading in enumerate(headings):
+        numeric = all(_is_number(row[index]) or row[index] is None for row in cells)
+        made.add_column(heading, justify="right" if cells and numeric else "left", overflow="fold")
+    for row in cells:
+        made.add_row(*map(_cell, row))
+    return made
+
+
+def fields(document: dict[str, Any]) -> Shown:
+    """A document as names and values."""
+    made = Table(box=None, show_header=False, pad_edge=False)
+    made.add_column(style="bold")
+    made.add_column(overflow="fold")
+    for name, value in document.items():
+        made.add_row(name.replace("_", " "), _cell(when(value) if name.endswith("_at") else value))
+    return document, made
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else escape(str(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def when(timestamp: str) -> str:
+    return timestamp[:16].replace("T", " ")
+
+
+def size(count: int | None) -> str | None:
+    return None if count is None else decimal(count)
+
+
+def tenant_cells(tenant: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        *(tenant[field] for field in ("id", "name", "weight", "base_allowed", "max_queued", "max_running")),
+        when(tenant["created_at"]),
+    )
+
+
+def adapter_cells(adapter: dict[str, Any]) -> tuple[Any, ...]:
+    live = [v["report"].get("rank") for v in adapter["versions"] if v["version"] == adapter["live"]]
+    return (
+        adapter["name"], adapter["live"], len(adapter["versions"]), adapter["tier"], adapter["default"],
+        adapter["pinned"], live[0] if live else None, when(adapter["created_at"]),
+    )  # fmt: skip
+
+
+def adapter(document: dict[str, Any]) -> Shown:
+    rows = []
+    for version in document["versions"]:
+        number, report = version["version"], version["report"]
+        live = "live" if number == document["live"] else ""
+        weights = report.get("rank"), size(report.get("size_bytes"))
+        rows.append(
+            (number, live, version["tier"], *weights, version["digest"][:12], when(version["created_at"]))
+        )
+    made = table(("version", "", "tier", "rank", "size", "digest", "since"), rows)
+    marks = ", ".join(mark for mark in ("default", "pinned") if document[mark])
+    made.title = escape(f"{document['tenant']}/{document['name']}") + (f" ({marks})" if marks else "")
+    made.title_justify = "left"
+    return document, made
+
+
+def gone(what: str) -> Shown:
+    return {"deleted": what}, f"deleted {escape(what)}"

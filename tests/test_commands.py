@@ -1,0 +1,277 @@
+"""The command line against a served app: every command, as people see it and as scripts do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from server import remote, top
+from server.__main__ import cli
+from server.metrics import OUTPUT_TOKENS, Metrics, by_tenant
+from tests import tiny
+from tests.fakes import FakeEngine, Times
+from tests.site import ADMIN_KEY, Site, bearer
+from tests.tiny import fake_site
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with fake_site(tmp_path, FakeEngine(tiny.base(), times=Times(step=0.02))) as site:
+        yield site
+
+
+async def run(site: Site, *words: str, key: str = ADMIN_KEY, answer: str = "", **env: str) -> Result:
+    """The command as a process would run it; the server goes on in this loop meanwhile."""
+    settings = {"LORAPLEX_URL": site.url, "LORAPLEX_ADMIN_KEY": key, "COLUMNS": "120"} | env
+    return await asyncio.to_thread(CliRunner().invoke, cli, list(words), input=answer, env=settings)
+
+
+async def shown(site: Site, *words: str) -> list[list[str]]:
+    """What a command that succeeds prints, in cells."""
+    result = await run(site, *words)
+    assert result.exit_code == 0, result.output
+    return [re.split(r" {2,}", line.strip()) for line in result.stdout.splitlines() if line.strip()]
+
+
+async def document(site: Site, *words: str) -> Any:
+    result = await run(site, *words, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+async def refusal(site: Site, *words: str, **options: Any) -> str:
+    """What a command that fails says, on one line."""
+    result = await run(site, *words, **options)
+    assert (result.exit_code, result.stdout) == (1, ""), result.output
+    return result.stderr.strip()
+
+
+# --- tenants and keys -------------------------------------------------------------------------------
+
+
+async def test_tenants(site: Site) -> None:
+    made = await shown(site, "tenants", "create", "acme", "--name", "[Acme] Inc", "--weight", "2.5")
+    assert made[:4] == [["id", "acme"], ["name", "[Acme] Inc"], ["weight", "2.5"], ["base allowed", "yes"]]
+    await shown(site, "tenants", "create", "zeta", "--no-base", "--max-queued", "7")
+    headings, *rows = await shown(site, "tenants", "list")
+    assert headings == ["tenant", "name", "weight", "base", "max queued", "max running", "since"]
+    assert [row[:-1] for row in rows] == [
+        ["acme", "[Acme] Inc", "2.5", "yes", "-", "-"],
+        ["zeta", "zeta", "1", "no", "7", "-"],
+    ]
+    listed = (await site.admin.get("/admin/v1/tenants")).json()
+    assert await document(site, "tenants", "list") == listed
+    assert await document(site, "tenants", "show", "zeta") == listed["data"][1]
+
+    changed = await document(
+        site, "tenants", "set", "zeta", "--base", "--max-queued", "none", "--max-running", "3"
+    )
+    assert changed == listed["data"][1] | {"base_allowed": True, "max_queued": None, "max_running": 3}
+
+    assert await document(site, "tenants", "delete", "zeta", "--yes") == {"deleted": "zeta"}
+    assert [t["id"] for t in (await document(site, "tenants", "list"))["data"]] == ["acme"]
+
+
+async def test_what_cannot_be_undone_is_asked(site: Site) -> None:
+    await site.tenant("acme", {"a": tiny.adapter(1)})
+    for words in (
+        ("tenants", "delete", "acme"),
+        ("adapters", "delete", "acme", "a"),
+        ("adapters", "delete-version", "acme", "a", "1"),
+    ):
+        for answer in ("n\n", ""):
+            refused = await run(site, *words, answer=answer)
+            assert refused.exit_code == 1
+            assert "[y/N]" in refused.stderr
+        assert (await site.admin.get("/admin/v1/tenants/acme/adapters/a")).status_code == 200
+    assert (await run(site, "tenants", "delete", "acme", answer="y\n")).exit_code == 0
+    assert (await site.admin.get("/admin/v1/tenants/acme")).status_code == 404
+
+
+async def test_keys(site: Site) -> None:
+    await document(site, "tenants", "create", "acme")
+    issued = await document(site, "keys", "create", "acme", "--name", "ci")
+    assert (await site.http.get("/v1/models", headers=bearer(issued["key"]))).status_code == 200
+    other = dict(row for row in await shown(site, "keys", "create", "acme") if len(row) == 2)
+    assert other["key"].startswith("lp-")
+    _, *rows = await shown(site, "keys", "list", "acme")
+    assert [row[:2] for row in rows] == [[issued["id"], "ci"], [other["id"], "-"]]
+    assert await shown(site, "keys", "revoke", "acme", issued["id"]) == [[f"deleted {issued['id']}"]]
+    assert (await site.http.get("/v1/models", headers=bearer(issued["key"]))).status_code == 401
+    listed = await document(site, "keys", "list", "acme")
+    assert [key["id"] for key in listed["data"]] == [other["id"]]
+
+
+# --- adapters ---------------------------------------------------------------------------------------
+
+
+async def push(site: Site, folder: Path, name: str = "a") -> Any:
+    return await document(site, "adapters", "push", str(folder), "--tenant", "acme", "--name", name)
+
+
+async def test_adapters(site: Site) -> None:
+    await document(site, "tenants", "create", "acme")
+    first = await push(site, tiny.adapter(1))
+    assert (first["version"], first["live"]) == (1, 1)
+    headings, row = await shown(
+        site, "adapters", "push", str(tiny.adapter(2)), "--tenant", "acme", "--name", "a"
+    )
+    assert headings == ["adapter", "version", "live", "rank", "size", "digest"]
+    assert row[:4] == ["a", "2", "2", "2"]
+    await push(site, tiny.adapter(3), "b")
+
+    headings, *rows = await shown(site, "adapters", "list", "acme")
+    assert headings == ["adapter", "live", "versions", "tier", "default", "pinned", "rank", "since"]
+    assert [row[:3] + row[4:7] for row in rows] == [
+        ["a", "2", "2", "yes", "no", "2"],
+        ["b", "1", "1", "no", "no", "2"],
+    ]
+
+    back = await document(site, "adapters", "rollback", "acme", "a")
+    assert back["live"] == 1
+    assert "no version before 1" in await refusal(site, "adapters", "rollback", "acme", "a")
+    assert (await document(site, "adapters", "live", "acme", "a", "2"))["live"] == 2
+    assert (await document(site, "adapters", "default", "acme", "b"))["default"] is True
+    assert (await document(site, "adapters", "pin", "acme", "b"))["pinned"] is True
+
+    title, headings, *rows = await shown(site, "adapters", "show", "acme", "b")
+    assert title == ["acme/b (default, pinned)"]
+    assert headings == ["version", "tier", "rank", "size", "digest", "since"]
+    assert rows[0][:2] == ["1", "live"]
+    assert (await document(site, "adapters", "unpin", "acme", "b"))["pinned"] is False
+
+    await document(site, "adapters", "delete-version", "acme", "a", "1", "--yes")
+    found = await document(site, "adapters", "show", "acme", "a")
+    assert [version["version"] for version in found["versions"]] == [2]
+    await document(site, "adapters", "delete", "acme", "b", "-y")
+    assert [a["name"] for a in (await document(site, "adapters", "list", "acme"))["data"]] == ["a"]
+
+
+async def test_a_refused_upload_says_why(site: Site, tmp_path: Path) -> None:
+    await document(site, "tenants", "create", "acme")
+    words = ("adapters", "push", str(tmp_path / "nothing"), "--tenant", "acme", "--name", "a")
+    assert "no_adapter: " in await refusal(site, *words)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_text('{"r": 0}')
+    (broken / "adapter_model.safetensors").write_bytes(b"x" * 3_000_000)
+    said = await refusal(site, "adapters", "push", str(broken), "--tenant", "acme", "--name", "a")
+    assert said.startswith("not_lora: adapter_config.json: "), said
+
+
+# --- now --------------------------------------------------------------------------------------------
+
+
+async def test_residency_and_top(site: Site) -> None:
+    key = await site.tenant("acme", {"support": tiny.adapter(1)})
+    talking = asyncio.create_task(site.chat(key, "hi", max_tokens=400, stream=True))
+    while not site.app.state.dispatcher.snapshot().running:
+        await asyncio.sleep(0.01)
+    now = await document(site, "residency")
+    assert now["slots"][0]["version"].startswith("acme/support@")
+    rows = await shown(site, "residency")
+    assert rows[0] == ["0 queued, 1 running, 0 put aside, 0 drains, 0 preemptions"]
+    assert rows[2][0] == "0"
+    assert re.fullmatch(r"acme/support@[0-9a-f]{12}", rows[2][1])
+    assert rows[3] == ["1", "free", "-", "-"]
+    assert ["tenant", "queued", "running", "tokens had"] in rows
+
+    rows = await shown(site, "top", "--interval", "0.5", "--count", "2")
+    assert re.search(r"([\d.]+) tokens/s$", rows[0][0])
+    headings, acme = rows[-2:]
+    assert headings == ["tenant", "queued", "running", "tokens had", "tokens/s"]
+    assert acme[:3] == ["acme", "0", "1"]
+    assert 10 < float(acme[4]) < 100, "while the answer is being made, not when it is done"
+    talking.cancel()
+
+
+def test_rates_are_of_what_came_meanwhile() -> None:
+    before, now = (
+        {"a": 10.0, "b": 5.0, "restarted": 100.0},
+        {"a": 30.0, "b": 5.0, "restarted": 4.0, "new": 6.0},
+    )
+    assert top.rates_of(before, now, 2.0) == {"a": 10.0, "b": 0.0, "restarted": 2.0, "new": 3.0}
+
+
+def test_a_counter_is_read_from_the_page() -> None:
+    metrics = Metrics()
+    metrics.consumed("acme", 3, 0, 12)
+    metrics.consumed("zeta", 0, 0, 1)
+    assert by_tenant(metrics.render().decode(), OUTPUT_TOKENS) == {"acme": 12.0, "zeta": 1.0}
+
+
+# --- what goes wrong --------------------------------------------------------------------------------
+
+
+async def test_the_servers_refusals_are_printed(site: Site) -> None:
+    assert (
+        await refusal(site, "tenants", "show", "nobody")
+        == "not_found: " + ((await site.admin.get("/admin/v1/tenants/nobody")).json()["error"]["message"])
+    )
+    assert (await refusal(site, "tenants", "create", "BAD NAME")).split(":")[0] != "http_422"
+    assert "invalid_api_key: " in await refusal(site, "tenants", "list", key="wrong")
+    assert "no_key: " in await refusal(site, "tenants", "list", key="")
+    assert "key_invalid: " in await refusal(site, "tenants", "list", key="schlüssel")
+
+
+async def test_names_are_no_steps_in_a_path(site: Site) -> None:
+    """``adapters delete acme ..`` must not delete the tenant."""
+    await site.tenant("acme", {"a": tiny.adapter(1)})
+    for name in ("..", ".", ""):
+        assert "name_invalid: " in await refusal(site, "adapters", "delete", "acme", name, "--yes")
+    for name in ("../../acme", "a/../..", "a?x=1", "a#b"):
+        assert "not_found" in await refusal(site, "adapters", "delete", "acme", name, "--yes")
+    assert (await site.admin.get("/admin/v1/tenants/acme/adapters/a")).status_code == 200
+
+
+async def test_no_server_is_explained(site: Site) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        said = await refusal(site, "tenants", "list", LORAPLEX_URL=url)
+    assert said.startswith(f"no_connection: No connection to {url}")
+    for wrong in ("127.0.0.1:8000", "ftp://127.0.0.1", "http://x:y"):
+        assert "url_invalid: " in await refusal(site, "tenants", "list", LORAPLEX_URL=wrong)
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (httpx.Response(502, text="<h1>Bad Gateway</h1>"), "http_502"),
+        (httpx.Response(200, text="<h1>It works!</h1>", headers={"content-type": "text/html"}), "http_200"),
+        (httpx.Response(307, headers={"location": "http://elsewhere"}), "http_307"),
+        (httpx.Response(404, json={"detail": "Not Found"}), "http_404"),
+        (httpx.Response(500, json=[]), "http_500"),
+    ],
+)
+def test_another_server_is_not_taken_for_this_one(answer: httpx.Response, code: str) -> None:
+    server = remote.Remote("http://x", "k", httpx.MockTransport(lambda _: answer))
+    with pytest.raises(remote.RemoteError) as refused:
+        server.get("tenants")
+    assert refused.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [(httpx.ReadTimeout("slow"), "timeout"), (httpx.ReadError("reset"), "connection_lost")],
+)
+def test_a_broken_connection_is_named(raised: Exception, code: str) -> None:
+    def broken(_: httpx.Request) -> httpx.Response:
+        raise raised
+
+    server = remote.Remote("http://x", "k", httpx.MockTransport(broken))
+    with pytest.raises(remote.RemoteError) as refused:
+        server.delete("tenants", "acme")
+    assert refused.value.code == code
