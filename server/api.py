@@ -91,6 +91,8 @@ async def _tenant(request: Request) -> Tenant:
         request.headers.get("authorization"), request.headers.get("x-customer-id")
     )
     request.state.log["tenant"] = tenant.id
+    if tenant.key is not None:
+        request.app.state.recorder.used(tenant.key.id)
     return tenant
 
 

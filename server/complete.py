@@ -11,7 +11,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.catalog import Catalog
@@ -29,6 +29,7 @@ from server.errors import (
     body_of,
 )
 from server.metrics import Metrics, Outcome
+from server.quotas import Asked, Quotas
 from server.tenants import Tenant
 
 # OpenAI's request fields that the engine honours. Anything else is refused by name: a field that is
@@ -62,6 +63,7 @@ class Completions:
     dispatcher: Dispatcher
     catalog: Catalog
     metrics: Metrics
+    quotas: Quotas = field(default_factory=Quotas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +93,26 @@ async def open_completion(
         request = service.engine.parse(kind, _allowed(kind, body))
         sequences, max_tokens = _size(service.engine, kind, body, request)
         resumable = service.engine.resumable(request)
-        lease = await service.dispatcher.submit(
-            tenant.id,
-            version,
-            prompt_tokens=service.engine.count_prompt(_prompt_text(body)),
-            max_tokens=max_tokens,
-            sequences=sequences,
-            weight=tenant.weight,
-            max_queued=tenant.max_queued,
-            max_running=tenant.max_running,
-            resumable=resumable,
+        prompt_tokens = service.engine.count_prompt(_prompt_text(body))
+        ticket = service.quotas.admit(
+            Asked(tenant, version, kind, request_id, prompt_tokens, sequences * max_tokens)
         )
+        try:
+            lease = await service.dispatcher.submit(
+                tenant.id,
+                version,
+                prompt_tokens=prompt_tokens,
+                max_tokens=max_tokens,
+                sequences=sequences,
+                weight=tenant.weight,
+                max_queued=tenant.max_queued,
+                max_running=tenant.max_running,
+                resumable=resumable,
+            )
+        except BaseException:
+            ticket.withdraw()
+            raise
+        lease.account = ticket
     except (ServerError, AdapterError) as exc:
         service.metrics.ended(tenant.id, _outcome_of(exc))
         raise

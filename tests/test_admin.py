@@ -33,6 +33,7 @@ ROUTES = [
     ("DELETE", "/tenants/{tenant}/adapters/{name}"),
     ("DELETE", "/tenants/{tenant}/adapters/{name}/versions/{version}"),
     ("GET", "/residency"),
+    ("GET", "/usage"),
 ]
 
 

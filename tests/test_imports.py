@@ -15,14 +15,17 @@ ROOT = Path(__file__).parent.parent
 LEVELS: list[set[str]] = [
     {"server.__main__"},
     {"server.app", "server.offline"},
+    {"server.reports"},
     {"server.api", "server.admin"},
     {"server.http", "server.multipart"},
     {"server.complete", "server.publish"},
+    {"server.quotas"},
     {"server.dispatcher"},
     {"server.plan"},
     {"server.residency"},
     {"server.fairness"},
     {"server.ranking", "server.tiers"},
+    {"server.usage"},
     {"server.engine", "server.tenants", "server.metrics", "server.logs"},
     {"server.errors", "server.settings", "server.shapes"},
     {"server.sizing"},
@@ -55,7 +58,13 @@ IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "server.eng
 ONLY_IN = {
     "prometheus_client": {"server.metrics"},
     "vllm": {"server.engine", "adapters.worker", "adapters.cpu_kernels"},
-    "sqlalchemy": {"server.tenants", "server.settings", "adapters.catalog", "adapters.tables"},
+    "sqlalchemy": {
+        "server.tenants",
+        "server.settings",
+        "server.usage",
+        "adapters.catalog",
+        "adapters.tables",
+    },
     "torch": {
         "adapters.convert",
         "adapters.cpu_kernels",
