@@ -132,6 +132,8 @@ async def _tenant(request: Request) -> Tenant:
         authorization = f"Bearer {key}"
     tenant = await tenants.authenticate(authorization, request.headers.get("x-customer-id"))
     request.state.log["tenant"] = tenant.id
+    if tenant.key is not None:
+        request.app.state.recorder.used(tenant.key.id)
     return tenant
 
 

@@ -17,7 +17,7 @@ from adapters.blobs import BlobStore
 from adapters.catalog import Catalog
 from adapters.receipts import Receipts
 from adapters.tables import Database
-from server import __version__, admin, api
+from server import __version__, admin, api, reports
 from server.complete import Completions
 from server.dispatcher import Dispatcher
 from server.engine import Engine, EngineDied
@@ -27,8 +27,10 @@ from server.metrics import Gauges, Metrics
 from server.plan import Limits
 from server.probe import Prober
 from server.publish import Publishing
+from server.quotas import Quotas
 from server.settings import Settings
 from server.tenants import Tenants
+from server.usage import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ def create_app(
     app.include_router(api.router)
     app.include_router(api.tokens)
     app.include_router(admin.router)
+    app.include_router(reports.operators)
     _add_operations(app)
     return app
 
@@ -95,6 +98,12 @@ async def _start(
     if new_key is not None:
         print(f"Admin key (shown this once, keep it): {new_key}", file=sys.stderr, flush=True)
 
+    recorder = Recorder(database, keep_days=settings.keep_usage_days)
+    recorder.start()
+    stack.push_async_callback(recorder.stop)
+    watching = asyncio.create_task(database.watch(), name="loraplex-watch")
+    stack.push_async_callback(_cancel, watching)
+
     engine = await start_engine(settings)
     stack.push_async_callback(engine.stop)
     metrics = Metrics(tenants=settings.metrics_tenants)
@@ -103,7 +112,9 @@ async def _start(
     stack.push_async_callback(dispatcher.stop)
     state.engine, state.database, state.blobs, state.metrics = engine, database, blobs, metrics
     state.dispatcher = dispatcher
-    state.completions = Completions(engine, dispatcher, catalog, metrics)
+    state.recorder = recorder
+    quotas = Quotas(record=recorder.record, prices=settings.prices)
+    state.completions = Completions(engine, dispatcher, catalog, metrics, quotas)
     state.publishing = Publishing(
         engine, dispatcher, blobs, catalog, Receipts(database), Prober(engine, dispatcher)
     )
@@ -122,6 +133,11 @@ async def _start(
     gc.freeze()
     sized = engine.capacity.describe(settings.adapter_gpu_memory, settings.adapter_host_memory)
     logger.info("ready: %s; %s", engine.base.name, sized)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
 
 
 async def _finish_tasks(app: FastAPI) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.catalog import Catalog
@@ -31,6 +31,7 @@ from server.errors import (
 from server.fields import DEFAULT_MODEL, meant
 from server.handlers import BROKEN, FAILED, Kind
 from server.metrics import Metrics, Outcome
+from server.quotas import Asked, Quotas
 from server.tenants import Tenant
 
 
@@ -42,6 +43,7 @@ class Completions:
     dispatcher: Dispatcher
     catalog: Catalog
     metrics: Metrics
+    quotas: Quotas = field(default_factory=Quotas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +73,26 @@ async def open_completion(
         request = service.engine.parse(kind, meant(kind, body))
         sequences, max_tokens = _size(service.engine, kind, body, request)
         resumable = service.engine.resumable(request)
-        lease = await service.dispatcher.submit(
-            tenant.id,
-            version,
-            prompt_tokens=service.engine.count_prompt(_prompt_text(body)),
-            max_tokens=max_tokens,
-            sequences=sequences,
-            weight=tenant.weight,
-            max_queued=tenant.max_queued,
-            max_running=tenant.max_running,
-            resumable=resumable,
+        prompt_tokens = service.engine.count_prompt(_prompt_text(body))
+        ticket = service.quotas.admit(
+            Asked(tenant, version, kind, request_id, prompt_tokens, sequences * max_tokens)
         )
+        try:
+            lease = await service.dispatcher.submit(
+                tenant.id,
+                version,
+                prompt_tokens=prompt_tokens,
+                max_tokens=max_tokens,
+                sequences=sequences,
+                weight=tenant.weight,
+                max_queued=tenant.max_queued,
+                max_running=tenant.max_running,
+                resumable=resumable,
+            )
+        except BaseException:
+            ticket.withdraw()
+            raise
+        lease.account = ticket
     except (ServerError, AdapterError) as exc:
         service.metrics.ended(tenant.id, _outcome_of(exc))
         raise

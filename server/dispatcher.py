@@ -67,11 +67,20 @@ class Work(Protocol):
     def poll(self) -> None: ...
 
 
+class Account(Protocol):
+    """Who is told what a lease has used, as it is produced; see ``server.quotas.Ticket``."""
+
+    def progressed(self, lease: Lease) -> None: ...
+    def closed(self, lease: Lease) -> None: ...
+
+
 class Lease:
     """A slot and a place in the engine, and the meter of what was consumed with it.
 
     The dispatcher may take both back for a while and return them later: the ``work`` is paused meanwhile.
     Its totals are cumulative: ``prompt_tokens``, ``output_tokens`` and ``cached_tokens`` over all parts.
+    ``queued_for`` and ``first_token_after`` are seconds since arrival; an answer that is not streamed shows
+    its first token at the next poll of its meter.
     """
 
     def __init__(
@@ -86,6 +95,9 @@ class Lease:
         self.outcome: Outcome = "completed"
         self.streamed = False
         self.work: Work | None = None
+        self.account: Account | None = None
+        self.queued_for = 0.0
+        self.first_token_after: float | None = None
         self._owner = owner
         self._since = since
         self._parts: dict[str, tuple[int, int, int]] = {}
@@ -107,6 +119,8 @@ class Lease:
         self.prompt_tokens += max(0, prompt_tokens - prompt)
         self.output_tokens += output_tokens - output
         self.cached_tokens += max(0, cached_tokens - cached)
+        if self.first_token_after is None and output_tokens:
+            self.first_token_after = self.age
         if self.streamed and output_tokens > output:
             self._time_tokens(output_tokens - output)
         counted = self._counted[2]
@@ -123,6 +137,11 @@ class Lease:
                 self.outcome = outcome
             self._closing = self._owner._keep(self._close())
         await asyncio.shield(self._closing)
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was asked for."""
+        return self._owner.now() - self._since
 
     @property
     def closing(self) -> bool:
@@ -248,7 +267,8 @@ class Dispatcher:
         except BaseException:
             self._forget(ask.id)
             raise
-        self.metrics.queued(tenant, self.now() - lease._since)
+        lease.queued_for = lease.age
+        self.metrics.queued(tenant, lease.queued_for)
         return lease
 
     async def wait_until_idle(self, timeout: float) -> bool:
@@ -522,6 +542,8 @@ class Dispatcher:
     # --- what leases tell ------------------------------------------------------------------------
 
     def _progressed(self, lease: Lease) -> None:
+        if lease.account is not None:
+            lease.account.progressed(lease)
         if lease.id in self._leases:
             effects = self._plan.progressed(self.now(), lease.id, lease.prompt_tokens, lease.output_tokens)
             if effects:
@@ -529,6 +551,8 @@ class Dispatcher:
 
     def _closed(self, lease: Lease) -> None:
         self._forget(lease.id)
+        if lease.account is not None:
+            lease.account.closed(lease)
         self.metrics.ended(lease.tenant, lease.outcome)
         self._happened(self._plan.finished(self.now(), lease.id))
 

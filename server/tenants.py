@@ -15,7 +15,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, TypedDict, Unpack
 
@@ -45,11 +45,18 @@ WRONG_KEY = "Incorrect API key provided."
 
 
 @dataclass(frozen=True, slots=True)
+class KeyInfo:
+    id: str
+    name: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Tenant:
     """A customer. ``max_queued`` and ``max_running`` are None where the server's own limits hold.
 
     ``weight`` is its share relative to the others. ``cache_salt`` keeps its prefix cache apart from
-    everybody else's and is never shown.
+    everybody else's and is never shown. ``key`` is the one it came with, None where a gateway vouches.
     """
 
     id: str
@@ -60,13 +67,7 @@ class Tenant:
     max_running: int | None
     created_at: datetime
     cache_salt: str = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class KeyInfo:
-    id: str
-    name: str | None
-    created_at: datetime
+    key: KeyInfo | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,7 @@ class Tenants:
         async with self._database.read() as session:
             await _row(session, tenant)
             query = select(KeyRow).where(KeyRow.tenant == tenant).order_by(KeyRow.created_at, KeyRow.id)
-            return [KeyInfo(row.id, row.name, row.created_at) for row in await session.scalars(query)]
+            return [_key(row) for row in await session.scalars(query)]
 
     async def revoke(self, tenant: str, key_id: str) -> None:
         """The key is refused from the moment this returns. NotFound."""
@@ -276,12 +277,12 @@ class Tenants:
         return await self._by_key.get(digest, lambda: self._look_up(digest))
 
     async def _look_up(self, digest: str) -> Tenant:
-        query = select(TenantRow, KeyRow.digest).join(KeyRow, KeyRow.tenant == TenantRow.id)
+        query = select(TenantRow, KeyRow).join(KeyRow, KeyRow.tenant == TenantRow.id)
         async with self._database.read() as session:
             found = (await session.execute(query.where(KeyRow.digest == digest))).one_or_none()
-        if found is None or not self._is(digest, found[1]):
+        if found is None or not self._is(digest, found[1].digest):
             raise Unauthorized(WRONG_KEY)
-        return _tenant(found[0])
+        return replace(_tenant(found[0]), key=_key(found[1]))
 
 
 def _bearer(authorization: str | None) -> str:
@@ -346,6 +347,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_queued": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
     "max_running": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
 }
+
+
+def _key(row: KeyRow) -> KeyInfo:
+    return KeyInfo(id=row.id, name=row.name, created_at=row.created_at)
 
 
 def _tenant(row: TenantRow) -> Tenant:

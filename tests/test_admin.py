@@ -34,6 +34,7 @@ ROUTES = [
     ("POST", "/tenants/{tenant}/adapters/{name}/warm"),
     ("DELETE", "/tenants/{tenant}/adapters/{name}/versions/{version}"),
     ("GET", "/residency"),
+    ("GET", "/usage"),
 ]
 
 

@@ -17,6 +17,7 @@ from sqlalchemy.exc import DatabaseError, IntegrityError, StatementError
 
 from adapters import tables
 from adapters.tables import (
+    WATCH_EVERY,
     AdapterRow,
     Base,
     Database,
@@ -156,7 +157,7 @@ async def test_a_database_of_a_newer_version_is_refused_and_left_alone(url: str)
 async def test_an_upgrade_that_fails_leaves_nothing_behind(url: str, tmp_path: Path) -> None:
     (tmp_path / "private").mkdir()
     database = Database(url)
-    async with database.write() as session:
+    async with database.append() as session:
         await session.execute(text("CREATE TABLE versions (something INTEGER)"))
     with pytest.raises(DatabaseError, match=r"versions.*already exists"):
         await database.open()
@@ -276,7 +277,7 @@ async def test_ping_fails_without_a_database(url: str) -> None:
     database = Database(url)
     await database.open()
     await database.ping()
-    async with database.write() as session:
+    async with database.append() as session:
         await session.execute(text("DROP TABLE meta"))
     with pytest.raises(DatabaseError, match="meta"):
         await database.ping()
@@ -419,6 +420,39 @@ async def test_a_cached_answer_that_was_read_before_a_write_is_not_kept(database
     assert await first == "old"
     assert await cache.get("key", slow) == "new"
     assert await cache.get("key", slow) == "new"
+
+
+async def test_a_cache_forgets_what_another_process_changed(url: str) -> None:
+    ours, theirs = Database(url), Database(url)
+    await ours.open()
+    async with ours.write() as session:
+        session.add(MetaRow(key="k", value="old"))
+    watching = asyncio.create_task(ours.watch())
+    cache: ReadCache[str, str] = ReadCache(ours, 8)
+
+    async def read() -> str:
+        async with ours.read() as session:
+            return (await session.get_one(MetaRow, "k")).value
+
+    assert await cache.get("k", read) == "old"
+    async with theirs.append() as session:
+        (await session.get_one(MetaRow, "k")).value = "unseen"
+    await asyncio.sleep(2 * WATCH_EVERY)
+    assert await cache.get("k", read) == "old"
+    async with theirs.write() as session:
+        (await session.get_one(MetaRow, "k")).value = "new"
+    async with asyncio.timeout(1):
+        while await cache.get("k", read) == "old":
+            await asyncio.sleep(0.02)
+    generation = ours.generation
+    async with ours.write() as session:
+        (await session.get_one(MetaRow, "k")).value = "own"
+    await asyncio.sleep(2 * WATCH_EVERY)
+    assert ours.generation == generation + 1, "its own writes are no news"
+    watching.cancel()
+    await asyncio.wait([watching])
+    await ours.close()
+    await theirs.close()
 
 
 async def test_a_cache_is_bounded_and_keeps_no_failures(database: Database) -> None:
