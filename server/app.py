@@ -103,7 +103,13 @@ async def _start(
     state.dispatcher = dispatcher
     state.completions = Completions(engine, dispatcher, catalog, metrics)
     state.publishing = Publishing(
-        engine, dispatcher, blobs, catalog, Receipts(database), Prober(engine, dispatcher)
+        engine,
+        dispatcher,
+        blobs,
+        catalog,
+        Receipts(database),
+        Prober(engine, dispatcher),
+        settings.keep_versions,
     )
     state.started = int(time.time())
     state.versions = await catalog.count_versions()

@@ -42,6 +42,7 @@ LEVELS: list[set[str]] = [
     {"adapters.strict_json", "adapters.targets", "adapters.values"},
     {"adapters.names"},
     {"adapters.errors", "adapters.model", "adapters.probes"},
+    {"adapters.split"},
     {"adapters"},
 ]
 # Decisions are pure: no clock, no loop, no engine.
@@ -53,6 +54,7 @@ PURE = {
     "server.tiers",
     "server.sizing",
     "adapters.probes",
+    "adapters.split",
 }
 IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "server.engine", "server.metrics"}
 ONLY_IN = {
