@@ -10,6 +10,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from adapters.split import WHOLE
+
 TENANT_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
 ADAPTER_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 
@@ -165,7 +167,11 @@ class VersionInfo:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One customer's adapter: a name, its versions, and which of them answers."""
+    """One customer's adapter: a name, its versions, and which of them answers.
+
+    ``split`` maps versions to their shares of the requests, in percent; None where the live one answers all.
+    ``keep_versions`` is how many uploads leave behind, 0 for all; None where the server's setting holds.
+    """
 
     tenant: str
     name: str
@@ -174,6 +180,8 @@ class Adapter:
     pinned: bool
     created_at: datetime
     versions: tuple[VersionInfo, ...]
+    split: Mapping[int, int] | None = None
+    keep_versions: int | None = None
 
     def uploaded(self, number: int) -> dict[str, Any]:
         """What the upload that became version ``number`` is answered."""
@@ -189,3 +197,10 @@ class Adapter:
     @property
     def live_version(self) -> Version | None:
         return next((v.version for v in self.versions if v.version.number == self.live), None)
+
+    @property
+    def shares(self) -> tuple[tuple[Version, int], ...]:
+        """The versions that answer to the name, by number, with their shares of the requests in percent."""
+        split = self.split or ({} if self.live is None else {self.live: WHOLE})
+        found = (info.version for info in self.versions)
+        return tuple((version, split[version.number]) for version in found if version.number in split)

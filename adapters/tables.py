@@ -150,7 +150,7 @@ class AdapterRow(Base):
     """An adapter is there while it has versions.
 
     The row outlives them: it remembers ``next_version``, so that ``name@3`` never means other weights,
-    not even after the adapter was deleted and uploaded anew.
+    not even after the adapter was deleted and uploaded anew. ``split`` maps versions to their shares.
     """
 
     __tablename__ = "adapters"
@@ -170,6 +170,8 @@ class AdapterRow(Base):
     live: Mapped[int | None]
     is_default: Mapped[bool]
     pinned: Mapped[bool]
+    split: Mapped[dict[str, int] | None] = mapped_column(JSON(none_as_null=True))
+    keep_versions: Mapped[int | None]
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 

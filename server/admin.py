@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import asdict
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from fastapi import APIRouter, Depends, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from adapters.errors import AdapterNotFound
 from adapters.model import Adapter, Tier, Version
+from adapters.split import WHOLE
+from adapters.tables import MAX_INTEGER
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
 from server.http import limited_body, parse_object
@@ -65,6 +69,24 @@ class AdapterChange(_Body):
     live: int | None = Field(None, ge=1)
     default: bool | None = None
     pinned: bool | None = None
+    split: dict[int, Annotated[int, Field(ge=1)]] | None = None
+    keep_versions: int | None = Field(None, ge=0, le=MAX_INTEGER)
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _numbers(cls, split: Any) -> Any:
+        """JSON's keys are texts; whatever is no version's number stays one and is refused."""
+        if not isinstance(split, dict):
+            return split
+        return {int(n) if re.fullmatch("[1-9][0-9]{0,8}", n, re.ASCII) else n: w for n, w in split.items()}
+
+    @model_validator(mode="after")
+    def _answers_once(self) -> Self:
+        if self.split is not None and sum(self.split.values()) != WHOLE:
+            raise PydanticCustomError("split", f"The shares of a split add up to {WHOLE}.")
+        if self.split is not None and self.live is not None:
+            raise PydanticCustomError("split", "Name live or a split: either says which version answers.")
+        return self
 
 
 class Warm(_Body):
@@ -180,6 +202,8 @@ async def create_version(
     published = await publish(
         publishing, tenant, name, files, allow_no_effect=allow_no_effect, key=idempotency_key
     )
+    if published.gone:
+        _free(request, publishing, published.gone)
     return JSONResponse(dict(published.answer), status_code=201)
 
 
@@ -206,7 +230,7 @@ async def update_adapter(
 ) -> dict[str, Any]:
     await tenants.get(tenant)
     if not body.model_fields_set:
-        raise Unprocessable("Name at least one of live, default and pinned.")
+        raise Unprocessable(f"Name at least one of {', '.join(AdapterChange.model_fields)}.")
     adapter = await publishing.catalog.update(tenant, name, **body.model_dump(exclude_unset=True))
     move_pin(publishing.dispatcher, adapter)
     return _adapter_json(adapter, publishing.dispatcher)
@@ -289,6 +313,8 @@ def _adapter_json(adapter: Adapter, dispatcher: Dispatcher) -> dict[str, Any]:
         "live": adapter.live,
         "default": adapter.default,
         "pinned": adapter.pinned,
+        "split": adapter.split,
+        "keep_versions": adapter.keep_versions,
         "tier": dispatcher.tier_of(live) if live else Tier.DISK,
         "created_at": adapter.created_at.isoformat(),
         "versions": [

@@ -116,7 +116,13 @@ async def _start(
     quotas = Quotas(record=recorder.record, prices=settings.prices)
     state.completions = Completions(engine, dispatcher, catalog, metrics, quotas)
     state.publishing = Publishing(
-        engine, dispatcher, blobs, catalog, Receipts(database), Prober(engine, dispatcher)
+        engine,
+        dispatcher,
+        blobs,
+        catalog,
+        Receipts(database),
+        Prober(engine, dispatcher),
+        settings.keep_versions,
     )
     state.started = int(time.time())
     state.versions = await catalog.count_versions()

@@ -69,7 +69,8 @@ async def open_completion(
     engine and gives its place back.
     """
     try:
-        version, public = await resolve(service, tenant, body.get("model"))
+        unit = body.get("user") or request_id
+        version, public = await resolve(service, tenant, body.get("model"), str(unit))
         request = service.engine.parse(kind, meant(kind, body))
         sequences, max_tokens = _size(service.engine, kind, body, request)
         resumable = service.engine.resumable(request)
@@ -172,14 +173,16 @@ class LeasedStream:
         await self._lease.close(self._outcome)
 
 
-async def resolve(service: Completions, tenant: Tenant, model: Any) -> tuple[Version | None, str]:
-    """(version, public name); the version is None for the base model."""
+async def resolve(
+    service: Completions, tenant: Tenant, model: Any, unit: str = ""
+) -> tuple[Version | None, str]:
+    """(version, public name); the version is None for the base model. ``unit`` chooses in a split."""
     if model is not None and not isinstance(model, str):
         raise BadRequest("model must be a string", param="model")
     if model == service.engine.base.name and tenant.base_allowed:
         return None, model
     try:
-        version = await service.catalog.resolve(tenant.id, model)
+        version = await service.catalog.resolve(tenant.id, model, unit)
     except AdapterNotFound as exc:
         raise ModelNotFound(exc.message, param="model") from exc
     named = model is not None and model != DEFAULT_MODEL

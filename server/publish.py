@@ -37,6 +37,7 @@ class Publishing:
     catalog: Catalog
     receipts: Receipts
     prober: Prober
+    keep_versions: int = 0
     # The digest of each upload between commit and link; nobody removes it.
     coming: list[str] = field(default_factory=list)
     # Held while one of them comes, and while a blob is removed.
@@ -45,9 +46,10 @@ class Publishing:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """``answer`` is what the client is told: see ``Adapter.uploaded``."""
+    """``answer`` is what the client is told: see ``Adapter.uploaded``. ``gone`` is for ``unpublish``."""
 
     answer: Mapping[str, Any]
+    gone: list[Version] = field(default_factory=list)
 
 
 async def publish(
@@ -92,7 +94,15 @@ async def publish(
                     tenant, name, digest=candidate.digest, manifest=manifest, receipt=receipt
                 )
     move_pin(service.dispatcher, adapter)
-    return Published(adapter.uploaded(version.number))
+    return Published(adapter.uploaded(version.number), await _make_room(service, adapter))
+
+
+async def _make_room(service: Publishing, adapter: Adapter) -> list[Version]:
+    """Removes the rows of versions that are too many."""
+    keep = service.keep_versions if adapter.keep_versions is None else adapter.keep_versions
+    if not 0 < keep < len(adapter.versions):
+        return []
+    return await service.catalog.keep_newest(adapter.tenant, adapter.name, keep)
 
 
 @asynccontextmanager
@@ -114,10 +124,10 @@ async def _committed(
 
 
 def move_pin(dispatcher: Dispatcher, adapter: Adapter) -> None:
-    """Pins and loads the live version of a pinned adapter, and lets go of all its others."""
-    live = adapter.live_version if adapter.pinned else None
+    """Pins and loads the versions of a pinned adapter that answer to its name, and lets go of all others."""
+    answering = {version.key for version, _ in adapter.shares} if adapter.pinned else set()
     for key, version in {info.version.key: info.version for info in adapter.versions}.items():
-        dispatcher.pin(version, live is not None and key == live.key)
+        dispatcher.pin(version, key in answering)
 
 
 async def unpublish(service: Publishing, versions: list[Version]) -> None:

@@ -129,6 +129,9 @@ class Settings(BaseSettings):
     max_queued: int = Field(256, ge=1, description="Waiting requests per tenant; one more gets 429.")
     queue_timeout: float = Field(60.0, gt=0, description="Seconds a request may wait; then it gets 503.")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest upload, both files together, in bytes.")
+    keep_versions: int = Field(
+        0, ge=0, description="Versions of an adapter that an upload leaves, beside those that answer; 0: all."
+    )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest inference request body, in bytes.")
     prices: dict[str, Price] = Field(
         default_factory=dict,

@@ -46,6 +46,7 @@ LEVELS: list[set[str]] = [
     {"adapters.strict_json", "adapters.targets", "adapters.values"},
     {"adapters.names"},
     {"adapters.errors", "adapters.model", "adapters.probes"},
+    {"adapters.split"},
     {"adapters"},
 ]
 # Decisions are pure: no clock, no loop, no engine.
@@ -58,6 +59,7 @@ PURE = {
     "server.warming",
     "server.sizing",
     "adapters.probes",
+    "adapters.split",
 }
 IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "server.engine", "server.metrics"}
 ONLY_IN = {

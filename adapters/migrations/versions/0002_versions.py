@@ -1,4 +1,4 @@
-"""Answers to uploads, for those who repeat them."""
+"""Shares of versions, how many are kept, and answers to uploads for those who repeat them."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,6 +10,9 @@ depends_on = None
 
 
 def upgrade() -> None:
+    with op.batch_alter_table("adapters") as adapters:
+        adapters.add_column(sa.Column("split", sa.JSON(), nullable=True))
+        adapters.add_column(sa.Column("keep_versions", sa.Integer(), nullable=True))
     op.create_table(
         "uploads",
         sa.Column("tenant", sa.String(63), nullable=False),
@@ -25,3 +28,6 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("uploads")
+    with op.batch_alter_table("adapters") as adapters:
+        adapters.drop_column("keep_versions")
+        adapters.drop_column("split")
