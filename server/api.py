@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,6 +16,7 @@ from server.dispatcher import Lease
 from server.engine import Kind
 from server.errors import BadRequest, ModelNotFound
 from server.http import json_object, while_connected
+from server.quotas import may_name
 from server.tenants import Tenant, Tenants
 
 router = APIRouter(prefix="/v1", tags=["inference"])
@@ -67,6 +69,7 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 
 async def _complete(request: Request, kind: Kind) -> Response:
     tenant = await _tenant(request)
+    request.state.headers = partial(request.app.state.completions.quotas.headers, tenant)
     for header in request.headers:
         if header.startswith(_ENGINE_HEADERS):
             raise BadRequest(f"The header {header} is not accepted.", code="unknown_header", param=header)
@@ -103,8 +106,9 @@ async def _model_cards(request: Request, tenant: Tenant) -> list[dict[str, Any]]
         adapters = await state.completions.catalog.adapters(tenant.id)
     except AdapterNotFound:
         adapters = []
-    cards = [_card(adapter, base) for adapter in adapters if adapter.live is not None]
-    if tenant.base_allowed:
+    live = [adapter for adapter in adapters if adapter.live is not None]
+    cards = [_card(adapter, base) for adapter in live if may_name(tenant, adapter.name)]
+    if tenant.base_allowed and may_name(tenant, None):
         cards.append({"id": base, "object": "model", "created": state.started, "owned_by": "loraplex"})
     return cards
 

@@ -29,7 +29,7 @@ from server.errors import (
     body_of,
 )
 from server.metrics import Metrics, Outcome
-from server.quotas import Asked, Quotas
+from server.quotas import Asked, Quotas, check_max_tokens, check_model
 from server.tenants import Tenant
 
 # OpenAI's request fields that the engine honours. Anything else is refused by name: a field that is
@@ -53,6 +53,8 @@ DROPPED = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "servi
 RESPONSE_FORMATS = frozenset({"text", "json_object", "json_schema"})
 STREAM_OPTIONS = frozenset({"include_usage", "include_obfuscation"})
 DEFAULT_MODEL = "default"
+# Tokens of a completion that asks for no number, which is OpenAI's rule and vLLM's.
+DEFAULT_COMPLETION = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +92,16 @@ async def open_completion(
     """
     try:
         version, public = await _resolve(service, tenant, body.get("model"))
+        check_model(tenant, version.adapter if version else None)
+        await service.quotas.open(tenant)
+        prompt_tokens = service.engine.count_prompt(_prompt_text(body))
+        body = _bounded(service, tenant, kind, body, prompt_tokens)
         request = service.engine.parse(kind, _allowed(kind, body))
         sequences, max_tokens = _size(service.engine, kind, body, request)
         resumable = service.engine.resumable(request)
-        prompt_tokens = service.engine.count_prompt(_prompt_text(body))
-        ticket = service.quotas.admit(
-            Asked(tenant, version, kind, request_id, prompt_tokens, sequences * max_tokens)
-        )
+        room = max(1, service.engine.max_model_len - prompt_tokens)
+        output_tokens = sequences * min(max_tokens, room)
+        ticket = service.quotas.admit(Asked(tenant, version, kind, request_id, prompt_tokens, output_tokens))
         try:
             lease = await service.dispatcher.submit(
                 tenant.id,
@@ -238,6 +243,25 @@ def _size(engine: Engine, kind: Kind, body: dict[str, Any], request: Any) -> tup
     limit = (body.get("max_completion_tokens") or body.get("max_tokens")) if chat else request.max_tokens
     most = engine.max_model_len
     return sequences, most if limit is None else max(1, min(limit, most))
+
+
+def _bounded(
+    service: Completions, tenant: Tenant, kind: Kind, body: dict[str, Any], prompt_tokens: int
+) -> dict[str, Any]:
+    """``body`` asking for as many tokens as limits leave, where it does not say. BadRequest for too many."""
+    for param in ("max_completion_tokens", "max_tokens"):
+        asked = body.get(param)
+        if asked is not None:
+            if isinstance(asked, int):
+                check_max_tokens(tenant, asked, param)
+            return body
+    n = body.get("n")
+    most = service.quotas.most_output(tenant, prompt_tokens, n if isinstance(n, int) and n > 1 else 1)
+    if most is None or prompt_tokens + most >= service.engine.max_model_len:
+        return body
+    if kind == "chat":
+        return body | {"max_completion_tokens": most}
+    return body | {"max_tokens": min(most, DEFAULT_COMPLETION)}
 
 
 def _prompt_text(body: dict[str, Any]) -> str:

@@ -27,7 +27,8 @@ LEVELS: list[set[str]] = [
     {"server.ranking", "server.tiers"},
     {"server.usage"},
     {"server.engine", "server.tenants", "server.metrics", "server.logs"},
-    {"server.errors", "server.settings", "server.shapes"},
+    {"server.budgets"},
+    {"server.errors", "server.settings", "server.shapes", "server.limits"},
     {"server.sizing"},
     {"server"},
     {"adapters.admit", "adapters.doctor", "adapters.merge"},
@@ -47,6 +48,8 @@ LEVELS: list[set[str]] = [
 ]
 # Decisions are pure: no clock, no loop, no engine.
 PURE = {
+    "server.budgets",
+    "server.limits",
     "server.plan",
     "server.fairness",
     "server.residency",
