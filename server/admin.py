@@ -17,9 +17,11 @@ from adapters.errors import AdapterNotFound
 from adapters.model import Adapter, Tier, Version
 from adapters.split import WHOLE
 from adapters.tables import MAX_INTEGER
+from server.budgets import Budgets
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
 from server.http import limited_body, parse_object
+from server.limits import TenantLimits
 from server.multipart import boundary_of, parts
 from server.publish import Publishing, move_pin, publish, unpublish
 from server.tenants import Tenant, Tenants
@@ -50,6 +52,8 @@ class NewTenant(_Body):
     base_allowed: bool = True
     max_queued: int | None = Field(None, ge=1)
     max_running: int | None = Field(None, ge=1)
+    limits: TenantLimits = TenantLimits()
+    budgets: Budgets = Budgets()
 
 
 class TenantChange(_Body):
@@ -58,6 +62,8 @@ class TenantChange(_Body):
     base_allowed: bool | None = None
     max_queued: int | None = Field(None, ge=1)
     max_running: int | None = Field(None, ge=1)
+    limits: TenantLimits = TenantLimits()
+    budgets: Budgets = Budgets()
 
 
 class NewKey(_Body):
@@ -135,7 +141,7 @@ PublishingOf = Annotated[Publishing, Depends(_publishing)]
 
 @router.post("/tenants", status_code=201, openapi_extra=_documented(NewTenant))
 async def create_tenant(body: Annotated[NewTenant, _json(NewTenant)], tenants: TenantsOf) -> dict[str, Any]:
-    return _tenant_json(await tenants.create(**body.model_dump()))
+    return _tenant_json(await tenants.create(**dict(body)))
 
 
 @router.get("/tenants")
@@ -152,7 +158,8 @@ async def get_tenant(tenant: str, tenants: TenantsOf) -> dict[str, Any]:
 async def update_tenant(
     tenant: str, body: Annotated[TenantChange, _json(TenantChange)], tenants: TenantsOf
 ) -> dict[str, Any]:
-    return _tenant_json(await tenants.update(tenant, **body.model_dump(exclude_unset=True)))
+    changes: Any = {name: getattr(body, name) for name in body.model_fields_set}
+    return _tenant_json(await tenants.update(tenant, **changes))
 
 
 @router.delete("/tenants/{tenant}", status_code=204)
@@ -302,6 +309,8 @@ def _tenant_json(tenant: Tenant) -> dict[str, Any]:
         "max_queued": tenant.max_queued,
         "max_running": tenant.max_running,
         "created_at": tenant.created_at.isoformat(),
+        "limits": (tenant.limits.stored() if tenant.limits else None) or {},
+        "budgets": (tenant.budgets.stored() if tenant.budgets else None) or {},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,6 +18,7 @@ from server.errors import BadRequest, ModelNotFound
 from server.fields import meant
 from server.handlers import Kind, TokenKind
 from server.http import json_object, matched_path, while_connected
+from server.quotas import may_name
 from server.tenants import Tenant, Tenants
 
 router = APIRouter(prefix="/v1", tags=["inference"])
@@ -95,6 +97,7 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 
 async def _complete(request: Request, kind: Kind) -> Response:
     tenant, body = await _read(request)
+    request.state.headers = partial(request.app.state.completions.quotas.headers, tenant)
     service: Completions = request.app.state.completions
     opened = await while_connected(
         request,
@@ -144,8 +147,9 @@ async def _model_cards(request: Request, tenant: Tenant) -> list[dict[str, Any]]
         adapters = await state.completions.catalog.adapters(tenant.id)
     except AdapterNotFound:
         adapters = []
-    cards = [_card(adapter, base) for adapter in adapters if adapter.live is not None]
-    if tenant.base_allowed:
+    live = [adapter for adapter in adapters if adapter.live is not None]
+    cards = [_card(adapter, base) for adapter in live if may_name(tenant, adapter.name)]
+    if tenant.base_allowed and may_name(tenant, None):
         cards.append({"id": base, "object": "model", "created": state.started, "owned_by": "loraplex"})
     return cards
 

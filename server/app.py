@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -30,7 +31,7 @@ from server.publish import Publishing
 from server.quotas import Quotas
 from server.settings import Settings
 from server.tenants import Tenants
-from server.usage import Recorder
+from server.usage import Recorder, spent
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,9 @@ async def _start(
     state.engine, state.database, state.blobs, state.metrics = engine, database, blobs, metrics
     state.dispatcher = dispatcher
     state.recorder = recorder
-    quotas = Quotas(record=recorder.record, prices=settings.prices)
+    quotas = Quotas(
+        record=recorder.record, spent=partial(spent, database), prices=settings.prices, metrics=metrics
+    )
     state.completions = Completions(engine, dispatcher, catalog, metrics, quotas)
     state.publishing = Publishing(
         engine,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +31,18 @@ from server.errors import (
 from server.fields import DEFAULT_MODEL, meant
 from server.handlers import BROKEN, FAILED, Kind
 from server.metrics import Metrics, Outcome
-from server.quotas import Asked, Quotas
+from server.quotas import Asked, Quotas, check_max_tokens, check_model
 from server.tenants import Tenant
+
+# Where a request says how many tokens it wants, in the order in which these are looked at.
+_MOST: Mapping[Kind, tuple[str, ...]] = {
+    "chat": ("max_completion_tokens", "max_tokens"),
+    "completion": ("max_tokens",),
+    "responses": ("max_output_tokens",),
+    "messages": ("max_tokens",),
+}
+# Tokens of a completion that asks for no number, which is OpenAI's rule and vLLM's.
+DEFAULT_COMPLETION = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +81,16 @@ async def open_completion(
     try:
         unit = body.get("user") or request_id
         version, public = await resolve(service, tenant, body.get("model"), str(unit))
+        check_model(tenant, version.adapter if version else None)
+        await service.quotas.open(tenant)
+        prompt_tokens = service.engine.count_prompt(_prompt_text(body))
+        body = _bounded(service, tenant, kind, body, prompt_tokens)
         request = service.engine.parse(kind, meant(kind, body))
         sequences, max_tokens = _size(service.engine, kind, body, request)
         resumable = service.engine.resumable(request)
-        prompt_tokens = service.engine.count_prompt(_prompt_text(body))
-        ticket = service.quotas.admit(
-            Asked(tenant, version, kind, request_id, prompt_tokens, sequences * max_tokens)
-        )
+        room = max(1, service.engine.max_model_len - prompt_tokens)
+        output_tokens = sequences * min(max_tokens, room)
+        ticket = service.quotas.admit(Asked(tenant, version, kind, request_id, prompt_tokens, output_tokens))
         try:
             lease = await service.dispatcher.submit(
                 tenant.id,
@@ -209,6 +222,23 @@ def _size(engine: Engine, kind: Kind, body: dict[str, Any], request: Any) -> tup
 
 def _within(limit: int | None, most: int) -> int:
     return most if limit is None else max(1, min(limit, most))
+
+
+def _bounded(
+    service: Completions, tenant: Tenant, kind: Kind, body: dict[str, Any], prompt_tokens: int
+) -> dict[str, Any]:
+    """``body`` asking for as many tokens as limits leave, where it does not say. BadRequest for too many."""
+    for param in _MOST[kind]:
+        asked = body.get(param)
+        if asked is not None:
+            if isinstance(asked, int):
+                check_max_tokens(tenant, asked, param)
+            return body
+    n = body.get("n")
+    most = service.quotas.most_output(tenant, prompt_tokens, n if isinstance(n, int) and n > 1 else 1)
+    if most is None or prompt_tokens + most >= service.engine.max_model_len:
+        return body
+    return body | {_MOST[kind][0]: min(most, DEFAULT_COMPLETION) if kind == "completion" else most}
 
 
 def _prompt_text(body: dict[str, Any]) -> str:

@@ -37,7 +37,8 @@ class ClientLeft(Exception):
 class RequestContext:
     """ASGI middleware: an id of our own for every request, and one log line when it is over.
 
-    A client's ``X-Request-Id`` is echoed, never used.
+    A client's ``X-Request-Id`` is echoed, never used. ``request.state.headers`` is called for more headers
+    when the answer begins, whatever it is.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -51,14 +52,17 @@ class RequestContext:
         request_id = new_request_id()
         shown = _client_id(scope) or request_id
         log: dict[str, Any] = {"request_id": request_id}
-        scope.setdefault("state", {}).update(request_id=request_id, log=log)
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, log=log, headers=dict)
         status = 0
 
         async def tagged(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", shown.encode())]
+                more = {"x-request-id": shown, **state["headers"]()}
+                encoded = [(name.encode(), value.encode()) for name, value in more.items()]
+                message["headers"] = [*message["headers"], *encoded]
             await send(message)
 
         try:

@@ -25,7 +25,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.model import TENANT_PATTERN, is_tenant_id
 from adapters.tables import MAX_INTEGER, Database, KeyRow, MetaRow, ReadCache, TenantRow, VersionRow, now
+from server.budgets import Budgets
 from server.errors import BadRequest, Conflict, Forbidden, NotFound, Unauthorized, Unprocessable
+from server.limits import KeyLimits, TenantLimits, Terms
 
 ADMIN_KEY = "admin_key_sha256"
 SHORTEST_KEY = 16
@@ -49,6 +51,7 @@ class KeyInfo:
     id: str
     name: str | None
     created_at: datetime
+    limits: KeyLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class Tenant:
     max_running: int | None
     created_at: datetime
     cache_salt: str = field(repr=False)
+    limits: TenantLimits | None = None
+    budgets: Budgets | None = None
     key: KeyInfo | None = field(default=None, compare=False)
 
 
@@ -81,13 +86,18 @@ class IssuedKey:
 
 
 class TenantChanges(TypedDict, total=False):
-    """What ``update`` may change; None for a limit gives it back to the server."""
+    """What ``update`` may change; None for a limit gives it back to the server.
+
+    Of ``limits`` and ``budgets`` only what is set in them changes.
+    """
 
     name: str
     weight: float
     base_allowed: bool
     max_queued: int | None
     max_running: int | None
+    limits: TenantLimits
+    budgets: Budgets
 
 
 class Tenants:
@@ -136,6 +146,8 @@ class Tenants:
         base_allowed: bool = True,
         max_queued: int | None = None,
         max_running: int | None = None,
+        limits: TenantLimits | None = None,
+        budgets: Budgets | None = None,
     ) -> Tenant:
         """``name`` is the id if None. Conflict if the id is taken, Unprocessable for what cannot be."""
         if not is_tenant_id(id):
@@ -148,7 +160,15 @@ class Tenants:
             "max_running": max_running,
         }
         _check(settings)
-        row = TenantRow(id=id, cache_salt=secrets.token_urlsafe(32), created_at=now(), **settings)
+        row = TenantRow(
+            id=id,
+            cache_salt=secrets.token_urlsafe(32),
+            created_at=now(),
+            tier="standard",
+            limits=limits.stored() if limits else None,
+            budgets=budgets.stored() if budgets else None,
+            **settings,
+        )
         async with self._database.write() as session:
             session.add(row)
             try:
@@ -167,6 +187,8 @@ class Tenants:
         async with self._database.write() as session:
             row = await _row(session, id, lock=True)
             for column, value in changes.items():
+                if isinstance(value, Terms):
+                    value = type(value)(**(getattr(row, column) or {})).changed(value).stored()
                 setattr(row, column, value)
         return _tenant(row)
 
@@ -345,12 +367,15 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weight": (_is_weight, f"a number from {LIGHTEST} to {HEAVIEST:g}"),
     "base_allowed": (lambda value: isinstance(value, bool), "true or false"),
     "max_queued": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
+    "limits": (lambda value: isinstance(value, TenantLimits), "limits"),
+    "budgets": (lambda value: isinstance(value, Budgets), "budgets"),
     "max_running": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
 }
 
 
 def _key(row: KeyRow) -> KeyInfo:
-    return KeyInfo(id=row.id, name=row.name, created_at=row.created_at)
+    limits = KeyLimits(**row.limits) if row.limits else None
+    return KeyInfo(id=row.id, name=row.name, created_at=row.created_at, limits=limits)
 
 
 def _tenant(row: TenantRow) -> Tenant:
@@ -363,4 +388,6 @@ def _tenant(row: TenantRow) -> Tenant:
         max_running=row.max_running,
         created_at=row.created_at,
         cache_salt=row.cache_salt,
+        limits=TenantLimits(**row.limits) if row.limits else None,
+        budgets=Budgets(**row.budgets) if row.budgets else None,
     )

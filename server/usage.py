@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from sqlalchemy import ColumnElement, Select, delete, func, insert, null, select, update
 
 from adapters.tables import Database, KeyRow, UsageRow, now
+from server.budgets import COST_UNIT
 from server.errors import Unprocessable
 from server.metrics import Outcome
 
@@ -30,9 +31,6 @@ MOST_WAITING = 10_000
 TOUCH_EVERY = 60.0
 ROLL_UP_EVERY = 3600.0
 MOST_GROUPS = 10_000
-
-# ``cost`` is counted in these parts of the currency, so that sums of it are exact.
-COST_UNIT = 1_000_000_000
 
 Group = Literal["hour", "day", "tenant", "adapter", "version", "key", "endpoint", "outcome"]
 GROUPS: tuple[Group, ...] = get_args(Group)

@@ -28,8 +28,17 @@ LEVELS: list[set[str]] = [
     {"server.ranking", "server.tiers"},
     {"server.usage"},
     {"server.engine", "server.tenants", "server.metrics", "server.logs"},
+    {"server.budgets"},
     {"server.dialects", "server.fields"},
-    {"server.errors", "server.handlers", "server.settings", "server.shapes", "server.remote", "server.show"},
+    {
+        "server.errors",
+        "server.handlers",
+        "server.limits",
+        "server.settings",
+        "server.shapes",
+        "server.remote",
+        "server.show",
+    },
     {"server.sizing"},
     {"server"},
     {"adapters.admit", "adapters.doctor", "adapters.merge"},
@@ -51,6 +60,8 @@ LEVELS: list[set[str]] = [
 ]
 # Decisions are pure: no clock, no loop, no engine.
 PURE = {
+    "server.budgets",
+    "server.limits",
     "server.plan",
     "server.fairness",
     "server.residency",
