@@ -20,7 +20,7 @@ from adapters.tables import MAX_INTEGER
 from server.budgets import Budgets
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
-from server.http import limited_body, parse_object
+from server.http import limited_body, parse_object, whole_body
 from server.limits import TenantLimits
 from server.multipart import boundary_of, parts
 from server.publish import Publishing, move_pin, publish, unpublish
@@ -110,8 +110,7 @@ def _json(model: type[_Body]) -> Any:
     """
 
     async def read(request: Request) -> _Body:
-        limit = request.app.state.settings.max_body_bytes
-        raw = b"".join([chunk async for chunk in limited_body(request, limit)])
+        raw = await whole_body(request)
         try:
             return model.model_validate(parse_object(raw or model.empty))
         except ValidationError as exc:

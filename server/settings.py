@@ -133,6 +133,12 @@ class Settings(BaseSettings):
         0, ge=0, description="Versions of an adapter that an upload leaves, beside those that answer; 0: all."
     )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest inference request body, in bytes.")
+    client_timeout: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds a client may take to send its request, or the next piece of an upload, or to"
+        " take the next piece of an answer.",
+    )
     prices: dict[str, Price] = Field(
         default_factory=dict,
         description="Price of a million tokens by `tenant/adapter`, `base` or `*` (all others), as JSON:"

@@ -16,7 +16,7 @@ LEVELS: list[set[str]] = [
     {"server.__main__"},
     {"server.app", "server.commands", "server.offline"},
     {"server.reports"},
-    {"server.api", "server.admin", "server.top"},
+    {"server.api", "server.admin", "server.protocol", "server.top"},
     {"server.http", "server.multipart"},
     {"server.complete", "server.publish"},
     {"server.probe", "server.quotas"},
