@@ -41,6 +41,8 @@ _FOREIGN = (
     (".token_adapter", "feature_unsupported", "a trained token embedding"),
     (".lora_diag", "feature_unsupported", "KaSA's diagonal"),
     (".lora_embedding_", "tensor_unknown", "an adapter of an embedding"),
+    (".lora.", "tensor_unknown", "an adapter as diffusers names it"),
+    (".adapter.", "tensor_unknown", "an adapter as Megatron names it"),
     (".base_layer", "tensor_unknown", "a weight of the base model"),
 )
 
