@@ -32,6 +32,7 @@ ROUTES = [
     ("PATCH", "/tenants/{tenant}/adapters/{name}"),
     ("DELETE", "/tenants/{tenant}/adapters/{name}"),
     ("DELETE", "/tenants/{tenant}/adapters/{name}/versions/{version}"),
+    ("POST", "/tenants/{tenant}/adapters/{name}/verify"),
     ("GET", "/residency"),
 ]
 
