@@ -20,6 +20,7 @@ from sqlalchemy import Select, and_, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.errors import AdapterConflict, AdapterNotFound, fault
+from adapters.golden import Golden
 from adapters.model import Adapter, Manifest, Version, VersionInfo, is_adapter_name, is_tenant_id
 from adapters.receipts import Receipt
 from adapters.split import WHOLE, choose
@@ -86,11 +87,12 @@ class Catalog:
         digest: str,
         manifest: Manifest,
         make_live: bool = True,
+        golden: Golden | None = None,
         receipt: Receipt | None = None,
     ) -> tuple[Adapter, Version]:
         """Makes the files under ``digest`` the next version of ``adapter``, which is created if need be.
 
-        ``receipt`` keeps what the upload is answered.
+        ``golden`` is kept with it; ``receipt`` keeps what the upload is answered.
         AdapterRejected (``name_invalid``), AdapterNotFound (``tenant_not_found``).
         """
         self.check_name(adapter)
@@ -122,6 +124,7 @@ class Catalog:
                 rank=manifest.rank,
                 size_bytes=manifest.size_bytes,
                 report=manifest.report(),
+                golden=golden.model_dump() if golden is not None else None,
                 created_at=now(),
             )
             row.next_version += 1
@@ -242,6 +245,23 @@ class Catalog:
         async with self._database.read() as session:
             report = await session.scalar(query.order_by(VersionRow.created_at.desc()).limit(1))
         return report.get("probe") if report else None
+
+    async def golden(self, version: Version) -> Golden:
+        """What it was uploaded with; AdapterNotFound (``probes_not_found``) if that was nothing."""
+        query = select(VersionRow.golden).where(
+            VersionRow.tenant == version.tenant,
+            VersionRow.adapter == version.adapter,
+            VersionRow.number == version.number,
+        )
+        async with self._database.read() as session:
+            found = await session.scalar(query)
+        if found is None:
+            raise AdapterNotFound(
+                f"Version {version.number} of `{version.adapter}` came without probes.json, so there is"
+                " nothing to verify it against. Upload it again with that file.",
+                code="probes_not_found",
+            )
+        return Golden.model_validate(found)
 
     async def pinned(self) -> list[Version]:
         """The versions that answer to the names of pinned adapters, by tenant, name and number."""

@@ -91,8 +91,13 @@ CURES: dict[str, str] = {
     ),
     "weights_not_finite": "The training diverged; retrain with a lower learning rate or longer warm-up.",
     "unexpected_file": (
-        "Upload adapter_config.json and adapter_model.safetensors, and nothing else (but, for PiSSA and its"
-        " kin, initial_adapter_model.safetensors)."
+        "Upload adapter_config.json and adapter_model.safetensors, and nothing else (but probes.json, and for"
+        " PiSSA and its kin initial_adapter_model.safetensors)."
+    ),
+    "probes_invalid": "Write the file with `loraplex probes make`.",
+    "probe_mismatch": (
+        "Make the probes with this adapter on the base model that is served here, or, if only the precision"
+        " differs, with a larger tolerance."
     ),
     "name_invalid": (
         "Use 1 to 128 letters, digits, '.', '_' or '-', with a letter or digit first;"

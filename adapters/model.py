@@ -20,6 +20,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # What PEFT calls path_initial_model_for_weight_conversion: the weights before training, for the conversion of
 # PiSSA and its kin. Read at upload, never kept.
 INITIAL_FILE = "initial_adapter_model.safetensors"
+# What the training side saw, see adapters.golden. Kept with the version, not among its files.
+PROBES_FILE = "probes.json"
 
 
 def is_tenant_id(text: str) -> bool:
@@ -98,6 +100,7 @@ class Manifest:
     ``modules`` the full names of the base modules it changes, sorted. ``conversions`` says what was rewritten
     so that it can be served, and ``original_digest`` names the files as they were uploaded, if anything was.
     ``probe`` is what the engine showed of it, see ``server.probe``; None where no engine has been asked.
+    ``golden`` is how it compares with the training side, see ``adapters.golden``; None without that.
     """
 
     rank: int
@@ -114,6 +117,7 @@ class Manifest:
     conversions: tuple[str, ...] = ()
     original_digest: str | None = None
     probe: Mapping[str, Any] | None = None
+    golden: Mapping[str, Any] | None = None
 
     def report(self) -> dict[str, Any]:
         """The manifest as JSON for the operator: counts instead of 200 module names."""

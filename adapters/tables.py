@@ -188,6 +188,7 @@ class VersionRow(Base):
     rank: Mapped[int]
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     report: Mapped[dict[str, Any]] = mapped_column(JSON)
+    golden: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 

@@ -23,7 +23,7 @@ from server.errors import Unprocessable
 from server.http import limited_body, parse_object, whole_body
 from server.limits import TenantLimits
 from server.multipart import boundary_of, parts
-from server.publish import Publishing, move_pin, publish, unpublish
+from server.publish import Publishing, move_pin, publish, unpublish, verify
 from server.tenants import Tenant, Tenants
 
 # Multipart boundaries and part headers around the two files.
@@ -280,6 +280,14 @@ async def delete_version(
     await tenants.get(tenant)
     _free(request, publishing, [await publishing.catalog.delete_version(tenant, name, version)])
     return Response(status_code=204)
+
+
+@router.post("/tenants/{tenant}/adapters/{name}/verify")
+async def verify_adapter(
+    tenant: str, name: str, tenants: TenantsOf, publishing: PublishingOf, version: int | None = None
+) -> dict[str, Any]:
+    await tenants.get(tenant)
+    return await verify(publishing, tenant, name, version)
 
 
 @router.get("/residency")

@@ -7,11 +7,14 @@ queue, needs a slot for a few tokens, and is counted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from adapters.errors import AdapterRejected, AdapterUnavailable, fault
+from adapters.golden import Agreement, Golden
 from adapters.model import Manifest, Version
 from adapters.probes import PROMPTS, Scores, compare, finite
 from server.dispatcher import Dispatcher, Lease
@@ -21,6 +24,7 @@ from server.errors import BadRequest, Internal, TooManyRequests, Unavailable
 TENANT = "_server"  # not a tenant's id, see adapters.model.is_tenant_id
 TIMEOUT = 120.0
 _TOP = 20
+_NO_ROOM = "The server found no room to try the adapter, and has changed nothing; try it again later."
 
 
 class Prober:
@@ -47,27 +51,54 @@ class Prober:
         try:
             async with asyncio.timeout(TIMEOUT):
                 if self._base is None:
-                    self._base = await self._score(None)
-                again = await self._score(None)
-                scores = await self._score(version)
+                    self._base = await self._top(None)
+                again = await self._top(None)
+                scores = await self._top(version)
         except (TimeoutError, TooManyRequests, AdapterUnavailable) as exc:
-            raise AdapterUnavailable(
-                "The server found no room to try the adapter, and has not kept it; upload it again later."
-            ) from exc
+            raise AdapterUnavailable(_NO_ROOM) from exc
+        except BadRequest as exc:
+            raise Internal(f"The engine does not take the server's own probe: {exc.message}") from exc
         if not finite(scores):
-            raise fault("weights_not_finite", "The engine's answers with this adapter are not numbers.")
+            raise _not_numbers()
         changed, noise = compare(again, scores), compare(self._base, again)
         return {"effect": changed.exceeds(noise), **asdict(changed), "noise": asdict(noise), "base": base}
 
-    async def _score(self, version: Version | None) -> Scores:
+    async def check(self, version: Version, golden: Golden) -> Agreement:
+        """``golden`` against what the engine says now, each prompt as a request of its own.
+
+        AdapterRejected (``probes_invalid``, ``probe_mismatch``) where the engine does not take a prompt or
+        reads it as another number of tokens; otherwise as ``probe``.
+        """
+        found: list[list[float]] = []
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                for one in golden.probes:
+                    (said,) = await self._ask(version, [one.prompt], top=0)
+                    found.append(said["token_logprobs"][1:-1])
+        except (TimeoutError, TooManyRequests, AdapterUnavailable) as exc:
+            raise AdapterUnavailable(_NO_ROOM) from exc
+        except BadRequest as exc:
+            raise fault("probes_invalid", f"The engine refuses prompt {len(found)}: {exc.message}.") from exc
+        if not all(map(math.isfinite, itertools.chain(*found))):
+            raise _not_numbers()
+        return golden.compare(found)
+
+    async def _top(self, version: Version | None) -> Scores:
+        said = await self._ask(version, PROMPTS, top=min(_TOP, self._engine.max_logprobs))
+        return [one["top_logprobs"][1:] for one in said]
+
+    async def _ask(
+        self, version: Version | None, prompts: Sequence[str | list[int]], *, top: int
+    ) -> list[dict[str, Any]]:
+        """OpenAI's ``logprobs`` of each prompt and one token more, with ids for tokens; under one lease."""
         lease = await self._dispatcher.submit(
             TENANT,
             version,
-            prompt_tokens=self._engine.count_prompt("".join(PROMPTS)),
-            max_tokens=len(PROMPTS),
+            prompt_tokens=self._engine.count_prompt("".join(map(str, prompts))),
+            max_tokens=len(prompts),
         )
         try:
-            scores = [await self._ask(lease, i, prompt) for i, prompt in enumerate(PROMPTS)]
+            said = [await self._run(lease, i, prompt, top) for i, prompt in enumerate(prompts)]
         except EngineDied as exc:
             await lease.close("failed")
             raise Unavailable(
@@ -77,9 +108,9 @@ class Prober:
             await lease.close("failed")
             raise
         await lease.close("completed")
-        return scores
+        return said
 
-    async def _ask(self, lease: Lease, number: int, prompt: str) -> list[dict[str, float]]:
+    async def _run(self, lease: Lease, number: int, prompt: str | list[int], top: int) -> dict[str, Any]:
         model = lease.version.key if lease.version else self._engine.base.name
         call = Call(
             id=f"probe-{lease.id}-{number}",
@@ -95,16 +126,17 @@ class Prober:
             "echo": True,
             "max_tokens": 1,
             "temperature": 0,
-            "logprobs": min(_TOP, self._engine.max_logprobs),
+            "logprobs": top,
             "return_tokens_as_token_ids": True,
         }
-        try:
-            answer = await self._engine.answer(call, self._engine.parse("completion", body))
-        except BadRequest as exc:
-            raise Internal(f"The engine does not take the server's own probe: {exc.message}") from exc
+        answer = await self._engine.answer(call, self._engine.parse("completion", body))
         assert answer.body is not None
-        steps = answer.body["choices"][0]["logprobs"]["top_logprobs"]
-        return [step for step in steps if step is not None]
+        said: dict[str, Any] = answer.body["choices"][0]["logprobs"]
+        return said
+
+
+def _not_numbers() -> AdapterRejected:
+    return fault("weights_not_finite", "The engine's answers with this adapter are not numbers.")
 
 
 def no_effect(manifest: Manifest, probe: Mapping[str, Any]) -> AdapterRejected:

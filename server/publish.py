@@ -17,6 +17,8 @@ from typing import Any
 from adapters.admit import admit
 from adapters.blobs import BlobStore, Incoming
 from adapters.catalog import Catalog
+from adapters.errors import AdapterNotFound
+from adapters.golden import Golden, take
 from adapters.model import Adapter, Manifest, Version
 from adapters.receipts import Receipts
 from server.dispatcher import Dispatcher
@@ -75,6 +77,7 @@ async def publish(
         async with service.receipts.once(tenant, key, name, uploaded, allow_no_effect) as receipt:
             if receipt is not None and receipt.answer is not None:
                 return Published(receipt.answer)
+            golden = await incoming.examine(take)
             manifest = await incoming.examine(
                 partial(
                     admit,
@@ -85,16 +88,33 @@ async def publish(
                 )
             )
             async with _committed(service, incoming, tenant, name, manifest) as candidate:
-                known = await service.catalog.probe_of(candidate.digest)
-                probe = await service.prober.probe(candidate, known)
-                if not (probe["effect"] or allow_no_effect):
-                    raise no_effect(manifest, probe)
-                manifest = replace(manifest, probe=probe | {"no_effect_allowed": allow_no_effect})
+                manifest = await _probed(service, candidate, manifest, golden, allow_no_effect)
                 adapter, version = await service.catalog.link(
-                    tenant, name, digest=candidate.digest, manifest=manifest, receipt=receipt
+                    tenant,
+                    name,
+                    digest=candidate.digest,
+                    manifest=manifest,
+                    golden=golden,
+                    receipt=receipt,
                 )
     move_pin(service.dispatcher, adapter)
     return Published(adapter.uploaded(version.number), await _make_room(service, adapter))
+
+
+async def _probed(
+    service: Publishing, candidate: Version, manifest: Manifest, golden: Golden | None, allow_no_effect: bool
+) -> Manifest:
+    """``manifest`` with what the engine showed; AdapterRejected if that is not what was trained."""
+    known = await service.catalog.probe_of(candidate.digest)
+    probe = await service.prober.probe(candidate, known)
+    if not (probe["effect"] or allow_no_effect):
+        raise no_effect(manifest, probe)
+    agreement = await service.prober.check(candidate, golden) if golden is not None else None
+    return replace(
+        manifest,
+        probe=probe | {"no_effect_allowed": allow_no_effect},
+        golden=agreement.agreed() if agreement is not None else None,
+    )
 
 
 async def _make_room(service: Publishing, adapter: Adapter) -> list[Version]:
@@ -121,6 +141,17 @@ async def _committed(
         await unpublish(service, [candidate])
         raise
     service.coming.remove(path.name)
+
+
+async def verify(service: Publishing, tenant: str, name: str, number: int | None) -> dict[str, Any]:
+    """A version, the live one if None, against the golden probes it came with. AdapterNotFound."""
+    adapter = await service.catalog.adapter(tenant, name)
+    wanted = adapter.live if number is None else number
+    version = next((info.version for info in adapter.versions if info.version.number == wanted), None)
+    if version is None:
+        raise AdapterNotFound(f"The adapter `{name}` has no version {wanted}.", code="version_not_found")
+    agreement = await service.prober.check(version, await service.catalog.golden(version))
+    return {"adapter": name, "version": version.number, **agreement.report()}
 
 
 def move_pin(dispatcher: Dispatcher, adapter: Adapter) -> None:

@@ -403,11 +403,13 @@ class FakeEngine:
         self._violated(f"{model} is to be run but has no slot")
         raise AssertionError(self.violations[-1])
 
-    def _checked(self, prompt: str) -> int:
-        """Its tokens: one per word, and one more."""
+    def _checked(self, prompt: str | list[int]) -> int:
+        """Its tokens: as many as there are ids, or one per word and one more."""
         from vllm.exceptions import VLLMValidationError
 
-        tokens = len(prompt.split()) + 1
+        if isinstance(prompt, list) and not all(0 <= token < VOCABULARY for token in prompt):
+            raise VLLMValidationError("Token id is out of vocabulary", parameter="prompt")
+        tokens = _length(prompt)
         if tokens >= self.max_model_len:
             raise VLLMValidationError(
                 f"The prompt has {tokens} tokens; the model takes {self.max_model_len}.", parameter="prompt"
@@ -494,24 +496,25 @@ class FakeEngine:
                 said = {"message": {"role": "assistant", "content": text}, "logprobs": None}
             else:
                 prompt = _prompts("completion", run.request)[i // run.choices]
-                echoed = prompt if run.request.echo else ""
+                echoed = _text(prompt) if run.request.echo else ""
                 said = {"text": echoed + text, "logprobs": self._log_probs(run, prompt, tokens)}
             choices.append({"index": i, **said, "finish_reason": finish})
         return {**_head(run, stream=False), "choices": choices, "usage": _usage(run)}
 
-    def _log_probs(self, run: _Run, prompt: str, tokens: int) -> dict[str, Any] | None:
+    def _log_probs(self, run: _Run, prompt: str | list[int], tokens: int) -> dict[str, Any] | None:
         """OpenAI's lists; with tokens as ids, which is how the probe asks."""
         top = run.request.logprobs
         if top is None:
             return None
         push = 0.0 if run.load_id is None else push_of(Path(self._loads[run.load_id].path))
-        length = len(prompt.split()) + 1
+        length = _length(prompt)
+        ids = prompt if isinstance(prompt, list) else [i % VOCABULARY for i in range(length)]
         steps: list[dict[str, float] | None] = []
         names = []
         for at in range(0 if run.request.echo else length, length + tokens):
-            known = log_probs(prompt, at, push, run.shown)
+            known = log_probs(_text(prompt), at, push, run.shown)
             best = sorted(range(VOCABULARY), key=known.__getitem__, reverse=True)
-            actual = at % VOCABULARY if at < length else best[0]
+            actual = ids[at] if at < length else best[0]
             names.append(f"token_id:{actual}")
             steps.append({f"token_id:{i}": known[i] for i in dict.fromkeys([actual, *best[:top]])})
         if run.request.echo:
@@ -531,7 +534,15 @@ class FakeEngine:
         self.violations.append(what)
 
 
-def _prompts(kind: str, request: Any) -> list[str]:
+def _length(prompt: str | list[int]) -> int:
+    return len(prompt) if isinstance(prompt, list) else len(prompt.split()) + 1
+
+
+def _text(prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
+
+
+def _prompts(kind: str, request: Any) -> list[str | list[int]]:
     if kind == "responses":
         items = [request.input] if isinstance(request.input, str) else request.input
         return [" ".join(item if isinstance(item, str) else str(dict(item).get("content")) for item in items)]
@@ -542,7 +553,7 @@ def _prompts(kind: str, request: Any) -> list[str]:
         raise ValueError("there is no prompt")
     if isinstance(prompts[0], int):
         prompts = [prompts]
-    return [text if isinstance(text, str) else " ".join(map(str, text)) for text in prompts]
+    return list(prompts)
 
 
 def _head(run: _Run, *, stream: bool) -> dict[str, Any]:

@@ -33,6 +33,7 @@ ROUTES = [
     ("DELETE", "/tenants/{tenant}/adapters/{name}"),
     ("POST", "/tenants/{tenant}/adapters/{name}/warm"),
     ("DELETE", "/tenants/{tenant}/adapters/{name}/versions/{version}"),
+    ("POST", "/tenants/{tenant}/adapters/{name}/verify"),
     ("GET", "/residency"),
     ("GET", "/usage"),
 ]

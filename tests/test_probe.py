@@ -137,7 +137,7 @@ async def test_an_adapter_that_cannot_be_loaded_is_not_kept(site: Site, tmp_path
     engine_of(site).fail(verb, f"acme/a@{digest}")
     refused = await site.admin.post(URL, files=files())
     said = error(refused, 503, "adapter_unavailable")
-    assert "upload it again" in said["message"]
+    assert "try it again" in said["message"]
     assert int(refused.headers["Retry-After"]) >= 1
     await nothing_left(site, tmp_path)
     assert (await site.admin.post(URL, files=files())).status_code == 201

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from safetensors.torch import load_file, save_file
 
-from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from adapters.model import CONFIG_FILE, PROBES_FILE, WEIGHTS_FILE
+from server import offline
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
 from tests.site import Site
 
@@ -38,8 +41,12 @@ def scaled(made: Path, folder: Path, factor: float, *, side: str = "lora_B") -> 
     return folder
 
 
-async def upload(site: Site, name: str, folder: Path, query: str = "") -> tuple[int, dict[str, object]]:
+async def upload(
+    site: Site, name: str, folder: Path, query: str = "", *, probes: Any = None
+) -> tuple[int, dict[str, Any]]:
     files = {n: (folder / n).read_bytes() for n in (CONFIG_FILE, WEIGHTS_FILE)}
+    if probes is not None:
+        files[PROBES_FILE] = json.dumps(probes).encode()
     answer = await site.admin.post(URL.format(name=name) + query, files=files)
     return answer.status_code, answer.json()
 
@@ -85,6 +92,38 @@ async def test_an_untrained_one_may_be_forced_too(site: Site, made: Path, tmp_pa
     status, body = await upload(site, "untrained", untrained, "?allow_no_effect=true")
     assert status == 201, body
     assert body["report"]["probe"]["effect"] is False
+
+
+async def test_the_engine_agrees_with_what_peft_computed(
+    site: Site, base_dir: Path, made: Path, reference: Reference, tmp_path: Path
+) -> None:
+    out = tmp_path / PROBES_FILE
+    assert (
+        await asyncio.to_thread(offline.make_probes, base_dir, made, out, prompts=[], tolerance=0.01)
+        == offline.OK
+    )
+    golden = json.loads(out.read_text())
+    for probe in golden["probes"]:
+        assert probe["prompt"] == reference.tokenizer(probe["text"])["input_ids"]
+    golden["probes"][0]["prompt"] = golden["probes"][0]["text"]  # the engine's tokenizer is the same
+    status, body = await upload(site, "golden", made, probes=golden)
+    assert status == 201, body
+    found = body["report"]["golden"]
+    print("largest difference from PEFT:", found["largest_difference"])
+    assert found["matches"] is True
+    assert found["largest_difference"] < 0.01
+    verified = await site.admin.post("/admin/v1/tenants/prober/adapters/golden/verify")
+    assert verified.json() == {"adapter": "golden", "version": 1, **found} | {
+        "largest_difference": pytest.approx(found["largest_difference"], abs=1e-3),
+        "worst_prompt": verified.json()["worst_prompt"],
+    }
+    other = scaled(made, tmp_path / "other", 0.5)
+    status, body = await upload(site, "golden", other, probes=golden)
+    assert (status, body["error"]["code"]) == (422, "probe_mismatch"), body
+    foreign = {"probes": [{"prompt": [1, 10_000_000], "log_probs": [-1.0]}]}
+    status, body = await upload(site, "golden", made, probes=foreign)
+    assert (status, body["error"]["code"]) == (422, "probes_invalid"), body
+    assert (await site.http.get("/ready")).status_code == 200
 
 
 async def test_answers_that_are_not_numbers_harm_nobody(

@@ -1,4 +1,4 @@
-"""Shares of versions, how many are kept, and answers to uploads for those who repeat them."""
+"""Shares of versions, how many are kept, their golden probes, and answers to uploads that may be repeated."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -13,6 +13,7 @@ def upgrade() -> None:
     with op.batch_alter_table("adapters") as adapters:
         adapters.add_column(sa.Column("split", sa.JSON(), nullable=True))
         adapters.add_column(sa.Column("keep_versions", sa.Integer(), nullable=True))
+    op.add_column("versions", sa.Column("golden", sa.JSON(), nullable=True))
     op.create_table(
         "uploads",
         sa.Column("tenant", sa.String(63), nullable=False),
@@ -28,6 +29,8 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("uploads")
+    with op.batch_alter_table("versions") as versions:
+        versions.drop_column("golden")
     with op.batch_alter_table("adapters") as adapters:
         adapters.drop_column("keep_versions")
         adapters.drop_column("split")
