@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -28,7 +29,7 @@ from tests.bench.report import Outcomes, number, summarize, table, write_json, w
 from tests.bench.scenario import Goal, Measure, Round, Scenario, Simulation, Values
 from tests.bench.scenarios import FULL_RUN, SCENARIOS, hog
 from tests.bench.scenarios.residency import _trend
-from tests.bench.servers import Loraplex, Server
+from tests.bench.servers import Loraplex, Server, Setup
 from tests.bench.stats import (
     gaps,
     jain,
@@ -562,6 +563,40 @@ def test_a_process_is_measured_to_less_than_a_tick(tmp_path: Path) -> None:
     assert footprint["api_threads"] >= 1
     assert footprint["api_rss"] >= footprint["api_pss"] > 10
     assert footprint["engine_files"] == sum(p.num_fds() for p in psutil.Process().children(recursive=True))
+
+
+class Uploading(Loraplex):
+    """Notes what it is started and asked for, instead of doing it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, folder)
+        self.events: list[str] = []
+
+    @asynccontextmanager
+    async def running(self, setup: Setup) -> AsyncIterator[None]:
+        self.events.append("start")
+        yield
+
+    async def _customer(self, adapter: Adapter | None) -> str:
+        self.events.append(adapter.name if adapter else "base")
+        return "key"
+
+
+async def test_what_was_uploaded_is_in_no_memory_when_it_is_measured(tmp_path: Path) -> None:
+    server, wanted = Uploading(tmp_path), [Adapter(8, 1)]
+
+    async def measure(*_: object) -> Values:
+        server.events.append("measured")
+        return {"x": 1.0}
+
+    one = Scenario("cold", (Measure("x", "level"),), lambda _: tuple(wanted), measure)
+    bench = Bench([one], [server], tmp_path)
+    await bench.run(Round())
+    assert server.events == ["start", "base", "r8-1", "start", "measured"]
+    await bench.run(Round(number=1))
+    assert server.events[5:] == ["start", "measured"], "nothing new"
+    assert bench.outcomes["cold"].values["loraplex"].keys() == {0, 1}
+    await server.aclose()
 
 
 class Hogged:

@@ -134,8 +134,11 @@ class Server(ABC):
     def environment(self, port: int) -> dict[str, str]: ...
 
     @abstractmethod
-    async def prepare(self, adapters: Iterable[Adapter]) -> None:
-        """What an operator does once, long before the first request: afterwards the adapters are on disk."""
+    async def prepare(self, adapters: Iterable[Adapter]) -> bool:
+        """What an operator does once, long before the first request: afterwards the adapters are on disk.
+
+        False if some are in memory too, as after an upload; a new start forgets them.
+        """
 
     async def load(self, adapter: Adapter) -> None:
         """What the server must be told right before an adapter's first request; nothing a second time."""
@@ -183,11 +186,12 @@ class Loraplex(Server):
         }
         return {f"LORAPLEX_{name}": value for name, value in settings.items()}
 
-    async def prepare(self, adapters: Iterable[Adapter]) -> None:
-        for adapter in (None, *adapters):
-            if adapter not in self._keys:
-                self._keys[adapter] = await self._customer(adapter)
+    async def prepare(self, adapters: Iterable[Adapter]) -> bool:
+        new = [adapter for adapter in dict.fromkeys((None, *adapters)) if adapter not in self._keys]
+        for adapter in new:
+            self._keys[adapter] = await self._customer(adapter)
         _read_into_page_cache(self._work / "data")
+        return new in ([], [None])
 
     async def _customer(self, adapter: Adapter | None) -> str:
         tenant = adapter.name if adapter else "base-only"
@@ -239,9 +243,10 @@ class BareVllm(Server):
     def environment(self, port: int) -> dict[str, str]:
         return {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
-    async def prepare(self, adapters: Iterable[Adapter]) -> None:
+    async def prepare(self, adapters: Iterable[Adapter]) -> bool:
         for adapter in adapters:
             _read_into_page_cache(adapter.folder)
+        return True
 
     async def _load(self, adapter: Adapter) -> None:
         body = {"lora_name": adapter.name, "lora_path": str(adapter.folder)}
