@@ -26,7 +26,8 @@ async def test_a_prefix_is_cached_for_its_customer_only(
 ) -> None:
     """With the same bytes under the same name, and on the base model."""
     asked = model or site.app.state.engine.base.name
-    folder = await asyncio.to_thread(reference.make, Spec(seed=91, rank=8, targets=("q_proj", "v_proj")), tmp_path / "a")
+    spec = Spec(seed=91, rank=8, targets=("q_proj", "v_proj"))
+    folder = await asyncio.to_thread(reference.make, spec, tmp_path / "a")
     keys = {}
     for name in (f"first-{bool(model)}".lower(), f"second-{bool(model)}".lower()):
         keys[name] = await site.tenant(name, {"shared-name": folder})
