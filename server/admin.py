@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
+from datetime import datetime, timedelta
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Depends, Request
@@ -16,7 +17,8 @@ from server.budgets import Budgets
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
 from server.http import limited_body, parse_object
-from server.limits import TenantLimits
+from server.keys import DEFAULT_SCOPES, SCOPES, KeyInfo, Scope
+from server.limits import KeyLimits, TenantLimits
 from server.multipart import boundary_of, parts
 from server.publish import Publishing, move_pin, publish, unpublish
 from server.tenants import Tenant, Tenants
@@ -64,6 +66,14 @@ class TenantChange(_Body):
 class NewKey(_Body):
     empty = b"{}"
     name: str | None = None
+    scopes: list[Scope] = Field(list(DEFAULT_SCOPES), min_length=1, max_length=len(SCOPES))
+    expires_at: datetime | None = Field(None, strict=False)
+    limits: KeyLimits | None = None
+
+
+class Rotation(_Body):
+    empty = b"{}"
+    overlap_seconds: int = Field(0, ge=0, le=366 * 86400)
 
 
 class AdapterChange(_Body):
@@ -146,13 +156,21 @@ async def delete_tenant(
 async def create_key(
     tenant: str, body: Annotated[NewKey, _json(NewKey)], tenants: TenantsOf
 ) -> dict[str, Any]:
-    issued = await tenants.issue_key(tenant, body.name)
+    issued = await tenants.issue_key(tenant, **dict(body))
     return {"id": issued.id, "key": issued.key, "name": issued.name}
+
+
+@router.post("/tenants/{tenant}/keys/{key_id}/rotate", status_code=201, openapi_extra=_documented(Rotation))
+async def rotate_key(
+    tenant: str, key_id: str, body: Annotated[Rotation, _json(Rotation)], tenants: TenantsOf
+) -> dict[str, Any]:
+    issued, old = await tenants.rotate_key(tenant, key_id, timedelta(seconds=body.overlap_seconds))
+    return {"id": issued.id, "key": issued.key, "name": issued.name, "replaces": _key_json(old)}
 
 
 @router.get("/tenants/{tenant}/keys")
 async def list_keys(tenant: str, tenants: TenantsOf) -> dict[str, Any]:
-    return {"object": "list", "data": [asdict(key) for key in await tenants.keys(tenant)]}
+    return {"object": "list", "data": [_key_json(key) for key in await tenants.keys(tenant)]}
 
 
 @router.delete("/tenants/{tenant}/keys/{key_id}", status_code=204)
@@ -256,6 +274,17 @@ def _tenant_json(tenant: Tenant) -> dict[str, Any]:
         "created_at": tenant.created_at.isoformat(),
         "limits": (tenant.limits.stored() if tenant.limits else None) or {},
         "budgets": (tenant.budgets.stored() if tenant.budgets else None) or {},
+    }
+
+
+def _key_json(key: KeyInfo) -> dict[str, Any]:
+    times = {name: getattr(key, name) for name in ("created_at", "expires_at", "last_used_at")}
+    return {
+        "id": key.id,
+        "name": key.name,
+        "scopes": key.scopes,
+        "limits": (key.limits.stored() if key.limits else None) or {},
+        **{name: time and time.isoformat() for name, time in times.items()},
     }
 
 

@@ -27,7 +27,7 @@ LEVELS: list[set[str]] = [
     {"server.ranking", "server.tiers"},
     {"server.usage"},
     {"server.engine", "server.tenants", "server.metrics", "server.logs"},
-    {"server.budgets"},
+    {"server.budgets", "server.keys"},
     {"server.errors", "server.settings", "server.shapes", "server.limits"},
     {"server.sizing"},
     {"server"},
