@@ -12,12 +12,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from adapters.model import Adapter, Tier, Version
+from adapters.model import Adapter, Quota, Tier, Version
 from server.budgets import Budgets
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
 from server.http import limited_body, parse_object
-from server.keys import DEFAULT_SCOPES, SCOPES, KeyInfo, Scope
+from server.keys import DEFAULT_SCOPES, SCOPES, KeyInfo, KeyScope
 from server.limits import KeyLimits, TenantLimits
 from server.multipart import boundary_of, parts
 from server.publish import Publishing, move_pin, publish, unpublish
@@ -66,7 +66,7 @@ class TenantChange(_Body):
 class NewKey(_Body):
     empty = b"{}"
     name: str | None = None
-    scopes: list[Scope] = Field(list(DEFAULT_SCOPES), min_length=1, max_length=len(SCOPES))
+    scopes: list[KeyScope] = Field(list(DEFAULT_SCOPES), min_length=1, max_length=len(SCOPES))
     expires_at: datetime | None = Field(None, strict=False)
     limits: KeyLimits | None = None
 
@@ -99,7 +99,7 @@ def _json(model: type[_Body]) -> Any:
     return Depends(read)
 
 
-def _documented(model: type[_Body]) -> dict[str, Any]:
+def documented(model: type[_Body]) -> dict[str, Any]:
     schema = {"schema": model.model_json_schema()}
     return {"requestBody": {"content": {"application/json": schema}, "required": not model.empty}}
 
@@ -114,11 +114,12 @@ def _publishing(request: Request) -> Publishing:
     return publishing
 
 
+AdapterChangeBody = Annotated[AdapterChange, _json(AdapterChange)]
 TenantsOf = Annotated[Tenants, Depends(_tenants)]
 PublishingOf = Annotated[Publishing, Depends(_publishing)]
 
 
-@router.post("/tenants", status_code=201, openapi_extra=_documented(NewTenant))
+@router.post("/tenants", status_code=201, openapi_extra=documented(NewTenant))
 async def create_tenant(body: Annotated[NewTenant, _json(NewTenant)], tenants: TenantsOf) -> dict[str, Any]:
     return _tenant_json(await tenants.create(**dict(body)))
 
@@ -133,7 +134,7 @@ async def get_tenant(tenant: str, tenants: TenantsOf) -> dict[str, Any]:
     return _tenant_json(await tenants.get(tenant))
 
 
-@router.patch("/tenants/{tenant}", openapi_extra=_documented(TenantChange))
+@router.patch("/tenants/{tenant}", openapi_extra=documented(TenantChange))
 async def update_tenant(
     tenant: str, body: Annotated[TenantChange, _json(TenantChange)], tenants: TenantsOf
 ) -> dict[str, Any]:
@@ -152,7 +153,7 @@ async def delete_tenant(
     return Response(status_code=204)
 
 
-@router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=_documented(NewKey))
+@router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=documented(NewKey))
 async def create_key(
     tenant: str, body: Annotated[NewKey, _json(NewKey)], tenants: TenantsOf
 ) -> dict[str, Any]:
@@ -160,7 +161,7 @@ async def create_key(
     return {"id": issued.id, "key": issued.key, "name": issued.name}
 
 
-@router.post("/tenants/{tenant}/keys/{key_id}/rotate", status_code=201, openapi_extra=_documented(Rotation))
+@router.post("/tenants/{tenant}/keys/{key_id}/rotate", status_code=201, openapi_extra=documented(Rotation))
 async def rotate_key(
     tenant: str, key_id: str, body: Annotated[Rotation, _json(Rotation)], tenants: TenantsOf
 ) -> dict[str, Any]:
@@ -184,9 +185,16 @@ async def create_version(
     tenant: str, name: str, request: Request, tenants: TenantsOf, publishing: PublishingOf
 ) -> JSONResponse:
     await tenants.get(tenant)
+    return await receive_version(tenant, name, request, publishing)
+
+
+async def receive_version(
+    tenant: str, name: str, request: Request, publishing: Publishing, quota: Quota | None = None
+) -> JSONResponse:
     boundary = boundary_of(request.headers.get("content-type"))
     limit = request.app.state.settings.max_upload_bytes + _MULTIPART_ROOM
-    published = await publish(publishing, tenant, name, parts(limited_body(request, limit), boundary))
+    files = parts(limited_body(request, limit), boundary)
+    published = await publish(publishing, tenant, name, files, quota)
     return JSONResponse(
         {
             "adapter": published.adapter.name,
@@ -212,11 +220,11 @@ async def get_adapter(tenant: str, name: str, tenants: TenantsOf, publishing: Pu
     return _adapter_json(await publishing.catalog.adapter(tenant, name), publishing.dispatcher)
 
 
-@router.patch("/tenants/{tenant}/adapters/{name}", openapi_extra=_documented(AdapterChange))
+@router.patch("/tenants/{tenant}/adapters/{name}", openapi_extra=documented(AdapterChange))
 async def update_adapter(
     tenant: str,
     name: str,
-    body: Annotated[AdapterChange, _json(AdapterChange)],
+    body: AdapterChangeBody,
     tenants: TenantsOf,
     publishing: PublishingOf,
 ) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from server.complete import Completion, Completions, LeasedStream, open_completi
 from server.dispatcher import Lease
 from server.engine import Kind
 from server.errors import BadRequest, ModelNotFound
-from server.http import json_object, while_connected
+from server.http import json_object, tenant_of, while_connected
 from server.quotas import may_name
-from server.tenants import Tenant, Tenants
+from server.tenants import Tenant
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 
@@ -54,13 +54,13 @@ async def completions(request: Request) -> Response:
 
 @router.get("/models", summary="The customer's adapters, and the base model where allowed")
 async def models(request: Request) -> dict[str, Any]:
-    tenant = await _tenant(request)
+    tenant = await tenant_of(request)
     return {"object": "list", "data": await _model_cards(request, tenant)}
 
 
 @router.get("/models/{name:path}", summary="One of them")
 async def model(request: Request, name: str) -> dict[str, Any]:
-    tenant = await _tenant(request)
+    tenant = await tenant_of(request)
     for card in await _model_cards(request, tenant):
         if card["id"] == name:
             return card
@@ -68,7 +68,7 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 
 
 async def _complete(request: Request, kind: Kind) -> Response:
-    tenant = await _tenant(request)
+    tenant = await tenant_of(request)
     request.state.headers = partial(request.app.state.completions.quotas.headers, tenant)
     for header in request.headers:
         if header.startswith(_ENGINE_HEADERS):
@@ -86,17 +86,6 @@ async def _complete(request: Request, kind: Kind) -> Response:
         return LeasedResponse(opened.stream, opened.lease, log)
     log |= _usage(opened.lease)
     return JSONResponse(opened.body)
-
-
-async def _tenant(request: Request) -> Tenant:
-    tenants: Tenants = request.app.state.tenants
-    tenant = await tenants.authenticate(
-        request.headers.get("authorization"), request.headers.get("x-customer-id")
-    )
-    request.state.log["tenant"] = tenant.id
-    if tenant.key is not None:
-        request.app.state.recorder.used(tenant.key.id)
-    return tenant
 
 
 async def _model_cards(request: Request, tenant: Tenant) -> list[dict[str, Any]]:

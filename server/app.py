@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from adapters.blobs import BlobStore
 from adapters.catalog import Catalog
 from adapters.tables import Database
-from server import __version__, admin, api, reports
+from server import __version__, admin, api, reports, selfservice
 from server.complete import DEFAULT_MODEL, Completions
 from server.dispatcher import Dispatcher
 from server.engine import Engine, EngineDied
@@ -64,6 +64,8 @@ def create_app(
     app.include_router(api.router)
     app.include_router(admin.router)
     app.include_router(reports.operators)
+    app.include_router(reports.customers)
+    app.include_router(selfservice.router)
     _add_operations(app)
     return app
 

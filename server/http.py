@@ -20,6 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapters.errors import AdapterError, UploadTooLarge
 from server.complete import new_request_id
 from server.errors import BadRequest, Internal, ServerError, body_of, envelope, headers_of, status_of
+from server.keys import KeyScope
+from server.tenants import Tenant, Tenants
 
 logger = logging.getLogger("loraplex.access")
 T = TypeVar("T")
@@ -90,6 +92,17 @@ def _matched_path(scope: Scope) -> str:
     """The route's template rather than the URL: bounded, and without anything a client made up."""
     route = scope.get("route")
     return getattr(route, "path", "(no route)")
+
+
+async def tenant_of(request: Request, scope: KeyScope = "inference") -> Tenant:
+    """Who makes this request, and may; see ``Tenants.authenticate`` for what it raises."""
+    tenants: Tenants = request.app.state.tenants
+    headers = request.headers
+    tenant = await tenants.authenticate(headers.get("authorization"), headers.get("x-customer-id"), scope)
+    request.state.log["tenant"] = tenant.id
+    if tenant.key is not None:
+        request.app.state.recorder.used(tenant.key.id)
+    return tenant
 
 
 async def limited_body(request: Request, limit: int) -> AsyncIterator[bytes]:

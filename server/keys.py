@@ -10,9 +10,9 @@ from adapters.tables import KeyRow, now
 from server.errors import Forbidden, Unauthorized, Unprocessable
 from server.limits import KeyLimits
 
-Scope = Literal["inference", "adapters:write", "usage:read"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
-DEFAULT_SCOPES: tuple[Scope, ...] = ("inference",)
+KeyScope = Literal["inference", "adapters:write", "usage:read"]
+SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)
+DEFAULT_SCOPES: tuple[KeyScope, ...] = ("inference",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +22,12 @@ class KeyInfo:
     id: str
     name: str | None
     created_at: datetime
-    scopes: tuple[Scope, ...] = DEFAULT_SCOPES
+    scopes: tuple[KeyScope, ...] = DEFAULT_SCOPES
     expires_at: datetime | None = None
     last_used_at: datetime | None = None
     limits: KeyLimits | None = None
 
-    def check(self, scope: Scope) -> None:
+    def check(self, scope: KeyScope) -> None:
         """Unauthorized (``expired_api_key``) or Forbidden (``scope_missing``) if it may not be used so."""
         if self.expires_at is not None and self.expires_at <= now():
             raise Unauthorized("This API key has expired.", code="expired_api_key")

@@ -14,7 +14,7 @@ from functools import partial
 from adapters.admit import admit
 from adapters.blobs import BlobStore
 from adapters.catalog import Catalog
-from adapters.model import Adapter, Manifest, Version
+from adapters.model import Adapter, Manifest, Quota, Version
 from server.dispatcher import Dispatcher
 from server.engine import Engine
 
@@ -42,13 +42,19 @@ class Published:
 
 
 async def publish(
-    service: Publishing, tenant: str, name: str, files: AsyncIterator[tuple[str, bytes]]
+    service: Publishing,
+    tenant: str,
+    name: str,
+    files: AsyncIterator[tuple[str, bytes]],
+    quota: Quota | None = None,
 ) -> Published:
     """Receives ``files`` as (file name, bytes) pieces and makes them the live version of ``name``.
 
     When it returns, the files and the row are on disk. Raises an AdapterError, with nothing kept.
     """
     service.catalog.check_name(name)
+    if quota is not None:
+        await service.catalog.check_quota(tenant, name, quota)
     async with service.blobs.receive() as incoming:
         async for filename, chunk in files:
             await incoming.write(filename, chunk)
@@ -63,7 +69,9 @@ async def publish(
         )
         async with service.linking:
             digest = (await incoming.commit()).name
-            adapter, version = await service.catalog.link(tenant, name, digest=digest, manifest=manifest)
+            adapter, version = await service.catalog.link(
+                tenant, name, digest=digest, manifest=manifest, quota=quota
+            )
     move_pin(service.dispatcher, adapter)
     return Published(adapter, version, manifest)
 

@@ -27,7 +27,7 @@ from adapters.model import TENANT_PATTERN, is_tenant_id
 from adapters.tables import MAX_INTEGER, Database, KeyRow, MetaRow, ReadCache, TenantRow, VersionRow, now
 from server.budgets import Budgets
 from server.errors import BadRequest, Conflict, Forbidden, NotFound, Unauthorized, Unprocessable
-from server.keys import DEFAULT_SCOPES, IssuedKey, KeyInfo, Scope, check_expiry, key_info
+from server.keys import DEFAULT_SCOPES, IssuedKey, KeyInfo, KeyScope, check_expiry, key_info
 from server.limits import KeyLimits, TenantLimits, Terms
 
 ADMIN_KEY = "admin_key_sha256"
@@ -193,7 +193,7 @@ class Tenants:
         tenant: str,
         name: str | None = None,
         *,
-        scopes: Sequence[Scope] = DEFAULT_SCOPES,
+        scopes: Sequence[KeyScope] = DEFAULT_SCOPES,
         expires_at: datetime | None = None,
         limits: KeyLimits | None = None,
     ) -> IssuedKey:
@@ -259,7 +259,7 @@ class Tenants:
             )
 
     async def authenticate(
-        self, authorization: str | None, customer: str | None, scope: Scope = "inference"
+        self, authorization: str | None, customer: str | None, scope: KeyScope = "inference"
     ) -> Tenant:
         """Who makes this request, from ``Authorization`` and ``X-Customer-ID``, and may: has ``scope``.
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS: list[set[str]] = [
     {"server.__main__"},
     {"server.app", "server.offline"},
-    {"server.reports"},
+    {"server.reports", "server.selfservice"},
     {"server.api", "server.admin"},
     {"server.http", "server.multipart"},
     {"server.complete", "server.publish"},
