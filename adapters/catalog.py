@@ -19,9 +19,9 @@ from typing import Any, TypedDict, Unpack
 from sqlalchemy import Select, and_, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from adapters.errors import AdapterConflict, AdapterNotFound, fault
+from adapters.errors import AdapterConflict, AdapterNotFound, QuotaExceeded, fault
 from adapters.golden import Golden
-from adapters.model import Adapter, Manifest, Version, VersionInfo, is_adapter_name, is_tenant_id
+from adapters.model import Adapter, Manifest, Quota, Version, VersionInfo, is_adapter_name, is_tenant_id
 from adapters.receipts import Receipt
 from adapters.split import WHOLE, choose
 from adapters.tables import MAX_INTEGER, AdapterRow, Database, ReadCache, TenantRow, VersionRow, now
@@ -79,6 +79,11 @@ class Catalog:
         if name in self._reserved:
             raise fault("name_invalid", f"The name `{name}` is reserved.", param="name")
 
+    async def check_quota(self, tenant: str, adapter: str, quota: Quota) -> None:
+        """QuotaExceeded if a version of ``adapter``, however small, would be more than ``quota``."""
+        async with self._database.read() as session:
+            await _check_quota(session, tenant, adapter, quota, 1)
+
     async def link(
         self,
         tenant: str,
@@ -89,16 +94,19 @@ class Catalog:
         make_live: bool = True,
         golden: Golden | None = None,
         receipt: Receipt | None = None,
+        quota: Quota | None = None,
     ) -> tuple[Adapter, Version]:
         """Makes the files under ``digest`` the next version of ``adapter``, which is created if need be.
 
         ``golden`` is kept with it; ``receipt`` keeps what the upload is answered.
-        AdapterRejected (``name_invalid``), AdapterNotFound (``tenant_not_found``).
+        AdapterRejected (``name_invalid``), AdapterNotFound (``tenant_not_found``), QuotaExceeded.
         """
         self.check_name(adapter)
         async with self._database.write() as session:
             if not await _lock(session, tenant):
                 raise AdapterNotFound(f"There is no tenant `{_shown(tenant)}`.", code="tenant_not_found")
+            if quota is not None:
+                await _check_quota(session, tenant, adapter, quota, manifest.size_bytes)
             row = await session.get(AdapterRow, (tenant, adapter))
             if row is None or not await _any(session, tenant, adapter):
                 first = not await _any(session, tenant)
@@ -385,6 +393,27 @@ async def _lock(session: AsyncSession, tenant: str) -> bool:
     """Whether the tenant exists. Every write to its adapters starts here: on PostgreSQL the lock on its
     row keeps another process (a restart that overlaps, the command line) from counting along."""
     return is_tenant_id(tenant) and bool(await session.get(TenantRow, tenant, with_for_update=True))
+
+
+async def _check_quota(
+    session: AsyncSession, tenant: str, adapter: str, quota: Quota, size_bytes: int
+) -> None:
+    names, used = (
+        await session.execute(
+            select(func.count(VersionRow.adapter.distinct()), func.sum(VersionRow.size_bytes)).where(
+                VersionRow.tenant == tenant
+            )
+        )
+    ).one()
+    if quota.adapters is not None and names >= quota.adapters and not await _any(session, tenant, adapter):
+        raise QuotaExceeded(
+            f"You have {names} adapters, and may have {quota.adapters}. Delete one, or ask for more."
+        )
+    if quota.size_bytes is not None and (used or 0) + size_bytes > quota.size_bytes:
+        raise QuotaExceeded(
+            f"Your adapters take {used or 0} bytes, this version {size_bytes}, and you may have"
+            f" {quota.size_bytes}. Delete versions that you do not need, or ask for more."
+        )
 
 
 async def _any(session: AsyncSession, tenant: str, adapter: str | None = None) -> bool:

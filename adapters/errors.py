@@ -7,6 +7,7 @@ AdapterError
 ├── StorageFull            the disk has no room
 ├── AdapterNotFound        no such adapter or version of this tenant
 ├── AdapterConflict        a name taken, or a version still needed
+├── QuotaExceeded          more adapters or bytes than the tenant may have
 └── AdapterUnavailable     it exists, but cannot be brought into memory now
 """
 
@@ -50,6 +51,10 @@ class AdapterNotFound(AdapterError):
 
 class AdapterConflict(AdapterError):
     code = "adapter_conflict"
+
+
+class QuotaExceeded(AdapterError):
+    code = "quota_exceeded"
 
 
 class AdapterUnavailable(AdapterError):

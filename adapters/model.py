@@ -143,6 +143,14 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Quota:
+    """The most adapters, and bytes of all their versions, that a tenant may have; None is no limit."""
+
+    adapters: int | None = None
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Version:
     """One immutable upload of one adapter. What a lease is taken on."""
 

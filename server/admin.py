@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 from dataclasses import asdict
-from typing import Annotated, Any, ClassVar, Self
+from datetime import datetime, timedelta
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 from fastapi import APIRouter, Depends, Header, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,14 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from adapters.errors import AdapterNotFound
-from adapters.model import Adapter, Tier, Version
+from adapters.model import Adapter, Quota, Tier, Version
 from adapters.split import WHOLE
 from adapters.tables import MAX_INTEGER
 from server.budgets import Budgets
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
 from server.http import limited_body, parse_object, whole_body
-from server.limits import TenantLimits
+from server.keys import DEFAULT_SCOPES, SCOPES, KeyInfo, KeyScope
+from server.limits import KeyLimits, TenantLimits
 from server.multipart import boundary_of, parts
 from server.publish import Publishing, move_pin, publish, unpublish, verify
 from server.tenants import Tenant, Tenants
@@ -69,6 +71,14 @@ class TenantChange(_Body):
 class NewKey(_Body):
     empty = b"{}"
     name: str | None = None
+    scopes: list[KeyScope] = Field(list(DEFAULT_SCOPES), min_length=1, max_length=len(SCOPES))
+    expires_at: datetime | None = Field(None, strict=False)
+    limits: KeyLimits | None = None
+
+
+class Rotation(_Body):
+    empty = b"{}"
+    overlap_seconds: int = Field(0, ge=0, le=366 * 86400)
 
 
 class AdapterChange(_Body):
@@ -119,7 +129,7 @@ def _json(model: type[_Body]) -> Any:
     return Depends(read)
 
 
-def _documented(model: type[_Body]) -> dict[str, Any]:
+def documented(model: type[_Body]) -> dict[str, Any]:
     schema = {"schema": model.model_json_schema()}
     return {"requestBody": {"content": {"application/json": schema}, "required": not model.empty}}
 
@@ -134,11 +144,12 @@ def _publishing(request: Request) -> Publishing:
     return publishing
 
 
+AdapterChangeBody = Annotated[AdapterChange, _json(AdapterChange)]
 TenantsOf = Annotated[Tenants, Depends(_tenants)]
 PublishingOf = Annotated[Publishing, Depends(_publishing)]
 
 
-@router.post("/tenants", status_code=201, openapi_extra=_documented(NewTenant))
+@router.post("/tenants", status_code=201, openapi_extra=documented(NewTenant))
 async def create_tenant(body: Annotated[NewTenant, _json(NewTenant)], tenants: TenantsOf) -> dict[str, Any]:
     return _tenant_json(await tenants.create(**dict(body)))
 
@@ -153,7 +164,7 @@ async def get_tenant(tenant: str, tenants: TenantsOf) -> dict[str, Any]:
     return _tenant_json(await tenants.get(tenant))
 
 
-@router.patch("/tenants/{tenant}", openapi_extra=_documented(TenantChange))
+@router.patch("/tenants/{tenant}", openapi_extra=documented(TenantChange))
 async def update_tenant(
     tenant: str, body: Annotated[TenantChange, _json(TenantChange)], tenants: TenantsOf
 ) -> dict[str, Any]:
@@ -172,23 +183,46 @@ async def delete_tenant(
     return Response(status_code=204)
 
 
-@router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=_documented(NewKey))
+@router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=documented(NewKey))
 async def create_key(
     tenant: str, body: Annotated[NewKey, _json(NewKey)], tenants: TenantsOf
 ) -> dict[str, Any]:
-    issued = await tenants.issue_key(tenant, body.name)
+    issued = await tenants.issue_key(tenant, **dict(body))
     return {"id": issued.id, "key": issued.key, "name": issued.name}
+
+
+@router.post("/tenants/{tenant}/keys/{key_id}/rotate", status_code=201, openapi_extra=documented(Rotation))
+async def rotate_key(
+    tenant: str, key_id: str, body: Annotated[Rotation, _json(Rotation)], tenants: TenantsOf
+) -> dict[str, Any]:
+    issued, old = await tenants.rotate_key(tenant, key_id, timedelta(seconds=body.overlap_seconds))
+    return {"id": issued.id, "key": issued.key, "name": issued.name, "replaces": _key_json(old)}
 
 
 @router.get("/tenants/{tenant}/keys")
 async def list_keys(tenant: str, tenants: TenantsOf) -> dict[str, Any]:
-    return {"object": "list", "data": [asdict(key) for key in await tenants.keys(tenant)]}
+    return {"object": "list", "data": [_key_json(key) for key in await tenants.keys(tenant)]}
 
 
 @router.delete("/tenants/{tenant}/keys/{key_id}", status_code=204)
 async def revoke_key(tenant: str, key_id: str, tenants: TenantsOf) -> Response:
     await tenants.revoke(tenant, key_id)
     return Response(status_code=204)
+
+
+class UploadOptions(NamedTuple):
+    allow_no_effect: bool = False
+    key: str | None = None
+
+
+def _upload_options(
+    allow_no_effect: bool = False,
+    idempotency_key: Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")] = None,
+) -> UploadOptions:
+    return UploadOptions(allow_no_effect, idempotency_key)
+
+
+UploadOptionsOf = Annotated[UploadOptions, Depends(_upload_options)]
 
 
 @router.post("/tenants/{tenant}/adapters/{name}/versions", status_code=201)
@@ -198,15 +232,31 @@ async def create_version(
     request: Request,
     tenants: TenantsOf,
     publishing: PublishingOf,
-    allow_no_effect: bool = False,
-    idempotency_key: Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")] = None,
+    options: UploadOptionsOf,
 ) -> JSONResponse:
     await tenants.get(tenant)
+    return await receive_version(tenant, name, request, publishing, options)
+
+
+async def receive_version(
+    tenant: str,
+    name: str,
+    request: Request,
+    publishing: Publishing,
+    options: UploadOptions,
+    quota: Quota | None = None,
+) -> JSONResponse:
     boundary = boundary_of(request.headers.get("content-type"))
     limit = request.app.state.settings.max_upload_bytes + _MULTIPART_ROOM
     files = parts(limited_body(request, limit), boundary)
     published = await publish(
-        publishing, tenant, name, files, allow_no_effect=allow_no_effect, key=idempotency_key
+        publishing,
+        tenant,
+        name,
+        files,
+        allow_no_effect=options.allow_no_effect,
+        key=options.key,
+        quota=quota,
     )
     if published.gone:
         _free(request, publishing, published.gone)
@@ -226,11 +276,11 @@ async def get_adapter(tenant: str, name: str, tenants: TenantsOf, publishing: Pu
     return _adapter_json(await publishing.catalog.adapter(tenant, name), publishing.dispatcher)
 
 
-@router.patch("/tenants/{tenant}/adapters/{name}", openapi_extra=_documented(AdapterChange))
+@router.patch("/tenants/{tenant}/adapters/{name}", openapi_extra=documented(AdapterChange))
 async def update_adapter(
     tenant: str,
     name: str,
-    body: Annotated[AdapterChange, _json(AdapterChange)],
+    body: AdapterChangeBody,
     tenants: TenantsOf,
     publishing: PublishingOf,
 ) -> dict[str, Any]:
@@ -242,7 +292,7 @@ async def update_adapter(
     return _adapter_json(adapter, publishing.dispatcher)
 
 
-@router.post("/tenants/{tenant}/adapters/{name}/warm", openapi_extra=_documented(Warm))
+@router.post("/tenants/{tenant}/adapters/{name}/warm", openapi_extra=documented(Warm))
 async def warm_adapter(
     tenant: str,
     name: str,
@@ -318,6 +368,17 @@ def _tenant_json(tenant: Tenant) -> dict[str, Any]:
         "created_at": tenant.created_at.isoformat(),
         "limits": (tenant.limits.stored() if tenant.limits else None) or {},
         "budgets": (tenant.budgets.stored() if tenant.budgets else None) or {},
+    }
+
+
+def _key_json(key: KeyInfo) -> dict[str, Any]:
+    times = {name: getattr(key, name) for name in ("created_at", "expires_at", "last_used_at")}
+    return {
+        "id": key.id,
+        "name": key.name,
+        "scopes": key.scopes,
+        "limits": (key.limits.stored() if key.limits else None) or {},
+        **{name: time and time.isoformat() for name, time in times.items()},
     }
 
 

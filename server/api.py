@@ -14,14 +14,13 @@ from starlette.types import Message, Receive, Scope, Send
 from adapters.errors import AdapterNotFound
 from adapters.model import Adapter
 from server.complete import Completion, Completions, LeasedStream, open_completion, resolve
-from server.dialects import speaks_anthropic
 from server.dispatcher import Lease
 from server.errors import BadRequest, ModelNotFound
 from server.fields import meant
 from server.handlers import Kind, TokenKind
-from server.http import json_object, matched_path, while_connected
+from server.http import json_object, tenant_of, while_connected
 from server.quotas import may_name
-from server.tenants import Tenant, Tenants
+from server.tenants import Tenant
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 tokens = APIRouter(tags=["inference"])
@@ -103,13 +102,13 @@ async def detokenize(request: Request) -> dict[str, Any]:
 
 @router.get("/models", summary="The customer's adapters, and the base model where allowed")
 async def models(request: Request) -> dict[str, Any]:
-    tenant = await _tenant(request)
+    tenant = await tenant_of(request)
     return {"object": "list", "data": await _model_cards(request, tenant)}
 
 
 @router.get("/models/{name:path}", summary="One of them")
 async def model(request: Request, name: str) -> dict[str, Any]:
-    tenant = await _tenant(request)
+    tenant = await tenant_of(request)
     for card in await _model_cards(request, tenant):
         if card["id"] == name:
             return card
@@ -142,23 +141,11 @@ async def _tokens(request: Request, kind: TokenKind) -> dict[str, Any]:
 
 async def _read(request: Request) -> tuple[Tenant, dict[str, Any]]:
     """Who asks, and what."""
-    tenant = await _tenant(request)
+    tenant = await tenant_of(request)
     for header in request.headers:
         if header.startswith(_ENGINE_HEADERS):
             raise BadRequest(f"The header {header} is not accepted.", code="unknown_header", param=header)
     return tenant, await json_object(request)
-
-
-async def _tenant(request: Request) -> Tenant:
-    tenants: Tenants = request.app.state.tenants
-    authorization, key = request.headers.get("authorization"), request.headers.get("x-api-key")
-    if authorization is None and key is not None and speaks_anthropic(matched_path(request.scope)):
-        authorization = f"Bearer {key}"
-    tenant = await tenants.authenticate(authorization, request.headers.get("x-customer-id"))
-    request.state.log["tenant"] = tenant.id
-    if tenant.key is not None:
-        request.app.state.recorder.used(tenant.key.id)
-    return tenant
 
 
 async def _model_cards(request: Request, tenant: Tenant) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from adapters.blobs import BlobStore
 from adapters.catalog import Catalog
 from adapters.receipts import Receipts
 from adapters.tables import Database
-from server import __version__, admin, api, reports
+from server import __version__, admin, api, reports, selfservice
 from server.complete import Completions
 from server.dispatcher import Dispatcher
 from server.engine import Engine, EngineDied
@@ -68,6 +68,8 @@ def create_app(
     app.include_router(api.tokens)
     app.include_router(admin.router)
     app.include_router(reports.operators)
+    app.include_router(reports.customers)
+    app.include_router(selfservice.router)
     _add_operations(app)
     return app
 

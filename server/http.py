@@ -31,6 +31,8 @@ from server.errors import (
     headers_of,
     status_of,
 )
+from server.keys import KeyScope
+from server.tenants import Tenant, Tenants
 
 logger = logging.getLogger("loraplex.access")
 T = TypeVar("T")
@@ -100,6 +102,19 @@ def matched_path(scope: Scope) -> str:
     """The route's template rather than the URL: bounded, and without anything a client made up."""
     route = scope.get("route")
     return getattr(route, "path", "(no route)")
+
+
+async def tenant_of(request: Request, scope: KeyScope = "inference") -> Tenant:
+    """Who makes this request, and may; see ``Tenants.authenticate`` for what it raises."""
+    tenants: Tenants = request.app.state.tenants
+    authorization, key = request.headers.get("authorization"), request.headers.get("x-api-key")
+    if authorization is None and key is not None and speaks_anthropic(matched_path(request.scope)):
+        authorization = f"Bearer {key}"
+    tenant = await tenants.authenticate(authorization, request.headers.get("x-customer-id"), scope)
+    request.state.log["tenant"] = tenant.id
+    if tenant.key is not None:
+        request.app.state.recorder.used(tenant.key.id)
+    return tenant
 
 
 def _error(

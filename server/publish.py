@@ -19,7 +19,7 @@ from adapters.blobs import BlobStore, Incoming
 from adapters.catalog import Catalog
 from adapters.errors import AdapterNotFound
 from adapters.golden import Golden, take
-from adapters.model import Adapter, Manifest, Version
+from adapters.model import Adapter, Manifest, Quota, Version
 from adapters.receipts import Receipts
 from server.dispatcher import Dispatcher
 from server.engine import Engine
@@ -62,6 +62,7 @@ async def publish(
     *,
     allow_no_effect: bool = False,
     key: str | None = None,
+    quota: Quota | None = None,
 ) -> Published:
     """Receives ``files`` as (file name, bytes) pieces and makes them the live version of ``name``.
 
@@ -70,6 +71,8 @@ async def publish(
     answered as before.
     """
     service.catalog.check_name(name)
+    if quota is not None:
+        await service.catalog.check_quota(tenant, name, quota)
     async with service.blobs.receive() as incoming:
         async for filename, chunk in files:
             await incoming.write(filename, chunk)
@@ -96,6 +99,7 @@ async def publish(
                     manifest=manifest,
                     golden=golden,
                     receipt=receipt,
+                    quota=quota,
                 )
     move_pin(service.dispatcher, adapter)
     return Published(adapter.uploaded(version.number), await _make_room(service, adapter))

@@ -1,4 +1,4 @@
-"""What was used, for operators (``/admin/v1/usage``)."""
+"""What was used: for operators (``/admin/v1/usage``), and for a customer its own (``/v1/usage``)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from fastapi.responses import JSONResponse, Response
 
 from server import admin
 from server.errors import Unprocessable
+from server.http import tenant_of
 from server.usage import GROUPS, Group, Question, usage
 
 operators = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=admin.router.dependencies)
+customers = APIRouter(prefix="/v1", tags=["self-service"])
 
 Start = Annotated[datetime | None, Query(alias="from", description="ISO 8601; UTC where it has no zone.")]
 End = Annotated[datetime | None, Query(alias="to", description="The first moment that does not count.")]
@@ -34,6 +36,23 @@ async def all_usage(
     format: Format = None,
 ) -> Response:
     question = Question(tenant, adapter, key, _utc(start), _utc(end), groups_of(by))
+    return await answer(request, question, format)
+
+
+@customers.get("/usage", summary="The customer's own; needs a key with the scope `usage:read`")
+async def own_usage(
+    request: Request,
+    adapter: str | None = None,
+    key: str | None = None,
+    start: Start = None,
+    end: End = None,
+    by: By = "",
+    format: Format = None,
+) -> Response:
+    tenant = await tenant_of(request, "usage:read")
+    # What a tenant of the same name used, which is no more, is none of this one's business.
+    first = max(_utc(start) or tenant.created_at, tenant.created_at)
+    question = Question(tenant.id, adapter, key, first, _utc(end), groups_of(by))
     return await answer(request, question, format)
 
 

@@ -14,9 +14,9 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, TypedDict, Unpack
 
 from sqlalchemy import delete, select
@@ -27,6 +27,7 @@ from adapters.model import TENANT_PATTERN, is_tenant_id
 from adapters.tables import MAX_INTEGER, Database, KeyRow, MetaRow, ReadCache, TenantRow, VersionRow, now
 from server.budgets import Budgets
 from server.errors import BadRequest, Conflict, Forbidden, NotFound, Unauthorized, Unprocessable
+from server.keys import DEFAULT_SCOPES, IssuedKey, KeyInfo, KeyScope, check_expiry, key_info
 from server.limits import KeyLimits, TenantLimits, Terms
 
 ADMIN_KEY = "admin_key_sha256"
@@ -44,14 +45,6 @@ NO_KEY = (
     " using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
 )
 WRONG_KEY = "Incorrect API key provided."
-
-
-@dataclass(frozen=True, slots=True)
-class KeyInfo:
-    id: str
-    name: str | None
-    created_at: datetime
-    limits: KeyLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +66,6 @@ class Tenant:
     limits: TenantLimits | None = None
     budgets: Budgets | None = None
     key: KeyInfo | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class IssuedKey:
-    """A new key, in clear for the only time."""
-
-    id: str
-    name: str | None
-    created_at: datetime
-    key: str = field(repr=False)
 
 
 class TenantChanges(TypedDict, total=False):
@@ -205,32 +188,68 @@ class Tenants:
             await session.execute(delete(TenantRow).where(TenantRow.id == id))
         return digests
 
-    async def issue_key(self, tenant: str, name: str | None = None) -> IssuedKey:
+    async def issue_key(
+        self,
+        tenant: str,
+        name: str | None = None,
+        *,
+        scopes: Sequence[KeyScope] = DEFAULT_SCOPES,
+        expires_at: datetime | None = None,
+        limits: KeyLimits | None = None,
+    ) -> IssuedKey:
         """A key of 256 random bits. NotFound, Unprocessable."""
         if name is not None:
             _check({"name": name})
-        key = f"lp-{secrets.token_urlsafe(32)}"
-        row = KeyRow(id=secrets.token_hex(8), tenant=tenant, name=name, digest=_digest(key), created_at=now())
+        check_expiry(expires_at)
+        key, row = _new_key(tenant)
+        row.name, row.scopes, row.expires_at = name, list(scopes), expires_at
+        row.limits = limits.stored() if limits else None
         async with self._database.write() as session:
             await _row(session, tenant, lock=True)
             session.add(row)
         return IssuedKey(id=row.id, name=name, created_at=row.created_at, key=key)
+
+    async def rotate_key(self, tenant: str, key_id: str, overlap: timedelta) -> tuple[IssuedKey, KeyInfo]:
+        """A new key with all that the old one has, and the old one, which expires after ``overlap``.
+
+        NotFound; Conflict if the old one has expired already.
+        """
+        key, row = _new_key(tenant)
+        async with self._database.write() as session:
+            old = await self._key(session, tenant, key_id)
+            if old.expires_at is not None and old.expires_at <= row.created_at:
+                raise Conflict("This key has expired. Issue a new one.")
+            row.name, row.scopes, row.limits, row.expires_at = (
+                old.name,
+                old.scopes,
+                old.limits,
+                old.expires_at,
+            )
+            session.add(row)
+            ends = row.created_at + overlap
+            old.expires_at = ends if old.expires_at is None else min(ends, old.expires_at)
+        return IssuedKey(id=row.id, name=row.name, created_at=row.created_at, key=key), key_info(old)
 
     async def keys(self, tenant: str) -> builtins.list[KeyInfo]:
         """The tenant's keys, oldest first. NotFound."""
         async with self._database.read() as session:
             await _row(session, tenant)
             query = select(KeyRow).where(KeyRow.tenant == tenant).order_by(KeyRow.created_at, KeyRow.id)
-            return [_key(row) for row in await session.scalars(query)]
+            return [key_info(row) for row in await session.scalars(query)]
 
     async def revoke(self, tenant: str, key_id: str) -> None:
         """The key is refused from the moment this returns. NotFound."""
         async with self._database.write() as session:
-            await _row(session, tenant, lock=True)
-            row = await session.get(KeyRow, key_id) if KEY_ID.fullmatch(key_id) else None
-            if row is None or row.tenant != tenant:
-                raise NotFound(f"The tenant `{tenant}` has no such key.")
-            await session.delete(row)
+            await session.delete(await self._key(session, tenant, key_id))
+
+    @staticmethod
+    async def _key(session: AsyncSession, tenant: str, key_id: str) -> KeyRow:
+        """To be changed; NotFound."""
+        await _row(session, tenant, lock=True)
+        row = await session.get(KeyRow, key_id) if KEY_ID.fullmatch(key_id) else None
+        if row is None or row.tenant != tenant:
+            raise NotFound(f"The tenant `{tenant}` has no such key.")
+        return row
 
     async def list(self) -> builtins.list[Tenant]:
         """All tenants, by id."""
@@ -239,18 +258,23 @@ class Tenants:
                 map(_tenant, await session.scalars(select(TenantRow))), key=lambda tenant: tenant.id
             )
 
-    async def authenticate(self, authorization: str | None, customer: str | None) -> Tenant:
-        """Who runs this inference request, from ``Authorization`` and ``X-Customer-ID``.
+    async def authenticate(
+        self, authorization: str | None, customer: str | None, scope: KeyScope = "inference"
+    ) -> Tenant:
+        """Who makes this request, from ``Authorization`` and ``X-Customer-ID``, and may: has ``scope``.
 
         Unauthorized without a known key; BadRequest (``customer_required``) for the service key alone;
-        Forbidden for the admin key, for an unknown customer (``unknown_customer``) and for a tenant key
-        beside another customer (``customer_mismatch``).
+        Forbidden for the admin key, for an unknown customer (``unknown_customer``), for a tenant key
+        beside another customer (``customer_mismatch``) and for a key that is for something else
+        (``scope_missing``): the service key is for inference only.
         """
         key = _bearer(authorization)
         digest = _digest(key)
         if self._is(digest, self._admin):
             raise Forbidden("Admin keys cannot run inference. Use a key of a tenant.")
         if self._is(digest, self._service):
+            if scope != "inference":
+                raise Forbidden(f"A service key does not have the scope `{scope}`.", code="scope_missing")
             return await self._customer(customer)
         tenant = await self._holder(key)
         if customer and customer != tenant.id:
@@ -259,6 +283,8 @@ class Tenants:
                 code="customer_mismatch",
                 param="X-Customer-ID",
             )
+        assert tenant.key is not None
+        tenant.key.check(scope)
         return tenant
 
     async def require_admin(self, authorization: str | None) -> None:
@@ -304,7 +330,7 @@ class Tenants:
             found = (await session.execute(query.where(KeyRow.digest == digest))).one_or_none()
         if found is None or not self._is(digest, found[1].digest):
             raise Unauthorized(WRONG_KEY)
-        return replace(_tenant(found[0]), key=_key(found[1]))
+        return replace(_tenant(found[0]), key=key_info(found[1]))
 
 
 def _bearer(authorization: str | None) -> str:
@@ -316,6 +342,11 @@ def _bearer(authorization: str | None) -> str:
     if found is None:
         raise Unauthorized(WRONG_KEY)
     return found[1]
+
+
+def _new_key(tenant: str) -> tuple[str, KeyRow]:
+    key = f"lp-{secrets.token_urlsafe(32)}"
+    return key, KeyRow(id=secrets.token_hex(8), tenant=tenant, digest=_digest(key), created_at=now())
 
 
 def _digest(key: str) -> str:
@@ -371,11 +402,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "budgets": (lambda value: isinstance(value, Budgets), "budgets"),
     "max_running": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
 }
-
-
-def _key(row: KeyRow) -> KeyInfo:
-    limits = KeyLimits(**row.limits) if row.limits else None
-    return KeyInfo(id=row.id, name=row.name, created_at=row.created_at, limits=limits)
 
 
 def _tenant(row: TenantRow) -> Tenant:

@@ -113,7 +113,7 @@ class Recorder:
         if self._loop is not None:
             await self._loop
         await self.flush()
-        await self._write_used()
+        await self.write_used()
 
     def record(self, record: Usage) -> None:
         self._waiting.append(record)
@@ -146,8 +146,8 @@ class Recorder:
                     self._waiting = added_up([*batch, *self._waiting])
 
     async def _flush_forever(self) -> None:
-        due = {self._write_used: TOUCH_EVERY, self._roll_up: 0.0}
-        every = {self._write_used: TOUCH_EVERY, self._roll_up: ROLL_UP_EVERY}
+        due = {self.write_used: TOUCH_EVERY, self._roll_up: 0.0}
+        every = {self.write_used: TOUCH_EVERY, self._roll_up: ROLL_UP_EVERY}
         while not self._stopping.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), FLUSH_EVERY)
@@ -161,7 +161,8 @@ class Recorder:
             except Exception:
                 logger.exception("usage could not be written; %d records wait", len(self._waiting))
 
-    async def _write_used(self) -> None:
+    async def write_used(self) -> None:
+        """When which keys were last used."""
         used, self._used = self._used, {}
         if not used:
             return

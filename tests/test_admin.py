@@ -26,6 +26,7 @@ ROUTES = [
     ("POST", "/tenants/{tenant}/keys"),
     ("GET", "/tenants/{tenant}/keys"),
     ("DELETE", "/tenants/{tenant}/keys/{key_id}"),
+    ("POST", "/tenants/{tenant}/keys/{key_id}/rotate"),
     ("POST", "/tenants/{tenant}/adapters/{name}/versions"),
     ("GET", "/tenants/{tenant}/adapters"),
     ("GET", "/tenants/{tenant}/adapters/{name}"),

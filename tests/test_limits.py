@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from server.complete import Completions
 from server.errors import BadRequest, Forbidden, TooManyRequests, headers_of
+from server.keys import KeyInfo
 from server.limits import GRAIN, MINUTE, KeyLimits, Meter, TenantLimits, Window, duration
 from server.quotas import Quotas
-from server.tenants import KeyInfo
 from tests import tiny
 from tests.clock import run
 from tests.fakes import Times
