@@ -146,6 +146,7 @@ def _serve(settings: Settings) -> int:
     from server import logs
     from server.app import create_app
     from server.engine import EngineDied
+    from server.protocol import BoundedHeads
 
     logs.configure(settings.log_format, settings.log_level)
     # vLLM must not ask a hub about a model that is here, nor report usage.
@@ -158,12 +159,14 @@ def _serve(settings: Settings) -> int:
         server.should_exit = True
 
     app = create_app(settings, on_death=on_death)
+    BoundedHeads.seconds = settings.client_timeout
     server = _Server(
         uvicorn.Config(
             app,
             host=settings.host,
             port=settings.port,
             loop="uvloop",
+            http=BoundedHeads,
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=5,

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from adapters.model import Adapter, Tier, Version
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
-from server.http import limited_body, parse_object
+from server.http import limited_body, parse_object, whole_body
 from server.multipart import boundary_of, parts
 from server.publish import Publishing, move_pin, publish, unpublish
 from server.tenants import Tenant, Tenants
@@ -73,8 +73,7 @@ def _json(model: type[_Body]) -> Any:
     """
 
     async def read(request: Request) -> _Body:
-        limit = request.app.state.settings.max_body_bytes
-        raw = b"".join([chunk async for chunk in limited_body(request, limit)])
+        raw = await whole_body(request)
         try:
             return model.model_validate(parse_object(raw or model.empty))
         except ValidationError as exc:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 from adapters.errors import AdapterNotFound
 from adapters.model import Adapter
@@ -29,15 +31,34 @@ _ENGINE_HEADERS = ("x-vllm-", "x-data-parallel-rank", "x-session-id")
 class LeasedResponse(StreamingResponse):
     """SSE that closes its stream whatever happens: read to the end, left by the client, or never begun."""
 
-    def __init__(self, stream: LeasedStream, lease: Lease, log: dict[str, Any]) -> None:
+    def __init__(
+        self, stream: LeasedStream, lease: Lease, log: dict[str, Any], client_timeout: float
+    ) -> None:
         super().__init__(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._stream = stream
         self._lease = lease
         self._log = log
+        self._client_timeout = client_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Ends the connection of a client that does not read: its place in the engine is others' too."""
+
+        late = False
+
+        async def send_in_time(message: Message) -> None:
+            nonlocal late
+            try:
+                async with asyncio.timeout(self._client_timeout):
+                    await send(message)
+            except TimeoutError:
+                late = True
+                raise
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except (TimeoutError, ClientDisconnect):
+            if not late:
+                raise
         finally:
             await self._stream.aclose()
             self._log |= _usage(self._lease)
@@ -104,7 +125,7 @@ async def _complete(request: Request, kind: Kind) -> Response:
     log: dict[str, Any] = request.state.log
     log["model"] = opened.model
     if opened.stream is not None:
-        return LeasedResponse(opened.stream, opened.lease, log)
+        return LeasedResponse(opened.stream, opened.lease, log, request.app.state.settings.client_timeout)
     log |= _usage(opened.lease)
     return JSONResponse(opened.body)
 
@@ -122,7 +143,7 @@ async def _read(request: Request) -> tuple[Tenant, dict[str, Any]]:
     for header in request.headers:
         if header.startswith(_ENGINE_HEADERS):
             raise BadRequest(f"The header {header} is not accepted.", code="unknown_header", param=header)
-    return tenant, await json_object(request, request.app.state.settings.max_body_bytes)
+    return tenant, await json_object(request)
 
 
 async def _tenant(request: Request) -> Tenant:

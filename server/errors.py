@@ -6,7 +6,9 @@
     ├── Forbidden               403   a good key for something else
     ├── NotFound                404
     │   └── ModelNotFound       404   also for another tenant's adapter
+    ├── RequestTimeout          408   the body did not come
     ├── Conflict                409
+    ├── UnsupportedEncoding     415   a compressed body
     ├── Unprocessable           422   admin input that parses but cannot be done
     ├── TooManyRequests         429   with Retry-After
     ├── Unavailable             503   with Retry-After
@@ -62,6 +64,14 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+class RequestTimeout(ServerError):
+    code = "request_timeout"
+
+
+class UnsupportedEncoding(ServerError):
+    code = "unsupported_encoding"
+
+
 class Conflict(ServerError):
     code = "conflict"
 
@@ -88,6 +98,8 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     Unauthorized: (401, "authentication_error"),
     Forbidden: (403, "permission_error"),
     NotFound: (404, "invalid_request_error"),
+    RequestTimeout: (408, "invalid_request_error"),
+    UnsupportedEncoding: (415, "invalid_request_error"),
     Conflict: (409, "invalid_request_error"),
     Unprocessable: (422, "invalid_request_error"),
     TooManyRequests: (429, "rate_limit_error"),
@@ -130,8 +142,13 @@ def body_of(error: ServerError | adapter_errors.AdapterError) -> dict[str, Any]:
 
 
 def headers_of(error: Exception) -> dict[str, str]:
-    """``Retry-After`` in whole seconds, at least 1, on every 429 and 503; the challenge on a 401."""
+    """``Retry-After`` in whole seconds, at least 1, on every 429 and 503; the challenge on a 401.
+
+    A 408 ends the connection, on which the rest of the body may still come.
+    """
     status, _ = status_of(error)
+    if status == 408:
+        return {"Connection": "close"}
     if status == 401:
         return {"WWW-Authenticate": "Bearer"}
     if status not in (429, 503):

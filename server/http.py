@@ -20,7 +20,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapters.errors import AdapterError, UploadTooLarge
 from server.complete import new_request_id
 from server.dialects import anthropic, speaks_anthropic
-from server.errors import BadRequest, Internal, ServerError, body_of, envelope, headers_of, status_of
+from server.errors import (
+    BadRequest,
+    Internal,
+    RequestTimeout,
+    ServerError,
+    UnsupportedEncoding,
+    body_of,
+    envelope,
+    headers_of,
+    status_of,
+)
 
 logger = logging.getLogger("loraplex.access")
 T = TypeVar("T")
@@ -97,14 +107,22 @@ def _error(
 
 
 async def limited_body(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """The body in chunks. Raises UploadTooLarge past ``limit`` bytes, before they are all received."""
+    """The body in chunks. Raises UploadTooLarge past ``limit`` bytes, before they are all received.
+
+    RequestTimeout if a chunk does not come within ``client_timeout``; UnsupportedEncoding if it is
+    compressed, so that a few bytes never become many.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedEncoding("Send the body as it is, without Content-Encoding.")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise UploadTooLarge(
             f"The body is larger than the {limit} bytes that are allowed.", code="body_too_large"
         )
     received = 0
-    async for chunk in request.stream():
+    stream, seconds = request.stream(), request.app.state.settings.client_timeout
+    while (chunk := await _in_time(anext(stream, None), seconds)) is not None:
         received += len(chunk)
         if received > limit:
             raise UploadTooLarge(
@@ -113,9 +131,27 @@ async def limited_body(request: Request, limit: int) -> AsyncIterator[bytes]:
         yield chunk
 
 
-async def json_object(request: Request, limit: int) -> dict[str, Any]:
-    """The body as a JSON object. Raises BadRequest or UploadTooLarge."""
-    return parse_object(b"".join([chunk async for chunk in limited_body(request, limit)]))
+async def whole_body(request: Request) -> bytes:
+    """A body of at most ``max_body_bytes``, within ``client_timeout``. Raises as ``limited_body``."""
+
+    async def read() -> bytes:
+        return b"".join([chunk async for chunk in limited_body(request, settings.max_body_bytes)])
+
+    settings = request.app.state.settings
+    return await _in_time(read(), settings.client_timeout)
+
+
+async def _in_time(work: Awaitable[T], seconds: float) -> T:
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except TimeoutError as exc:
+        raise RequestTimeout(f"The body did not come within {seconds:g} seconds.") from exc
+
+
+async def json_object(request: Request) -> dict[str, Any]:
+    """The body as a JSON object. Raises BadRequest, or as ``whole_body``."""
+    return parse_object(await whole_body(request))
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

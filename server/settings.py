@@ -102,6 +102,12 @@ class Settings(BaseSettings):
     queue_timeout: float = Field(60.0, gt=0, description="Seconds a request may wait; then it gets 503.")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest upload, both files together, in bytes.")
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest inference request body, in bytes.")
+    client_timeout: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds a client may take to send its request, or the next piece of an upload, or to"
+        " take the next piece of an answer.",
+    )
     drain_timeout: float = Field(
         30.0, ge=0, description="Seconds that streams may go on after SIGTERM before they are cut."
     )

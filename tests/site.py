@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from server.protocol import BoundedHeads
 
 ADMIN_KEY = "admin-key-of-the-tests"
 SERVICE_KEY = "service-key-of-the-tests"
@@ -61,7 +62,9 @@ def bearer(key: str) -> dict[str, str]:
 
 @asynccontextmanager
 async def serving(app: FastAPI) -> AsyncIterator[Site]:
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="on"))
+    BoundedHeads.seconds = app.state.settings.client_timeout
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, http=BoundedHeads, log_config=None, lifespan="on")
+    server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
     while not server.started:
         if task.done():

@@ -1,0 +1,75 @@
+"""uvicorn's HTTP protocol with the bounds on a request's head that its parser lacks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.errors import envelope
+
+HEAD_BYTES = 64 << 10
+# What still comes is thrown away for so long: closing at once would overtake the answer.
+_LINGER = 0.5
+
+
+class BoundedHeads(HttpToolsProtocol):
+    """Answers 431 to a head beyond ``HEAD_BYTES`` and what was read with it, 408 to one that does not end.
+
+    ``seconds`` bounds the time from a head's first byte, or from the connection, to its end.
+    """
+
+    seconds: ClassVar[float] = 60.0
+    _late: asyncio.TimerHandle
+    _refused = False
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._begin()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._late.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        if self._between:
+            self._begin()
+        if self._in_head:
+            self._received += len(data)
+        super().data_received(data)
+        if self._in_head and self._received > HEAD_BYTES:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "head_too_large")
+
+    def on_headers_complete(self) -> None:
+        self._late.cancel()
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._between = True
+        super().on_message_complete()
+
+    def _begin(self) -> None:
+        self._between, self._in_head, self._received = False, True, 0
+        self._late = asyncio.get_running_loop().call_later(
+            self.seconds, self._refuse, HTTPStatus.REQUEST_TIMEOUT, "request_timeout"
+        )
+
+    def _refuse(self, status: HTTPStatus, code: str) -> None:
+        """Without an answer of its own where the one before it is still being given."""
+        if self.transport.is_closing():
+            return
+        self._refused = True
+        if self.cycle is None or self.cycle.response_complete:
+            body = json.dumps(envelope(f"{status.phrase}.", "invalid_request_error", code)).encode()
+            head = (
+                f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+        asyncio.get_running_loop().call_later(_LINGER, self.transport.close)
