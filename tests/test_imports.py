@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS: list[set[str]] = [
     {"server.__main__"},
     {"server.app", "server.commands", "server.offline"},
-    {"server.api", "server.admin", "server.protocol", "server.top"},
+    {"server.api", "server.admin", "server.document", "server.protocol", "server.top"},
     {"server.http", "server.multipart"},
     {"server.complete", "server.publish"},
     {"server.dispatcher"},
