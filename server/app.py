@@ -21,6 +21,7 @@ from adapters.tables import Database
 from server import __version__, admin, api, reports, selfservice
 from server.complete import Completions
 from server.dispatcher import Dispatcher
+from server.document import document
 from server.engine import Engine, EngineDied
 from server.fields import DEFAULT_MODEL
 from server.http import RequestContext, install_error_handlers
@@ -71,6 +72,7 @@ def create_app(
     app.include_router(reports.customers)
     app.include_router(selfservice.router)
     _add_operations(app)
+    app.openapi = document(app)  # type: ignore[method-assign]
     return app
 
 

@@ -210,7 +210,7 @@ def test_a_response_that_cannot_be_sent_gives_its_place_back(sent: int, version:
                 if left < 0:
                     raise OSError("the connection is gone")
 
-            response = LeasedResponse(opened.stream, opened.lease, log)
+            response = LeasedResponse(opened.stream, opened.lease, log, client_timeout=60)
             with contextlib.suppress(Exception, BaseExceptionGroup):
                 await response({"type": "http", "asgi": {"spec_version": version}}, Connected().receive, send)
             world.check_idle()

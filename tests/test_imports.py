@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS: list[set[str]] = [
     {"server.__main__"},
     {"server.app", "server.commands", "server.offline"},
-    {"server.reports", "server.selfservice"},
+    {"server.document", "server.reports", "server.selfservice"},
     {"server.api", "server.admin", "server.protocol", "server.top"},
     {"server.http", "server.multipart"},
     {"server.complete", "server.publish"},

@@ -1,0 +1,381 @@
+"""The OpenAPI document: what FastAPI cannot see, since routes read their bodies themselves.
+
+Every operation gets its key, its body, the statuses that it may answer with and the shape of its errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+
+from server.dialects import speaks_anthropic
+
+Schema = dict[str, Any]
+
+
+def document(app: FastAPI) -> Callable[[], Schema]:
+    """What to put in the place of ``app.openapi``."""
+    plain = app.openapi
+
+    def openapi() -> Schema:
+        if app.openapi_schema is None:
+            made = plain()
+            made["components"] = _COMPONENTS
+            for path, methods in made["paths"].items():
+                for method, operation in methods.items():
+                    _complete(path, method, operation)
+            app.openapi_schema = made
+        return app.openapi_schema
+
+    return openapi
+
+
+def _complete(path: str, method: str, operation: Schema) -> None:
+    (tag,) = operation["tags"]
+    responses = operation["responses"]
+    responses.pop("422", None)
+    if method == "post" and path in _BODIES:
+        operation["requestBody"] = {"required": True, "content": _json(_BODIES[path])}
+    if path.endswith("/versions"):
+        operation["requestBody"] = {"required": True, "content": _UPLOAD}
+    if shape := _ANSWERS.get(path if tag != "admin" else f"{method} {path.removeprefix('/admin/v1')}"):
+        (status,) = responses
+        responses[status]["content"] = _json({"$ref": f"#/components/schemas/{shape}"})
+    if path in _STREAMS:
+        responses["200"]["content"]["text/event-stream"] = {"schema": _EVENT}
+    if tag == "operations":
+        if path == "/metrics":
+            responses["200"]["content"] = {"text/plain": {"schema": _TEXT}}
+        elif path == "/ready":
+            responses["503"] = {"description": "Not ready, and why.", "content": _json(_ANY)}
+        return
+    body = "requestBody" in operation
+    error = "AnthropicError" if speaks_anthropic(path) else "Error"
+    for status in _statuses(tag, path, method, body):
+        responses[status] = _error(status, error)
+    schemes = ["key", "anthropic_key"] if speaks_anthropic(path) else ["key"]
+    operation["security"] = [{scheme: []} for scheme in schemes]
+
+
+def _statuses(tag: str, path: str, method: str, body: bool) -> list[str]:
+    found = ["401", "403", "500"]
+    if body or tag == "inference":
+        found += ["400"]
+    if body:
+        found += ["408", "413", "415"]
+    if body and tag == "inference":
+        found += ["429", "503"]
+    if "{" in path or tag == "inference":
+        found += ["404"]
+    if tag == "admin" and (body or "{" in path):
+        found += ["409", "422"]
+    if path.endswith("/versions"):
+        found += ["503", "507"]
+    return found
+
+
+def _error(status: str, shape: str) -> Schema:
+    response = {"description": _MEANS[status], "content": _json({"$ref": f"#/components/schemas/{shape}"})}
+    if status in ("429", "503"):
+        after = {"required": True, "schema": {"type": "integer", "minimum": 1}, "description": "Seconds."}
+        response["headers"] = {"Retry-After": after}
+    return response
+
+
+def _json(schema: Schema) -> Schema:
+    return {"application/json": {"schema": schema}}
+
+
+def _object(required: str = "", /, **properties: Schema) -> Schema:
+    return {"type": "object", "required": required.split(), "properties": properties}
+
+
+def _closed(required: str = "", /, **properties: Schema) -> Schema:
+    return _object(required, **properties) | {"additionalProperties": False}
+
+
+def _list_of(schema: Schema) -> Schema:
+    return _object("object data", object={"const": "list"}, data={"type": "array", "items": schema})
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+_MEANS = {
+    "400": "The body, a header or a value is wrong.",
+    "401": "No key, or a wrong one.",
+    "403": "A good key for something else.",
+    "404": "There is no such thing, or it is another's.",
+    "408": "The body did not come in time.",
+    "409": "It is there already, or it is needed.",
+    "413": "The body is too large.",
+    "415": "The body is compressed.",
+    "422": "It can be read, but not done.",
+    "429": "Too many requests of this customer.",
+    "500": "A defect of the server.",
+    "503": "The server cannot answer now.",
+    "507": "The disk is full.",
+}
+_TEXT: Schema = {"type": "string"}
+_BOOL: Schema = {"type": "boolean"}
+_COUNT: Schema = {"type": "integer", "minimum": 0}
+_NUMBER: Schema = {"type": "number"}
+_ANY: Schema = {"type": "object"}
+_MODEL = _TEXT | {"description": "An adapter's name, `name@3`, the base model's name, or `default`."}
+_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
+_TURNS = {
+    "type": "array",
+    "minItems": 1,
+    "items": _object("role content", role={"enum": ["system", "user", "assistant"]}, content=_TEXT),
+}
+_SAMPLED = {
+    "temperature": _NUMBER | {"minimum": 0, "maximum": 2},
+    "top_p": _NUMBER | {"exclusiveMinimum": 0, "maximum": 1},
+    "stream": _BOOL,
+}
+_LIMIT = {"type": "integer", "minimum": 1, "maximum": 2**31 - 1}
+_OPENAI = {
+    "model": _MODEL,
+    **_SAMPLED,
+    "max_tokens": _LIMIT,
+    "n": {"type": "integer", "minimum": 1},
+    "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 16}]},
+    "seed": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+    "presence_penalty": _NUMBER | {"minimum": -2, "maximum": 2},
+    "frequency_penalty": _NUMBER | {"minimum": -2, "maximum": 2},
+    "logit_bias": {"type": "object", "additionalProperties": _NUMBER | {"minimum": -100, "maximum": 100}},
+    "stream_options": _object(include_usage=_BOOL),
+    "user": _TEXT,
+}
+_ANTHROPIC = {"model": _MODEL, "messages": _TURNS, "system": _TEXT, "tools": {"type": "array", "items": _ANY}}
+# The fields that matter; ``server.fields`` has all of them, and the vendors say what they mean.
+_BODIES: dict[str, Schema] = {
+    "/v1/chat/completions": _object(
+        "messages",
+        **_OPENAI,
+        messages=_TURNS,
+        max_completion_tokens=_LIMIT,
+        logprobs=_BOOL,
+        top_logprobs={"type": "integer", "minimum": 0},
+        tools={"type": "array", "items": _ANY},
+        response_format=_object("type", type={"enum": ["text", "json_object", "json_schema"]}),
+    ),
+    "/v1/completions": _object(
+        "prompt",
+        **_OPENAI,
+        prompt={"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}, _TOKENS]},
+        logprobs={"type": "integer", "minimum": 0},
+        echo=_BOOL,
+    ),
+    "/v1/responses": _object(
+        "input",
+        model=_MODEL,
+        **_SAMPLED,
+        input={"anyOf": [_TEXT, _TURNS]},
+        instructions=_TEXT,
+        max_output_tokens=_LIMIT,
+        store={"const": False},
+        text=_ANY,
+        tools={"type": "array", "items": _ANY},
+    ),
+    "/v1/messages": _object(
+        "messages max_tokens",
+        **_ANTHROPIC,
+        **_SAMPLED,
+        max_tokens=_LIMIT,
+        stop_sequences={"type": "array", "items": _TEXT, "maxItems": 16},
+        top_k={"type": "integer", "minimum": 0},
+    ),
+    "/v1/messages/count_tokens": _object("messages", **_ANTHROPIC),
+    "/tokenize": _object(
+        model=_MODEL,
+        prompt=_TEXT,
+        messages=_TURNS,
+        add_special_tokens=_BOOL,
+        return_token_strs=_BOOL,
+    )
+    | {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]},
+    "/detokenize": _object("tokens", model=_MODEL, tokens=_TOKENS),
+}
+# Of a stream, each event.
+_EVENT = _object("data", event=_TEXT, data=_TEXT)
+_STREAMS = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+_FILE = {"type": "string", "format": "binary"}
+_UPLOAD = {
+    "multipart/form-data": {
+        "schema": {
+            "type": "object",
+            "required": ["adapter_config.json", "adapter_model.safetensors"],
+            "properties": {
+                "adapter_config.json": _FILE,
+                "adapter_model.safetensors": _FILE,
+                "initial_adapter_model.safetensors": _FILE,
+            },
+        }
+    }
+}
+_ANSWERS = {
+    "/v1/models": "Models",
+    "/v1/models/{name}": "Model",
+    "/v1/chat/completions": "ChatCompletion",
+    "/v1/completions": "Completion",
+    "/v1/responses": "Response",
+    "/v1/messages": "Message",
+    "/v1/messages/count_tokens": "TokenCount",
+    "/tokenize": "Tokens",
+    "/detokenize": "Prompt",
+    "post /tenants": "Tenant",
+    "get /tenants": "Tenants",
+    "get /tenants/{tenant}": "Tenant",
+    "patch /tenants/{tenant}": "Tenant",
+    "post /tenants/{tenant}/keys": "NewKey",
+    "get /tenants/{tenant}/keys": "Keys",
+    "post /tenants/{tenant}/adapters/{name}/versions": "NewVersion",
+    "get /tenants/{tenant}/adapters": "Adapters",
+    "get /tenants/{tenant}/adapters/{name}": "Adapter",
+    "patch /tenants/{tenant}/adapters/{name}": "Adapter",
+    "get /residency": "Residency",
+}
+_TIME = {"type": "string", "format": "date-time"}
+_TIER = {"enum": ["disk", "host", "gpu"]}
+_VERSION = {"type": "integer", "minimum": 1}
+_DIGEST = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+_PER_TENANT = {"type": "object", "additionalProperties": _NUMBER}
+_TENANT = _object(
+    "id name weight base_allowed max_queued max_running created_at",
+    id=_TEXT,
+    name=_TEXT,
+    weight=_NUMBER,
+    base_allowed=_BOOL,
+    max_queued=_or_null(_COUNT),
+    max_running=_or_null(_COUNT),
+    created_at=_TIME,
+)
+_ADAPTER = _object(
+    "name tenant live default pinned tier created_at versions",
+    name=_TEXT,
+    tenant=_TEXT,
+    live=_or_null(_VERSION),
+    default=_BOOL,
+    pinned=_BOOL,
+    tier=_TIER,
+    created_at=_TIME,
+    versions={
+        "type": "array",
+        "items": _object(
+            "version digest tier created_at report",
+            version=_VERSION,
+            digest=_DIGEST,
+            tier=_TIER,
+            created_at=_TIME,
+            report=_ANY,
+        ),
+    },
+)
+_MODEL_CARD = _object(
+    "id object created owned_by",
+    id=_TEXT,
+    object={"const": "model"},
+    created=_COUNT,
+    owned_by=_TEXT,
+    parent=_TEXT,
+)
+_OPENAI_USAGE = _object(
+    "prompt_tokens completion_tokens total_tokens",
+    prompt_tokens=_COUNT,
+    completion_tokens=_COUNT,
+    total_tokens=_COUNT,
+)
+_USAGE = _object("input_tokens output_tokens", input_tokens=_COUNT, output_tokens=_COUNT)
+
+
+def _answer(object_: str, **choice: Schema) -> Schema:
+    one = _object(
+        f"index finish_reason {' '.join(choice)}", index=_COUNT, finish_reason=_or_null(_TEXT), **choice
+    )
+    return _object(
+        "id object created model choices usage",
+        id=_TEXT,
+        object={"const": object_},
+        created=_COUNT,
+        model=_TEXT,
+        choices={"type": "array", "minItems": 1, "items": one},
+        usage=_OPENAI_USAGE,
+    )
+
+
+_COMPONENTS: Schema = {
+    "securitySchemes": {
+        "key": {"type": "http", "scheme": "bearer"},
+        "anthropic_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    },
+    "schemas": {
+        "Error": _closed(
+            "error",
+            error=_closed(
+                "message type param code", message=_TEXT, type=_TEXT, param=_or_null(_TEXT), code=_TEXT
+            ),
+        ),
+        "AnthropicError": _closed(
+            "type error",
+            type={"const": "error"},
+            error=_closed("type message code", type=_TEXT, message=_TEXT, code=_TEXT),
+        ),
+        "Model": _MODEL_CARD,
+        "Models": _list_of(_MODEL_CARD),
+        "ChatCompletion": _answer("chat.completion", message=_object("role content", role=_TEXT)),
+        "Completion": _answer("text_completion", text=_TEXT),
+        "Response": _object(
+            "id object created_at model status output usage",
+            id=_TEXT,
+            object={"const": "response"},
+            created_at=_COUNT,
+            model=_TEXT,
+            status={"enum": ["completed", "incomplete", "cancelled"]},
+            output={"type": "array", "items": _object("type", type=_TEXT)},
+            usage=_USAGE,
+        ),
+        "Message": _object(
+            "id type role content model usage",
+            id=_TEXT,
+            type={"const": "message"},
+            role={"const": "assistant"},
+            content={"type": "array", "items": _object("type", type=_TEXT)},
+            model=_TEXT,
+            stop_reason=_TEXT,
+            usage=_USAGE,
+        ),
+        "TokenCount": _object("input_tokens", input_tokens=_COUNT),
+        "Tokens": _object("tokens count max_model_len", tokens=_TOKENS, count=_COUNT, max_model_len=_COUNT),
+        "Prompt": _closed("prompt", prompt=_TEXT),
+        "Tenant": _TENANT,
+        "Tenants": _list_of(_TENANT),
+        "Keys": _list_of(_object("id name created_at", id=_TEXT, name=_or_null(_TEXT), created_at=_TIME)),
+        "NewKey": _object("id key name", id=_TEXT, key=_TEXT, name=_or_null(_TEXT)),
+        "Adapter": _ADAPTER,
+        "Adapters": _list_of(_ADAPTER),
+        "NewVersion": _object(
+            "adapter version digest live report",
+            adapter=_TEXT,
+            version=_VERSION,
+            digest=_DIGEST,
+            live=_or_null(_VERSION),
+            report=_ANY,
+        ),
+        "Residency": _object(
+            "slots host queued running counters aside drains preemptions draining",
+            slots={"type": "array", "items": _object("version state running draining")},
+            host={"type": "array", "items": _object("version state tier pinned size_bytes")},
+            queued=_PER_TENANT,
+            running=_PER_TENANT,
+            counters=_PER_TENANT,
+            aside=_COUNT,
+            drains=_COUNT,
+            preemptions=_COUNT,
+            draining=_BOOL,
+        ),
+    },
+}

@@ -1,0 +1,126 @@
+"""The server against its own OpenAPI document: whatever is sent, it answers as it says that it does.
+
+``CASES`` is how many valid and how many invalid requests each operation gets; ``make fuzz`` asks for more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi import checks
+
+from server.app import create_app
+from server.settings import Settings
+from tests import tiny
+from tests.fakes import FakeEngine
+from tests.site import ADMIN_KEY, Site
+from tests.tiny import fake_site
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated", "ignore::DeprecationWarning")
+
+CASES = int(os.environ.get("CASES", "12"))
+CHECKS = [
+    not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+    checks.negative_data_rejection,
+    checks.unsupported_method,
+    checks.allow_header_conformance,
+    checks.ignored_auth,
+]
+DOCUMENT = schemathesis.openapi.from_dict(create_app(Settings(model="/nowhere")).openapi())
+OPERATIONS = {f"{op.method.upper()} {op.path}": op for op in (r.ok() for r in DOCUMENT.get_all_operations())}
+KNOWN = {"tenant": "acme", "name": "a"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A served app in a thread of its own: Schemathesis' client is not asynchronous."""
+    found: list[Site] = []
+    ready, over = threading.Event(), threading.Event()
+
+    async def serve(folder: Path) -> None:
+        async with fake_site(folder, FakeEngine(tiny.base(), max_model_len=256)) as site:
+            found.append(site)
+            ready.set()
+            while not over.is_set():
+                await asyncio.sleep(0.05)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve(tmp_path_factory.mktemp("data"))))
+    thread.start()
+    assert ready.wait(60)
+    yield found[0]
+    over.set()
+    thread.join()
+
+
+@pytest.fixture
+def keys(site: Site) -> dict[str, str]:
+    """The admin's key and a customer's, whose adapter ``a`` is there whatever was deleted before."""
+    with httpx.Client(base_url=site.url, headers={"Authorization": f"Bearer {ADMIN_KEY}"}) as admin:
+        admin.post("/admin/v1/tenants", json={"id": "acme"})
+        if admin.get("/admin/v1/tenants/acme/adapters/a").status_code == 404:
+            files = {file.name: file.read_bytes() for file in tiny.adapter(1).glob("adapter_*")}
+            made = admin.post("/admin/v1/tenants/acme/adapters/a/versions", files=files)
+            assert made.status_code == 201, made.text
+        key = admin.post("/admin/v1/tenants/acme/keys", json={}).json()["key"]
+    return {"admin": ADMIN_KEY, "inference": key, "operations": ""}
+
+
+def test_everything_is_documented() -> None:
+    assert len(OPERATIONS) > 25
+    for name, operation in OPERATIONS.items():
+        raw = operation.definition.raw
+        if raw["tags"] == ["operations"]:
+            continue
+        assert raw["security"], name
+        success, *others = sorted(raw["responses"])
+        assert success in ("200", "201", "204"), name
+        assert {"401", "403", "500"} <= set(others), name
+        assert success == "204" or raw["responses"][success]["content"]["application/json"]["schema"], name
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "any"])
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_answers_as_documented(
+    site: Site, keys: dict[str, str], name: str, mode: GenerationMode, known: bool
+) -> None:
+    operation = OPERATIONS[name]
+    parameters = {parameter.name for parameter in operation.path_parameters}
+    fixed: dict[str, Any] = {k: v for k, v in KNOWN.items() if k in parameters} if known else {}
+    if known and not fixed and parameters:
+        pytest.skip("there is nothing to know")
+    if mode is GenerationMode.NEGATIVE and not (parameters - fixed.keys() or operation.body):
+        pytest.skip("nothing can be invalid")
+    (tag,) = operation.definition.raw["tags"]
+    headers = {"Authorization": f"Bearer {keys[tag]}"} if keys[tag] else {}
+
+    @settings(
+        max_examples=CASES,
+        deadline=None,
+        derandomize="CASES" not in os.environ,
+        database=None,
+        phases=[Phase.generate],
+        verbosity=Verbosity.quiet,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode, path_parameters=fixed or None))
+    def ask(case: schemathesis.Case) -> None:
+        case.call_and_validate(base_url=site.url, headers=headers, checks=CHECKS)
+
+    ask()
+    assert httpx.get(f"{site.url}/ready").json()["status"] == "ready"
