@@ -1,6 +1,6 @@
 """``probes.json``: log-probabilities that the training side computed, for the server to check itself against.
 
-    {"tolerance": 0.1,
+    {"tolerance": 0.5,
      "probes": [{"prompt": "The sky" or [464, 6766], "log_probs": [-7.2]}]}
 
 ``log_probs`` are those of the prompt's own tokens in nats, each given the tokens before it; the first token
@@ -24,8 +24,9 @@ MAX_BYTES = 1 << 20
 MAX_PROBES = 64
 # Of all prompts together: what a long request takes.
 MAX_TOKENS = 8192
-# What a server that computes in bfloat16 needs on the likelier tokens.
-TOLERANCE = 0.1
+# For a server that computes in bfloat16, whose rounding moves unlikely tokens by 0.3; an adapter moves some
+# by ten times that. In float32 0.01 is enough.
+TOLERANCE = 0.5
 
 
 class _Strict(BaseModel):

@@ -15,6 +15,8 @@ PROMPTS = (
 )
 # Below this no reader could tell two models apart: of 10,000 tokens that are drawn, one would be another.
 NOTHING = 1e-4
+# Noise is a sample: what is not an effect may come out as a few times another one.
+MARGIN = 3
 _LEAST = 1e-12  # of a probability, so that its logarithm is a number
 
 # One position: the likeliest next tokens, and the one that stands there, with their log-probabilities.
@@ -35,8 +37,10 @@ class Difference:
     kl: float
 
     def exceeds(self, noise: Difference) -> bool:
-        """Whether it is more than ``noise``, which a model shows against itself, and more than nothing."""
-        return self.log_prob > max(noise.log_prob, NOTHING) or self.kl > max(noise.kl, NOTHING)
+        """Whether it is clearly more than ``noise``, which a model shows against itself, and than nothing."""
+        return self.log_prob > max(MARGIN * noise.log_prob, NOTHING) or self.kl > max(
+            MARGIN * noise.kl, NOTHING
+        )
 
 
 def compare(before: Scores, after: Scores) -> Difference:

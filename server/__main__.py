@@ -80,7 +80,7 @@ def make_probes(
     adapter: Annotated[Path, typer.Option(help="Folder that PEFT's save_pretrained wrote.")],
     out: Annotated[Path, typer.Option(help="File to be written.")] = Path("probes.json"),
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; several times for several.")] = None,
-    tolerance: Annotated[float, typer.Option(help="Largest difference in a log-probability.")] = 0.1,
+    tolerance: Annotated[float, typer.Option(help="Largest difference in a log-probability.")] = 0.5,
 ) -> None:
     """Write what base + PEFT say, in float32, for the server to check an upload against."""
     from server import offline

@@ -230,6 +230,13 @@ class Engine:
         return str(self._llm.vllm_config.lora_config.lora_dtype).removeprefix("torch.")
 
     @property
+    def version(self) -> str:
+        """What runs the model: an upgrade may change its answers a little."""
+        import vllm
+
+        return f"vllm {vllm.__version__}"
+
+    @property
     def max_logprobs(self) -> int:
         """The most log-probabilities beside a token's own that a request may ask for."""
         config = self._llm.vllm_config.model_config

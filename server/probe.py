@@ -39,14 +39,15 @@ class Prober:
         """What ``version``, which needs no row of the catalog, changes in the base's answers; as JSON.
 
         ``effect`` says whether that is more than the base differs from itself (``noise``); for the numbers
-        see ``Difference``. ``known`` is returned if it is of the same files, on the same base.
+        see ``Difference``. ``known``, of the same files, is returned if nothing has changed here since.
 
         AdapterRejected (``weights_not_finite``) if it answers with NaN. AdapterUnavailable where it gets no
         turn within ``TIMEOUT`` seconds or cannot be loaded, Unavailable where the server is stopping: nothing
         is said about the version then.
         """
-        base = {"fingerprint": self._engine.base.fingerprint, "dtype": self._engine.lora_dtype}
-        if known is not None and known["base"] == base:
+        engine = self._engine
+        here = {"base": engine.base.fingerprint, "dtype": engine.lora_dtype, "engine": engine.version}
+        if known is not None and known.items() >= here.items():
             return dict(known)
         try:
             async with asyncio.timeout(TIMEOUT):
@@ -61,7 +62,7 @@ class Prober:
         if not finite(scores):
             raise _not_numbers()
         changed, noise = compare(again, scores), compare(self._base, again)
-        return {"effect": changed.exceeds(noise), **asdict(changed), "noise": asdict(noise), "base": base}
+        return {"effect": changed.exceeds(noise), **asdict(changed), "noise": asdict(noise), **here}
 
     async def check(self, version: Version, golden: Golden) -> Agreement:
         """``golden`` against what the engine says now, each prompt as a request of its own.
@@ -145,7 +146,7 @@ def no_effect(manifest: Manifest, probe: Mapping[str, Any]) -> AdapterRejected:
     largest = max((row.norm[1] for row in manifest.coverage), default=0.0)
     facts = [
         f"In the engine no log-probability changes by more than {change:.1g}, which is nothing",
-        f"the largest norm of what it adds to a weight is {largest:.2g}, in {probe['base']['dtype']}",
+        f"the largest norm of what it adds to a weight is {largest:.2g}, in {probe['dtype']}",
         *manifest.warnings,
     ]
     return fault("adapter_no_effect", f"{'; '.join(facts)}.")

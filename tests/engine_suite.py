@@ -201,6 +201,7 @@ class EngineSuite:
         assert engine.max_model_len >= 64
         assert engine.lora_dtype in ("float32", "float16", "bfloat16")
         assert engine.max_logprobs >= 1
+        assert engine.version
         assert engine.count_prompt("") >= 1
         assert engine.count_prompt("word " * 100) > 50
 

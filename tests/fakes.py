@@ -124,6 +124,7 @@ class _Run:
 class FakeEngine:
     lora_dtype = "float32"
     max_logprobs = 20
+    version = "fake 1"
     parse = Engine.parse
     count_prompt = Engine.count_prompt
     resumable = Engine.resumable

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ async def test_the_report_says_what_the_adapter_changes(site: Site) -> None:
     assert found["log_prob"] > 0.01
     assert found["kl"] > 0.001
     assert found["noise"] == {"log_prob": 0.0, "kl": 0.0}
-    assert found["base"] == {"fingerprint": None, "dtype": "float32"}
+    assert (found["base"], found["dtype"], found["engine"]) == (None, "float32", "fake 1")
     (shown,) = (await site.admin.get("/admin/v1/tenants/acme/adapters/a")).json()["versions"]
     assert shown["report"]["probe"] == found
     assert shown["tier"] == "gpu", "it need not be loaded again"
@@ -118,15 +119,27 @@ async def test_the_same_bytes_are_probed_once(site: Site) -> None:
     assert len(engine_of(site).calls) > calls
 
 
-async def test_a_probe_of_another_base_does_not_count(tmp_path: Path) -> None:
-    for dtype in ("float32", "bfloat16"):
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora_dtype": "bfloat16"}, {"version": "fake 2"}, {"base": "other"}]
+)
+async def test_a_probe_of_another_base_or_engine_does_not_count(
+    tmp_path: Path, changes: dict[str, str]
+) -> None:
+    for round_ in range(2):
         engine = FakeEngine(tiny.base())
-        engine.lora_dtype = dtype
+        for name, value in changes.items() if round_ else ():
+            changed_base = replace(tiny.base(), fingerprint=value)
+            setattr(engine, name, changed_base if name == "base" else value)
         async with fake_site(tmp_path, engine) as site:
             await site.admin.post("/admin/v1/tenants", json={"id": "acme"})
             made = (await site.admin.post(URL, files=files())).json()
-            assert made["report"]["probe"]["base"]["dtype"] == dtype
-            assert engine.calls
+        found = made["report"]["probe"]
+        assert (found["base"], found["dtype"], found["engine"]) == (
+            engine.base.fingerprint,
+            engine.lora_dtype,
+            engine.version,
+        )
+        assert bool(engine.calls) is (bool(changes) or not round_)
 
 
 @pytest.mark.parametrize("verb", ["stage", "activate"])
@@ -269,7 +282,7 @@ def test_what_is_no_number_stays_visible() -> None:
 
 def test_a_change_must_exceed_the_noise_in_one_of_its_numbers() -> None:
     noise = Difference(0.1, 0.01)
-    assert not Difference(0.1, 0.01).exceeds(noise)
-    assert Difference(0.2, 0.0).exceeds(noise)
-    assert Difference(0.0, 0.02).exceeds(noise)
+    assert not Difference(0.3, 0.03).exceeds(noise)
+    assert Difference(0.31, 0.0).exceeds(noise)
+    assert Difference(0.0, 0.031).exceeds(noise)
     assert not Difference(NOTHING, NOTHING).exceeds(Difference(0.0, 0.0))

@@ -58,8 +58,8 @@ async def test_an_adapter_shows_what_it_changes(site: Site, made: Path, tmp_path
         assert status == 201, body
         probe = body["report"]["probe"]
         assert probe["effect"] is True
-        assert probe["base"]["dtype"] == "float32"
-        assert len(probe["base"]["fingerprint"]) == 64
+        assert (probe["dtype"], len(probe["base"])) == ("float32", 64)
+        assert probe["engine"].startswith("vllm 0.")
         assert 0 <= probe["noise"]["log_prob"] < 1e-3
         changes.append((probe["log_prob"], probe["kl"]))
         shown = (await site.admin.get(f"/admin/v1/tenants/prober/adapters/{name}")).json()
