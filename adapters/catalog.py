@@ -13,10 +13,12 @@ import re
 from collections.abc import Callable, Collection
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Select, and_, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from adapters.audit import note
 from adapters.errors import AdapterConflict, AdapterNotFound, QuotaExceeded, fault
 from adapters.model import Adapter, Manifest, Quota, Version, VersionInfo, is_adapter_name, is_tenant_id
 from adapters.tables import MAX_INTEGER, AdapterRow, Database, ReadCache, TenantRow, VersionRow, now
@@ -112,6 +114,13 @@ class Catalog:
                 row.live = version.number
             session.add(version)
             await session.flush()
+            note(
+                session,
+                "version.create",
+                tenant,
+                f"{adapter}@{version.number}",
+                after={"digest": digest, "live": row.live, "size_bytes": manifest.size_bytes},
+            )
             return await self._one(session, tenant, adapter), self._version(version)
 
     async def adapters(self, tenant: str) -> list[Adapter]:
@@ -140,6 +149,7 @@ class Catalog:
         """
         async with self._database.write() as session:
             row = await self._locked(session, tenant, name)
+            before = _state(row)
             if live is not None:
                 row.live = (await self._numbered(session, tenant, name, live, param="live")).number
             if pinned is not None:
@@ -150,6 +160,7 @@ class Catalog:
             if default is not None:
                 row.is_default = default
             await session.flush()
+            note(session, "adapter.update", tenant, name, before=before, after=_state(row))
             return await self._one(session, tenant, name)
 
     async def delete_adapter(self, tenant: str, name: str) -> list[Version]:
@@ -157,6 +168,8 @@ class Catalog:
         async with self._database.write() as session:
             row = await self._locked(session, tenant, name)
             gone = (await self._one(session, tenant, name)).versions
+            digests = {str(info.version.number): info.version.digest for info in gone}
+            note(session, "adapter.delete", tenant, name, before=_state(row) | {"versions": digests})
             await session.execute(
                 delete(VersionRow).where(VersionRow.tenant == tenant, VersionRow.adapter == name)
             )
@@ -176,6 +189,7 @@ class Catalog:
                 raise AdapterConflict(
                     f"Version {number} of `{name}` is live. Set another version live first."
                 )
+            note(session, "version.delete", tenant, f"{name}@{number}", before={"digest": version.digest})
             await session.delete(version)
         return self._version(version)
 
@@ -277,6 +291,11 @@ class Catalog:
             rank=row.rank,
             size_bytes=row.size_bytes,
         )
+
+
+def _state(row: AdapterRow) -> dict[str, Any]:
+    """What the audit shows of it."""
+    return {"live": row.live, "default": row.is_default, "pinned": row.pinned}
 
 
 def _live() -> Select[VersionRow]:

@@ -35,6 +35,7 @@ ROUTES = [
     ("DELETE", "/tenants/{tenant}/adapters/{name}/versions/{version}"),
     ("GET", "/residency"),
     ("GET", "/usage"),
+    ("GET", "/audit"),
 ]
 
 

@@ -34,6 +34,7 @@ LEVELS: list[set[str]] = [
     {"adapters.admit", "adapters.doctor", "adapters.merge"},
     {"adapters.convert"},
     {"adapters.catalog", "adapters.blobs", "adapters.inspect", "adapters.worker"},
+    {"adapters.audit"},
     {
         "adapters.cpu_kernels",
         "adapters.peft_config",
@@ -65,6 +66,7 @@ ONLY_IN = {
         "server.tenants",
         "server.settings",
         "server.usage",
+        "adapters.audit",
         "adapters.catalog",
         "adapters.tables",
     },
