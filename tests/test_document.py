@@ -76,8 +76,9 @@ def keys(site: Site) -> dict[str, str]:
             files = {file.name: file.read_bytes() for file in tiny.adapter(1).glob("adapter_*")}
             made = admin.post("/admin/v1/tenants/acme/adapters/a/versions", files=files)
             assert made.status_code == 201, made.text
-        key = admin.post("/admin/v1/tenants/acme/keys", json={}).json()["key"]
-    return {"admin": ADMIN_KEY, "inference": key, "operations": ""}
+        scopes = ["inference", "adapters:write", "usage:read"]
+        key = admin.post("/admin/v1/tenants/acme/keys", json={"scopes": scopes}).json()["key"]
+    return {"admin": ADMIN_KEY, "inference": key, "self-service": key, "operations": ""}
 
 
 def test_everything_is_documented() -> None:
