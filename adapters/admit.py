@@ -17,6 +17,7 @@ def admit(
     original_digest: str | None = None,
     serving_dtype: str | None = None,
     any_base: bool = False,
+    allow_no_effect: bool = False,
 ) -> Manifest:
     """The manifest of ``folder``, whose two files are rewritten if ``conversions`` says so.
 
@@ -26,7 +27,9 @@ def admit(
     conversion = plan(folder, base)
     if conversion is not None:
         conversion.write(folder, folder)
-    manifest = inspect(folder, base, serving_dtype=serving_dtype, any_base=any_base)
+    manifest = inspect(
+        folder, base, serving_dtype=serving_dtype, any_base=any_base, allow_no_effect=allow_no_effect
+    )
     if conversion is None:
         return manifest
     return replace(manifest, conversions=conversion.notes, original_digest=original_digest)

@@ -31,13 +31,13 @@ from typing import Any, ParamSpec, Self, TypeVar
 from weakref import WeakValueDictionary
 
 from adapters.errors import StorageFull, UploadIncomplete, UploadTooLarge, fault
-from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE
+from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
-# May be uploaded, but is used up by the conversion and never committed.
-_PASSING_FILES = (INITIAL_FILE,)
+# May be uploaded, but are used up by the conversion and the probe and never committed.
+_PASSING_FILES = (INITIAL_FILE, PROBES_FILE)
 _BLOCK = 1 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _PROBE = ".probe-"

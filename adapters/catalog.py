@@ -2,7 +2,8 @@
 
 Rules held here, each within one transaction:
   - version numbers of a name go 1, 2, 3 … and are never used twice, not even after deletes;
-  - an adapter has at least one version; the live one cannot be deleted;
+  - an adapter has at least one version; the live one and those of a split cannot be deleted;
+  - a split ends when a version is made live, as by an upload;
   - a tenant has at most one default adapter: the first one it links, until that is changed. Deleting
     the default leaves none: no customer is answered by another adapter than the one they meant.
 """
@@ -10,20 +11,40 @@ Rules held here, each within one transaction:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from itertools import groupby
 from pathlib import Path
+from typing import Any, TypedDict, Unpack
 
-from sqlalchemy import Select, and_, delete, func, select, update
+from sqlalchemy import Select, and_, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from adapters.errors import AdapterConflict, AdapterNotFound, fault
-from adapters.model import Adapter, Manifest, Version, VersionInfo, is_adapter_name, is_tenant_id
+from adapters.errors import AdapterConflict, AdapterNotFound, QuotaExceeded, fault
+from adapters.golden import Golden
+from adapters.model import Adapter, Manifest, Quota, Version, VersionInfo, is_adapter_name, is_tenant_id
+from adapters.receipts import Receipt
+from adapters.split import WHOLE, choose
 from adapters.tables import MAX_INTEGER, AdapterRow, Database, ReadCache, TenantRow, VersionRow, now
 
 DEFAULT = "default"
 NUMBERED = re.compile(r"([^@]+)@([1-9][0-9]{0,8})", re.ASCII)
 RESOLVED = 65_536
+
+# Versions that answer to a name, with their shares in percent.
+Shares = tuple[tuple[Version, int], ...]
+
+
+class AdapterChanges(TypedDict, total=False):
+    """What ``update`` may change. ``live``, ``default`` and ``pinned`` stay as they are where None.
+
+    ``split`` (version -> percent, 100 in all) is ended by None, ``keep_versions`` given back to the server.
+    """
+
+    live: int | None
+    default: bool | None
+    pinned: bool | None
+    split: Mapping[int, int] | None
+    keep_versions: int | None
 
 
 class Catalog:
@@ -38,17 +59,18 @@ class Catalog:
         self._database = database
         self._path_of = path_of
         self._reserved = frozenset(reserved) | {DEFAULT}
-        self._resolved: ReadCache[tuple[str, str], Version] = ReadCache(database, RESOLVED)
+        self._resolved: ReadCache[tuple[str, str], Shares] = ReadCache(database, RESOLVED)
 
-    async def resolve(self, tenant: str, model: str | None) -> Version:
+    async def resolve(self, tenant: str, model: str | None, unit: str = "") -> Version:
         """The version that answers: ``name`` its live one, ``name@3`` the third, None or ``default`` the
-        live one of the tenant's default adapter.
+        live one of the tenant's default adapter. In a split ``unit`` chooses, see ``adapters.split``.
 
         Never older than the last write that has returned. AdapterNotFound (``model_not_found``) reads the
         same for a name nobody has and for one that another tenant has.
         """
         wanted = DEFAULT if model is None else model
-        return await self._resolved.get((tenant, wanted), lambda: self._find(tenant, wanted))
+        shares = await self._resolved.get((tenant, wanted), lambda: self._find(tenant, wanted))
+        return choose(shares, f"{tenant}/{shares[0][0].adapter}", unit)
 
     def check_name(self, name: str) -> None:
         """AdapterRejected (``name_invalid``) unless an adapter may be called ``name``."""
@@ -57,17 +79,34 @@ class Catalog:
         if name in self._reserved:
             raise fault("name_invalid", f"The name `{name}` is reserved.", param="name")
 
+    async def check_quota(self, tenant: str, adapter: str, quota: Quota) -> None:
+        """QuotaExceeded if a version of ``adapter``, however small, would be more than ``quota``."""
+        async with self._database.read() as session:
+            await _check_quota(session, tenant, adapter, quota, 1)
+
     async def link(
-        self, tenant: str, adapter: str, *, digest: str, manifest: Manifest, make_live: bool = True
+        self,
+        tenant: str,
+        adapter: str,
+        *,
+        digest: str,
+        manifest: Manifest,
+        make_live: bool = True,
+        golden: Golden | None = None,
+        receipt: Receipt | None = None,
+        quota: Quota | None = None,
     ) -> tuple[Adapter, Version]:
         """Makes the files under ``digest`` the next version of ``adapter``, which is created if need be.
 
-        AdapterRejected (``name_invalid``), AdapterNotFound (``tenant_not_found``).
+        ``golden`` is kept with it; ``receipt`` keeps what the upload is answered.
+        AdapterRejected (``name_invalid``), AdapterNotFound (``tenant_not_found``), QuotaExceeded.
         """
         self.check_name(adapter)
         async with self._database.write() as session:
             if not await _lock(session, tenant):
                 raise AdapterNotFound(f"There is no tenant `{_shown(tenant)}`.", code="tenant_not_found")
+            if quota is not None:
+                await _check_quota(session, tenant, adapter, quota, manifest.size_bytes)
             row = await session.get(AdapterRow, (tenant, adapter))
             if row is None or not await _any(session, tenant, adapter):
                 first = not await _any(session, tenant)
@@ -79,6 +118,8 @@ class Catalog:
                         live=None,
                         is_default=first,
                         pinned=False,
+                        split=None,
+                        keep_versions=None,
                         created_at=now(),
                     )
                 )
@@ -91,14 +132,18 @@ class Catalog:
                 rank=manifest.rank,
                 size_bytes=manifest.size_bytes,
                 report=manifest.report(),
+                golden=golden.model_dump() if golden is not None else None,
                 created_at=now(),
             )
             row.next_version += 1
             if make_live:
-                row.live = version.number
+                row.live, row.split = version.number, None
             session.add(version)
             await session.flush()
-            return await self._one(session, tenant, adapter), self._version(version)
+            linked = await self._one(session, tenant, adapter)
+            if receipt is not None:
+                await receipt.keep(session, linked.uploaded(version.number))
+            return linked, self._version(version)
 
     async def adapters(self, tenant: str) -> list[Adapter]:
         """All of the tenant's, by name, each with its versions by number."""
@@ -111,23 +156,21 @@ class Catalog:
         async with self._database.read() as session:
             return await self._one(session, tenant, name)
 
-    async def update(
-        self,
-        tenant: str,
-        name: str,
-        *,
-        live: int | None = None,
-        default: bool | None = None,
-        pinned: bool | None = None,
-    ) -> Adapter:
-        """Changes what is not None, all of it or nothing; ``default=True`` takes it from the one that had it.
+    async def update(self, tenant: str, name: str, **changes: Unpack[AdapterChanges]) -> Adapter:
+        """Changes what is given, all of it or nothing; ``default=True`` takes it from the one that had it.
 
-        AdapterNotFound if the adapter, or the version to be live, is not there.
+        AdapterNotFound if the adapter, or a version that is to answer, is not there.
         """
+        live, default, pinned = changes.get("live"), changes.get("default"), changes.get("pinned")
         async with self._database.write() as session:
             row = await self._locked(session, tenant, name)
             if live is not None:
                 row.live = (await self._numbered(session, tenant, name, live, param="live")).number
+                row.split = None
+            if "split" in changes:
+                row.split = await self._split(session, tenant, name, changes["split"])
+            if "keep_versions" in changes:
+                row.keep_versions = changes["keep_versions"]
             if pinned is not None:
                 row.pinned = pinned
             if default:
@@ -146,11 +189,17 @@ class Catalog:
             await session.execute(
                 delete(VersionRow).where(VersionRow.tenant == tenant, VersionRow.adapter == name)
             )
-            row.live, row.pinned, row.is_default = None, False, False
+            row.live, row.pinned, row.is_default, row.split, row.keep_versions = (
+                None,
+                False,
+                False,
+                None,
+                None,
+            )
         return [info.version for info in gone]
 
     async def delete_version(self, tenant: str, name: str, number: int) -> Version:
-        """AdapterConflict for the live version, and for the only one: that is ``delete_adapter``."""
+        """AdapterConflict for a version that answers, and for the only one: that is ``delete_adapter``."""
         async with self._database.write() as session:
             row = await self._locked(session, tenant, name)
             version = await self._numbered(session, tenant, name, number)
@@ -162,8 +211,31 @@ class Catalog:
                 raise AdapterConflict(
                     f"Version {number} of `{name}` is live. Set another version live first."
                 )
+            if row.split and str(number) in row.split:
+                raise AdapterConflict(
+                    f"Version {number} of `{name}` has a share of its requests. End the split first."
+                )
             await session.delete(version)
         return self._version(version)
+
+    async def keep_newest(self, tenant: str, name: str, keep: int) -> list[Version]:
+        """Removes all but the ``keep`` newest versions and those that answer; returns what went."""
+        async with self._database.write() as session:
+            await _lock(session, tenant)
+            query = _rows(tenant).where(AdapterRow.name == name)
+            gone = []
+            for adapter in await self._load(session, query):
+                answering = {version.number for version, _ in adapter.shares} | {adapter.live}
+                older = [info.version for info in adapter.versions[:-keep]]
+                gone = [version for version in older if version.number not in answering]
+                await session.execute(
+                    delete(VersionRow).where(
+                        VersionRow.tenant == tenant,
+                        VersionRow.adapter == name,
+                        VersionRow.number.in_([version.number for version in gone]),
+                    )
+                )
+        return gone
 
     async def linked_digests(self) -> set[str]:
         async with self._database.read() as session:
@@ -175,11 +247,35 @@ class Catalog:
             query = select(VersionRow.number).where(VersionRow.digest == digest).limit(1)
             return await session.scalar(query) is not None
 
-    async def pinned(self) -> list[Version]:
-        """The live versions of all pinned adapters, by tenant and name."""
+    async def probe_of(self, digest: str) -> Mapping[str, Any] | None:
+        """What the engine showed of these files when they were last linked, if it was asked."""
+        query = select(VersionRow.report).where(VersionRow.digest == digest)
         async with self._database.read() as session:
-            found = await session.scalars(_live().where(AdapterRow.pinned))
-            return sorted(map(self._version, found), key=lambda version: (version.tenant, version.adapter))
+            report = await session.scalar(query.order_by(VersionRow.created_at.desc()).limit(1))
+        return report.get("probe") if report else None
+
+    async def golden(self, version: Version) -> Golden:
+        """What it was uploaded with; AdapterNotFound (``probes_not_found``) if that was nothing."""
+        query = select(VersionRow.golden).where(
+            VersionRow.tenant == version.tenant,
+            VersionRow.adapter == version.adapter,
+            VersionRow.number == version.number,
+        )
+        async with self._database.read() as session:
+            found = await session.scalar(query)
+        if found is None:
+            raise AdapterNotFound(
+                f"Version {version.number} of `{version.adapter}` came without probes.json, so there is"
+                " nothing to verify it against. Upload it again with that file.",
+                code="probes_not_found",
+            )
+        return Golden.model_validate(found)
+
+    async def pinned(self) -> list[Version]:
+        """The versions that answer to the names of pinned adapters, by tenant, name and number."""
+        async with self._database.read() as session:
+            found = await self._load(session, _answering().where(AdapterRow.pinned))
+        return [version for adapter in found for version, _ in adapter.shares]
 
     async def count(self) -> dict[str, int]:
         """Tenant -> how many adapters; a tenant without any is left out."""
@@ -194,25 +290,25 @@ class Catalog:
         async with self._database.read() as session:
             return await session.scalar(select(func.count()).select_from(VersionRow)) or 0
 
-    async def _find(self, tenant: str, model: str) -> Version:
+    async def _find(self, tenant: str, model: str) -> Shares:
         numbered = NUMBERED.fullmatch(model)
         name = numbered[1] if numbered else model
         absent = f"The model `{_shown(model)}` does not exist."
-        query = _live().where(VersionRow.tenant == tenant)
+        query = _answering().where(VersionRow.tenant == tenant)
         if model == DEFAULT:
             absent = "The tenant has no default adapter with a live version. Name an adapter in `model`."
             query = query.where(AdapterRow.is_default)
         elif numbered:
-            query = select(VersionRow).where(
-                VersionRow.tenant == tenant, VersionRow.adapter == name, VersionRow.number == int(numbered[2])
-            )
+            query = _rows(tenant).where(AdapterRow.name == name, VersionRow.number == int(numbered[2]))
         else:
             query = query.where(VersionRow.adapter == name)
         if _well_formed(tenant, name):
             async with self._database.read() as session:
-                found = await session.scalar(query)
-            if found is not None:
-                return self._version(found)
+                for adapter in await self._load(session, query):
+                    if numbered:
+                        return tuple((info.version, WHOLE) for info in adapter.versions)
+                    if adapter.shares:
+                        return adapter.shares
         raise AdapterNotFound(absent, code="model_not_found", param="model")
 
     async def _one(self, session: AsyncSession, tenant: str, name: str) -> Adapter:
@@ -232,6 +328,8 @@ class Catalog:
                 pinned=adapter.pinned,
                 created_at=adapter.created_at,
                 versions=tuple(VersionInfo(self._version(v), v.created_at, v.report) for _, v in pairs),
+                split={int(n): share for n, share in adapter.split.items()} if adapter.split else None,
+                keep_versions=adapter.keep_versions,
             )
             for adapter, pairs in groupby(rows, key=lambda pair: pair[0])
         ]
@@ -241,6 +339,17 @@ class Catalog:
         await _lock(session, tenant)
         await self._one(session, tenant, name)
         return await session.get_one(AdapterRow, (tenant, name))
+
+    async def _split(
+        self, session: AsyncSession, tenant: str, name: str, split: Mapping[int, int] | None
+    ) -> dict[str, int] | None:
+        if split is None:
+            return None
+        if sum(split.values()) != WHOLE or min(split.values()) < 1:
+            raise ValueError(f"shares are positive and add up to {WHOLE}, unlike {split}")
+        for number in split:
+            await self._numbered(session, tenant, name, number, param="split")
+        return {str(number): share for number, share in sorted(split.items())}
 
     async def _numbered(
         self, session: AsyncSession, tenant: str, name: str, number: int, *, param: str | None = None
@@ -265,25 +374,46 @@ class Catalog:
         )
 
 
-def _live() -> Select[VersionRow]:
-    answers = and_(
-        AdapterRow.tenant == VersionRow.tenant,
-        AdapterRow.name == VersionRow.adapter,
-        AdapterRow.live == VersionRow.number,
-    )
-    return select(VersionRow).join(AdapterRow, answers)
+def _answering() -> Select[AdapterRow, VersionRow]:
+    """Of adapters without a split the live version alone, of the others all: see ``Adapter.shares``."""
+    return _pairs().where(or_(AdapterRow.live == VersionRow.number, AdapterRow.split.is_not(None)))
 
 
 def _rows(tenant: str) -> Select[AdapterRow, VersionRow]:
+    return _pairs().where(AdapterRow.tenant == tenant)
+
+
+def _pairs() -> Select[AdapterRow, VersionRow]:
     belongs = and_(AdapterRow.tenant == VersionRow.tenant, AdapterRow.name == VersionRow.adapter)
-    query = select(AdapterRow, VersionRow).join(VersionRow, belongs).where(AdapterRow.tenant == tenant)
-    return query.order_by(AdapterRow.name, VersionRow.number)
+    query = select(AdapterRow, VersionRow).join(VersionRow, belongs)
+    return query.order_by(AdapterRow.tenant, AdapterRow.name, VersionRow.number)
 
 
 async def _lock(session: AsyncSession, tenant: str) -> bool:
     """Whether the tenant exists. Every write to its adapters starts here: on PostgreSQL the lock on its
     row keeps another process (a restart that overlaps, the command line) from counting along."""
     return is_tenant_id(tenant) and bool(await session.get(TenantRow, tenant, with_for_update=True))
+
+
+async def _check_quota(
+    session: AsyncSession, tenant: str, adapter: str, quota: Quota, size_bytes: int
+) -> None:
+    names, used = (
+        await session.execute(
+            select(func.count(VersionRow.adapter.distinct()), func.sum(VersionRow.size_bytes)).where(
+                VersionRow.tenant == tenant
+            )
+        )
+    ).one()
+    if quota.adapters is not None and names >= quota.adapters and not await _any(session, tenant, adapter):
+        raise QuotaExceeded(
+            f"You have {names} adapters, and may have {quota.adapters}. Delete one, or ask for more."
+        )
+    if quota.size_bytes is not None and (used or 0) + size_bytes > quota.size_bytes:
+        raise QuotaExceeded(
+            f"Your adapters take {used or 0} bytes, this version {size_bytes}, and you may have"
+            f" {quota.size_bytes}. Delete versions that you do not need, or ask for more."
+        )
 
 
 async def _any(session: AsyncSession, tenant: str, adapter: str | None = None) -> bool:

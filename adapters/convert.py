@@ -1,7 +1,8 @@
 """Uploads that say what we could serve in a form that vLLM would refuse or lose, rewritten into PEFT's.
 
     names      wrappers of torch (FSDP, compile, DDP, checkpointing), the adapter's name inside a tensor's
-               (``lora_A.default.weight``), a bare backbone without its ``model.``
+               (``lora_A.default.weight``), a bare backbone without its ``model.``; what VeLoRA saves for
+               training alone is left out
     fused      ``qkv_proj`` of a model whose checkpoint has ``q_proj``, ``k_proj``, ``v_proj``: each part gets
                all of lora_A and its own rows of lora_B
     initial    PiSSA, OLoRA, CorDA and LoRA-GA change the base weights before training. With the weights from
@@ -40,6 +41,8 @@ from adapters.values import DTYPES as DTYPE_OF
 CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# VeLoRA compresses what a training step keeps for its gradients, with a projection that PEFT saves too.
+_TRAINING_ONLY = re.compile(r".+\.lora_velora_embed(?:\.[^.]+)?")
 _NAMED = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _ST_NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 _ITEMSIZE = dict(DTYPES.values())
@@ -189,7 +192,11 @@ def _read(file: str, folder: Path, base: BaseModel) -> _Upload:
     trained_as: dict[str, str] = {}
     wrappers: set[str] = set()
     adapters: set[str] = set()
-    for name, header in sorted(read_header(folder / file).items()):
+    headers = read_header(folder / file)
+    left_out = {name for name in headers if _TRAINING_ONLY.fullmatch(name)}
+    for name, header in sorted(headers.items()):
+        if name in left_out:
+            continue
         found = _NAMED.fullmatch(name)
         if found is None:
             parse_name(name)
@@ -212,6 +219,8 @@ def _read(file: str, folder: Path, base: BaseModel) -> _Upload:
             "tensor_unknown", f"it holds tensors of {len(adapters)} adapters, {show(sorted(adapters))}.", file
         )
     notes = []
+    if left_out:
+        notes.append(f"VeLoRA's projections, which a training uses alone, were left out: {len(left_out)}")
     if wrappers:
         notes.append(f"torch's wrappers were taken out of the tensors' names: {', '.join(sorted(wrappers))}")
     if adapters != {""}:

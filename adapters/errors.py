@@ -7,6 +7,7 @@ AdapterError
 ├── StorageFull            the disk has no room
 ├── AdapterNotFound        no such adapter or version of this tenant
 ├── AdapterConflict        a name taken, or a version still needed
+├── QuotaExceeded          more adapters or bytes than the tenant may have
 └── AdapterUnavailable     it exists, but cannot be brought into memory now
 """
 
@@ -52,6 +53,10 @@ class AdapterConflict(AdapterError):
     code = "adapter_conflict"
 
 
+class QuotaExceeded(AdapterError):
+    code = "quota_exceeded"
+
+
 class AdapterUnavailable(AdapterError):
     code = "adapter_unavailable"
 
@@ -91,14 +96,22 @@ CURES: dict[str, str] = {
     ),
     "weights_not_finite": "The training diverged; retrain with a lower learning rate or longer warm-up.",
     "unexpected_file": (
-        "Upload adapter_config.json and adapter_model.safetensors, and nothing else (but, for PiSSA and its"
-        " kin, initial_adapter_model.safetensors)."
+        "Upload adapter_config.json and adapter_model.safetensors, and nothing else (but probes.json, and for"
+        " PiSSA and its kin initial_adapter_model.safetensors)."
+    ),
+    "probes_invalid": "Write the file with `loraplex probes make`.",
+    "probe_mismatch": (
+        "Make the probes with this adapter on the base model that is served here, or, if only the precision"
+        " differs, with a larger tolerance."
     ),
     "name_invalid": (
         "Use 1 to 128 letters, digits, '.', '_' or '-', with a letter or digit first;"
         " not `default`, and not the base model's name."
     ),
-    "adapter_no_effect": "It would answer as the base does, as an untrained one would. Upload a trained one.",
+    "adapter_no_effect": (
+        "It would answer as the base does, as an untrained one would. Upload a trained one, or say"
+        " allow_no_effect=true."
+    ),
 }
 
 

@@ -41,6 +41,8 @@ _FOREIGN = (
     (".token_adapter", "feature_unsupported", "a trained token embedding"),
     (".lora_diag", "feature_unsupported", "KaSA's diagonal"),
     (".lora_embedding_", "tensor_unknown", "an adapter of an embedding"),
+    (".lora.", "tensor_unknown", "an adapter as diffusers names it"),
+    (".adapter.", "tensor_unknown", "an adapter as Megatron names it"),
     (".base_layer", "tensor_unknown", "a weight of the base model"),
 )
 
@@ -60,14 +62,20 @@ class Pair:
 
 
 def inspect(
-    folder: Path, base: BaseModel, *, serving_dtype: str | None = None, any_base: bool = False
+    folder: Path,
+    base: BaseModel,
+    *,
+    serving_dtype: str | None = None,
+    any_base: bool = False,
+    allow_no_effect: bool = False,
 ) -> Manifest:
     """The manifest of the adapter in ``folder``, if ``base`` serves it as PEFT would.
 
     ``serving_dtype`` is the type the engine casts adapters to (``float32``, ``float16``, ``bfloat16``); the
     values are judged after that cast, or in the file's own type without it. ``any_base`` accepts an adapter
-    that declares another base's fingerprint. Synchronous: reads the whole weights file, so call it in a
-    thread. Raises AdapterRejected, and OSError when the disk fails.
+    that declares another base's fingerprint, ``allow_no_effect`` one whose matrices all come to zero.
+    Synchronous: reads the whole weights file, so call it in a thread. Raises AdapterRejected, and OSError
+    when the disk fails.
     """
     if serving_dtype is not None and serving_dtype not in DTYPES:
         raise ValueError(f"serving_dtype must be one of {', '.join(DTYPES)}, not {serving_dtype!r}")
@@ -78,6 +86,10 @@ def inspect(
     pairs = check_tensors(read_header(folder / WEIGHTS_FILE), config, base)
     with one_thread():
         norms = _norms(folder / WEIGHTS_FILE, pairs, config, serving_dtype)
+    if not (allow_no_effect or any(norms.values())):
+        raise _refuse(
+            "adapter_no_effect", f"in each of its {len(pairs)} modules lora_B times lora_A is zero."
+        )
     warnings = config.warnings(base, pairs)
     idle = [module for module, norm in norms.items() if norm == 0]
     if idle:
@@ -245,8 +257,8 @@ def _norms(
 ) -> dict[str, float]:
     """Module -> Frobenius norm of what is added to its weight, as served.
 
-    Refuses what is not finite as served, and adapters that do nothing at all. As vLLM does it: cast to the
-    engine's type, then lora_B times the scaling in that type. At most one pair is in memory.
+    Refuses what is not finite as served. As vLLM does it: cast to the engine's type, then lora_B times the
+    scaling in that type. At most one pair is in memory.
     """
     norms = {}
     try:
@@ -259,10 +271,6 @@ def _norms(
                 norms[module] = product_norm(a, b)
     except SafetensorError as error:
         raise _refuse("weights_invalid", f"safetensors cannot read it: {error}.") from None
-    if not any(norms.values()):
-        raise _refuse(
-            "adapter_no_effect", f"in each of its {len(pairs)} modules lora_B times lora_A is zero."
-        )
     return norms
 
 

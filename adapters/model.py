@@ -10,6 +10,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from adapters.split import WHOLE
+
 TENANT_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
 ADAPTER_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 
@@ -18,6 +20,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # What PEFT calls path_initial_model_for_weight_conversion: the weights before training, for the conversion of
 # PiSSA and its kin. Read at upload, never kept.
 INITIAL_FILE = "initial_adapter_model.safetensors"
+# What the training side saw, see adapters.golden. Kept with the version, not among its files.
+PROBES_FILE = "probes.json"
 
 
 def is_tenant_id(text: str) -> bool:
@@ -95,6 +99,8 @@ class Manifest:
     ``rank`` is the largest rank of any pair, ``size_bytes`` the size of both files together,
     ``modules`` the full names of the base modules it changes, sorted. ``conversions`` says what was rewritten
     so that it can be served, and ``original_digest`` names the files as they were uploaded, if anything was.
+    ``probe`` is what the engine showed of it, see ``server.probe``; None where no engine has been asked.
+    ``golden`` is how it compares with the training side, see ``adapters.golden``; None without that.
     """
 
     rank: int
@@ -110,6 +116,8 @@ class Manifest:
     warnings: tuple[str, ...] = ()
     conversions: tuple[str, ...] = ()
     original_digest: str | None = None
+    probe: Mapping[str, Any] | None = None
+    golden: Mapping[str, Any] | None = None
 
     def report(self) -> dict[str, Any]:
         """The manifest as JSON for the operator: counts instead of 200 module names."""
@@ -132,6 +140,14 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number])
     return ", ".join("-".join(str(end) for end in run) for run in runs)
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """The most adapters, and bytes of all their versions, that a tenant may have; None is no limit."""
+
+    adapters: int | None = None
+    size_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +179,11 @@ class VersionInfo:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One customer's adapter: a name, its versions, and which of them answers."""
+    """One customer's adapter: a name, its versions, and which of them answers.
+
+    ``split`` maps versions to their shares of the requests, in percent; None where the live one answers all.
+    ``keep_versions`` is how many uploads leave behind, 0 for all; None where the server's setting holds.
+    """
 
     tenant: str
     name: str
@@ -172,7 +192,27 @@ class Adapter:
     pinned: bool
     created_at: datetime
     versions: tuple[VersionInfo, ...]
+    split: Mapping[int, int] | None = None
+    keep_versions: int | None = None
+
+    def uploaded(self, number: int) -> dict[str, Any]:
+        """What the upload that became version ``number`` is answered."""
+        (info,) = (info for info in self.versions if info.version.number == number)
+        return {
+            "adapter": self.name,
+            "version": number,
+            "digest": info.version.digest,
+            "live": self.live,
+            "report": dict(info.report),
+        }
 
     @property
     def live_version(self) -> Version | None:
         return next((v.version for v in self.versions if v.version.number == self.live), None)
+
+    @property
+    def shares(self) -> tuple[tuple[Version, int], ...]:
+        """The versions that answer to the name, by number, with their shares of the requests in percent."""
+        split = self.split or ({} if self.live is None else {self.live: WHOLE})
+        found = (info.version for info in self.versions)
+        return tuple((version, split[version.number]) for version in found if version.number in split)

@@ -1,9 +1,12 @@
 """The database: its tables, its one way in, and the cache in front of it.
 
     tenants ──< keys
-       └─────< adapters ──< versions          meta: key -> value
+       ├─────< adapters ──< versions          meta: key -> value
+       └─────< uploads
+    usage, audit: what happened; they outlive whom it happened to
 
-SQLite or PostgreSQL. One server process writes; what it has committed survives a crash.
+SQLite or PostgreSQL. What was committed survives a crash, and another process (the command line, a server
+that is being replaced) sees it within ``WATCH_EVERY`` seconds.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -34,6 +38,7 @@ from sqlalchemy import (
     ForeignKey,
     ForeignKeyConstraint,
     Index,
+    Integer,
     MetaData,
     String,
     Text,
@@ -41,7 +46,9 @@ from sqlalchemy import (
     make_url,
     select,
     text,
+    update,
 )
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -56,8 +63,15 @@ BUSY_TIMEOUT_MS = 30_000
 WAL_TRIES = 200
 # Names the PostgreSQL advisory lock under which the schema is upgraded.
 UPGRADE_LOCK = 0x6C6F7261
+# The row of ``meta`` that every write changes, and how often other processes look at it, in seconds.
+LAST_WRITE = "last_write"
+WATCH_EVERY = 0.3
 
 MAX_INTEGER = 2**31 - 1
+
+# SQLite counts up only what it calls INTEGER.
+_RowId = BigInteger().with_variant(Integer(), "sqlite")
+_Json = JSON(none_as_null=True)
 
 
 class SchemaTooNew(RuntimeError):
@@ -110,6 +124,10 @@ class TenantRow(Base):
     max_running: Mapped[int | None]
     cache_salt: Mapped[str] = mapped_column(String(128))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    # Without a default of its own the INSERT would have to read the database's back.
+    tier: Mapped[str] = mapped_column(String(16), default="standard", server_default="standard")
+    limits: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    budgets: Mapped[dict[str, Any] | None] = mapped_column(_Json)
 
 
 class KeyRow(Base):
@@ -122,13 +140,17 @@ class KeyRow(Base):
     name: Mapped[str | None] = mapped_column(String(200))
     digest: Mapped[str] = mapped_column(String(64), unique=True)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    scopes: Mapped[list[str] | None] = mapped_column(_Json)
+    limits: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    last_used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class AdapterRow(Base):
     """An adapter is there while it has versions.
 
     The row outlives them: it remembers ``next_version``, so that ``name@3`` never means other weights,
-    not even after the adapter was deleted and uploaded anew.
+    not even after the adapter was deleted and uploaded anew. ``split`` maps versions to their shares.
     """
 
     __tablename__ = "adapters"
@@ -148,6 +170,8 @@ class AdapterRow(Base):
     live: Mapped[int | None]
     is_default: Mapped[bool]
     pinned: Mapped[bool]
+    split: Mapped[dict[str, int] | None] = mapped_column(JSON(none_as_null=True))
+    keep_versions: Mapped[int | None]
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
@@ -164,7 +188,67 @@ class VersionRow(Base):
     rank: Mapped[int]
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     report: Mapped[dict[str, Any]] = mapped_column(JSON)
+    golden: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class UploadRow(Base):
+    """What an upload with an ``Idempotency-Key`` was answered; see ``adapters.receipts``."""
+
+    __tablename__ = "uploads"
+
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    answer: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
+class UsageRow(Base):
+    """What one request used or, once rolled up (``request_id`` is NULL), ``requests`` of one day.
+
+    ``at`` is when it ended, ``hour`` the same in hours since 1970. Tokens, seconds and ``cost`` (in 1e-9 of
+    the currency) are sums over the requests. It refers to no row, because it has to outlive them.
+    """
+
+    __tablename__ = "usage"
+    __table_args__ = (Index("ix_usage_tenant_at", "tenant", "at"), Index("ix_usage_at", "at"))
+
+    id: Mapped[int] = mapped_column(_RowId, primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    hour: Mapped[int]
+    tenant: Mapped[str] = mapped_column(String(63))
+    key: Mapped[str | None] = mapped_column(String(16))
+    adapter: Mapped[str | None] = mapped_column(String(128))
+    version: Mapped[int | None]
+    endpoint: Mapped[str] = mapped_column(String(32))
+    outcome: Mapped[str] = mapped_column(String(16))
+    request_id: Mapped[str | None] = mapped_column(String(64))
+    requests: Mapped[int]
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
+    cached_tokens: Mapped[int] = mapped_column(BigInteger)
+    output_tokens: Mapped[int] = mapped_column(BigInteger)
+    queue_seconds: Mapped[float] = mapped_column(Double)
+    first_token_seconds: Mapped[float] = mapped_column(Double)
+    seconds: Mapped[float] = mapped_column(Double)
+    cost: Mapped[int] = mapped_column(BigInteger)
+
+
+class AuditRow(Base):
+    """One change: who made it, to what, and what it was before and after. Rows are only ever added."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index("ix_audit_tenant_at", "tenant", "at"),)
+
+    id: Mapped[int] = mapped_column(_RowId, primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    actor: Mapped[str] = mapped_column(String(64))
+    action: Mapped[str] = mapped_column(String(64))
+    tenant: Mapped[str | None] = mapped_column(String(63))
+    target: Mapped[str | None] = mapped_column(String(200))
+    before: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    after: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    request_id: Mapped[str | None] = mapped_column(String(64))
 
 
 class MetaRow(Base):
@@ -179,8 +263,9 @@ class MetaRow(Base):
 class Database:
     """Sessions on one database.
 
-    ``generation`` grows with every write, after it is on disk and before ``write()`` returns; it is what
-    a ``ReadCache`` goes by. A ValueError says what is wrong with ``url``.
+    ``generation`` grows with every write, after it is on disk and before ``write()`` returns, and soon after
+    one of another process while ``watch`` runs; it is what a ``ReadCache`` goes by. A ValueError says what
+    is wrong with ``url``.
     """
 
     def __init__(self, url: str) -> None:
@@ -193,6 +278,7 @@ class Database:
         # Writers of this process wait here, in order, instead of in SQLite's busy handler, where they
         # would hold the connections that readers need, and the unlucky would time out.
         self._turn = asyncio.Lock()
+        self._last_write: str | None = None
 
     def __repr__(self) -> str:
         return f"Database({self.url.render_as_string()!r}, generation={self.generation})"
@@ -230,8 +316,21 @@ class Database:
         """One transaction: on disk when the block has ended, gone without trace if the block raises.
 
         Cancelled during the commit, it ends the commit first. Writes take turns, and each one empties
-        the read caches: nothing that happens per request belongs here.
+        the read caches, of other processes too: nothing that happens per request belongs here.
         """
+        mark = uuid.uuid4().hex
+        async with self.append() as session:
+            try:
+                yield session
+                # Last, because on PostgreSQL other writers wait for this row.
+                await session.execute(update(MetaRow).where(MetaRow.key == LAST_WRITE).values(value=mark))
+                self._last_write = mark
+            finally:
+                session.info["invalidates"] = True
+
+    @asynccontextmanager
+    async def append(self) -> AsyncIterator[AsyncSession]:
+        """As ``write``, for rows that no read cache holds anything of."""
         async with self._turn:
             session = self._writer()
             try:
@@ -241,13 +340,25 @@ class Database:
                 try:
                     await _to_the_end(session.close())
                 finally:
+                    self.generation += session.info.get("invalidates", False)
+
+    async def watch(self) -> None:
+        """Never returns: empties the read caches when another process has written. Outages are waited out."""
+        while True:
+            with suppress(SQLAlchemyError, OSError):
+                async with self.read() as session:
+                    found = await session.scalar(select(MetaRow.value).where(MetaRow.key == LAST_WRITE))
+                if found != self._last_write:
+                    self._last_write = found
                     self.generation += 1
+            await asyncio.sleep(WATCH_EVERY)
 
 
 class ReadCache(Generic[K, T]):
     """The ``size`` most recently used answers of ``database`` since its last write.
 
-    Sound because only this process writes: an answer is kept only if no write ended while it was read.
+    Sound for this process's writes: an answer is kept only if no write ended while it was read. Writes of
+    others are seen as soon as ``Database.watch`` sees them.
     """
 
     def __init__(self, database: Database, size: int) -> None:

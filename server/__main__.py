@@ -21,6 +21,8 @@ from server import __version__, commands
 from server.settings import Settings
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+probes = typer.Typer(no_args_is_help=True, help="What an adapter is checked against.")
+cli.add_typer(probes, name="probes")
 console = Console(stderr=True)
 
 
@@ -70,6 +72,20 @@ def merge(
     from server import offline
 
     raise SystemExit(offline.merge(base, adapter, out, verify=verify, tolerance=tolerance))
+
+
+@probes.command("make")
+def make_probes(
+    base: Annotated[Path, typer.Option(help="Folder of the base model.")],
+    adapter: Annotated[Path, typer.Option(help="Folder that PEFT's save_pretrained wrote.")],
+    out: Annotated[Path, typer.Option(help="File to be written.")] = Path("probes.json"),
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; several times for several.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest difference in a log-probability.")] = 0.5,
+) -> None:
+    """Write what base + PEFT say, in float32, for the server to check an upload against."""
+    from server import offline
+
+    raise SystemExit(offline.make_probes(base, adapter, out, prompts=prompt or [], tolerance=tolerance))
 
 
 @cli.command()

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import asdict
-from typing import Annotated, Any, ClassVar
+from datetime import datetime, timedelta
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from adapters.model import Adapter, Tier, Version
+from adapters.errors import AdapterNotFound
+from adapters.model import Adapter, Quota, Tier, Version
+from adapters.split import WHOLE
+from adapters.tables import MAX_INTEGER
+from server.budgets import Budgets
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
 from server.http import limited_body, parse_object, whole_body
+from server.keys import DEFAULT_SCOPES, SCOPES, KeyInfo, KeyScope
+from server.limits import KeyLimits, TenantLimits
 from server.multipart import boundary_of, parts
-from server.publish import Publishing, move_pin, publish, unpublish
+from server.publish import Publishing, move_pin, publish, unpublish, verify
 from server.tenants import Tenant, Tenants
 
 # Multipart boundaries and part headers around the two files.
@@ -45,6 +54,8 @@ class NewTenant(_Body):
     base_allowed: bool = True
     max_queued: int | None = Field(None, ge=1)
     max_running: int | None = Field(None, ge=1)
+    limits: TenantLimits = TenantLimits()
+    budgets: Budgets = Budgets()
 
 
 class TenantChange(_Body):
@@ -53,17 +64,53 @@ class TenantChange(_Body):
     base_allowed: bool | None = None
     max_queued: int | None = Field(None, ge=1)
     max_running: int | None = Field(None, ge=1)
+    limits: TenantLimits = TenantLimits()
+    budgets: Budgets = Budgets()
 
 
 class NewKey(_Body):
     empty = b"{}"
     name: str | None = None
+    scopes: list[KeyScope] = Field(list(DEFAULT_SCOPES), min_length=1, max_length=len(SCOPES))
+    expires_at: datetime | None = Field(None, strict=False)
+    limits: KeyLimits | None = None
+
+
+class Rotation(_Body):
+    empty = b"{}"
+    overlap_seconds: int = Field(0, ge=0, le=366 * 86400)
 
 
 class AdapterChange(_Body):
     live: int | None = Field(None, ge=1)
     default: bool | None = None
     pinned: bool | None = None
+    split: dict[int, Annotated[int, Field(ge=1)]] | None = None
+    keep_versions: int | None = Field(None, ge=0, le=MAX_INTEGER)
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _numbers(cls, split: Any) -> Any:
+        """JSON's keys are texts; whatever is no version's number stays one and is refused."""
+        if not isinstance(split, dict):
+            return split
+        return {int(n) if re.fullmatch("[1-9][0-9]{0,8}", n, re.ASCII) else n: w for n, w in split.items()}
+
+    @model_validator(mode="after")
+    def _answers_once(self) -> Self:
+        if self.split is not None and sum(self.split.values()) != WHOLE:
+            raise PydanticCustomError("split", f"The shares of a split add up to {WHOLE}.")
+        if self.split is not None and self.live is not None:
+            raise PydanticCustomError("split", "Name live or a split: either says which version answers.")
+        return self
+
+
+class Warm(_Body):
+    """Which version, the live one if None, and whether in a slot or just in host memory."""
+
+    empty = b"{}"
+    version: int | None = Field(None, ge=1)
+    slot: bool = False
 
 
 def _json(model: type[_Body]) -> Any:
@@ -82,8 +129,8 @@ def _json(model: type[_Body]) -> Any:
     return Depends(read)
 
 
-def _documented(model: type[_Body]) -> dict[str, Any]:
-    schema = {"schema": model.model_json_schema()}
+def documented(model: type[_Body]) -> dict[str, Any]:
+    schema = {"schema": model.model_json_schema(ref_template="#/components/schemas/{model}")}
     return {"requestBody": {"content": {"application/json": schema}, "required": not model.empty}}
 
 
@@ -97,13 +144,14 @@ def _publishing(request: Request) -> Publishing:
     return publishing
 
 
+AdapterChangeBody = Annotated[AdapterChange, _json(AdapterChange)]
 TenantsOf = Annotated[Tenants, Depends(_tenants)]
 PublishingOf = Annotated[Publishing, Depends(_publishing)]
 
 
-@router.post("/tenants", status_code=201, openapi_extra=_documented(NewTenant))
+@router.post("/tenants", status_code=201, openapi_extra=documented(NewTenant))
 async def create_tenant(body: Annotated[NewTenant, _json(NewTenant)], tenants: TenantsOf) -> dict[str, Any]:
-    return _tenant_json(await tenants.create(**body.model_dump()))
+    return _tenant_json(await tenants.create(**dict(body)))
 
 
 @router.get("/tenants")
@@ -116,11 +164,12 @@ async def get_tenant(tenant: str, tenants: TenantsOf) -> dict[str, Any]:
     return _tenant_json(await tenants.get(tenant))
 
 
-@router.patch("/tenants/{tenant}", openapi_extra=_documented(TenantChange))
+@router.patch("/tenants/{tenant}", openapi_extra=documented(TenantChange))
 async def update_tenant(
     tenant: str, body: Annotated[TenantChange, _json(TenantChange)], tenants: TenantsOf
 ) -> dict[str, Any]:
-    return _tenant_json(await tenants.update(tenant, **body.model_dump(exclude_unset=True)))
+    changes: Any = {name: getattr(body, name) for name in body.model_fields_set}
+    return _tenant_json(await tenants.update(tenant, **changes))
 
 
 @router.delete("/tenants/{tenant}", status_code=204)
@@ -134,17 +183,25 @@ async def delete_tenant(
     return Response(status_code=204)
 
 
-@router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=_documented(NewKey))
+@router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=documented(NewKey))
 async def create_key(
     tenant: str, body: Annotated[NewKey, _json(NewKey)], tenants: TenantsOf
 ) -> dict[str, Any]:
-    issued = await tenants.issue_key(tenant, body.name)
+    issued = await tenants.issue_key(tenant, **dict(body))
     return {"id": issued.id, "key": issued.key, "name": issued.name}
+
+
+@router.post("/tenants/{tenant}/keys/{key_id}/rotate", status_code=201, openapi_extra=documented(Rotation))
+async def rotate_key(
+    tenant: str, key_id: str, body: Annotated[Rotation, _json(Rotation)], tenants: TenantsOf
+) -> dict[str, Any]:
+    issued, old = await tenants.rotate_key(tenant, key_id, timedelta(seconds=body.overlap_seconds))
+    return {"id": issued.id, "key": issued.key, "name": issued.name, "replaces": _key_json(old)}
 
 
 @router.get("/tenants/{tenant}/keys")
 async def list_keys(tenant: str, tenants: TenantsOf) -> dict[str, Any]:
-    return {"object": "list", "data": [asdict(key) for key in await tenants.keys(tenant)]}
+    return {"object": "list", "data": [_key_json(key) for key in await tenants.keys(tenant)]}
 
 
 @router.delete("/tenants/{tenant}/keys/{key_id}", status_code=204)
@@ -153,24 +210,57 @@ async def revoke_key(tenant: str, key_id: str, tenants: TenantsOf) -> Response:
     return Response(status_code=204)
 
 
+class UploadOptions(NamedTuple):
+    allow_no_effect: bool = False
+    key: str | None = None
+
+
+def _upload_options(
+    allow_no_effect: bool = False,
+    idempotency_key: Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")] = None,
+) -> UploadOptions:
+    return UploadOptions(allow_no_effect, idempotency_key)
+
+
+UploadOptionsOf = Annotated[UploadOptions, Depends(_upload_options)]
+
+
 @router.post("/tenants/{tenant}/adapters/{name}/versions", status_code=201)
 async def create_version(
-    tenant: str, name: str, request: Request, tenants: TenantsOf, publishing: PublishingOf
+    tenant: str,
+    name: str,
+    request: Request,
+    tenants: TenantsOf,
+    publishing: PublishingOf,
+    options: UploadOptionsOf,
 ) -> JSONResponse:
     await tenants.get(tenant)
+    return await receive_version(tenant, name, request, publishing, options)
+
+
+async def receive_version(
+    tenant: str,
+    name: str,
+    request: Request,
+    publishing: Publishing,
+    options: UploadOptions,
+    quota: Quota | None = None,
+) -> JSONResponse:
     boundary = boundary_of(request.headers.get("content-type"))
     limit = request.app.state.settings.max_upload_bytes + _MULTIPART_ROOM
-    published = await publish(publishing, tenant, name, parts(limited_body(request, limit), boundary))
-    return JSONResponse(
-        {
-            "adapter": published.adapter.name,
-            "version": published.version.number,
-            "digest": published.version.digest,
-            "live": published.adapter.live,
-            "report": published.manifest.report(),
-        },
-        status_code=201,
+    files = parts(limited_body(request, limit), boundary)
+    published = await publish(
+        publishing,
+        tenant,
+        name,
+        files,
+        allow_no_effect=options.allow_no_effect,
+        key=options.key,
+        quota=quota,
     )
+    if published.gone:
+        _free(request, publishing, published.gone)
+    return JSONResponse(dict(published.answer), status_code=201)
 
 
 @router.get("/tenants/{tenant}/adapters")
@@ -186,20 +276,42 @@ async def get_adapter(tenant: str, name: str, tenants: TenantsOf, publishing: Pu
     return _adapter_json(await publishing.catalog.adapter(tenant, name), publishing.dispatcher)
 
 
-@router.patch("/tenants/{tenant}/adapters/{name}", openapi_extra=_documented(AdapterChange))
+@router.patch("/tenants/{tenant}/adapters/{name}", openapi_extra=documented(AdapterChange))
 async def update_adapter(
     tenant: str,
     name: str,
-    body: Annotated[AdapterChange, _json(AdapterChange)],
+    body: AdapterChangeBody,
     tenants: TenantsOf,
     publishing: PublishingOf,
 ) -> dict[str, Any]:
     await tenants.get(tenant)
     if not body.model_fields_set:
-        raise Unprocessable("Name at least one of live, default and pinned.")
+        raise Unprocessable(f"Name at least one of {', '.join(AdapterChange.model_fields)}.")
     adapter = await publishing.catalog.update(tenant, name, **body.model_dump(exclude_unset=True))
     move_pin(publishing.dispatcher, adapter)
     return _adapter_json(adapter, publishing.dispatcher)
+
+
+@router.post("/tenants/{tenant}/adapters/{name}/warm", openapi_extra=documented(Warm))
+async def warm_adapter(
+    tenant: str,
+    name: str,
+    body: Annotated[Warm, _json(Warm)],
+    request: Request,
+    tenants: TenantsOf,
+    publishing: PublishingOf,
+) -> dict[str, Any]:
+    await tenants.get(tenant)
+    adapter = await publishing.catalog.adapter(tenant, name)
+    wanted = body.version or adapter.live
+    version = next((info.version for info in adapter.versions if info.version.number == wanted), None)
+    if version is None:
+        raise AdapterNotFound(
+            f"The adapter `{name}` has no version {wanted}.", code="version_not_found", param="version"
+        )
+    timeout = request.app.state.settings.queue_timeout
+    tier = await publishing.dispatcher.warm(version, slot=body.slot, timeout=timeout)
+    return {"adapter": name, "version": version.number, "tier": tier}
 
 
 @router.delete("/tenants/{tenant}/adapters/{name}", status_code=204)
@@ -218,6 +330,14 @@ async def delete_version(
     await tenants.get(tenant)
     _free(request, publishing, [await publishing.catalog.delete_version(tenant, name, version)])
     return Response(status_code=204)
+
+
+@router.post("/tenants/{tenant}/adapters/{name}/verify")
+async def verify_adapter(
+    tenant: str, name: str, tenants: TenantsOf, publishing: PublishingOf, version: int | None = None
+) -> dict[str, Any]:
+    await tenants.get(tenant)
+    return await verify(publishing, tenant, name, version)
 
 
 @router.get("/residency")
@@ -246,6 +366,19 @@ def _tenant_json(tenant: Tenant) -> dict[str, Any]:
         "max_queued": tenant.max_queued,
         "max_running": tenant.max_running,
         "created_at": tenant.created_at.isoformat(),
+        "limits": (tenant.limits.stored() if tenant.limits else None) or {},
+        "budgets": (tenant.budgets.stored() if tenant.budgets else None) or {},
+    }
+
+
+def _key_json(key: KeyInfo) -> dict[str, Any]:
+    times = {name: getattr(key, name) for name in ("created_at", "expires_at", "last_used_at")}
+    return {
+        "id": key.id,
+        "name": key.name,
+        "scopes": key.scopes,
+        "limits": (key.limits.stored() if key.limits else None) or {},
+        **{name: time and time.isoformat() for name, time in times.items()},
     }
 
 
@@ -257,6 +390,8 @@ def _adapter_json(adapter: Adapter, dispatcher: Dispatcher) -> dict[str, Any]:
         "live": adapter.live,
         "default": adapter.default,
         "pinned": adapter.pinned,
+        "split": adapter.split,
+        "keep_versions": adapter.keep_versions,
         "tier": dispatcher.tier_of(live) if live else Tier.DISK,
         "created_at": adapter.created_at.isoformat(),
         "versions": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,13 +14,13 @@ from starlette.types import Message, Receive, Scope, Send
 from adapters.errors import AdapterNotFound
 from adapters.model import Adapter
 from server.complete import Completion, Completions, LeasedStream, open_completion, resolve
-from server.dialects import speaks_anthropic
 from server.dispatcher import Lease
 from server.errors import BadRequest, ModelNotFound
 from server.fields import meant
 from server.handlers import Kind, TokenKind
-from server.http import json_object, matched_path, while_connected
-from server.tenants import Tenant, Tenants
+from server.http import json_object, tenant_of, while_connected
+from server.quotas import may_name
+from server.tenants import Tenant
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 tokens = APIRouter(tags=["inference"])
@@ -101,13 +102,13 @@ async def detokenize(request: Request) -> dict[str, Any]:
 
 @router.get("/models", summary="The customer's adapters, and the base model where allowed")
 async def models(request: Request) -> dict[str, Any]:
-    tenant = await _tenant(request)
+    tenant = await tenant_of(request)
     return {"object": "list", "data": await _model_cards(request, tenant)}
 
 
 @router.get("/models/{name:path}", summary="One of them")
 async def model(request: Request, name: str) -> dict[str, Any]:
-    tenant = await _tenant(request)
+    tenant = await tenant_of(request)
     for card in await _model_cards(request, tenant):
         if card["id"] == name:
             return card
@@ -116,6 +117,7 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 
 async def _complete(request: Request, kind: Kind) -> Response:
     tenant, body = await _read(request)
+    request.state.headers = partial(request.app.state.completions.quotas.headers, tenant)
     service: Completions = request.app.state.completions
     opened = await while_connected(
         request,
@@ -139,21 +141,11 @@ async def _tokens(request: Request, kind: TokenKind) -> dict[str, Any]:
 
 async def _read(request: Request) -> tuple[Tenant, dict[str, Any]]:
     """Who asks, and what."""
-    tenant = await _tenant(request)
+    tenant = await tenant_of(request)
     for header in request.headers:
         if header.startswith(_ENGINE_HEADERS):
             raise BadRequest(f"The header {header} is not accepted.", code="unknown_header", param=header)
     return tenant, await json_object(request)
-
-
-async def _tenant(request: Request) -> Tenant:
-    tenants: Tenants = request.app.state.tenants
-    authorization, key = request.headers.get("authorization"), request.headers.get("x-api-key")
-    if authorization is None and key is not None and speaks_anthropic(matched_path(request.scope)):
-        authorization = f"Bearer {key}"
-    tenant = await tenants.authenticate(authorization, request.headers.get("x-customer-id"))
-    request.state.log["tenant"] = tenant.id
-    return tenant
 
 
 async def _model_cards(request: Request, tenant: Tenant) -> list[dict[str, Any]]:
@@ -163,8 +155,9 @@ async def _model_cards(request: Request, tenant: Tenant) -> list[dict[str, Any]]
         adapters = await state.completions.catalog.adapters(tenant.id)
     except AdapterNotFound:
         adapters = []
-    cards = [_card(adapter, base) for adapter in adapters if adapter.live is not None]
-    if tenant.base_allowed:
+    live = [adapter for adapter in adapters if adapter.live is not None]
+    cards = [_card(adapter, base) for adapter in live if may_name(tenant, adapter.name)]
+    if tenant.base_allowed and may_name(tenant, None):
         cards.append({"id": base, "object": "model", "created": state.started, "owned_by": "loraplex"})
     return cards
 

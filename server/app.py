@@ -9,14 +9,16 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from adapters.blobs import BlobStore
 from adapters.catalog import Catalog
+from adapters.receipts import Receipts
 from adapters.tables import Database
-from server import __version__, admin, api
+from server import __version__, admin, api, reports, selfservice
 from server.complete import Completions
 from server.dispatcher import Dispatcher
 from server.document import document
@@ -25,9 +27,12 @@ from server.fields import DEFAULT_MODEL
 from server.http import RequestContext, install_error_handlers
 from server.metrics import Gauges, Metrics
 from server.plan import Limits
+from server.probe import Prober
 from server.publish import Publishing
+from server.quotas import Quotas
 from server.settings import Settings
 from server.tenants import Tenants
+from server.usage import Recorder, spent
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +68,9 @@ def create_app(
     app.include_router(api.router)
     app.include_router(api.tokens)
     app.include_router(admin.router)
+    app.include_router(reports.operators)
+    app.include_router(reports.customers)
+    app.include_router(selfservice.router)
     _add_operations(app)
     app.openapi = document(app)  # type: ignore[method-assign]
     return app
@@ -95,6 +103,12 @@ async def _start(
     if new_key is not None:
         print(f"Admin key (shown this once, keep it): {new_key}", file=sys.stderr, flush=True)
 
+    recorder = Recorder(database, keep_days=settings.keep_usage_days)
+    recorder.start()
+    stack.push_async_callback(recorder.stop)
+    watching = asyncio.create_task(database.watch(), name="loraplex-watch")
+    stack.push_async_callback(_cancel, watching)
+
     engine = await start_engine(settings)
     stack.push_async_callback(engine.stop)
     metrics = Metrics(tenants=settings.metrics_tenants)
@@ -103,8 +117,20 @@ async def _start(
     stack.push_async_callback(dispatcher.stop)
     state.engine, state.database, state.blobs, state.metrics = engine, database, blobs, metrics
     state.dispatcher = dispatcher
-    state.completions = Completions(engine, dispatcher, catalog, metrics)
-    state.publishing = Publishing(engine, dispatcher, blobs, catalog)
+    state.recorder = recorder
+    quotas = Quotas(
+        record=recorder.record, spent=partial(spent, database), prices=settings.prices, metrics=metrics
+    )
+    state.completions = Completions(engine, dispatcher, catalog, metrics, quotas)
+    state.publishing = Publishing(
+        engine,
+        dispatcher,
+        blobs,
+        catalog,
+        Receipts(database),
+        Prober(engine, dispatcher),
+        settings.keep_versions,
+    )
     state.started = int(time.time())
     state.versions = await catalog.count_versions()
 
@@ -120,6 +146,11 @@ async def _start(
     gc.freeze()
     sized = engine.capacity.describe(settings.adapter_gpu_memory, settings.adapter_host_memory)
     logger.info("ready: %s; %s", engine.base.name, sized)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
 
 
 async def _finish_tasks(app: FastAPI) -> None:

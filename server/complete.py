@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.catalog import Catalog
@@ -31,7 +31,18 @@ from server.errors import (
 from server.fields import DEFAULT_MODEL, meant
 from server.handlers import BROKEN, FAILED, Kind
 from server.metrics import Metrics, Outcome
+from server.quotas import Asked, Quotas, check_max_tokens, check_model
 from server.tenants import Tenant
+
+# Where a request says how many tokens it wants, in the order in which these are looked at.
+_MOST: Mapping[Kind, tuple[str, ...]] = {
+    "chat": ("max_completion_tokens", "max_tokens"),
+    "completion": ("max_tokens",),
+    "responses": ("max_output_tokens",),
+    "messages": ("max_tokens",),
+}
+# Tokens of a completion that asks for no number, which is OpenAI's rule and vLLM's.
+DEFAULT_COMPLETION = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +53,7 @@ class Completions:
     dispatcher: Dispatcher
     catalog: Catalog
     metrics: Metrics
+    quotas: Quotas = field(default_factory=Quotas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +79,34 @@ async def open_completion(
     engine and gives its place back.
     """
     try:
-        version, public = await resolve(service, tenant, body.get("model"))
+        unit = body.get("user") or request_id
+        version, public = await resolve(service, tenant, body.get("model"), str(unit))
+        check_model(tenant, version.adapter if version else None)
+        await service.quotas.open(tenant)
+        prompt_tokens = service.engine.count_prompt(_prompt_text(body))
+        body = _bounded(service, tenant, kind, body, prompt_tokens)
         request = service.engine.parse(kind, meant(kind, body))
         sequences, max_tokens = _size(service.engine, kind, body, request)
         resumable = service.engine.resumable(request)
-        lease = await service.dispatcher.submit(
-            tenant.id,
-            version,
-            prompt_tokens=service.engine.count_prompt(_prompt_text(body)),
-            max_tokens=max_tokens,
-            sequences=sequences,
-            weight=tenant.weight,
-            max_queued=tenant.max_queued,
-            max_running=tenant.max_running,
-            resumable=resumable,
-        )
+        room = max(1, service.engine.max_model_len - prompt_tokens)
+        output_tokens = sequences * min(max_tokens, room)
+        ticket = service.quotas.admit(Asked(tenant, version, kind, request_id, prompt_tokens, output_tokens))
+        try:
+            lease = await service.dispatcher.submit(
+                tenant.id,
+                version,
+                prompt_tokens=prompt_tokens,
+                max_tokens=max_tokens,
+                sequences=sequences,
+                weight=tenant.weight,
+                max_queued=tenant.max_queued,
+                max_running=tenant.max_running,
+                resumable=resumable,
+            )
+        except BaseException:
+            ticket.withdraw()
+            raise
+        lease.account = ticket
     except (ServerError, AdapterError) as exc:
         service.metrics.ended(tenant.id, _outcome_of(exc))
         raise
@@ -161,14 +186,16 @@ class LeasedStream:
         await self._lease.close(self._outcome)
 
 
-async def resolve(service: Completions, tenant: Tenant, model: Any) -> tuple[Version | None, str]:
-    """(version, public name); the version is None for the base model."""
+async def resolve(
+    service: Completions, tenant: Tenant, model: Any, unit: str = ""
+) -> tuple[Version | None, str]:
+    """(version, public name); the version is None for the base model. ``unit`` chooses in a split."""
     if model is not None and not isinstance(model, str):
         raise BadRequest("model must be a string", param="model")
     if model == service.engine.base.name and tenant.base_allowed:
         return None, model
     try:
-        version = await service.catalog.resolve(tenant.id, model)
+        version = await service.catalog.resolve(tenant.id, model, unit)
     except AdapterNotFound as exc:
         raise ModelNotFound(exc.message, param="model") from exc
     named = model is not None and model != DEFAULT_MODEL
@@ -195,6 +222,23 @@ def _size(engine: Engine, kind: Kind, body: dict[str, Any], request: Any) -> tup
 
 def _within(limit: int | None, most: int) -> int:
     return most if limit is None else max(1, min(limit, most))
+
+
+def _bounded(
+    service: Completions, tenant: Tenant, kind: Kind, body: dict[str, Any], prompt_tokens: int
+) -> dict[str, Any]:
+    """``body`` asking for as many tokens as limits leave, where it does not say. BadRequest for too many."""
+    for param in _MOST[kind]:
+        asked = body.get(param)
+        if asked is not None:
+            if isinstance(asked, int):
+                check_max_tokens(tenant, asked, param)
+            return body
+    n = body.get("n")
+    most = service.quotas.most_output(tenant, prompt_tokens, n if isinstance(n, int) and n > 1 else 1)
+    if most is None or prompt_tokens + most >= service.engine.max_model_len:
+        return body
+    return body | {_MOST[kind][0]: min(most, DEFAULT_COMPLETION) if kind == "completion" else most}
 
 
 def _prompt_text(body: dict[str, Any]) -> str:

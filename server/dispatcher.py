@@ -37,6 +37,7 @@ from server.plan import (
     Run,
     Snapshot,
     Stage,
+    Warmed,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,11 +67,20 @@ class Work(Protocol):
     def poll(self) -> None: ...
 
 
+class Account(Protocol):
+    """Who is told what a lease has used, as it is produced; see ``server.quotas.Ticket``."""
+
+    def progressed(self, lease: Lease) -> None: ...
+    def closed(self, lease: Lease) -> None: ...
+
+
 class Lease:
     """A slot and a place in the engine, and the meter of what was consumed with it.
 
     The dispatcher may take both back for a while and return them later: the ``work`` is paused meanwhile.
     Its totals are cumulative: ``prompt_tokens``, ``output_tokens`` and ``cached_tokens`` over all parts.
+    ``queued_for`` and ``first_token_after`` are seconds since arrival; an answer that is not streamed shows
+    its first token at the next poll of its meter.
     """
 
     def __init__(
@@ -85,6 +95,9 @@ class Lease:
         self.outcome: Outcome = "completed"
         self.streamed = False
         self.work: Work | None = None
+        self.account: Account | None = None
+        self.queued_for = 0.0
+        self.first_token_after: float | None = None
         self._owner = owner
         self._since = since
         self._parts: dict[str, tuple[int, int, int]] = {}
@@ -106,6 +119,8 @@ class Lease:
         self.prompt_tokens += max(0, prompt_tokens - prompt)
         self.output_tokens += output_tokens - output
         self.cached_tokens += max(0, cached_tokens - cached)
+        if self.first_token_after is None and output_tokens:
+            self.first_token_after = self.age
         if self.streamed and output_tokens > output:
             self._time_tokens(output_tokens - output)
         counted = self._counted[2]
@@ -122,6 +137,11 @@ class Lease:
                 self.outcome = outcome
             self._closing = self._owner._keep(self._close())
         await asyncio.shield(self._closing)
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was asked for."""
+        return self._owner.now() - self._since
 
     @property
     def closing(self) -> bool:
@@ -174,6 +194,7 @@ class Dispatcher:
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._leases: dict[str, Lease] = {}
         self._versions: dict[str, Version] = {}
+        self._warming: dict[str, set[asyncio.Future[None]]] = {}
         self._ops: list[PageOp] = []
         self._staging: set[int] = set()
         self._wake = asyncio.Event()
@@ -246,7 +267,8 @@ class Dispatcher:
         except BaseException:
             self._forget(ask.id)
             raise
-        self.metrics.queued(tenant, self.now() - lease._since)
+        lease.queued_for = lease.age
+        self.metrics.queued(tenant, lease.queued_for)
         return lease
 
     async def wait_until_idle(self, timeout: float) -> bool:
@@ -270,15 +292,38 @@ class Dispatcher:
         """True while a request waits for or runs on one of these versions."""
         return any(lease.version is not None and lease.version.key in keys for lease in self._leases.values())
 
-    def warm(self, version: Version, *, slot: bool) -> None:
+    async def warm(self, version: Version, *, slot: bool, timeout: float) -> Tier:
+        """Loads it without a request and says where it then is: in host memory, or with ``slot`` in a slot.
+
+        Raises AdapterUnavailable if it cannot be loaded, and Unavailable if for ``timeout`` seconds no room
+        was free or held by an idle adapter.
+        """
+        warmed = asyncio.get_running_loop().create_future()
+        waiters = self._warming.setdefault(version.key, set())
+        waiters.add(warmed)
         self._versions[version.key] = version
-        self._happened(self._plan.warm(self.now(), version.key, slot))
+        try:
+            self._happened(self._plan.warm(self.now(), version.key, slot))
+            async with asyncio.timeout(timeout):
+                await warmed
+        except TimeoutError:
+            raise Unavailable(
+                "There is no room for the adapter: all of it is pinned or in use.",
+                code="no_room",
+                retry_after=10,
+            ) from None
+        finally:
+            waiters.discard(warmed)
+            if not waiters and self._warming.get(version.key) is waiters:
+                del self._warming[version.key]
+                self._happened(self._plan.unwarm(self.now(), version.key))
+        return self.tier_of(version)
 
     def pin(self, version: Version, pinned: bool) -> None:
-        """A pinned version is loaded when there is room, and then stays in its slot."""
-        self._happened(self._plan.pin(self.now(), version.key, pinned, version.tenant))
+        """A pinned version is loaded whenever there is room, and then stays in its slot."""
         if pinned:
-            self.warm(version, slot=True)
+            self._versions[version.key] = version
+        self._happened(self._plan.pin(self.now(), version.key, pinned, version.tenant))
 
     def retire(self, version: Version) -> None:
         """A version that no request can name any more: it leaves memory as soon as nothing runs on it."""
@@ -338,9 +383,17 @@ class Dispatcher:
                 case Refuse(id=id_) if id_ in self._waiting:
                     granted = self._waiting.pop(id_)
                     if not granted.done():
-                        granted.set_exception(_refusal(effect))
+                        granted.set_exception(_refusal(effect.reason, effect.retry_after))
                 case Refuse(id=id_):
-                    self._keep(self._break_off(self._leases[id_], str(_refusal(effect))))
+                    self._keep(self._break_off(self._leases[id_], str(_refusal(effect.reason))))
+                case Warmed(version=key, refusal=refusal):
+                    for warmed in self._warming.pop(key, ()):
+                        if warmed.done():
+                            continue
+                        if refusal is None:
+                            warmed.set_result(None)
+                        else:
+                            warmed.set_exception(_refusal(refusal))
 
     async def _put_aside(self, lease: Lease) -> None:
         try:
@@ -489,6 +542,8 @@ class Dispatcher:
     # --- what leases tell ------------------------------------------------------------------------
 
     def _progressed(self, lease: Lease) -> None:
+        if lease.account is not None:
+            lease.account.progressed(lease)
         if lease.id in self._leases:
             effects = self._plan.progressed(self.now(), lease.id, lease.prompt_tokens, lease.output_tokens)
             if effects:
@@ -496,6 +551,8 @@ class Dispatcher:
 
     def _closed(self, lease: Lease) -> None:
         self._forget(lease.id)
+        if lease.account is not None:
+            lease.account.closed(lease)
         self.metrics.ended(lease.tenant, lease.outcome)
         self._happened(self._plan.finished(self.now(), lease.id))
 
@@ -511,19 +568,19 @@ class Dispatcher:
         return task
 
 
-def _refusal(refuse: Refuse) -> Exception:
-    match refuse.reason:
+def _refusal(reason: Refusal, retry_after: float | None = None) -> Exception:
+    match reason:
         case Refusal.QUEUE_FULL:
             return TooManyRequests(
                 "Too many of your requests are waiting already; send the next ones later.",
                 code="rate_limit_exceeded",
-                retry_after=refuse.retry_after,
+                retry_after=retry_after,
             )
         case Refusal.QUEUE_TIMEOUT:
             return Unavailable(
                 "The server is too busy: the request waited too long for its turn.",
                 code="queue_timeout",
-                retry_after=refuse.retry_after,
+                retry_after=retry_after,
             )
         case Refusal.ADAPTER_UNAVAILABLE:
             return AdapterUnavailable("The adapter could not be loaded; try again in a moment.")

@@ -22,14 +22,31 @@ def document(app: FastAPI) -> Callable[[], Schema]:
     def openapi() -> Schema:
         if app.openapi_schema is None:
             made = plain()
-            made["components"] = _COMPONENTS
+            made["components"] = {**_COMPONENTS, "schemas": dict(_COMPONENTS["schemas"])}
             for path, methods in made["paths"].items():
                 for method, operation in methods.items():
                     _complete(path, method, operation)
+                    made["components"]["schemas"] |= _definitions(operation)
             app.openapi_schema = made
         return app.openapi_schema
 
     return openapi
+
+
+def _definitions(operation: Schema) -> Schema:
+    """What a body's schema refers to, which has its place beside the answers'."""
+    content = operation.get("requestBody", {}).get("content", {})
+    schemas = [kind["schema"].pop("$defs", {}) for kind in content.values()]
+    return {name: schema for defined in schemas for name, schema in defined.items()}
+
+
+def _call(path: str, method: str) -> str:
+    """The admin's call that this one is, or the path alone: a customer's calls are those of its operator."""
+    if path.startswith("/v1/adapters"):
+        return f"{method} /tenants/{{tenant}}{path.removeprefix('/v1')}"
+    if path == "/v1/usage":
+        return "get /usage"
+    return f"{method} {path.removeprefix('/admin/v1')}" if path.startswith("/admin/v1") else path
 
 
 def _complete(path: str, method: str, operation: Schema) -> None:
@@ -40,11 +57,13 @@ def _complete(path: str, method: str, operation: Schema) -> None:
         operation["requestBody"] = {"required": True, "content": _json(_BODIES[path])}
     if path.endswith("/versions"):
         operation["requestBody"] = {"required": True, "content": _UPLOAD}
-    if shape := _ANSWERS.get(path if tag != "admin" else f"{method} {path.removeprefix('/admin/v1')}"):
+    if shape := _ANSWERS.get(_call(path, method)):
         (status,) = responses
         responses[status]["content"] = _json({"$ref": f"#/components/schemas/{shape}"})
     if path in _STREAMS:
         responses["200"]["content"]["text/event-stream"] = {"schema": _EVENT}
+    if path.endswith("/usage"):
+        responses["200"]["content"]["text/csv"] = {"schema": _TEXT}
     if tag == "operations":
         if path == "/metrics":
             responses["200"]["content"] = {"text/plain": {"schema": _TEXT}}
@@ -53,13 +72,13 @@ def _complete(path: str, method: str, operation: Schema) -> None:
         return
     body = "requestBody" in operation
     error = "AnthropicError" if speaks_anthropic(path) else "Error"
-    for status in _statuses(tag, path, method, body):
+    for status in _statuses(tag, path, body, "parameters" in operation):
         responses[status] = _error(status, error)
     schemes = ["key", "anthropic_key"] if speaks_anthropic(path) else ["key"]
     operation["security"] = [{scheme: []} for scheme in schemes]
 
 
-def _statuses(tag: str, path: str, method: str, body: bool) -> list[str]:
+def _statuses(tag: str, path: str, body: bool, parameters: bool) -> list[str]:
     found = ["401", "403", "500"]
     if body or tag == "inference":
         found += ["400"]
@@ -69,9 +88,9 @@ def _statuses(tag: str, path: str, method: str, body: bool) -> list[str]:
         found += ["429", "503"]
     if "{" in path or tag == "inference":
         found += ["404"]
-    if tag == "admin" and (body or "{" in path):
+    if tag != "inference" and (body or parameters):
         found += ["409", "422"]
-    if path.endswith("/versions"):
+    if path.endswith(("/versions", "/warm", "/verify")):
         found += ["503", "507"]
     return found
 
@@ -237,6 +256,11 @@ _ANSWERS = {
     "get /tenants/{tenant}/adapters": "Adapters",
     "get /tenants/{tenant}/adapters/{name}": "Adapter",
     "patch /tenants/{tenant}/adapters/{name}": "Adapter",
+    "post /tenants/{tenant}/keys/{key_id}/rotate": "NewKey",
+    "post /tenants/{tenant}/adapters/{name}/warm": "Warmed",
+    "post /tenants/{tenant}/adapters/{name}/verify": "Verified",
+    "get /usage": "Usage",
+    "get /audit": "Audit",
     "get /residency": "Residency",
 }
 _TIME = {"type": "string", "format": "date-time"}
@@ -365,6 +389,10 @@ _COMPONENTS: Schema = {
             live=_or_null(_VERSION),
             report=_ANY,
         ),
+        "Warmed": _object("adapter version tier", adapter=_TEXT, version=_VERSION, tier=_TIER),
+        "Verified": _ANY,
+        "Usage": _list_of(_ANY),
+        "Audit": _list_of(_ANY),
         "Residency": _object(
             "slots host queued running counters aside drains preemptions draining",
             slots={"type": "array", "items": _object("version state running draining")},

@@ -229,6 +229,19 @@ class Engine:
         """The dtype in which adapters are served: "float32", "float16" or "bfloat16"."""
         return str(self._llm.vllm_config.lora_config.lora_dtype).removeprefix("torch.")
 
+    @property
+    def version(self) -> str:
+        """What runs the model: an upgrade may change its answers a little."""
+        import vllm
+
+        return f"vllm {vllm.__version__}"
+
+    @property
+    def max_logprobs(self) -> int:
+        """The most log-probabilities beside a token's own that a request may ask for."""
+        config = self._llm.vllm_config.model_config
+        return int(config.get_vocab_size() if config.max_logprobs < 0 else config.max_logprobs)
+
     async def check(self) -> None:
         """Raises EngineDied unless the engine process answers; for /ready."""
         with _engine_errors():

@@ -31,6 +31,8 @@ from server.errors import (
     headers_of,
     status_of,
 )
+from server.keys import KeyScope
+from server.tenants import Tenant, Tenants
 
 logger = logging.getLogger("loraplex.access")
 T = TypeVar("T")
@@ -47,7 +49,8 @@ class ClientLeft(Exception):
 class RequestContext:
     """ASGI middleware: an id of our own for every request, and one log line when it is over.
 
-    A client's ``X-Request-Id`` is echoed, never used.
+    A client's ``X-Request-Id`` is echoed, never used. ``request.state.headers`` is called for more headers
+    when the answer begins, whatever it is.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -61,14 +64,17 @@ class RequestContext:
         request_id = new_request_id()
         shown = _client_id(scope) or request_id
         log: dict[str, Any] = {"request_id": request_id}
-        scope.setdefault("state", {}).update(request_id=request_id, log=log)
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, log=log, headers=dict)
         status = 0
 
         async def tagged(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", shown.encode())]
+                more = {"x-request-id": shown, **state["headers"]()}
+                encoded = [(name.encode(), value.encode()) for name, value in more.items()]
+                message["headers"] = [*message["headers"], *encoded]
             await send(message)
 
         try:
@@ -96,6 +102,19 @@ def matched_path(scope: Scope) -> str:
     """The route's template rather than the URL: bounded, and without anything a client made up."""
     route = scope.get("route")
     return getattr(route, "path", "(no route)")
+
+
+async def tenant_of(request: Request, scope: KeyScope = "inference") -> Tenant:
+    """Who makes this request, and may; see ``Tenants.authenticate`` for what it raises."""
+    tenants: Tenants = request.app.state.tenants
+    authorization, key = request.headers.get("authorization"), request.headers.get("x-api-key")
+    if authorization is None and key is not None and speaks_anthropic(matched_path(request.scope)):
+        authorization = f"Bearer {key}"
+    tenant = await tenants.authenticate(authorization, request.headers.get("x-customer-id"), scope)
+    request.state.log["tenant"] = tenant.id
+    if tenant.key is not None:
+        request.app.state.recorder.used(tenant.key.id)
+    return tenant
 
 
 def _error(

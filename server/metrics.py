@@ -116,6 +116,13 @@ class Metrics:
             "loraplex_load_failures", "Loads that failed, by step.", ["step"], registry=r
         )
 
+        self._budgets = Counter(
+            "loraplex_budget_requests",
+            "Requests beyond a soft budget (warned) or a hard one (refused).",
+            ["tenant", "kind"],
+            registry=r,
+        )
+
     def label(self, tenant: str) -> str:
         if tenant in self._labels:
             return tenant
@@ -158,6 +165,9 @@ class Metrics:
 
     def preempted(self, tenant: str) -> None:
         self._preemptions.labels(self.label(tenant)).inc()
+
+    def budget(self, tenant: str, kind: str) -> None:
+        self._budgets.labels(self.label(tenant), kind).inc()
 
     def load_failed(self, step: Literal["stage", "activate"]) -> None:
         self._failures.labels(step).inc()

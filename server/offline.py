@@ -12,17 +12,11 @@ from rich.table import Table
 from adapters.doctor import Diagnosis, diagnose
 from adapters.errors import AdapterRejected
 from adapters.merge import Merge, MergeError, Probe
-from adapters.model import BaseModel, Coverage, Manifest, ranges
+from adapters.model import CONFIG_FILE, BaseModel, Coverage, Manifest, ranges
+from adapters.probes import PROMPTS
 from adapters.shapes import dtype_of, read_base
 
 OK, REFUSED, FAILED = 0, 1, 2
-
-# Short, so that a large model can be verified on a processor.
-PROBES = [
-    "The capital of France is",
-    "To make bread, first mix the flour with",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-]
 
 
 def doctor(adapter: Path, base_dir: Path, *, max_rank: int, dtype: str | None, as_json: bool) -> int:
@@ -50,7 +44,7 @@ def merge(base_dir: Path, adapter: Path, out: Path, *, verify: bool, tolerance: 
         with Merge(base_dir, base, adapter, out) as merging:
             console.print(f"{merging.run()} weights changed")
             if verify:
-                probes = merging.verify(PROBES)
+                probes = merging.verify(list(PROMPTS))
                 console.print(_probe_table(probes))
                 worst = max(probe.log_prob for probe in probes)
                 if not worst <= tolerance:
@@ -67,6 +61,24 @@ def merge(base_dir: Path, adapter: Path, out: Path, *, verify: bool, tolerance: 
     except (OSError, ValueError, MergeError) as error:
         return fail(error)
     console.print(f"[green]written[/green] {escape(str(out))}")
+    return OK
+
+
+def make_probes(base_dir: Path, adapter: Path, out: Path, *, prompts: list[str], tolerance: float) -> int:
+    """Writes ``probes.json`` to ``out``, by default with the server's own prompts; 0 done, 2 failed."""
+    try:
+        read_base_quietly(base_dir, max_rank=1 << 30)
+        if not (adapter / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{adapter} holds no {CONFIG_FILE}")
+        from adapters.training import golden
+
+        made = golden(base_dir, adapter, prompts or PROMPTS, tolerance=tolerance)
+        out.write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    except ImportError as error:
+        return fail(ImportError(f"{error}; this runs where adapters are trained, with transformers and peft"))
+    except (OSError, ValueError) as error:
+        return fail(error)
+    Console().print(f"[green]written[/green] {escape(str(out))}: {len(made.probes)} prompts")
     return OK
 
 

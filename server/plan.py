@@ -24,12 +24,23 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 from adapters.model import Tier
 from server.fairness import Ask, FairQueue, Request
 from server.residency import Residency
-from server.tiers import Activate, Deactivate, Evict, HostEntry, Limits, Load, Slot, Stage, State
+from server.tiers import (
+    Activate,
+    Deactivate,
+    Evict,
+    HostEntry,
+    Limits,
+    Load,
+    Refusal,
+    Slot,
+    Stage,
+    State,
+    Warmed,
+)
 
 __all__ = [
     "Activate",
@@ -48,14 +59,8 @@ __all__ = [
     "Snapshot",
     "Stage",
     "State",
+    "Warmed",
 ]
-
-
-class Refusal(StrEnum):
-    QUEUE_FULL = "queue_full"
-    QUEUE_TIMEOUT = "queue_timeout"
-    ADAPTER_UNAVAILABLE = "adapter_unavailable"
-    DRAINING = "draining"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,7 @@ class Preempt:
     id: str
 
 
-Effect = Stage | Evict | Activate | Deactivate | Run | Refuse | Preempt
+Effect = Stage | Evict | Activate | Deactivate | Run | Refuse | Preempt | Warmed
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +225,7 @@ class Plan:
         return self._settle(now)
 
     def pin(self, now: float, version: str, pinned: bool, tenant: str) -> list[Effect]:
-        """Keep ``version`` in memory once it is there. Does not load it: see warm."""
+        """Keep ``version`` in a slot. It goes there when nobody waits for the room, as often as it is not."""
         self._residency.pin(version, tenant if pinned else None)
         return self._settle(now)
 
@@ -232,10 +237,18 @@ class Plan:
     def warm(self, now: float, version: str, slot: bool) -> list[Effect]:
         """Stage it, and with ``slot`` activate it, as soon as nobody waits for the same room.
 
-        Given up if there is no room that is free or held by an idle version without a pin.
+        It takes what is free or held by an idle version without a pin. Answered by one Warmed, unless all who
+        asked leave before; see unwarm.
         """
-        if not self._draining:
+        if self._draining:
+            self._emit(Warmed(version, Refusal.DRAINING))
+        else:
             self._residency.warm(version, slot)
+        return self._settle(now)
+
+    def unwarm(self, now: float, version: str) -> list[Effect]:
+        """Nobody waits for it to be warm any more."""
+        self._residency.unwarm(version)
         return self._settle(now)
 
     # --- time ----------------------------------------------------------------------------------------

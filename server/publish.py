@@ -1,22 +1,29 @@
 """The use case: an upload, top to bottom.
 
 Bytes are committed under their digest before a row names them, so a failure at any step leaves nothing that
-a request could reach, and nothing to roll back: the sweep at start-up removes what nobody links.
+a request could reach, and little to roll back: what is not linked in the end is removed, after a crash by the
+sweep at start-up.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from adapters.admit import admit
-from adapters.blobs import BlobStore
+from adapters.blobs import BlobStore, Incoming
 from adapters.catalog import Catalog
-from adapters.model import Adapter, Manifest, Version
+from adapters.errors import AdapterNotFound
+from adapters.golden import Golden, take
+from adapters.model import Adapter, Manifest, Quota, Version
+from adapters.receipts import Receipts
 from server.dispatcher import Dispatcher
 from server.engine import Engine
+from server.probe import Prober, no_effect
 
 # How often a deleted version's blob is looked at until its last request is done.
 _RECLAIM_EVERY = 0.5
@@ -30,53 +37,136 @@ class Publishing:
     dispatcher: Dispatcher
     blobs: BlobStore
     catalog: Catalog
-    # Held from commit to link, and while a blob is removed: a digest must not vanish in between.
-    linking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    receipts: Receipts
+    prober: Prober
+    keep_versions: int = 0
+    # The digest of each upload between commit and link; nobody removes it.
+    coming: list[str] = field(default_factory=list)
+    # Held while one of them comes, and while a blob is removed.
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    adapter: Adapter
-    version: Version
-    manifest: Manifest
+    """``answer`` is what the client is told: see ``Adapter.uploaded``. ``gone`` is for ``unpublish``."""
+
+    answer: Mapping[str, Any]
+    gone: list[Version] = field(default_factory=list)
 
 
 async def publish(
-    service: Publishing, tenant: str, name: str, files: AsyncIterator[tuple[str, bytes]]
+    service: Publishing,
+    tenant: str,
+    name: str,
+    files: AsyncIterator[tuple[str, bytes]],
+    *,
+    allow_no_effect: bool = False,
+    key: str | None = None,
+    quota: Quota | None = None,
 ) -> Published:
     """Receives ``files`` as (file name, bytes) pieces and makes them the live version of ``name``.
 
-    When it returns, the files and the row are on disk. Raises an AdapterError, with nothing kept.
+    When it returns, the files and the row are on disk. Raises an AdapterError or ServerError, with nothing
+    kept. ``allow_no_effect`` takes one that answers as the base does. An upload repeated with its ``key`` is
+    answered as before.
     """
     service.catalog.check_name(name)
+    if quota is not None:
+        await service.catalog.check_quota(tenant, name, quota)
     async with service.blobs.receive() as incoming:
         async for filename, chunk in files:
             await incoming.write(filename, chunk)
         uploaded = await incoming.finish()
-        manifest = await incoming.examine(
-            partial(
-                admit,
-                base=service.engine.base,
-                original_digest=uploaded,
-                serving_dtype=service.engine.lora_dtype,
+        async with service.receipts.once(tenant, key, name, uploaded, allow_no_effect) as receipt:
+            if receipt is not None and receipt.answer is not None:
+                return Published(receipt.answer)
+            golden = await incoming.examine(take)
+            manifest = await incoming.examine(
+                partial(
+                    admit,
+                    base=service.engine.base,
+                    original_digest=uploaded,
+                    serving_dtype=service.engine.lora_dtype,
+                    allow_no_effect=allow_no_effect,
+                )
             )
-        )
-        async with service.linking:
-            digest = (await incoming.commit()).name
-            adapter, version = await service.catalog.link(tenant, name, digest=digest, manifest=manifest)
+            async with _committed(service, incoming, tenant, name, manifest) as candidate:
+                manifest = await _probed(service, candidate, manifest, golden, allow_no_effect)
+                adapter, version = await service.catalog.link(
+                    tenant,
+                    name,
+                    digest=candidate.digest,
+                    manifest=manifest,
+                    golden=golden,
+                    receipt=receipt,
+                    quota=quota,
+                )
     move_pin(service.dispatcher, adapter)
-    return Published(adapter, version, manifest)
+    return Published(adapter.uploaded(version.number), await _make_room(service, adapter))
+
+
+async def _probed(
+    service: Publishing, candidate: Version, manifest: Manifest, golden: Golden | None, allow_no_effect: bool
+) -> Manifest:
+    """``manifest`` with what the engine showed; AdapterRejected if that is not what was trained."""
+    known = await service.catalog.probe_of(candidate.digest)
+    probe = await service.prober.probe(candidate, known)
+    if not (probe["effect"] or allow_no_effect):
+        raise no_effect(manifest, probe)
+    agreement = await service.prober.check(candidate, golden) if golden is not None else None
+    return replace(
+        manifest,
+        probe=probe | {"no_effect_allowed": allow_no_effect},
+        golden=agreement.agreed() if agreement is not None else None,
+    )
+
+
+async def _make_room(service: Publishing, adapter: Adapter) -> list[Version]:
+    """Removes the rows of versions that are too many."""
+    keep = service.keep_versions if adapter.keep_versions is None else adapter.keep_versions
+    if not 0 < keep < len(adapter.versions):
+        return []
+    return await service.catalog.keep_newest(adapter.tenant, adapter.name, keep)
+
+
+@asynccontextmanager
+async def _committed(
+    service: Publishing, incoming: Incoming, tenant: str, name: str, manifest: Manifest
+) -> AsyncIterator[Version]:
+    """The files in their place, as a version without a number; if the block fails they go again."""
+    async with service.changing:
+        path = await incoming.commit()
+        service.coming.append(path.name)
+    candidate = Version(tenant, name, 0, path.name, path, manifest.rank, manifest.size_bytes)
+    try:
+        yield candidate
+    except BaseException:
+        service.coming.remove(path.name)
+        await unpublish(service, [candidate])
+        raise
+    service.coming.remove(path.name)
+
+
+async def verify(service: Publishing, tenant: str, name: str, number: int | None) -> dict[str, Any]:
+    """A version, the live one if None, against the golden probes it came with. AdapterNotFound."""
+    adapter = await service.catalog.adapter(tenant, name)
+    wanted = adapter.live if number is None else number
+    version = next((info.version for info in adapter.versions if info.version.number == wanted), None)
+    if version is None:
+        raise AdapterNotFound(f"The adapter `{name}` has no version {wanted}.", code="version_not_found")
+    agreement = await service.prober.check(version, await service.catalog.golden(version))
+    return {"adapter": name, "version": version.number, **agreement.report()}
 
 
 def move_pin(dispatcher: Dispatcher, adapter: Adapter) -> None:
-    """Pins and loads the live version of a pinned adapter, and lets go of all its others."""
-    live = adapter.live_version if adapter.pinned else None
+    """Pins and loads the versions of a pinned adapter that answer to its name, and lets go of all others."""
+    answering = {version.key for version, _ in adapter.shares} if adapter.pinned else set()
     for key, version in {info.version.key: info.version for info in adapter.versions}.items():
-        dispatcher.pin(version, live is not None and key == live.key)
+        dispatcher.pin(version, key in answering)
 
 
 async def unpublish(service: Publishing, versions: list[Version]) -> None:
-    """Frees the memory and the bytes of versions that were deleted, once their last request is done."""
+    """Frees the memory and the bytes of versions without a row, once their last request is done."""
     gone = {version.key: version for version in versions}
     for tenant in {version.tenant for version in versions}:
         for adapter in await service.catalog.adapters(tenant):
@@ -90,7 +180,7 @@ async def unpublish(service: Publishing, versions: list[Version]) -> None:
 
 
 async def remove_unlinked(service: Publishing, digests: set[str]) -> None:
-    async with service.linking:
+    async with service.changing:
         for digest in digests:
-            if not await service.catalog.is_linked(digest):
+            if digest not in service.coming and not await service.catalog.is_linked(digest):
                 await service.blobs.remove(digest)

@@ -13,7 +13,8 @@ decided. A load in any of the four states has a host entry; from ACTIVATING on i
 A version with waiting requests has a claim. A claim is overdue once it has waited for ``slot_patience``
 since its first request, or since it lost its slot. Claims get host entries by turns of their tenants
 (``Turns``), and slots by what their tenants have had (``Shares``): the lowest token counter first, but before
-all a tenant that has waited for half of ``queue_timeout`` since its last one. What may be taken from whom:
+all a tenant that has waited for three times ``slot_patience`` since its last one: who is asked for most has
+had most, and an endless row of tenants that come once would pass it. What may be taken from whom:
 
     host entry   1. free   2. an idle one on the host   3. an idle one in a slot
                  4. for an overdue claim: that of the latest claim that is not, or a drained slot's
@@ -24,7 +25,8 @@ none, one does for an overdue claim that finds no host entry. The slot with the 
 but not one that a full engine has kept from running anything for less than ``slot_patience``. A slot also
 drains for a claim that is not overdue yet if its tenant has had more than the claim's, once it has had the
 slot for a while. Pinned versions keep their places, with two exceptions: those of a single tenant do not keep
-the last one, and where everything is pinned an overdue claim overrides the pins.
+the last one, and where everything is pinned an overdue claim overrides the pins. What is loaded without a
+claim (``Warming``) takes only what is free or idle and not pinned, so pins cannot push each other in circles.
 
 A drained slot is not waited for without end: ``preempt_after`` beyond its patience, an overdue claim has
 the requests put aside that run in one (it need not be the one that drains) where all of them can go on later.
@@ -51,15 +53,18 @@ from server.tiers import (
     Limits,
     Load,
     Move,
+    Refusal,
     Slot,
     Stage,
     State,
+    Warmed,
 )
+from server.warming import Warming
 
 # Of ``slot_patience``: how long a version has its slot at least before its tenant's share counts against it.
 TURN = 0.25
-# Of ``queue_timeout``: how long a tenant waits for its next slot before it comes before all others.
-STARVING = 0.5
+# Times ``slot_patience``: how long a tenant waits for its next slot before it comes before all others.
+STARVING = 3.0
 
 
 class Residency:
@@ -75,13 +80,13 @@ class Residency:
         self,
         limits: Limits,
         first_load_id: int,
-        emit: Callable[[Move], None],
+        emit: Callable[[Move | Warmed], None],
         gate: Callable[[str, bool], None],
         counter: Callable[[str], float],
     ) -> None:
         self._limits = limits
         self._turn = TURN * limits.slot_patience
-        self._starving_after = STARVING * limits.queue_timeout
+        self._starving_after = STARVING * limits.slot_patience
         self._next_id = first_load_id
         self._emit = emit
         self._gate = gate
@@ -92,8 +97,7 @@ class Residency:
         self._claims: dict[str, Claim] = {}
         self._pins: dict[str, str] = {}  # version -> tenant
         self._retired: set[str] = set()  # only while in memory or wanted
-        self._to_warm: dict[str, bool] = {}  # not yet staged, by arrival: whether a slot is wanted too
-        self._to_warm_slot: dict[str, None] = {}  # staged, by arrival
+        self._warming = Warming(emit)
         self._blocked = False  # the next to be staged is overdue and finds no host entry
         self._look_again: float | None = None  # when a slot that drain passed over may be taken
         self._preempt_at: float | None = None  # when the next claim may have requests put aside
@@ -115,6 +119,7 @@ class Residency:
         """A request waits for ``version``."""
         if version not in self._claims:
             self._claims[version] = Claim(tenant, now)
+            self._warming.retry(version)
             self._index(version)
 
     def unwant(self, version: str) -> None:
@@ -159,8 +164,6 @@ class Residency:
         load = self._answered(load_id, State.STAGING)
         load.size_bytes = size_bytes
         load.used = now
-        if load.warm:
-            self._to_warm_slot[load.version] = None
         self._change(load, State.HOST)
 
     def activated(self, now: float, load_id: int) -> None:
@@ -172,13 +175,13 @@ class Residency:
     def stage_failed(self, load_id: int) -> str:
         """The version that could not be staged."""
         load = self._answered(load_id, State.STAGING)
-        self._vanish(load)
+        self._fail(load)
         return load.version
 
     def activation_failed(self, load_id: int) -> str:
         """The version that could not be activated; what the engine has of it is evicted."""
         load = self._answered(load_id, State.ACTIVATING)
-        self._vanish(load)
+        self._fail(load)
         self._emit(Evict(load.version, load.id))
         return load.version
 
@@ -192,7 +195,8 @@ class Residency:
         self._vanish(load)
 
     def pin(self, version: str, tenant: str | None) -> None:
-        """Keep ``version`` in memory once it is there, on account of ``tenant``; None lets it go."""
+        """Keep ``version`` in a slot, on account of ``tenant``; None lets it go."""
+        self._warming.retry(version)
         if tenant is None:
             self._pins.pop(version, None)
         else:
@@ -203,24 +207,21 @@ class Residency:
     def retire(self, version: str) -> None:
         """Evict it as soon as it is idle."""
         self._retired.add(version)
-        self._to_warm.pop(version, None)
-        self._to_warm_slot.pop(version, None)
+        self._warming.end(version, Refusal.ADAPTER_UNAVAILABLE)
         self.pin(version, None)
 
     def warm(self, version: str, slot: bool) -> None:
         """Load it when nothing else needs the room."""
         self._retired.discard(version)
-        load = self._loads.get(version)
-        if load is None:
-            self._to_warm[version] = slot or self._to_warm.get(version, False)
-        elif slot and load.state is State.STAGING:
-            load.warm = True
-        elif slot and load.state is State.HOST:
-            self._to_warm_slot[version] = None
+        self._warming.ask(version, slot)
+        self._index(version)
+
+    def unwarm(self, version: str) -> None:
+        self._warming.withdraw(version)
+        self._index(version)
 
     def stop_warming(self) -> None:
-        self._to_warm.clear()
-        self._to_warm_slot.clear()
+        self._warming.stop()
 
     def expire(self, now: float) -> None:
         """Mark the claims whose patience has ended."""
@@ -315,23 +316,18 @@ class Residency:
         return False
 
     def _grant_warm(self, now: float) -> bool:
-        while self._to_warm_slot:
-            version = next(iter(self._to_warm_slot))
-            del self._to_warm_slot[version]
-            load = self._loads.get(version)
-            if load is not None and load.state is State.HOST and self._make_slot(now):
-                self._activate(load)
-                return True
-        return False
+        version = self._warming.next_to_activate
+        if version is None or not self._make_quiet_slot(now):
+            return False
+        self._activate(self._loads[version])
+        return True
 
     def _stage_warm(self, now: float) -> bool:
-        while self._to_warm:
-            version = next(iter(self._to_warm))
-            slot = self._to_warm.pop(version)
-            if version not in self._loads and self._make_quiet_entry(now):
-                self._start(version, now).warm = slot
-                return True
-        return False
+        version = self._warming.next_to_stage
+        if version is None or not self._make_quiet_entry(now):
+            return False
+        self._start(version, now)
+        return True
 
     def _ahead(self, now: float, spared: str | None) -> Load | None:
         """A slot whose tenant has had more than the next that gets none of those draining."""
@@ -379,10 +375,20 @@ class Residency:
             self._deactivate(victim, now)
         return victim is not None
 
-    def _make_entry(self, now: float, overdue: bool) -> bool:
-        if self._make_quiet_entry(now):
+    def _make_quiet_slot(self, now: float) -> bool:
+        """A slot that nobody waits for and no pin keeps."""
+        if None in self._slots:
             return True
-        victim = self._take(self._idle_in_slot, self._loads.values())
+        victim = self._unpinned(self._idle_in_slot)
+        if victim is not None:
+            self._deactivate(victim, now)
+        return victim is not None
+
+    def _make_entry(self, now: float, overdue: bool) -> bool:
+        if len(self._loads) < self._limits.host_slots:
+            return True
+        entries = self._loads.values()
+        victim = self._take(self._idle_on_host, entries) or self._take(self._idle_in_slot, entries)
         if victim is None and overdue:
             victim = self._push_out()
         if victim is not None:
@@ -390,10 +396,10 @@ class Residency:
         return victim is not None
 
     def _make_quiet_entry(self, now: float) -> bool:
-        """A host entry that costs nobody a slot or a place in the queue for one."""
+        """A host entry that nobody waits for and no pin keeps."""
         if len(self._loads) < self._limits.host_slots:
             return True
-        victim = self._take(self._idle_on_host, self._loads.values())
+        victim = self._unpinned(self._idle_on_host) or self._unpinned(self._idle_in_slot)
         if victim is not None:
             self._evict(victim, now)
         return victim is not None
@@ -416,6 +422,11 @@ class Residency:
         if version is None or (self._kept(version, places) and not override):
             return None
         return self._loads[version]
+
+    def _unpinned(self, candidates: Ranking[str]) -> Load | None:
+        """The first candidate, unless it is pinned: then all of them are."""
+        version = candidates.first()
+        return None if version is None or version in self._pins else self._loads[version]
 
     def _drained(self) -> Load | None:
         loads = (self._loads[version] for version in self._draining)
@@ -475,6 +486,10 @@ class Residency:
             self._deactivate(load, now)
         self._vanish(load)
         self._emit(Evict(load.version, load.id))
+
+    def _fail(self, load: Load) -> None:
+        self._warming.failed(load.version, load.version in self._pins)
+        self._vanish(load)
 
     def _vanish(self, load: Load) -> None:
         self._leave_slot(load)
@@ -537,6 +552,7 @@ class Residency:
             else:
                 index.drop(version)
 
+        self._warming.index(version, state, pinned=pinned, claimed=claim is not None)
         draining = load is not None and load.draining
         _keep(self._staging, version, state is State.STAGING)
         _keep(self._draining, version, draining)
@@ -567,7 +583,7 @@ class Residency:
 
     def known(self) -> set[str]:
         """Every version that a later move may name."""
-        return self._loads.keys() | self._claims.keys() | self._to_warm.keys()
+        return self._loads.keys() | self._claims.keys() | self._pins.keys() | self._warming.known()
 
     def slots(self) -> tuple[Slot, ...]:
         return tuple(
@@ -656,6 +672,12 @@ class Residency:
         staging_full = len(self._staging) == self._limits.max_staging
         entry_free = len(self._loads) < self._limits.host_slots
         assert staging_full or not (self._for_host and entry_free), "a free host entry and a version for it"
+        if self._warming.next_to_activate is not None and not self._for_slot:
+            assert None not in self._slots, "a free slot and a version to warm"
+            assert self._unpinned(self._idle_in_slot) is None
+        if self._warming.next_to_stage is not None and not self._for_host and not staging_full:
+            assert not entry_free, "a free host entry and a version to warm"
+            assert self._unpinned(self._idle_on_host) is self._unpinned(self._idle_in_slot) is None
 
 
 def _keep(members: set[str], member: str, wanted: bool) -> None:

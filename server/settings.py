@@ -8,7 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import ByteSize, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -35,6 +44,25 @@ OWNED_ENGINE_ARGS = {
     "worker_extension_cls": "nothing: it is how adapters are paged",
     "lora_modules": "the admin API",
 }
+
+
+class Price(BaseModel):
+    """Per million tokens. ``cached`` is for prompt tokens found in the cache; ``input`` if unset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input: float = Field(ge=0, le=1e6, allow_inf_nan=False)
+    output: float = Field(ge=0, le=1e6, allow_inf_nan=False)
+    cached: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
+
+    def of(self, prompt: int, cached: int, output: int) -> int:
+        """What these tokens cost, in 1e-9 of the currency; ``cached`` are some of ``prompt``."""
+        kinds = (
+            (prompt - cached, self.input),
+            (cached, self.input if self.cached is None else self.cached),
+            (output, self.output),
+        )
+        return sum(tokens * round(price * 1000) for tokens, price in kinds)
 
 
 class Settings(BaseSettings):
@@ -101,12 +129,23 @@ class Settings(BaseSettings):
     max_queued: int = Field(256, ge=1, description="Waiting requests per tenant; one more gets 429.")
     queue_timeout: float = Field(60.0, gt=0, description="Seconds a request may wait; then it gets 503.")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest upload, both files together, in bytes.")
+    keep_versions: int = Field(
+        0, ge=0, description="Versions of an adapter that an upload leaves, beside those that answer; 0: all."
+    )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest inference request body, in bytes.")
     client_timeout: float = Field(
         60.0,
         gt=0,
         description="Seconds a client may take to send its request, or the next piece of an upload, or to"
         " take the next piece of an answer.",
+    )
+    prices: dict[str, Price] = Field(
+        default_factory=dict,
+        description="Price of a million tokens by `tenant/adapter`, `base` or `*` (all others), as JSON:"
+        ' `{"*": {"input": 0.2, "cached": 0.05, "output": 0.8}}`.',
+    )
+    keep_usage_days: int = Field(
+        90, ge=1, description="Days after which usage is kept by day, no longer by request."
     )
     drain_timeout: float = Field(
         30.0, ge=0, description="Seconds that streams may go on after SIGTERM before they are cut."

@@ -14,9 +14,9 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from typing import Any, TypedDict, Unpack
 
 from sqlalchemy import delete, select
@@ -25,7 +25,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.model import TENANT_PATTERN, is_tenant_id
 from adapters.tables import MAX_INTEGER, Database, KeyRow, MetaRow, ReadCache, TenantRow, VersionRow, now
+from server.budgets import Budgets
 from server.errors import BadRequest, Conflict, Forbidden, NotFound, Unauthorized, Unprocessable
+from server.keys import DEFAULT_SCOPES, IssuedKey, KeyInfo, KeyScope, check_expiry, key_info
+from server.limits import KeyLimits, TenantLimits, Terms
 
 ADMIN_KEY = "admin_key_sha256"
 SHORTEST_KEY = 16
@@ -49,7 +52,7 @@ class Tenant:
     """A customer. ``max_queued`` and ``max_running`` are None where the server's own limits hold.
 
     ``weight`` is its share relative to the others. ``cache_salt`` keeps its prefix cache apart from
-    everybody else's and is never shown.
+    everybody else's and is never shown. ``key`` is the one it came with, None where a gateway vouches.
     """
 
     id: str
@@ -60,33 +63,24 @@ class Tenant:
     max_running: int | None
     created_at: datetime
     cache_salt: str = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class KeyInfo:
-    id: str
-    name: str | None
-    created_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class IssuedKey:
-    """A new key, in clear for the only time."""
-
-    id: str
-    name: str | None
-    created_at: datetime
-    key: str = field(repr=False)
+    limits: TenantLimits | None = None
+    budgets: Budgets | None = None
+    key: KeyInfo | None = field(default=None, compare=False)
 
 
 class TenantChanges(TypedDict, total=False):
-    """What ``update`` may change; None for a limit gives it back to the server."""
+    """What ``update`` may change; None for a limit gives it back to the server.
+
+    Of ``limits`` and ``budgets`` only what is set in them changes.
+    """
 
     name: str
     weight: float
     base_allowed: bool
     max_queued: int | None
     max_running: int | None
+    limits: TenantLimits
+    budgets: Budgets
 
 
 class Tenants:
@@ -135,6 +129,8 @@ class Tenants:
         base_allowed: bool = True,
         max_queued: int | None = None,
         max_running: int | None = None,
+        limits: TenantLimits | None = None,
+        budgets: Budgets | None = None,
     ) -> Tenant:
         """``name`` is the id if None. Conflict if the id is taken, Unprocessable for what cannot be."""
         if not is_tenant_id(id):
@@ -147,7 +143,15 @@ class Tenants:
             "max_running": max_running,
         }
         _check(settings)
-        row = TenantRow(id=id, cache_salt=secrets.token_urlsafe(32), created_at=now(), **settings)
+        row = TenantRow(
+            id=id,
+            cache_salt=secrets.token_urlsafe(32),
+            created_at=now(),
+            tier="standard",
+            limits=limits.stored() if limits else None,
+            budgets=budgets.stored() if budgets else None,
+            **settings,
+        )
         async with self._database.write() as session:
             session.add(row)
             try:
@@ -166,6 +170,8 @@ class Tenants:
         async with self._database.write() as session:
             row = await _row(session, id, lock=True)
             for column, value in changes.items():
+                if isinstance(value, Terms):
+                    value = type(value)(**(getattr(row, column) or {})).changed(value).stored()
                 setattr(row, column, value)
         return _tenant(row)
 
@@ -182,32 +188,68 @@ class Tenants:
             await session.execute(delete(TenantRow).where(TenantRow.id == id))
         return digests
 
-    async def issue_key(self, tenant: str, name: str | None = None) -> IssuedKey:
+    async def issue_key(
+        self,
+        tenant: str,
+        name: str | None = None,
+        *,
+        scopes: Sequence[KeyScope] = DEFAULT_SCOPES,
+        expires_at: datetime | None = None,
+        limits: KeyLimits | None = None,
+    ) -> IssuedKey:
         """A key of 256 random bits. NotFound, Unprocessable."""
         if name is not None:
             _check({"name": name})
-        key = f"lp-{secrets.token_urlsafe(32)}"
-        row = KeyRow(id=secrets.token_hex(8), tenant=tenant, name=name, digest=_digest(key), created_at=now())
+        check_expiry(expires_at)
+        key, row = _new_key(tenant)
+        row.name, row.scopes, row.expires_at = name, list(scopes), expires_at
+        row.limits = limits.stored() if limits else None
         async with self._database.write() as session:
             await _row(session, tenant, lock=True)
             session.add(row)
         return IssuedKey(id=row.id, name=name, created_at=row.created_at, key=key)
+
+    async def rotate_key(self, tenant: str, key_id: str, overlap: timedelta) -> tuple[IssuedKey, KeyInfo]:
+        """A new key with all that the old one has, and the old one, which expires after ``overlap``.
+
+        NotFound; Conflict if the old one has expired already.
+        """
+        key, row = _new_key(tenant)
+        async with self._database.write() as session:
+            old = await self._key(session, tenant, key_id)
+            if old.expires_at is not None and old.expires_at <= row.created_at:
+                raise Conflict("This key has expired. Issue a new one.")
+            row.name, row.scopes, row.limits, row.expires_at = (
+                old.name,
+                old.scopes,
+                old.limits,
+                old.expires_at,
+            )
+            session.add(row)
+            ends = row.created_at + overlap
+            old.expires_at = ends if old.expires_at is None else min(ends, old.expires_at)
+        return IssuedKey(id=row.id, name=row.name, created_at=row.created_at, key=key), key_info(old)
 
     async def keys(self, tenant: str) -> builtins.list[KeyInfo]:
         """The tenant's keys, oldest first. NotFound."""
         async with self._database.read() as session:
             await _row(session, tenant)
             query = select(KeyRow).where(KeyRow.tenant == tenant).order_by(KeyRow.created_at, KeyRow.id)
-            return [KeyInfo(row.id, row.name, row.created_at) for row in await session.scalars(query)]
+            return [key_info(row) for row in await session.scalars(query)]
 
     async def revoke(self, tenant: str, key_id: str) -> None:
         """The key is refused from the moment this returns. NotFound."""
         async with self._database.write() as session:
-            await _row(session, tenant, lock=True)
-            row = await session.get(KeyRow, key_id) if KEY_ID.fullmatch(key_id) else None
-            if row is None or row.tenant != tenant:
-                raise NotFound(f"The tenant `{tenant}` has no such key.")
-            await session.delete(row)
+            await session.delete(await self._key(session, tenant, key_id))
+
+    @staticmethod
+    async def _key(session: AsyncSession, tenant: str, key_id: str) -> KeyRow:
+        """To be changed; NotFound."""
+        await _row(session, tenant, lock=True)
+        row = await session.get(KeyRow, key_id) if KEY_ID.fullmatch(key_id) else None
+        if row is None or row.tenant != tenant:
+            raise NotFound(f"The tenant `{tenant}` has no such key.")
+        return row
 
     async def list(self) -> builtins.list[Tenant]:
         """All tenants, by id."""
@@ -216,18 +258,23 @@ class Tenants:
                 map(_tenant, await session.scalars(select(TenantRow))), key=lambda tenant: tenant.id
             )
 
-    async def authenticate(self, authorization: str | None, customer: str | None) -> Tenant:
-        """Who runs this inference request, from ``Authorization`` and ``X-Customer-ID``.
+    async def authenticate(
+        self, authorization: str | None, customer: str | None, scope: KeyScope = "inference"
+    ) -> Tenant:
+        """Who makes this request, from ``Authorization`` and ``X-Customer-ID``, and may: has ``scope``.
 
         Unauthorized without a known key; BadRequest (``customer_required``) for the service key alone;
-        Forbidden for the admin key, for an unknown customer (``unknown_customer``) and for a tenant key
-        beside another customer (``customer_mismatch``).
+        Forbidden for the admin key, for an unknown customer (``unknown_customer``), for a tenant key
+        beside another customer (``customer_mismatch``) and for a key that is for something else
+        (``scope_missing``): the service key is for inference only.
         """
         key = _bearer(authorization)
         digest = _digest(key)
         if self._is(digest, self._admin):
             raise Forbidden("Admin keys cannot run inference. Use a key of a tenant.")
         if self._is(digest, self._service):
+            if scope != "inference":
+                raise Forbidden(f"A service key does not have the scope `{scope}`.", code="scope_missing")
             return await self._customer(customer)
         tenant = await self._holder(key)
         if customer and customer != tenant.id:
@@ -236,6 +283,8 @@ class Tenants:
                 code="customer_mismatch",
                 param="X-Customer-ID",
             )
+        assert tenant.key is not None
+        tenant.key.check(scope)
         return tenant
 
     async def require_admin(self, authorization: str | None) -> None:
@@ -276,12 +325,12 @@ class Tenants:
         return await self._by_key.get(digest, lambda: self._look_up(digest))
 
     async def _look_up(self, digest: str) -> Tenant:
-        query = select(TenantRow, KeyRow.digest).join(KeyRow, KeyRow.tenant == TenantRow.id)
+        query = select(TenantRow, KeyRow).join(KeyRow, KeyRow.tenant == TenantRow.id)
         async with self._database.read() as session:
             found = (await session.execute(query.where(KeyRow.digest == digest))).one_or_none()
-        if found is None or not self._is(digest, found[1]):
+        if found is None or not self._is(digest, found[1].digest):
             raise Unauthorized(WRONG_KEY)
-        return _tenant(found[0])
+        return replace(_tenant(found[0]), key=key_info(found[1]))
 
 
 def _bearer(authorization: str | None) -> str:
@@ -293,6 +342,11 @@ def _bearer(authorization: str | None) -> str:
     if found is None:
         raise Unauthorized(WRONG_KEY)
     return found[1]
+
+
+def _new_key(tenant: str) -> tuple[str, KeyRow]:
+    key = f"lp-{secrets.token_urlsafe(32)}"
+    return key, KeyRow(id=secrets.token_hex(8), tenant=tenant, digest=_digest(key), created_at=now())
 
 
 def _digest(key: str) -> str:
@@ -344,6 +398,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weight": (_is_weight, f"a number from {LIGHTEST} to {HEAVIEST:g}"),
     "base_allowed": (lambda value: isinstance(value, bool), "true or false"),
     "max_queued": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
+    "limits": (lambda value: isinstance(value, TenantLimits), "limits"),
+    "budgets": (lambda value: isinstance(value, Budgets), "budgets"),
     "max_running": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
 }
 
@@ -358,4 +414,6 @@ def _tenant(row: TenantRow) -> Tenant:
         max_running=row.max_running,
         created_at=row.created_at,
         cache_salt=row.cache_salt,
+        limits=TenantLimits(**row.limits) if row.limits else None,
+        budgets=Budgets(**row.budgets) if row.budgets else None,
     )

@@ -61,6 +61,23 @@ class Evict:
 Move = Stage | Activate | Deactivate | Evict
 
 
+class Refusal(StrEnum):
+    """Why something that was asked for does not happen."""
+
+    QUEUE_FULL = "queue_full"
+    QUEUE_TIMEOUT = "queue_timeout"
+    ADAPTER_UNAVAILABLE = "adapter_unavailable"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What ``warm`` asked for is there, or why it will not be. The one answer to all who asked."""
+
+    version: str
+    refusal: Refusal | None = None
+
+
 class State(StrEnum):
     DISK = "disk"
     STAGING = "staging"
@@ -73,6 +90,10 @@ class State(StrEnum):
         if self in (State.ACTIVATING, State.ACTIVE):
             return Tier.GPU
         return Tier.HOST if self is State.HOST else Tier.DISK
+
+    @property
+    def is_staged(self) -> bool:
+        return self.tier is not Tier.DISK
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +114,6 @@ class Load:
     active_since: float = 0.0
     has_run: bool = False
     draining: bool = False
-    warm: bool = False
     running: int = 0
     work: int = 0
     fixed: int = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,6 +200,8 @@ class EngineSuite:
         assert engine.max_running >= 2
         assert engine.max_model_len >= 64
         assert engine.lora_dtype in ("float32", "float16", "bfloat16")
+        assert engine.max_logprobs >= 1
+        assert engine.version
         assert engine.count_prompt("") >= 1
         assert engine.count_prompt("word " * 100) > 50
 
@@ -395,6 +398,36 @@ class EngineSuite:
         usage = answer.body["usage"]
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == meter.usage()
         assert usage["completion_tokens"] == 10
+
+    async def test_the_log_probabilities_of_a_prompt(self, engine: Engine, make_adapter: MakeAdapter) -> None:
+        echo = {"echo": True, "logprobs": 3, "max_tokens": 1, "return_tokens_as_token_ids": True}
+        told = []
+        for load in (None, None, await bring_in(engine, make_adapter(0))):
+            answer, meter = await ask(engine, "completion", {**TEXT, **echo}, load)
+            assert answer.body is not None
+            assert said(answer.body).startswith(TEXT["prompt"])
+            told.append(answer.body["choices"][0]["logprobs"])
+            assert len(told[-1]["tokens"]) == meter.prompt + meter.output
+        base, again, adapted = told
+        for one in told:
+            assert one["token_logprobs"][0] is one["top_logprobs"][0] is None
+            rest = zip(one["tokens"], one["token_logprobs"], one["top_logprobs"], strict=True)
+            for token, log_prob, top in list(rest)[1:]:
+                assert token.startswith("token_id:")
+                assert top[token] == log_prob
+                assert 3 <= len(top) <= 4
+                assert 0 < sum(map(math.exp, top.values())) < 1.0001
+        assert base["token_logprobs"][1:] == pytest.approx(again["token_logprobs"][1:], abs=1e-4)
+        assert base["token_logprobs"][1:] != pytest.approx(adapted["token_logprobs"][1:], abs=1e-2)
+
+    async def test_there_is_a_bound_on_log_probabilities(self, engine: Engine) -> None:
+        for more in (0, 1):
+            made, request = call(engine, "completion", {**TEXT, "logprobs": engine.max_logprobs + more}, None)
+            if more:
+                with pytest.raises(BadRequest):
+                    await engine.answer(made, request)
+            else:
+                assert (await engine.answer(made, request)).body is not None
 
     # --- pauses ----------------------------------------------------------------------------------
 

@@ -5,19 +5,23 @@ the real engine would take and then serve wrongly (a version that is not in a sl
 running request, an id used twice) ends in ``violations``, which every test asserts to be empty.
 
 Its answers are countable: token 0 is the name of the folder that the adapter was loaded from (a digest, for
-blobs), or ``base``; token ``i`` is the number ``i``.
+blobs), or ``base``; token ``i`` is the number ``i``. Its log-probabilities, which it has for completions, are
+moved by an adapter as far as the product of its real matrices goes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import safe_open
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel
@@ -41,6 +45,7 @@ from tests import fake_dialects
 
 BASE_NAME = "base"
 NATURAL_LENGTH = 8
+VOCABULARY = 32
 
 
 def read_adapter(folder: Path) -> int:
@@ -48,6 +53,28 @@ def read_adapter(folder: Path) -> int:
     json.loads((folder / CONFIG_FILE).read_bytes())
     with safe_open(folder / WEIGHTS_FILE, "np") as file:
         return sum(len(bytes(file.get_tensor(name))) for name in file.keys())  # noqa: SIM118
+
+
+def push_of(folder: Path) -> float:
+    """How far the adapter in ``folder`` moves a log-probability: by its matrices, as float32 has them."""
+    config = json.loads((folder / CONFIG_FILE).read_bytes())
+    with safe_open(folder / WEIGHTS_FILE, "np") as file, np.errstate(over="ignore", invalid="ignore"):
+        tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
+        products = [b @ tensors[n.replace("_B", "_A")] for n, b in tensors.items() if "lora_B" in n]
+        moved = sum(np.abs(product).mean() for product in products)
+        return float(np.float32(1) + np.float32(moved * config["lora_alpha"] / config["r"])) - 1
+
+
+def log_probs(prompt: str, at: int, push: float, owner: str) -> list[float]:
+    """Of each token of the vocabulary, after ``at`` tokens of ``prompt``."""
+    logits = []
+    for token in range(VOCABULARY):
+        seed = hashlib.sha256(f"{prompt} {at} {token}".encode()).digest()
+        turn = hashlib.sha256(f"{owner} {at} {token}".encode()).digest()
+        logits.append(seed[0] / 50 + push * (turn[0] - 128) / 32)
+    highest = max(logits)
+    total = math.log(sum(math.exp(logit - highest) for logit in logits)) + highest
+    return [logit - total for logit in logits]
 
 
 @dataclass
@@ -71,6 +98,7 @@ class _Run:
     choices: int
     limit: int
     natural_end: bool
+    request: Any
     produced: dict[str, int] = field(default_factory=dict)
     aborted: bool = False
     going: asyncio.Event = field(default_factory=asyncio.Event)
@@ -95,6 +123,8 @@ class _Run:
 
 class FakeEngine:
     lora_dtype = "float32"
+    max_logprobs = 20
+    version = "fake 1"
     parse = Engine.parse
     count_prompt = Engine.count_prompt
     resumable = Engine.resumable
@@ -352,11 +382,14 @@ class FakeEngine:
             limit = getattr(request, "max_completion_tokens", None) or request.max_tokens
         with _request_errors():
             prompts = [self._checked(text) for text in _prompts(call.kind, request)]
-            request.to_sampling_params(NATURAL_LENGTH if limit is None else limit, {})
+            params = request.to_sampling_params(NATURAL_LENGTH if limit is None else limit, {})
+            if (params.logprobs or 0) > self.max_logprobs:
+                raise ValueError(f"logprobs: at most {self.max_logprobs} can be asked for")
         room = self.max_model_len - max(prompts)
         natural_end = limit is None
         limit = min(room, NATURAL_LENGTH if limit is None else limit)
-        run = _Run(call, load_id, shown, prompts, getattr(request, "n", None) or 1, limit, natural_end)
+        n = getattr(request, "n", None) or 1
+        run = _Run(call, load_id, shown, prompts, n, limit, natural_end, request)
         for i in range(len(prompts)):
             call.request_ids.append(f"{call.id}-{i}")
             run.produced[call.request_ids[-1]] = 0
@@ -371,11 +404,13 @@ class FakeEngine:
         self._violated(f"{model} is to be run but has no slot")
         raise AssertionError(self.violations[-1])
 
-    def _checked(self, prompt: str) -> int:
-        """Its tokens: one per word, and one more."""
+    def _checked(self, prompt: str | list[int]) -> int:
+        """Its tokens: as many as there are ids, or one per word and one more."""
         from vllm.exceptions import VLLMValidationError
 
-        tokens = len(prompt.split()) + 1
+        if isinstance(prompt, list) and not all(0 <= token < VOCABULARY for token in prompt):
+            raise VLLMValidationError("Token id is out of vocabulary", parameter="prompt")
+        tokens = _length(prompt)
         if tokens >= self.max_model_len:
             raise VLLMValidationError(
                 f"The prompt has {tokens} tokens; the model takes {self.max_model_len}.", parameter="prompt"
@@ -455,14 +490,42 @@ class FakeEngine:
     def _body(self, run: _Run) -> dict[str, Any]:
         tokens = min(run.produced.values()) // run.choices
         text = run.text(tokens)
-        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
-        if run.call.kind == "completion":
-            said = {"text": text}
         finish = "abort" if run.aborted else _finish(run, tokens - 1)
-        choices = [
-            {"index": i, **said, "logprobs": None, "finish_reason": finish} for i in range(run.sequences)
-        ]
+        choices: list[dict[str, Any]] = []
+        for i in range(run.sequences):
+            if run.call.kind != "completion":
+                said = {"message": {"role": "assistant", "content": text}, "logprobs": None}
+            else:
+                prompt = _prompts("completion", run.request)[i // run.choices]
+                echoed = _text(prompt) if run.request.echo else ""
+                said = {"text": echoed + text, "logprobs": self._log_probs(run, prompt, tokens)}
+            choices.append({"index": i, **said, "finish_reason": finish})
         return {**_head(run, stream=False), "choices": choices, "usage": _usage(run)}
+
+    def _log_probs(self, run: _Run, prompt: str | list[int], tokens: int) -> dict[str, Any] | None:
+        """OpenAI's lists; with tokens as ids, which is how the probe asks."""
+        top = run.request.logprobs
+        if top is None:
+            return None
+        push = 0.0 if run.load_id is None else push_of(Path(self._loads[run.load_id].path))
+        length = _length(prompt)
+        ids = prompt if isinstance(prompt, list) else [i % VOCABULARY for i in range(length)]
+        steps: list[dict[str, float] | None] = []
+        names = []
+        for at in range(0 if run.request.echo else length, length + tokens):
+            known = log_probs(_text(prompt), at, push, run.shown)
+            best = sorted(range(VOCABULARY), key=known.__getitem__, reverse=True)
+            actual = ids[at] if at < length else best[0]
+            names.append(f"token_id:{actual}")
+            steps.append({f"token_id:{i}": known[i] for i in dict.fromkeys([actual, *best[:top]])})
+        if run.request.echo:
+            steps[0] = None
+        return {
+            "tokens": names,
+            "token_logprobs": [step and step[name] for name, step in zip(names, steps, strict=True)],
+            "top_logprobs": steps,
+            "text_offset": [0] * len(names),
+        }
 
     def _alive(self) -> None:
         if self._died is not None:
@@ -472,7 +535,15 @@ class FakeEngine:
         self.violations.append(what)
 
 
-def _prompts(kind: str, request: Any) -> list[str]:
+def _length(prompt: str | list[int]) -> int:
+    return len(prompt) if isinstance(prompt, list) else len(prompt.split()) + 1
+
+
+def _text(prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
+
+
+def _prompts(kind: str, request: Any) -> list[str | list[int]]:
     if kind == "responses":
         items = [request.input] if isinstance(request.input, str) else request.input
         return [" ".join(item if isinstance(item, str) else str(dict(item).get("content")) for item in items)]
@@ -483,7 +554,7 @@ def _prompts(kind: str, request: Any) -> list[str]:
         raise ValueError("there is no prompt")
     if isinstance(prompts[0], int):
         prompts = [prompts]
-    return [text if isinstance(text, str) else " ".join(map(str, text)) for text in prompts]
+    return list(prompts)
 
 
 def _head(run: _Run, *, stream: bool) -> dict[str, Any]:

@@ -26,13 +26,17 @@ ROUTES = [
     ("POST", "/tenants/{tenant}/keys"),
     ("GET", "/tenants/{tenant}/keys"),
     ("DELETE", "/tenants/{tenant}/keys/{key_id}"),
+    ("POST", "/tenants/{tenant}/keys/{key_id}/rotate"),
     ("POST", "/tenants/{tenant}/adapters/{name}/versions"),
     ("GET", "/tenants/{tenant}/adapters"),
     ("GET", "/tenants/{tenant}/adapters/{name}"),
     ("PATCH", "/tenants/{tenant}/adapters/{name}"),
     ("DELETE", "/tenants/{tenant}/adapters/{name}"),
+    ("POST", "/tenants/{tenant}/adapters/{name}/warm"),
     ("DELETE", "/tenants/{tenant}/adapters/{name}/versions/{version}"),
+    ("POST", "/tenants/{tenant}/adapters/{name}/verify"),
     ("GET", "/residency"),
+    ("GET", "/usage"),
 ]
 
 
@@ -100,7 +104,7 @@ async def test_tenants_are_made_shown_changed_and_removed(site: Site) -> None:
     assert made.status_code == 201
     assert made.json() | {"created_at": "-"} == {
         "id": "acme", "name": "Acme Inc.", "weight": 2.0, "base_allowed": True, "max_queued": 3,
-        "max_running": None, "created_at": "-",
+        "max_running": None, "created_at": "-", "limits": {}, "budgets": {},
     }  # fmt: skip
     assert (await site.admin.get(f"{TENANTS}/acme")).json() == made.json()
     await site.admin.post(TENANTS, json={"id": "abc"})
@@ -256,6 +260,7 @@ async def test_a_pinned_adapter_stays_in_memory(site: Site) -> None:
     key = await site.tenant(
         "acme", {"pinned": tiny.adapter(0), **{f"a{i}": tiny.adapter(i) for i in range(1, 6)}}
     )
+    engine_of(site).ops.clear()  # each was in memory for its probe
     pinned = await site.admin.patch(f"{TENANTS}/acme/adapters/pinned", json={"pinned": True})
     assert pinned.json()["pinned"] is True
     await ask_first(site, key, model="pinned")
@@ -270,13 +275,13 @@ async def test_a_pinned_adapter_stays_in_memory(site: Site) -> None:
 
 
 async def test_residency_as_it_is_now(site: Site) -> None:
-    key = await site.tenant("acme", {"a": tiny.adapter(1)})
-    engine_of(site).times.step = 0.1
     assert await residency(site) == {
         "slots": [dict.fromkeys(("version", "load_id", "state")) | {"running": 0, "draining": False}] * 2,
         "host": [], "queued": {}, "running": {}, "counters": {}, "aside": 0, "drains": 0,
         "preemptions": 0, "draining": False,
     }  # fmt: skip
+    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+    engine_of(site).times.step = 0.1
     async with site.http.stream(
         "POST", CHAT_URL, json={**CHAT, "max_tokens": 300, "stream": True}, headers=bearer(key)
     ) as stream:

@@ -16,6 +16,7 @@ import pytest
 from adapters.catalog import Catalog
 from adapters.errors import AdapterConflict, AdapterNotFound, AdapterRejected
 from adapters.model import Adapter, Manifest, Version
+from adapters.split import choose
 from adapters.tables import Database
 from server.tenants import Tenants
 from tests.databases import KINDS, empty
@@ -461,11 +462,11 @@ async def test_a_random_walk_agrees_with_a_dictionary(catalog: Catalog) -> None:
     rng = random.Random(11)
     used: dict[tuple[str, str], int] = {}
     known: dict[tuple[str, str], set[int]] = {}
-    for step in range(120):
+    for step in range(200):
         tenant, name = rng.choice(TENANTS[:2]), rng.choice("abc")
         numbers = known.setdefault((tenant, name), set())
         try:
-            match rng.randrange(6):
+            match rng.randrange(8):
                 case 0 | 1:
                     version = await link(catalog, tenant, name, step, make_live=rng.random() < 0.6)
                     assert version.number == used.get((tenant, name), 0) + 1
@@ -481,6 +482,14 @@ async def test_a_random_walk_agrees_with_a_dictionary(catalog: Catalog) -> None:
                     gone = await catalog.delete_adapter(tenant, name)
                     assert {version.number for version in gone} == numbers
                     numbers.clear()
+                case 6:
+                    split = (
+                        {rng.randrange(1, 12): 30, rng.randrange(12, 20): 70} if rng.random() < 0.7 else None
+                    )
+                    await catalog.update(tenant, name, split=split)
+                case 7:
+                    kept = await catalog.keep_newest(tenant, name, rng.randrange(2, 4))
+                    numbers -= {version.number for version in kept}
         except (AdapterNotFound, AdapterConflict):
             pass
         found: list[Adapter] = [a for t in TENANTS for a in await catalog.adapters(t)]
@@ -488,12 +497,16 @@ async def test_a_random_walk_agrees_with_a_dictionary(catalog: Catalog) -> None:
             key: numbers for key, numbers in known.items() if numbers
         }
         for adapter in found:
-            if adapter.live is None:
+            if not adapter.shares:
+                assert adapter.live is adapter.split is None
                 await not_found(catalog, adapter.tenant, adapter.name)
                 continue
-            assert adapter.live_version == await catalog.resolve(adapter.tenant, adapter.name)
+            assert sum(share for _, share in adapter.shares) == 100
+            assert adapter.split or adapter.shares == ((adapter.live_version, 100),)
+            chosen = choose(adapter.shares, f"{adapter.tenant}/{adapter.name}", str(step))
+            assert chosen == await catalog.resolve(adapter.tenant, adapter.name, str(step))
             if adapter.default:
-                assert adapter.live_version == await catalog.resolve(adapter.tenant, None)
+                assert chosen == await catalog.resolve(adapter.tenant, None, str(step))
         assert all(sum(a.default for a in found if a.tenant == tenant) <= 1 for tenant in TENANTS)
         assert await catalog.linked_digests() == {i.version.digest for a in found for i in a.versions}
     assert max(used.values()) > 5

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import VeloraConfig
 from safetensors.torch import load_file, save_file
 
 from adapters.admit import admit
@@ -85,6 +86,18 @@ def test_a_trainers_names_become_pefts(style: str, patterned: Path, base: BaseMo
     assert torch.equal(answer(tmp_path), answer(patterned))
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o444 for path in tmp_path.iterdir())
+
+
+def test_what_velora_saves_for_training_is_left_out(base: BaseModel, tmp_path: Path) -> None:
+    folder = train(tmp_path, velora_config=VeloraConfig(num_groups=16))
+    expected = {name: x for name, x in load_file(folder / WEIGHTS_FILE).items() if "velora" not in name}
+    before = answer(folder)
+    (note,) = admit(folder, base).conversions
+    assert note.endswith("were left out: 4")
+    stored = load_file(folder / WEIGHTS_FILE)
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[name], expected[name]) for name in expected)
+    assert torch.equal(answer(folder), before)
 
 
 @pytest.mark.parametrize("bare", [False, True])

@@ -43,7 +43,10 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 @pytest.fixture
 async def key(site: Site) -> str:
-    return await site.tenant("acme", {"support": tiny.adapter(1), "sales": tiny.adapter(2)})
+    made = await site.tenant("acme", {"support": tiny.adapter(1), "sales": tiny.adapter(2)})
+    engine_of(site).calls.clear()  # of the uploads
+    engine_of(site).ops.clear()
+    return made
 
 
 async def post(site: Site, key: str, url: str, **changes: Any) -> httpx.Response:

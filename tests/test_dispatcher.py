@@ -492,12 +492,49 @@ def test_a_pinned_version_stays() -> None:
     run(scenario())
 
 
-def test_warmed_before_the_first_request() -> None:
+def test_a_pinned_version_is_loaded_without_a_request() -> None:
     async def scenario() -> None:
         async with World() as world:
-            world.dispatcher.warm(version("acme"), slot=True)
+            world.dispatcher.pin(version("pinned"), True)
             await asyncio.sleep(1)
-            assert world.dispatcher.tier_of(version("acme")) is Tier.GPU
+            assert world.dispatcher.tier_of(version("pinned")) is Tier.GPU
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("slot", "tier"), [(False, Tier.HOST), (True, Tier.GPU)])
+def test_warm_returns_when_it_is_there(slot: bool, tier: Tier) -> None:
+    async def scenario() -> None:
+        async with World(times=Times(stage=1.0, activate=0.5)) as world:
+            warming = [
+                asyncio.create_task(world.dispatcher.warm(version("acme"), slot=slot, timeout=10))
+                for _ in range(2)
+            ]
+            await asyncio.sleep(0.9)
+            assert not any(one.done() for one in warming)
+            assert await asyncio.gather(*warming) == [tier, tier]
+            assert world.dispatcher.now() < 2
+            assert await world.dispatcher.warm(version("acme"), slot=slot, timeout=0.1) is tier
+
+    run(scenario())
+
+
+def test_warm_says_why_not() -> None:
+    async def scenario() -> None:
+        async with World(gpu_slots=1, host_slots=1) as world:
+            warm = world.dispatcher.warm
+            async with world.busy("a"):
+                with pytest.raises(Unavailable) as no_room:
+                    await warm(version("b"), slot=False, timeout=0.5)
+            world.engine.fail("stage", version("c").key)
+            with pytest.raises(AdapterUnavailable):
+                await warm(version("c"), slot=False, timeout=0.5)
+            assert no_room.value.code == "no_room"
+            assert world.plan.known_versions() <= {version("a").key}
+            world.dispatcher.drain()
+            with pytest.raises(Unavailable) as stopped:
+                await warm(version("d"), slot=False, timeout=0.5)
+            assert stopped.value.code == "shutting_down"
 
     run(scenario())
 

@@ -683,6 +683,8 @@ BAD: dict[str, Bad] = {
         "feature_unsupported", ("lora_diag",), tensor(f"base_model.model.{Q0}.lora_diag", lambda t: t)
     ),
     "a name of another trainer": Bad("tensor_unknown", ("lora_down",), rename("lora_A", "lora_down")),
+    "a name of diffusers": Bad("tensor_unknown", ("diffusers",), rename("lora_A", "lora.down")),
+    "a name of Megatron": Bad("tensor_unknown", ("Megatron",), rename("lora_A", "adapter.linear_in")),
     "no lora_A": Bad("tensor_unpaired", (B0, "lora_A"), lambda c, t: t.pop(A0)),
     "no lora_B": Bad("tensor_unpaired", (A0, "lora_B"), lambda c, t: t.pop(B0)),
     "twice, with and without prefix": Bad(

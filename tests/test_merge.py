@@ -225,7 +225,7 @@ def test_the_demos_base_is_merged_and_verified(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = prepare(cache_folder()), CHECKOUT / "config" / "demo" / "corvus"
-    monkeypatch.setattr(offline, "PROBES", offline.PROBES[:1])
+    monkeypatch.setattr(offline, "PROMPTS", offline.PROMPTS[:1])
     out = tmp_path / "out"
     assert offline.merge(base, adapter, out, verify=True, tolerance=0.1) == 0
     shown = capsys.readouterr().out

@@ -17,6 +17,7 @@ from sqlalchemy.exc import DatabaseError, IntegrityError, StatementError
 
 from adapters import tables
 from adapters.tables import (
+    WATCH_EVERY,
     AdapterRow,
     Base,
     Database,
@@ -29,6 +30,9 @@ from adapters.tables import (
     now,
 )
 from tests.databases import KINDS, empty
+
+VERSIONS = Path(tables.__file__).parent / "migrations" / "versions"
+HEAD = max(path.name[:4] for path in VERSIONS.glob("[0-9]*.py"))
 
 
 @pytest.fixture(params=KINDS)
@@ -141,7 +145,7 @@ async def test_a_database_of_a_newer_version_is_refused_and_left_alone(url: str)
 
     late = Database(url)
     with pytest.raises(
-        SchemaTooNew, match=r"newer version \(its schema is 9999, this program knows up to 0001\)"
+        SchemaTooNew, match=rf"newer version \(its schema is 9999, this program knows up to {HEAD}\)"
     ):
         await late.open()
     async with late.read() as session:
@@ -153,7 +157,7 @@ async def test_a_database_of_a_newer_version_is_refused_and_left_alone(url: str)
 async def test_an_upgrade_that_fails_leaves_nothing_behind(url: str, tmp_path: Path) -> None:
     (tmp_path / "private").mkdir()
     database = Database(url)
-    async with database.write() as session:
+    async with database.append() as session:
         await session.execute(text("CREATE TABLE versions (something INTEGER)"))
     with pytest.raises(DatabaseError, match=r"versions.*already exists"):
         await database.open()
@@ -164,12 +168,47 @@ async def test_an_upgrade_that_fails_leaves_nothing_behind(url: str, tmp_path: P
     await database.close()
 
 
+async def test_a_database_of_the_first_release_is_upgraded_with_its_rows(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tmp_path / "migrations"
+    shutil.copytree(VERSIONS.parent, first, ignore=shutil.ignore_patterns("000[2-9]*", "__pycache__"))
+    with monkeypatch.context() as patched:
+        patched.setattr(tables, "MIGRATIONS", str(first))
+        database = Database(url)
+        await database.open()
+        for statement in OLD_ROWS:
+            async with database.write() as session:
+                await session.execute(text(statement), {"then": now()})
+        await database.close()
+    database = Database(url)
+    await database.open()
+    async with database.read() as session:
+        assert await session.scalar(text("SELECT version_num FROM alembic_version")) == HEAD
+        (tenant,) = await session.scalars(select(TenantRow))
+        (adapter,) = await session.scalars(select(AdapterRow))
+        (version,) = await session.scalars(select(VersionRow))
+    assert (tenant.id, tenant.cache_salt) == ("acme", "salt")
+    assert (adapter.name, adapter.live, adapter.is_default) == ("a", 1, True)
+    assert (version.digest, version.report) == ("d", {"rank": 8})
+    await database.close()
+
+
+OLD_ROWS = (
+    "INSERT INTO tenants (id, name, weight, base_allowed, cache_salt, created_at)"
+    " VALUES ('acme', 'Acme', 1.0, true, 'salt', :then)",
+    "INSERT INTO adapters (tenant, name, next_version, live, is_default, pinned, created_at)"
+    " VALUES ('acme', 'a', 2, 1, true, false, :then)",
+    "INSERT INTO versions (tenant, adapter, number, digest, rank, size_bytes, report, created_at)"
+    " VALUES ('acme', 'a', 1, 'd', 8, 100, '{\"rank\": 8}', :then)",
+)
+
 NEXT = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "9999"
+down_revision = "HEAD"
 
 
 def upgrade():
@@ -193,7 +232,8 @@ async def test_an_upgrade_that_rebuilds_a_table_keeps_the_rows_that_refer_to_it(
     migrations = tmp_path / "migrations"
     shutil.copytree(Path(tables.__file__).parent / "migrations", migrations)
     recreate = "always" if url.startswith("sqlite") else "auto"
-    (migrations / "versions" / "0002_colour.py").write_text(NEXT.replace("RECREATE", repr(recreate)))
+    after = NEXT.replace("RECREATE", repr(recreate)).replace("HEAD", HEAD)
+    (migrations / "versions" / "9999_colour.py").write_text(after)
     monkeypatch.setattr(tables, "MIGRATIONS", str(migrations))
     database = Database(url)
     await database.open()
@@ -237,7 +277,7 @@ async def test_ping_fails_without_a_database(url: str) -> None:
     database = Database(url)
     await database.open()
     await database.ping()
-    async with database.write() as session:
+    async with database.append() as session:
         await session.execute(text("DROP TABLE meta"))
     with pytest.raises(DatabaseError, match="meta"):
         await database.ping()
@@ -380,6 +420,39 @@ async def test_a_cached_answer_that_was_read_before_a_write_is_not_kept(database
     assert await first == "old"
     assert await cache.get("key", slow) == "new"
     assert await cache.get("key", slow) == "new"
+
+
+async def test_a_cache_forgets_what_another_process_changed(url: str) -> None:
+    ours, theirs = Database(url), Database(url)
+    await ours.open()
+    async with ours.write() as session:
+        session.add(MetaRow(key="k", value="old"))
+    watching = asyncio.create_task(ours.watch())
+    cache: ReadCache[str, str] = ReadCache(ours, 8)
+
+    async def read() -> str:
+        async with ours.read() as session:
+            return (await session.get_one(MetaRow, "k")).value
+
+    assert await cache.get("k", read) == "old"
+    async with theirs.append() as session:
+        (await session.get_one(MetaRow, "k")).value = "unseen"
+    await asyncio.sleep(2 * WATCH_EVERY)
+    assert await cache.get("k", read) == "old"
+    async with theirs.write() as session:
+        (await session.get_one(MetaRow, "k")).value = "new"
+    async with asyncio.timeout(1):
+        while await cache.get("k", read) == "old":
+            await asyncio.sleep(0.02)
+    generation = ours.generation
+    async with ours.write() as session:
+        (await session.get_one(MetaRow, "k")).value = "own"
+    await asyncio.sleep(2 * WATCH_EVERY)
+    assert ours.generation == generation + 1, "its own writes are no news"
+    watching.cancel()
+    await asyncio.wait([watching])
+    await ours.close()
+    await theirs.close()
 
 
 async def test_a_cache_is_bounded_and_keeps_no_failures(database: Database) -> None:

@@ -22,6 +22,7 @@ from server.plan import (
     Slot,
     Stage,
     State,
+    Warmed,
 )
 
 
@@ -226,9 +227,10 @@ def test_a_draining_server_warms_nothing() -> None:
     plan = make(max_staging=1)
     plan.submitted(0.0, ask("r1", "a"))
     plan.warm(0.0, "b", slot=False)
-    plan.drain(0.1)
+    plan.pin(0.0, "p", True, "p")
+    assert Warmed("b", Refusal.DRAINING) in plan.drain(0.1)
     assert plan.staged(0.2, 1) == []
-    assert plan.warm(0.3, "c", slot=False) == []
+    assert plan.warm(0.3, "c", slot=False) == [Warmed("c", Refusal.DRAINING)]
 
 
 # --- room in the engine --------------------------------------------------------------------------
@@ -335,14 +337,16 @@ def test_the_least_recently_used_idle_entry_makes_room() -> None:
 
 
 def test_a_pinned_entry_is_kept_and_an_unpinned_one_goes() -> None:
-    plan = make(gpu=1, host=3)
-    plan.pin(0.0, "a", True, "a")
-    for n, version in enumerate("abc", start=1):
+    plan = make(gpu=1, host=4)
+    load(plan, 0.0, "x", 1)
+    run(plan, 0.0, "x1", "x")
+    for n, version in enumerate("abc", start=2):
         plan.warm(float(n), version, slot=False)
         plan.staged(float(n), n)
-    assert plan.submitted(5.0, ask("d1", "d")) == [Evict("b", 2), Stage("d", 4)]
+    plan.pin(4.0, "a", True, "a")
+    assert plan.submitted(5.0, ask("d1", "d")) == [Evict("b", 3), Stage("d", 5)]
     assert plan.pin(6.0, "a", False, "a") == []
-    assert plan.submitted(7.0, ask("e1", "e")) == [Evict("a", 1), Stage("e", 5)]
+    assert plan.submitted(7.0, ask("e1", "e")) == [Evict("a", 2), Stage("e", 6)]
 
 
 def test_an_idle_version_in_a_slot_makes_room_as_a_last_resort() -> None:
@@ -371,11 +375,11 @@ def test_the_version_that_waits_shortest_is_pushed_out(pinned: list[str], victim
     plan = make(gpu=1, host=5, max_staging=1, slot_patience=10.0)
     load(plan, 0.0, "a", 1)
     run(plan, 0.0, "a1", "a")
-    for version in pinned:
-        plan.pin(0.0, version, True, version)
     arrivals = [(0.0, "x", "x"), (0.1, "t1", "t"), (0.1, "t2", "t"), (1.0, "c", "c"), (1.5, "d", "d")]
     for at, version, tenant in arrivals:
         plan.submitted(at, ask(version, version, tenant=tenant))
+    for version in pinned:
+        plan.pin(2.0, version, True, version)
     staged = [plan.staged(2.0, load_id) for load_id in (2, 3, 4, 5)]
     assert staged == [[Stage("t1", 3)], [Stage("c", 4)], [Stage("d", 5)], []]
     assert plan.tick(10.0) == []
@@ -536,20 +540,20 @@ def test_the_next_slot_is_for_who_has_had_least() -> None:
     assert order == [Run("noisy0"), Run("quiet"), Run("noisy1"), Run("noisy2")]
 
 
-def test_who_has_had_most_gets_a_slot_after_half_the_queue_timeout() -> None:
-    plan = make(gpu=1, host=8, slot_patience=2.0, queue_timeout=60.0)
+def test_who_has_had_most_gets_a_slot_after_three_times_the_patience() -> None:
+    plan = make(gpu=1, host=8, slot_patience=2.0)
     load(plan, 0.0, "a", 1)
     run(plan, 0.0, "a1", "a")
     plan.submitted(0.0, ask("greedy", None, tenant="greedy"))
     plan.progressed(0.0, "greedy", 10, 100_000)
     plan.submitted(0.0, ask("b1", "b", tenant="greedy"))
     plan.staged(0.0, 2)
-    for n, now in enumerate([10.0, 20.0, 29.0], start=3):
+    for n, now in enumerate([1.0, 3.0, 5.0], start=3):
         plan.submitted(now, ask(f"c{n}", f"c{n}"))
         plan.staged(now, n)
-    assert plan.finished(29.5, "a1") == [Deactivate("a", 1), Activate("c3", 3)]
-    plan.activated(29.5, 3)
-    assert plan.finished(30.0, "c3") == [Deactivate("c3", 3), Activate("b", 2)]
+    assert plan.finished(5.5, "a1") == [Deactivate("a", 1), Activate("c3", 3)]
+    plan.activated(5.5, 3)
+    assert plan.finished(6.0, "c3") == [Deactivate("c3", 3), Activate("b", 2)]
 
 
 def test_a_slot_drains_for_one_who_has_had_less_after_a_while() -> None:
@@ -720,8 +724,8 @@ def test_no_slot_drains_for_a_version_that_is_not_there_yet() -> None:
 
 def test_a_pinned_idle_slot_is_kept() -> None:
     plan = make(gpu=2, slot_patience=2.0)
-    plan.pin(0.0, "a", True, "t")
     load(plan, 0.0, "a", 1)
+    plan.pin(0.0, "a", True, "t")
     load(plan, 1.0, "b", 2)
     plan.submitted(2.0, ask("c1", "c"))
     assert plan.staged(2.1, 3) == [Deactivate("b", 2), Activate("c", 3)]
@@ -734,21 +738,23 @@ def test_a_pinned_idle_slot_is_kept() -> None:
 def test_pins_of_one_tenant_do_not_keep_the_last_slot() -> None:
     plan = make(gpu=2)
     for n, version in enumerate("ab", start=1):
-        plan.pin(0.0, version, True, "t")
         load(plan, float(n), version, n)
+        plan.pin(float(n), version, True, "t")
     plan.submitted(3.0, ask("c1", "c"))
     assert plan.staged(3.1, 3) == [Deactivate("a", 1), Activate("c", 3)]
     plan.activated(3.2, 3)
     plan.submitted(3.3, ask("d1", "d"))
     assert plan.staged(3.4, 4) == []  # b is pinned again by the rule
     assert plan.finished(3.5, "c1") == [Deactivate("c", 3), Activate("d", 4)]
+    plan.activated(3.6, 4)
+    assert plan.finished(3.7, "d1") == [Deactivate("d", 4), Activate("a", 1)]
 
 
 def test_patience_overrides_the_pins_where_every_slot_is_pinned() -> None:
     plan = make(gpu=2, slot_patience=2.0)
     for n, version in enumerate("ab", start=1):
-        plan.pin(0.0, version, True, version)
         load(plan, float(n), version, n)
+        plan.pin(float(n), version, True, version)
     plan.submitted(3.0, ask("c1", "c"))
     assert plan.staged(3.1, 3) == []
     assert plan.tick(5.0) == [Deactivate("a", 1), Activate("c", 3)]
@@ -758,33 +764,31 @@ def test_patience_overrides_the_pins_where_every_entry_is_pinned() -> None:
     plan = make(gpu=1, host=2, slot_patience=2.0)
     for n, version in enumerate("ab", start=1):
         plan.pin(0.0, version, True, version)
-        plan.warm(0.0, version, slot=False)
         plan.staged(0.0, n)
+    plan.activated(0.0, 1)
     assert plan.submitted(1.0, ask("c1", "c")) == []
-    assert plan.tick(3.0) == [Evict("a", 1), Stage("c", 3)]
+    assert plan.tick(3.0) == [Evict("b", 2), Stage("c", 3)]
 
 
 def test_an_overdue_version_waits_for_an_unpinned_entry_where_there_is_one() -> None:
     plan = make(gpu=1, host=2, slot_patience=2.0)
-    plan.pin(0.0, "p", True, "p")
-    plan.warm(0.0, "p", slot=False)
-    plan.staged(0.0, 1)
-    load(plan, 0.0, "a", 2)
+    load(plan, 0.0, "a", 1)
     run(plan, 0.0, "a1", "a")
+    plan.pin(0.0, "p", True, "p")
+    plan.staged(0.0, 2)
     plan.submitted(0.0, ask("b1", "b"))
     assert plan.tick(2.0) == []
-    assert plan.finished(9.0, "a1") == [Deactivate("a", 2), Evict("a", 2), Stage("b", 3)]
+    assert plan.finished(9.0, "a1") == [Deactivate("a", 1), Activate("p", 2), Evict("a", 1), Stage("b", 3)]
 
 
 def test_of_pinned_entries_an_idle_one_goes_before_one_that_is_waited_for() -> None:
     plan = make(gpu=1, host=3, max_staging=1, slot_patience=2.0)
-    for version in "abc":
-        plan.pin(0.0, version, True, version)
     load(plan, 0.0, "a", 1)
     run(plan, 0.0, "a1", "a")
-    for n, version in enumerate("bc", start=2):
-        plan.warm(0.0, version, slot=False)
-        plan.staged(0.0, n)
+    for n, version in enumerate("abc", start=1):
+        plan.pin(0.0, version, True, version)
+        if n > 1:
+            plan.staged(0.0, n)
     plan.submitted(0.0, ask("d1", "d"))
     plan.submitted(1.0, ask("c1", "c"))
     assert plan.tick(2.0) == [Evict("b", 2), Stage("d", 4)]
@@ -797,10 +801,10 @@ def test_warm_stages_and_activates_without_a_request() -> None:
     plan = make(gpu=1, host=2)
     assert plan.warm(0.0, "a", slot=True) == [Stage("a", 1)]
     assert plan.warm(0.0, "b", slot=False) == [Stage("b", 2)]
-    assert plan.staged(0.1, 2) == []
+    assert plan.staged(0.1, 2) == [Warmed("b")]
     assert plan.staged(0.2, 1) == [Activate("a", 1)]
-    plan.activated(0.3, 1)
-    assert plan.warm(0.4, "a", slot=True) == []
+    assert plan.activated(0.3, 1) == [Warmed("a")]
+    assert plan.warm(0.4, "a", slot=True) == [Warmed("a")]
     run(plan, 0.5, "r1", "a")
 
 
@@ -810,8 +814,9 @@ def test_warm_can_add_the_slot_later() -> None:
     plan.warm(0.0, "b", slot=False)
     assert plan.warm(0.1, "a", slot=True) == []
     assert plan.staged(0.2, 1) == [Activate("a", 1)]
-    assert plan.staged(0.3, 2) == []
+    assert plan.staged(0.3, 2) == [Warmed("b")]
     assert plan.warm(0.4, "b", slot=True) == [Activate("b", 2)]
+    assert plan.activated(0.5, 2) == [Warmed("b")]
 
 
 def test_warm_waits_behind_requests_and_takes_nobodys_room() -> None:
@@ -821,9 +826,48 @@ def test_warm_waits_behind_requests_and_takes_nobodys_room() -> None:
     assert plan.known_versions() == {"a", "w"}
     assert plan.submitted(0.1, ask("b1", "b")) == []
     assert plan.staged(0.2, 1) == [Activate("a", 1), Stage("b", 2)]
-    assert plan.staged(0.3, 2) == []  # both entries are needed: w is given up
+    assert plan.staged(0.3, 2) == []  # both entries are needed
     plan.activated(0.4, 1)
-    assert plan.known_versions() == {"a", "b"}
+    assert plan.known_versions() == {"a", "b", "w"}
+    assert plan.finished(0.5, "a1") == [Deactivate("a", 1), Activate("b", 2), Evict("a", 1), Stage("w", 3)]
+    assert plan.staged(0.6, 3) == []
+    plan.activated(0.7, 2)
+    assert plan.finished(0.8, "b1") == [Deactivate("b", 2), Activate("w", 3)]
+    assert plan.activated(0.9, 3) == [Warmed("w")]
+
+
+def test_what_nobody_waits_for_any_more_is_not_warmed() -> None:
+    plan = make(gpu=1, host=1)
+    load(plan, 0.0, "a", 1)
+    run(plan, 0.0, "a1", "a")
+    assert plan.warm(0.1, "w", slot=False) == []
+    assert plan.unwarm(0.2, "w") == []
+    assert plan.finished(0.3, "a1") == []
+    assert plan.known_versions() == {"a"}
+
+
+def test_a_version_that_cannot_be_warmed_is_not_tried_without_end() -> None:
+    plan = make()
+    assert plan.warm(0.0, "w", slot=False) == [Stage("w", 1)]
+    assert plan.stage_failed(0.1, 1, "unreadable") == [Warmed("w", Refusal.ADAPTER_UNAVAILABLE)]
+    assert plan.pin(0.2, "p", True, "t") == [Stage("p", 2)]
+    assert plan.stage_failed(0.3, 2, "unreadable") == []
+    assert plan.tick(9.0) == []
+    assert plan.submitted(9.1, ask("p1", "p")) == [Stage("p", 3)]
+
+
+def test_a_pinned_version_comes_when_there_is_room_and_comes_back() -> None:
+    plan = make(gpu=1, host=2, slot_patience=2.0)
+    load(plan, 0.0, "a", 1)
+    run(plan, 0.0, "a1", "a")
+    assert plan.pin(0.1, "p", True, "p") == [Stage("p", 2)]
+    assert plan.staged(0.2, 2) == []
+    assert plan.finished(1.0, "a1") == [Deactivate("a", 1), Activate("p", 2)]
+    plan.activated(1.1, 2)
+    assert plan.submitted(2.0, ask("b1", "b")) == [Evict("a", 1), Stage("b", 3)]
+    assert plan.staged(2.1, 3) == [Deactivate("p", 2), Activate("b", 3)]  # one tenant's pins keep not all
+    plan.activated(2.2, 3)
+    assert plan.finished(5.0, "b1") == [Deactivate("b", 3), Activate("p", 2)]
 
 
 def test_a_retired_version_goes_as_soon_as_it_is_idle() -> None:
@@ -841,8 +885,8 @@ def test_a_retired_version_goes_as_soon_as_it_is_idle() -> None:
 
 def test_a_retired_version_is_still_loaded_for_what_waits_and_then_not_kept() -> None:
     plan = make()
-    plan.pin(0.0, "a", True, "t")
     plan.submitted(0.0, ask("a1"))
+    plan.pin(0.0, "a", True, "t")
     assert plan.retire(0.1, "a") == []
     assert plan.staged(0.2, 1) == [Activate("a", 1)]
     assert plan.activated(0.3, 1) == [Run("a1")]

@@ -25,6 +25,7 @@ from server.plan import (
     Refuse,
     Run,
     Stage,
+    Warmed,
 )
 
 NEVER = 1e9
@@ -79,6 +80,7 @@ class World:
         self.sent: dict[str, Sent] = {}
         self.host: dict[int, str] = {}
         self.staging: set[int] = set()
+        self.warming: set[str] = set()
         self.slots: set[int] = set()
         self.activating: set[int] = set()
         self.seen_loads: set[int] = set()
@@ -166,6 +168,10 @@ class World:
                     assert sent.state == "waiting" or reason is Refusal.ADAPTER_UNAVAILABLE
                     assert after is None or 1 <= after <= 60
                     self._leave(sent, reason.value)
+                case Warmed(version, refusal):
+                    self.warming.remove(version)
+                    staged = {v for id_, v in self.host.items() if id_ not in self.staging}
+                    assert refusal is not None or version in staged
         if self.check_everything:
             self._check()
 
@@ -408,8 +414,12 @@ class Walker:
             world.carry_out(world.plan.pin(world.now, version, rng.random() < 0.4, tenant))
         elif action < 0.97:
             world.carry_out(world.plan.retire(world.now, version))
-        elif action < 0.99:
+        elif action < 0.985:
+            world.warming.add(version)
             world.carry_out(world.plan.warm(world.now, version, rng.random() < 0.5))
+        elif action < 0.99:
+            world.warming.discard(version)
+            world.carry_out(world.plan.unwarm(world.now, version))
         else:
             world.tick()
 

@@ -66,7 +66,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "max_lora_rank": "16", "max_model_len": "128", "engine_args": "{}", "max_running": "3",
         "max_staging": "1", "slot_patience": "0.5", "preempt_after": "3.0",
         "max_queued": "9", "queue_timeout": "1.5", "max_upload_bytes": "100", "max_body_bytes": "2000",
-        "client_timeout": "30.5",
+        "client_timeout": "5.0", "prices": "{}", "keep_usage_days": "30", "keep_versions": "7",
         "drain_timeout": "0.0", "metrics_tenants": "0", "log_format": "text", "log_level": "debug",
     }  # fmt: skip
     assert values.keys() == Settings.model_fields.keys()

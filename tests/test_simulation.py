@@ -25,6 +25,13 @@ def test_every_request_of_a_crowd_has_one_outcome() -> None:
     assert 0 <= done.effects["Activate"] - done.effects["Deactivate"] <= CROWDED.gpu_slots
 
 
+def test_popular_adapters_get_their_slots_beside_an_endless_row_of_others() -> None:
+    """Near what the slots can do: who has had most waits longest, but nobody without end."""
+    traffic = Traffic(tenants=125, adapters=1_250, popularity=1_250, requests=2_000, rate=14.0)
+    done = simulate(traffic, Machine(gpu_slots=8, host_slots=64, max_running=32))
+    assert done.outcomes == {"completed": traffic.requests}
+
+
 def test_a_simulation_is_the_same_every_time() -> None:
     traffic = Traffic(tenants=5, adapters=20, popularity=20, requests=200)
     first, second = simulate(traffic, CROWDED), simulate(traffic, CROWDED)

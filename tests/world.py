@@ -42,7 +42,7 @@ def tenant(id_: str, **fields: Any) -> Tenant:
 class _Catalog:
     """Every tenant has every adapter, after a turn of the loop."""
 
-    async def resolve(self, tenant: str, model: str | None) -> Version:
+    async def resolve(self, tenant: str, model: str | None, unit: str = "") -> Version:
         await asyncio.sleep(0)
         if model == "nobody":
             raise AdapterNotFound("The model does not exist.")

@@ -178,6 +178,8 @@ async def bench(options: argparse.Namespace) -> int:
         running = Bench(scenarios, servers, options.out)
         began = time.monotonic()
         try:
+            for server in servers:
+                await server.install(a for s in scenarios for r in rounds for a in s.adapters(r))
             for round_ in rounds:
                 await running.run(round_)
         finally:

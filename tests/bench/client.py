@@ -34,6 +34,7 @@ class Record:
     """One request as its client saw it. Times are ``time.perf_counter()`` seconds.
 
     ``status`` is None as long as no answer began, and stays so for a request that was given up.
+    ``retry_after`` is what a refusal said, in seconds.
     """
 
     adapter: str | None
@@ -44,6 +45,7 @@ class Record:
     end: float | None = None
     status: int | None = None
     error: str | None = None
+    retry_after: float | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     text: str = ""
@@ -125,6 +127,8 @@ class Client:
                 "POST", target.url, headers=target.headers, json=target.json
             ) as response:
                 record.status = response.status_code
+                if "retry-after" in response.headers:
+                    record.retry_after = float(response.headers["retry-after"])
                 if response.status_code == 200:
                     await self._read(response, record)
                 else:

@@ -134,8 +134,15 @@ class Server(ABC):
     def environment(self, port: int) -> dict[str, str]: ...
 
     @abstractmethod
+    async def install(self, adapters: Iterable[Adapter]) -> None:
+        """What an operator does once: afterwards the adapters are on disk, from start to start.
+
+        Loraplex answers a few tokens with each, so it must not be the same start that is measured.
+        """
+
+    @abstractmethod
     async def prepare(self, adapters: Iterable[Adapter]) -> None:
-        """What an operator does once, long before the first request: afterwards the adapters are on disk."""
+        """Before ``adapters``, which are installed, are measured on a server that has just started."""
 
     async def load(self, adapter: Adapter) -> None:
         """What the server must be told right before an adapter's first request; nothing a second time."""
@@ -152,7 +159,7 @@ class Server(ABC):
 
 
 class Loraplex(Server):
-    """Each adapter is the only one of a customer of the same name. Uploads last from start to start."""
+    """Each adapter is the only one of a customer of the same name."""
 
     name = "loraplex"
     ready_path = "/ready"
@@ -183,10 +190,15 @@ class Loraplex(Server):
         }
         return {f"LORAPLEX_{name}": value for name, value in settings.items()}
 
+    async def install(self, adapters: Iterable[Adapter]) -> None:
+        missing = [a for a in dict.fromkeys((None, *adapters)) if a not in self._keys]
+        if missing:
+            widest = max((a.rank for a in missing if a), default=0)
+            async with self.running(Setup(max_lora_rank=max(widest, 16))):
+                for adapter in missing:
+                    self._keys[adapter] = await self._customer(adapter)
+
     async def prepare(self, adapters: Iterable[Adapter]) -> None:
-        for adapter in (None, *adapters):
-            if adapter not in self._keys:
-                self._keys[adapter] = await self._customer(adapter)
         _read_into_page_cache(self._work / "data")
 
     async def _customer(self, adapter: Adapter | None) -> str:
@@ -238,6 +250,9 @@ class BareVllm(Server):
 
     def environment(self, port: int) -> dict[str, str]:
         return {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+
+    async def install(self, adapters: Iterable[Adapter]) -> None:
+        """Nothing: vLLM knows an adapter from its load on."""
 
     async def prepare(self, adapters: Iterable[Adapter]) -> None:
         for adapter in adapters:

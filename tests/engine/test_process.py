@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from safetensors.torch import load_file, save
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.engine.reference import ATTENTION, Reference, Spec
@@ -121,8 +122,14 @@ async def _set_up(running: Running, admin: str, folder: Path) -> str:
     api, auth = running.http, bearer(admin)
     assert (await api.post("/admin/v1/tenants", json={"id": "acme"}, headers=auth)).status_code == 201
     files = {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
-    made = await api.post("/admin/v1/tenants/acme/adapters/counter/versions", files=files, headers=auth)
+    url = "/admin/v1/tenants/acme/adapters/counter/versions"
+    tensors = {n: t * 1e-12 if "lora_B" in n else t for n, t in load_file(folder / WEIGHTS_FILE).items()}
+    faint = await api.post(url, files={**files, WEIGHTS_FILE: save(tensors)}, headers=auth)
+    assert (faint.status_code, faint.json()["error"]["code"]) == (422, "adapter_no_effect"), faint.text
+    assert "bfloat16" in faint.json()["error"]["message"]
+    made = await api.post(url, files=files, headers=auth)
     assert made.status_code == 201, made.text
+    assert made.json()["report"]["probe"]["log_prob"] > 0.1
     return str((await api.post("/admin/v1/tenants/acme/keys", json={}, headers=auth)).json()["key"])
 
 

@@ -7,6 +7,7 @@ from tests.bench.scenarios import (
     hog,
     noisy,
     overhead,
+    overload,
     replay,
     residency,
     scale,
@@ -29,6 +30,7 @@ SCENARIOS: dict[str, Scenario | Simulation] = {
         weights,
         replay,
         residency,
+        overload,
     )
 }
-FULL_RUN = tuple(name for name in SCENARIOS if name not in ("replay", "residency"))
+FULL_RUN = tuple(name for name in SCENARIOS if name not in ("replay", "residency", "overload"))

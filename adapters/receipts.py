@@ -1,0 +1,82 @@
+"""What uploads were answered, for a client that repeats one because it never saw the answer.
+
+The client gives each upload a key of its own (``Idempotency-Key``). A success is kept for a day, in the same
+transaction as its version, so that there is never one without the other; a refusal may be tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from weakref import WeakValueDictionary
+
+from sqlalchemy import delete
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from adapters.errors import AdapterConflict
+from adapters.model import is_tenant_id
+from adapters.tables import Database, UploadRow, now
+
+KEPT = timedelta(hours=24)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """An upload that has a key. ``answer`` is None until there is one."""
+
+    tenant: str
+    key: str
+    fingerprint: str
+    answer: Mapping[str, Any] | None = None
+
+    async def keep(self, session: AsyncSession, answer: Mapping[str, Any]) -> None:
+        """Adds ``answer`` to a transaction, and takes from it those that are too old."""
+        await session.execute(delete(UploadRow).where(UploadRow.created_at < now() - KEPT))
+        session.add(
+            UploadRow(
+                tenant=self.tenant,
+                key=self.key,
+                fingerprint=self.fingerprint,
+                answer=dict(answer),
+                created_at=now(),
+            )
+        )
+
+
+class Receipts:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._under_way: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def once(self, tenant: str, key: str | None, *asked: object) -> AsyncIterator[Receipt | None]:
+        """The receipt of the upload that ``asked`` describes, None without a key. Two of a key take turns.
+
+        AdapterConflict (``idempotency_conflict``) if something else was asked with this key.
+        """
+        if key is None:
+            yield None
+            return
+        fingerprint = hashlib.sha256(repr(asked).encode()).hexdigest()
+        async with self._under_way.setdefault((tenant, key), asyncio.Lock()):
+            known = await self._find(tenant, key)
+            if known is not None and known.fingerprint != fingerprint:
+                raise AdapterConflict(
+                    "Another upload has this Idempotency-Key: its name, files or options differ. Take a new"
+                    " key for a new upload.",
+                    code="idempotency_conflict",
+                    param="Idempotency-Key",
+                )
+            yield Receipt(tenant, key, fingerprint, known.answer if known else None)
+
+    async def _find(self, tenant: str, key: str) -> UploadRow | None:
+        if not is_tenant_id(tenant):
+            return None
+        async with self._database.read() as session:
+            row = await session.get(UploadRow, (tenant, key))
+        return row if row is not None and row.created_at >= now() - KEPT else None

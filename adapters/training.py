@@ -1,0 +1,35 @@
+"""What the training side computes: the base with the adapter as PEFT runs it, without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from adapters.golden import Golden, GoldenProbe
+
+
+def golden(base_dir: Path, adapter: Path, prompts: Sequence[str], *, tolerance: float) -> Golden:
+    """The log-probabilities of ``prompts`` in float32, as ``probes.json`` has them.
+
+    Needs transformers, PEFT, and memory for the base in float32. ValueError for a prompt of one token, and
+    what those two raise.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_dir, local_files_only=True)
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32, local_files_only=True)
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    probes = []
+    for prompt in prompts:
+        ids = tokenizer(prompt)["input_ids"]
+        if len(ids) < 2:
+            raise ValueError(f"the prompt {prompt!r} has fewer than two tokens")
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids], device=model.device)).logits[0].float()
+        steps = torch.log_softmax(logits[:-1], dim=-1)
+        of_tokens = steps.gather(1, torch.tensor(ids[1:], device=steps.device).unsqueeze(1)).squeeze(1)
+        probes.append(GoldenProbe(prompt=ids, log_probs=of_tokens.tolist(), text=prompt))
+    return Golden(tolerance=tolerance, probes=probes)

@@ -1,0 +1,63 @@
+"""What a tenant's key is and may do; of the key itself only the SHA-256 is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal, get_args
+
+from adapters.tables import KeyRow, now
+from server.errors import Forbidden, Unauthorized, Unprocessable
+from server.limits import KeyLimits
+
+KeyScope = Literal["inference", "adapters:write", "usage:read"]
+SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)
+DEFAULT_SCOPES: tuple[KeyScope, ...] = ("inference",)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """``last_used_at`` may be a minute old."""
+
+    id: str
+    name: str | None
+    created_at: datetime
+    scopes: tuple[KeyScope, ...] = DEFAULT_SCOPES
+    expires_at: datetime | None = None
+    last_used_at: datetime | None = None
+    limits: KeyLimits | None = None
+
+    def check(self, scope: KeyScope) -> None:
+        """Unauthorized (``expired_api_key``) or Forbidden (``scope_missing``) if it may not be used so."""
+        if self.expires_at is not None and self.expires_at <= now():
+            raise Unauthorized("This API key has expired.", code="expired_api_key")
+        if scope not in self.scopes:
+            raise Forbidden(f"This key does not have the scope `{scope}`.", code="scope_missing")
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedKey:
+    """A new key, in clear for the only time."""
+
+    id: str
+    name: str | None
+    created_at: datetime
+    key: str = field(repr=False)
+
+
+def key_info(row: KeyRow) -> KeyInfo:
+    return KeyInfo(
+        id=row.id,
+        name=row.name,
+        created_at=row.created_at,
+        scopes=tuple(scope for scope in SCOPES if scope in (row.scopes or DEFAULT_SCOPES)),
+        expires_at=row.expires_at,
+        last_used_at=row.last_used_at,
+        limits=KeyLimits(**row.limits) if row.limits else None,
+    )
+
+
+def check_expiry(expires_at: datetime | None) -> None:
+    """Unprocessable unless it is None or to come."""
+    if expires_at is not None and (expires_at.tzinfo is None or expires_at <= now()):
+        raise Unprocessable("`expires_at` must be a time to come, with its zone.", param="expires_at")

@@ -1,0 +1,152 @@
+"""A new version beside the base, through the real engine: does it answer with numbers, and does it differ?
+
+A probe is a request like any other, of a customer that nobody can be (``TENANT``): it waits in the fair
+queue, needs a slot for a few tokens, and is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from adapters.errors import AdapterRejected, AdapterUnavailable, fault
+from adapters.golden import Agreement, Golden
+from adapters.model import Manifest, Version
+from adapters.probes import PROMPTS, Scores, compare, finite
+from server.dispatcher import Dispatcher, Lease
+from server.engine import Call, Engine, EngineDied, InFlight
+from server.errors import BadRequest, Internal, TooManyRequests, Unavailable
+
+TENANT = "_server"  # not a tenant's id, see adapters.model.is_tenant_id
+TIMEOUT = 120.0
+_TOP = 20
+_NO_ROOM = "The server found no room to try the adapter, and has changed nothing; try it again later."
+
+
+class Prober:
+    """Asks the engine; the base's answers are kept from the first probe on."""
+
+    def __init__(self, engine: Engine, dispatcher: Dispatcher) -> None:
+        self._engine = engine
+        self._dispatcher = dispatcher
+        self._base: Scores | None = None
+
+    async def probe(self, version: Version, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What ``version``, which needs no row of the catalog, changes in the base's answers; as JSON.
+
+        ``effect`` says whether that is more than the base differs from itself (``noise``); for the numbers
+        see ``Difference``. ``known``, of the same files, is returned if nothing has changed here since.
+
+        AdapterRejected (``weights_not_finite``) if it answers with NaN. AdapterUnavailable where it gets no
+        turn within ``TIMEOUT`` seconds or cannot be loaded, Unavailable where the server is stopping: nothing
+        is said about the version then.
+        """
+        engine = self._engine
+        here = {"base": engine.base.fingerprint, "dtype": engine.lora_dtype, "engine": engine.version}
+        if known is not None and known.items() >= here.items():
+            return dict(known)
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                if self._base is None:
+                    self._base = await self._top(None)
+                again = await self._top(None)
+                scores = await self._top(version)
+        except (TimeoutError, TooManyRequests, AdapterUnavailable) as exc:
+            raise AdapterUnavailable(_NO_ROOM) from exc
+        except BadRequest as exc:
+            raise Internal(f"The engine does not take the server's own probe: {exc.message}") from exc
+        if not finite(scores):
+            raise _not_numbers()
+        changed, noise = compare(again, scores), compare(self._base, again)
+        return {"effect": changed.exceeds(noise), **asdict(changed), "noise": asdict(noise), **here}
+
+    async def check(self, version: Version, golden: Golden) -> Agreement:
+        """``golden`` against what the engine says now, each prompt as a request of its own.
+
+        AdapterRejected (``probes_invalid``, ``probe_mismatch``) where the engine does not take a prompt or
+        reads it as another number of tokens; otherwise as ``probe``.
+        """
+        found: list[list[float]] = []
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                for one in golden.probes:
+                    (said,) = await self._ask(version, [one.prompt], top=0)
+                    found.append(said["token_logprobs"][1:-1])
+        except (TimeoutError, TooManyRequests, AdapterUnavailable) as exc:
+            raise AdapterUnavailable(_NO_ROOM) from exc
+        except BadRequest as exc:
+            raise fault("probes_invalid", f"The engine refuses prompt {len(found)}: {exc.message}.") from exc
+        if not all(map(math.isfinite, itertools.chain(*found))):
+            raise _not_numbers()
+        return golden.compare(found)
+
+    async def _top(self, version: Version | None) -> Scores:
+        said = await self._ask(version, PROMPTS, top=min(_TOP, self._engine.max_logprobs))
+        return [one["top_logprobs"][1:] for one in said]
+
+    async def _ask(
+        self, version: Version | None, prompts: Sequence[str | list[int]], *, top: int
+    ) -> list[dict[str, Any]]:
+        """OpenAI's ``logprobs`` of each prompt and one token more, with ids for tokens; under one lease."""
+        lease = await self._dispatcher.submit(
+            TENANT,
+            version,
+            prompt_tokens=self._engine.count_prompt("".join(map(str, prompts))),
+            max_tokens=len(prompts),
+        )
+        try:
+            said = [await self._run(lease, i, prompt, top) for i, prompt in enumerate(prompts)]
+        except EngineDied as exc:
+            await lease.close("failed")
+            raise Unavailable(
+                "The engine has stopped; the server is restarting.", code="engine_stopped"
+            ) from exc
+        except BaseException:
+            await lease.close("failed")
+            raise
+        await lease.close("completed")
+        return said
+
+    async def _run(self, lease: Lease, number: int, prompt: str | list[int], top: int) -> dict[str, Any]:
+        model = lease.version.key if lease.version else self._engine.base.name
+        call = Call(
+            id=f"probe-{lease.id}-{number}",
+            kind="completion",
+            model=model,
+            public_model=model,
+            cache_salt=TENANT,
+            meter=lease,
+        )
+        lease.work = InFlight(self._engine, call)
+        body = {
+            "prompt": prompt,
+            "echo": True,
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": top,
+            "return_tokens_as_token_ids": True,
+        }
+        answer = await self._engine.answer(call, self._engine.parse("completion", body))
+        assert answer.body is not None
+        said: dict[str, Any] = answer.body["choices"][0]["logprobs"]
+        return said
+
+
+def _not_numbers() -> AdapterRejected:
+    return fault("weights_not_finite", "The engine's answers with this adapter are not numbers.")
+
+
+def no_effect(manifest: Manifest, probe: Mapping[str, Any]) -> AdapterRejected:
+    """The refusal of a version whose ``probe`` shows nothing, with what its inspection knows about why."""
+    change = max(probe["log_prob"], probe["noise"]["log_prob"])
+    largest = max((row.norm[1] for row in manifest.coverage), default=0.0)
+    facts = [
+        f"In the engine no log-probability changes by more than {change:.1g}, which is nothing",
+        f"the largest norm of what it adds to a weight is {largest:.2g}, in {probe['dtype']}",
+        *manifest.warnings,
+    ]
+    return fault("adapter_no_effect", f"{'; '.join(facts)}.")

@@ -1,0 +1,302 @@
+"""What a tenant may still use, and what it has used: every request has a ``Ticket`` from admission to end.
+
+    await quotas.open(tenant)               what it used before this process began
+    ticket = quotas.admit(asked)            before it waits for its turn; reserves the most it can use
+    lease.account = ticket                  told what is produced, and of the end
+    ticket.withdraw()                       instead, where it never got a lease
+
+Limits hold for a tenant and, each key's own, for its keys; budgets for a tenant. All of it is counted here,
+on the event loop, so what is looked at is never stale and nothing runs between a look and a reservation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from adapters.model import Version
+from adapters.tables import now as wall_now
+from server.budgets import PERIODS, Passed, Spending, began, ends
+from server.dispatcher import Lease
+from server.errors import BadRequest, Forbidden, TooManyRequests
+from server.limits import Excess, KeyLimits, Left, Meter, duration
+from server.metrics import Metrics
+from server.settings import Price
+from server.tenants import Tenant
+from server.usage import Usage
+
+logger = logging.getLogger(__name__)
+
+# Admissions between two looks for what nobody uses any more.
+SWEEP_EVERY = 1000
+
+Spent = Callable[[str, datetime, datetime], Awaitable[tuple[int, int]]]
+
+
+async def _nothing_spent(tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
+    return 0, 0
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as quotas see it: by whom, for what, and the most tokens it can use."""
+
+    tenant: Tenant
+    version: Version | None
+    endpoint: str
+    request_id: str
+    prompt_tokens: int
+    output_tokens: int
+
+
+class Quotas:
+    """``record`` takes what a request used when it is over, ``spent`` tells (tokens, cost) from such records.
+
+    ``prices`` is as in the settings; ``clock`` and ``wall`` are the clocks of limits and of budgets.
+    """
+
+    def __init__(
+        self,
+        *,
+        record: Callable[[Usage], None] = lambda _: None,
+        spent: Spent = _nothing_spent,
+        prices: Mapping[str, Price] | None = None,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], datetime] = wall_now,
+    ) -> None:
+        self.record = record
+        self.clock = clock
+        self.wall = wall
+        self._spent = spent
+        self._prices = prices or {}
+        self._metrics = metrics
+        self._started = wall()
+        self._meters: dict[str, Meter] = {}
+        self._spending: dict[tuple[str, datetime], Spending] = {}
+        self._opened: set[tuple[str, datetime]] = set()
+        self._opening = asyncio.Lock()
+        self._admissions = 0
+
+    async def open(self, tenant: Tenant) -> None:
+        """Reads what a tenant with budgets used before this process began, once."""
+        owner = (tenant.id, tenant.created_at)
+        if tenant.budgets is None or owner in self._opened:
+            return
+        async with self._opening:
+            if owner in self._opened:
+                return
+            now, before = self.wall(), {}
+            for period in PERIODS:
+                start = max(began(period, now), tenant.created_at)
+                before[began(period, now)] = period, await self._spent(tenant.id, start, self._started)
+            spending = self.spending(tenant)
+            spending.turn(self.wall())
+            for start, (period, amount) in before.items():
+                if spending.since[period] == start:
+                    spending.used[period].add(*amount)
+            self._opened.add(owner)
+
+    def most_output(self, tenant: Tenant, prompt_tokens: int, sequences: int) -> int | None:
+        """Output tokens of each sequence that limits and budgets leave, at least 1; None if they say nothing.
+
+        For requests that do not say how much they want.
+        """
+        limits = [limits for _, limits in _limits(tenant)]
+        together = [limit.tokens_per_minute for limit in limits]
+        if tenant.budgets is not None:
+            together.append(self.spending(tenant).rest(tenant.budgets, self.wall()))
+        bounds = [limit.max_tokens for limit in limits if limit.max_tokens is not None]
+        bounds += [(most - prompt_tokens) // sequences for most in together if most is not None]
+        return max(1, min(bounds)) if bounds else None
+
+    def admit(self, asked: Asked) -> Ticket:
+        """BadRequest for more ``max_tokens`` than are allowed, TooManyRequests (``rate_limit_exceeded``,
+        ``insufficient_quota``) for what limits and budgets forbid now."""
+        now, tokens = self.clock(), asked.prompt_tokens + asked.output_tokens
+        meters = []
+        for whose, limits in _limits(asked.tenant):
+            meter = self._meter(asked.tenant, whose)
+            if (excess := meter.excess(limits, tokens, now)) is not None:
+                raise _limited(excess, whose)
+            meters.append(meter)
+        cost = self.cost(asked, asked.prompt_tokens, 0, asked.output_tokens)
+        spending = self.spending(asked.tenant)
+        if asked.tenant.budgets is not None:
+            passed = spending.excess(asked.tenant.budgets, tokens, cost, self.wall())
+            if passed is not None:
+                self._count(asked.tenant, "hard")
+                raise _spent_out(passed, tokens, self.wall())
+            self._warn(asked.tenant, spending)
+        for meter in meters:
+            meter.admit(tokens, now)
+        spending.reserved.add(tokens, cost)
+        self._admissions += 1
+        if self._admissions % SWEEP_EVERY == 0:
+            self._sweep(now)
+        return Ticket(self, asked, meters, spending, tokens, cost)
+
+    def headers(self, tenant: Tenant) -> dict[str, str]:
+        """OpenAI's ``x-ratelimit-…``, of whichever limit leaves less, and the warnings of soft budgets."""
+        now, found = self.clock(), {}
+        left: dict[str, Left] = {}
+        for whose, limits in _limits(tenant):
+            for what, rest in self._meter(tenant, whose).left(limits, now).items():
+                if what not in left or rest.remaining < left[what].remaining:
+                    left[what] = rest
+        for what, rest in left.items():
+            found[f"x-ratelimit-limit-{what}"] = str(rest.limit)
+            found[f"x-ratelimit-remaining-{what}"] = str(rest.remaining)
+            found[f"x-ratelimit-reset-{what}"] = duration(rest.reset)
+        if tenant.budgets is not None:
+            passed = self.spending(tenant).warnings(tenant.budgets, self.wall())
+            if passed:
+                found["x-budget-warning"] = "; ".join(map(_used_of, passed))
+        return found
+
+    def cost(self, asked: Asked, prompt: int, cached: int, output: int) -> int:
+        """In ``COST_UNIT``ths of the currency."""
+        model = f"{asked.tenant.id}/{asked.version.adapter}" if asked.version else "base"
+        price = self._prices.get(model) or self._prices.get("*")
+        return price.of(prompt, cached, output) if price else 0
+
+    def spending(self, tenant: Tenant) -> Spending:
+        return self._spending.setdefault((tenant.id, tenant.created_at), Spending())
+
+    def _meter(self, tenant: Tenant, whose: str) -> Meter:
+        return self._meters.setdefault(f"{tenant.id} {whose}", Meter())
+
+    def _warn(self, tenant: Tenant, spending: Spending) -> None:
+        assert tenant.budgets is not None
+        for passed in spending.warnings(tenant.budgets, self.wall()):
+            self._count(tenant, "soft")
+            if (passed.period, passed.unit) not in spending.warned:
+                spending.warned.add((passed.period, passed.unit))
+                logger.warning("tenant %s has used %s", tenant.id, _used_of(passed))
+
+    def _count(self, tenant: Tenant, kind: str) -> None:
+        if self._metrics is not None:
+            self._metrics.budget(tenant.id, kind)
+
+    def _sweep(self, now: float) -> None:
+        self._meters = {key: meter for key, meter in self._meters.items() if not meter.idle(now)}
+        over = {key for key, spending in self._spending.items() if spending.over(self.wall())}
+        self._spending = {key: spending for key, spending in self._spending.items() if key not in over}
+        self._opened -= over
+
+
+class Ticket:
+    """One request's part of everything that is counted."""
+
+    def __init__(
+        self, quotas: Quotas, asked: Asked, meters: list[Meter], spending: Spending, tokens: int, cost: int
+    ) -> None:
+        self._quotas = quotas
+        self._asked = asked
+        self._meters = meters
+        self._spending = spending
+        self._reserved = tokens, cost
+        self._used = 0, 0
+
+    def withdraw(self) -> None:
+        """It will not run. It stays one of the minute's requests."""
+        self._use(0, 0, last=True)
+
+    def progressed(self, lease: Lease) -> None:
+        used = lease.prompt_tokens, lease.cached_tokens, lease.output_tokens
+        self._use(used[0] + used[2], self._quotas.cost(self._asked, *used))
+
+    def closed(self, lease: Lease) -> None:
+        asked, version = self._asked, self._asked.version
+        used = lease.prompt_tokens, lease.cached_tokens, lease.output_tokens
+        cost = self._quotas.cost(asked, *used)
+        self._use(used[0] + used[2], cost, last=True)
+        self._quotas.record(
+            Usage(
+                at=self._quotas.wall(),
+                tenant=asked.tenant.id,
+                key=asked.tenant.key.id if asked.tenant.key else None,
+                adapter=version.adapter if version else None,
+                version=version.number if version else None,
+                endpoint=asked.endpoint,
+                outcome=lease.outcome,
+                request_id=asked.request_id,
+                prompt_tokens=used[0],
+                cached_tokens=used[1],
+                output_tokens=used[2],
+                queue_seconds=lease.queued_for,
+                first_token_seconds=lease.first_token_after or 0.0,
+                seconds=lease.age,
+                cost=cost,
+            )
+        )
+
+    def _use(self, tokens: int, cost: int, *, last: bool = False) -> None:
+        """In all, so far. What is used is taken from what was reserved; at the end the rest is given back."""
+        new = tokens - self._used[0], cost - self._used[1]
+        freed = tuple(
+            held if last else min(held, max(0, more)) for held, more in zip(self._reserved, new, strict=True)
+        )
+        self._used = tokens, cost
+        self._reserved = self._reserved[0] - freed[0], self._reserved[1] - freed[1]
+        for meter in self._meters:
+            meter.used(new[0], freed[0], self._quotas.clock())
+            if last:
+                meter.end()
+        self._spending.reserved.add(-freed[0], -freed[1])
+        self._spending.add(*new, self._quotas.wall())
+
+
+def check_model(tenant: Tenant, adapter: str | None) -> None:
+    """Forbidden (``model_not_allowed``) unless tenant and key may name it; None is the base model."""
+    if not may_name(tenant, adapter):
+        raise Forbidden("This model is not one that you may use.", code="model_not_allowed", param="model")
+
+
+def may_name(tenant: Tenant, adapter: str | None) -> bool:
+    return all(limits.allows(adapter) for _, limits in _limits(tenant))
+
+
+def check_max_tokens(tenant: Tenant, max_tokens: int, param: str) -> None:
+    """BadRequest (``max_tokens_too_large``) if one answer may not be so long."""
+    for whose, limits in _limits(tenant):
+        if limits.max_tokens is not None and max_tokens > limits.max_tokens:
+            raise BadRequest(
+                f"Answers for this {whose.split()[0]} may have at most {limits.max_tokens} tokens.",
+                code="max_tokens_too_large",
+                param=param,
+            )
+
+
+def _limits(tenant: Tenant) -> Iterator[tuple[str, KeyLimits]]:
+    """("tenant" or "key <id>", its limits), where there are any."""
+    if tenant.limits is not None:
+        yield "tenant", tenant.limits
+    if tenant.key is not None and tenant.key.limits is not None:
+        yield f"key {tenant.key.id}", tenant.key.limits
+
+
+def _limited(excess: Excess, whose: str) -> TooManyRequests:
+    what = excess.limit.replace("_", " ")
+    text = f"Rate limit reached for this {whose.split()[0]}: {excess.allowed} {what}."
+    if excess.never:
+        text += f" This request may use {excess.asked}; make it shorter, or ask for fewer max_tokens."
+    else:
+        text += f" Try again in {duration(excess.retry_after)}."
+    return TooManyRequests(text, code="rate_limit_exceeded", retry_after=excess.retry_after)
+
+
+def _spent_out(passed: Passed, tokens: int, now: datetime) -> TooManyRequests:
+    text = f"You exceeded your current quota: {_used_of(passed)} used or reserved"
+    if passed.used < passed.limit and passed.unit == "tokens":
+        text += f", and this request may use {tokens} tokens; ask for fewer max_tokens"
+    seconds = (ends(passed.period, now) - now).total_seconds()
+    return TooManyRequests(f"{text}.", code="insufficient_quota", retry_after=seconds)
+
+
+def _used_of(passed: Passed) -> str:
+    return f"{passed.shown(passed.used)} of {passed.shown(passed.limit)} of the {passed.period}"

@@ -1,0 +1,87 @@
+"""What was used: for operators (``/admin/v1/usage``), and for a customer its own (``/v1/usage``)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from server import admin
+from server.errors import Unprocessable
+from server.http import tenant_of
+from server.usage import GROUPS, Group, Question, usage
+
+operators = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=admin.router.dependencies)
+customers = APIRouter(prefix="/v1", tags=["self-service"])
+
+Start = Annotated[datetime | None, Query(alias="from", description="ISO 8601; UTC where it has no zone.")]
+End = Annotated[datetime | None, Query(alias="to", description="The first moment that does not count.")]
+Format = Literal["json", "csv"] | None
+By = Annotated[str, Query(description=f"Comma-separated: {', '.join(GROUPS)}.")]
+
+
+@operators.get("/usage", summary="Sums of what was used, also as CSV (`Accept: text/csv` or `format=csv`)")
+async def all_usage(
+    request: Request,
+    tenant: str | None = None,
+    adapter: str | None = None,
+    key: str | None = None,
+    start: Start = None,
+    end: End = None,
+    by: By = "",
+    format: Format = None,
+) -> Response:
+    question = Question(tenant, adapter, key, _utc(start), _utc(end), groups_of(by))
+    return await answer(request, question, format)
+
+
+@customers.get("/usage", summary="The customer's own; needs a key with the scope `usage:read`")
+async def own_usage(
+    request: Request,
+    adapter: str | None = None,
+    key: str | None = None,
+    start: Start = None,
+    end: End = None,
+    by: By = "",
+    format: Format = None,
+) -> Response:
+    tenant = await tenant_of(request, "usage:read")
+    # What a tenant of the same name used, which is no more, is none of this one's business.
+    first = max(_utc(start) or tenant.created_at, tenant.created_at)
+    question = Question(tenant.id, adapter, key, first, _utc(end), groups_of(by))
+    return await answer(request, question, format)
+
+
+async def answer(request: Request, question: Question, format: str | None) -> Response:
+    """Everything that ended before the call is in it."""
+    await request.app.state.recorder.flush()
+    rows = await usage(request.app.state.database, question)
+    if format == "csv" or (format is None and "text/csv" in request.headers.get("accept", "")):
+        return Response(_csv(rows, question), media_type="text/csv")
+    return JSONResponse({"object": "list", "data": rows})
+
+
+def groups_of(by: str) -> tuple[Group, ...]:
+    """Unprocessable for one that there is not."""
+    names = [name.strip() for name in by.split(",") if name.strip()]
+    groups = tuple(group for name in dict.fromkeys(names) for group in GROUPS if group == name)
+    if len(groups) < len(names):
+        raise Unprocessable(f"`by` takes {', '.join(GROUPS)}, each once, with commas between.", param="by")
+    return groups
+
+
+def _utc(time: datetime | None) -> datetime | None:
+    return time.replace(tzinfo=UTC) if time is not None and time.tzinfo is None else time
+
+
+def _csv(rows: list[dict[str, Any]], question: Question) -> str:
+    file = io.StringIO()
+    names = rows[0] if rows else question.by
+    writer = csv.DictWriter(file, list(names))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

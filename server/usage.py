@@ -1,0 +1,273 @@
+"""What was used: a row for every request that the engine took, written soon after it ended.
+
+Rows wait in memory for at most ``FLUSH_EVERY`` seconds and are then written together, so a SIGKILL loses
+the last second and nothing else. While the database cannot be written to, rows beyond ``MOST_WAITING`` are
+added up by hour and origin: what is lost then is which request it was, never a token.
+
+Rows older than ``keep_days`` are added up by day in the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, get_args
+
+from sqlalchemy import ColumnElement, Select, delete, func, insert, null, select, update
+
+from adapters.tables import Database, KeyRow, UsageRow, now
+from server.budgets import COST_UNIT
+from server.errors import Unprocessable
+from server.metrics import Outcome
+
+logger = logging.getLogger(__name__)
+
+FLUSH_EVERY = 1.0
+MOST_WAITING = 10_000
+TOUCH_EVERY = 60.0
+ROLL_UP_EVERY = 3600.0
+MOST_GROUPS = 10_000
+
+Group = Literal["hour", "day", "tenant", "adapter", "version", "key", "endpoint", "outcome"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one request used, or several together (then ``request_id`` is None). Times are in seconds.
+
+    ``key`` is None for a gateway's request, ``adapter`` and ``version`` for one to the base model.
+    """
+
+    at: datetime
+    tenant: str
+    key: str | None
+    adapter: str | None
+    version: int | None
+    endpoint: str
+    outcome: Outcome
+    request_id: str | None
+    requests: int = 1
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    queue_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    seconds: float = 0.0
+    cost: int = 0
+
+    @property
+    def hour(self) -> int:
+        """Hours since 1970."""
+        return int(self.at.timestamp()) // 3600
+
+    def row(self) -> dict[str, Any]:
+        return {"hour": self.hour} | {name: getattr(self, name) for name in self.__slots__}
+
+    def origin(self) -> tuple[Any, ...]:
+        return self.hour, *(getattr(self, name) for name in ORIGIN)
+
+
+ORIGIN = ("tenant", "key", "adapter", "version", "endpoint", "outcome")
+SUMS = (
+    "requests", "prompt_tokens", "cached_tokens", "output_tokens", "queue_seconds", "first_token_seconds",
+    "seconds", "cost",
+)  # fmt: skip
+
+
+def added_up(records: Iterable[Usage]) -> list[Usage]:
+    """One record for all of the same hour and origin; the sums stay what they were."""
+    totals: dict[tuple[Any, ...], Usage] = {}
+    for record in records:
+        total = totals.get(record.origin())
+        if total is not None:
+            sums = {name: getattr(total, name) + getattr(record, name) for name in SUMS}
+            record = replace(total, request_id=None, **sums)
+        totals[record.origin()] = record
+    return list(totals.values())
+
+
+class Recorder:
+    """Takes records and keys' times of use on the event loop, and writes them in the background."""
+
+    def __init__(self, database: Database, *, keep_days: int) -> None:
+        self._database = database
+        self._keep = timedelta(days=keep_days)
+        self._waiting: list[Usage] = []
+        self._used: dict[str, datetime] = {}
+        self._writing = asyncio.Lock()
+        self._write: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+        self._loop: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._loop = asyncio.create_task(self._flush_forever(), name="loraplex-usage")
+
+    async def stop(self) -> None:
+        """Everything is on disk when it returns; raises what kept it from getting there."""
+        self._stopping.set()
+        if self._loop is not None:
+            await self._loop
+        await self.flush()
+        await self.write_used()
+
+    def record(self, record: Usage) -> None:
+        self._waiting.append(record)
+        if len(self._waiting) > MOST_WAITING:
+            self._waiting = added_up(self._waiting)
+
+    def used(self, key: str) -> None:
+        self._used[key] = now()
+
+    async def flush(self) -> None:
+        """Writes all that was recorded before the call. What fails stays, and its error comes through.
+
+        Goes on if the caller is cancelled: whether a commit that was given up took place is not to be known.
+        """
+        self._write = asyncio.ensure_future(self._flush())
+        await asyncio.shield(self._write)
+
+    async def _flush(self) -> None:
+        async with self._writing:
+            batch, self._waiting = self._waiting, []
+            if not batch:
+                return
+            written = False
+            try:
+                async with self._database.append() as session:
+                    await session.execute(insert(UsageRow), [record.row() for record in batch])
+                written = True
+            finally:
+                if not written:
+                    self._waiting = added_up([*batch, *self._waiting])
+
+    async def _flush_forever(self) -> None:
+        due = {self.write_used: TOUCH_EVERY, self._roll_up: 0.0}
+        every = {self.write_used: TOUCH_EVERY, self._roll_up: ROLL_UP_EVERY}
+        while not self._stopping.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), FLUSH_EVERY)
+            try:
+                await self.flush()
+                for step in due:
+                    due[step] -= FLUSH_EVERY
+                    if due[step] <= 0:
+                        due[step] = every[step]
+                        await step()
+            except Exception:
+                logger.exception("usage could not be written; %d records wait", len(self._waiting))
+
+    async def write_used(self) -> None:
+        """When which keys were last used."""
+        used, self._used = self._used, {}
+        if not used:
+            return
+        async with self._database.append() as session:
+            for key, at in used.items():
+                await session.execute(update(KeyRow).where(KeyRow.id == key).values(last_used_at=at))
+
+    async def _roll_up(self) -> None:
+        while await roll_up(self._database, now() - self._keep):
+            pass
+
+
+async def roll_up(database: Database, before: datetime) -> bool:
+    """Adds up the oldest day that ended at ``before`` or earlier; False when there is none left.
+
+    A total has the time of its first row, so that it belongs to no tenant that is younger.
+    """
+    single = UsageRow.request_id.is_not(None)
+    last = before.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    async with database.append() as session:
+        oldest = await session.scalar(select(func.min(UsageRow.hour)).where(single, UsageRow.at < last))
+        if oldest is None:
+            return False
+        day = (UsageRow.hour >= oldest // 24 * 24, UsageRow.hour < (oldest // 24 + 1) * 24)
+        origin = [getattr(UsageRow, name) for name in ORIGIN]
+        sums = [func.sum(getattr(UsageRow, name)) for name in SUMS]
+        total = select(func.min(UsageRow.at), func.min(UsageRow.hour), *origin, null(), *sums)
+        # Its rows have ids beyond these, and must not be deleted with them.
+        newest = await session.scalar(select(func.max(UsageRow.id)).where(*day))
+        names = ["at", "hour", *ORIGIN, "request_id", *SUMS]
+        await session.execute(
+            insert(UsageRow).from_select(names, total.where(*day).group_by(*origin), include_defaults=False)
+        )
+        await session.execute(delete(UsageRow).where(*day, UsageRow.id <= newest))
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Whose usage, of what time (``start`` <= at < ``end``), and by what it is to be added up."""
+
+    tenant: str | None = None
+    adapter: str | None = None
+    key: str | None = None
+    start: datetime | None = None
+    end: datetime | None = None
+    by: Sequence[Group] = ()
+
+
+async def usage(database: Database, question: Question) -> list[dict[str, Any]]:
+    """The sums, one dictionary for each group, in the groups' order. Hours and days by their beginning.
+
+    What was rolled up counts whole where its first row does. Unprocessable for more than ``MOST_GROUPS``.
+    """
+    groups = [_group(name).label(f"by_{name}") for name in question.by]
+    sums = [func.coalesce(func.sum(getattr(UsageRow, name)), 0).label(name) for name in SUMS]
+    query = _asked(select(*groups, *sums), question).limit(MOST_GROUPS + 1)
+    if groups:
+        query = query.group_by(*groups)
+    async with database.read() as session:
+        found = (await session.execute(query)).mappings().all()
+    if len(found) > MOST_GROUPS:
+        raise Unprocessable(f"That is more than {MOST_GROUPS} groups; ask for less time, or by less.")
+    rows = [{name: _shown(name, row[f"by_{name}"]) for name in question.by} | _totals(row) for row in found]
+    return sorted(rows, key=lambda row: [(row[name] is not None, row[name]) for name in question.by])
+
+
+async def spent(database: Database, tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
+    """(prompt and output tokens, cost) of the tenant's requests that ended in that time."""
+    tokens = func.sum(UsageRow.prompt_tokens + UsageRow.output_tokens)
+    query: Select[*tuple[Any, ...]] = select(
+        func.coalesce(tokens, 0), func.coalesce(func.sum(UsageRow.cost), 0)
+    )
+    async with database.read() as session:
+        row = (await session.execute(_asked(query, Question(tenant=tenant, start=start, end=end)))).one()
+    return int(row[0]), int(row[1])
+
+
+def _asked(query: Select[*tuple[Any, ...]], question: Question) -> Select[*tuple[Any, ...]]:
+    for column in ("tenant", "adapter", "key"):
+        if (wanted := getattr(question, column)) is not None:
+            query = query.where(getattr(UsageRow, column) == wanted)
+    if question.start is not None:
+        query = query.where(UsageRow.at >= question.start)
+    if question.end is not None:
+        query = query.where(UsageRow.at < question.end)
+    return query
+
+
+def _group(name: Group) -> ColumnElement[Any]:
+    if name == "day":
+        return UsageRow.hour // 24
+    column: ColumnElement[Any] = getattr(UsageRow, name)
+    return column
+
+
+def _shown(name: Group, value: Any) -> Any:
+    if name in ("hour", "day"):
+        return datetime.fromtimestamp(value * (3600 if name == "hour" else 86400), UTC).isoformat()
+    return value
+
+
+def _totals(row: Any) -> dict[str, float]:
+    whole = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
+    total: dict[str, float] = {name: int(row[name]) for name in whole}
+    total["total_tokens"] = total["prompt_tokens"] + total["output_tokens"]
+    total |= {name: round(float(row[name]), 6) for name in SUMS if name.endswith("seconds")}
+    return total | {"cost": int(row["cost"]) / COST_UNIT}

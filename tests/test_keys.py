@@ -1,0 +1,145 @@
+"""Keys: scopes, expiry, rotation, last use, and revocation that other processes see."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.tables import Database
+from server.tenants import Tenants
+from tests import tiny
+from tests.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
+from tests.test_api import CHAT, CHAT_URL, error
+from tests.tiny import fake_site
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
+
+KEYS = "/admin/v1/tenants/acme/keys"
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with fake_site(tmp_path) as site:
+        yield site
+
+
+async def issue(site: Site, **fields: Any) -> dict[str, Any]:
+    made = await site.admin.post(KEYS, json=fields)
+    assert made.status_code == 201, made.text
+    return dict(made.json())
+
+
+async def shown(site: Site, id_: str) -> dict[str, Any]:
+    listed = (await site.admin.get(KEYS)).json()["data"]
+    return next(key for key in listed if key["id"] == id_)
+
+
+async def ask(site: Site, key: str) -> Any:
+    return await site.http.post(CHAT_URL, json=CHAT, headers=bearer(key))
+
+
+async def test_a_key_is_for_inference_unless_it_says_more(site: Site) -> None:
+    await site.tenant("acme", {"a": tiny.adapter(1)})
+    plain = await issue(site)
+    assert (await shown(site, plain["id"]))["scopes"] == ["inference"]
+    assert (await ask(site, plain["key"])).status_code == 200
+    other = await issue(site, scopes=["usage:read", "adapters:write"])
+    assert (await shown(site, other["id"]))["scopes"] == ["adapters:write", "usage:read"]
+    error(await ask(site, other["key"]), 403, "scope_missing")
+    listed = await site.http.get("/v1/models", headers=bearer(other["key"]))
+    error(listed, 403, "scope_missing")
+
+
+async def test_a_key_expires(site: Site) -> None:
+    await site.tenant("acme", {"a": tiny.adapter(1)})
+    soon = datetime.now(UTC) + timedelta(seconds=1.5)
+    key = await issue(site, expires_at=soon.isoformat())
+    assert (await shown(site, key["id"]))["expires_at"] == soon.isoformat()
+    assert (await ask(site, key["key"])).status_code == 200
+    await asyncio.sleep((soon - datetime.now(UTC)).total_seconds())
+    error(await ask(site, key["key"]), 401, "expired_api_key")
+    error(await site.admin.post(f"{KEYS}/{key['id']}/rotate"), 409, "conflict")
+
+
+async def test_rotation_keeps_everything_and_ends_the_old_key_after_the_overlap(site: Site) -> None:
+    await site.tenant("acme", {"a": tiny.adapter(1)})
+    until = (datetime.now(UTC) + timedelta(days=9)).isoformat()
+    terms = {"name": "app", "scopes": ["inference"], "limits": {"max_tokens": 9}, "expires_at": until}
+    first = await issue(site, **terms)
+    made = await site.admin.post(f"{KEYS}/{first['id']}/rotate", json={"overlap_seconds": 2})
+    assert made.status_code == 201
+    second = made.json()
+    assert second["key"] not in (first["key"], None)
+    assert second["replaces"]["id"] == first["id"]
+    new = await shown(site, second["id"])
+    assert {name: new[name] for name in terms} == terms
+    for key in (first, second):
+        assert (await ask(site, key["key"])).status_code == 200
+    await asyncio.sleep(2)
+    error(await ask(site, first["key"]), 401, "expired_api_key")
+    assert (await ask(site, second["key"])).status_code == 200
+    at_once = (await site.admin.post(f"{KEYS}/{second['id']}/rotate")).json()
+    error(await ask(site, second["key"]), 401, "expired_api_key")
+    assert (await ask(site, at_once["key"])).status_code == 200
+    error(await site.admin.post(f"{KEYS}/0123456789abcdef/rotate"), 404, "not_found")
+    assert second["key"] not in (await site.admin.get(KEYS)).text
+
+
+async def test_a_keys_own_limits_hold(site: Site) -> None:
+    await site.tenant("acme", {"a": tiny.adapter(1)})
+    one, two = await issue(site, limits={"requests_per_minute": 1}), await issue(site)
+    answered = await ask(site, one["key"])
+    assert answered.headers["x-ratelimit-remaining-requests"] == "0"
+    error(await ask(site, one["key"]), 429, "rate_limit_exceeded")
+    assert (await ask(site, two["key"])).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"scopes": []}, "scopes"),
+        ({"scopes": ["everything"]}, "scopes.0"),
+        ({"expires_at": "2020-01-01T00:00:00Z"}, "expires_at"),
+        ({"expires_at": "2999-01-01T00:00:00"}, "expires_at"),
+        ({"limits": {"max_adapters": 3}}, "limits.max_adapters"),
+    ],
+)
+async def test_keys_that_cannot_be(site: Site, fields: dict[str, Any], param: str) -> None:
+    await site.tenant("acme")
+    refused = await site.admin.post(KEYS, json=fields)
+    assert refused.status_code == 422
+    assert refused.json()["error"]["param"] == param
+
+
+async def test_the_time_of_last_use_is_written_in_the_background(site: Site) -> None:
+    await site.tenant("acme", {"a": tiny.adapter(1)})
+    used, unused = await issue(site), await issue(site)
+    await ask(site, used["key"])
+    await site.http.post(CHAT_URL, json=CHAT, headers={**bearer(SERVICE_KEY), "X-Customer-ID": "acme"})
+    generation = site.app.state.database.generation
+    await site.app.state.recorder.write_used()
+    assert site.app.state.database.generation == generation, "no cache is emptied for it"
+    at = datetime.fromisoformat((await shown(site, used["id"]))["last_used_at"])
+    assert abs((datetime.now(UTC) - at).total_seconds()) < 60
+    assert (await shown(site, unused["id"]))["last_used_at"] is None
+
+
+async def test_a_key_that_another_process_revokes_is_refused_within_a_second(
+    site: Site, tmp_path: Path
+) -> None:
+    await site.tenant("acme", {"a": tiny.adapter(1)})
+    key = await issue(site)
+    assert (await ask(site, key["key"])).status_code == 200
+    database = Database(site.app.state.settings.database_url)
+    await Tenants(database, admin_key=ADMIN_KEY, service_key=None).revoke("acme", key["id"])
+    began = asyncio.get_running_loop().time()
+    while (await ask(site, key["key"])).status_code == 200:
+        assert asyncio.get_running_loop().time() - began < 1
+        await asyncio.sleep(0.02)
+    error(await ask(site, key["key"]), 401, "invalid_api_key")
+    await database.close()

@@ -1,0 +1,132 @@
+"""``Idempotency-Key`` over real HTTP: an upload that is repeated happens once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import func, select, update
+
+from adapters import receipts
+from adapters.tables import UploadRow, now
+from tests import tiny
+from tests.fakes import FakeEngine, Times
+from tests.site import Site
+from tests.test_api import engine_of, error
+from tests.test_upload import URL, blobs, files
+from tests.tiny import fake_site
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with fake_site(tmp_path, FakeEngine(tiny.base(), times=Times(step=0.005))) as site:
+        await site.admin.post("/admin/v1/tenants", json={"id": "acme"})
+        yield site
+
+
+async def upload(site: Site, key: str, seed: int = 1, url: str = URL, **changes: bytes) -> httpx.Response:
+    sent: dict[str, Any] = {**files(seed), **changes}
+    return await site.admin.post(url, files=sent, headers={"Idempotency-Key": key})
+
+
+async def versions(site: Site, name: str = "a") -> list[int]:
+    shown = (await site.admin.get(f"/admin/v1/tenants/acme/adapters/{name}")).json()
+    return [version["version"] for version in shown.get("versions", [])]
+
+
+async def test_the_same_key_and_body_get_the_same_answer(site: Site, tmp_path: Path) -> None:
+    first = await upload(site, "one")
+    calls = len(engine_of(site).calls)
+    again = await upload(site, "one")
+    assert (first.status_code, again.status_code) == (201, 201)
+    assert again.json() == first.json()
+    assert await versions(site) == [1]
+    assert len(engine_of(site).calls) == calls, "nothing was done"
+    assert len(blobs(tmp_path)) == 1
+    await upload(site, "two", seed=2)
+    assert (await upload(site, "one")).json()["live"] == 1, "what was said then, not what is now"
+    other = await upload(site, "three")
+    assert other.json()["version"] == 3, "another key is another upload"
+
+
+async def test_the_same_key_for_something_else_is_a_conflict(site: Site) -> None:
+    await upload(site, "one")
+    for other in (
+        await upload(site, "one", seed=2),
+        await upload(site, "one", url=URL.replace("/a/", "/b/")),
+        await upload(site, "one", url=f"{URL}?allow_no_effect=true"),
+    ):
+        said = error(other, 409, "idempotency_conflict", "Idempotency-Key")
+        assert "new" in said["message"]
+    assert await versions(site) == [1]
+    assert await versions(site, "b") == []
+
+
+async def test_keys_are_each_tenants_own(site: Site) -> None:
+    await site.admin.post("/admin/v1/tenants", json={"id": "zeta"})
+    await upload(site, "one")
+    other = await upload(site, "one", seed=2, url=URL.replace("acme", "zeta"))
+    assert other.status_code == 201
+    assert other.json()["digest"] != (await upload(site, "one")).json()["digest"]
+    await site.admin.delete("/admin/v1/tenants/zeta")
+    await site.admin.post("/admin/v1/tenants", json={"id": "zeta"})
+    anew = await upload(site, "one", seed=3, url=URL.replace("acme", "zeta"))
+    assert (anew.status_code, anew.json()["version"]) == (201, 1)
+
+
+async def test_a_refusal_may_be_tried_again(site: Site) -> None:
+    refused = await upload(site, "one", **{"README.md": b"x"})
+    assert refused.status_code == 422
+    assert (await upload(site, "one")).status_code == 201
+
+
+async def test_several_at_once_are_one(site: Site) -> None:
+    made = await asyncio.gather(*(upload(site, "one") for _ in range(4)))
+    assert [one.status_code for one in made] == [201] * 4
+    assert all(one.json() == made[0].json() for one in made)
+    assert await versions(site) == [1]
+    both = await asyncio.gather(upload(site, "two", seed=2), upload(site, "two", seed=3))
+    assert sorted(one.status_code for one in both) == [201, 409]
+    assert await versions(site) == [1, 2]
+
+
+async def test_a_day_later_it_is_forgotten(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    await upload(site, "old")
+    await upload(site, "young", seed=2)
+    database = site.app.state.database
+    async with database.write() as session:
+        past = update(UploadRow).where(UploadRow.key == "old")
+        await session.execute(past.values(created_at=now() - receipts.KEPT - timedelta(minutes=1)))
+    anew = await upload(site, "old", seed=3)
+    assert (anew.status_code, anew.json()["version"]) == (201, 3)
+    assert (await upload(site, "young", seed=2)).json()["version"] == 2
+    async with database.write() as session:
+        await session.execute(update(UploadRow).values(created_at=now() - 2 * receipts.KEPT))
+    await upload(site, "new", seed=4)
+    async with database.read() as session:
+        assert await session.scalar(select(func.count()).select_from(UploadRow)) == 1, "the rest is pruned"
+
+
+async def test_it_outlives_a_restart_and_the_version(tmp_path: Path) -> None:
+    async with fake_site(tmp_path) as site:
+        await site.admin.post("/admin/v1/tenants", json={"id": "acme"})
+        first = (await upload(site, "one")).json()
+        await site.admin.delete("/admin/v1/tenants/acme/adapters/a")
+    async with fake_site(tmp_path) as site:
+        assert (await upload(site, "one")).json() == first
+        assert (await site.admin.get("/admin/v1/tenants/acme/adapters")).json()["data"] == []
+
+
+@pytest.mark.parametrize("key", ["", "a b", "x" * 256, "ä".encode("latin-1").decode("latin-1")])
+async def test_keys_that_cannot_be(site: Site, key: str) -> None:
+    sent = [(b"Idempotency-Key", key.encode("latin-1"))]
+    refused = await site.admin.post(URL, files=files(), headers=sent)
+    error(refused, 422, "invalid_request", "header.idempotency-key")
+    assert await versions(site) == []
