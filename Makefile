@@ -57,7 +57,7 @@ bench: $(STAMP) ## Measure against bare vLLM, about 50 minutes; SCENARIO=storm f
 	$(PY) -m tests.bench $(SCENARIO) $(if $(RUNS),--runs $(RUNS)) $(if $(filter-out 0,$(QUICK)),--quick) \
 		$(if $(MINUTES),--minutes $(MINUTES))
 
-fuzz: $(STAMP) ## Parsers of uploads, four minutes; then the whole API, an hour; COUNT=200000, SEED=0, CASES=2000
+fuzz: $(STAMP) ## Parsers of uploads, four minutes; then the API, two hours; COUNT=200000, SEED=0, CASES=2000
 	$(PY) -m tests.fuzz $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED))
 	CASES=$(or $(CASES),2000) $(PY) -m pytest -q --timeout 3600 tests/test_document.py
 

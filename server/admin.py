@@ -132,7 +132,7 @@ def _json(model: type[_Body]) -> Any:
 
 
 def documented(model: type[_Body]) -> dict[str, Any]:
-    schema = {"schema": model.model_json_schema()}
+    schema = {"schema": model.model_json_schema(ref_template="#/components/schemas/{model}")}
     return {"requestBody": {"content": {"application/json": schema}, "required": not model.empty}}
 
 

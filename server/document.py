@@ -23,14 +23,22 @@ def document(app: FastAPI) -> Callable[[], Schema]:
     def openapi() -> Schema:
         if app.openapi_schema is None:
             made = plain()
-            made["components"] = _COMPONENTS
+            made["components"] = {**_COMPONENTS, "schemas": dict(_COMPONENTS["schemas"])}
             for path, methods in made["paths"].items():
                 for method, operation in methods.items():
                     _complete(path, method, operation)
+                    made["components"]["schemas"] |= _definitions(operation)
             app.openapi_schema = made
         return app.openapi_schema
 
     return openapi
+
+
+def _definitions(operation: Schema) -> Schema:
+    """What a body's schema refers to, which has its place beside the answers'."""
+    content = operation.get("requestBody", {}).get("content", {})
+    schemas = [kind["schema"].pop("$defs", {}) for kind in content.values()]
+    return {name: schema for defined in schemas for name, schema in defined.items()}
 
 
 def _complete(path: str, method: str, operation: Schema) -> None:

@@ -586,7 +586,11 @@ def _under_messages(create: Any) -> Any:
             raise RuntimeError("the engine was asked for a message outside an admitted call")
         request.request_id = call.id
         result = await create(request, raw_request)
-        return result if hasattr(result, "model_dump") else handlers.until_broken(call, result)
+        if not hasattr(result, "model_dump"):
+            return handlers.until_broken(call, result)
+        if not handlers.calls_are_objects(result):
+            raise Internal("The model called a tool with arguments that are no JSON object.")
+        return result
 
     return create_chat_completion
 

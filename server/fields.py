@@ -89,7 +89,7 @@ def meant(kind: Kind | TokenKind, body: dict[str, Any]) -> dict[str, Any]:
                 raise _unknown(f"stream_options.{name}")
         kept["stream_options"] = {k: v for k, v in options.items() if k != "include_obfuscation"}
     wanted = kept.get("response_format")
-    if isinstance(wanted, dict) and wanted.get("type") not in RESPONSE_FORMATS:
+    if isinstance(wanted, dict) and str(wanted.get("type")) not in RESPONSE_FORMATS:
         formats = ", ".join(sorted(RESPONSE_FORMATS))
         raise BadRequest(f"response_format.type must be one of {formats}", param="response_format")
     if kind == "responses":

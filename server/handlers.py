@@ -108,6 +108,18 @@ async def until_broken(call: Answering, chunks: AsyncIterator[str]) -> AsyncIter
         yield chunk
 
 
+def calls_are_objects(completion: Any) -> bool:
+    """Whether a chat completion's tool calls can be told as Anthropic's, whose input is an object."""
+    try:
+        return all(
+            isinstance(json.loads(called.function.arguments), dict)
+            for choice in getattr(completion, "choices", ())
+            for called in choice.message.tool_calls or ()
+        )
+    except ValueError:
+        return False
+
+
 def broken(message: str, status: int, param: str | None = None) -> str:
     """The event that says that a stream broke."""
     return f"data: {json.dumps({'error': {'message': message, 'param': param, 'code': status}})}\n\n"

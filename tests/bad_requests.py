@@ -117,6 +117,7 @@ BAD: list[Bad] = [
     Bad("a schema of no type", CHAT, _schema({"type": "spell"}), real=True),
     Bad("a schema that is a list", CHAT, _schema([1, 2])),
     Bad("another response format", CHAT, {"response_format": {"type": "regex", "regex": "(a+)+$"}}),
+    Bad("a response format of no name", CHAT, {"response_format": {"type": [{}]}}),
     # bytes
     Bad("deep JSON", CHAT, content=_nested(100_000, "1"), **INVALID_JSON),
     Bad("JSON of a depth that parses", CHAT, content=_nested(500, "1")),

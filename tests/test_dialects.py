@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anthropic
@@ -14,6 +15,7 @@ import openai
 import pytest
 
 from server.app import drain
+from server.handlers import calls_are_objects
 from tests import tiny
 from tests.fakes import FakeEngine, Times
 from tests.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
@@ -42,7 +44,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 @pytest.fixture
 async def key(site: Site) -> str:
     made = await site.tenant("acme", {"support": tiny.adapter(1), "sales": tiny.adapter(2)})
-    engine_of(site).calls.clear()  # the probes'
+    engine_of(site).calls.clear()  # of the uploads
     engine_of(site).ops.clear()
     return made
 
@@ -272,3 +274,12 @@ async def test_tokens_need_no_slot(site: Site, key: str) -> None:
     assert chat["count"] == 3
     assert engine_of(site).ops == []
     assert engine_of(site).calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "whole"), [('{"a": 1}', True), ('"a"', False), ("[]", False), ('{"a', False), ("", False)]
+)
+def test_a_tools_input_is_an_object(arguments: str, whole: bool) -> None:
+    called = SimpleNamespace(function=SimpleNamespace(arguments=arguments))
+    message = SimpleNamespace(tool_calls=[called])
+    assert calls_are_objects(SimpleNamespace(choices=[SimpleNamespace(message=message)])) is whole

@@ -36,11 +36,12 @@ CHECKS = [
     checks.content_type_conformance,
     checks.response_headers_conformance,
     checks.response_schema_conformance,
-    checks.negative_data_rejection,
     checks.unsupported_method,
     checks.allow_header_conformance,
     checks.ignored_auth,
 ]
+# What a vendor's body may be is vLLM's to say, which takes more than the document shows.
+OURS = [*CHECKS, checks.negative_data_rejection]
 DOCUMENT = schemathesis.openapi.from_dict(create_app(Settings(model="/nowhere")).openapi())
 OPERATIONS = {f"{op.method.upper()} {op.path}": op for op in (r.ok() for r in DOCUMENT.get_all_operations())}
 KNOWN = {"tenant": "acme", "name": "a"}
@@ -121,7 +122,9 @@ def test_an_operation_answers_as_documented(
     )
     @given(case=operation.as_strategy(generation_mode=mode, path_parameters=fixed or None))
     def ask(case: schemathesis.Case) -> None:
-        case.call_and_validate(base_url=site.url, headers=headers, checks=CHECKS)
+        case.call_and_validate(
+            base_url=site.url, headers=headers, checks=OURS if tag in ("admin", "self-service") else CHECKS
+        )
 
     ask()
     assert httpx.get(f"{site.url}/ready").json()["status"] == "ready"

@@ -1,0 +1,116 @@
+"""Tools, on a server whose settings name a parser: ``ENGINE_ARGS`` takes what vLLM's front end takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.engine.reference import ATTENTION, Reference, Spec
+from tests.site import Site, bearer
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
+
+QUESTION: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+# Without ``strict`` the arguments are any JSON, which a model that was not trained for tools makes of it.
+WEATHER = {"name": "weather", "description": "The weather in a city.", "parameters": SCHEMA, "strict": True}
+CHAT_TOOLS: list[Any] = [{"type": "function", "function": WEATHER}]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def key(site: Site, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tools")
+    reference.make(Spec(seed=970, rank=8, targets=ATTENTION), folder)
+    return await site.tenant("smith", {"hammer": folder})
+
+
+def city(arguments: Any) -> str:
+    parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    assert parsed.keys() == {"city"}
+    return str(parsed["city"])
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+async def test_a_tool_that_must_be_called_is(site: Site, key: str, choice: Any) -> None:
+    client = site.openai(key)
+    asked: dict[str, Any] = {
+        "model": "hammer",
+        "messages": QUESTION,
+        "tools": CHAT_TOOLS,
+        "tool_choice": choice,
+        "max_tokens": 60,
+        "temperature": 0,
+    }
+    made = await client.chat.completions.create(**asked)
+    (called,) = made.choices[0].message.tool_calls or []
+    assert called.type == "function"
+    assert called.function.name == "weather"
+    assert city(called.function.arguments) in ("Paris", "Rome")
+    stream = await client.chat.completions.create(**asked, stream=True)
+    deltas = [chunk.choices[0].delta async for chunk in stream if chunk.choices]
+    parts = [part for delta in deltas for part in delta.tool_calls or ()]
+    assert [part.function.name for part in parts if part.function and part.function.name] == ["weather"]
+    spoken = "".join(part.function.arguments or "" for part in parts if part.function)
+    assert city(spoken) == city(called.function.arguments)
+
+
+async def test_a_response_calls_a_tool(site: Site, key: str) -> None:
+    made = await site.openai(key).responses.create(
+        model="hammer",
+        input="What is the weather in Paris?",
+        tools=[{"type": "function", **WEATHER}],
+        tool_choice="required",
+        max_output_tokens=60,
+        temperature=0,
+    )
+    (called,) = [item for item in made.output if item.type == "function_call"]
+    assert called.name == "weather"
+    assert city(called.arguments) in ("Paris", "Rome")
+
+
+async def test_a_message_uses_a_tool(site: Site, key: str) -> None:
+    made = await site.anthropic(key).messages.create(
+        model="hammer",
+        messages=QUESTION,
+        tools=[{"name": "weather", "description": "The weather.", "input_schema": SCHEMA, "strict": True}],
+        tool_choice={"type": "any"},
+        max_tokens=60,
+        extra_body={"temperature": 0},
+    )
+    assert made.stop_reason == "tool_use"
+    (used,) = [block for block in made.content if block.type == "tool_use"]
+    assert (used.name, city(used.input) in ("Paris", "Rome")) == ("weather", True)
+
+
+async def test_the_model_may_choose(site: Site, key: str) -> None:
+    """And an answer's result can be told to it."""
+    called = {"name": "weather", "arguments": '{"city": "Paris"}'}
+    talk = [
+        *QUESTION,
+        {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": called}]},
+        {"role": "tool", "tool_call_id": "1", "content": "Sunny."},
+    ]
+    body = {"model": "hammer", "messages": talk, "tools": CHAT_TOOLS, "max_tokens": 8}
+    made = await site.http.post("/v1/chat/completions", json=body, headers=bearer(key))
+    assert made.status_code == 200, made.text
+    assert made.json()["usage"]["completion_tokens"] > 0
+
+
+async def test_a_tool_that_is_not_there_is_refused(site: Site, key: str, tmp_path: Path) -> None:
+    body = {
+        "messages": QUESTION,
+        "tools": CHAT_TOOLS,
+        "tool_choice": {"type": "function", "function": {"name": "bomb"}},
+    }
+    refused = await site.http.post("/v1/chat/completions", json=body, headers=bearer(key))
+    assert refused.status_code == 400
+    assert "bomb" in refused.text or "tool" in refused.text
