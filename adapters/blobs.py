@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 from weakref import WeakValueDictionary
 
-from adapters.errors import StorageFull, UploadIncomplete, UploadTooLarge, fault
+from adapters.errors import StorageFailed, StorageFull, UploadIncomplete, UploadTooLarge, fault
 from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class BlobStore:
 
     def _probe(self) -> None:
         """Does what an upload does. Only a rename tells whether two folders are on one mount."""
-        with _disk_errors("checking that adapters can be stored"):
+        with _full_disk("checking that adapters can be stored"):
             folder = self.quarantine / uuid.uuid4().hex
             folder.mkdir()
             moved = self.blobs / f"{_PROBE}{folder.name}"
@@ -218,7 +218,7 @@ class Incoming:
     async def write(self, filename: str, chunk: bytes) -> None:
         """Appends ``chunk`` to one of the two files; about a megabyte is collected before the disk is asked.
 
-        Raises UploadTooLarge, StorageFull, AdapterRejected for a file of another name.
+        Raises UploadTooLarge, StorageFull, StorageFailed, AdapterRejected for a file of another name.
         """
         assert self.digest is None, "finished"
         _check_name(filename)
@@ -239,7 +239,7 @@ class Incoming:
     async def finish(self) -> str:
         """Writes out, syncs and closes both files; returns the digest.
 
-        Raises UploadIncomplete, StorageFull.
+        Raises UploadIncomplete, StorageFull, StorageFailed.
         """
         assert self.digest is None, "finished"
         missing = [name for name in FILES if name not in self._files]
@@ -256,7 +256,8 @@ class Incoming:
     async def examine(self, look: Callable[[Path], T]) -> T:
         """What ``look`` says about the folder, in a worker thread; it may replace files by others.
 
-        ``digest`` and ``size_bytes`` are of what lies there then. Raises StorageFull, and what ``look`` does.
+        ``digest`` and ``size_bytes`` are of what lies there then. Raises StorageFull, StorageFailed, and what
+        ``look`` does.
         """
         assert self.digest is not None, "finish comes first"
         return await _in_thread(self._examine, look)
@@ -264,7 +265,8 @@ class Incoming:
     async def commit(self) -> Path:
         """Moves the files to their place in ``blobs``, on disk when this returns, and returns the folder.
 
-        Where the same bytes are there already, those are kept. Raises StorageFull. May be repeated.
+        Where the same bytes are there already, those are kept. Raises StorageFull, StorageFailed. May be
+        repeated.
         """
         assert self.digest is not None, "finish comes first"
         async with self._store._lock(self.digest):
@@ -332,17 +334,29 @@ async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 
 @contextlib.contextmanager
 def _disk_errors(doing: str) -> Iterator[None]:
+    """A full disk or quota becomes StorageFull, any other OSError StorageFailed."""
+    try:
+        with _full_disk(doing):
+            yield
+    except OSError as error:
+        raise StorageFailed(
+            "The disk failed, and nothing was kept. Try again; the operator finds the reason in the log."
+        ) from error
+
+
+@contextlib.contextmanager
+def _full_disk(doing: str) -> Iterator[None]:
     """A full disk or quota becomes StorageFull; any other OSError says what was being done."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise StorageFull(
-                "There is no room to store adapters. Remove some, or ask the operator to free space in"
-                " LORAPLEX_DATA_DIR."
-            ) from error
         error.add_note(f"while {doing}")
-        raise
+        if error.errno not in _FULL:
+            raise
+        raise StorageFull(
+            "There is no room to store adapters. Remove some, or ask the operator to free space in"
+            " LORAPLEX_DATA_DIR."
+        ) from error
 
 
 def _check_name(filename: str) -> None:

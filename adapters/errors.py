@@ -5,6 +5,7 @@ AdapterError
 ├── UploadTooLarge         more bytes than ``max_upload_bytes``
 ├── UploadIncomplete       a file is missing, or the stream broke off
 ├── StorageFull            the disk has no room
+├── StorageFailed          the disk fails otherwise
 ├── AdapterNotFound        no such adapter or version of this tenant
 ├── AdapterConflict        a name taken, or a version still needed
 ├── QuotaExceeded          more adapters or bytes than the tenant may have
@@ -43,6 +44,10 @@ class UploadIncomplete(AdapterError):
 
 class StorageFull(AdapterError):
     code = "storage_full"
+
+
+class StorageFailed(AdapterError):
+    code = "storage_failed"
 
 
 class AdapterNotFound(AdapterError):

@@ -15,8 +15,8 @@ import asyncio
 import sqlite3
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -48,10 +48,12 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
+
+from adapters.errors import StorageFailed, StorageFull
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -307,14 +309,19 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
-        """One consistent look for a single statement; for several of them too on SQLite."""
+        """One consistent look for a single statement; for several of them too on SQLite.
+
+        Raises StorageFailed where SQLite's disk is the reason.
+        """
         async with self._reader() as session:
-            yield session
+            with _disk_errors():
+                yield session
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncSession]:
         """One transaction: on disk when the block has ended, gone without trace if the block raises.
 
+        Raises StorageFull or StorageFailed where SQLite's disk is the reason.
         Cancelled during the commit, it ends the commit first. Writes take turns, and each one empties
         the read caches, of other processes too: nothing that happens per request belongs here.
         """
@@ -334,8 +341,9 @@ class Database:
         async with self._turn:
             session = self._writer()
             try:
-                yield session
-                await _to_the_end(session.commit())
+                with _disk_errors():
+                    yield session
+                    await _to_the_end(session.commit())
             finally:
                 try:
                     await _to_the_end(session.close())
@@ -345,7 +353,7 @@ class Database:
     async def watch(self) -> None:
         """Never returns: empties the read caches when another process has written. Outages are waited out."""
         while True:
-            with suppress(SQLAlchemyError, OSError):
+            with suppress(SQLAlchemyError, OSError, StorageFailed, StorageFull):
                 async with self.read() as session:
                     found = await session.scalar(select(MetaRow.value).where(MetaRow.key == LAST_WRITE))
                 if found != self._last_write:
@@ -395,6 +403,25 @@ async def _to_the_end(step: Coroutine[Any, Any, None]) -> None:
     if interruption is not None:
         raise interruption from task.exception()
     task.result()
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        # Extended codes hold the primary one in their lowest byte.
+        match getattr(error.orig, "sqlite_errorcode", 0) & 0xFF:
+            case sqlite3.SQLITE_FULL:
+                raise StorageFull(
+                    "There is no room for the database. Ask the operator to free space where it lies."
+                ) from error
+            case sqlite3.SQLITE_IOERR:
+                raise StorageFailed(
+                    "The disk failed, and nothing was changed. Try again; the operator finds the reason in"
+                    " the log."
+                ) from error
+        raise
 
 
 def _checked(text: str) -> URL:

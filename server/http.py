@@ -228,7 +228,10 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_known(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, ServerError | AdapterError)
         request.state.log["code"] = exc.code
-        return _error(request.scope, body_of(exc), status_of(exc)[0], headers_of(exc))
+        status, _ = status_of(exc)
+        if status in (500, 507):
+            logger.error("request failed", exc_info=exc, extra={"request_id": request.state.request_id})
+        return _error(request.scope, body_of(exc), status, headers_of(exc))
 
     async def on_invalid(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, RequestValidationError)

@@ -1,0 +1,126 @@
+"""A server that is killed in the middle of what it does: the process that dies, for ``tests.test_crashes``.
+
+``run`` is called in a process of its own, forked from one that has imported this file, so that each of them
+begins within milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import httpx
+from sqlalchemy import Engine, event
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from adapters.model import BaseModel
+from adapters.tables import Database
+from server.app import create_app
+from server.settings import Settings
+from tests.fakes import FakeEngine
+from tests.site import ADMIN_KEY, bearer
+
+# What changes the disk in a way that a start can see, or waits for it.
+CALLS = ("mkdir", "write", "fsync", "rename", "chmod", "unlink", "rmdir")
+
+# (method, path below /admin/v1, JSON or files)
+Operation = tuple[str, str, dict[str, Any]]
+
+
+class Death:
+    """Counts steps, in the order in which they begin, and kills the process as the ``at``-th one begins.
+
+    ``steps`` are their names: a function of ``os``, ``commit``, ``committed``, or a statement in SQL.
+    """
+
+    def __init__(self, at: int | None) -> None:
+        self.steps: list[str] = []
+        self._at = at
+        self._lock = threading.Lock()
+
+    def step(self, name: str) -> None:
+        with self._lock:
+            self.steps.append(name)
+            if len(self.steps) == self._at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch_files(self) -> None:
+        for name in CALLS:
+            setattr(os, name, self._wrapped(name, getattr(os, name)))
+
+    def watch_commits(self) -> None:
+        real = AsyncSession.commit
+
+        async def commit(session: AsyncSession) -> None:
+            self.step("commit")
+            await real(session)
+            self.step("committed")
+
+        AsyncSession.commit = commit  # type: ignore[method-assign]
+
+    def watch_statements(self) -> None:
+        event.listen(Engine, "before_cursor_execute", lambda *args: self.step(args[2].split("(")[0].strip()))
+        event.listen(Engine, "commit", lambda _: self.step("commit"))
+
+    def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.step(name)
+            return real(*args, **kwargs)
+
+        return call
+
+
+def run(folder: Path, base: BaseModel, operation: Operation, at: int | None, said: Connection) -> None:
+    """Starts the server on ``folder`` and does ``operation``; says the status, then the steps it took."""
+    gc.freeze()  # or the server's start would look through all that was imported before the fork
+    asyncio.run(_run(folder, base, operation, Death(at), said))
+
+
+def migrate(url: str, at: int | None, said: Connection) -> None:
+    """Opens the database at ``url``, whatever its schema; says 0, then the steps it took."""
+    death = Death(at)
+    death.watch_statements()
+    asyncio.run(_open(url))
+    said.send(0)
+    said.send(death.steps)
+
+
+async def _open(url: str) -> None:
+    database = Database(url)
+    await database.open()
+    await database.close()
+
+
+async def _run(folder: Path, base: BaseModel, operation: Operation, death: Death, said: Connection) -> None:
+    async def start(_: Settings) -> FakeEngine:
+        return FakeEngine(base)
+
+    settings = Settings(
+        model=f"/models/{base.name}", data_dir=folder, admin_key=ADMIN_KEY, gpu_slots=2, max_lora_rank=8
+    )
+    app = create_app(settings, start_engine=start)  # type: ignore[arg-type]
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://server/admin/v1", headers=bearer(ADMIN_KEY)
+        ) as client,
+    ):
+        death.watch_files()
+        death.watch_commits()
+        method, path, sent = operation
+        response = await client.request(method, path, **sent)
+        said.send(response.status_code)
+        await _all(app.state.tasks)
+        said.send(death.steps)
+
+
+async def _all(tasks: Iterable[Awaitable[None]]) -> None:
+    """What goes on after the answer: a deleted version's files are removed."""
+    await asyncio.gather(*tasks)

@@ -1,0 +1,130 @@
+"""A disk that is full or fails, at every step of an upload: a clear answer, and inference goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file, save
+from sqlalchemy import event
+
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from tests import tiny
+from tests.site import Site
+from tests.test_api import error
+from tests.tiny import fake_site
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
+
+URL = "/admin/v1/tenants/acme/adapters/new/versions"
+STEPS = ("write", "fsync", "rename", "mkdir")
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with fake_site(tmp_path) as site:
+        yield site
+
+
+def to_convert() -> dict[str, bytes]:
+    """Written twice: as it comes, and as it is served."""
+    folder = tiny.adapter(1)
+    tensors = load_file(folder / WEIGHTS_FILE)
+    named = {name.replace(".weight", ".default.weight"): x for name, x in tensors.items()}
+    return {CONFIG_FILE: (folder / CONFIG_FILE).read_bytes(), WEIGHTS_FILE: save(named)}
+
+
+def fail_the(at: int, code: int, patch: pytest.MonkeyPatch) -> list[str]:
+    """Lets the ``at``-th of the STEPS fail; returns those that were reached, in order."""
+    reached: list[str] = []
+
+    def failing(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            reached.append(name)
+            if len(reached) == at:
+                raise OSError(code, os.strerror(code))
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in STEPS:
+        patch.setattr(os, name, failing(name, getattr(os, name)))
+    return reached
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "says"),
+    [
+        (errno.ENOSPC, 507, "storage_full"),
+        (errno.EDQUOT, 507, "storage_full"),
+        (errno.EIO, 500, "storage_failed"),
+        (errno.EROFS, 500, "storage_failed"),
+    ],
+)
+async def test_every_step_of_an_upload(
+    code: int, status: int, says: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = await site.tenant("acme", {"a": tiny.adapter(2)})
+    blobs = sorted((tmp_path / "blobs").iterdir())
+    failed: set[str] = set()
+    files = to_convert()
+    for at in range(1, 50):
+        with monkeypatch.context() as patch:
+            reached = fail_the(at, code, patch)
+            answered = await site.admin.post(URL, files=files)
+        if len(reached) < at:
+            assert answered.status_code == 201, answered.text
+            break
+        error(answered, status, says)
+        failed.add(reached[at - 1])
+        assert list((tmp_path / "quarantine").iterdir()) == []
+        assert (await site.chat(key, "hi", model="a")).status_code == 200
+        assert (await site.chat(key, "hi", model="new")).status_code == 404
+    assert failed == set(STEPS)
+    assert len(sorted((tmp_path / "blobs").iterdir())) == len(blobs) + 1
+    assert (await site.chat(key, "hi", model="new")).status_code == 200
+
+
+async def test_a_database_without_room(site: Site) -> None:
+    """SQLite's own: it may use the pages that it has, and no more."""
+    key = await site.tenant("acme", {"a": tiny.adapter(2)})
+
+    def bound(connection: Any, *_: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA max_page_count = 1")  # as many as there are
+        cursor.close()
+
+    engine = site.app.state.database._engine.sync_engine
+    event.listen(engine, "checkout", bound)
+    for i in range(200):
+        made = await site.admin.post("/admin/v1/tenants", json={"id": f"t-{i}", "name": "x" * 200})
+        if made.status_code != 201:
+            break
+    error(made, 507, "storage_full")
+    assert (await site.chat(key, "hi", model="a")).status_code == 200
+    assert len((await site.admin.get("/admin/v1/tenants")).json()["data"]) == i + 1
+    event.remove(engine, "checkout", bound)
+    await site.app.state.database._engine.dispose()  # the connections keep the limit
+    made = await site.admin.post("/admin/v1/tenants", json={"id": f"t-{i}", "name": "x" * 200})
+    assert made.status_code == 201, made.text
+
+
+async def test_a_database_whose_disk_fails(site: Site) -> None:
+    key = await site.tenant("acme", {"a": tiny.adapter(2)})
+    ioerr = sqlite3.OperationalError("disk I/O error")
+    ioerr.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+
+    def fail(*args: Any) -> None:
+        raise ioerr
+
+    engine = site.app.state.database._engine.sync_engine
+    event.listen(engine, "before_cursor_execute", fail)
+    answered = await site.admin.post(URL, files=to_convert())
+    event.remove(engine, "before_cursor_execute", fail)
+    error(answered, 500, "storage_failed")
+    assert (await site.chat(key, "hi", model="a")).status_code == 200
