@@ -38,7 +38,10 @@ def note(
     before: dict[str, Any] | None = None,
     after: dict[str, Any] | None = None,
 ) -> None:
-    """An entry that is there if and only if ``session``'s transaction is. A side that is None: nothing."""
+    """An entry that is there if and only if ``session``'s transaction is.
+
+    ``before`` is None for what is new, ``after`` for what is gone.
+    """
     actor = ACTOR.get()
     session.add(
         AuditRow(

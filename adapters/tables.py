@@ -127,7 +127,7 @@ class TenantRow(Base):
     cache_salt: Mapped[str] = mapped_column(String(128))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     # Without a default of its own the INSERT would have to read the database's back.
-    tier: Mapped[str] = mapped_column(String(16), default="standard", server_default="standard")
+    priority: Mapped[str] = mapped_column(String(16), default="standard", server_default="standard")
     limits: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     budgets: Mapped[dict[str, Any] | None] = mapped_column(_Json)
 

@@ -27,7 +27,7 @@ from server.keys import DEFAULT_SCOPES, SCOPES, KeyScope
 from server.limits import KeyLimits, TenantLimits
 from server.multipart import boundary_of, parts
 from server.publish import Publishing, move_pin, publish, unpublish, verify
-from server.tenants import Tenants
+from server.tenants import Priority, Tenants
 
 # Multipart boundaries and part headers around the two files.
 _MULTIPART_ROOM = 64 << 10
@@ -53,6 +53,7 @@ class NewTenant(_Body):
     id: str
     name: str | None = None
     weight: float = Field(1.0, gt=0, le=1000, allow_inf_nan=False)
+    priority: Priority = "standard"
     base_allowed: bool = True
     max_queued: int | None = Field(None, ge=1)
     max_running: int | None = Field(None, ge=1)
@@ -63,6 +64,7 @@ class NewTenant(_Body):
 class TenantChange(_Body):
     name: str | None = None
     weight: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
+    priority: Priority | None = None
     base_allowed: bool | None = None
     max_queued: int | None = Field(None, ge=1)
     max_running: int | None = Field(None, ge=1)

@@ -98,7 +98,7 @@ async def open_completion(
                 prompt_tokens=prompt_tokens,
                 max_tokens=max_tokens,
                 sequences=sequences,
-                weight=tenant.weight,
+                weight=tenant.share,
                 max_queued=tenant.max_queued,
                 max_running=tenant.max_running,
                 resumable=resumable,

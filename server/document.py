@@ -270,10 +270,11 @@ _VERSION = {"type": "integer", "minimum": 1}
 _DIGEST = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _PER_TENANT = {"type": "object", "additionalProperties": _NUMBER}
 _TENANT = _object(
-    "id name weight base_allowed max_queued max_running limits budgets created_at",
+    "id name weight priority base_allowed max_queued max_running limits budgets created_at",
     id=_TEXT,
     name=_TEXT,
     weight=_NUMBER,
+    priority={"enum": ["interactive", "standard", "batch"]},
     base_allowed=_BOOL,
     max_queued=_or_null(_COUNT),
     max_running=_or_null(_COUNT),

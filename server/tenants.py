@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
@@ -35,6 +35,10 @@ ADMIN_KEY = "admin_key_sha256"
 SHORTEST_KEY = 16
 LONGEST_KEY = 512
 LIGHTEST, HEAVIEST = 0.001, 1000.0
+Priority = Literal["interactive", "standard", "batch"]
+# What a priority multiplies a weight by. Beside others that wait, batch is left one part in a hundred, so
+# that it is never forgotten; alone it has everything.
+PRIORITIES: dict[Priority, float] = {"interactive": 4.0, "standard": 1.0, "batch": 0.01}
 AUTHENTICATED = 16_384
 
 BEARER = re.compile(rf"bearer +([\x21-\x7e]{{1,{LONGEST_KEY}}})", re.ASCII | re.IGNORECASE)
@@ -52,8 +56,8 @@ WRONG_KEY = "Incorrect API key provided."
 class Tenant:
     """A customer. ``max_queued`` and ``max_running`` are None where the server's own limits hold.
 
-    ``weight`` is its share relative to the others. ``cache_salt`` keeps its prefix cache apart from
-    everybody else's and is never shown. ``key`` is the one it came with, None where a gateway vouches.
+    ``weight`` is its share relative to others of its priority. ``cache_salt`` keeps its prefix cache apart
+    from everybody else's and is never shown. ``key`` is the one it came with, None where a gateway vouches.
     """
 
     id: str
@@ -64,13 +68,19 @@ class Tenant:
     max_running: int | None
     created_at: datetime
     cache_salt: str = field(repr=False)
+    priority: Priority = "standard"
     limits: TenantLimits | None = None
     budgets: Budgets | None = None
     key: KeyInfo | None = field(default=None, compare=False)
 
+    @property
+    def share(self) -> float:
+        """Its weight among all tenants, whatever their priority."""
+        return self.weight * PRIORITIES[self.priority]
+
     def shown(self) -> dict[str, Any]:
         """As JSON for the operator."""
-        plain = ("id", "name", "weight", "base_allowed", "max_queued", "max_running")
+        plain = ("id", "name", "weight", "priority", "base_allowed", "max_queued", "max_running")
         return {name: getattr(self, name) for name in plain} | {
             "created_at": self.created_at.isoformat(),
             "limits": (self.limits.stored() if self.limits else None) or {},
@@ -86,6 +96,7 @@ class TenantChanges(TypedDict, total=False):
 
     name: str
     weight: float
+    priority: Priority
     base_allowed: bool
     max_queued: int | None
     max_running: int | None
@@ -139,6 +150,7 @@ class Tenants:
         base_allowed: bool = True,
         max_queued: int | None = None,
         max_running: int | None = None,
+        priority: Priority = "standard",
         limits: TenantLimits | None = None,
         budgets: Budgets | None = None,
     ) -> Tenant:
@@ -148,6 +160,7 @@ class Tenants:
         settings: TenantChanges = {
             "name": id if name is None else name,
             "weight": weight,
+            "priority": priority,
             "base_allowed": base_allowed,
             "max_queued": max_queued,
             "max_running": max_running,
@@ -157,7 +170,6 @@ class Tenants:
             id=id,
             cache_salt=secrets.token_urlsafe(32),
             created_at=now(),
-            tier="standard",
             limits=limits.stored() if limits else None,
             budgets=budgets.stored() if budgets else None,
             **settings,
@@ -415,6 +427,7 @@ def _is_limit(value: Any) -> bool:
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_name, "1 to 200 printable characters"),
     "weight": (_is_weight, f"a number from {LIGHTEST} to {HEAVIEST:g}"),
+    "priority": (lambda value: value in PRIORITIES, f"one of {', '.join(PRIORITIES)}"),
     "base_allowed": (lambda value: isinstance(value, bool), "true or false"),
     "max_queued": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
     "limits": (lambda value: isinstance(value, TenantLimits), "limits"),
@@ -433,6 +446,7 @@ def _tenant(row: TenantRow) -> Tenant:
         max_running=row.max_running,
         created_at=row.created_at,
         cache_salt=row.cache_salt,
+        priority=next(priority for priority in PRIORITIES if priority == row.priority),
         limits=TenantLimits(**row.limits) if row.limits else None,
         budgets=Budgets(**row.budgets) if row.budgets else None,
     )

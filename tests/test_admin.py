@@ -104,8 +104,8 @@ async def test_tenants_are_made_shown_changed_and_removed(site: Site) -> None:
     )
     assert made.status_code == 201
     assert made.json() | {"created_at": "-"} == {
-        "id": "acme", "name": "Acme Inc.", "weight": 2.0, "base_allowed": True, "max_queued": 3,
-        "max_running": None, "created_at": "-", "limits": {}, "budgets": {},
+        "id": "acme", "name": "Acme Inc.", "weight": 2.0, "priority": "standard", "base_allowed": True,
+        "max_queued": 3, "max_running": None, "created_at": "-", "limits": {}, "budgets": {},
     }  # fmt: skip
     assert (await site.admin.get(f"{TENANTS}/acme")).json() == made.json()
     await site.admin.post(TENANTS, json={"id": "abc"})

@@ -1,4 +1,4 @@
-"""Limits, budgets and tiers of tenants; scopes, expiry and use of keys; usage; audit."""
+"""Limits, budgets and priorities of tenants; scopes, expiry and use of keys; usage; audit."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,7 +12,7 @@ ROW_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def upgrade() -> None:
-    op.add_column("tenants", sa.Column("tier", sa.String(16), nullable=False, server_default="standard"))
+    op.add_column("tenants", sa.Column("priority", sa.String(16), nullable=False, server_default="standard"))
     op.add_column("tenants", sa.Column("limits", sa.JSON(), nullable=True))
     op.add_column("tenants", sa.Column("budgets", sa.JSON(), nullable=True))
     op.add_column("keys", sa.Column("scopes", sa.JSON(), nullable=True))
@@ -66,5 +66,5 @@ def downgrade() -> None:
     op.drop_table("usage")
     for column in ("last_used_at", "expires_at", "limits", "scopes"):
         op.drop_column("keys", column)
-    for column in ("budgets", "limits", "tier"):
+    for column in ("budgets", "limits", "priority"):
         op.drop_column("tenants", column)
