@@ -83,19 +83,19 @@ async def open_completion(
         version, public = await resolve(service, tenant, body.get("model"), str(unit))
         check_model(tenant, version.adapter if version else None)
         await service.quotas.open(tenant)
-        prompt_tokens = service.engine.count_prompt(_prompt_text(body))
-        body = _bounded(service, tenant, kind, body, prompt_tokens)
+        most_prompt = _most_prompt(body)
+        body = _bounded(service, tenant, kind, body, most_prompt)
         request = service.engine.parse(kind, meant(kind, body))
         sequences, max_tokens = _size(service.engine, kind, body, request)
         resumable = service.engine.resumable(request)
-        room = max(1, service.engine.max_model_len - prompt_tokens)
+        room = max(1, service.engine.max_model_len - most_prompt)
         output_tokens = sequences * min(max_tokens, room)
-        ticket = service.quotas.admit(Asked(tenant, version, kind, request_id, prompt_tokens, output_tokens))
+        ticket = service.quotas.admit(Asked(tenant, version, kind, request_id, most_prompt, output_tokens))
         try:
             lease = await service.dispatcher.submit(
                 tenant.id,
                 version,
-                prompt_tokens=prompt_tokens,
+                prompt_tokens=service.engine.count_prompt(_prompt_text(body)),
                 max_tokens=max_tokens,
                 sequences=sequences,
                 weight=tenant.share,
@@ -245,6 +245,16 @@ def _prompt_text(body: dict[str, Any]) -> str:
     """Text of about the prompt's length; good enough for an estimate, and cheap."""
     fields = ("messages", "prompt", "system", "instructions", "input")
     return "".join(str(body[name]) for name in fields if body.get(name))
+
+
+def _most_prompt(body: dict[str, Any]) -> int:
+    """A high estimate of the prompt's tokens, to be reserved until the engine has counted them.
+
+    Ordinary text of any language has three bytes or more to a token, token ids with their commas too. What
+    has fewer is still counted, and leaves the less for the next request.
+    """
+    text = _prompt_text(body) + str(body.get("tools") or "")
+    return len(text.encode("utf-8", "surrogatepass")) // 3 + 1
 
 
 def _error_in(chunk: str) -> ServerError | None:

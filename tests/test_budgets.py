@@ -242,7 +242,7 @@ def test_who_does_not_say_how_much_gets_the_rest_of_the_budget() -> None:
     async def scenario() -> None:
         async with World() as world:
             ledger.serve(world)
-            who = acme(day={"tokens": 15})
+            who = acme(day={"tokens": 20})
             text = await world.ask(who, max_tokens=None)
             assert '" 4"' in text
             assert ledger.records[0].output_tokens < 8

@@ -238,6 +238,44 @@ def test_a_reservation_is_given_back_when_the_answer_ends_however_it_ends() -> N
     run(scenario())
 
 
+def test_nothing_stays_reserved_wherever_a_request_is_cancelled() -> None:
+    async def scenario() -> None:
+        async with World(max_running=2) as world:
+            who = limited(world, tokens_per_minute=10**6, requests_at_once=1)
+            answered = 0
+            for turns in range(0, 400, 7):
+                asking = asyncio.create_task(world.ask(who, max_tokens=3))
+                for _ in range(turns):
+                    await asyncio.sleep(0.0005)
+                asking.cancel()
+                await asyncio.wait([asking])
+                answered += not asking.cancelled()
+                await asyncio.sleep(0.1)
+                quotas = world.service.quotas
+                meter, spending = quotas._meter(who, "tenant"), quotas.spending(who)
+                assert (meter.running, meter.reserved, spending.reserved.tokens) == (0, 0, 0), turns
+            assert 5 < answered < 50
+            world.check_idle()
+
+    run(scenario())
+
+
+def test_a_prompt_of_more_tokens_than_was_thought_is_held_against_the_next() -> None:
+    async def scenario() -> None:
+        async with World(max_running=2) as world:
+            who = limited(world, tokens_per_minute=160)
+            dense = [{"role": "user", "content": "a " * 150}]
+            opened = await world.open(who, messages=dense, max_tokens=5)
+            await read(opened)
+            assert opened.lease.prompt_tokens + opened.lease.output_tokens == 156
+            with pytest.raises(TooManyRequests):
+                await world.open(who, max_tokens=1)
+            await asyncio.sleep(MINUTE + GRAIN)
+            await world.ask(who, max_tokens=1)
+
+    run(scenario())
+
+
 def test_a_key_has_limits_of_its_own_within_its_tenants() -> None:
     async def scenario() -> None:
         async with World(max_running=8) as world:
