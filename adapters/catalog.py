@@ -19,6 +19,7 @@ from typing import Any, TypedDict, Unpack
 from sqlalchemy import Select, and_, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from adapters.audit import note
 from adapters.errors import AdapterConflict, AdapterNotFound, QuotaExceeded, fault
 from adapters.golden import Golden
 from adapters.model import Adapter, Manifest, Quota, Version, VersionInfo, is_adapter_name, is_tenant_id
@@ -140,6 +141,13 @@ class Catalog:
                 row.live, row.split = version.number, None
             session.add(version)
             await session.flush()
+            note(
+                session,
+                "version.create",
+                tenant,
+                f"{adapter}@{version.number}",
+                after={"digest": digest, "live": row.live, "size_bytes": manifest.size_bytes},
+            )
             linked = await self._one(session, tenant, adapter)
             if receipt is not None:
                 await receipt.keep(session, linked.uploaded(version.number))
@@ -164,6 +172,7 @@ class Catalog:
         live, default, pinned = changes.get("live"), changes.get("default"), changes.get("pinned")
         async with self._database.write() as session:
             row = await self._locked(session, tenant, name)
+            before = _state(row)
             if live is not None:
                 row.live = (await self._numbered(session, tenant, name, live, param="live")).number
                 row.split = None
@@ -179,6 +188,7 @@ class Catalog:
             if default is not None:
                 row.is_default = default
             await session.flush()
+            note(session, "adapter.update", tenant, name, before=before, after=_state(row))
             return await self._one(session, tenant, name)
 
     async def delete_adapter(self, tenant: str, name: str) -> list[Version]:
@@ -186,16 +196,13 @@ class Catalog:
         async with self._database.write() as session:
             row = await self._locked(session, tenant, name)
             gone = (await self._one(session, tenant, name)).versions
+            digests = {str(info.version.number): info.version.digest for info in gone}
+            note(session, "adapter.delete", tenant, name, before=_state(row) | {"versions": digests})
             await session.execute(
                 delete(VersionRow).where(VersionRow.tenant == tenant, VersionRow.adapter == name)
             )
-            row.live, row.pinned, row.is_default, row.split, row.keep_versions = (
-                None,
-                False,
-                False,
-                None,
-                None,
-            )
+            row.pinned = row.is_default = False
+            row.live = row.split = row.keep_versions = None
         return [info.version for info in gone]
 
     async def delete_version(self, tenant: str, name: str, number: int) -> Version:
@@ -215,6 +222,7 @@ class Catalog:
                 raise AdapterConflict(
                     f"Version {number} of `{name}` has a share of its requests. End the split first."
                 )
+            note(session, "version.delete", tenant, f"{name}@{number}", before={"digest": version.digest})
             await session.delete(version)
         return self._version(version)
 
@@ -228,6 +236,9 @@ class Catalog:
                 answering = {version.number for version, _ in adapter.shares} | {adapter.live}
                 older = [info.version for info in adapter.versions[:-keep]]
                 gone = [version for version in older if version.number not in answering]
+                for version in gone:
+                    target = f"{name}@{version.number}"
+                    note(session, "version.delete", tenant, target, before={"digest": version.digest})
                 await session.execute(
                     delete(VersionRow).where(
                         VersionRow.tenant == tenant,
@@ -372,6 +383,17 @@ class Catalog:
             rank=row.rank,
             size_bytes=row.size_bytes,
         )
+
+
+def _state(row: AdapterRow) -> dict[str, Any]:
+    """What the audit shows of it."""
+    return {
+        "live": row.live,
+        "split": row.split,
+        "keep_versions": row.keep_versions,
+        "default": row.is_default,
+        "pinned": row.pinned,
+    }
 
 
 def _answering() -> Select[AdapterRow, VersionRow]:

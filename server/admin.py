@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from adapters.audit import ACTOR, Actor
 from adapters.errors import AdapterNotFound
 from adapters.model import Adapter, Quota, Tier, Version
 from adapters.split import WHOLE
@@ -22,11 +23,11 @@ from server.budgets import Budgets
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
 from server.http import limited_body, parse_object, whole_body
-from server.keys import DEFAULT_SCOPES, SCOPES, KeyInfo, KeyScope
+from server.keys import DEFAULT_SCOPES, SCOPES, KeyScope
 from server.limits import KeyLimits, TenantLimits
 from server.multipart import boundary_of, parts
 from server.publish import Publishing, move_pin, publish, unpublish, verify
-from server.tenants import Tenant, Tenants
+from server.tenants import Tenants
 
 # Multipart boundaries and part headers around the two files.
 _MULTIPART_ROOM = 64 << 10
@@ -35,6 +36,7 @@ _MULTIPART_ROOM = 64 << 10
 async def _admin(request: Request) -> None:
     tenants: Tenants = request.app.state.tenants
     await tenants.require_admin(request.headers.get("authorization"))
+    ACTOR.set(Actor("admin", request.state.request_id))
 
 
 router = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=[Depends(_admin)])
@@ -151,17 +153,17 @@ PublishingOf = Annotated[Publishing, Depends(_publishing)]
 
 @router.post("/tenants", status_code=201, openapi_extra=documented(NewTenant))
 async def create_tenant(body: Annotated[NewTenant, _json(NewTenant)], tenants: TenantsOf) -> dict[str, Any]:
-    return _tenant_json(await tenants.create(**dict(body)))
+    return (await tenants.create(**dict(body))).shown()
 
 
 @router.get("/tenants")
 async def list_tenants(tenants: TenantsOf) -> dict[str, Any]:
-    return {"object": "list", "data": [_tenant_json(t) for t in await tenants.list()]}
+    return {"object": "list", "data": [t.shown() for t in await tenants.list()]}
 
 
 @router.get("/tenants/{tenant}")
 async def get_tenant(tenant: str, tenants: TenantsOf) -> dict[str, Any]:
-    return _tenant_json(await tenants.get(tenant))
+    return (await tenants.get(tenant)).shown()
 
 
 @router.patch("/tenants/{tenant}", openapi_extra=documented(TenantChange))
@@ -169,7 +171,7 @@ async def update_tenant(
     tenant: str, body: Annotated[TenantChange, _json(TenantChange)], tenants: TenantsOf
 ) -> dict[str, Any]:
     changes: Any = {name: getattr(body, name) for name in body.model_fields_set}
-    return _tenant_json(await tenants.update(tenant, **changes))
+    return (await tenants.update(tenant, **changes)).shown()
 
 
 @router.delete("/tenants/{tenant}", status_code=204)
@@ -196,12 +198,12 @@ async def rotate_key(
     tenant: str, key_id: str, body: Annotated[Rotation, _json(Rotation)], tenants: TenantsOf
 ) -> dict[str, Any]:
     issued, old = await tenants.rotate_key(tenant, key_id, timedelta(seconds=body.overlap_seconds))
-    return {"id": issued.id, "key": issued.key, "name": issued.name, "replaces": _key_json(old)}
+    return {"id": issued.id, "key": issued.key, "name": issued.name, "replaces": old.shown()}
 
 
 @router.get("/tenants/{tenant}/keys")
 async def list_keys(tenant: str, tenants: TenantsOf) -> dict[str, Any]:
-    return {"object": "list", "data": [_key_json(key) for key in await tenants.keys(tenant)]}
+    return {"object": "list", "data": [key.shown() for key in await tenants.keys(tenant)]}
 
 
 @router.delete("/tenants/{tenant}/keys/{key_id}", status_code=204)
@@ -355,31 +357,6 @@ def _free(request: Request, publishing: Publishing, versions: list[Version]) -> 
 
 def _versions(adapters: list[Adapter]) -> list[Version]:
     return [info.version for adapter in adapters for info in adapter.versions]
-
-
-def _tenant_json(tenant: Tenant) -> dict[str, Any]:
-    return {
-        "id": tenant.id,
-        "name": tenant.name,
-        "weight": tenant.weight,
-        "base_allowed": tenant.base_allowed,
-        "max_queued": tenant.max_queued,
-        "max_running": tenant.max_running,
-        "created_at": tenant.created_at.isoformat(),
-        "limits": (tenant.limits.stored() if tenant.limits else None) or {},
-        "budgets": (tenant.budgets.stored() if tenant.budgets else None) or {},
-    }
-
-
-def _key_json(key: KeyInfo) -> dict[str, Any]:
-    times = {name: getattr(key, name) for name in ("created_at", "expires_at", "last_used_at")}
-    return {
-        "id": key.id,
-        "name": key.name,
-        "scopes": key.scopes,
-        "limits": (key.limits.stored() if key.limits else None) or {},
-        **{name: time and time.isoformat() for name, time in times.items()},
-    }
 
 
 def _adapter_json(adapter: Adapter, dispatcher: Dispatcher) -> dict[str, Any]:

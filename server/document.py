@@ -5,6 +5,7 @@ Every operation gets its key, its body, the statuses that it may answer with and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,15 +41,6 @@ def _definitions(operation: Schema) -> Schema:
     return {name: schema for defined in schemas for name, schema in defined.items()}
 
 
-def _call(path: str, method: str) -> str:
-    """The admin's call that this one is, or the path alone: a customer's calls are those of its operator."""
-    if path.startswith("/v1/adapters"):
-        return f"{method} /tenants/{{tenant}}{path.removeprefix('/v1')}"
-    if path == "/v1/usage":
-        return "get /usage"
-    return f"{method} {path.removeprefix('/admin/v1')}" if path.startswith("/admin/v1") else path
-
-
 def _complete(path: str, method: str, operation: Schema) -> None:
     (tag,) = operation["tags"]
     responses = operation["responses"]
@@ -57,13 +49,13 @@ def _complete(path: str, method: str, operation: Schema) -> None:
         operation["requestBody"] = {"required": True, "content": _json(_BODIES[path])}
     if path.endswith("/versions"):
         operation["requestBody"] = {"required": True, "content": _UPLOAD}
-    if shape := _ANSWERS.get(_call(path, method)):
+    if shape := _ANSWERS.get(path if tag == "inference" else f"{method} {_short(path)}"):
         (status,) = responses
         responses[status]["content"] = _json({"$ref": f"#/components/schemas/{shape}"})
+    if form := _OTHER_FORMS.get(_short(path)):
+        responses["200"]["content"][form] = {"schema": _TEXT}
     if path in _STREAMS:
         responses["200"]["content"]["text/event-stream"] = {"schema": _EVENT}
-    if path.endswith("/usage"):
-        responses["200"]["content"]["text/csv"] = {"schema": _TEXT}
     if tag == "operations":
         if path == "/metrics":
             responses["200"]["content"] = {"text/plain": {"schema": _TEXT}}
@@ -72,13 +64,18 @@ def _complete(path: str, method: str, operation: Schema) -> None:
         return
     body = "requestBody" in operation
     error = "AnthropicError" if speaks_anthropic(path) else "Error"
-    for status in _statuses(tag, path, body, "parameters" in operation):
+    for status in _statuses(tag, path, body or bool(operation.get("parameters")), body):
         responses[status] = _error(status, error)
     schemes = ["key", "anthropic_key"] if speaks_anthropic(path) else ["key"]
     operation["security"] = [{scheme: []} for scheme in schemes]
 
 
-def _statuses(tag: str, path: str, body: bool, parameters: bool) -> list[str]:
+def _short(path: str) -> str:
+    """The same for an operator and for a customer who looks after its own adapters."""
+    return re.sub(r"^(/admin)?/v1(/tenants/{tenant}(?=/adapters))?", "", path)
+
+
+def _statuses(tag: str, path: str, arguments: bool, body: bool) -> list[str]:
     found = ["401", "403", "500"]
     if body or tag == "inference":
         found += ["400"]
@@ -88,10 +85,12 @@ def _statuses(tag: str, path: str, body: bool, parameters: bool) -> list[str]:
         found += ["429", "503"]
     if "{" in path or tag == "inference":
         found += ["404"]
-    if tag != "inference" and (body or parameters):
+    if tag != "inference" and arguments:
         found += ["409", "422"]
     if path.endswith(("/versions", "/warm", "/verify")):
-        found += ["503", "507"]
+        found += ["503"]
+    if path.endswith("/versions"):
+        found += ["507"]
     return found
 
 
@@ -232,6 +231,7 @@ _UPLOAD = {
                 "adapter_config.json": _FILE,
                 "adapter_model.safetensors": _FILE,
                 "initial_adapter_model.safetensors": _FILE,
+                "probes.json": _FILE,
             },
         }
     }
@@ -252,39 +252,55 @@ _ANSWERS = {
     "patch /tenants/{tenant}": "Tenant",
     "post /tenants/{tenant}/keys": "NewKey",
     "get /tenants/{tenant}/keys": "Keys",
-    "post /tenants/{tenant}/adapters/{name}/versions": "NewVersion",
-    "get /tenants/{tenant}/adapters": "Adapters",
-    "get /tenants/{tenant}/adapters/{name}": "Adapter",
-    "patch /tenants/{tenant}/adapters/{name}": "Adapter",
-    "post /tenants/{tenant}/keys/{key_id}/rotate": "NewKey",
-    "post /tenants/{tenant}/adapters/{name}/warm": "Warmed",
-    "post /tenants/{tenant}/adapters/{name}/verify": "Verified",
+    "post /tenants/{tenant}/keys/{key_id}/rotate": "RotatedKey",
+    "post /adapters/{name}/versions": "NewVersion",
+    "post /adapters/{name}/warm": "Warm",
+    "post /adapters/{name}/verify": "Verified",
+    "get /adapters": "Adapters",
+    "get /adapters/{name}": "Adapter",
+    "patch /adapters/{name}": "Adapter",
+    "get /residency": "Residency",
     "get /usage": "Usage",
     "get /audit": "Audit",
-    "get /residency": "Residency",
 }
+_OTHER_FORMS = {"/usage": "text/csv", "/audit": "application/jsonl"}
 _TIME = {"type": "string", "format": "date-time"}
 _TIER = {"enum": ["disk", "host", "gpu"]}
 _VERSION = {"type": "integer", "minimum": 1}
 _DIGEST = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _PER_TENANT = {"type": "object", "additionalProperties": _NUMBER}
 _TENANT = _object(
-    "id name weight base_allowed max_queued max_running created_at",
+    "id name weight base_allowed max_queued max_running limits budgets created_at",
     id=_TEXT,
     name=_TEXT,
     weight=_NUMBER,
     base_allowed=_BOOL,
     max_queued=_or_null(_COUNT),
     max_running=_or_null(_COUNT),
+    limits=_ANY,
+    budgets=_ANY,
     created_at=_TIME,
 )
+_KEY = _object(
+    "id name scopes limits created_at expires_at last_used_at",
+    id=_TEXT,
+    name=_or_null(_TEXT),
+    scopes={"type": "array", "items": {"enum": ["inference", "adapters:write", "usage:read"]}},
+    limits=_ANY,
+    created_at=_TIME,
+    expires_at=_or_null(_TIME),
+    last_used_at=_or_null(_TIME),
+)
+_NEW_KEY = {"id": _TEXT, "key": _TEXT, "name": _or_null(_TEXT)}
 _ADAPTER = _object(
-    "name tenant live default pinned tier created_at versions",
+    "name tenant live default pinned split keep_versions tier created_at versions",
     name=_TEXT,
     tenant=_TEXT,
     live=_or_null(_VERSION),
     default=_BOOL,
     pinned=_BOOL,
+    split=_or_null({"type": "object", "additionalProperties": _VERSION}),
+    keep_versions=_or_null(_COUNT),
     tier=_TIER,
     created_at=_TIME,
     versions={
@@ -377,8 +393,9 @@ _COMPONENTS: Schema = {
         "Prompt": _closed("prompt", prompt=_TEXT),
         "Tenant": _TENANT,
         "Tenants": _list_of(_TENANT),
-        "Keys": _list_of(_object("id name created_at", id=_TEXT, name=_or_null(_TEXT), created_at=_TIME)),
-        "NewKey": _object("id key name", id=_TEXT, key=_TEXT, name=_or_null(_TEXT)),
+        "Keys": _list_of(_KEY),
+        "NewKey": _object("id key name", **_NEW_KEY),
+        "RotatedKey": _object("id key name replaces", **_NEW_KEY, replaces=_KEY),
         "Adapter": _ADAPTER,
         "Adapters": _list_of(_ADAPTER),
         "NewVersion": _object(
@@ -389,10 +406,11 @@ _COMPONENTS: Schema = {
             live=_or_null(_VERSION),
             report=_ANY,
         ),
-        "Warmed": _object("adapter version tier", adapter=_TEXT, version=_VERSION, tier=_TIER),
+        "Warm": _object("adapter version tier", adapter=_TEXT, version=_VERSION, tier=_TIER),
         "Verified": _ANY,
-        "Usage": _list_of(_ANY),
-        "Audit": _list_of(_ANY),
+        "Usage": _list_of(_object("requests prompt_tokens cached_tokens output_tokens")),
+        "Audit": _list_of(_object("id at actor action tenant target before after request_id"))
+        | {"required": ["object", "data", "next"]},
         "Residency": _object(
             "slots host queued running counters aside drains preemptions draining",
             slots={"type": "array", "items": _object("version state running draining")},

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapters.audit import ACTOR, Actor
 from adapters.errors import AdapterError, UploadTooLarge
 from server.complete import new_request_id
 from server.dialects import anthropic, speaks_anthropic
@@ -114,6 +115,7 @@ async def tenant_of(request: Request, scope: KeyScope = "inference") -> Tenant:
     request.state.log["tenant"] = tenant.id
     if tenant.key is not None:
         request.app.state.recorder.used(tenant.key.id)
+        ACTOR.set(Actor(f"key {tenant.key.id}", request.state.request_id))
     return tenant
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from adapters.tables import KeyRow, now
 from server.errors import Forbidden, Unauthorized, Unprocessable
@@ -33,6 +33,17 @@ class KeyInfo:
             raise Unauthorized("This API key has expired.", code="expired_api_key")
         if scope not in self.scopes:
             raise Forbidden(f"This key does not have the scope `{scope}`.", code="scope_missing")
+
+    def shown(self) -> dict[str, Any]:
+        """As JSON for the operator."""
+        times = {name: getattr(self, name) for name in ("created_at", "expires_at", "last_used_at")}
+        return {
+            "id": self.id,
+            "name": self.name,
+            "scopes": list(self.scopes),
+            "limits": (self.limits.stored() if self.limits else None) or {},
+            **{name: time and time.isoformat() for name, time in times.items()},
+        }
 
 
 @dataclass(frozen=True, slots=True)

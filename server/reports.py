@@ -1,15 +1,22 @@
-"""What was used: for operators (``/admin/v1/usage``), and for a customer its own (``/v1/usage``)."""
+"""What was changed, for operators (``/admin/v1/audit``), and what was used: for operators
+(``/admin/v1/usage``), and for a customer its own (``/v1/usage``).
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from adapters.audit import Search, entries
+from adapters.tables import Database
 from server import admin
 from server.errors import Unprocessable
 from server.http import tenant_of
@@ -21,6 +28,7 @@ customers = APIRouter(prefix="/v1", tags=["self-service"])
 Start = Annotated[datetime | None, Query(alias="from", description="ISO 8601; UTC where it has no zone.")]
 End = Annotated[datetime | None, Query(alias="to", description="The first moment that does not count.")]
 Format = Literal["json", "csv"] | None
+PAGE = 1000
 By = Annotated[str, Query(description=f"Comma-separated: {', '.join(GROUPS)}.")]
 
 
@@ -37,6 +45,33 @@ async def all_usage(
 ) -> Response:
     question = Question(tenant, adapter, key, _utc(start), _utc(end), groups_of(by))
     return await answer(request, question, format)
+
+
+@operators.get("/audit", summary="Changes, oldest first; all of them as JSON lines with `format=jsonl`")
+async def audit(
+    request: Request,
+    tenant: str | None = None,
+    actor: str | None = None,
+    action: str | None = None,
+    start: Start = None,
+    end: End = None,
+    after: Annotated[int, Query(ge=0, description="`next` of the page before.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=PAGE)] = 100,
+    format: Literal["json", "jsonl"] = "json",
+) -> Response:
+    database: Database = request.app.state.database
+    search = Search(tenant, actor, action, _utc(start), _utc(end), after)
+    if format == "jsonl":
+        return StreamingResponse(_lines(database, search), media_type="application/jsonl")
+    found = await entries(database, search, limit + 1)
+    page, more = found[:limit], len(found) > limit
+    return JSONResponse({"object": "list", "data": page, "next": page[-1]["id"] if more else None})
+
+
+async def _lines(database: Database, search: Search) -> AsyncIterator[str]:
+    while page := await entries(database, search, PAGE):
+        yield "".join(f"{json.dumps(entry)}\n" for entry in page)
+        search = replace(search, after=page[-1]["id"])
 
 
 @customers.get("/usage", summary="The customer's own; needs a key with the scope `usage:read`")

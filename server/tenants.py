@@ -23,6 +23,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from adapters.audit import note
 from adapters.model import TENANT_PATTERN, is_tenant_id
 from adapters.tables import MAX_INTEGER, Database, KeyRow, MetaRow, ReadCache, TenantRow, VersionRow, now
 from server.budgets import Budgets
@@ -66,6 +67,15 @@ class Tenant:
     limits: TenantLimits | None = None
     budgets: Budgets | None = None
     key: KeyInfo | None = field(default=None, compare=False)
+
+    def shown(self) -> dict[str, Any]:
+        """As JSON for the operator."""
+        plain = ("id", "name", "weight", "base_allowed", "max_queued", "max_running")
+        return {name: getattr(self, name) for name in plain} | {
+            "created_at": self.created_at.isoformat(),
+            "limits": (self.limits.stored() if self.limits else None) or {},
+            "budgets": (self.budgets.stored() if self.budgets else None) or {},
+        }
 
 
 class TenantChanges(TypedDict, total=False):
@@ -158,6 +168,7 @@ class Tenants:
                 await session.flush()
             except IntegrityError:
                 raise Conflict(f"The tenant `{id}` exists already.", param="id") from None
+            note(session, "tenant.create", id, after=_tenant(row).shown())
         return _tenant(row)
 
     async def get(self, id: str) -> Tenant:
@@ -169,10 +180,12 @@ class Tenants:
         _check(changes)
         async with self._database.write() as session:
             row = await _row(session, id, lock=True)
+            before = _tenant(row).shown()
             for column, value in changes.items():
                 if isinstance(value, Terms):
                     value = type(value)(**(getattr(row, column) or {})).changed(value).stored()
                 setattr(row, column, value)
+            note(session, "tenant.update", id, before=before, after=_tenant(row).shown())
         return _tenant(row)
 
     async def delete(self, id: str) -> set[str]:
@@ -183,7 +196,8 @@ class Tenants:
         """
         async with self._database.write() as session:
             # Locked first, as in ``Catalog.link``: a version linked meanwhile would be missing in the answer.
-            await _row(session, id, lock=True)
+            row = await _row(session, id, lock=True)
+            note(session, "tenant.delete", id, before=_tenant(row).shown())
             digests = set(await session.scalars(select(VersionRow.digest).where(VersionRow.tenant == id)))
             await session.execute(delete(TenantRow).where(TenantRow.id == id))
         return digests
@@ -207,6 +221,7 @@ class Tenants:
         async with self._database.write() as session:
             await _row(session, tenant, lock=True)
             session.add(row)
+            note(session, "key.create", tenant, row.id, after=key_info(row).shown())
         return IssuedKey(id=row.id, name=name, created_at=row.created_at, key=key)
 
     async def rotate_key(self, tenant: str, key_id: str, overlap: timedelta) -> tuple[IssuedKey, KeyInfo]:
@@ -226,8 +241,10 @@ class Tenants:
                 old.expires_at,
             )
             session.add(row)
-            ends = row.created_at + overlap
+            before, ends = key_info(old).shown(), row.created_at + overlap
             old.expires_at = ends if old.expires_at is None else min(ends, old.expires_at)
+            note(session, "key.rotate", tenant, old.id, before=before, after=key_info(old).shown())
+            note(session, "key.create", tenant, row.id, after=key_info(row).shown())
         return IssuedKey(id=row.id, name=row.name, created_at=row.created_at, key=key), key_info(old)
 
     async def keys(self, tenant: str) -> builtins.list[KeyInfo]:
@@ -240,7 +257,9 @@ class Tenants:
     async def revoke(self, tenant: str, key_id: str) -> None:
         """The key is refused from the moment this returns. NotFound."""
         async with self._database.write() as session:
-            await session.delete(await self._key(session, tenant, key_id))
+            row = await self._key(session, tenant, key_id)
+            note(session, "key.revoke", tenant, key_id, before=key_info(row).shown())
+            await session.delete(row)
 
     @staticmethod
     async def _key(session: AsyncSession, tenant: str, key_id: str) -> KeyRow:

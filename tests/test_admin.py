@@ -37,6 +37,7 @@ ROUTES = [
     ("POST", "/tenants/{tenant}/adapters/{name}/verify"),
     ("GET", "/residency"),
     ("GET", "/usage"),
+    ("GET", "/audit"),
 ]
 
 

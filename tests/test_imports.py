@@ -44,7 +44,7 @@ LEVELS: list[set[str]] = [
     {"adapters.admit", "adapters.doctor", "adapters.merge", "adapters.training"},
     {"adapters.convert"},
     {"adapters.catalog", "adapters.blobs", "adapters.inspect", "adapters.worker"},
-    {"adapters.golden", "adapters.receipts"},
+    {"adapters.audit", "adapters.golden", "adapters.receipts"},
     {
         "adapters.cpu_kernels",
         "adapters.peft_config",
@@ -80,6 +80,7 @@ ONLY_IN = {
         "server.tenants",
         "server.settings",
         "server.usage",
+        "adapters.audit",
         "adapters.catalog",
         "adapters.receipts",
         "adapters.tables",

@@ -1,0 +1,82 @@
+"""Who changed what: an entry for every change, written in the change's own transaction.
+
+An entry never holds a key, its digest or a cache salt: only what the API shows of a thing.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from adapters.tables import AuditRow, Database, now
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """``admin``, ``key <id>`` or ``system``, and the request it made."""
+
+    name: str
+    request_id: str | None = None
+
+
+SYSTEM = Actor("system")
+# Set where a request is authenticated; what happens without one is the system's doing.
+ACTOR: ContextVar[Actor] = ContextVar("actor", default=SYSTEM)
+
+
+def note(
+    session: AsyncSession,
+    action: str,
+    tenant: str,
+    target: str | None = None,
+    *,
+    before: dict[str, Any] | None = None,
+    after: dict[str, Any] | None = None,
+) -> None:
+    """An entry that is there if and only if ``session``'s transaction is. A side that is None: nothing."""
+    actor = ACTOR.get()
+    session.add(
+        AuditRow(
+            at=now(),
+            actor=actor.name,
+            action=action,
+            tenant=tenant,
+            target=target,
+            before=before,
+            after=after,
+            request_id=actor.request_id,
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Entries of ``start`` <= at < ``end`` with an id above ``after``; None is any."""
+
+    tenant: str | None = None
+    actor: str | None = None
+    action: str | None = None
+    start: datetime | None = None
+    end: datetime | None = None
+    after: int = 0
+
+
+async def entries(database: Database, search: Search, most: int) -> list[dict[str, Any]]:
+    """As JSON, oldest first."""
+    query = select(AuditRow).where(AuditRow.id > search.after).order_by(AuditRow.id).limit(most)
+    for column in ("tenant", "actor", "action"):
+        if (wanted := getattr(search, column)) is not None:
+            query = query.where(getattr(AuditRow, column) == wanted)
+    if search.start is not None:
+        query = query.where(AuditRow.at >= search.start)
+    if search.end is not None:
+        query = query.where(AuditRow.at < search.end)
+    names = ("id", "actor", "action", "tenant", "target", "before", "after", "request_id")
+    async with database.read() as session:
+        rows = await session.scalars(query)
+        return [{name: getattr(row, name) for name in names} | {"at": row.at.isoformat()} for row in rows]
