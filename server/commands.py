@@ -1,36 +1,22 @@
-"""``loraplex tenants``, ``keys``, ``adapters``, ``residency`` and ``top``: a running server, by its API.
-
-Every command is a function from a ``Remote`` and its arguments to (document, what to show): people see the
-second, ``--json`` prints the first. It ends with 1 and ``code: message`` when the server refuses.
-"""
+"""``loraplex tenants``, ``keys`` and ``adapters``: a running server's customers, by its admin API."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE
-from server import show
+from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
+from server import records, show
+from server.command import command, err
 from server.remote import Remote, RemoteError
-from server.top import view, watch
+from server.show import Shown
 
-Shown = show.Shown
-_err = Console(stderr=True)
-Url = Annotated[str, typer.Option("--url", envvar="LORAPLEX_URL", help="Where the server is.")]
-Key = Annotated[
-    str, typer.Option("--key", envvar="LORAPLEX_ADMIN_KEY", help="The admin key.", show_default=False)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Tenant = Annotated[str, typer.Argument(help="The customer's id.", show_default=False)]
 Name = Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)]
@@ -43,65 +29,17 @@ BaseAllowed = Annotated[
 Limit = Annotated[
     str | None, typer.Option(help="A number; `none` for the server's own.", metavar="NUMBER|none")
 ]
-Command = Callable[..., Shown]
+Document = Annotated[str | None, typer.Option(help="A JSON object, as the API takes it.", metavar="JSON")]
 
 tenants = typer.Typer(no_args_is_help=True, help="Customers of a running server.")
 keys = typer.Typer(no_args_is_help=True, help="Their keys.")
 adapters = typer.Typer(no_args_is_help=True, help="Their adapters.")
 
-_COMMON = {
-    "url": (Url, "http://127.0.0.1:8000"),
-    "key": (Key, ""),
-    "as_json": (Json, False),
-}
-
-
-def _command(group: typer.Typer, name: str | None = None) -> Callable[[Command], Command]:
-    """Adds ``run`` to ``group``, with the options that say which server and how to print."""
-
-    def register(run: Command) -> Command:
-        @functools.wraps(run)
-        def command(*, url: str, key: str, as_json: bool, **given: Any) -> None:
-            with connected(url, key) as server:
-                document, shown = run(server, **given)
-            if as_json:
-                print(json.dumps(document, indent=2))
-            else:
-                Console().print(shown)
-
-        signature = inspect.signature(run, eval_str=True)
-        own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "server"]
-        added = [
-            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=a, default=d)
-            for n, (a, d) in _COMMON.items()
-        ]
-        command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-        group.command(name)(command)
-        return run
-
-    return register
-
-
-@contextmanager
-def connected(url: str, key: str) -> Iterator[Remote]:
-    """A Remote; whatever it refuses is printed, and ends the program with 1."""
-    try:
-        if not key:
-            raise RemoteError("no_key", "Give the admin key with LORAPLEX_ADMIN_KEY or --key.")
-        server = Remote(url, key)
-        try:
-            yield server
-        finally:
-            server.close()
-    except RemoteError as exc:
-        _err.print(f"[red]{escape(exc.code)}[/red]: {escape(str(exc))}", soft_wrap=True)
-        raise SystemExit(1) from exc
-
 
 # --- tenants ----------------------------------------------------------------------------------------
 
 
-@_command(tenants, "list")
+@command(tenants, "list")
 def list_tenants(server: Remote) -> Shown:
     """All of them."""
     document = server.get("tenants")
@@ -109,13 +47,13 @@ def list_tenants(server: Remote) -> Shown:
     return document, show.table(headings, map(show.tenant_cells, document["data"]))
 
 
-@_command(tenants, "show")
+@command(tenants, "show")
 def show_tenant(server: Remote, tenant: Tenant) -> Shown:
     """One of them."""
     return show.fields(server.get("tenants", tenant))
 
 
-@_command(tenants, "create")
+@command(tenants, "create")
 def create_tenant(
     server: Remote,
     tenant: Tenant,
@@ -124,13 +62,15 @@ def create_tenant(
     base: BaseAllowed = None,
     max_queued: Limit = None,
     max_running: Limit = None,
+    limits: Document = None,
+    budgets: Document = None,
 ) -> Shown:
     """Make a customer, who can do nothing without a key."""
-    changes = _changes(name, weight, base, max_queued, max_running)
+    changes = _changes(name, weight, base, max_queued, max_running) | _objects(limits=limits, budgets=budgets)
     return show.fields(server.post("tenants", body={"id": tenant} | changes))
 
 
-@_command(tenants, "set")
+@command(tenants, "set")
 def set_tenant(
     server: Remote,
     tenant: Tenant,
@@ -139,13 +79,15 @@ def set_tenant(
     base: BaseAllowed = None,
     max_queued: Limit = None,
     max_running: Limit = None,
+    limits: Document = None,
+    budgets: Document = None,
 ) -> Shown:
     """Change what is named; everything else stays."""
-    changes = _changes(name, weight, base, max_queued, max_running)
+    changes = _changes(name, weight, base, max_queued, max_running) | _objects(limits=limits, budgets=budgets)
     return show.fields(server.patch("tenants", tenant, body=changes))
 
 
-@_command(tenants, "delete")
+@command(tenants, "delete")
 def delete_tenant(server: Remote, tenant: Tenant, yes: Yes = False) -> Shown:
     """Remove a customer with all keys and adapters."""
     _sure(yes, f"Delete {tenant} with all keys and adapters?")
@@ -156,23 +98,45 @@ def delete_tenant(server: Remote, tenant: Tenant, yes: Yes = False) -> Shown:
 # --- keys -------------------------------------------------------------------------------------------
 
 
-@_command(keys, "list")
+@command(keys, "list")
 def list_keys(server: Remote, tenant: Tenant) -> Shown:
     """A customer's keys, without their secrets."""
     document = server.get("tenants", tenant, "keys")
-    rows = ((key["id"], key["name"], show.when(key["created_at"])) for key in document["data"])
-    return document, show.table(("id", "name", "since"), rows)
+    headings = ("id", "name", "scopes", "since", "expires", "last used")
+    return document, show.table(headings, map(show.key_cells, document["data"]))
 
 
-@_command(keys, "create")
+@command(keys, "create")
 def create_key(
-    server: Remote, tenant: Tenant, name: Annotated[str | None, typer.Option(help="What it is for.")] = None
+    server: Remote,
+    tenant: Tenant,
+    name: Annotated[str | None, typer.Option(help="What it is for.")] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="inference (default), adapters:write, usage:read; once for each.")
+    ] = None,
+    expires_at: Annotated[str | None, typer.Option(help="ISO 8601, with its zone.")] = None,
+    limits: Document = None,
 ) -> Shown:
     """Make a key. It is shown this once."""
-    return show.fields(server.post("tenants", tenant, "keys", body={} if name is None else {"name": name}))
+    given = {"name": name, "scopes": scope, "expires_at": expires_at}
+    body = {field: value for field, value in given.items() if value is not None}
+    return show.fields(server.post("tenants", tenant, "keys", body=body | _objects(limits=limits)))
 
 
-@_command(keys, "revoke")
+@command(keys, "rotate")
+def rotate_key(
+    server: Remote,
+    tenant: Tenant,
+    key_id: KeyId,
+    overlap: Annotated[int, typer.Option(min=0, help="Seconds for which the old one goes on.")] = 0,
+) -> Shown:
+    """Make a key in the place of another. It is shown this once."""
+    document = server.post("tenants", tenant, "keys", key_id, "rotate", body={"overlap_seconds": overlap})
+    shown = {name: value for name, value in document.items() if name != "replaces"}
+    return document, show.fields(shown)[1]
+
+
+@command(keys, "revoke")
 def revoke_key(server: Remote, tenant: Tenant, key_id: KeyId) -> Shown:
     """Refuse a key from now on."""
     server.delete("tenants", tenant, "keys", key_id)
@@ -182,7 +146,7 @@ def revoke_key(server: Remote, tenant: Tenant, key_id: KeyId) -> Shown:
 # --- adapters ---------------------------------------------------------------------------------------
 
 
-@_command(adapters, "list")
+@command(adapters, "list")
 def list_adapters(server: Remote, tenant: Tenant) -> Shown:
     """A customer's adapters."""
     document = server.get("tenants", tenant, "adapters")
@@ -190,13 +154,13 @@ def list_adapters(server: Remote, tenant: Tenant) -> Shown:
     return document, show.table(headings, map(show.adapter_cells, document["data"]))
 
 
-@_command(adapters, "show")
+@command(adapters, "show")
 def show_adapter(server: Remote, tenant: Tenant, name: Name) -> Shown:
     """An adapter's versions."""
     return show.adapter(server.get("tenants", tenant, "adapters", name))
 
 
-@_command(adapters, "push")
+@command(adapters, "push")
 def push(
     server: Remote,
     folder: Annotated[Path, typer.Argument(help="What PEFT's save_pretrained wrote.", show_default=False)],
@@ -207,9 +171,9 @@ def push(
     document = _push(server, folder, tenant, name)
     report = document["report"]
     for note in report.get("conversions", ()):
-        _err.print(f"[cyan]converted[/cyan] {escape(str(note))}")
+        err.print(f"[cyan]converted[/cyan] {escape(str(note))}")
     for warning in report.get("warnings", ()):
-        _err.print(f"[yellow]warning[/yellow] {escape(str(warning))}")
+        err.print(f"[yellow]warning[/yellow] {escape(str(warning))}")
     return document, show.table(
         ("adapter", "version", "live", "rank", "size", "digest"),
         [
@@ -222,11 +186,11 @@ def push(
 
 
 def _push(server: Remote, folder: Path, tenant: str, name: str) -> Any:
-    with Progress(console=_err, transient=True) as progress, ExitStack() as stack:
+    with Progress(console=err, transient=True) as progress, ExitStack() as stack:
         files: dict[str, IO[bytes]] = {}
         try:
-            for file in (CONFIG_FILE, WEIGHTS_FILE, INITIAL_FILE):
-                if file != INITIAL_FILE or (folder / file).exists():
+            for file in (CONFIG_FILE, WEIGHTS_FILE, INITIAL_FILE, PROBES_FILE):
+                if file in (CONFIG_FILE, WEIGHTS_FILE) or (folder / file).exists():
                     opened = progress.open(folder / file, "rb", description=file)
                     files[file] = stack.enter_context(opened)
         except OSError as exc:
@@ -235,13 +199,13 @@ def _push(server: Remote, folder: Path, tenant: str, name: str) -> Any:
         return server.upload("tenants", tenant, "adapters", name, "versions", files=files)
 
 
-@_command(adapters, "live")
+@command(adapters, "live")
 def make_live(server: Remote, tenant: Tenant, name: Name, version: Number) -> Shown:
     """Answer with this version from now on."""
     return _change(server, tenant, name, live=version)
 
 
-@_command(adapters, "rollback")
+@command(adapters, "rollback")
 def rollback(server: Remote, tenant: Tenant, name: Name) -> Shown:
     """Answer with the version before the live one."""
     found = server.get("tenants", tenant, "adapters", name)
@@ -252,25 +216,54 @@ def rollback(server: Remote, tenant: Tenant, name: Name) -> Shown:
     return _change(server, tenant, name, live=max(before))
 
 
-@_command(adapters, "default")
+@command(adapters, "canary")
+def canary(
+    server: Remote,
+    tenant: Tenant,
+    name: Name,
+    shares: Annotated[
+        list[str] | None,
+        typer.Argument(help="One for each; 100 in all.", metavar="VERSION=PERCENT", show_default=False),
+    ] = None,
+    off: Annotated[bool, typer.Option("--off", help="The live version answers alone again.")] = False,
+) -> Shown:
+    """Divide an adapter's requests between versions."""
+    if off == bool(shares):
+        raise typer.BadParameter("give shares such as 3=90 4=10, or --off", param_hint="VERSION=PERCENT")
+    return _change(server, tenant, name, split=None if off else dict(map(_share, shares or ())))
+
+
+@command(adapters, "verify")
+def verify(
+    server: Remote,
+    tenant: Tenant,
+    name: Name,
+    version: Annotated[int | None, typer.Option(help="Another one than the live.")] = None,
+) -> Shown:
+    """Check a version against the probes that came with it."""
+    query = {} if version is None else {"version": version}
+    return show.fields(server.post("tenants", tenant, "adapters", name, "verify", body={}, **query))
+
+
+@command(adapters, "default")
 def make_default(server: Remote, tenant: Tenant, name: Name) -> Shown:
     """Answer requests that name no model."""
     return _change(server, tenant, name, default=True)
 
 
-@_command(adapters, "pin")
+@command(adapters, "pin")
 def pin(server: Remote, tenant: Tenant, name: Name) -> Shown:
     """Keep the live version in memory."""
     return _change(server, tenant, name, pinned=True)
 
 
-@_command(adapters, "unpin")
+@command(adapters, "unpin")
 def unpin(server: Remote, tenant: Tenant, name: Name) -> Shown:
     """Let it make room for others again."""
     return _change(server, tenant, name, pinned=False)
 
 
-@_command(adapters, "delete")
+@command(adapters, "delete")
 def delete_adapter(server: Remote, tenant: Tenant, name: Name, yes: Yes = False) -> Shown:
     """Remove an adapter with all versions."""
     _sure(yes, f"Delete {tenant}'s {name} with all versions?")
@@ -278,7 +271,7 @@ def delete_adapter(server: Remote, tenant: Tenant, name: Name, yes: Yes = False)
     return show.gone(name)
 
 
-@_command(adapters, "delete-version")
+@command(adapters, "delete-version")
 def delete_version(server: Remote, tenant: Tenant, name: Name, version: Number, yes: Yes = False) -> Shown:
     """Remove one version."""
     _sure(yes, f"Delete version {version} of {tenant}'s {name}?")
@@ -290,7 +283,7 @@ def _change(server: Remote, tenant: str, name: str, **changes: Any) -> Shown:
     return show.adapter(server.patch("tenants", tenant, "adapters", name, body=changes))
 
 
-# --- now --------------------------------------------------------------------------------------------
+# --- all of it ---------------------------------------------------------------------------------------
 
 
 def add_to(cli: typer.Typer) -> None:
@@ -298,25 +291,7 @@ def add_to(cli: typer.Typer) -> None:
     cli.add_typer(tenants, name="tenants")
     cli.add_typer(keys, name="keys")
     cli.add_typer(adapters, name="adapters")
-    _command(cli, "residency")(residency)
-    cli.command("top")(top)
-
-
-def residency(server: Remote) -> Shown:
-    """Slots, host memory and queues as they are now."""
-    document = server.get("residency")
-    return document, view(document)
-
-
-def top(
-    url: Url = "http://127.0.0.1:8000",
-    key: Key = "",
-    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
-    count: Annotated[int | None, typer.Option(min=1, help="Looks; until Ctrl-C if not given.")] = None,
-) -> None:
-    """Watch slots, queues and tokens per second."""
-    with connected(url, key) as server:
-        watch(server, interval=interval, count=count)
+    records.add_to(cli)
 
 
 # --- arguments --------------------------------------------------------------------------------------
@@ -325,6 +300,25 @@ def top(
 def _sure(yes: bool, question: str) -> None:
     if not yes:
         typer.confirm(question, abort=True, err=True)
+
+
+def _share(text: str) -> tuple[str, int]:
+    version, _, percent = text.partition("=")
+    if not (version.isdecimal() and percent.isdecimal()):
+        raise typer.BadParameter(f"{text!r} is not like 3=90", param_hint="VERSION=PERCENT")
+    return version, int(percent)
+
+
+def _objects(**texts: str | None) -> dict[str, Any]:
+    """The JSON objects that were given."""
+    found = {}
+    for field, text in texts.items():
+        if text is not None:
+            try:
+                found[field] = json.loads(text)
+            except ValueError as exc:
+                raise typer.BadParameter(f"not JSON: {exc}", param_hint=f"--{field}") from exc
+    return found
 
 
 def _changes(

@@ -38,11 +38,12 @@ class Remote:
     def close(self) -> None:
         self._http.close()
 
-    def get(self, *path: str | int) -> Any:
-        return self._ask("GET", path).json()
+    def get(self, *path: str | int, **query: str | int | None) -> Any:
+        asked = {name: value for name, value in query.items() if value is not None}
+        return self._ask("GET", path, params=asked).json()
 
-    def post(self, *path: str | int, body: Mapping[str, Any]) -> Any:
-        return self._ask("POST", path, json=body).json()
+    def post(self, *path: str | int, body: Mapping[str, Any], **query: int) -> Any:
+        return self._ask("POST", path, json=body, params=query).json()
 
     def patch(self, *path: str | int, body: Mapping[str, Any]) -> Any:
         return self._ask("PATCH", path, json=body).json()

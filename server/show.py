@@ -5,6 +5,7 @@ Everything here is (document, what to show), or a part of the latter.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,14 +29,29 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
     return made
 
 
+def rows(documents: list[dict[str, Any]]) -> RenderableType:
+    """Documents with the same fields, one in a row."""
+    if not documents:
+        return "none"
+    headings = [name.replace("_", " ") for name in documents[0]]
+    return table(headings, ([_field(name, value) for name, value in d.items()] for d in documents))
+
+
 def fields(document: dict[str, Any]) -> Shown:
     """A document as names and values."""
     made = Table(box=None, show_header=False, pad_edge=False)
     made.add_column(style="bold")
     made.add_column(overflow="fold")
     for name, value in document.items():
-        made.add_row(name.replace("_", " "), _cell(when(value) if name.endswith("_at") else value))
+        made.add_row(name.replace("_", " "), _cell(_field(name, value)))
     return document, made
+
+
+def _field(name: str, value: Any) -> Any:
+    """A value as people read it: times to the minute, objects as JSON."""
+    if value and (name == "at" or name.endswith("_at")):
+        return when(value)
+    return json.dumps(value) if isinstance(value, dict | list) else value
 
 
 def _cell(value: Any) -> str:
@@ -65,6 +81,11 @@ def tenant_cells(tenant: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def key_cells(key: dict[str, Any]) -> tuple[Any, ...]:
+    times = (key[field] and when(key[field]) for field in ("created_at", "expires_at", "last_used_at"))
+    return key["id"], key["name"], ", ".join(key["scopes"]), *times
+
+
 def adapter_cells(adapter: dict[str, Any]) -> tuple[Any, ...]:
     live = [v["report"].get("rank") for v in adapter["versions"] if v["version"] == adapter["live"]]
     return (
@@ -78,6 +99,8 @@ def adapter(document: dict[str, Any]) -> Shown:
     for version in document["versions"]:
         number, report = version["version"], version["report"]
         live = "live" if number == document["live"] else ""
+        share = (document.get("split") or {}).get(str(number))
+        live = f"{share} %" if share else live
         weights = report.get("rank"), size(report.get("size_bytes"))
         rows.append(
             (number, live, version["tier"], *weights, version["digest"][:12], when(version["created_at"]))

@@ -34,7 +34,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 async def run(site: Site, *words: str, key: str = ADMIN_KEY, answer: str = "", **env: str) -> Result:
     """The command as a process would run it; the server goes on in this loop meanwhile."""
-    settings = {"LORAPLEX_URL": site.url, "LORAPLEX_ADMIN_KEY": key, "COLUMNS": "120"} | env
+    settings = {"LORAPLEX_URL": site.url, "LORAPLEX_ADMIN_KEY": key, "COLUMNS": "200"} | env
     return await asyncio.to_thread(CliRunner().invoke, cli, list(words), input=answer, env=settings)
 
 
@@ -106,12 +106,49 @@ async def test_keys(site: Site) -> None:
     assert (await site.http.get("/v1/models", headers=bearer(issued["key"]))).status_code == 200
     other = dict(row for row in await shown(site, "keys", "create", "acme") if len(row) == 2)
     assert other["key"].startswith("lp-")
-    _, *rows = await shown(site, "keys", "list", "acme")
-    assert [row[:2] for row in rows] == [[issued["id"], "ci"], [other["id"], "-"]]
+    headings, *rows = await shown(site, "keys", "list", "acme")
+    assert headings == ["id", "name", "scopes", "since", "expires", "last used"]
+    assert [row[:3] for row in rows] == [[issued["id"], "ci", "inference"], [other["id"], "-", "inference"]]
     assert await shown(site, "keys", "revoke", "acme", issued["id"]) == [[f"deleted {issued['id']}"]]
     assert (await site.http.get("/v1/models", headers=bearer(issued["key"]))).status_code == 401
     listed = await document(site, "keys", "list", "acme")
     assert [key["id"] for key in listed["data"]] == [other["id"]]
+
+
+async def test_keys_with_scopes_limits_and_a_successor(site: Site) -> None:
+    await document(site, "tenants", "create", "acme")
+    words = ("--scope", "inference", "--scope", "usage:read", "--expires-at", "2100-01-01T00:00:00Z")
+    limits = '{"requests_per_minute": 5}'
+    old = await document(site, "keys", "create", "acme", *words, "--limits", limits)
+    new = await document(site, "keys", "rotate", "acme", old["id"], "--overlap", "60")
+    assert new["replaces"]["id"] == old["id"]
+    for key in (old, new):
+        assert (await site.http.get("/v1/usage", headers=bearer(key["key"]))).status_code == 200
+    listed = (await document(site, "keys", "list", "acme"))["data"]
+    assert {tuple(key["scopes"]) for key in listed} == {("inference", "usage:read")}
+    assert listed[0]["limits"] == {"requests_per_minute": 5}
+    again = await shown(site, "keys", "rotate", "acme", new["id"])
+    assert [row[0] for row in again] == ["id", "key", "name"]
+    assert (await site.http.get("/v1/usage", headers=bearer(new["key"]))).status_code == 401
+    assert (await run(site, "keys", "create", "acme", "--limits", "{")).exit_code == 2
+
+
+async def test_limits_and_budgets_of_a_tenant(site: Site) -> None:
+    made = await document(
+        site,
+        "tenants",
+        "create",
+        "acme",
+        "--limits",
+        '{"max_tokens": 9}',
+        "--budgets",
+        '{"day": {"tokens": 5}}',
+    )
+    assert made["limits"]["max_tokens"] == 9
+    assert made["budgets"]["day"]["tokens"] == 5
+    changed = await document(site, "tenants", "set", "acme", "--limits", '{"max_tokens": null}')
+    assert changed["limits"].get("max_tokens") is None
+    assert "max_tokens" in await refusal(site, "tenants", "set", "acme", "--limits", '{"max_tokens": "x"}')
 
 
 # --- adapters ---------------------------------------------------------------------------------------
@@ -171,6 +208,28 @@ async def test_a_refused_upload_says_why(site: Site, tmp_path: Path) -> None:
     assert said.startswith("not_lora: adapter_config.json: "), said
 
 
+async def test_a_name_is_divided_between_versions(site: Site) -> None:
+    await document(site, "tenants", "create", "acme")
+    for seed in (1, 2):
+        await push(site, tiny.adapter(seed))
+    divided = await document(site, "adapters", "canary", "acme", "a", "1=90", "2=10")
+    assert divided["split"] == {"1": 90, "2": 10}
+    rows = await shown(site, "adapters", "show", "acme", "a")
+    assert [row[:2] for row in rows[2:]] == [["1", "90 %"], ["2", "10 %"]]
+    assert (await document(site, "adapters", "canary", "acme", "a", "--off"))["split"] is None
+    assert "100" in await refusal(site, "adapters", "canary", "acme", "a", "1=90")
+    for wrong in (["1"], ["1=x"], ["a=1"], [], ["1=100", "--off"]):
+        assert (await run(site, "adapters", "canary", "acme", "a", *wrong)).exit_code == 2
+
+
+async def test_a_version_without_probes_is_not_verified(site: Site) -> None:
+    await document(site, "tenants", "create", "acme")
+    await push(site, tiny.adapter(1))
+    for words in ((), ("--version", "1")):
+        assert "probes.json" in await refusal(site, "adapters", "verify", "acme", "a", *words)
+    assert "version_not_found: " in await refusal(site, "adapters", "verify", "acme", "a", "--version", "9")
+
+
 # --- now --------------------------------------------------------------------------------------------
 
 
@@ -195,6 +254,26 @@ async def test_residency_and_top(site: Site) -> None:
     assert acme[:3] == ["acme", "0", "1"]
     assert 10 < float(acme[4]) < 100, "while the answer is being made, not when it is done"
     talking.cancel()
+
+
+async def test_usage_and_audit(site: Site) -> None:
+    key = await site.tenant("acme", {"support": tiny.adapter(1)})
+    assert (await site.chat(key, "hi", max_tokens=4)).status_code == 200
+    headings, *rows = await shown(site, "usage", "--by", "tenant,adapter", "--tenant", "acme")
+    assert headings == ["tenant", "adapter", "requests", "prompt", "cached", "output", "total", "cost"]
+    assert rows == [["acme", "support", "1", "2", "0", "4", "6", "0"]]
+    told = await document(site, "usage", "--tenant", "acme")
+    assert told["data"][0]["output_tokens"] == 4
+    assert await shown(site, "usage", "--tenant", "nobody") == [["none"]]
+    assert "`by`" in await refusal(site, "usage", "--by", "weather")
+
+    headings, *rows = await shown(site, "audit", "--tenant", "acme")
+    assert headings == ["id", "at", "actor", "action", "tenant", "target"]
+    assert [row[4] for row in rows] == ["acme"] * len(rows)
+    first, *others = (await document(site, "audit"))["data"]
+    assert len(others) == len(rows) - 1
+    page = await document(site, "audit", "--limit", "1", "--after", str(first["id"]))
+    assert [entry["id"] for entry in page["data"]] == [others[0]["id"]]
 
 
 def test_rates_are_of_what_came_meanwhile() -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS: list[set[str]] = [
     {"server.__main__"},
     {"server.app", "server.commands", "server.offline"},
-    {"server.document", "server.reports", "server.selfservice"},
+    {"server.document", "server.records", "server.reports", "server.selfservice"},
     {"server.api", "server.admin", "server.protocol", "server.top"},
     {"server.http", "server.multipart"},
     {"server.complete", "server.publish"},
@@ -28,7 +28,7 @@ LEVELS: list[set[str]] = [
     {"server.ranking", "server.tiers"},
     {"server.usage"},
     {"server.engine", "server.tenants", "server.metrics", "server.logs"},
-    {"server.budgets", "server.keys"},
+    {"server.budgets", "server.command", "server.keys"},
     {"server.dialects", "server.fields"},
     {
         "server.errors",

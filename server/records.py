@@ -1,0 +1,79 @@
+"""``loraplex usage``, ``audit``, ``residency`` and ``top``: what a running server did and does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from server import show
+from server.command import LOCAL, Key, Url, command, connected
+from server.remote import Remote
+from server.show import Shown
+from server.top import view, watch
+
+OfTenant = Annotated[str | None, typer.Option("--tenant", help="Of this customer only.")]
+From = Annotated[str | None, typer.Option("--from", help="ISO 8601; UTC where it has no zone.")]
+To = Annotated[str | None, typer.Option("--to", help="The first moment that does not count.")]
+
+
+def add_to(cli: typer.Typer) -> None:
+    command(cli, "usage")(usage)
+    command(cli, "audit")(audit)
+    command(cli, "residency")(residency)
+    cli.command("top")(top)
+
+
+def usage(
+    server: Remote,
+    tenant: OfTenant = None,
+    adapter: Annotated[str | None, typer.Option(help="Of this adapter only.")] = None,
+    by: Annotated[
+        str, typer.Option(help="hour, day, tenant, adapter, version, key, endpoint, outcome; with commas.")
+    ] = "tenant",
+    start: From = None,
+    end: To = None,
+) -> Shown:
+    """Sum up what was used."""
+    asked = {"tenant": tenant, "adapter": adapter, "by": by, "from": start, "to": end}
+    document = server.get("usage", **asked)
+    return document, show.rows([_tokens(row) for row in document["data"]])
+
+
+def _tokens(row: dict[str, Any]) -> dict[str, Any]:
+    """What fits a terminal: requests, tokens and costs; the times are in the document."""
+    return {n.removesuffix("_tokens"): value for n, value in row.items() if not n.endswith("seconds")}
+
+
+def audit(
+    server: Remote,
+    tenant: OfTenant = None,
+    actor: Annotated[str | None, typer.Option(help="Changes by this one only.")] = None,
+    action: Annotated[str | None, typer.Option(help="Changes of this kind only.")] = None,
+    start: From = None,
+    end: To = None,
+    after: Annotated[int | None, typer.Option(min=0, help="Changes after the one with this id.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Most changes shown.")] = 100,
+) -> Shown:
+    """Show what was changed, and by whom, oldest first."""
+    asked = {"tenant": tenant, "actor": actor, "action": action, "from": start, "to": end}
+    document = server.get("audit", **asked, after=after, limit=limit)
+    shown = ("id", "at", "actor", "action", "tenant", "target")
+    return document, show.rows([{name: entry[name] for name in shown} for entry in document["data"]])
+
+
+def residency(server: Remote) -> Shown:
+    """Slots, host memory and queues as they are now."""
+    document = server.get("residency")
+    return document, view(document)
+
+
+def top(
+    url: Url = LOCAL,
+    key: Key = "",
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    count: Annotated[int | None, typer.Option(min=1, help="Looks; until Ctrl-C if not given.")] = None,
+) -> None:
+    """Watch slots, queues and tokens per second."""
+    with connected(url, key) as server:
+        watch(server, interval=interval, count=count)
