@@ -251,6 +251,19 @@ def make_default(server: Remote, tenant: Tenant, name: Name) -> Shown:
     return _change(server, tenant, name, default=True)
 
 
+@command(adapters, "warm")
+def warm(
+    server: Remote,
+    tenant: Tenant,
+    name: Name,
+    version: Annotated[int | None, typer.Option(help="Another one than the live.")] = None,
+    slot: Annotated[bool, typer.Option("--slot", help="Into a GPU slot too.")] = False,
+) -> Shown:
+    """Load a version before its first request; ends when it is there."""
+    body = {"version": version, "slot": slot}
+    return show.fields(server.post("tenants", tenant, "adapters", name, "warm", body=body))
+
+
 @command(adapters, "pin")
 def pin(server: Remote, tenant: Tenant, name: Name) -> Shown:
     """Keep the live version in memory."""

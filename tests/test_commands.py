@@ -181,6 +181,8 @@ async def test_adapters(site: Site) -> None:
     assert "no version before 1" in await refusal(site, "adapters", "rollback", "acme", "a")
     assert (await document(site, "adapters", "live", "acme", "a", "2"))["live"] == 2
     assert (await document(site, "adapters", "default", "acme", "b"))["default"] is True
+    assert (await document(site, "adapters", "warm", "acme", "b", "--slot"))["tier"] == "gpu"
+    assert "no version 9" in await refusal(site, "adapters", "warm", "acme", "b", "--version", "9")
     assert (await document(site, "adapters", "pin", "acme", "b"))["pinned"] is True
 
     title, headings, *rows = await shown(site, "adapters", "show", "acme", "b")
