@@ -342,11 +342,13 @@ class Database:
             session = self._writer()
             try:
                 with _disk_errors():
+                    # Cancelled in the middle of its BEGIN, SQLite's connection would be lost with its lock.
+                    await to_the_end(session.connection())
                     yield session
-                    await _to_the_end(session.commit())
+                    await to_the_end(session.commit())
             finally:
                 try:
-                    await _to_the_end(session.close())
+                    await to_the_end(session.close())
                 finally:
                     self.generation += session.info.get("invalidates", False)
 
@@ -391,7 +393,7 @@ class ReadCache(Generic[K, T]):
         return answer
 
 
-async def _to_the_end(step: Coroutine[Any, Any, None]) -> None:
+async def to_the_end(step: Coroutine[Any, Any, T]) -> T:
     """Runs ``step`` to its end even if cancelled meanwhile; the cancellation is raised afterwards."""
     task = asyncio.create_task(step)
     interruption: asyncio.CancelledError | None = None
@@ -402,7 +404,7 @@ async def _to_the_end(step: Coroutine[Any, Any, None]) -> None:
             interruption = error
     if interruption is not None:
         raise interruption from task.exception()
-    task.result()
+    return task.result()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from adapters.errors import AdapterNotFound
 from adapters.golden import Golden, take
 from adapters.model import Adapter, Manifest, Quota, Version
 from adapters.receipts import Receipts
+from adapters.tables import to_the_end
 from server.dispatcher import Dispatcher
 from server.engine import Engine
 from server.probe import Prober, no_effect
@@ -40,9 +41,9 @@ class Publishing:
     receipts: Receipts
     prober: Prober
     keep_versions: int = 0
-    # The digest of each upload between commit and link; nobody removes it.
+    # The digest of each upload from commit to link; nobody removes it.
     coming: list[str] = field(default_factory=list)
-    # Held while one of them comes, and while a blob is removed.
+    # Held to add one, and while a blob is removed: nobody commits what is about to go.
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -92,7 +93,7 @@ async def publish(
             )
             async with _committed(service, incoming, tenant, name, manifest) as candidate:
                 manifest = await _probed(service, candidate, manifest, golden, allow_no_effect)
-                adapter, version = await service.catalog.link(
+                link = service.catalog.link(
                     tenant,
                     name,
                     digest=candidate.digest,
@@ -101,6 +102,7 @@ async def publish(
                     receipt=receipt,
                     quota=quota,
                 )
+                adapter, version = await to_the_end(link)
     move_pin(service.dispatcher, adapter)
     return Published(adapter.uploaded(version.number), await _make_room(service, adapter))
 
@@ -134,17 +136,20 @@ async def _committed(
     service: Publishing, incoming: Incoming, tenant: str, name: str, manifest: Manifest
 ) -> AsyncIterator[Version]:
     """The files in their place, as a version without a number; if the block fails they go again."""
+    digest = incoming.digest
+    assert digest is not None, "finish comes first"
+    path = service.blobs.path(digest)
+    candidate = Version(tenant, name, 0, digest, path, manifest.rank, manifest.size_bytes)
     async with service.changing:
-        path = await incoming.commit()
-        service.coming.append(path.name)
-    candidate = Version(tenant, name, 0, path.name, path, manifest.rank, manifest.size_bytes)
+        service.coming.append(digest)
     try:
+        await incoming.commit()
         yield candidate
     except BaseException:
-        service.coming.remove(path.name)
+        service.coming.remove(digest)
         await unpublish(service, [candidate])
         raise
-    service.coming.remove(path.name)
+    service.coming.remove(digest)
 
 
 async def verify(service: Publishing, tenant: str, name: str, number: int | None) -> dict[str, Any]:

@@ -63,7 +63,13 @@ async def refusal(site: Site, *words: str, **options: Any) -> str:
 
 async def test_tenants(site: Site) -> None:
     made = await shown(site, "tenants", "create", "acme", "--name", "[Acme] Inc", "--weight", "2.5")
-    assert made[:4] == [["id", "acme"], ["name", "[Acme] Inc"], ["weight", "2.5"], ["base allowed", "yes"]]
+    assert made[:4] == [
+        ["id", "acme"],
+        ["name", "[Acme] Inc"],
+        ["weight", "2.5"],
+        ["priority", "standard"],
+        ["base allowed", "yes"],
+    ]
     await shown(site, "tenants", "create", "zeta", "--no-base", "--max-queued", "7")
     headings, *rows = await shown(site, "tenants", "list")
     assert headings == ["tenant", "name", "weight", "base", "max queued", "max running", "since"]

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save
 from adapters.model import WEIGHTS_FILE
 from adapters.probes import NOTHING, Difference, compare, finite
 from server import probe
+from server.publish import publish
 from tests import tiny
 from tests.fakes import FakeEngine, Times
 from tests.site import Site
@@ -220,6 +221,33 @@ async def test_bytes_being_probed_are_not_removed_with_a_deleted_version(site: S
     assert (tmp_path / "blobs" / digest / WEIGHTS_FILE).exists()
     assert (await again).status_code == 201
     assert blobs(tmp_path) == [digest]
+
+
+async def test_an_upload_that_is_cancelled_anywhere_is_whole_or_leaves_nothing(
+    site: Site, tmp_path: Path
+) -> None:
+    service, engine = site.app.state.publishing, engine_of(site)
+    engine.times.stage = 0.01
+
+    async def pieces(seed: int) -> AsyncIterator[tuple[str, bytes]]:
+        for name, content in files(seed).items():
+            yield name, content
+
+    seen: set[bool] = set()
+    for seed in range(60):
+        # An adapter of its own each time, or a probe would be remembered.
+        uploading = asyncio.create_task(publish(service, "acme", f"a{seed}", pieces(seed), key=str(seed)))
+        await asyncio.sleep(0.002 * seed)
+        uploading.cancel()
+        await asyncio.wait([uploading])
+        linked = await service.catalog.linked_digests()
+        seen.add(uploading.cancelled())
+        assert blobs(tmp_path) == sorted(linked)
+        assert len(linked) >= (not uploading.cancelled())
+        assert service.coming == []
+        assert engine.running == []
+        assert site.app.state.dispatcher.open_leases() == []
+    assert seen == {True, False}
 
 
 async def nothing_known(_: str) -> None:

@@ -265,7 +265,7 @@ async def test_a_tenant_that_goes_while_its_upload_comes(site: Site, tmp_path: P
     assert (await site.admin.delete("/admin/v1/tenants/acme")).status_code == 204
     go_on.set()
     error(await slow, 404, "tenant_not_found")
-    assert list((tmp_path / "quarantine").iterdir()) == []
+    assert blobs(tmp_path) == []
 
 
 async def test_what_inspection_refuses_is_not_kept(site: Site, tmp_path: Path) -> None:
