@@ -23,6 +23,9 @@ Name = Annotated[str, typer.Argument(help="The adapter's name.", show_default=Fa
 Number = Annotated[int, typer.Argument(help="The version's number.", show_default=False)]
 KeyId = Annotated[str, typer.Argument(help="As `keys list` shows it.", show_default=False)]
 Weight = Annotated[float | None, typer.Option(help="Share of the engine, beside others' 1.")]
+PriorityOf = Annotated[
+    str | None, typer.Option("--priority", help="interactive, standard or batch.", show_default=False)
+]
 BaseAllowed = Annotated[
     bool | None, typer.Option("--base/--no-base", help="Whether the base model may be asked.")
 ]
@@ -59,6 +62,7 @@ def create_tenant(
     tenant: Tenant,
     name: Annotated[str | None, typer.Option(help="For people.")] = None,
     weight: Weight = None,
+    priority: PriorityOf = None,
     base: BaseAllowed = None,
     max_queued: Limit = None,
     max_running: Limit = None,
@@ -66,7 +70,9 @@ def create_tenant(
     budgets: Document = None,
 ) -> Shown:
     """Make a customer, who can do nothing without a key."""
-    changes = _changes(name, weight, base, max_queued, max_running) | _objects(limits=limits, budgets=budgets)
+    given = {"name": name, "weight": weight, "priority": priority, "base_allowed": base}
+    bounds = {"max_queued": max_queued, "max_running": max_running}
+    changes = _changes(given, bounds) | _objects(limits=limits, budgets=budgets)
     return show.fields(server.post("tenants", body={"id": tenant} | changes))
 
 
@@ -76,6 +82,7 @@ def set_tenant(
     tenant: Tenant,
     name: Annotated[str | None, typer.Option(help="For people.")] = None,
     weight: Weight = None,
+    priority: PriorityOf = None,
     base: BaseAllowed = None,
     max_queued: Limit = None,
     max_running: Limit = None,
@@ -83,7 +90,9 @@ def set_tenant(
     budgets: Document = None,
 ) -> Shown:
     """Change what is named; everything else stays."""
-    changes = _changes(name, weight, base, max_queued, max_running) | _objects(limits=limits, budgets=budgets)
+    given = {"name": name, "weight": weight, "priority": priority, "base_allowed": base}
+    bounds = {"max_queued": max_queued, "max_running": max_running}
+    changes = _changes(given, bounds) | _objects(limits=limits, budgets=budgets)
     return show.fields(server.patch("tenants", tenant, body=changes))
 
 
@@ -334,13 +343,10 @@ def _objects(**texts: str | None) -> dict[str, Any]:
     return found
 
 
-def _changes(
-    name: str | None, weight: float | None, base: bool | None, max_queued: str | None, max_running: str | None
-) -> dict[str, Any]:
-    """The fields that were given."""
-    given = {"name": name, "weight": weight, "base_allowed": base}
+def _changes(given: dict[str, Any], bounds: dict[str, str | None]) -> dict[str, Any]:
+    """The fields that were given. A bound is a number, or ``none``."""
     changes: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
-    for field, text in (("max_queued", max_queued), ("max_running", max_running)):
+    for field, text in bounds.items():
         if text is not None:
             try:
                 changes[field] = None if text == "none" else int(text)

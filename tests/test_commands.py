@@ -63,7 +63,7 @@ async def refusal(site: Site, *words: str, **options: Any) -> str:
 
 async def test_tenants(site: Site) -> None:
     made = await shown(site, "tenants", "create", "acme", "--name", "[Acme] Inc", "--weight", "2.5")
-    assert made[:4] == [
+    assert made[:5] == [
         ["id", "acme"],
         ["name", "[Acme] Inc"],
         ["weight", "2.5"],
@@ -82,9 +82,13 @@ async def test_tenants(site: Site) -> None:
     assert await document(site, "tenants", "show", "zeta") == listed["data"][1]
 
     changed = await document(
-        site, "tenants", "set", "zeta", "--base", "--max-queued", "none", "--max-running", "3"
-    )
-    assert changed == listed["data"][1] | {"base_allowed": True, "max_queued": None, "max_running": 3}
+        site, "tenants", "set", "zeta", "--base", "--max-queued", "none", "--max-running", "3",
+        "--priority", "batch",
+    )  # fmt: skip
+    assert changed == listed["data"][1] | {
+        "base_allowed": True, "max_queued": None, "max_running": 3, "priority": "batch",
+    }  # fmt: skip
+    assert "interactive" in await refusal(site, "tenants", "set", "zeta", "--priority", "high")
 
     assert await document(site, "tenants", "delete", "zeta", "--yes") == {"deleted": "zeta"}
     assert [t["id"] for t in (await document(site, "tenants", "list"))["data"]] == ["acme"]
