@@ -45,7 +45,8 @@ demo: $(STAMP) ## Three customers, three voices, one model; ONCE=1 ends after th
 	@$(PY) -m server demo $(if $(filter-out 0,$(ONCE)),--once)
 
 test: $(STAMP) ## Run all tests, on the real engine too
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile --ignore tests/engine
+	$(PY) -m pytest tests/engine
 
 check: $(STAMP) ## Lint, formatting, types, and which module may import which
 	$(PY) -m ruff check .
