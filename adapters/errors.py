@@ -99,6 +99,10 @@ CURES: dict[str, str] = {
         "Upload adapter_config.json and adapter_model.safetensors, and nothing else (but, for PiSSA and its"
         " kin, initial_adapter_model.safetensors)."
     ),
+    "archive_invalid": (
+        "Send a tar, tar.gz or zip of the adapter's folder, with adapter_config.json and"
+        " adapter_model.safetensors once each, and no links."
+    ),
     "name_invalid": (
         "Use 1 to 128 letters, digits, '.', '_' or '-', with a letter or digit first;"
         " not `default`, and not the base model's name."

@@ -15,12 +15,9 @@ from adapters.model import Adapter, Tier, Version
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
 from server.http import limited_body, parse_object
-from server.multipart import boundary_of, parts
 from server.publish import Publishing, move_pin, publish, unpublish
+from server.sources import files_of
 from server.tenants import Tenant, Tenants
-
-# Multipart boundaries and part headers around the two files.
-_MULTIPART_ROOM = 64 << 10
 
 
 async def _admin(request: Request) -> None:
@@ -159,9 +156,9 @@ async def create_version(
     tenant: str, name: str, request: Request, tenants: TenantsOf, publishing: PublishingOf
 ) -> JSONResponse:
     await tenants.get(tenant)
-    boundary = boundary_of(request.headers.get("content-type"))
-    limit = request.app.state.settings.max_upload_bytes + _MULTIPART_ROOM
-    published = await publish(publishing, tenant, name, parts(limited_body(request, limit), boundary))
+    limit = request.app.state.settings.max_upload_bytes
+    files = files_of(request, publishing.blobs.quarantine, max_bytes=limit)
+    published = await publish(publishing, tenant, name, files)
     return JSONResponse(
         {
             "adapter": published.adapter.name,

@@ -16,6 +16,7 @@ LEVELS: list[set[str]] = [
     {"server.__main__"},
     {"server.app", "server.offline"},
     {"server.api", "server.admin"},
+    {"server.sources"},
     {"server.http", "server.multipart"},
     {"server.complete", "server.publish"},
     {"server.dispatcher"},
@@ -28,7 +29,7 @@ LEVELS: list[set[str]] = [
     {"server.sizing"},
     {"server"},
     {"adapters.admit", "adapters.doctor", "adapters.merge"},
-    {"adapters.convert"},
+    {"adapters.archives", "adapters.convert"},
     {"adapters.catalog", "adapters.blobs", "adapters.inspect", "adapters.worker"},
     {
         "adapters.cpu_kernels",
