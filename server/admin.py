@@ -16,6 +16,7 @@ from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
 from server.http import limited_body, parse_object
 from server.publish import Publishing, move_pin, publish, unpublish
+from server.settings import Settings
 from server.sources import files_of
 from server.tenants import Tenant, Tenants
 
@@ -156,8 +157,13 @@ async def create_version(
     tenant: str, name: str, request: Request, tenants: TenantsOf, publishing: PublishingOf
 ) -> JSONResponse:
     await tenants.get(tenant)
-    limit = request.app.state.settings.max_upload_bytes
-    files = files_of(request, publishing.blobs.quarantine, max_bytes=limit)
+    settings: Settings = request.app.state.settings
+    files = files_of(
+        request,
+        publishing.blobs.quarantine,
+        max_bytes=settings.max_upload_bytes,
+        prefixes=settings.import_prefixes,
+    )
     published = await publish(publishing, tenant, name, files)
     return JSONResponse(
         {

@@ -101,6 +101,11 @@ class Settings(BaseSettings):
     max_queued: int = Field(256, ge=1, description="Waiting requests per tenant; one more gets 429.")
     queue_timeout: float = Field(60.0, gt=0, description="Seconds a request may wait; then it gets 503.")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest upload, both files together, in bytes.")
+    import_prefixes: tuple[str, ...] = Field(
+        (),
+        description="URLs (`https://…`, `s3://…`, `file://…`) under which adapters may be imported from, as a"
+        " JSON list; none if empty.",
+    )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest inference request body, in bytes.")
     drain_timeout: float = Field(
         30.0, ge=0, description="Seconds that streams may go on after SIGTERM before they are cut."
@@ -131,6 +136,15 @@ class Settings(BaseSettings):
                 f"must be one of {', '.join(map(str, ALLOWED_MAX_RANKS))}; take the next larger one"
             )
         return rank
+
+    @field_validator("import_prefixes")
+    @classmethod
+    def _prefixes_are_urls(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
+        for prefix in prefixes:
+            scheme, separator, rest = prefix.partition("://")
+            if not (scheme.isalnum() and separator and rest.strip("/")):
+                raise ValueError(f"{prefix!r} must be a URL with a host or folder, as https://host/folder/")
+        return prefixes
 
     @field_validator("engine_args")
     @classmethod

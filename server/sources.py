@@ -6,7 +6,7 @@ application/x-tar, gzip, zip  the archive as the body
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from email.message import Message
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from fastapi import Request
 
 from adapters.archives import unpacked
 from server.errors import BadRequest
-from server.http import limited_body
+from server.http import json_object, limited_body
+from server.imports import imported
 from server.multipart import boundary_of, parts
 
 ARCHIVE = "archive"
@@ -35,17 +36,29 @@ _ROOM = 64 << 10
 Files = AsyncIterator[tuple[str, bytes]]
 
 
-def files_of(request: Request, folder: Path, *, max_bytes: int) -> Files:
+def files_of(request: Request, folder: Path, *, max_bytes: int, prefixes: Sequence[str]) -> Files:
     """The files in the body of ``request``; an archive is kept in ``folder`` while it is read.
 
+    ``prefixes`` are the sources that may be fetched; without any, JSON is a body of another kind.
     Raises BadRequest for a body of another kind, at once; then what reading raises.
     """
     header = Message()
     header["content-type"] = request.headers.get("content-type", "")
     if header.get_content_type() in ARCHIVE_TYPES:
         return unpacked(limited_body(request, max_bytes), folder, max_bytes=max_bytes)
+    if prefixes and header.get_content_type() == "application/json":
+        return _of_source(request, prefixes, folder, max_bytes)
     boundary = boundary_of(request.headers.get("content-type"))
     return _of_form(parts(limited_body(request, max_bytes + _ROOM), boundary), folder, max_bytes)
+
+
+async def _of_source(request: Request, prefixes: Sequence[str], folder: Path, max_bytes: int) -> Files:
+    body = await json_object(request, _ROOM)
+    source = body.get("source")
+    if not isinstance(source, str) or len(body) > 1:
+        raise BadRequest('Send {"source": URL} and nothing else.', param="source")
+    async for entry in imported(source, prefixes, folder, max_bytes=max_bytes):
+        yield entry
 
 
 async def _of_form(fields: Files, folder: Path, max_bytes: int) -> Files:

@@ -17,7 +17,7 @@ LEVELS: list[set[str]] = [
     {"server.app", "server.offline"},
     {"server.api", "server.admin"},
     {"server.sources"},
-    {"server.http", "server.multipart"},
+    {"server.http", "server.imports", "server.multipart"},
     {"server.complete", "server.publish"},
     {"server.dispatcher"},
     {"server.plan"},
