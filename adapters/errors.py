@@ -109,6 +109,10 @@ CURES: dict[str, str] = {
         "Make the probes with this adapter on the base model that is served here, or, if only the precision"
         " differs, with a larger tolerance."
     ),
+    "archive_invalid": (
+        "Send a tar, tar.gz or zip of the adapter's folder, with adapter_config.json and"
+        " adapter_model.safetensors once each, and no links."
+    ),
     "name_invalid": (
         "Use 1 to 128 letters, digits, '.', '_' or '-', with a letter or digit first;"
         " not `default`, and not the base model's name."

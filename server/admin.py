@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
@@ -22,15 +23,13 @@ from adapters.tables import MAX_INTEGER
 from server.budgets import Budgets
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
-from server.http import limited_body, parse_object, whole_body
+from server.http import parse_object, whole_body
 from server.keys import DEFAULT_SCOPES, SCOPES, KeyScope
 from server.limits import KeyLimits, TenantLimits
-from server.multipart import boundary_of, parts
 from server.publish import Publishing, move_pin, publish, unpublish, verify
+from server.settings import Settings
+from server.sources import files_of
 from server.tenants import Priority, Tenants
-
-# Multipart boundaries and part headers around the two files.
-_MULTIPART_ROOM = 64 << 10
 
 
 async def _admin(request: Request) -> None:
@@ -239,7 +238,8 @@ async def create_version(
     options: UploadOptionsOf,
 ) -> JSONResponse:
     await tenants.get(tenant)
-    return await receive_version(tenant, name, request, publishing, options)
+    settings: Settings = request.app.state.settings
+    return await receive_version(tenant, name, request, publishing, options, settings.import_prefixes)
 
 
 async def receive_version(
@@ -248,11 +248,14 @@ async def receive_version(
     request: Request,
     publishing: Publishing,
     options: UploadOptions,
+    prefixes: Sequence[str] = (),
     quota: Quota | None = None,
 ) -> JSONResponse:
-    boundary = boundary_of(request.headers.get("content-type"))
-    limit = request.app.state.settings.max_upload_bytes + _MULTIPART_ROOM
-    files = parts(limited_body(request, limit), boundary)
+    """``prefixes`` are the sources that may be fetched for whoever asks."""
+    settings: Settings = request.app.state.settings
+    files = files_of(
+        request, publishing.blobs.quarantine, max_bytes=settings.max_upload_bytes, prefixes=prefixes
+    )
     published = await publish(
         publishing,
         tenant,

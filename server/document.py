@@ -234,7 +234,10 @@ _UPLOAD = {
                 "probes.json": _FILE,
             },
         }
-    }
+    },
+    **dict.fromkeys(("application/x-tar", "application/gzip", "application/zip"), {"schema": _FILE}),
+    # Where the operator allows sources.
+    "application/json": {"schema": _closed("source", source=_TEXT)},
 }
 _ANSWERS = {
     "/v1/models": "Models",

@@ -24,7 +24,7 @@ def boundary_of(content_type: str | None) -> bytes:
     if not is_form or not isinstance(boundary, str) or not 1 <= len(boundary) <= _MAX_BOUNDARY:
         raise BadRequest(
             "Send the files as multipart/form-data, in fields named adapter_config.json and"
-            " adapter_model.safetensors."
+            " adapter_model.safetensors, or as a tar or zip in a field named archive."
         )
     return boundary.encode("latin-1", "replace")
 

@@ -45,7 +45,8 @@ async def create_version(
 ) -> JSONResponse:
     limits = owner.limits
     quota = Quota(limits.max_adapters, limits.max_storage_bytes) if limits else None
-    return await admin.receive_version(owner.id, name, request, publishing, options, quota)
+    # Nothing is imported by URL: what the operator lets the server read may be another customer's.
+    return await admin.receive_version(owner.id, name, request, publishing, options, quota=quota)
 
 
 @router.patch("/{name}", openapi_extra=admin.documented(AdapterChange))

@@ -132,6 +132,11 @@ class Settings(BaseSettings):
     keep_versions: int = Field(
         0, ge=0, description="Versions of an adapter that an upload leaves, beside those that answer; 0: all."
     )
+    import_prefixes: tuple[str, ...] = Field(
+        (),
+        description="URLs (`https://…`, `s3://…`, `file://…`) under which adapters may be imported from, as a"
+        " JSON list; none if empty.",
+    )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest inference request body, in bytes.")
     client_timeout: float = Field(
         60.0,
@@ -176,6 +181,15 @@ class Settings(BaseSettings):
                 f"must be one of {', '.join(map(str, ALLOWED_MAX_RANKS))}; take the next larger one"
             )
         return rank
+
+    @field_validator("import_prefixes")
+    @classmethod
+    def _prefixes_are_urls(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
+        for prefix in prefixes:
+            scheme, separator, rest = prefix.partition("://")
+            if not (scheme.isalnum() and separator and rest.strip("/")):
+                raise ValueError(f"{prefix!r} must be a URL with a host or folder, as https://host/folder/")
+        return prefixes
 
     @field_validator("engine_args")
     @classmethod

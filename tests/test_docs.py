@@ -21,7 +21,7 @@ def settings_table() -> str:
         default = "" if field.is_required() else field.get_default(call_default_factory=True)
         if isinstance(default, ByteSize):
             default = default.human_readable()
-        shown = "" if default in (None, "", {}) else f"`{default}`"
+        shown = "" if default in (None, "", {}, ()) else f"`{default}`"
         rows.append(f"| `LORAPLEX_{name.upper()}` | {shown} | {field.description} |")
     return "\n".join(rows)
 

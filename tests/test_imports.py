@@ -17,7 +17,8 @@ LEVELS: list[set[str]] = [
     {"server.app", "server.commands", "server.offline"},
     {"server.document", "server.records", "server.reports", "server.selfservice"},
     {"server.api", "server.admin", "server.protocol", "server.top"},
-    {"server.http", "server.multipart"},
+    {"server.sources"},
+    {"server.http", "server.imports", "server.multipart"},
     {"server.complete", "server.publish"},
     {"server.probe", "server.quotas"},
     {"server.dispatcher"},
@@ -42,7 +43,7 @@ LEVELS: list[set[str]] = [
     {"server.sizing"},
     {"server"},
     {"adapters.admit", "adapters.doctor", "adapters.merge", "adapters.training"},
-    {"adapters.convert"},
+    {"adapters.archives", "adapters.convert"},
     {"adapters.catalog", "adapters.blobs", "adapters.inspect", "adapters.worker"},
     {"adapters.audit", "adapters.golden", "adapters.receipts"},
     {

@@ -67,6 +67,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "max_staging": "1", "slot_patience": "0.5", "preempt_after": "3.0",
         "max_queued": "9", "queue_timeout": "1.5", "max_upload_bytes": "100", "max_body_bytes": "2000",
         "client_timeout": "5.0", "prices": "{}", "keep_usage_days": "30", "keep_versions": "7",
+        "import_prefixes": '["https://models.example/a/"]',
         "drain_timeout": "0.0", "metrics_tenants": "0", "log_format": "text", "log_level": "debug",
     }  # fmt: skip
     assert values.keys() == Settings.model_fields.keys()
@@ -78,6 +79,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         assert shown[secret].get_secret_value() == values[secret]
         assert values[secret] not in repr(settings)
         del shown[secret], values[secret]
+    assert shown.pop("import_prefixes") == tuple(json.loads(values.pop("import_prefixes")))
     assert {name: str(value) for name, value in shown.items()} == values
 
 
@@ -260,3 +262,9 @@ def test_settings_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_line, "_serve", lambda settings: served.append(settings) or 3)
     assert CliRunner().invoke(command_line.cli, ["serve"]).exit_code == 3
     assert served[0].engine_args == {"dtype": "float32"}
+
+
+@pytest.mark.parametrize("prefix", ["", "/models", "https://", "file:///", "://x"])
+def test_a_prefix_to_import_from_is_a_url(prefix: str) -> None:
+    with pytest.raises(ValidationError, match="must be a URL"):
+        Settings(model="m", import_prefixes=(prefix,))

@@ -1,0 +1,172 @@
+"""An adapter's folder as one tar, tar.gz or zip: its known files in pieces, and nothing unpacked.
+
+The archive is kept in a file without a name until it is read, so that a crash leaves nothing. Other files in
+it are passed over; links, paths that lead out, and whatever would fill memory or disk are refused.
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+from adapters.blobs import _disk_errors, _in_thread
+from adapters.errors import AdapterRejected, UploadTooLarge, fault
+from adapters.inspect import PICKLES
+from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
+from adapters.strict_json import show
+
+MAX_ENTRIES = 1000
+# A zip's list of entries, and a tar's extended header: read in one piece.
+MAX_LISTING = 1 << 20
+_BLOCK = 1 << 20
+_KNOWN = frozenset({CONFIG_FILE, WEIGHTS_FILE, INITIAL_FILE, PROBES_FILE, *PICKLES})
+_END_OF_ZIP, _END_OF_ZIP64 = b"PK\x05\x06", b"PK\x06\x07"
+_UNREADABLE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    gzip.BadGzipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,  # an encrypted zip
+    ValueError,
+    struct.error,
+)
+
+
+async def unpacked(
+    body: AsyncIterator[bytes], folder: Path, *, max_bytes: int
+) -> AsyncIterator[tuple[str, bytes]]:
+    """(file name, piece) of every known file in the archive ``body``, which is kept in ``folder`` meanwhile.
+
+    ``max_bytes`` bounds what the archive holds, files that are passed over too. Raises AdapterRejected
+    (``archive_invalid``), UploadTooLarge, StorageFull, StorageFailed, and what ``body`` raises.
+    """
+    with await _in_thread(_without_name, folder) as file:
+        async for chunk in body:
+            await _in_thread(_write, file, chunk)
+        await _in_thread(file.seek, 0)
+        entries = read(file, max_bytes=max_bytes)
+        while (entry := await _in_thread(_next, entries)) is not None:
+            yield entry
+
+
+def read(file: IO[bytes], *, max_bytes: int) -> Iterator[tuple[str, bytes]]:
+    """``unpacked``, of an open file and at once."""
+    magic = file.read(2)
+    file.seek(0)
+    seen: set[str] = set()
+    try:
+        for path, opened in _zip(file) if magic == b"PK" else _tar(file, magic == b"\x1f\x8b", max_bytes):
+            name = path.rpartition("/")[2]
+            if name in seen:
+                raise _refuse(f"it holds {name} twice")
+            seen.add(name)
+            yield name, b""
+            while piece := opened.read(_BLOCK):
+                yield name, piece
+    except _UNREADABLE as error:
+        raise _refuse(f"it cannot be read as a tar, tar.gz or zip ({type(error).__name__})") from error
+
+
+def _without_name(folder: Path) -> IO[bytes]:
+    with _disk_errors("keeping an archive"):
+        return TemporaryFile(dir=folder)
+
+
+def _next(entries: Iterator[tuple[str, bytes]]) -> tuple[str, bytes] | None:
+    with _disk_errors("reading an archive"):
+        return next(entries, None)
+
+
+def _write(file: IO[bytes], chunk: bytes) -> None:
+    with _disk_errors("keeping an archive"):
+        file.write(chunk)
+
+
+def _refuse(what: str) -> AdapterRejected:
+    return fault("archive_invalid", f"The archive: {what}.", param="archive")
+
+
+def _is_wanted(path: str, count: int) -> bool:
+    """Whether the entry is a known file, at the top or in a folder; refuses paths that lead out."""
+    if count > MAX_ENTRIES:
+        raise _refuse(f"it has more than {MAX_ENTRIES} entries")
+    if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/") or path[1:2] == ":":
+        raise _refuse(f"{show(path)} leads out of it")
+    return path.rpartition("/")[2] in _KNOWN
+
+
+def _tar(file: IO[bytes], compressed: bool, max_bytes: int) -> Iterator[tuple[str, IO[bytes]]]:
+    source: Any = _Bounded(gzip.GzipFile(fileobj=file) if compressed else file, max_bytes)
+    with tarfile.open(fileobj=source, mode="r:") as archive:
+        for count, member in enumerate(archive, 1):
+            wanted = _is_wanted(member.name, count)
+            if member.isdir():
+                continue
+            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
+                raise _refuse(f"{show(member.name)} is a link, a device or another special file")
+            opened = archive.extractfile(member) if wanted else None
+            if opened is not None:
+                yield member.name, opened
+
+
+class _Bounded:
+    """A file of which at most ``max_bytes`` are read or passed over, and little in one piece."""
+
+    def __init__(self, file: Any, max_bytes: int) -> None:
+        self._file = file
+        self._max_bytes = max_bytes
+        self.tell = file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= max(MAX_LISTING, _BLOCK):
+            raise _refuse(f"one of its headers claims {show(size)} bytes")
+        self._check(self.tell() + size - max(MAX_LISTING, _BLOCK))
+        data: bytes = self._file.read(size)
+        return data
+
+    def seek(self, offset: int) -> int:
+        self._check(offset)
+        return int(self._file.seek(offset))
+
+    def _check(self, offset: int) -> None:
+        if offset > self._max_bytes:
+            raise UploadTooLarge(
+                f"The archive holds more than {self._max_bytes} bytes. Leave out what is not the adapter's,"
+                " or ask the operator to raise LORAPLEX_MAX_UPLOAD_BYTES."
+            )
+
+
+def _zip(file: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
+    _check_listing(file)
+    with zipfile.ZipFile(file) as archive:
+        for count, info in enumerate(archive.infolist(), 1):
+            wanted = _is_wanted(info.orig_filename, count)
+            kind = info.external_attr >> 28  # of the mode that Unix keeps there
+            if kind not in (0, 4, 8):
+                raise _refuse(f"{show(info.filename)} is a link, a device or another special file")
+            if wanted and not info.is_dir():
+                with archive.open(info) as opened:
+                    yield info.filename, opened
+
+
+def _check_listing(file: IO[bytes]) -> None:
+    """zipfile reads the whole list of entries into memory, whatever its size."""
+    size = file.seek(0, 2)
+    file.seek(max(0, size - (1 << 16) - 42))
+    tail = file.read()
+    at = tail.rfind(_END_OF_ZIP)
+    if at < 0 or len(tail) < at + 22:
+        raise _refuse("it is a zip without an end")
+    entries, listing = struct.unpack("<HI", tail[at + 10 : at + 16])
+    if entries > MAX_ENTRIES or listing > MAX_LISTING or tail[max(0, at - 20) : at].startswith(_END_OF_ZIP64):
+        raise _refuse(f"it is a zip of more than {MAX_ENTRIES} entries or {MAX_LISTING} bytes of their names")
+    file.seek(0)

@@ -1,0 +1,78 @@
+"""Where an upload comes from: all of them give the same pieces, (file name, bytes), to ``server.publish``.
+
+multipart/form-data           two file fields, or one named ``archive``
+application/x-tar, gzip, zip  the archive as the body
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from email.message import Message
+from pathlib import Path
+
+from fastapi import Request
+
+from adapters.archives import unpacked
+from server.errors import BadRequest
+from server.http import json_object, limited_body
+from server.imports import imported
+from server.multipart import boundary_of, parts
+
+ARCHIVE = "archive"
+ARCHIVE_TYPES = frozenset(
+    {
+        "application/gzip",
+        "application/tar",
+        "application/tar+gzip",
+        "application/x-gzip",
+        "application/x-tar",
+        "application/x-zip-compressed",
+        "application/zip",
+    }
+)
+# Multipart boundaries and part headers around the files.
+_ROOM = 64 << 10
+
+Files = AsyncIterator[tuple[str, bytes]]
+
+
+def files_of(request: Request, folder: Path, *, max_bytes: int, prefixes: Sequence[str]) -> Files:
+    """The files in the body of ``request``; an archive is kept in ``folder`` while it is read.
+
+    ``prefixes`` are the sources that may be fetched; without any, JSON is a body of another kind.
+    Raises BadRequest for a body of another kind, at once; then what reading raises.
+    """
+    header = Message()
+    header["content-type"] = request.headers.get("content-type", "")
+    if header.get_content_type() in ARCHIVE_TYPES:
+        return unpacked(limited_body(request, max_bytes), folder, max_bytes=max_bytes)
+    if prefixes and header.get_content_type() == "application/json":
+        return _of_source(request, prefixes, folder, max_bytes)
+    boundary = boundary_of(request.headers.get("content-type"))
+    return _of_form(parts(limited_body(request, max_bytes + _ROOM), boundary), folder, max_bytes)
+
+
+async def _of_source(request: Request, prefixes: Sequence[str], folder: Path, max_bytes: int) -> Files:
+    body = await json_object(request)
+    source = body.get("source")
+    if not isinstance(source, str) or len(body) > 1:
+        raise BadRequest('Send {"source": URL} and nothing else.', param="source")
+    async for entry in imported(source, prefixes, folder, max_bytes=max_bytes):
+        yield entry
+
+
+async def _of_form(fields: Files, folder: Path, max_bytes: int) -> Files:
+    async for name, piece in fields:
+        if name != ARCHIVE:
+            yield name, piece
+            continue
+        async for entry in unpacked(_only_archive(piece, fields), folder, max_bytes=max_bytes):
+            yield entry
+
+
+async def _only_archive(first: bytes, fields: Files) -> AsyncIterator[bytes]:
+    yield first
+    async for name, piece in fields:
+        if name != ARCHIVE or not piece:  # every part begins with an empty piece
+            raise BadRequest(f"Send one part named `{ARCHIVE}` and nothing else, or the adapter's files.")
+        yield piece

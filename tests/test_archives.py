@@ -1,0 +1,268 @@
+"""Archives: what PEFT's users pack is read, what is packed to do harm is refused, and nothing is unpacked."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import stat
+import struct
+import tarfile
+import time
+import tracemalloc
+import zipfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from adapters.archives import MAX_ENTRIES, read
+from adapters.errors import CURES, AdapterRejected, UploadTooLarge
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from tests import tiny
+from tests.site import Site
+from tests.test_api import error
+from tests.tiny import fake_site
+
+URL = "/admin/v1/tenants/acme/adapters/a/versions"
+MAX = 1 << 20
+FILES = {CONFIG_FILE: b'{"r": 8}', WEIGHTS_FILE: b"\x00weights" * 3000}
+
+Entry = tuple[tarfile.TarInfo, bytes]
+
+
+def entry(name: str, content: bytes = b"", **changes: Any) -> Entry:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in changes.items():
+        setattr(info, field, value)
+    return info, content
+
+
+def tar(*entries: Entry, mode: str = "w", **options: Any) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode, **options) as archive:
+        for info, content in entries:
+            archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def zipped(*entries: tuple[str | zipfile.ZipInfo, bytes], **options: Any) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", **options) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def unpack(archive: bytes, max_bytes: int = MAX) -> dict[str, bytes]:
+    got: dict[str, bytes] = {}
+    for name, piece in read(io.BytesIO(archive), max_bytes=max_bytes):
+        got[name] = got.get(name, b"") + piece
+    return got
+
+
+BOTH = [entry(name, content) for name, content in FILES.items()]
+BESIDE = [entry("README.md", b"about"), entry("tokenizer.json", b"{}"), entry("optimizer.safetensors", b"x")]
+IN_A_FOLDER = [
+    entry("./run/", type=tarfile.DIRTYPE),
+    *[entry(f"./run/{name}", content) for name, content in FILES.items()],
+]
+GOOD: dict[str, bytes] = {
+    "tar": tar(*BOTH),
+    "tar.gz": tar(*BOTH, mode="w:gz"),
+    "a folder, as tar packs it": tar(*IN_A_FOLDER, mode="w:gz"),
+    "with other files": tar(*BESIDE, *BOTH),
+    "GNU": tar(*BOTH, format=tarfile.GNU_FORMAT),
+    "PAX": tar(entry("ä" * 90, b"x", pax_headers={"comment": "ü"}), *BOTH, format=tarfile.PAX_FORMAT),
+    "zip": zipped(*FILES.items()),
+    "zip, deflated": zipped(*FILES.items(), compression=zipfile.ZIP_DEFLATED),
+    "zip of a folder": zipped(("run/", b""), *((f"run/{name}", content) for name, content in FILES.items())),
+    "zip of a Mac": zipped(*FILES.items(), (f"__MACOSX/._{CONFIG_FILE}", b"\0")),
+}
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_the_known_files_are_read(kind: str) -> None:
+    assert unpack(GOOD[kind]) == FILES
+
+
+def special(name: str, mode: int) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = mode << 16
+    return info
+
+
+def claims(entries: int, listing: int) -> bytes:
+    return zipped(*FILES.items())[:-22] + struct.pack(
+        "<4s4H2IH", b"PK\5\6", 0, 0, entries, entries, listing, 0, 0
+    )
+
+
+def encrypted() -> bytes:
+    data = bytearray(zipped(*FILES.items()))
+    for magic, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        start = 0
+        while (start := data.find(magic, start)) >= 0:
+            data[start + at] |= 1
+            start += 4
+    return bytes(data)
+
+
+def long_header() -> bytes:
+    """A PAX header that says it is 100 MB long."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 100 << 20
+    return info.tobuf() + b"\0" * 4096
+
+
+BAD: dict[str, bytes] = {
+    "nothing": b"",
+    "noise": bytes(range(256)) * 20,
+    "a 7z": b"7z\xbc\xaf'\x1c" + b"\0" * 100,
+    "a cut tar": tar(*BOTH)[:9000],
+    "a cut tar.gz": tar(*BOTH, mode="w:gz")[:-30],
+    "a spoiled tar.gz": b"\x1f\x8b" + b"\x08\0\0\0\0\0\0\0" + b"spoiled" * 20,
+    "a cut zip": zipped(*FILES.items())[:-30],
+    "a zip with another sum": zipped(*FILES.items()).replace(b"weights", b"Weights", 1),
+    "a zip of many": claims(MAX_ENTRIES + 1, 100),
+    "a zip with an endless list": claims(2, 200 << 20),
+    "an encrypted zip": encrypted(),
+    "a tar of many": tar(*[entry(f"f{i}") for i in range(MAX_ENTRIES + 1)]),
+    "a file twice": tar(*BOTH, BOTH[0]),
+    "a file in two folders": tar(*BOTH, entry(f"checkpoint-100/{WEIGHTS_FILE}", b"x")),
+    "a file twice in a zip": zipped(*FILES.items(), (f"x/{CONFIG_FILE}", b"{}")),
+    "an absolute path": tar(entry(f"/{CONFIG_FILE}", b"{}")),
+    "an absolute path beside": tar(*BOTH, entry("/etc/passwd", b"x")),
+    "a path out": tar(entry(f"../{CONFIG_FILE}", b"{}")),
+    "a path out, later": tar(*BOTH, entry("a/../../b", b"x")),
+    "a path of Windows": zipped(("C:\\x", b"x")),
+    "a drive": tar(entry("C:x", b"x")),
+    "a path out of a zip": zipped((f"../{CONFIG_FILE}", b"{}")),
+    "a symbolic link": tar(entry(CONFIG_FILE, type=tarfile.SYMTYPE, linkname="/etc/passwd")),
+    "a hard link": tar(*BOTH, entry("x", type=tarfile.LNKTYPE, linkname=CONFIG_FILE)),
+    "a device": tar(entry(WEIGHTS_FILE, type=tarfile.CHRTYPE)),
+    "a pipe": tar(*BOTH, entry("p", type=tarfile.FIFOTYPE)),
+    "a link in a zip": zipped((special(CONFIG_FILE, stat.S_IFLNK | 0o777), b"/etc/passwd")),
+    "a header without end": long_header(),
+    "the same in gzip": gzip.compress(long_header()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_archive_of_an_adapter_is_refused(kind: str) -> None:
+    with pytest.raises(AdapterRejected) as caught:
+        unpack(BAD[kind])
+    assert caught.value.code == "archive_invalid"
+    assert caught.value.message.endswith(CURES["archive_invalid"])
+    assert len(caught.value.message) < 600
+
+
+def zeros(name: str, size: int) -> bytes:
+    return gzip.compress(tar(entry(name, b"\0" * size)))
+
+
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "weights of zeros": lambda: zeros(WEIGHTS_FILE, 200 << 20),
+    "another file of zeros": lambda: gzip.compress(tar(entry("README.md", b"\0" * (200 << 20)), *BOTH)),
+    "a size that is not there": lambda: entry(WEIGHTS_FILE, size=1 << 40)[0].tobuf() + b"\0" * 10240,
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_bomb_costs_no_more_than_what_is_allowed(kind: str) -> None:
+    bomb = BOMBS[kind]()
+    tracemalloc.start()
+    started = time.process_time()
+    with pytest.raises((UploadTooLarge, AdapterRejected)):
+        for _ in read(io.BytesIO(bomb), max_bytes=MAX):
+            pass
+    assert time.process_time() - started < 2
+    assert tracemalloc.get_traced_memory()[1] < 8 * MAX
+    tracemalloc.stop()
+
+
+# --- over HTTP ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with fake_site(tmp_path, max_upload_bytes=200_000) as site:
+        await site.admin.post("/admin/v1/tenants", json={"id": "acme"})
+        yield site
+
+
+def packed(kind: str) -> bytes:
+    files = {name: (tiny.adapter(1) / name).read_bytes() for name in FILES}
+    if kind == "zip":
+        return zipped(*files.items(), ("README.md", b"x"), compression=zipfile.ZIP_DEFLATED)
+    return tar(*[entry(f"run/{name}", content) for name, content in files.items()], mode=kind)
+
+
+TYPES = {"w": "application/x-tar", "w:gz": "application/gzip", "zip": "application/zip"}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("as_field", [False, True])
+async def test_an_archive_is_the_same_upload(site: Site, tmp_path: Path, kind: str, as_field: bool) -> None:
+    plain = await site.upload("acme", "plain", tiny.adapter(1))
+    sent: dict[str, Any] = {"content": packed(kind), "headers": {"Content-Type": TYPES[kind]}}
+    if as_field:
+        sent = {"files": {"archive": ("adapter.bin", packed(kind))}}
+    made = await site.admin.post(URL, **sent)
+    assert made.status_code == 201, made.text
+    assert made.json()["digest"] == plain.json()["digest"]
+    assert list((tmp_path / "quarantine").iterdir()) == []
+
+
+HOSTILE: dict[str, tuple[int, str, Callable[[], dict[str, Any]]]] = {
+    "beside the files": (
+        400,
+        "invalid_request",
+        lambda: {"files": [("archive", packed("w")), (CONFIG_FILE, b"{}")]},
+    ),
+    "twice": (400, "invalid_request", lambda: {"files": [("archive", packed("w"))] * 2}),
+    "after the files": (
+        422,
+        "archive_invalid",
+        lambda: {"files": [(CONFIG_FILE, b"{}"), ("archive", b"x")]},
+    ),
+    "noise": (422, "archive_invalid", lambda: raw(b"noise" * 500)),
+    "empty": (422, "archive_invalid", lambda: raw(b"")),
+    "without weights": (400, "upload_incomplete", lambda: raw(tar(entry(CONFIG_FILE, b"{}")))),
+    "with a pickle": (
+        422,
+        "weights_not_safetensors",
+        lambda: raw(tar(entry("adapter_model.bin", b"\x80"), *BOTH)),
+    ),
+    "a link": (422, "archive_invalid", lambda: raw(BAD["a symbolic link"])),
+    "a bomb": (413, "upload_too_large", lambda: raw(zeros(WEIGHTS_FILE, 50 << 20))),
+    "a bomb in a zip": (
+        413,
+        "upload_too_large",
+        lambda: raw(zipped((WEIGHTS_FILE, b"\0" * (50 << 20)), compression=zipfile.ZIP_DEFLATED)),
+    ),
+    "too large": (413, "body_too_large", lambda: raw(b"x" * 300_000)),
+}
+
+
+def raw(body: bytes) -> dict[str, Any]:
+    return {"content": body, "headers": {"Content-Type": "application/gzip"}}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+async def test_nothing_of_a_refused_archive_is_kept(site: Site, tmp_path: Path, kind: str) -> None:
+    status, code, make = HOSTILE[kind]
+    answered: httpx.Response = await site.admin.post(URL, **make())
+    assert (answered.status_code, answered.json()["error"]["code"]) == (status, code), answered.text
+    assert list((tmp_path / "quarantine").iterdir()) == list((tmp_path / "blobs").iterdir()) == []
+
+
+async def test_an_archive_that_breaks_off_is_said_to(site: Site, tmp_path: Path) -> None:
+    request = httpx.Request("POST", f"{site.url}{URL}", files={"archive": packed("w")})
+    body = request.read()
+    headers = {"Content-Type": request.headers["content-type"]}
+    answered = await site.admin.post(URL, content=body[:-100], headers=headers)
+    error(answered, 400, "upload_incomplete")
+    assert list((tmp_path / "quarantine").iterdir()) == []
