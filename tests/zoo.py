@@ -15,6 +15,7 @@ from adapters.errors import CURES
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 LINEAR = "all-linear"
+BY_NAME = [*ATTENTION, *MLP]
 MAX_RANK = 256
 LAYERS = 3
 
@@ -75,14 +76,14 @@ TARGETS = {f"only {name}": _of({"target_modules": [name]}) for name in (*ATTENTI
 TARGETS |= {
     "attention": _of({"target_modules": ATTENTION}),
     "the MLP": _of({"target_modules": MLP}),
-    "every linear layer by its name": _of({"target_modules": [*ATTENTION, *MLP]}),
+    "every linear layer by its name": _of({"target_modules": BY_NAME}),
     "every linear layer": _of({"target_modules": LINEAR}),
     "one module by its full name": _of({"target_modules": [K1]}),
     "a suffix with a layer": _of({"target_modules": ["1.mlp.up_proj", "q_proj"]}),
     "a regular expression": _of({"target_modules": r".*\.(q|up)_proj"}),
     "a regular expression of layers": _of({"target_modules": r".*layers\.[02]\..*_proj"}),
     "one layer": _of({"layers_to_transform": 1}),
-    "some layers": _of({"layers_to_transform": [0, 2], "target_modules": LINEAR}),
+    "some layers": _of({"layers_to_transform": [0, 2], "target_modules": BY_NAME}),
     "layers of a pattern": _of({"layers_to_transform": [2], "layers_pattern": "layers"}),
     "all but a kind": _of({"target_modules": LINEAR, "exclude_modules": ["down_proj", "o_proj"]}),
     "all but a module": _of({"target_modules": LINEAR, "exclude_modules": [K1]}),
@@ -110,7 +111,12 @@ PATTERNS = {
         {"target_modules": ATTENTION, "rank_pattern": {"k_proj": 2, K1: 6}, "alpha_pattern": {K1: 3}}
     ),
     "patterns, layers and exclusions": _of(
-        {**_PATTERNED, "layers_to_transform": [1, 2], "exclude_modules": ["o_proj"]}
+        {
+            **_PATTERNED,
+            "target_modules": BY_NAME,
+            "layers_to_transform": [1, 2],
+            "exclude_modules": ["o_proj"],
+        }
     ),
     "a pattern that fits nothing": _of({"rank_pattern": {"proj": 2}, "alpha_pattern": {"_proj": 3}}),
     "an expression in rank_pattern": _of({"rank_pattern": {r".*q_proj": 2}}, "pattern_not_literal"),
