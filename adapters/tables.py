@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hasha
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from alembic import command
 from alembic.config import Config
@@ -57,6 +57,7 @@ from adapters.errors import StorageFailed, StorageFull
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
+F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
 MIGRATIONS = "adapters:migrations"
@@ -262,6 +263,42 @@ class MetaRow(Base):
     value: Mapped[str] = mapped_column(Text)
 
 
+async def to_the_end(step: Coroutine[Any, Any, T]) -> T:
+    """Runs ``step`` to its end even if cancelled meanwhile; the cancellation is raised afterwards."""
+    task = asyncio.create_task(step)
+    interruption: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption from task.exception()
+    return task.result()
+
+
+def _whole(method: F) -> F:
+    async def run(*args: Any, **options: Any) -> Any:
+        return await to_the_end(method(*args, **options))
+
+    return cast("F", run)
+
+
+class _Session(AsyncSession):
+    """Ends every statement that it has begun, even if cancelled.
+
+    The connection of one that was left in the middle could not be closed, and would keep the database locked.
+    """
+
+    execute = _whole(AsyncSession.execute)
+    scalar = _whole(AsyncSession.scalar)  # type: ignore[assignment, arg-type]  # overloads with defaults
+    get = _whole(AsyncSession.get)
+    get_one = _whole(AsyncSession.get_one)
+    merge = _whole(AsyncSession.merge)
+    delete = _whole(AsyncSession.delete)
+    flush = _whole(AsyncSession.flush)
+
+
 class Database:
     """Sessions on one database.
 
@@ -274,9 +311,9 @@ class Database:
         self.url = _checked(url)
         self.generation = 0
         self._engine = _engine(self.url)
-        self._reader = async_sessionmaker(self._engine, expire_on_commit=False)
+        self._reader = async_sessionmaker(self._engine, class_=_Session, expire_on_commit=False)
         writing = self._engine.execution_options(loraplex_writes=True)
-        self._writer = async_sessionmaker(writing, expire_on_commit=False)
+        self._writer = async_sessionmaker(writing, class_=_Session, expire_on_commit=False)
         # Writers of this process wait here, in order, instead of in SQLite's busy handler, where they
         # would hold the connections that readers need, and the unlucky would time out.
         self._turn = asyncio.Lock()
@@ -342,8 +379,6 @@ class Database:
             session = self._writer()
             try:
                 with _disk_errors():
-                    # Cancelled in the middle of its BEGIN, SQLite's connection would be lost with its lock.
-                    await to_the_end(session.connection())
                     yield session
                     await to_the_end(session.commit())
             finally:
@@ -391,20 +426,6 @@ class ReadCache(Generic[K, T]):
         if self._database.generation == generation:
             self._answers[key] = answer
         return answer
-
-
-async def to_the_end(step: Coroutine[Any, Any, T]) -> T:
-    """Runs ``step`` to its end even if cancelled meanwhile; the cancellation is raised afterwards."""
-    task = asyncio.create_task(step)
-    interruption: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            interruption = error
-    if interruption is not None:
-        raise interruption from task.exception()
-    return task.result()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What was used: a row for every request that the engine took, written soon after it ended.
 
-Rows wait in memory for at most ``FLUSH_EVERY`` seconds and are then written together, so a SIGKILL loses
-the last second and nothing else. While the database cannot be written to, rows beyond ``MOST_WAITING`` are
+Rows wait in memory for ``FLUSH_EVERY`` seconds and are then written together, so a SIGKILL loses the last
+second and nothing else, even where a write takes a third of one: a row may have to wait for the write before
+its own too. While the database cannot be written to, rows beyond ``MOST_WAITING`` are
 added up by hour and origin: what is lost then is which request it was, never a token.
 
 Rows older than ``keep_days`` are added up by day in the same way.
@@ -26,7 +27,7 @@ from server.metrics import Outcome
 
 logger = logging.getLogger(__name__)
 
-FLUSH_EVERY = 1.0
+FLUSH_EVERY = 0.25
 MOST_WAITING = 10_000
 TOUCH_EVERY = 60.0
 ROLL_UP_EVERY = 3600.0

@@ -1,7 +1,8 @@
-"""A server that is killed in the middle of what it does: the process that dies, for ``tests.test_crashes``.
+"""A server that is killed in the middle of what it does: the process that dies.
 
-``run`` is called in a process of its own, forked from one that has imported this file, so that each of them
-begins within milliseconds.
+``run``, ``migrate`` (for ``tests.test_crashes``) and ``serve`` (for ``tests.test_usage_process``) are called
+in a process of their own, forked from one that has imported this file, so that each begins within
+milliseconds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.model import BaseModel
 from adapters.tables import Database
+from server import __main__, app
 from server.app import create_app
+from server.engine import Answer, Call
 from server.settings import Settings
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, Times
 from tests.site import ADMIN_KEY, bearer
 
 # What changes the disk in a way that a start can see, or waits for it.
@@ -105,11 +109,13 @@ async def _run(folder: Path, base: BaseModel, operation: Operation, death: Death
     settings = Settings(
         model=f"/models/{base.name}", data_dir=folder, admin_key=ADMIN_KEY, gpu_slots=2, max_lora_rank=8
     )
-    app = create_app(settings, start_engine=start)  # type: ignore[arg-type]
+    served = create_app(settings, start_engine=start)  # type: ignore[arg-type]
     async with (
-        app.router.lifespan_context(app),
+        served.router.lifespan_context(served),
         httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://server/admin/v1", headers=bearer(ADMIN_KEY)
+            transport=httpx.ASGITransport(served),
+            base_url="http://server/admin/v1",
+            headers=bearer(ADMIN_KEY),
         ) as client,
     ):
         death.watch_files()
@@ -117,10 +123,37 @@ async def _run(folder: Path, base: BaseModel, operation: Operation, death: Death
         method, path, sent = operation
         response = await client.request(method, path, **sent)
         said.send(response.status_code)
-        await _all(app.state.tasks)
+        await _all(served.state.tasks)
         said.send(death.steps)
 
 
 async def _all(tasks: Iterable[Awaitable[None]]) -> None:
     """What goes on after the answer: a deleted version's files are removed."""
     await asyncio.gather(*tasks)
+
+
+class _Listing(FakeEngine):
+    """Appends ``request id, user`` of every customer's call it takes to a file, which outlives it."""
+
+    def __init__(self, base: BaseModel, file: Path) -> None:
+        super().__init__(base, max_running=16, times=Times(step=0.002))
+        self._list = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    async def answer(self, call: Call, request: Any) -> Answer:
+        if request.user is not None:  # else it is a probe of the server's own
+            os.write(self._list, f"{call.id} {request.user}\n".encode())
+        return await super().answer(call, request)
+
+
+def serve(settings: Settings, base: BaseModel, taken: Path) -> None:
+    """What ``python -m server serve`` does, signals and all; the engine lists in ``taken`` what it takes."""
+    engine = _Listing(base, taken)
+
+    async def start(_: Settings) -> FakeEngine:
+        return engine
+
+    gc.freeze()
+    app.create_app = partial(create_app, start_engine=start)  # type: ignore[assignment]
+    status = __main__._serve(settings)
+    assert not engine.violations, engine.violations
+    raise SystemExit(status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from adapters.audit import Search, entries
 from adapters.tables import Database
 from server.tenants import Tenants
 from tests import tiny
@@ -142,4 +144,35 @@ async def test_a_key_that_another_process_revokes_is_refused_within_a_second(
         assert asyncio.get_running_loop().time() - began < 1
         await asyncio.sleep(0.02)
     error(await ask(site, key["key"]), 401, "invalid_api_key")
+    await database.close()
+
+
+async def test_a_rotation_that_is_cancelled_anywhere_is_whole_or_absent_and_never_blocks_the_next(
+    tmp_path: Path,
+) -> None:
+    """Its change and its two audit entries are several statements, some of which return rows."""
+    database = Database(f"sqlite+aiosqlite:///{tmp_path / 'loraplex.db'}")
+    await database.open()
+    tenants = Tenants(database, admin_key=ADMIN_KEY, service_key=None)
+    await tenants.create("acme")
+    turns = ended = issued = rotated = 0
+    while ended < 3:
+        key = await tenants.issue_key("acme")
+        issued += 1
+        task = asyncio.create_task(tenants.rotate_key("acme", key.id, timedelta(hours=1)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        ended += not task.cancelled()
+        (old,) = [info for info in await tenants.keys("acme") if info.id == key.id]
+        rotated += old.expires_at is not None
+        turns += 1 + turns // 20
+    assert len(await tenants.keys("acme")) == issued + rotated
+    audit = await entries(database, Search(), 10**4)
+    assert Counter(entry["action"] for entry in audit) == {
+        "tenant.create": 1,
+        "key.create": issued + rotated,
+        "key.rotate": rotated,
+    }
     await database.close()

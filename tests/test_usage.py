@@ -7,7 +7,9 @@ import csv
 import io
 import json
 import random
+import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -178,6 +180,34 @@ async def test_records_are_written_within_a_second_or_so(database: Database) -> 
     recorder.record(ONE)
     await recorder.stop()
     assert (await usage(database, Question()))[0]["requests"] == 2
+
+
+async def test_a_record_waits_for_less_than_a_second_even_where_writes_take_long(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come just after a write has begun, and then waits for that one, the pause and its own."""
+    working = database.append
+    came: dict[str, float] = {}
+    waited: list[float] = []
+    recorder = Recorder(database, keep_days=10**4)
+
+    @asynccontextmanager
+    async def slow() -> AsyncIterator[Any]:
+        batch = list(came)
+        async with working() as session:
+            await asyncio.sleep(0.25)
+            yield session
+        waited.extend(time.monotonic() - came.pop(id_) for id_ in batch)
+
+    monkeypatch.setattr(database, "append", slow)
+    recorder.start()
+    for number in range(60):
+        came[f"r{number}"] = time.monotonic()
+        recorder.record(replace(ONE, request_id=f"r{number}"))
+        await asyncio.sleep(0.05)
+    await recorder.stop()
+    assert (await usage(database, Question()))[0]["requests"] == len(waited) == 60
+    assert 0.25 <= max(waited) < 1.0
 
 
 async def test_what_cannot_be_written_waits_added_up_and_nothing_is_lost(
