@@ -235,7 +235,7 @@ _UPLOAD = {
             },
         }
     },
-    **dict.fromkeys(("application/x-tar", "application/gzip", "application/zip"), {"schema": _FILE}),
+    **{kind: {"schema": _FILE} for kind in ("application/x-tar", "application/gzip", "application/zip")},
     # Where the operator allows sources.
     "application/json": {"schema": _closed("source", source=_TEXT)},
 }
