@@ -40,6 +40,9 @@ from server.sizing import Capacity, Layer
 
 logger = logging.getLogger(__name__)
 
+# Seconds that the front end may take to render a prompt, before a call that is to be paused is let run on.
+RENDERED = 30.0
+
 
 @dataclass(frozen=True, slots=True)
 class PageOp:
@@ -690,9 +693,13 @@ def _metered_llm_class() -> Any:
             return [(sent, states[sent.request_id]) for sent in call.sent if sent.request_id in states]
 
         async def pause(self, call: Call) -> bool:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RENDERED):
+                    # Until then the front end may still look for its model, whose slot is to be emptied.
+                    while not call.sent and not call.aborted:
+                        await asyncio.sleep(0.005)
             unfinished = self._unfinished(call)
-            ended = bool(call.sent) and not unfinished
-            if ended or not call.resumable or not all(_can_resume(sent) for sent, _ in unfinished):
+            if not unfinished or not call.resumable or not all(_can_resume(sent) for sent, _ in unfinished):
                 return False
             call.paused = True
             left = [sent.request_id for sent, _ in unfinished]
@@ -728,6 +735,16 @@ def _metered_llm_class() -> Any:
                 queue, state.queue = state.queue, None  # else the abort would replace the error
                 queue.put(GracefulHTTPError(reason, HTTPStatus.SERVICE_UNAVAILABLE))
                 await self.abort(sent.request_id, internal=True)
+
+        async def abort(self, request_id: Any, internal: bool = False) -> None:
+            """Counts first: vLLM itself aborts what is cancelled, and then forgets how much there was."""
+            states = self.output_processor.request_states
+            for one in [request_id] if isinstance(request_id, str) else list(request_id):
+                external = str(getattr(states.get(one), "external_req_id", "")) if internal else one
+                call = self._calls.get(external)
+                if call is not None:
+                    self.settle(external, call.meter)
+            await super().abort(request_id, internal)
 
         def settle(self, request_id: str, meter: Meter) -> None:
             """Counts what is produced but not handed out yet; needed before an abort forgets it."""

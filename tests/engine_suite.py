@@ -593,6 +593,17 @@ class EngineSuite:
         await engine.abort(made)
         assert 0 < meter_of(made).output < 50
 
+    async def test_a_cancelled_answer_is_counted_to_its_end(self, engine: Engine) -> None:
+        """Nobody has polled it; what was produced would be forgotten with it."""
+        made, request = call(engine, "chat", {**QUESTION, "max_tokens": 50}, None)
+        answering = asyncio.create_task(engine.answer(made, request))
+        other, other_request = call(engine, "chat", {**QUESTION, "max_tokens": 10}, None)
+        await engine.answer(other, other_request)  # in the same steps
+        answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answering
+        assert 5 < meter_of(made).output < 50
+
     # --- refusals --------------------------------------------------------------------------------
 
     @pytest.mark.parametrize(

@@ -439,6 +439,7 @@ class FakeEngine:
                     run.produced[part] += run.choices
                 yield i
         finally:
+            run.settle()
             for runs in (self.running, self.paused):
                 if run in runs:
                     runs.remove(run)

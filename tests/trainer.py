@@ -36,9 +36,11 @@ from transformers import (
 
 from adapters.inspect import PREFIX
 from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE
+from adapters.probes import PROMPTS
 from tests.zoo import DEFAULTS, LAYERS, Specimen
 
 VOCABULARY = 256
+PROBED = tuple(dict.fromkeys(" ".join(PROMPTS).split()))
 PROMPT = (5, 17, 3, 88, 41, 200, 9)
 LENGTH = 16
 # Standard deviation of what an adapter adds to a layer's output, which is itself about 1.5.
@@ -68,7 +70,11 @@ class Truth:
 
 
 def make_base(kind: str, folder: Path) -> Base:
-    """A checkpoint of ``llama`` or ``qwen`` with a tokenizer of one word for each id; Qwen's head is tied."""
+    """A checkpoint of ``llama`` or ``qwen``; Qwen's head is tied.
+
+    Its tokenizer, of one word for each id, is in a folder of its own, ``tokenizer``: transformers would take
+    it for Qwen's own beside Qwen's config.
+    """
     torch.manual_seed(7)
     config = _CONFIGS[kind](**_SIZES, tie_word_embeddings=kind == "qwen")
     model = AutoModelForCausalLM.from_config(config)
@@ -79,12 +85,16 @@ def make_base(kind: str, folder: Path) -> Base:
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word(i): i for i in range(VOCABULARY)}, unk_token=word(0)))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "tokenizer")
     return Base(folder)
 
 
 def word(token: int) -> str:
-    return f"w{token}"
+    """Those of the server's probes first, so that they are not all the same to a model."""
+    return PROBED[token] if token < len(PROBED) else f"w{token}"
+
+
+_TOKENS = {word(token): token for token in range(VOCABULARY)}
 
 
 @dataclass(frozen=True)
@@ -427,6 +437,10 @@ STYLES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
     "diffusers": _renamed(("lora_A", "lora.down"), ("lora_B", "lora.up")),
     "linear_in": _renamed(("lora_A", "adapter.linear_in"), ("lora_B", "adapter.linear_out")),
 }
+
+
+def token(word: str) -> int:
+    return _TOKENS[word.strip()]
 
 
 def words(ids: Sequence[int]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch
 from server.app import create_app
 from server.settings import Settings
 from tests.site import ADMIN_KEY, SERVICE_KEY, Site, bearer, serving
-from tests.trainer import LENGTH, PROMPT, Truth, answer, breed, make_base, words
+from tests.trainer import LENGTH, PROMPT, Truth, answer, breed, make_base, token, words
 from tests.zoo import MAX_RANK, SPECIMENS
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -44,7 +44,7 @@ class Zoo:
         response = await self.site.http.post("/v1/completions", json=body, headers=bearer(self.key))
         assert response.status_code == 200, response.text
         said = response.json()["choices"][0]["logprobs"]
-        ids = tuple(int(token.strip().removeprefix("w")) for token in said["tokens"])
+        ids = tuple(map(token, said["tokens"]))
         return Truth(ids, tuple(said["token_logprobs"]))
 
 
@@ -65,7 +65,7 @@ async def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         host_slots=32,
         max_lora_rank=MAX_RANK,
         max_model_len=128,
-        engine_args={"dtype": "float32", "max_num_seqs": 16},
+        engine_args={"dtype": "float32", "max_num_seqs": 16, "tokenizer": str(root / "base" / "tokenizer")},
         log_format="text",
         log_level="warning",
     )
