@@ -1,8 +1,13 @@
-"""A new version every two seconds under streaming clients, on the real engine with its prefix cache."""
+"""A new version every two seconds under streaming clients, on the real engine with its prefix cache.
+
+``SWAP_MINUTES=3 python -m pytest --timeout 900 tests/engine/test_hot_swap.py`` takes its time: one every five
+seconds, under 16 clients.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,8 @@ from tests.swapping import swap_under_load
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
-SWAPS = 7
+MINUTES = float(os.environ.get("SWAP_MINUTES", "0"))
+SWAPS, CLIENTS, EVERY = (round(MINUTES * 12), 16, 5) if MINUTES else (7, 8, 2)
 BODY = {
     "model": "a",
     "messages": [{"role": "user", "content": "What should I do when my parcel has not arrived? " * 4}],
@@ -35,7 +41,7 @@ async def test_every_answer_is_of_one_version(site: Site, reference: Reference, 
         made = await site.upload("swapping", "a", next(waiting))
         assert made.status_code == 201, made.text
 
-    answers = await swap_under_load(site, key, BODY, swap, clients=8, swaps=SWAPS, every=2)
+    answers = await swap_under_load(site, key, BODY, swap, clients=CLIENTS, swaps=SWAPS, every=EVERY)
     texts = []
     for number in range(1, SWAPS + 2):
         alone = await site.chat(key, "", **(BODY | {"model": f"a@{number}"}))
