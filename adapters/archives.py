@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-from adapters.blobs import _disk_errors, _in_thread
+from adapters.blobs import disk_errors, in_thread
 from adapters.errors import AdapterRejected, UploadTooLarge, fault
 from adapters.inspect import PICKLES
 from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
@@ -49,12 +49,12 @@ async def unpacked(
     ``max_bytes`` bounds what the archive holds, files that are passed over too. Raises AdapterRejected
     (``archive_invalid``), UploadTooLarge, StorageFull, StorageFailed, and what ``body`` raises.
     """
-    with await _in_thread(_without_name, folder) as file:
+    with await in_thread(_without_name, folder) as file:
         async for chunk in body:
-            await _in_thread(_write, file, chunk)
-        await _in_thread(file.seek, 0)
+            await in_thread(_write, file, chunk)
+        await in_thread(file.seek, 0)
         entries = read(file, max_bytes=max_bytes)
-        while (entry := await _in_thread(_next, entries)) is not None:
+        while (entry := await in_thread(_next, entries)) is not None:
             yield entry
 
 
@@ -77,17 +77,17 @@ def read(file: IO[bytes], *, max_bytes: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _without_name(folder: Path) -> IO[bytes]:
-    with _disk_errors("keeping an archive"):
+    with disk_errors("keeping an archive"):
         return TemporaryFile(dir=folder)
 
 
 def _next(entries: Iterator[tuple[str, bytes]]) -> tuple[str, bytes] | None:
-    with _disk_errors("reading an archive"):
+    with disk_errors("reading an archive"):
         return next(entries, None)
 
 
 def _write(file: IO[bytes], chunk: bytes) -> None:
-    with _disk_errors("keeping an archive"):
+    with disk_errors("keeping an archive"):
         file.write(chunk)
 
 

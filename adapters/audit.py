@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from adapters.tables import AuditRow, Database, now
+from adapters.tables import AuditRow, Database, matching, now
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +72,7 @@ class Search:
 async def entries(database: Database, search: Search, most: int) -> list[dict[str, Any]]:
     """As JSON, oldest first."""
     query = select(AuditRow).where(AuditRow.id > search.after).order_by(AuditRow.id).limit(most)
-    for column in ("tenant", "actor", "action"):
-        if (wanted := getattr(search, column)) is not None:
-            query = query.where(getattr(AuditRow, column) == wanted)
-    if search.start is not None:
-        query = query.where(AuditRow.at >= search.start)
-    if search.end is not None:
-        query = query.where(AuditRow.at < search.end)
+    query = matching(query, AuditRow, search, "tenant", "actor", "action")
     names = ("id", "actor", "action", "tenant", "target", "before", "after", "request_id")
     async with database.read() as session:
         rows = await session.scalars(query)

@@ -66,7 +66,7 @@ class BlobStore:
 
     async def open(self) -> None:
         """Makes the folders; raises OSError where they cannot be written or a rename between them fails."""
-        await _in_thread(self._open)
+        await in_thread(self._open)
 
     def receive(self) -> Incoming:
         """An upload, to be entered with ``async with``: what is not committed at the end is discarded."""
@@ -79,21 +79,21 @@ class BlobStore:
         return self.blobs / digest
 
     async def exists(self, digest: str) -> bool:
-        return await _in_thread(self.path(digest).is_dir)
+        return await in_thread(self.path(digest).is_dir)
 
     async def remove(self, digest: str) -> None:
         """Removes the blob, if it is there. The caller knows that nobody links it or is about to."""
         path = self.path(digest)
         async with self._lock(digest):
-            await _in_thread(self._remove, path)
+            await in_thread(self._remove, path)
 
     async def sweep(self, linked: Collection[str]) -> list[str]:
         """At start-up: empties quarantine, removes blobs that are not ``linked``, and returns their names."""
-        return await _in_thread(self._sweep, frozenset(linked))
+        return await in_thread(self._sweep, frozenset(linked))
 
     async def check(self) -> None:
         """Whether an upload could be written now; raises StorageFull, or the OSError that says why not."""
-        await _in_thread(self._probe)
+        await in_thread(self._probe)
 
     def _lock(self, digest: str) -> asyncio.Lock:
         return self._locks.setdefault(digest, asyncio.Lock())
@@ -121,7 +121,7 @@ class BlobStore:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _sweep(self, linked: frozenset[str]) -> list[str]:
-        with _disk_errors("sweeping the adapter store"):
+        with disk_errors("sweeping the adapter store"):
             for folder in self.quarantine.iterdir():
                 _discard(folder)
             removed = []
@@ -135,7 +135,7 @@ class BlobStore:
 
     def _remove(self, path: Path) -> None:
         """Out of ``blobs`` by a rename, so that a crash half-way leaves no half blob under its name."""
-        with _disk_errors(f"removing {path.name}"):
+        with disk_errors(f"removing {path.name}"):
             if not path.exists():
                 return
             trash = self.quarantine / uuid.uuid4().hex
@@ -147,7 +147,7 @@ class BlobStore:
     def _commit(self, folder: Path, digest: str) -> Path:
         """Moves ``folder`` to its place; where a whole blob is there already, that one is kept."""
         path = self.path(digest)
-        with _disk_errors(f"committing {digest}"):
+        with disk_errors(f"committing {digest}"):
             if path.exists():
                 if digest_of(path) == digest:
                     _seal(path)
@@ -204,16 +204,16 @@ class Incoming:
 
     async def __aenter__(self) -> Self:
         try:
-            await _in_thread(self._make)
+            await in_thread(self._make)
         except BaseException:
-            await _in_thread(self._discard)
+            await in_thread(self._discard)
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await _in_thread(self._discard)
+        await in_thread(self._discard)
 
     async def write(self, filename: str, chunk: bytes) -> None:
         """Appends ``chunk`` to one of the two files; about a megabyte is collected before the disk is asked.
@@ -229,12 +229,12 @@ class Incoming:
                 " the operator to raise LORAPLEX_MAX_UPLOAD_BYTES."
             )
         if filename not in self._files:
-            await _in_thread(self._create, filename)
+            await in_thread(self._create, filename)
         file = self._files[filename]
         file.size += len(chunk)
         file.waiting += chunk
         if len(file.waiting) >= _BLOCK:
-            await _in_thread(self._flush, file)
+            await in_thread(self._flush, file)
 
     async def finish(self) -> str:
         """Writes out, syncs and closes both files; returns the digest.
@@ -247,7 +247,7 @@ class Incoming:
             raise UploadIncomplete(
                 f"The upload lacks {' and '.join(missing)}. Send both files in one request."
             )
-        await _in_thread(self._finish)
+        await in_thread(self._finish)
         self.digest = _digest(
             {name: (file.size, file.sha256.hexdigest()) for name, file in self._files.items()}
         )
@@ -260,7 +260,7 @@ class Incoming:
         ``look`` does.
         """
         assert self.digest is not None, "finish comes first"
-        return await _in_thread(self._examine, look)
+        return await in_thread(self._examine, look)
 
     async def commit(self) -> Path:
         """Moves the files to their place in ``blobs``, on disk when this returns, and returns the folder.
@@ -270,24 +270,24 @@ class Incoming:
         """
         assert self.digest is not None, "finish comes first"
         async with self._store._lock(self.digest):
-            self.path = await _in_thread(self._store._commit, self._quarantine, self.digest)
+            self.path = await in_thread(self._store._commit, self._quarantine, self.digest)
         return self.path
 
     def _make(self) -> None:
-        with _disk_errors("starting an upload"):
+        with disk_errors("starting an upload"):
             self._quarantine.mkdir()
 
     def _create(self, filename: str) -> None:
-        with _disk_errors(f"writing {filename}"):
+        with disk_errors(f"writing {filename}"):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._files[filename] = _File(os.open(self._quarantine / filename, flags, 0o600))
 
     def _flush(self, file: _File) -> None:
-        with _disk_errors("writing an upload"):
+        with disk_errors("writing an upload"):
             file.flush()
 
     def _finish(self) -> None:
-        with _disk_errors("finishing an upload"):
+        with disk_errors("finishing an upload"):
             for file in self._files.values():
                 file.flush()
                 if os.fstat(file.descriptor).st_size != file.size:
@@ -297,7 +297,7 @@ class Incoming:
                 file.close()
 
     def _examine(self, look: Callable[[Path], T]) -> T:
-        with _disk_errors("examining an upload"):
+        with disk_errors("examining an upload"):
             before = _marks(self._quarantine)
             seen = look(self._quarantine)
             if _marks(self._quarantine) != before:
@@ -314,7 +314,7 @@ class Incoming:
         _discard(self._quarantine)
 
 
-async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Runs ``function`` in a worker thread. Cancelled, it waits for the thread to end, then raises.
 
     Not ``asyncio.to_thread``: its cancelled caller goes on while the thread still writes.
@@ -333,7 +333,7 @@ async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 
 
 @contextlib.contextmanager
-def _disk_errors(doing: str) -> Iterator[None]:
+def disk_errors(doing: str) -> Iterator[None]:
     """A full disk or quota becomes StorageFull, any other OSError StorageFailed."""
     try:
         with _full_disk(doing):

@@ -164,6 +164,17 @@ class Catalog:
         async with self._database.read() as session:
             return await self._one(session, tenant, name)
 
+    async def version(
+        self, tenant: str, name: str, number: int | None = None, *, param: str | None = None
+    ) -> Version:
+        """One of the adapter's, the live one if None. AdapterNotFound, which names ``param``."""
+        adapter = await self.adapter(tenant, name)
+        wanted = adapter.live if number is None else number
+        for info in adapter.versions:
+            if info.version.number == wanted:
+                return info.version
+        raise _no_version(name, wanted, param)
+
     async def update(self, tenant: str, name: str, **changes: Unpack[AdapterChanges]) -> Adapter:
         """Changes what is given, all of it or nothing; ``default=True`` takes it from the one that had it.
 
@@ -369,9 +380,7 @@ class Catalog:
             found = await session.get(VersionRow, (tenant, name, number))
             if found is not None:
                 return found
-        raise AdapterNotFound(
-            f"The adapter `{name}` has no version {number}.", code="version_not_found", param=param
-        )
+        raise _no_version(name, number, param)
 
     def _version(self, row: VersionRow) -> Version:
         return Version(
@@ -383,6 +392,11 @@ class Catalog:
             rank=row.rank,
             size_bytes=row.size_bytes,
         )
+
+
+def _no_version(name: str, number: int | None, param: str | None) -> AdapterNotFound:
+    message = f"The adapter `{name}` has no version {number}."
+    return AdapterNotFound(message, code="version_not_found", param=param)
 
 
 def _state(row: AdapterRow) -> dict[str, Any]:

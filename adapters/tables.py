@@ -40,6 +40,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    Select,
     String,
     Text,
     event,
@@ -57,6 +58,7 @@ from adapters.errors import StorageFailed, StorageFull
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
+Q = TypeVar("Q", bound=Select[Any])
 F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
@@ -173,7 +175,7 @@ class AdapterRow(Base):
     live: Mapped[int | None]
     is_default: Mapped[bool]
     pinned: Mapped[bool]
-    split: Mapped[dict[str, int] | None] = mapped_column(JSON(none_as_null=True))
+    split: Mapped[dict[str, int] | None] = mapped_column(_Json)
     keep_versions: Mapped[int | None]
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
@@ -191,7 +193,7 @@ class VersionRow(Base):
     rank: Mapped[int]
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     report: Mapped[dict[str, Any]] = mapped_column(JSON)
-    golden: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
+    golden: Mapped[dict[str, Any] | None] = mapped_column(_Json, deferred=True)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
@@ -397,6 +399,19 @@ class Database:
                     self._last_write = found
                     self.generation += 1
             await asyncio.sleep(WATCH_EVERY)
+
+
+def matching(query: Q, row: Any, wanted: Any, *columns: str) -> Q:
+    """``query`` for rows of ``wanted.start`` <= at < ``wanted.end`` whose ``columns`` are as ``wanted`` has
+    them; None is any."""
+    for column in columns:
+        if (value := getattr(wanted, column)) is not None:
+            query = query.where(getattr(row, column) == value)
+    if wanted.start is not None:
+        query = query.where(row.at >= wanted.start)
+    if wanted.end is not None:
+        query = query.where(row.at < wanted.end)
+    return query
 
 
 class ReadCache(Generic[K, T]):

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from adapters.audit import ACTOR, Actor
-from adapters.errors import AdapterNotFound
 from adapters.model import Adapter, Quota, Tier, Version
 from adapters.split import WHOLE
 from adapters.tables import MAX_INTEGER
@@ -309,13 +308,7 @@ async def warm_adapter(
     publishing: PublishingOf,
 ) -> dict[str, Any]:
     await tenants.get(tenant)
-    adapter = await publishing.catalog.adapter(tenant, name)
-    wanted = body.version or adapter.live
-    version = next((info.version for info in adapter.versions if info.version.number == wanted), None)
-    if version is None:
-        raise AdapterNotFound(
-            f"The adapter `{name}` has no version {wanted}.", code="version_not_found", param="version"
-        )
+    version = await publishing.catalog.version(tenant, name, body.version, param="version")
     timeout = request.app.state.settings.queue_timeout
     tier = await publishing.dispatcher.warm(version, slot=body.slot, timeout=timeout)
     return {"adapter": name, "version": version.number, "tier": tier}

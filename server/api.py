@@ -43,7 +43,6 @@ class LeasedResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ends the connection of a client that does not read: its place in the engine is others' too."""
-
         late = False
 
         async def send_in_time(message: Message) -> None:

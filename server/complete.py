@@ -83,7 +83,8 @@ async def open_completion(
         version, public = await resolve(service, tenant, body.get("model"), str(unit))
         check_model(tenant, version.adapter if version else None)
         await service.quotas.open(tenant)
-        most_prompt = _most_prompt(body)
+        text = _prompt_text(body)
+        most_prompt = _most_prompt(text, body.get("tools"))
         body = _bounded(service, tenant, kind, body, most_prompt)
         request = service.engine.parse(kind, meant(kind, body))
         sequences, max_tokens = _size(service.engine, kind, body, request)
@@ -95,7 +96,7 @@ async def open_completion(
             lease = await service.dispatcher.submit(
                 tenant.id,
                 version,
-                prompt_tokens=service.engine.count_prompt(_prompt_text(body)),
+                prompt_tokens=service.engine.count_prompt(text),
                 max_tokens=max_tokens,
                 sequences=sequences,
                 weight=tenant.share,
@@ -247,14 +248,14 @@ def _prompt_text(body: dict[str, Any]) -> str:
     return "".join(str(body[name]) for name in fields if body.get(name))
 
 
-def _most_prompt(body: dict[str, Any]) -> int:
+def _most_prompt(text: str, tools: Any) -> int:
     """A high estimate of the prompt's tokens, to be reserved until the engine has counted them.
 
     Ordinary text of any language has three bytes or more to a token, token ids with their commas too. What
     has fewer is still counted, and leaves the less for the next request.
     """
-    text = _prompt_text(body) + str(body.get("tools") or "")
-    return len(text.encode("utf-8", "surrogatepass")) // 3 + 1
+    whole = text + str(tools or "")
+    return len(whole.encode("utf-8", "surrogatepass")) // 3 + 1
 
 
 def _error_in(chunk: str) -> ServerError | None:

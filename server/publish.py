@@ -17,7 +17,6 @@ from typing import Any
 from adapters.admit import admit
 from adapters.blobs import BlobStore, Incoming
 from adapters.catalog import Catalog
-from adapters.errors import AdapterNotFound
 from adapters.golden import Golden, take
 from adapters.model import Adapter, Manifest, Quota, Version
 from adapters.receipts import Receipts
@@ -154,11 +153,7 @@ async def _committed(
 
 async def verify(service: Publishing, tenant: str, name: str, number: int | None) -> dict[str, Any]:
     """A version, the live one if None, against the golden probes it came with. AdapterNotFound."""
-    adapter = await service.catalog.adapter(tenant, name)
-    wanted = adapter.live if number is None else number
-    version = next((info.version for info in adapter.versions if info.version.number == wanted), None)
-    if version is None:
-        raise AdapterNotFound(f"The adapter `{name}` has no version {wanted}.", code="version_not_found")
+    version = await service.catalog.version(tenant, name, number)
     agreement = await service.prober.check(version, await service.catalog.golden(version))
     return {"adapter": name, "version": version.number, **agreement.report()}
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from adapters.audit import Search, entries
@@ -20,6 +20,7 @@ from adapters.tables import Database
 from server import admin
 from server.errors import Unprocessable
 from server.http import tenant_of
+from server.tenants import Tenant
 from server.usage import GROUPS, Group, Question, usage
 
 operators = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=admin.router.dependencies)
@@ -32,19 +33,29 @@ PAGE = 1000
 By = Annotated[str, Query(description=f"Comma-separated: {', '.join(GROUPS)}.")]
 
 
-@operators.get("/usage", summary="Sums of what was used, also as CSV (`Accept: text/csv` or `format=csv`)")
-async def all_usage(
-    request: Request,
-    tenant: str | None = None,
+def _question(
     adapter: str | None = None,
     key: str | None = None,
     start: Start = None,
     end: End = None,
     by: By = "",
-    format: Format = None,
+) -> Question:
+    return Question(None, adapter, key, _utc(start), _utc(end), groups_of(by))
+
+
+async def _reader(request: Request) -> Tenant:
+    return await tenant_of(request, "usage:read")
+
+
+Asked = Annotated[Question, Depends(_question)]
+Reader = Annotated[Tenant, Depends(_reader)]
+
+
+@operators.get("/usage", summary="Sums of what was used, also as CSV (`Accept: text/csv` or `format=csv`)")
+async def all_usage(
+    request: Request, asked: Asked, tenant: str | None = None, format: Format = None
 ) -> Response:
-    question = Question(tenant, adapter, key, _utc(start), _utc(end), groups_of(by))
-    return await answer(request, question, format)
+    return await answer(request, replace(asked, tenant=tenant), format)
 
 
 @operators.get("/audit", summary="Changes, oldest first; all of them as JSON lines with `format=jsonl`")
@@ -75,20 +86,10 @@ async def _lines(database: Database, search: Search) -> AsyncIterator[str]:
 
 
 @customers.get("/usage", summary="The customer's own; needs a key with the scope `usage:read`")
-async def own_usage(
-    request: Request,
-    adapter: str | None = None,
-    key: str | None = None,
-    start: Start = None,
-    end: End = None,
-    by: By = "",
-    format: Format = None,
-) -> Response:
-    tenant = await tenant_of(request, "usage:read")
+async def own_usage(request: Request, reader: Reader, asked: Asked, format: Format = None) -> Response:
     # What a tenant of the same name used, which is no more, is none of this one's business.
-    first = max(_utc(start) or tenant.created_at, tenant.created_at)
-    question = Question(tenant.id, adapter, key, first, _utc(end), groups_of(by))
-    return await answer(request, question, format)
+    first = max(asked.start or reader.created_at, reader.created_at)
+    return await answer(request, replace(asked, tenant=reader.id, start=first), format)
 
 
 async def answer(request: Request, question: Question, format: str | None) -> Response:

@@ -246,12 +246,8 @@ class Tenants:
             old = await self._key(session, tenant, key_id)
             if old.expires_at is not None and old.expires_at <= row.created_at:
                 raise Conflict("This key has expired. Issue a new one.")
-            row.name, row.scopes, row.limits, row.expires_at = (
-                old.name,
-                old.scopes,
-                old.limits,
-                old.expires_at,
-            )
+            row.name, row.scopes = old.name, old.scopes
+            row.limits, row.expires_at = old.limits, old.expires_at
             session.add(row)
             before, ends = key_info(old).shown(), row.created_at + overlap
             old.expires_at = ends if old.expires_at is None else min(ends, old.expires_at)

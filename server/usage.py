@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 from sqlalchemy import ColumnElement, Select, delete, func, insert, null, select, update
 
-from adapters.tables import Database, KeyRow, UsageRow, now
+from adapters.tables import Database, KeyRow, UsageRow, matching, now
 from server.budgets import COST_UNIT
 from server.errors import Unprocessable
 from server.metrics import Outcome
@@ -243,14 +243,7 @@ async def spent(database: Database, tenant: str, start: datetime, end: datetime)
 
 
 def _asked(query: Select[*tuple[Any, ...]], question: Question) -> Select[*tuple[Any, ...]]:
-    for column in ("tenant", "adapter", "key"):
-        if (wanted := getattr(question, column)) is not None:
-            query = query.where(getattr(UsageRow, column) == wanted)
-    if question.start is not None:
-        query = query.where(UsageRow.at >= question.start)
-    if question.end is not None:
-        query = query.where(UsageRow.at < question.end)
-    return query
+    return matching(query, UsageRow, question, "tenant", "adapter", "key")
 
 
 def _group(name: Group) -> ColumnElement[Any]:

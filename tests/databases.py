@@ -15,6 +15,8 @@ import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from adapters.tables import Database
+
 POSTGRES = os.environ.get("LORAPLEX_TEST_POSTGRES", "")
 
 KINDS = [
@@ -23,6 +25,16 @@ KINDS = [
         "postgres", marks=pytest.mark.skipif(not POSTGRES, reason="LORAPLEX_TEST_POSTGRES is not set")
     ),
 ]
+
+
+@asynccontextmanager
+async def opened(kind: str, folder: Path) -> AsyncIterator[Database]:
+    """A new database with its tables."""
+    async with empty(kind, folder) as url:
+        database = Database(url)
+        await database.open()
+        yield database
+        await database.close()
 
 
 @asynccontextmanager

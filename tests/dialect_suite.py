@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from server.engine import Answer, Engine, PageOp
+from server.engine import Answer, Call, Engine, PageOp
 from server.errors import BadRequest, Unavailable
 from server.handlers import BROKEN, Kind
 from tests.engine_suite import PUBLIC, MakeAdapter, ask, bring_in, call, meter_of, read_in, said, stage, then
@@ -27,6 +28,16 @@ dialects = pytest.mark.parametrize("kind", BODIES)
 
 def limited(kind: Kind, tokens: int, **changes: Any) -> dict[str, Any]:
     return {**BODIES[kind], LIMIT[kind]: tokens, **changes}
+
+
+async def begun(engine: Engine, kind: Kind) -> tuple[Call, AsyncIterator[str]]:
+    """A stream of which five chunks have been read."""
+    made, request = call(engine, kind, limited(kind, 50, stream=True), None)
+    answer = await engine.answer(made, request)
+    assert answer.stream is not None
+    for _ in range(5):
+        await anext(answer.stream)
+    return made, answer.stream
 
 
 async def events(answer: Answer) -> list[dict[str, Any]]:
@@ -133,14 +144,10 @@ class DialectSuite:
 
     @dialects
     async def test_abort_ends_a_stream(self, engine: Engine, kind: Kind) -> None:
-        made, request = call(engine, kind, limited(kind, 50, stream=True), None)
-        answer = await engine.answer(made, request)
-        assert answer.stream is not None
-        for _ in range(5):
-            await anext(answer.stream)
+        made, stream = await begun(engine, kind)
         await engine.abort(made)
         async with asyncio.timeout(60):
-            rest = [chunk async for chunk in answer.stream]
+            rest = [chunk async for chunk in stream]
         assert 0 < meter_of(made).output < 50
         last = json.loads(rest[-1].split("data: ")[1])
         if kind == "responses":
@@ -150,14 +157,10 @@ class DialectSuite:
 
     @dialects
     async def test_a_stream_that_breaks_says_so_with_a_status(self, engine: Engine, kind: Kind) -> None:
-        made, request = call(engine, kind, limited(kind, 50, stream=True), None)
-        answer = await engine.answer(made, request)
-        assert answer.stream is not None
-        for _ in range(5):
-            await anext(answer.stream)
+        made, stream = await begun(engine, kind)
         assert await engine.pause(made)
         await engine.give_up(made, "it is gone")
-        rest = [chunk async for chunk in answer.stream]
+        rest = [chunk async for chunk in stream]
         assert rest[-1].startswith(BROKEN)
         broken = json.loads(rest[-1].removeprefix("data: "))["error"]
         assert (broken["message"], broken["code"]) == ("it is gone", 503)

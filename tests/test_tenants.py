@@ -25,7 +25,7 @@ from server.errors import (
     headers_of,
 )
 from server.tenants import Tenant, Tenants
-from tests.databases import KINDS, empty
+from tests.databases import KINDS, opened
 from tests.test_catalog import digest, link, path_of
 
 ADMIN = "admin-key-0123456789"
@@ -34,11 +34,8 @@ SERVICE = "service-key-0123456789"
 
 @pytest.fixture(params=KINDS)
 async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
-    async with empty(request.param, tmp_path) as url:
-        database = Database(url)
-        await database.open()
+    async with opened(request.param, tmp_path) as database:
         yield database
-        await database.close()
 
 
 @pytest.fixture

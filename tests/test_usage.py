@@ -27,7 +27,7 @@ from server.errors import Unprocessable
 from server.settings import Price
 from server.usage import SUMS, Question, Recorder, Usage, added_up, roll_up, usage
 from tests import tiny
-from tests.databases import KINDS, empty
+from tests.databases import KINDS, opened
 from tests.fakes import FakeEngine, Times
 from tests.site import Site, bearer
 from tests.test_api import CHAT_URL, error
@@ -43,11 +43,8 @@ ONE = Usage(
 
 @pytest.fixture(params=KINDS)
 async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
-    async with empty(request.param, tmp_path) as url:
-        database = Database(url)
-        await database.open()
+    async with opened(request.param, tmp_path) as database:
         yield database
-        await database.close()
 
 
 @pytest.fixture
