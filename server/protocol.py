@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with the bounds on a request's head that its parser lacks."""
+"""uvicorn's HTTP protocol with the bounds on a request's head that its parser lacks, and a patient close."""
 
 from __future__ import annotations
 
@@ -16,18 +16,36 @@ HEAD_BYTES = 64 << 10
 _LINGER = 0.5
 
 
+class _Patient:
+    """A transport whose ``close`` is ``closing``'s to carry out."""
+
+    def __init__(self, transport: Any, closing: BoundedHeads) -> None:
+        self._transport = transport
+        self._closing = closing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        self._closing.close(self._transport)
+
+    def is_closing(self) -> bool:
+        return self._closing.closed or bool(self._transport.is_closing())
+
+
 class BoundedHeads(HttpToolsProtocol):
     """Answers 431 to a head beyond ``HEAD_BYTES`` and what was read with it, 408 to one that does not end.
 
-    ``seconds`` bounds the time from a head's first byte, or from the connection, to its end.
+    ``seconds`` bounds the time from a head's first byte, or from the connection, to its end. A connection on
+    which a request is still being sent is closed ``_LINGER`` seconds after its answer.
     """
 
     seconds: ClassVar[float] = 60.0
     _late: asyncio.TimerHandle
-    _refused = False
+    closed = False
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        super().connection_made(_Patient(transport, self))  # type: ignore[arg-type]
         self._begin()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -35,7 +53,7 @@ class BoundedHeads(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
+        if self.closed:
             return
         if self._between:
             self._begin()
@@ -64,7 +82,6 @@ class BoundedHeads(HttpToolsProtocol):
         """Without an answer of its own where the one before it is still being given."""
         if self.transport.is_closing():
             return
-        self._refused = True
         if self.cycle is None or self.cycle.response_complete:
             body = json.dumps(envelope(f"{status.phrase}.", "invalid_request_error", code)).encode()
             head = (
@@ -72,4 +89,15 @@ class BoundedHeads(HttpToolsProtocol):
                 f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
-        asyncio.get_running_loop().call_later(_LINGER, self.transport.close)
+        self.transport.close()
+
+    def close(self, transport: Any) -> None:
+        """Once: what still comes of a request is thrown away for a while before ``transport`` is closed."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._between or (self._in_head and not self._received):
+            transport.close()
+        else:
+            self.flow.resume_reading()
+            asyncio.get_running_loop().call_later(_LINGER, transport.close)

@@ -121,6 +121,29 @@ async def test_a_body_that_trickles(site: Site, key: str) -> None:
     trickling.cancel()
 
 
+async def test_an_answer_is_not_lost_to_what_is_still_being_sent(site: Site, key: str) -> None:
+    """A connection that is closed with bytes unread is reset, and takes an answer that is not read along."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as client:
+        client.setblocking(False)
+        await loop.sock_connect(client, ("127.0.0.1", int(site.url.rsplit(":", 1)[1])))
+        await loop.sock_sendall(client, head(key, length=1000))
+        async with asyncio.timeout(10):
+            while not _has_come(client):
+                await asyncio.sleep(0.01)
+        for _ in range(2):
+            await loop.sock_sendall(client, b" ")
+            await asyncio.sleep(0.05)
+        assert (await loop.sock_recv(client, 1 << 16)).startswith(b"HTTP/1.1 408 ")
+
+
+def _has_come(client: socket.socket) -> bool:
+    try:
+        return bool(client.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
+
+
 async def _trickle(writer: asyncio.StreamWriter) -> None:
     while True:
         writer.write(b" ")
