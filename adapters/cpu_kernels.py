@@ -2,9 +2,14 @@
 
 vLLM's own gather a copy of a slot's whole weights for every token, (tokens, rank, features), and take a
 token without an adapter (slot -1) for one of the last slot. Here the tokens of a step are grouped by slot
-once, and each slot that occurs is multiplied once, where it lies and as wide as its adapter's rank.
+once, and each slot that occurs is multiplied once, as wide as its adapter's rank and where it lies: a slot
+of a linear layer is not a copy of the adapter but refers to it in host memory, so that to fill it takes
+microseconds.
 
     install(tables)     in place of vLLM's own wrappers, when no adapter is loaded yet
+
+Weights are float32 (``server.engine`` asks for it): a product of a few rows costs torch 3 us with them and
+16 us in bfloat16, most of it before it begins.
 
 On a CPU vLLM runs LoRA eagerly, so what is installed later is what runs.
 """
@@ -27,6 +32,8 @@ Part = tuple[torch.Tensor, ...] | None
 
 # A run costs two small products, sorting a copy of the tokens. More runs than this for each slot are sorted.
 RUNS_PER_SLOT = 2
+# Rows of a run from which it is worth while to round its weights to the model's dtype, if that is faster.
+WIDE = 64
 _ADOPTED = (BaseLinearLayerWithLoRA, VocabParallelEmbeddingWithLoRA, LogitsProcessorWithLoRA)
 
 
@@ -85,12 +92,6 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is n
     def adopt(self, layer: Any) -> None:
         """Serves ``layer`` from now on, and learns from its ``set_lora`` how wide each slot really is."""
         if isinstance(layer.lora_b_stacked, tuple):
-            layer.lora_a_stacked = tuple(
-                weights.to(fast_dtype(weights.dtype)) for weights in layer.lora_a_stacked
-            )
-            layer.lora_b_stacked = tuple(
-                weights.to(fast_dtype(weights.dtype)) for weights in layer.lora_b_stacked
-            )
             full = _pairs(layer.lora_a_stacked, layer.lora_b_stacked)
         elif layer.lora_a_stacked.dim() == 3:  # an embedding, whose A is a table that the layer looks up in
             full = _singles(layer.lora_b_stacked)
@@ -99,18 +100,26 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is n
         parts = list(full)
         self._parts[id(layer.lora_b_stacked)] = parts
         set_lora, reset_lora = layer.set_lora, layer.reset_lora
+        referring = isinstance(layer.lora_b_stacked, tuple) and layer.tp_size == 1
 
         @functools.wraps(reset_lora)
         def reset_and_learn(index: int) -> None:
-            reset_lora(index)
+            if not referring:
+                reset_lora(index)
             parts[index] = [None] * len(full[index])
 
         @functools.wraps(set_lora)
         def set_and_learn(index: int, lora_a: Any, lora_b: Any) -> None:
-            set_lora(index, lora_a, lora_b)
-            given = lora_b if isinstance(lora_b, list) else [lora_b]
-            if len(given) == len(full[index]):
-                ranks = [0 if weights is None else weights.shape[1] for weights in given]
+            a, b = (given if isinstance(given, list) else [given] for given in (lora_a, lora_b))
+            whole = len(a) == len(b) == len(full[index])
+            if referring and whole and all(map(_fits, a, b, full[index])):
+                parts[index] = [_referring(*pair) for pair in zip(a, b, strict=True)]
+                return
+            if referring:
+                reset_lora(index)  # the slot's own memory; vLLM's ``set_lora`` would call what is above
+            set_lora(index, lora_a, lora_b)  # which raises where a shape is not the layer's
+            if whole:
+                ranks = [0 if weights is None else weights.shape[1] for weights in b]
                 parts[index] = [_narrow(part, rank) for part, rank in zip(full[index], ranks, strict=True)]
             else:  # vLLM has split one tensor for several slices
                 parts[index] = full[index]
@@ -211,13 +220,13 @@ def install(tables: Any) -> None:
     tables._last_mapping = None  # or vLLM would think that the new wrappers know the batch already
 
 
-def fast_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What to multiply weights of ``dtype`` in: without instructions for it torch is ten times slower."""
+def _faster(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for products of ``dtype``; else torch is ten times slower."""
     native = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return dtype if dtype not in native or native[dtype]() else torch.float32
+    return dtype in native and native[dtype]()
 
 
 def _pairs(a_stacked: Sequence[torch.Tensor], b_stacked: Sequence[torch.Tensor]) -> list[list[Part]]:
@@ -230,6 +239,19 @@ def _pairs(a_stacked: Sequence[torch.Tensor], b_stacked: Sequence[torch.Tensor])
 
 def _singles(stacked: torch.Tensor) -> list[list[Part]]:
     return [[(weights,)] for weights in stacked[:, 0].mT]
+
+
+def _fits(lora_a: torch.Tensor | None, lora_b: torch.Tensor | None, slot: Part) -> bool:
+    """Whether A (rank, in) and B (out, rank) are of the shapes that the slot is for, or not there."""
+    if lora_a is None or lora_b is None or slot is None:
+        return lora_a is lora_b is None
+    (inputs, rank), (_, outputs) = (weights.shape for weights in slot)
+    return lora_a.shape == (lora_b.shape[1], inputs) and lora_b.shape[0] == outputs and len(lora_a) <= rank
+
+
+def _referring(lora_a: torch.Tensor | None, lora_b: torch.Tensor | None) -> Part:
+    """Of A (rank, in) and B (out, rank) themselves."""
+    return None if lora_a is None or lora_b is None else (lora_a.mT, lora_b.mT)
 
 
 def _narrow(part: Part, rank: int) -> Part:
@@ -257,8 +279,7 @@ def _add(
     runs = [(parts[slot], first, last) for slot, first, last in groups.runs if any(parts[slot])]
     if not runs:
         return
-    dtype = next(part[0].dtype for parts_, _, _ in runs for part in parts_ if part)
-    y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]).to(dtype)
+    y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
     if groups.order is None or groups.place is None:
         _add_runs(runs, y, x, sizes, offset, scale)
         return
@@ -276,19 +297,23 @@ def _add_runs(
     scale: float,
 ) -> None:
     for parts, first, last in runs:
-        tokens, out = x[first:last], y[first:last]
-        column = offset
+        rows, out = x[first:last], y[first:last]
+        if last - first < WIDE or not _faster(x.dtype):
+            rows = rows.to(next(part[0].dtype for part in parts if part))
+        deltas, at, column = [], [], offset
         for part, size in zip(parts, sizes, strict=True):
             if part is not None:
-                *shrink, expand = part
-                rows = tokens.mm(*shrink) if shrink else tokens
-                _accumulate(out.narrow(1, column, size), rows, expand[:, :size], scale)
+                deltas.append(_product(rows, part, size))
+                at.append(column)
             column += size
+        if len(deltas) == len(parts) > 1:  # one sum is quicker than one for each slice
+            deltas, at = [torch.cat(deltas, 1)], [offset]
+        for delta, column in zip(deltas, at, strict=True):
+            out.narrow(1, column, delta.shape[1]).add_(delta, alpha=scale)
 
 
-def _accumulate(y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, scale: float) -> None:
-    """y += scale * x @ weights, rounded once to the dtype of ``y``."""
-    if y.dtype == weights.dtype:
-        y.addmm_(x, weights, alpha=scale)
-    else:
-        y.add_(x.mm(weights), alpha=scale)
+def _product(x: torch.Tensor, matrices: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
+    """``x`` times one matrix after the other, each rounded to the dtype of ``x``; the first ``columns``."""
+    for matrix in matrices:
+        x = x.mm(matrix.to(x.dtype))
+    return x[:, :columns]

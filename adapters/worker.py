@@ -72,7 +72,8 @@ class _Pager:
         self.tables = manager._adapter_manager
         self.gpu_slots = gpu_slots
         self.host_slots = host_slots
-        if current_platform.is_cpu():
+        self._in_place = current_platform.is_cpu()
+        if self._in_place:
             from adapters.cpu_kernels import install
 
             install(self.tables)
@@ -171,6 +172,8 @@ class _Pager:
         started = time.perf_counter()
         lora = self._load(LoRARequest(lora_name=name, lora_int_id=load_id, lora_path=path))
         self.tables._create_merged_loras_inplace(lora)
+        if self._in_place:
+            _own(lora)
         return lora, time.perf_counter() - started
 
     def _collect(self) -> list[list[Any]]:
@@ -263,6 +266,21 @@ def _checkpoint_name(name: str, mapper: Any) -> str:
         if new and name.startswith(new):
             return f"{original}{name[len(new) :]}"
     return name
+
+
+def _own(lora: Any) -> None:
+    """Copies those tensors that safetensors left in the mapped file, so that no engine step reads a disk."""
+    for layer in lora.loras.values():
+        for side in ("lora_a", "lora_b"):
+            tensors = getattr(layer, side)
+            setattr(
+                layer, side, [_owned(t) for t in tensors] if isinstance(tensors, list) else _owned(tensors)
+            )
+
+
+def _owned(tensor: Any) -> Any:
+    mapped = tensor is not None and tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if mapped else tensor
 
 
 def _size_of(lora: Any) -> int:

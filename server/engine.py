@@ -448,10 +448,9 @@ def _slots(settings: Settings) -> _Slots:
     config = _arguments(settings, _Slots(1, 1))[1].create_engine_config()
     layers, lora = _layers(config), config.lora_config
     rank, itemsize = settings.max_lora_rank, lora.lora_dtype.itemsize
-    slot_itemsize = _slot_itemsize(lora.lora_dtype)
     workers = config.parallel_config.tensor_parallel_size
     slot = sizing.slot_bytes(
-        layers, rank=rank, itemsize=slot_itemsize, workers=workers, fully_sharded=lora.fully_sharded_loras
+        layers, rank=rank, itemsize=itemsize, workers=workers, fully_sharded=lora.fully_sharded_loras
     )
     gpu, host = settings.gpu_slots, settings.host_slots
     if gpu == "auto":
@@ -462,17 +461,6 @@ def _slots(settings: Settings) -> _Slots:
         entry = sizing.entry_bytes(layers, rank=rank, itemsize=itemsize, workers=workers)
         host = sizing.host_slots(settings.adapter_host_memory, entry, gpu)
     return _Slots(gpu, host or HOST_PER_GPU_SLOT * gpu, slot)
-
-
-def _slot_itemsize(dtype: Any) -> int:
-    """Bytes of a number in a slot, for adapters of ``dtype``."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        from adapters.cpu_kernels import fast_dtype
-
-        dtype = fast_dtype(dtype)
-    return int(dtype.itemsize)
 
 
 def _layers(config: Any) -> list[Layer]:
@@ -514,7 +502,9 @@ def _arguments(settings: Settings, slots: _Slots) -> tuple[Namespace, Any]:
     """(arguments of vLLM's OpenAI front end, AsyncEngineArgs) for ``settings`` with ``slots``."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
     if settings.model.startswith(("/", ".")) and not Path(settings.model).is_dir():
         raise ValueError(f"MODEL: there is no folder {settings.model}")
@@ -529,7 +519,10 @@ def _arguments(settings: Settings, slots: _Slots) -> tuple[Namespace, Any]:
     }
     known = {f.name for f in fields(AsyncEngineArgs)}
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    given = dict(settings.engine_args)
+    # What adapters.cpu_kernels multiplies fastest.
+    given = (
+        {"lora_dtype": STR_DTYPE_TO_TORCH_DTYPE["float32"]} if current_platform.is_cpu() else {}
+    ) | settings.engine_args
     for name, value in given.items():
         if name not in known and not hasattr(args, name):
             close = get_close_matches(name, known | set(vars(args)), n=1)

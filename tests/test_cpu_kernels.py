@@ -34,12 +34,17 @@ class Layer:
     reset_lora: Callable[..., None] = BaseLinearLayerWithLoRA.reset_lora
     n_slices = len(OUTPUTS)
     output_slices = OUTPUTS
-    tp_size = 1
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, tp_size: int = 1) -> None:
+        self.tp_size = tp_size
         # What an earlier adapter left: whoever reads beyond what was set reads this.
         self.lora_a_stacked = tuple(torch.full((SLOTS, 1, MAX_RANK, INPUTS), 7, dtype=dtype) for _ in OUTPUTS)
         self.lora_b_stacked = tuple(torch.full((SLOTS, 1, n, MAX_RANK), 7, dtype=dtype) for n in OUTPUTS)
+
+    def slice_lora_a(self, lora_a: Any) -> Any:
+        return lora_a
+
+    slice_lora_b = slice_lora_a
 
 
 def wrapper(cls: type[PunicaWrapperCPU] = GroupedPunicaWrapper) -> Any:
@@ -96,23 +101,36 @@ def batches(rng: random.Random) -> dict[str, list[int]]:
     }
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "float32"])
+@pytest.mark.parametrize("tp_size", [1, 2], ids=["in place", "copied"])
+@pytest.mark.parametrize("faster", [True, False], ids=["rounded", "as they are"])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"]
+    ("dtype", "weights", "tolerance"),
+    [
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.float32, 2e-2),
+        (torch.bfloat16, torch.bfloat16, 2e-2),
+    ],
+    ids=["float32", "bfloat16", "all bfloat16"],
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_the_formula(
-    monkeypatch: pytest.MonkeyPatch, seed: int, dtype: torch.dtype, tolerance: float, native: bool
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    tolerance: float,
+    faster: bool,
+    tp_size: int,
 ) -> None:
     """Adapters of all ranks and targets in the slots, all kinds of batches; the base's rows bit for bit."""
-    if native:
-        monkeypatch.setattr(cpu_kernels, "fast_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(cpu_kernels, "_faster", lambda dtype: faster and dtype is torch.bfloat16)
+    monkeypatch.setattr(cpu_kernels, "WIDE", 9)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    layer, kernels = Layer(dtype), wrapper()
+    layer, kernels = Layer(weights, tp_size), wrapper()
     kernels.adopt(layer)
     targets = [(True, True, True), (True, False, True), (False, True, False), (False, False, False)]
     adapters = [make(rng.choice((1, 4, 8, MAX_RANK)), generator, t) for t in rng.sample(targets, SLOTS)]
-    adapters = [[p and (p[0].to(dtype), p[1].to(dtype)) for p in adapter] for adapter in adapters]
+    adapters = [[p and (p[0].to(weights), p[1].to(weights)) for p in adapter] for adapter in adapters]
     for slot, adapter in enumerate(adapters):
         put(layer, slot, adapter)
     for name, tokens in batches(rng).items():
@@ -132,9 +150,10 @@ def test_the_formula(
         assert torch.equal(after[:, sum(OUTPUTS) :], before[:, sum(OUTPUTS) :]), name
 
 
-def test_a_slot_forgets_its_last_adapter() -> None:
+@pytest.mark.parametrize("tp_size", [1, 2], ids=["in place", "copied"])
+def test_a_slot_forgets_its_last_adapter(tp_size: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    layer, kernels = Layer(torch.float32), wrapper()
+    layer, kernels = Layer(torch.float32, tp_size), wrapper()
     kernels.adopt(layer)
     x = torch.randn(3, INPUTS, generator=generator)
     schedule(kernels, [0, 0, 0])
@@ -154,7 +173,7 @@ def test_a_slot_forgets_its_last_adapter() -> None:
 
 def test_only_the_adapters_own_ranks_are_read() -> None:
     generator = torch.Generator().manual_seed(2)
-    layer, kernels = Layer(torch.float32), wrapper()
+    layer, kernels = Layer(torch.float32, tp_size=2), wrapper()
     kernels.adopt(layer)
     put(layer, 1, make(4, generator))
     for weights in layer.lora_a_stacked:
@@ -166,6 +185,28 @@ def test_only_the_adapters_own_ranks_are_read() -> None:
     x = torch.randn(3, INPUTS, generator=generator)
     kernels.add_lora_linear(y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, OUTPUTS)
     assert y.isfinite().all()
+
+
+def test_a_slot_takes_no_memory_of_its_own() -> None:
+    layer, kernels = Layer(torch.float32), wrapper()
+    kernels.adopt(layer)
+    before = [weights.clone() for weights in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
+    adapter = make(4, torch.Generator().manual_seed(5))
+    put(layer, 1, adapter)
+    after = (*layer.lora_a_stacked, *layer.lora_b_stacked)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_does_not_fit_a_slot_is_refused_before_a_step(side: int) -> None:
+    layer, kernels = Layer(torch.float32), wrapper()
+    kernels.adopt(layer)
+    adapter = make(4, torch.Generator().manual_seed(6))
+    pair = adapter[1]
+    assert pair is not None
+    adapter[1] = (pair[0].repeat(1, 2), pair[1]) if side == 0 else (pair[0], pair[1].repeat(2, 1))
+    with pytest.raises(RuntimeError, match="must match"):
+        put(layer, 1, adapter)
 
 
 @pytest.mark.parametrize("tokens", [[2] * 7, [0, 0, 3, 3, 3, 1, 2], [0, 1, 2, 3, 0, 1, 2]], ids=str)
