@@ -293,6 +293,25 @@ class Catalog:
             )
         return Golden.model_validate(found)
 
+    async def unverified(self, here: Mapping[str, Any]) -> list[Version]:
+        """Of the versions that answer, those whose golden probes were last checked not ``here``."""
+        query = _answering().where(VersionRow.golden.is_not(None))
+        async with self._database.read() as session:
+            found = await self._load(session, query)
+        return [
+            info.version
+            for adapter in found
+            for info in adapter.versions
+            if not (info.report.get("golden") or {}).items() >= here.items()
+        ]
+
+    async def keep_verified(self, version: Version, golden: Mapping[str, Any]) -> None:
+        """Replaces what the report of a version, if it is still there, says of its golden probes."""
+        async with self._database.write() as session:
+            row = await session.get(VersionRow, (version.tenant, version.adapter, version.number))
+            if row is not None and row.digest == version.digest:
+                row.report = row.report | {"golden": dict(golden)}
+
     async def pinned(self) -> list[Version]:
         """The versions that answer to the names of pinned adapters, by tenant, name and number."""
         async with self._database.read() as session:

@@ -28,7 +28,7 @@ from server.http import RequestContext, install_error_handlers
 from server.metrics import Gauges, Metrics
 from server.plan import Limits
 from server.probe import Prober
-from server.publish import Publishing
+from server.publish import Publishing, verify_all
 from server.quotas import Quotas
 from server.settings import Settings
 from server.tenants import Tenants
@@ -146,6 +146,9 @@ async def _start(
     gc.freeze()
     sized = engine.capacity.describe(settings.adapter_gpu_memory, settings.adapter_host_memory)
     logger.info("ready: %s; %s", engine.base.name, sized)
+    verifying = asyncio.create_task(verify_all(state.publishing, metrics))
+    state.tasks.add(verifying)
+    verifying.add_done_callback(state.tasks.discard)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -116,6 +116,12 @@ class Metrics:
             "loraplex_load_failures", "Loads that failed, by step.", ["step"], registry=r
         )
 
+        self._verified = Counter(
+            "loraplex_verified_versions",
+            "Versions held against their probes.json because the engine, its dtype or the base had changed.",
+            ["result"],
+            registry=r,
+        )
         self._budgets = Counter(
             "loraplex_budget_requests",
             "Requests beyond a soft budget (warned) or a hard one (refused).",
@@ -168,6 +174,9 @@ class Metrics:
 
     def budget(self, tenant: str, kind: str) -> None:
         self._budgets.labels(self.label(tenant), kind).inc()
+
+    def verified(self, result: Literal["matches", "differs", "not_possible"]) -> None:
+        self._verified.labels(result).inc()
 
     def load_failed(self, step: Literal["stage", "activate"]) -> None:
         self._failures.labels(step).inc()

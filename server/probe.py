@@ -35,6 +35,12 @@ class Prober:
         self._dispatcher = dispatcher
         self._base: Scores | None = None
 
+    @property
+    def here(self) -> dict[str, str | None]:
+        """What an answer depends on besides the adapter."""
+        engine = self._engine
+        return {"base": engine.base.fingerprint, "dtype": engine.lora_dtype, "engine": engine.version}
+
     async def probe(self, version: Version, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What ``version``, which needs no row of the catalog, changes in the base's answers; as JSON.
 
@@ -45,8 +51,7 @@ class Prober:
         turn within ``TIMEOUT`` seconds or cannot be loaded, Unavailable where the server is stopping: nothing
         is said about the version then.
         """
-        engine = self._engine
-        here = {"base": engine.base.fingerprint, "dtype": engine.lora_dtype, "engine": engine.version}
+        here = self.here
         if known is not None and known.items() >= here.items():
             return dict(known)
         try:

@@ -8,6 +8,7 @@ sweep at start-up.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -17,13 +18,18 @@ from typing import Any
 from adapters.admit import admit
 from adapters.blobs import BlobStore, Incoming
 from adapters.catalog import Catalog
+from adapters.errors import AdapterError
 from adapters.golden import Golden, take
 from adapters.model import Adapter, Manifest, Quota, Version
 from adapters.receipts import Receipts
 from adapters.tables import to_the_end
 from server.dispatcher import Dispatcher
 from server.engine import Engine
+from server.errors import ServerError, Unavailable
+from server.metrics import Metrics
 from server.probe import Prober, no_effect
+
+logger = logging.getLogger(__name__)
 
 # How often a deleted version's blob is looked at until its last request is done.
 _RECLAIM_EVERY = 0.5
@@ -118,7 +124,7 @@ async def _probed(
     return replace(
         manifest,
         probe=probe | {"no_effect_allowed": allow_no_effect},
-        golden=agreement.agreed() if agreement is not None else None,
+        golden=agreement.agreed() | service.prober.here if agreement is not None else None,
     )
 
 
@@ -154,8 +160,39 @@ async def _committed(
 async def verify(service: Publishing, tenant: str, name: str, number: int | None) -> dict[str, Any]:
     """A version, the live one if None, against the golden probes it came with. AdapterNotFound."""
     version = await service.catalog.version(tenant, name, number)
+    return {"adapter": name, "version": version.number, **await _verified(service, version)}
+
+
+async def verify_all(service: Publishing, metrics: Metrics) -> None:
+    """The same for every version that answers and was last held against another engine, dtype or base.
+
+    One after the other, beside the customers' requests. What disagrees is logged and counted, and goes on
+    answering: whether to roll back the engine or the adapter is the operator's to say.
+    """
+    for version in await service.catalog.unverified(service.prober.here):
+        what = f"{version.tenant}/{version.adapter}@{version.number}"
+        try:
+            report = await _verified(service, version)
+        except Unavailable:
+            return  # the server is stopping
+        except (AdapterError, ServerError) as exc:
+            metrics.verified("not_possible")
+            logger.warning("%s could not be verified: %s", what, exc)
+            continue
+        metrics.verified("matches" if report["matches"] else "differs")
+        if not report["matches"]:
+            logger.error(
+                "%s differs from its probes.json by %.3g, and %.3g is allowed: the engine, its dtype or the"
+                " base model have changed since it was uploaded",
+                *(what, report["largest_difference"], report["tolerance"]),
+            )
+
+
+async def _verified(service: Publishing, version: Version) -> dict[str, Any]:
     agreement = await service.prober.check(version, await service.catalog.golden(version))
-    return {"adapter": name, "version": version.number, **agreement.report()}
+    report = agreement.report() | service.prober.here
+    await service.catalog.keep_verified(version, report)
+    return report
 
 
 def move_pin(dispatcher: Dispatcher, adapter: Adapter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from adapters.golden import MAX_BYTES, MAX_TOKENS, Golden, GoldenProbe, parse
 from adapters.model import PROBES_FILE
 from server import offline
 from tests import tiny
-from tests.fakes import log_probs, push_of
+from tests.fakes import FakeEngine, log_probs, push_of
 from tests.site import Site
 from tests.test_api import engine_of, error
 from tests.test_upload import URL, blobs, files, nothing_kept
@@ -105,6 +106,37 @@ async def test_an_engine_that_has_changed_is_found_out_on_demand(
         assert (found["version"], found["matches"]) == (number, False)
         assert found["largest_difference"] > found["tolerance"]
     assert (await site.admin.get(VERIFY.removesuffix("/verify"))).json()["live"] == 2, "it only looks"
+
+
+async def test_after_an_upgrade_the_server_looks_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = VERIFY.removesuffix("/verify")
+
+    async def after(version: str) -> tuple[dict[str, Any], str]:
+        """The report of the live version once all is verified, and the metrics."""
+        engine = FakeEngine(tiny.base())
+        engine.version = version
+        async with fake_site(tmp_path, engine) as site:
+            await asyncio.gather(*site.app.state.tasks)
+            *_, live = (await site.admin.get(shown)).json()["versions"]
+            return live["report"]["golden"], (await site.http.get("/metrics")).text
+
+    async with fake_site(tmp_path) as site:
+        await site.admin.post("/admin/v1/tenants", json={"id": "acme"})
+        await upload(site, await trained(site, seed=2), seed=2)
+        await upload(site, await trained(site))
+    report, metrics = await after("fake 1")
+    assert (report["matches"], report["engine"]) == (True, "fake 1")
+    assert "loraplex_verified_versions_total{" not in metrics, "nothing has changed"
+    report, metrics = await after("fake 2")
+    assert (report["matches"], report["engine"]) == (True, "fake 2")
+    assert 'loraplex_verified_versions_total{result="matches"} 1.0' in metrics, "the live version alone"
+    monkeypatch.setattr("tests.fakes.push_of", lambda folder: 2 * push_of(folder))
+    report, metrics = await after("fake 3")
+    assert (report["matches"], report["engine"]) == (False, "fake 3")
+    assert 'result="differs"} 1.0' in metrics
+    assert "acme/a@2 differs from its probes.json by" in caplog.text
 
 
 async def test_there_must_be_something_to_verify(site: Site) -> None:
