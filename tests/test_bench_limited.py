@@ -16,7 +16,7 @@ from tests.bench.stats import most_within
 
 REQUESTS, TOKENS = PHASES
 TAKES = 0.2  # seconds of an answer
-RESERVED = SHORT + 3  # tokens: the server's first estimate of a prompt is high
+RESERVED = SHORT + 2  # tokens: the server's first estimate of a prompt is high
 Admits = Callable[[Meter, KeyLimits, int, float], bool]
 
 

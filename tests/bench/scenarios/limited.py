@@ -6,7 +6,7 @@ with a limit of tokens a minute. What these got, as the answers' ``usage`` has i
 limits allow, in all and in the fullest 60 seconds. The three's p99 of the first token beside each is compared
 with theirs alone: what a limited customer is allowed does use the engine, in bursts of about a third of each
 minute, so the ratio contains that, and what refusing costs. Not part of a full run; ``--minutes`` makes each
-of the two phases shorter or longer.
+of the three phases shorter or longer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BY_REQUESTS, BY_TOKENS, *OTHERS = of_rank(8, 5, first=1200)
 CLIENTS = 16
 TIMES = 3.0
 INPUT, OUTPUT = 8, 8  # tokens, of the others
-SHORT = 4  # tokens of a limited customer's prompts
+SHORT = 2  # tokens of a limited customer's prompts
 MINUTES = 2.0
 MINUTE = 60.0
 NEAR = 0.99  # of what is allowed
@@ -55,7 +55,7 @@ class Phase:
 PHASES = (
     Phase("requests", BY_REQUESTS, 60, (4,)),
     # A request is refused if all it may use is not left. Some are so small that less than 1 % stays unused.
-    Phase("tokens", BY_TOKENS, 900, (1, 8, 32)),
+    Phase("tokens", BY_TOKENS, 600, (1, 4, 16)),
 )
 
 
@@ -73,7 +73,7 @@ async def measure(server: Server, client: Client, round_: Round) -> Values:
         return closed_loop(len(OTHERS), ask, drain=True)
 
     async with others("alone"):
-        await asyncio.sleep(round_.seconds(MINUTE, 10))
+        await asyncio.sleep(seconds)
     alone = client.labelled("alone")
     values: Values = {"alone_p99": _p99(alone), "unexpected": sum(r.error is not None for r in alone)}
     for phase in PHASES:
