@@ -30,6 +30,8 @@ Start = Annotated[datetime | None, Query(alias="from", description="ISO 8601; UT
 End = Annotated[datetime | None, Query(alias="to", description="The first moment that does not count.")]
 Format = Literal["json", "csv"] | None
 PAGE = 1000
+# Rows count up from 1 and never get there; the document's bounds are floats, and this is exact as one.
+LAST_ID = 2**53 - 1
 By = Annotated[str, Query(description=f"Comma-separated: {', '.join(GROUPS)}.")]
 
 
@@ -66,7 +68,7 @@ async def audit(
     action: str | None = None,
     start: Start = None,
     end: End = None,
-    after: Annotated[int, Query(ge=0, description="`next` of the page before.")] = 0,
+    after: Annotated[int, Query(ge=0, le=LAST_ID, description="`next` of the page before.")] = 0,
     limit: Annotated[int, Query(ge=1, le=PAGE)] = 100,
     format: Literal["json", "jsonl"] = "json",
 ) -> Response:

@@ -123,6 +123,14 @@ async def test_filters_pages_and_lines(site: Site, monkeypatch: pytest.MonkeyPat
     assert len(only.text.splitlines()) == 1
 
 
+@pytest.mark.parametrize("format", ["json", "jsonl"])
+async def test_an_after_that_no_entry_can_have_is_refused(site: Site, format: str) -> None:
+    """Beyond 64 bits the database could not even be asked."""
+    for after, status in ((2**53 - 1, 200), (2**53, 422), (2**63, 422), (2**70, 422), (-1, 422)):
+        answer = await site.admin.get(AUDIT, params={"format": format, "after": after})
+        assert answer.status_code == status, (after, answer.text)
+
+
 async def test_there_is_no_way_to_change_it(site: Site) -> None:
     for method in ("POST", "PUT", "PATCH", "DELETE"):
         assert (await site.admin.request(method, AUDIT)).status_code == 405

@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=CHECKOUT / "bench-results", help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="one short run, to see that everything works")
     parser.add_argument("--trace", type=Path, help="JSON lines for the scenario replay")
-    parser.add_argument("--minutes", type=float, help="how long residency lasts, 30 unless given")
+    parser.add_argument("--minutes", type=float, help="for residency (30), overload (5), limited (2)")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.scenarios if name not in SCENARIOS]:
         parser.error(f"no scenario {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")

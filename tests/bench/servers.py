@@ -204,16 +204,20 @@ class Loraplex(Server):
     async def _customer(self, adapter: Adapter | None) -> str:
         tenant = adapter.name if adapter else "base-only"
         fields = {"id": tenant, "weight": adapter.weight if adapter else 1.0, "base_allowed": True}
-        await self._admin("/tenants", json=fields)
+        await self._admin("POST", "/tenants", json=fields)
         if adapter is not None:
             files = {name: (adapter.folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
-            await self._admin(f"/tenants/{tenant}/adapters/{ADAPTER_NAME}/versions", files=files)
-        return str((await self._admin(f"/tenants/{tenant}/keys", json={})).json()["key"])
+            await self._admin("POST", f"/tenants/{tenant}/adapters/{ADAPTER_NAME}/versions", files=files)
+        return str((await self._admin("POST", f"/tenants/{tenant}/keys", json={})).json()["key"])
 
-    async def _admin(self, path: str, **content: Any) -> httpx.Response:
+    async def limit(self, adapter: Adapter, limits: dict[str, int]) -> None:
+        """From now on, for the adapter's customer; what it asked for before does not count."""
+        await self._admin("PATCH", f"/tenants/{adapter.name}", json={"limits": limits})
+
+    async def _admin(self, method: str, path: str, **content: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self._admin_key}"}
-        response = await self._http.post(f"{self.url}/admin/v1{path}", headers=headers, **content)
-        if response.status_code != 201:
+        response = await self._http.request(method, f"{self.url}/admin/v1{path}", headers=headers, **content)
+        if not response.is_success:
             raise RuntimeError(f"Loraplex refused {path}: {response.status_code} {response.text}")
         return response
 

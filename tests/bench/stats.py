@@ -78,6 +78,16 @@ def gaps(times: Sequence[float], start: float = -math.inf, end: float = math.inf
     return [b - a for a, b in itertools.pairwise(times) if start <= b <= end]
 
 
+def most_within(seconds: float, events: Iterable[tuple[float, float, float]]) -> float:
+    """The most that surely happened in one window of so many seconds, both ends in it.
+
+    An event is (not before, not after, amount), and is in a window that holds both times. 0 without events.
+    """
+    known = list(events)
+    sums = (sum(n for a, b, n in known if a >= start and b <= start + seconds) for start, _, _ in known)
+    return max(sums, default=0)
+
+
 def waiting_between(records: Iterable[Record], start: float, end: float) -> list[Record]:
     """Those without a first token at some moment from ``start`` to ``end``, whenever they arrived.
 

@@ -5,6 +5,7 @@ from tests.bench.scenarios import (
     churn,
     cold,
     hog,
+    limited,
     noisy,
     overhead,
     overload,
@@ -31,6 +32,7 @@ SCENARIOS: dict[str, Scenario | Simulation] = {
         replay,
         residency,
         overload,
+        limited,
     )
 }
-FULL_RUN = tuple(name for name in SCENARIOS if name not in ("replay", "residency", "overload"))
+FULL_RUN = tuple(name for name in SCENARIOS if name not in ("replay", "residency", "overload", "limited"))
