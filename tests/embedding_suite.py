@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema_rs
 import pytest
 from safetensors.torch import load_file, save
 
@@ -107,6 +108,13 @@ class EmbeddingSuite:
             one, other, bare = (of_model[text] for of_model in found)
             assert min(far(one, other), far(one, bare), far(other, bare)) > OTHER
         assert far((await vectors(site, key, TEXTS, "default"))[0], found[0][0]) < SAME
+
+    async def test_answers_are_as_documented(self, site: Site, key: str) -> None:
+        document = (await site.http.get("/openapi.json")).json()
+        assert "post" in document["paths"][URL]
+        for encoding in ("float", "base64"):
+            answer = (await ask(site, key, TEXTS, encoding_format=encoding)).json()
+            jsonschema_rs.validate(document["components"]["schemas"]["Embeddings"], answer)
 
     async def test_token_ids(self, site: Site, key: str) -> None:
         (one,) = await vectors(site, key, IDS)
