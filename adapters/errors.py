@@ -105,6 +105,7 @@ CURES: dict[str, str] = {
         " PiSSA and its kin initial_adapter_model.safetensors)."
     ),
     "probes_invalid": "Write the file with `loraplex probes make`.",
+    "probes_unsupported": "Upload it without probes.json.",
     "probe_mismatch": (
         "Make the probes with this adapter on the base model that is served here, or, if only the precision"
         " differs, with a larger tolerance."

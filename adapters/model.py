@@ -56,6 +56,7 @@ class BaseModel:
     checkpoint (``model.layers.0.self_attn.q_proj``, never the fused ``qkv_proj``), to its shape.
     ``fused`` maps a fused suffix to its parts in the order of their rows (``qkv_proj`` -> q, k, v).
     ``source`` is the folder or hub id it was loaded from; ``fingerprint`` is ``adapters.shapes.fingerprint``.
+    ``pooling`` if it makes embeddings instead of text.
     """
 
     name: str
@@ -64,6 +65,7 @@ class BaseModel:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     source: str | None = None
     fingerprint: str | None = None
+    pooling: bool = False
 
 
 @dataclass(frozen=True, slots=True)

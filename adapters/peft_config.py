@@ -127,7 +127,7 @@ class PeftConfig(pydantic.BaseModel):
         return [
             *self._unknown_fields(),
             *self._other_base(base),
-            *self._other_task(),
+            *self._other_task(base),
             *self._risky_init(),
             *self._without_tensors(found),
             *self._partly_without_tensors(base, adapted, found),
@@ -170,9 +170,10 @@ class PeftConfig(pydantic.BaseModel):
         if named and _last_part(named) not in served:
             yield f"it names the base model {show(named)}, and {show(base.name)} is served"
 
-    def _other_task(self) -> Iterable[str]:
-        if self.task_type not in (None, "CAUSAL_LM"):
-            yield f"its task_type is {show(self.task_type)}; it is served as CAUSAL_LM"
+    def _other_task(self, base: BaseModel) -> Iterable[str]:
+        served = "FEATURE_EXTRACTION" if base.pooling else "CAUSAL_LM"
+        if self.task_type not in (None, served):
+            yield f"its task_type is {show(self.task_type)}; it is served as {served}"
 
     def _risky_init(self) -> Iterable[str]:
         init = (self.model_extra or {}).get("init_lora_weights")

@@ -1,10 +1,12 @@
-"""What two models make of the same prompts, compared by their log-probabilities. Pure."""
+"""What two models make of the same prompts, compared by their log-probabilities or embeddings. Pure."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 
 # Several kinds of text, since an adapter may show on some only; short, since each upload costs all of them.
 PROMPTS = (
@@ -23,6 +25,8 @@ _LEAST = 1e-12  # of a probability, so that its logarithm is a number
 Step = Mapping[str, float]
 # For each prompt its positions.
 Scores = Sequence[Sequence[Step]]
+# For each prompt its embedding.
+Vectors = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,35 @@ class Difference:
         return self.log_prob > max(MARGIN * noise.log_prob, NOTHING) or self.kl > max(
             MARGIN * noise.kl, NOTHING
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """``change`` is how far an embedding moves at most, as a part of its length; ``cosine`` is the largest
+    cosine distance, from 0 to 2."""
+
+    change: float
+    cosine: float
+
+    def exceeds(self, noise: Shift) -> bool:
+        """As of ``Difference``."""
+        return self.change > max(MARGIN * noise.change, NOTHING)
+
+
+def shift(before: Vectors, after: Vectors) -> Shift:
+    """Both of the same prompts, and finite."""
+    pairs = list(zip(before, after, strict=True))
+    moved = [math.dist(old, new) / (math.hypot(*old) or 1.0) for old, new in pairs]
+    return Shift(max(moved, default=0.0), max(itertools.starmap(_cosine_distance, pairs), default=0.0))
+
+
+def finite_vectors(vectors: Vectors) -> bool:
+    return all(math.isfinite(number) for vector in vectors for number in vector)
+
+
+def _cosine_distance(old: Sequence[float], new: Sequence[float]) -> float:
+    lengths = math.hypot(*old) * math.hypot(*new)
+    return max(0.0, 1 - sum(map(mul, old, new)) / lengths) if lengths else 0.0
 
 
 def compare(before: Scores, after: Scores) -> Difference:

@@ -13,8 +13,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from adapters.errors import AdapterNotFound
 from adapters.model import Adapter
-from server.complete import Completion, Completions, LeasedStream, open_completion, resolve
+from server.complete import Completion, Completions, LeasedStream, check_base, open_completion, resolve
 from server.dispatcher import Lease
+from server.embeddings import embed
 from server.errors import BadRequest, ModelNotFound
 from server.fields import meant
 from server.handlers import Kind, TokenKind
@@ -84,6 +85,11 @@ async def messages(request: Request) -> Response:
     return await _complete(request, "messages")
 
 
+@router.post("/embeddings", summary="OpenAI's embeddings, where the base model makes them")
+async def embeddings(request: Request) -> Response:
+    return await _complete(request, "embedding")
+
+
 @router.post("/messages/count_tokens", summary="How many tokens a message has")
 async def count_tokens(request: Request) -> dict[str, Any]:
     return await _tokens(request, "count_tokens")
@@ -118,11 +124,13 @@ async def _complete(request: Request, kind: Kind) -> Response:
     tenant, body = await _read(request)
     request.state.headers = partial(request.app.state.completions.quotas.headers, tenant)
     service: Completions = request.app.state.completions
-    opened = await while_connected(
-        request,
-        open_completion(service, tenant, kind, body, request.state.request_id),
-        Completion.discard,
+    id_ = request.state.request_id
+    opening = (
+        embed(service, tenant, body, id_)
+        if kind == "embedding"
+        else open_completion(service, tenant, kind, body, id_)
     )
+    opened = await while_connected(request, opening, Completion.discard)
     log: dict[str, Any] = request.state.log
     log["model"] = opened.model
     if opened.stream is not None:
@@ -134,6 +142,7 @@ async def _complete(request: Request, kind: Kind) -> Response:
 async def _tokens(request: Request, kind: TokenKind) -> dict[str, Any]:
     tenant, body = await _read(request)
     service: Completions = request.app.state.completions
+    check_base(service.engine.base, kind)
     await resolve(service, tenant, body.get("model"))
     return await service.engine.tokens(kind, service.engine.parse(kind, meant(kind, body)))
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.catalog import Catalog
 from adapters.errors import AdapterError, AdapterNotFound
-from adapters.model import Version
+from adapters.model import BaseModel, Version
 from server.dialects import error_event
 from server.dispatcher import Dispatcher, Lease
 from server.engine import Answer, Call, Engine, EngineDied, InFlight, from_vllm
@@ -29,7 +30,7 @@ from server.errors import (
     Unavailable,
 )
 from server.fields import DEFAULT_MODEL, meant
-from server.handlers import BROKEN, FAILED, Kind
+from server.handlers import BROKEN, FAILED, Kind, TokenKind
 from server.metrics import Metrics, Outcome
 from server.quotas import Asked, Quotas, check_max_tokens, check_model
 from server.tenants import Tenant
@@ -78,42 +79,25 @@ async def open_completion(
     Raises a ServerError or AdapterError before anything was answered. Cancelling it ends the request in the
     engine and gives its place back.
     """
-    try:
-        unit = body.get("user") or request_id
-        version, public = await resolve(service, tenant, body.get("model"), str(unit))
-        check_model(tenant, version.adapter if version else None)
-        await service.quotas.open(tenant)
+    with counted_refusals(service, tenant):
+        check_base(service.engine.base, kind)
+        version, public = await named(service, tenant, body, request_id)
         text = _prompt_text(body)
-        most_prompt = _most_prompt(text, body.get("tools"))
+        most_prompt = most_tokens(text, body.get("tools"))
         body = _bounded(service, tenant, kind, body, most_prompt)
         request = service.engine.parse(kind, meant(kind, body))
         sequences, max_tokens = _size(service.engine, kind, body, request)
         resumable = service.engine.resumable(request)
         room = max(1, service.engine.max_model_len - most_prompt)
         output_tokens = sequences * min(max_tokens, room)
-        ticket = service.quotas.admit(Asked(tenant, version, kind, request_id, most_prompt, output_tokens))
-        try:
-            lease = await service.dispatcher.submit(
-                tenant.id,
-                version,
-                prompt_tokens=service.engine.count_prompt(text),
-                max_tokens=max_tokens,
-                sequences=sequences,
-                weight=tenant.share,
-                max_queued=tenant.max_queued,
-                max_running=tenant.max_running,
-                resumable=resumable,
-            )
-        except BaseException:
-            ticket.withdraw()
-            raise
-        lease.account = ticket
-    except (ServerError, AdapterError) as exc:
-        service.metrics.ended(tenant.id, _outcome_of(exc))
-        raise
-    except asyncio.CancelledError:
-        service.metrics.ended(tenant.id, "disconnected")
-        raise
+        lease = await leased(
+            service,
+            Asked(tenant, version, kind, request_id, most_prompt, output_tokens),
+            prompt_tokens=service.engine.count_prompt(text),
+            max_tokens=max_tokens,
+            sequences=sequences,
+            resumable=resumable,
+        )
     call = Call(
         id=request_id,
         kind=kind,
@@ -130,12 +114,65 @@ async def _run(engine: Engine, lease: Lease, call: Call, request: Any) -> Comple
     """From here on the lease is ours, so every way out either returns it in the completion or closes it."""
     lease.streamed = bool(request.stream)
     lease.work = InFlight(engine, call)
-    try:
+    async with closed_on_failure(lease):
         answer = await engine.answer(call, request)
         if answer.stream is not None:
             return Completion(
                 call.public_model, lease, stream=await LeasedStream.opened(answer, lease, call.kind)
             )
+    await lease.close("completed")
+    return Completion(call.public_model, lease, body=answer.body)
+
+
+@contextmanager
+def counted_refusals(service: Completions, tenant: Tenant) -> Iterator[None]:
+    """Counts what ends before it has a lease."""
+    try:
+        yield
+    except (ServerError, AdapterError) as exc:
+        service.metrics.ended(tenant.id, _outcome_of(exc))
+        raise
+    except asyncio.CancelledError:
+        service.metrics.ended(tenant.id, "disconnected")
+        raise
+
+
+async def leased(
+    service: Completions,
+    asked: Asked,
+    *,
+    prompt_tokens: int,
+    max_tokens: int,
+    sequences: int,
+    resumable: bool = False,
+) -> Lease:
+    """Waits for its turn, within the tenant's limits; see ``Dispatcher.submit`` and ``Quotas.admit``."""
+    tenant = asked.tenant
+    ticket = service.quotas.admit(asked)
+    try:
+        lease = await service.dispatcher.submit(
+            tenant.id,
+            asked.version,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            sequences=sequences,
+            weight=tenant.share,
+            max_queued=tenant.max_queued,
+            max_running=tenant.max_running,
+            resumable=resumable,
+        )
+    except BaseException:
+        ticket.withdraw()
+        raise
+    lease.account = ticket
+    return lease
+
+
+@asynccontextmanager
+async def closed_on_failure(lease: Lease) -> AsyncIterator[None]:
+    """Gives ``lease`` back if the block fails, with the outcome of the exception that it ends with."""
+    try:
+        yield
     except asyncio.CancelledError:
         await lease.close("disconnected")
         raise
@@ -145,8 +182,6 @@ async def _run(engine: Engine, lease: Lease, call: Call, request: Any) -> Comple
     except BaseException as exc:
         await lease.close(_outcome_of(exc))
         raise
-    await lease.close("completed")
-    return Completion(call.public_model, lease, body=answer.body)
 
 
 class LeasedStream:
@@ -187,6 +222,29 @@ class LeasedStream:
         await self._lease.close(self._outcome)
 
 
+def check_base(base: BaseModel, kind: Kind | TokenKind) -> None:
+    """BadRequest (``not_supported_by_base``) for a kind of answer that the base model does not give."""
+    if kind in ("tokenize", "detokenize") or base.pooling == (kind == "embedding"):
+        return
+    cure = (
+        "makes embeddings and no text; call /v1/embeddings."
+        if base.pooling
+        else "makes text and no embeddings; call /v1/chat/completions, or a server with an embedding model."
+    )
+    raise BadRequest(f"The base model that is served here {cure}", code="not_supported_by_base")
+
+
+async def named(
+    service: Completions, tenant: Tenant, body: dict[str, Any], request_id: str
+) -> tuple[Version | None, str]:
+    """As ``resolve``, if the tenant may use it; what it has used so far is then known."""
+    unit = body.get("user") or request_id
+    version, public = await resolve(service, tenant, body.get("model"), str(unit))
+    check_model(tenant, version.adapter if version else None)
+    await service.quotas.open(tenant)
+    return version, public
+
+
 async def resolve(
     service: Completions, tenant: Tenant, model: Any, unit: str = ""
 ) -> tuple[Version | None, str]:
@@ -199,8 +257,8 @@ async def resolve(
         version = await service.catalog.resolve(tenant.id, model, unit)
     except AdapterNotFound as exc:
         raise ModelNotFound(exc.message, param="model") from exc
-    named = model is not None and model != DEFAULT_MODEL
-    return version, model if named and model is not None else version.adapter
+    by_name = model is not None and model != DEFAULT_MODEL
+    return version, model if by_name and model is not None else version.adapter
 
 
 def _size(engine: Engine, kind: Kind, body: dict[str, Any], request: Any) -> tuple[int, int]:
@@ -248,7 +306,7 @@ def _prompt_text(body: dict[str, Any]) -> str:
     return "".join(str(body[name]) for name in fields if body.get(name))
 
 
-def _most_prompt(text: str, tools: Any) -> int:
+def most_tokens(text: str, tools: Any = None) -> int:
     """A high estimate of the prompt's tokens, to be reserved until the engine has counted them.
 
     Ordinary text of any language has three bytes or more to a token, token ids with their commas too. What

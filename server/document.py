@@ -207,6 +207,21 @@ _BODIES: dict[str, Schema] = {
         stop_sequences={"type": "array", "items": _TEXT, "maxItems": 16},
         top_k={"type": "integer", "minimum": 0},
     ),
+    "/v1/embeddings": _object(
+        "input",
+        model=_MODEL,
+        input={
+            "anyOf": [
+                _TEXT,
+                {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 2048},
+                _TOKENS,
+                {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": 2048},
+            ]
+        },
+        dimensions={"type": "integer", "minimum": 1},
+        encoding_format={"enum": ["float", "base64"]},
+        user=_TEXT,
+    ),
     "/v1/messages/count_tokens": _object("messages", **_ANTHROPIC),
     "/tokenize": _object(
         model=_MODEL,
@@ -246,6 +261,7 @@ _ANSWERS = {
     "/v1/completions": "Completion",
     "/v1/responses": "Response",
     "/v1/messages": "Message",
+    "/v1/embeddings": "Embeddings",
     "/v1/messages/count_tokens": "TokenCount",
     "/tokenize": "Tokens",
     "/detokenize": "Prompt",
@@ -391,6 +407,21 @@ _COMPONENTS: Schema = {
             model=_TEXT,
             stop_reason=_TEXT,
             usage=_USAGE,
+        ),
+        "Embeddings": _object(
+            "object data model usage",
+            object={"const": "list"},
+            data={
+                "type": "array",
+                "items": _object(
+                    "index object embedding",
+                    index=_COUNT,
+                    object={"const": "embedding"},
+                    embedding={"anyOf": [{"type": "array", "items": _NUMBER}, _TEXT]},
+                ),
+            },
+            model=_TEXT,
+            usage=_object("prompt_tokens total_tokens", prompt_tokens=_COUNT, total_tokens=_COUNT),
         ),
         "TokenCount": _object("input_tokens", input_tokens=_COUNT),
         "Tokens": _object("tokens count max_model_len", tokens=_TOKENS, count=_COUNT, max_model_len=_COUNT),

@@ -199,13 +199,17 @@ class Engine:
         try:
             state = State()
             tasks = await llm.get_supported_tasks()
-            if "generate" not in tasks:
-                raise ValueError(f"{settings.model} does not generate text; it supports {', '.join(tasks)}")
+            pooling = "generate" not in tasks
+            if pooling and llm.vllm_config.model_config.get_pooling_task(tasks) != "embed":
+                raise ValueError(
+                    f"{settings.model} neither generates text nor makes embeddings;"
+                    f" it supports {', '.join(tasks)}"
+                )
             await init_app_state(llm, state, args, tasks)
             described = await llm.collective_rpc("loraplex_open", args=(slots.gpu, slots.host))
             base = _base_model(settings.served_model_name, described)
             found = await asyncio.to_thread(fingerprint, Path(settings.model))
-            base = replace(base, source=settings.model, fingerprint=found)
+            base = replace(base, source=settings.model, fingerprint=found, pooling=pooling)
             config = llm.vllm_config
             engine = cls(
                 llm,
@@ -220,6 +224,9 @@ class Engine:
             raise
         engine._workers = len(described)
         state.openai_serving_models.model_name = _public_name(settings.served_model_name)
+        if pooling:
+            handlers.embeddings_as_data(state.serving_embedding)
+            return engine
         messages = state.anthropic_serving_messages
         messages.create_chat_completion = _under_messages(messages.create_chat_completion)
         return engine
@@ -237,7 +244,7 @@ class Engine:
         """What runs the model: an upgrade may change its answers a little."""
         import vllm
 
-        return f"vllm {vllm.__version__}"
+        return f"vllm {vllm.__version__}" + (" pooling" if self.base.pooling else "")
 
     @property
     def max_logprobs(self) -> int:
@@ -333,11 +340,17 @@ class Engine:
                         result = await state.openai_serving_responses.create_responses(request)
                     case "messages":
                         result = await state.anthropic_serving_messages.create_messages(request)
+                    case "embedding":
+                        result = await state.serving_embedding(request)
         finally:
             _current_call.reset(token)
         _raise_if_error(result)
         if hasattr(result, "model_dump"):
             return Answer(body=handlers.document(call, call.kind, result))
+        if call.kind == "embedding":
+            if call.aborted:  # vLLM's answer is then an empty vector
+                raise Unavailable("The server is shutting down.", code="shutting_down", retry_after=5)
+            return Answer(body=result)
         if call.kind == "responses":
             result = _told(handlers.response_events(call, _within(call, result)))
         elif call.kind == "messages":
@@ -476,7 +489,12 @@ def _layers(config: Any) -> list[Layer]:
     implementation = get_model_cls(model)
     return lora_layers(
         model.hf_text_config,
-        vocabulary=list(implementation.embedding_modules),
+        # An embedding model has lost its head.
+        vocabulary=[
+            name
+            for name in implementation.embedding_modules
+            if name != "lm_head" or model.runner_type != "pooling"
+        ],
         fused=implementation.packed_modules_mapping,
         targets=lora.target_modules,
         workers=config.parallel_config.tensor_parallel_size,
@@ -661,12 +679,23 @@ def _metered_llm_class() -> Any:
             stream = super().generate(prompt, sampling_params, request_id, **kwargs)
             return self._metered(stream, call.meter, request_id)
 
+        def encode(
+            self, prompt: Any, pooling_params: Any, request_id: str, **kwargs: Any
+        ) -> AsyncIterator[Any]:
+            call = _current_call.get()
+            if call is None:
+                raise RuntimeError("the engine was asked to embed outside an admitted call")
+            call.request_ids.append(request_id)
+            stream = super().encode(prompt, pooling_params, request_id, **kwargs)
+            return self._metered(stream, call.meter, request_id)
+
         @staticmethod
         async def _metered(stream: AsyncIterator[Any], meter: Meter, part: str) -> AsyncIterator[Any]:
             # While streaming an output holds what is new; otherwise one output holds everything.
             produced = 0
             async for output in stream:
-                produced += sum(len(completion.token_ids) for completion in output.outputs)
+                completions = output.outputs if isinstance(output.outputs, list) else ()  # an embedding
+                produced += sum(len(completion.token_ids) for completion in completions)
                 prompt = len(output.prompt_token_ids or ())
                 meter.progressed(part, prompt, produced, output.num_cached_tokens or 0)
                 yield output

@@ -36,6 +36,7 @@ ALLOWED: Mapping[Kind | TokenKind, frozenset[str]] = {
     "messages": frozenset(
         _PROMPT | {"max_tokens", "stop_sequences", "stream", "temperature", "top_k", "top_p"}
     ),
+    "embedding": frozenset({"model", "dimensions", "encoding_format", "input", "user"}),
     "count_tokens": frozenset(_PROMPT),
     "tokenize": frozenset(
         {
@@ -53,6 +54,7 @@ DROPPED: Mapping[Kind | TokenKind, frozenset[str]] = {
     "completion": _OPENAI,
     "responses": _OPENAI - {"metadata", "store"},
     "messages": _ANTHROPIC,
+    "embedding": frozenset(),
     "count_tokens": _ANTHROPIC,
     "tokenize": frozenset(),
     "detokenize": frozenset(),

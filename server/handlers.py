@@ -10,7 +10,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any, Literal, Protocol
 
-Kind = Literal["chat", "completion", "responses", "messages"]
+Kind = Literal["chat", "completion", "responses", "messages", "embedding"]
 TokenKind = Literal["tokenize", "detokenize", "count_tokens"]
 
 FAILED = "The engine failed on this request."
@@ -45,6 +45,8 @@ def request_model(kind: Kind | TokenKind, body: dict[str, Any]) -> Any:
             from vllm.entrypoints.openai.responses.protocol import ResponsesRequest as Model
         case "messages":
             from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest as Model
+        case "embedding":
+            from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest as Model
         case "count_tokens":
             from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest as Model
         case "tokenize" if "messages" in body:
@@ -63,6 +65,15 @@ def document(call: Answering, kind: Kind, result: Any) -> dict[str, Any]:
     if kind == "messages":
         return {**result.model_dump(exclude_none=True), "id": f"msg_{call.id}"}
     return _plain(result.model_dump())
+
+
+def embeddings_as_data(serving: Any) -> None:
+    """Lets ``serving``, vLLM's ServingEmbedding, answer with plain data instead of a response in bytes."""
+
+    def content_alone(content: dict[str, Any]) -> dict[str, Any]:
+        return content
+
+    serving.json_response_cls = content_alone
 
 
 async def response_events(call: Answering, events: AsyncIterator[Any]) -> AsyncIterator[str]:

@@ -16,10 +16,11 @@ from typing import Any
 from adapters.errors import AdapterRejected, AdapterUnavailable, fault
 from adapters.golden import Agreement, Golden
 from adapters.model import Manifest, Version
-from adapters.probes import PROMPTS, Scores, compare, finite
+from adapters.probes import PROMPTS, Scores, Vectors, compare, finite, finite_vectors, shift
 from server.dispatcher import Dispatcher, Lease
 from server.engine import Call, Engine, EngineDied, InFlight
 from server.errors import BadRequest, Internal, TooManyRequests, Unavailable
+from server.handlers import Kind
 
 TENANT = "_server"  # not a tenant's id, see adapters.model.is_tenant_id
 TIMEOUT = 120.0
@@ -33,7 +34,7 @@ class Prober:
     def __init__(self, engine: Engine, dispatcher: Dispatcher) -> None:
         self._engine = engine
         self._dispatcher = dispatcher
-        self._base: Scores | None = None
+        self._base: Any = None
 
     @property
     def here(self) -> dict[str, str | None]:
@@ -45,7 +46,8 @@ class Prober:
         """What ``version``, which needs no row of the catalog, changes in the base's answers; as JSON.
 
         ``effect`` says whether that is more than the base differs from itself (``noise``); for the numbers
-        see ``Difference``. ``known``, of the same files, is returned if nothing has changed here since.
+        see ``Difference``, and ``Shift`` where the base makes embeddings. ``known``, of the same files, is
+        returned if nothing has changed here since.
 
         AdapterRejected (``weights_not_finite``) if it answers with NaN. AdapterUnavailable where it gets no
         turn within ``TIMEOUT`` seconds or cannot be loaded, Unavailable where the server is stopping: nothing
@@ -54,33 +56,39 @@ class Prober:
         here = self.here
         if known is not None and known.items() >= here.items():
             return dict(known)
+        say: Any = self._embeddings if engine.base.pooling else self._top
+        sound: Any = finite_vectors if engine.base.pooling else finite
+        differ: Any = shift if engine.base.pooling else compare
         try:
             async with asyncio.timeout(TIMEOUT):
                 if self._base is None:
-                    self._base = await self._top(None)
-                again = await self._top(None)
-                scores = await self._top(version)
+                    self._base = await say(None)
+                again = await say(None)
+                scores = await say(version)
         except (TimeoutError, TooManyRequests, AdapterUnavailable) as exc:
             raise AdapterUnavailable(_NO_ROOM) from exc
         except BadRequest as exc:
             raise Internal(f"The engine does not take the server's own probe: {exc.message}") from exc
-        if not finite(scores):
+        if not sound(scores):
             raise _not_numbers()
-        changed, noise = compare(again, scores), compare(self._base, again)
+        changed, noise = differ(again, scores), differ(self._base, again)
         return {"effect": changed.exceeds(noise), **asdict(changed), "noise": asdict(noise), **here}
 
     async def check(self, version: Version, golden: Golden) -> Agreement:
         """``golden`` against what the engine says now, each prompt as a request of its own.
 
         AdapterRejected (``probes_invalid``, ``probe_mismatch``) where the engine does not take a prompt or
-        reads it as another number of tokens; otherwise as ``probe``.
+        reads it as another number of tokens, or makes embeddings (``probes_unsupported``); otherwise as
+        ``probe``.
         """
+        if self._engine.base.pooling:
+            raise fault("probes_unsupported", "The base model makes embeddings, without log-probabilities.")
         found: list[list[float]] = []
         try:
             async with asyncio.timeout(TIMEOUT):
                 for one in golden.probes:
-                    (said,) = await self._ask(version, [one.prompt], top=0)
-                    found.append(said["token_logprobs"][1:-1])
+                    (said,) = await self._ask(version, "completion", [_echoed(one.prompt, top=0)])
+                    found.append(said["choices"][0]["logprobs"]["token_logprobs"][1:-1])
         except (TimeoutError, TooManyRequests, AdapterUnavailable) as exc:
             raise AdapterUnavailable(_NO_ROOM) from exc
         except BadRequest as exc:
@@ -90,21 +98,26 @@ class Prober:
         return golden.compare(found)
 
     async def _top(self, version: Version | None) -> Scores:
-        said = await self._ask(version, PROMPTS, top=min(_TOP, self._engine.max_logprobs))
-        return [one["top_logprobs"][1:] for one in said]
+        top = min(_TOP, self._engine.max_logprobs)
+        said = await self._ask(version, "completion", [_echoed(prompt, top) for prompt in PROMPTS])
+        return [one["choices"][0]["logprobs"]["top_logprobs"][1:] for one in said]
+
+    async def _embeddings(self, version: Version | None) -> Vectors:
+        said = await self._ask(version, "embedding", [{"input": prompt} for prompt in PROMPTS])
+        return [one["data"][0]["embedding"] for one in said]
 
     async def _ask(
-        self, version: Version | None, prompts: Sequence[str | list[int]], *, top: int
+        self, version: Version | None, kind: Kind, bodies: Sequence[dict[str, Any]]
     ) -> list[dict[str, Any]]:
-        """OpenAI's ``logprobs`` of each prompt and one token more, with ids for tokens; under one lease."""
+        """What is answered to each body; under one lease."""
         lease = await self._dispatcher.submit(
             TENANT,
             version,
-            prompt_tokens=self._engine.count_prompt("".join(map(str, prompts))),
-            max_tokens=len(prompts),
+            prompt_tokens=self._engine.count_prompt("".join(map(str, bodies))),
+            max_tokens=len(bodies),
         )
         try:
-            said = [await self._run(lease, i, prompt, top) for i, prompt in enumerate(prompts)]
+            said = [await self._run(lease, i, kind, body) for i, body in enumerate(bodies)]
         except EngineDied as exc:
             await lease.close("failed")
             raise Unavailable(
@@ -116,29 +129,32 @@ class Prober:
         await lease.close("completed")
         return said
 
-    async def _run(self, lease: Lease, number: int, prompt: str | list[int], top: int) -> dict[str, Any]:
+    async def _run(self, lease: Lease, number: int, kind: Kind, body: dict[str, Any]) -> dict[str, Any]:
         model = lease.version.key if lease.version else self._engine.base.name
         call = Call(
             id=f"probe-{lease.id}-{number}",
-            kind="completion",
+            kind=kind,
             model=model,
             public_model=model,
             cache_salt=TENANT,
             meter=lease,
         )
         lease.work = InFlight(self._engine, call)
-        body = {
-            "prompt": prompt,
-            "echo": True,
-            "max_tokens": 1,
-            "temperature": 0,
-            "logprobs": top,
-            "return_tokens_as_token_ids": True,
-        }
-        answer = await self._engine.answer(call, self._engine.parse("completion", body))
+        answer = await self._engine.answer(call, self._engine.parse(kind, body))
         assert answer.body is not None
-        said: dict[str, Any] = answer.body["choices"][0]["logprobs"]
-        return said
+        return answer.body
+
+
+def _echoed(prompt: str | list[int], top: int) -> dict[str, Any]:
+    """Asks for the log-probabilities of a prompt and one token more, with ids for tokens."""
+    return {
+        "prompt": prompt,
+        "echo": True,
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": top,
+        "return_tokens_as_token_ids": True,
+    }
 
 
 def _not_numbers() -> AdapterRejected:
@@ -147,10 +163,16 @@ def _not_numbers() -> AdapterRejected:
 
 def no_effect(manifest: Manifest, probe: Mapping[str, Any]) -> AdapterRejected:
     """The refusal of a version whose ``probe`` shows nothing, with what its inspection knows about why."""
-    change = max(probe["log_prob"], probe["noise"]["log_prob"])
+    measure = "log_prob" if "log_prob" in probe else "change"
+    change = max(probe[measure], probe["noise"][measure])
+    what = (
+        f"no log-probability changes by more than {change:.1g}"
+        if measure == "log_prob"
+        else f"no embedding moves by more than {change:.1g} of its length"
+    )
     largest = max((row.norm[1] for row in manifest.coverage), default=0.0)
     facts = [
-        f"In the engine no log-probability changes by more than {change:.1g}, which is nothing",
+        f"In the engine {what}, which is nothing",
         f"the largest norm of what it adds to a weight is {largest:.2g}, in {probe['dtype']}",
         *manifest.warnings,
     ]

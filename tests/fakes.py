@@ -41,7 +41,7 @@ from server.engine import (
 from server.errors import BadRequest, Unavailable
 from server.handlers import TokenKind
 from server.sizing import Capacity
-from tests import fake_dialects
+from tests import fake_dialects, fake_embeddings
 
 BASE_NAME = "base"
 NATURAL_LENGTH = 8
@@ -118,7 +118,8 @@ class _Run:
         """Tells the meter all that was produced; needed before an abort forgets it."""
         for prompt, (part, tokens) in zip(self.prompts, self.produced.items(), strict=True):
             if tokens:
-                self.call.meter.progressed(part, prompt, tokens, 0)
+                said = 0 if self.call.kind == "embedding" else tokens
+                self.call.meter.progressed(part, prompt, said, 0)
 
 
 class FakeEngine:
@@ -216,7 +217,11 @@ class FakeEngine:
         if call.kind == "messages":
             with _request_errors():
                 request = fake_dialects.as_chat(request)
+        if self.base.pooling != (call.kind == "embedding"):
+            self._violated(f"{call.kind} is asked of another kind of model")
         run = self._run_of(call, request)
+        if call.kind == "embedding":
+            return Answer(body=await self._embed(run))
         if request.stream:
             events = self._completion_events if call.kind == "completion" else self._chat_events
             if call.kind == "responses":
@@ -378,13 +383,18 @@ class FakeEngine:
         shown = BASE_NAME if load_id is None else Path(self._loads[load_id].path).name
         if call.kind == "responses":
             limit = request.max_output_tokens
+        elif call.kind == "embedding":
+            limit = 1
         else:
             limit = getattr(request, "max_completion_tokens", None) or request.max_tokens
         with _request_errors():
             prompts = [self._checked(text) for text in _prompts(call.kind, request)]
-            params = request.to_sampling_params(NATURAL_LENGTH if limit is None else limit, {})
-            if (params.logprobs or 0) > self.max_logprobs:
-                raise ValueError(f"logprobs: at most {self.max_logprobs} can be asked for")
+            if call.kind == "embedding":
+                fake_embeddings.check(request)
+            else:
+                params = request.to_sampling_params(NATURAL_LENGTH if limit is None else limit, {})
+                if (params.logprobs or 0) > self.max_logprobs:
+                    raise ValueError(f"logprobs: at most {self.max_logprobs} can be asked for")
         room = self.max_model_len - max(prompts)
         natural_end = limit is None
         limit = min(room, NATURAL_LENGTH if limit is None else limit)
@@ -503,6 +513,18 @@ class FakeEngine:
             choices.append({"index": i, **said, "finish_reason": finish})
         return {**_head(run, stream=False), "choices": choices, "usage": _usage(run)}
 
+    async def _embed(self, run: _Run) -> dict[str, Any]:
+        async for _ in self._produce(run):
+            pass
+        if run.aborted:
+            raise Unavailable("it was cut off", code="shutting_down", retry_after=5)
+        push = 0.0 if run.load_id is None else push_of(Path(self._loads[run.load_id].path))
+        vectors = [
+            log_probs(_text(prompt), _length(prompt), push, run.shown)
+            for prompt in _prompts("embedding", run.request)
+        ]
+        return fake_embeddings.document(run.call, run.request, vectors, sum(run.prompts))
+
     def _log_probs(self, run: _Run, prompt: str | list[int], tokens: int) -> dict[str, Any] | None:
         """OpenAI's lists; with tokens as ids, which is how the probe asks."""
         top = run.request.logprobs
@@ -548,9 +570,10 @@ def _prompts(kind: str, request: Any) -> list[str | list[int]]:
     if kind == "responses":
         items = [request.input] if isinstance(request.input, str) else request.input
         return [" ".join(item if isinstance(item, str) else str(dict(item).get("content")) for item in items)]
-    if kind != "completion":
+    if kind not in ("completion", "embedding"):
         return [" ".join(str(message.get("content")) for message in request.messages)]
-    prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
+    given = request.input if kind == "embedding" else request.prompt
+    prompts = given if isinstance(given, list) else [given]
     if not prompts:
         raise ValueError("there is no prompt")
     if isinstance(prompts[0], int):

@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from adapters.model import BaseModel
 from server.api import LeasedResponse
 from server.complete import Completion
 from server.http import ClientLeft, while_connected
 from tests.clock import VirtualLoop, run
-from tests.world import World, read
+from tests.world import BASE, World, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
@@ -53,7 +55,7 @@ VICTIMS: dict[str, Victim] = {
 
 
 async def cancelled_at(
-    step: int, victim: Victim, *, crowded: bool, insist: int = 0
+    step: int, victim: Victim, *, crowded: bool, insist: int = 0, base: BaseModel = BASE
 ) -> tuple[bool, dict[str, int], int]:
     """Runs ``victim`` and cancels it after ``step`` steps of the loop, and ``insist`` times more.
 
@@ -61,7 +63,8 @@ async def cancelled_at(
     """
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
-    async with World(gpu_slots=1, host_slots=1, max_running=2, limits={"slot_patience": 0.1}) as world:
+    limits = {"slot_patience": 0.1}
+    async with World(gpu_slots=1, host_slots=1, max_running=2, limits=limits, base=base) as world:
         others = [asyncio.create_task(world.ask(who, max_tokens=6)) for who in ("one", "two") if crowded]
         if crowded:
             await asyncio.sleep(0.2)
@@ -83,18 +86,31 @@ async def cancelled_at(
         assert await world.dispatcher.wait_until_idle(60)
         await asyncio.gather(*others)
         world.check_idle()
-        assert '"next-a"' in await asyncio.wait_for(world.ask("next"), 60)
+        assert ("embedding" if base.pooling else '"next-a"') in await asyncio.wait_for(world.ask("next"), 60)
         world.check_idle()
         return reached, world.outcomes(), began + len(others) + 1
 
 
-@pytest.mark.parametrize("crowded", [False, True], ids=["alone", "in a queue"])
+crowds = pytest.mark.parametrize("crowded", [False, True], ids=["alone", "in a queue"])
+
+
+@crowds
 @pytest.mark.parametrize("insist", [0, 2], ids=["once", "thrice"])
 @pytest.mark.parametrize("victim", VICTIMS.values(), ids=VICTIMS)
 def test_cancelled_at_every_step(victim: Victim, insist: int, crowded: bool) -> None:
+    every_step(victim, insist=insist, crowded=crowded)
+
+
+@crowds
+def test_embeddings_cancelled_at_every_step(crowded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.fakes.push_of", lambda _: 0.5)  # here adapters have no files
+    every_step(lambda world: world.ask("victim"), crowded=crowded, base=replace(BASE, pooling=True))
+
+
+def every_step(victim: Victim, **how: Any) -> None:
     step, seen = 0, set()
     while True:
-        reached, outcomes, asked = run(cancelled_at(step, victim, crowded=crowded, insist=insist))
+        reached, outcomes, asked = run(cancelled_at(step, victim, **how))
         assert sum(outcomes.values()) == asked, f"step {step}: {outcomes} of {asked}"
         seen |= outcomes.keys()
         if not reached:

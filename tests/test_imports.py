@@ -19,6 +19,7 @@ LEVELS: list[set[str]] = [
     {"server.api", "server.admin", "server.protocol", "server.top"},
     {"server.sources"},
     {"server.http", "server.imports", "server.multipart"},
+    {"server.embeddings"},
     {"server.complete", "server.publish"},
     {"server.probe", "server.quotas"},
     {"server.dispatcher"},

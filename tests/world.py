@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from adapters.errors import AdapterNotFound
 from adapters.model import BaseModel, ModuleShape, Version
 from server.complete import Completion, Completions, open_completion
 from server.dispatcher import Dispatcher
+from server.embeddings import embed
 from server.engine import EngineDied, PageOp, PageReport
 from server.metrics import Metrics
 from server.plan import Limits
@@ -68,10 +70,12 @@ class World:
     times: Times = field(default_factory=lambda: SOME_TIME)
     limits: dict[str, Any] = field(default_factory=dict)
     make_engine: Callable[..., Any] = Pager
+    base: BaseModel = BASE
 
     def __post_init__(self) -> None:
+        self._ids = itertools.count()
         slots = {"gpu_slots": self.gpu_slots, "host_slots": self.host_slots, "max_running": self.max_running}
-        self.engine = self.make_engine(BASE, **slots, times=self.times, read=lambda _: 1000)
+        self.engine = self.make_engine(self.base, **slots, times=self.times, read=lambda _: 1000)
         self.metrics = Metrics()
         self.deaths: list[EngineDied] = []
         self.dispatcher = Dispatcher(
@@ -103,8 +107,10 @@ class World:
         self.plan.check()
 
     async def open(self, who: str | Tenant, *, n: int = 1, **fields: Any) -> Completion:
-        """A streamed completion unless ``stream`` says otherwise."""
+        """A streamed completion unless ``stream`` says otherwise; of an embedding model, three embeddings."""
         asker = tenant(who) if isinstance(who, str) else who
+        if self.base.pooling:
+            return await embed(self.service, asker, {"input": ["hello"] * 3}, f"r{next(self._ids)}")
         body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "stream": True, "n": n}
         return await open_completion(self.service, asker, "chat", {**body, **fields}, f"r{id(body)}")
 
