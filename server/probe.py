@@ -56,9 +56,10 @@ class Prober:
         here = self.here
         if known is not None and known.items() >= here.items():
             return dict(known)
-        say: Any = self._embeddings if engine.base.pooling else self._top
-        sound: Any = finite_vectors if engine.base.pooling else finite
-        differ: Any = shift if engine.base.pooling else compare
+        pooling = self._engine.base.pooling
+        say: Any = self._embeddings if pooling else self._top
+        sound: Any = finite_vectors if pooling else finite
+        differ: Any = shift if pooling else compare
         try:
             async with asyncio.timeout(TIMEOUT):
                 if self._base is None:
