@@ -91,7 +91,8 @@ async def open_completion(
         resumable = service.engine.resumable(request)
         room = max(1, service.engine.max_model_len - most_prompt)
         output_tokens = sequences * min(max_tokens, room)
-        ticket = service.quotas.admit(Asked(tenant, version, kind, request_id, most_prompt, output_tokens))
+        asked = Asked(tenant, version, kind, request_id, most_prompt, output_tokens)
+        ticket = await service.quotas.take(asked)
         try:
             lease = await service.dispatcher.submit(
                 tenant.id,
