@@ -31,6 +31,7 @@ from server.probe import Prober
 from server.publish import Publishing, verify_all
 from server.quotas import Quotas
 from server.settings import Settings
+from server.shared import SharedLimits
 from server.tenants import Tenants
 from server.usage import Recorder, spent
 
@@ -103,6 +104,11 @@ async def _start(
     if new_key is not None:
         print(f"Admin key (shown this once, keep it): {new_key}", file=sys.stderr, flush=True)
 
+    state.shared = None
+    if settings.limits_redis_url is not None:
+        state.shared = SharedLimits(settings.limits_redis_url.get_secret_value())
+        await state.shared.open()
+        stack.push_async_callback(state.shared.close)
     recorder = Recorder(database, keep_days=settings.keep_usage_days)
     recorder.start()
     stack.push_async_callback(recorder.stop)
@@ -119,7 +125,11 @@ async def _start(
     state.dispatcher = dispatcher
     state.recorder = recorder
     quotas = Quotas(
-        record=recorder.record, spent=partial(spent, database), prices=settings.prices, metrics=metrics
+        record=recorder.record,
+        spent=partial(spent, database),
+        prices=settings.prices,
+        metrics=metrics,
+        shared=state.shared,
     )
     state.completions = Completions(engine, dispatcher, catalog, metrics, quotas)
     state.publishing = Publishing(
@@ -208,12 +218,14 @@ def _add_operations(app: FastAPI) -> None:
 
 
 async def _checks(state: object) -> dict[str, str]:
-    """ "ok" or the reason why not, for the engine, the database and the store."""
+    """ "ok" or the reason why not, for the engine, the database, the store, and Redis if limits are there."""
     parts = {
         "engine": state.engine.check,  # type: ignore[attr-defined]
         "database": state.database.ping,  # type: ignore[attr-defined]
         "store": state.blobs.check,  # type: ignore[attr-defined]
     }
+    if state.shared is not None:  # type: ignore[attr-defined]
+        parts["limits"] = state.shared.check  # type: ignore[attr-defined]
     results = {}
     for name, check in parts.items():
         try:

@@ -146,9 +146,9 @@ async def leased(
     sequences: int,
     resumable: bool = False,
 ) -> Lease:
-    """Waits for its turn, within the tenant's limits; see ``Dispatcher.submit`` and ``Quotas.admit``."""
+    """Waits for its turn, within the tenant's limits; see ``Dispatcher.submit`` and ``Quotas.take``."""
     tenant = asked.tenant
-    ticket = service.quotas.admit(asked)
+    ticket = await service.quotas.take(asked)
     try:
         lease = await service.dispatcher.submit(
             tenant.id,

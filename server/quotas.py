@@ -1,12 +1,13 @@
 """What a tenant may still use, and what it has used: every request has a ``Ticket`` from admission to end.
 
     await quotas.open(tenant)               what it used before this process began
-    ticket = quotas.admit(asked)            before it waits for its turn; reserves the most it can use
+    ticket = await quotas.take(asked)       before it waits for its turn; reserves the most it can use
     lease.account = ticket                  told what is produced, and of the end
     ticket.withdraw()                       instead, where it never got a lease
 
 Limits hold for a tenant and, each key's own, for its keys; budgets for a tenant. All of it is counted here,
 on the event loop, so what is looked at is never stale and nothing runs between a look and a reservation.
+With ``shared``, limits are counted in Redis instead, where one script looks and reserves.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from server.errors import BadRequest, Forbidden, TooManyRequests
 from server.limits import Excess, KeyLimits, Left, Meter, duration
 from server.metrics import Metrics
 from server.settings import Price
+from server.shared import Exceeded, Hold, Scope, SharedLimits
 from server.tenants import Tenant
 from server.usage import Usage
 
@@ -66,6 +68,7 @@ class Quotas:
         spent: Spent = _nothing_spent,
         prices: Mapping[str, Price] | None = None,
         metrics: Metrics | None = None,
+        shared: SharedLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], datetime] = wall_now,
     ) -> None:
@@ -75,6 +78,7 @@ class Quotas:
         self._spent = spent
         self._prices = prices or {}
         self._metrics = metrics
+        self._shared = shared
         self._started = wall()
         self._meters: dict[str, Meter] = {}
         self._spending: dict[tuple[str, datetime], Spending] = {}
@@ -114,12 +118,28 @@ class Quotas:
         bounds += [(most - prompt_tokens) // sequences for most in together if most is not None]
         return max(1, min(bounds)) if bounds else None
 
-    def admit(self, asked: Asked) -> Ticket:
+    async def take(self, asked: Asked) -> Ticket:
+        """As ``admit``, wherever limits are counted; Unavailable (``limits_unavailable``) without Redis."""
+        scopes = _scopes(asked.tenant) if self._shared is not None else []
+        if self._shared is None or not scopes:
+            return self.admit(asked)
+        try:
+            hold = await self._shared.admit(scopes, asked.prompt_tokens + asked.output_tokens)
+        except Exceeded as exc:
+            raise _limited(exc.excess, exc.whose) from None
+        try:
+            return self.admit(asked, hold)
+        except BaseException:
+            hold.use(0, hold.reserved)
+            self._shared.end(hold)
+            raise
+
+    def admit(self, asked: Asked, hold: Hold | None = None) -> Ticket:
         """BadRequest for more ``max_tokens`` than are allowed, TooManyRequests (``rate_limit_exceeded``,
-        ``insufficient_quota``) for what limits and budgets forbid now."""
+        ``insufficient_quota``) for what limits and budgets forbid now. With ``hold``, limits were seen to."""
         now, tokens = self.clock(), asked.prompt_tokens + asked.output_tokens
         meters = []
-        for whose, limits in _limits(asked.tenant):
+        for whose, limits in _limits(asked.tenant) if hold is None else ():
             meter = self._meter(asked.tenant, whose)
             if (excess := meter.excess(limits, tokens, now)) is not None:
                 raise _limited(excess, whose)
@@ -138,14 +158,18 @@ class Quotas:
         self._admissions += 1
         if self._admissions % SWEEP_EVERY == 0:
             self._sweep(now)
-        return Ticket(self, asked, meters, spending, tokens, cost)
+        return Ticket(self, asked, meters, spending, tokens, cost, hold)
 
     def headers(self, tenant: Tenant) -> dict[str, str]:
         """OpenAI's ``x-ratelimit-…``, of whichever limit leaves less, and the warnings of soft budgets."""
         now, found = self.clock(), {}
         left: dict[str, Left] = {}
-        for whose, limits in _limits(tenant):
-            for what, rest in self._meter(tenant, whose).left(limits, now).items():
+        if self._shared is not None:
+            counted = [self._shared.left(scope) for scope in _scopes(tenant)]
+        else:
+            counted = [self._meter(tenant, whose).left(limits, now) for whose, limits in _limits(tenant)]
+        for one in counted:
+            for what, rest in one.items():
                 if what not in left or rest.remaining < left[what].remaining:
                     left[what] = rest
         for what, rest in left.items():
@@ -170,6 +194,10 @@ class Quotas:
     def _meter(self, tenant: Tenant, whose: str) -> Meter:
         return self._meters.setdefault(f"{tenant.id} {whose}", Meter())
 
+    def release(self, hold: Hold) -> None:
+        assert self._shared is not None
+        self._shared.end(hold)
+
     def _warn(self, tenant: Tenant, spending: Spending) -> None:
         assert tenant.budgets is not None
         for passed in spending.warnings(tenant.budgets, self.wall()):
@@ -193,11 +221,19 @@ class Ticket:
     """One request's part of everything that is counted."""
 
     def __init__(
-        self, quotas: Quotas, asked: Asked, meters: list[Meter], spending: Spending, tokens: int, cost: int
+        self,
+        quotas: Quotas,
+        asked: Asked,
+        meters: list[Meter],
+        spending: Spending,
+        tokens: int,
+        cost: int,
+        hold: Hold | None,
     ) -> None:
         self._quotas = quotas
         self._asked = asked
         self._meters = meters
+        self._hold = hold
         self._spending = spending
         self._reserved = tokens, cost
         self._used = 0, 0
@@ -247,6 +283,10 @@ class Ticket:
             meter.used(new[0], freed[0], self._quotas.clock())
             if last:
                 meter.end()
+        if self._hold is not None:
+            self._hold.use(new[0], freed[0])
+            if last:
+                self._quotas.release(self._hold)
         self._spending.reserved.add(-freed[0], -freed[1])
         self._spending.add(*new, self._quotas.wall())
 
@@ -278,6 +318,15 @@ def _limits(tenant: Tenant) -> Iterator[tuple[str, KeyLimits]]:
         yield "tenant", tenant.limits
     if tenant.key is not None and tenant.key.limits is not None:
         yield f"key {tenant.key.id}", tenant.key.limits
+
+
+def _scopes(tenant: Tenant) -> list[Scope]:
+    """What Redis is asked about: the limits that count something."""
+    return [
+        Scope(tenant.id if whose == "tenant" else f"{tenant.id} {whose}", whose, limits)
+        for whose, limits in _limits(tenant)
+        if limits.requests_at_once or limits.requests_per_minute or limits.tokens_per_minute
+    ]
 
 
 def _limited(excess: Excess, whose: str) -> TooManyRequests:

@@ -79,6 +79,11 @@ class Settings(BaseSettings):
         "",
         description="SQLAlchemy URL; SQLite in DATA_DIR if empty. `postgresql+asyncpg://…` for PostgreSQL.",
     )
+    limits_redis_url: SecretStr | None = Field(
+        None,
+        description="Redis in which all processes with this URL count the limits of tenants and keys"
+        " together; in each process's memory if unset.",
+    )
     admin_key: SecretStr | None = Field(
         None, description="Key of the admin API. Without it the first start makes one and prints it once."
     )

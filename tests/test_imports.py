@@ -30,7 +30,7 @@ LEVELS: list[set[str]] = [
     {"server.ranking", "server.tiers"},
     {"server.usage"},
     {"server.engine", "server.tenants", "server.metrics", "server.logs"},
-    {"server.budgets", "server.command", "server.keys"},
+    {"server.budgets", "server.command", "server.keys", "server.shared"},
     {"server.dialects", "server.fields"},
     {
         "server.errors",

@@ -1,0 +1,244 @@
+"""Limits that several processes share through Redis, with the arithmetic of ``server.limits.Meter``.
+
+    shared = SharedLimits(url); await shared.open()
+    hold = await shared.admit(scopes, tokens)    all or none, in one script; raises Exceeded, Unavailable
+    hold.use(tokens, freed); shared.end(hold)    never wait: a task of its own tells Redis
+
+What is used is told once a second and at the end, and counts from when it is told: never less than it was.
+A hold that its process stops renewing is given back after ``LEASE`` seconds. While Redis cannot be asked,
+nothing is admitted; the task finds out when it is back, and tells it again what is held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from server.errors import Unavailable
+from server.limits import Excess, KeyLimits, Left
+
+logger = logging.getLogger(__name__)
+
+LEASE = 15.0
+EVERY = 1.0
+# Seconds that one question to Redis may take.
+PATIENCE = 1.0
+CONNECTIONS = 32
+# Meters of which the last answer is kept, for headers.
+REMEMBERED = 10_000
+
+_FAILURES = (RedisError, OSError, TimeoutError)
+_SCRIPT = Path(__file__).with_name("shared.lua").read_text()
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """``name`` is a tenant, or a tenant and its key; ``whose`` is what an error calls it."""
+
+    name: str
+    whose: str
+    limits: KeyLimits
+
+
+class Exceeded(Exception):
+    def __init__(self, excess: Excess, whose: str) -> None:
+        super().__init__(excess.limit)
+        self.excess = excess
+        self.whose = whose
+
+
+@dataclass(slots=True)
+class Hold:
+    """One request's place. ``used`` are tokens not yet told, ``reserved`` those that it may still use."""
+
+    id: str
+    scopes: Sequence[Scope]
+    reserved: int
+    used: int = 0
+    ended: bool = False
+
+    def use(self, tokens: int, freed: int) -> None:
+        self.used += tokens
+        self.reserved -= freed
+
+
+class SharedLimits:
+    """``clock`` stands in for Redis's own, in tests. Raises ValueError for what is no Redis URL."""
+
+    def __init__(self, url: str, *, clock: Callable[[], float] | None = None, lease: float = LEASE) -> None:
+        try:
+            pool = BlockingConnectionPool.from_url(
+                url,
+                max_connections=CONNECTIONS,
+                timeout=PATIENCE,
+                socket_timeout=PATIENCE,
+                socket_connect_timeout=PATIENCE,
+                retry=Retry(NoBackoff(), 0),
+            )
+        except ValueError:
+            raise ValueError("LORAPLEX_LIMITS_REDIS_URL must be redis://…, rediss://… or unix://…") from None
+        self._redis = Redis.from_pool(pool)
+        self._script = self._redis.register_script(_SCRIPT)
+        self._clock = clock
+        self._lease = lease
+        self._holds: dict[str, Hold] = {}
+        self._left: dict[str, dict[str, Left]] = {}
+        self._up = False
+        self._ended: set[str] = set()
+        self._telling = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """OSError if Redis does not answer."""
+        try:
+            await self.check()
+        except _FAILURES as exc:
+            await self._redis.aclose()
+            raise OSError(f"LORAPLEX_LIMITS_REDIS_URL: Redis does not answer ({type(exc).__name__})") from exc
+        self._up = True
+        self._task = asyncio.create_task(self._tell_always(), name="loraplex-shared-limits")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            try:
+                await self._tell()
+            except _FAILURES as exc:
+                logger.warning("limits that were held are free in %s s: %s", self._lease, type(exc).__name__)
+        await self._redis.aclose()
+
+    async def check(self) -> None:
+        async with asyncio.timeout(PATIENCE):
+            await self._redis.ping()
+
+    async def admit(self, scopes: Sequence[Scope], tokens: int) -> Hold:
+        """Exceeded, or Unavailable (``limits_unavailable``), without anything being reserved."""
+        if not self._up:
+            raise _unavailable()
+        hold = Hold(secrets.token_hex(12), scopes, tokens)
+        try:
+            if self._ended:
+                # Whoever asks right after an answer has its place back. Not cut short, lest it is told twice.
+                await asyncio.shield(asyncio.ensure_future(self._tell(only_ended=True)))
+            found = await self._run("admit", hold)
+        except _FAILURES as exc:
+            self._lost(exc)
+            self._forget(hold)
+            raise _unavailable() from exc
+        except asyncio.CancelledError:
+            self._forget(hold)
+            raise
+        if found:
+            index, limit, allowed, asked, wait, never = found
+            whose = scopes[int(index)].whose
+            raise Exceeded(
+                Excess(limit.decode(), int(allowed), int(asked), float(wait), never == b"1"), whose
+            )
+        self._holds[hold.id] = hold
+        return hold
+
+    def end(self, hold: Hold) -> None:
+        hold.ended = True
+        self._ended.add(hold.id)
+        self._wake.set()
+
+    def left(self, scope: Scope) -> dict[str, Left]:
+        """As Redis last said it to this process, which for a request is when it was admitted or later."""
+        return self._left.get(scope.name, {})
+
+    def _forget(self, hold: Hold) -> None:
+        """Redis may have reserved it nevertheless."""
+        hold.reserved = 0
+        self._holds[hold.id] = hold
+        self.end(hold)
+
+    async def _run(self, what: str, hold: Hold, used: int = 0) -> list[bytes]:
+        keys, args = (
+            [],
+            [what, self._clock() if self._clock else 0, self._lease, hold.id, hold.reserved, used],
+        )
+        for scope in hold.scopes:
+            limits = scope.limits
+            keys += [f"loraplex:{scope.name}:{part}" for part in ("requests", "tokens", "leases", "reserved")]
+            args += [
+                limits.requests_at_once or 0,
+                limits.requests_per_minute or 0,
+                limits.tokens_per_minute or 0,
+            ]
+        async with asyncio.timeout(PATIENCE):
+            excess, states = await self._script(keys=keys, args=args)
+        for scope, state in zip(hold.scopes, states, strict=True):
+            self._remember(scope, [float(number) for number in state])
+        return excess  # type: ignore[no-any-return]
+
+    def _remember(self, scope: Scope, state: list[float]) -> None:
+        found = {}
+        if (rate := scope.limits.requests_per_minute) is not None:
+            found["requests"] = Left(rate, max(0, rate - int(state[0])), state[1])
+        if (most := scope.limits.tokens_per_minute) is not None:
+            found["tokens"] = Left(most, max(0, most - int(state[2])), state[3])
+        self._left.pop(scope.name, None)
+        self._left[scope.name] = found
+        if len(self._left) > REMEMBERED:
+            self._left.pop(next(iter(self._left)))
+
+    async def _tell_always(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(EVERY):
+                    await self._wake.wait()
+                only_ended = self._up
+            except TimeoutError:
+                only_ended = False
+            self._wake.clear()
+            try:
+                await self._tell(only_ended=only_ended)
+                if not self._up:
+                    await self.check()
+                    self._up = True
+                    logger.warning("Redis answers again: requests with limits are admitted")
+            except _FAILURES as exc:
+                self._lost(exc)
+                await asyncio.sleep(EVERY)
+
+    async def _tell(self, *, only_ended: bool = False) -> None:
+        """Told twice where an answer is lost: what is used then counts twice, never too little."""
+        async with self._telling:
+            holds = [self._holds[id_] for id_ in (list(self._ended) if only_ended else list(self._holds))]
+            for start in range(0, len(holds), CONNECTIONS // 2):
+                some = holds[start : start + CONNECTIONS // 2]
+                for result in await asyncio.gather(*map(self._tell_one, some), return_exceptions=True):
+                    if isinstance(result, BaseException):
+                        raise result
+
+    async def _tell_one(self, hold: Hold) -> None:
+        used, ended = hold.used, hold.ended
+        await self._run("end" if ended else "renew", hold, used)
+        hold.used -= used
+        if ended:
+            del self._holds[hold.id]
+            self._ended.discard(hold.id)
+
+    def _lost(self, exc: BaseException) -> None:
+        if self._up:
+            logger.error("Redis does not answer, requests with limits get 503: %s", type(exc).__name__)
+        self._up = False
+
+
+def _unavailable() -> Unavailable:
+    return Unavailable(
+        "Your limits cannot be looked up at the moment. Try again shortly.",
+        code="limits_unavailable",
+        retry_after=2.0,
+    )

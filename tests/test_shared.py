@@ -1,0 +1,219 @@
+"""Limits in Redis, where LORAPLEX_TEST_REDIS has the URL of one: as in memory, and shared by processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.exceptions import RedisError
+
+from server.errors import TooManyRequests, Unavailable, headers_of
+from server.limits import KeyLimits, Meter, TenantLimits
+from server.quotas import Asked, Quotas
+from server.shared import Exceeded, Hold, Scope, SharedLimits
+from server.tenants import Tenant
+from tests import tiny
+from tests.tiny import fake_site
+from tests.world import tenant
+
+REDIS = os.environ.get("LORAPLEX_TEST_REDIS", "")
+pytestmark = pytest.mark.skipif(not REDIS, reason="LORAPLEX_TEST_REDIS is not set")
+
+
+@asynccontextmanager
+async def opened(url: str = REDIS, **options: Any) -> AsyncIterator[SharedLimits]:
+    shared = SharedLimits(url, **options)
+    await shared.open()
+    try:
+        yield shared
+    finally:
+        await shared.close()
+
+
+def limited(**limits: int) -> Tenant:
+    return tenant(f"t{uuid.uuid4().hex[:12]}", limits=TenantLimits(**limits))
+
+
+def asked(who: Tenant, tokens: int = 10) -> Asked:
+    return Asked(who, None, "chat", "r", 0, tokens)
+
+
+class _Gate:
+    """Redis's clients go through it; closed, it keeps connections open and says nothing."""
+
+    def __init__(self) -> None:
+        self.open, self._writers = True, set[asyncio.StreamWriter]()
+
+    async def start(self) -> str:
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"redis://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/0"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = REDIS.split("://")[1].split("/")[0].rpartition("@")[2].partition(":")
+        there, back = await asyncio.open_connection(host, int(port or 6379))
+        self._writers |= {writer, back}
+        await asyncio.gather(self._pipe(reader, back), self._pipe(there, writer))
+
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                if self.open:
+                    writer.write(data)
+        finally:
+            writer.close()
+
+    def close(self) -> None:
+        self.server.close()
+        for writer in self._writers:
+            writer.close()
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_decides_as_the_meter_in_memory_does(seed: int) -> None:
+    rng, now = random.Random(seed), 1000.0
+    limits = KeyLimits(tokens_per_minute=300, requests_per_minute=20, requests_at_once=3)
+    scope, meter = Scope(uuid.uuid4().hex, "tenant", limits), Meter()
+    # Virtual time runs far ahead of the leases' renewal, which has its own test.
+    shared = SharedLimits(REDIS, clock=lambda: now, lease=1e6)
+    await shared.check()
+    shared._up = True
+    running: list[Hold] = []
+    outcomes = set()
+    for _ in range(300):
+        now += rng.choice([0.0, 0.05, 1.0, 2.0])
+        if rng.random() < 0.6:
+            tokens = rng.randrange(1, rng.choice([6, 6, 60, 320]))
+            expected = meter.excess(limits, tokens, now)
+            outcomes.add(expected.limit if expected else "admitted")
+            try:
+                running.append(await shared.admit([scope], tokens))
+            except Exceeded as exc:
+                assert expected is not None
+                found = exc.excess
+                assert (found.limit, found.allowed, found.asked, found.never) == (
+                    expected.limit,
+                    expected.allowed,
+                    expected.asked,
+                    expected.never,
+                )
+                assert found.retry_after == pytest.approx(expected.retry_after, abs=1e-3)
+            else:
+                assert expected is None
+                meter.admit(tokens, now)
+        elif running:
+            hold = running.pop(rng.randrange(len(running)))
+            used, reserved = rng.randrange(hold.reserved + 1), hold.reserved
+            meter.used(used, reserved, now)
+            meter.end()
+            hold.use(used, reserved)
+            shared.end(hold)
+            await shared._tell(only_ended=True)
+        else:
+            continue
+        left = meter.left(limits, now)
+        assert shared.left(scope).keys() == left.keys()
+        for what, found_left in shared.left(scope).items():
+            assert (found_left.limit, found_left.remaining) == (left[what].limit, left[what].remaining)
+            assert found_left.reset == pytest.approx(left[what].reset, abs=1e-3)
+    assert outcomes == {"admitted", "requests_at_once", "requests_per_minute", "tokens_per_minute"}
+    await shared.close()
+
+
+async def test_two_processes_admit_exactly_the_limit_between_them() -> None:
+    who = limited(requests_per_minute=200, tokens_per_minute=1500)
+    async with opened() as one, opened() as two:
+        each = [Quotas(shared=one), Quotas(shared=two)]
+        results = await asyncio.gather(
+            *(each[i % 2].take(asked(who)) for i in range(300)), return_exceptions=True
+        )
+        tickets = [found for found in results if not isinstance(found, BaseException)]
+        assert len(tickets) == 150  # 1500 tokens of 10 each
+        assert all(isinstance(r, TooManyRequests) for r in results if isinstance(r, BaseException))
+        assert each[0].headers(who)["x-ratelimit-remaining-tokens"] == "0"
+        for ticket in tickets:
+            ticket.withdraw()
+        results = await asyncio.gather(
+            *(each[i % 2].take(asked(who, 1)) for i in range(100)), return_exceptions=True
+        )
+        assert sum(not isinstance(found, BaseException) for found in results) == 50
+        assert each[1].headers(who)["x-ratelimit-remaining-requests"] == "0"
+
+
+async def test_a_place_is_free_for_whoever_asks_right_after_the_end() -> None:
+    who = limited(requests_at_once=1)
+    async with opened() as shared:
+        quotas = Quotas(shared=shared)
+        for _ in range(50):
+            (await quotas.take(asked(who))).withdraw()
+
+
+async def test_a_living_process_keeps_its_places_and_a_dead_one_does_not() -> None:
+    who = limited(requests_at_once=1, tokens_per_minute=100)
+    async with opened(lease=2.5) as living, opened(lease=2.5) as other:
+        quotas = Quotas(shared=other)
+        ticket = await Quotas(shared=living).take(asked(who, 100))
+        await asyncio.sleep(4)
+        with pytest.raises(TooManyRequests):
+            await quotas.take(asked(who, 1))
+        assert living._task is not None
+        living._task.cancel()  # as if killed: nothing renews any more
+        await asyncio.sleep(3)
+        (await quotas.take(asked(who, 100))).withdraw()
+        ticket.withdraw()
+
+
+async def test_an_outage_refuses_only_those_with_limits_and_ends_by_itself() -> None:
+    gate = _Gate()
+    who, free = limited(requests_at_once=2), tenant("free")
+    async with opened(await gate.start()) as shared:
+        quotas = Quotas(shared=shared)
+        ticket = await quotas.take(asked(who))
+        gate.open = False
+        async with asyncio.timeout(3):
+            with pytest.raises(Unavailable) as refused:
+                await quotas.take(asked(who))
+        assert refused.value.code == "limits_unavailable"
+        assert int(headers_of(refused.value)["Retry-After"]) >= 1
+        (await quotas.take(asked(free))).withdraw()
+        ticket.withdraw()
+        with pytest.raises((TimeoutError, OSError, RedisError)):
+            await shared.check()
+        gate.open = True
+        async with asyncio.timeout(10):
+            while not shared._up:
+                await asyncio.sleep(0.1)
+        tickets = [await quotas.take(asked(who)) for _ in range(2)]
+        for one in tickets:
+            one.withdraw()
+    gate.close()
+
+
+async def test_does_not_start_without_redis_nor_shows_the_password() -> None:
+    shared = SharedLimits("redis://:secret@127.0.0.1:1/0")
+    with pytest.raises(OSError, match="LIMITS_REDIS_URL") as refused:
+        await shared.open()
+    assert "secret" not in str(refused.value)
+    with pytest.raises(ValueError, match="rediss://") as wrong:
+        SharedLimits("http://:secret@host")
+    assert "secret" not in str(wrong.value)
+
+
+async def test_two_servers_share_what_a_tenant_may(tmp_path: Path) -> None:
+    name = f"t{uuid.uuid4().hex[:12]}"
+    database = f"sqlite+aiosqlite:///{tmp_path / 'both.db'}"
+    both = {"limits_redis_url": REDIS, "database_url": database}
+    async with fake_site(tmp_path / "a", **both) as one, fake_site(tmp_path / "b", **both) as two:
+        key = await one.tenant(name, limits={"requests_per_minute": 4})
+        answers = [await (one, two)[i % 2].chat(key, "hi", model=tiny.NAME, max_tokens=2) for i in range(6)]
+        assert [answer.status_code for answer in answers] == [200] * 4 + [429] * 2
+        left = [answer.headers["x-ratelimit-remaining-requests"] for answer in answers]
+        assert left == ["3", "2", "1", "0", "0", "0"]
+        ready = (await two.http.get("/ready")).json()
+        assert ready["checks"]["limits"] == "ok"
