@@ -149,6 +149,8 @@ class SharedLimits:
         return hold
 
     def end(self, hold: Hold) -> None:
+        if hold.id not in self._holds:
+            return  # told already
         hold.ended = True
         self._ended.add(hold.id)
         self._wake.set()
@@ -208,7 +210,7 @@ class SharedLimits:
                     await self.check()
                     self._up = True
                     logger.warning("Redis answers again: requests with limits are admitted")
-            except _FAILURES as exc:
+            except Exception as exc:  # a defect, too, must not end what gives places back
                 self._lost(exc)
                 await asyncio.sleep(EVERY)
 
@@ -232,7 +234,8 @@ class SharedLimits:
 
     def _lost(self, exc: BaseException) -> None:
         if self._up:
-            logger.error("Redis does not answer, requests with limits get 503: %s", type(exc).__name__)
+            unexpected = None if isinstance(exc, _FAILURES) else exc
+            logger.error("Redis does not answer, requests with limits get 503: %r", exc, exc_info=unexpected)
         self._up = False
 
 
