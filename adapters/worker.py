@@ -171,9 +171,9 @@ class _Pager:
 
         started = time.perf_counter()
         lora = self._load(LoRARequest(lora_name=name, lora_int_id=load_id, lora_path=path))
-        self.tables._create_merged_loras_inplace(lora)
         if self._in_place:
             _own(lora)
+        self.tables._create_merged_loras_inplace(lora)
         return lora, time.perf_counter() - started
 
     def _collect(self) -> list[list[Any]]:
@@ -269,18 +269,9 @@ def _checkpoint_name(name: str, mapper: Any) -> str:
 
 
 def _own(lora: Any) -> None:
-    """Copies those tensors that safetensors left in the mapped file, so that no engine step reads a disk."""
+    """Copies what safetensors has left in the mapped file, so that no engine step reads a disk."""
     for layer in lora.loras.values():
-        for side in ("lora_a", "lora_b"):
-            tensors = getattr(layer, side)
-            setattr(
-                layer, side, [_owned(t) for t in tensors] if isinstance(tensors, list) else _owned(tensors)
-            )
-
-
-def _owned(tensor: Any) -> Any:
-    mapped = tensor is not None and tensor.untyped_storage().nbytes() > tensor.nbytes
-    return tensor.clone() if mapped else tensor
+        layer.lora_a, layer.lora_b = (t if t is None else t.clone() for t in (layer.lora_a, layer.lora_b))
 
 
 def _size_of(lora: Any) -> int:
