@@ -70,7 +70,7 @@ WAL_TRIES = 200
 UPGRADE_LOCK = 0x6C6F7261
 # The row of ``meta`` that every write changes, and how often other processes look at it, in seconds.
 LAST_WRITE = "last_write"
-WATCH_EVERY = 0.3
+WATCH_EVERY = 0.5
 
 MAX_INTEGER = 2**31 - 1
 
