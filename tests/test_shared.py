@@ -158,13 +158,15 @@ async def test_more_is_reserved_for_one_that_runs_or_nothing_changes() -> None:
             await other.settle()
         assert refused.value.code == "rate_limit_exceeded"
         other.withdraw()
+        await two._tell(only_ended=True)
         rest = await mine.take(asked(who, 40))
         rest.asks(90, 20, 1)
         with pytest.raises(TooManyRequests, match="may use 110"):
             await rest.settle()
         rest.withdraw()
         ticket.withdraw()
-        await theirs.take(asked(who, 100))
+        last = await mine.take(asked(who, 100))
+        last.withdraw()
 
 
 async def test_what_is_used_already_counts_where_more_is_reserved() -> None:
