@@ -112,13 +112,16 @@ class Spending:
         for period in PERIODS:
             self.used[period].add(tokens, cost)
 
-    def excess(self, budgets: Budgets, tokens: int, cost: int, now: datetime) -> Passed | None:
-        """The hard budget that a request of at most so much could pass."""
+    def excess(
+        self, budgets: Budgets, tokens: int, cost: int, now: datetime, *, begun: bool = False
+    ) -> Passed | None:
+        """The hard budget that a request of at most so much, or one that has ``begun`` and needs so much
+        more, could pass."""
         self.turn(now)
         for period, unit, limit, used in self._all(budgets, soft=False):
             asked = tokens if unit == "tokens" else cost
             taken = used + getattr(self.reserved, unit)
-            if taken + asked > limit or taken >= limit:
+            if (asked > 0 or not begun) and (taken + asked > limit or taken >= limit):
                 return Passed(period, unit, limit, used)
         return None
 

@@ -84,6 +84,7 @@ async def open_completion(
         version, public = await named(service, tenant, body, request_id)
         text = _prompt_text(body)
         most_prompt = most_tokens(text, body.get("tools"))
+        elastic = all(body.get(param) is None for param in _MOST[kind])
         body = _bounded(service, tenant, kind, body, most_prompt)
         request = service.engine.parse(kind, meant(kind, body))
         sequences, max_tokens = _size(service.engine, kind, body, request)
@@ -92,7 +93,7 @@ async def open_completion(
         output_tokens = sequences * min(max_tokens, room)
         lease = await leased(
             service,
-            Asked(tenant, version, kind, request_id, most_prompt, output_tokens),
+            Asked(tenant, version, kind, request_id, most_prompt, output_tokens, elastic),
             prompt_tokens=service.engine.count_prompt(text),
             max_tokens=max_tokens,
             sequences=sequences,
@@ -105,6 +106,7 @@ async def open_completion(
         public_model=public,
         cache_salt=tenant.cache_salt,
         meter=lease,
+        admission=lease.admission,
         resumable=resumable,
     )
     return await _run(service.engine, lease, call, request)
@@ -165,6 +167,8 @@ async def leased(
         ticket.withdraw()
         raise
     lease.account = ticket
+    if ticket.limits_tokens:
+        lease.admission = ticket
     return lease
 
 
@@ -200,7 +204,7 @@ class LeasedStream:
         assert answer.stream is not None
         first = await anext(answer.stream, None)
         if first is not None and (error := _error_in(first)) is not None:
-            raise error
+            raise (lease.admission and lease.admission.refused) or error
         return cls(answer.stream, first, lease, kind)
 
     async def __aiter__(self) -> AsyncIterator[str]:
@@ -309,8 +313,8 @@ def _prompt_text(body: dict[str, Any]) -> str:
 def most_tokens(text: str, tools: Any = None) -> int:
     """A high estimate of the prompt's tokens, to be reserved until the engine has counted them.
 
-    Ordinary text of any language has three bytes or more to a token, token ids with their commas too. What
-    has fewer is still counted, and leaves the less for the next request.
+    Ordinary text of any language has three bytes or more to a token, token ids with their commas too. For
+    what has fewer, more is reserved then, or it is refused; see ``Ticket.settle``.
     """
     whole = text + str(tools or "")
     return len(whole.encode("utf-8", "surrogatepass")) // 3 + 1

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from adapters.errors import AdapterUnavailable
 from adapters.model import Tier, Version
-from server.engine import EngineDied, PageOp, PageReport, PageResult, WorkerReport
+from server.engine import Admission, EngineDied, PageOp, PageReport, PageResult, WorkerReport
 from server.errors import TooManyRequests, Unavailable
 from server.metrics import Gauges, Metrics, Outcome, TokenTimes
 from server.plan import (
@@ -96,6 +96,7 @@ class Lease:
         self.streamed = False
         self.work: Work | None = None
         self.account: Account | None = None
+        self.admission: Admission | None = None
         self.queued_for = 0.0
         self.first_token_after: float | None = None
         self._owner = owner

@@ -62,6 +62,7 @@ async def embed(service: Completions, tenant: Tenant, body: dict[str, Any], requ
                 public_model=public,
                 cache_salt=tenant.cache_salt,
                 meter=lease,
+                admission=lease.admission,
             )
             lease.work = InFlight(engine, call)
             some = request.model_copy(update={"input": inputs[at : at + places]})

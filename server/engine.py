@@ -101,6 +101,15 @@ class Meter(Protocol):
     def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None: ...
 
 
+class Admission(Protocol):
+    """Says whether a call may run, once its prompts are tokens; see ``server.quotas.Ticket``."""
+
+    refused: ServerError | None
+
+    def asks(self, prompt_tokens: int, output_tokens: int, sequences: int) -> None: ...
+    async def settle(self) -> int | None: ...
+
+
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class Call:
     """One admitted request on its way through the engine.
@@ -117,6 +126,7 @@ class Call:
     public_model: str
     cache_salt: str
     meter: Meter
+    admission: Admission | None = None
     request_ids: list[str] = field(default_factory=list)
     resumable: bool = False
     sent: list[Any] = field(default_factory=list)
@@ -677,7 +687,12 @@ def _metered_llm_class() -> Any:
             call.request_ids.append(request_id)
             self._calls[request_id] = call
             stream = super().generate(prompt, sampling_params, request_id, **kwargs)
-            return self._metered(stream, call.meter, request_id)
+            metered = self._metered(stream, call.meter, request_id)
+            if call.admission is None:
+                return metered
+            most = (sampling_params.max_tokens or 0) * sampling_params.n
+            call.admission.asks(_tokens_of(prompt), most, sampling_params.n)
+            return _admitted(call.admission, metered, sampling_params)
 
         def encode(
             self, prompt: Any, pooling_params: Any, request_id: str, **kwargs: Any
@@ -687,7 +702,11 @@ def _metered_llm_class() -> Any:
                 raise RuntimeError("the engine was asked to embed outside an admitted call")
             call.request_ids.append(request_id)
             stream = super().encode(prompt, pooling_params, request_id, **kwargs)
-            return self._metered(stream, call.meter, request_id)
+            metered = self._metered(stream, call.meter, request_id)
+            if call.admission is None:
+                return metered
+            call.admission.asks(_tokens_of(prompt), 0, 0)
+            return _admitted(call.admission, metered)
 
         @staticmethod
         async def _metered(stream: AsyncIterator[Any], meter: Meter, part: str) -> AsyncIterator[Any]:
@@ -783,6 +802,31 @@ def _metered_llm_class() -> Any:
     return _MeteredLLM
 
 
+def _tokens_of(prompt: Any) -> int:
+    """Of a prompt that vLLM's front end has rendered."""
+    ids = prompt.get("prompt_token_ids")
+    return len(prompt["prompt_embeds"] if ids is None else ids)
+
+
+async def _admitted(
+    admission: Admission, stream: AsyncIterator[Any], sampling_params: Any = None
+) -> AsyncIterator[Any]:
+    """``stream``, which runs only when it is first asked for something, once it may.
+
+    vLLM makes the streams of all prompts of a request before it asks any.
+    """
+    from vllm.exceptions import GenerationError
+
+    try:
+        most = await admission.settle()
+    except ServerError as exc:  # vLLM would log any other with a traceback
+        raise GenerationError(exc.message) from exc
+    if most is not None:
+        sampling_params.max_tokens = min(sampling_params.max_tokens, most)
+    async for output in stream:
+        yield output
+
+
 def _can_resume(sent: Any) -> bool:
     """Whether a request that is begun anew from its prompt and its answer so far goes on as it would have.
 
@@ -842,11 +886,15 @@ def _engine_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def _request_errors() -> Iterator[None]:
     """For calls with a client's input: vLLM's exceptions mapped to ours, once, at the boundary."""
-    from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMError
+    from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMClientError, VLLMError
 
     try:
         with _engine_errors():
             yield
+    except GenerationError as exc:
+        if isinstance(exc.__cause__, ServerError):  # see ``_admitted``
+            raise exc.__cause__ from None
+        raise Internal(FAILED) from exc
     except (ServerError, EngineDied):
         raise
     except GracefulHTTPError as exc:

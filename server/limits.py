@@ -131,16 +131,21 @@ class Meter:
 
     def excess(self, limits: KeyLimits, tokens: int, now: float) -> Excess | None:
         """What keeps a request of at most so many tokens from running now; None if nothing does."""
-        rate, most = limits.requests_per_minute, limits.tokens_per_minute
+        rate = limits.requests_per_minute
         if limits.requests_at_once is not None and self.running >= limits.requests_at_once:
             return Excess("requests_at_once", limits.requests_at_once, self.running + 1, 1.0)
         if rate is not None and (used := self.requests.used(now)) >= rate:
             return Excess("requests_per_minute", rate, 1, self.requests.until(now, used - rate + 1))
+        return self.short(limits, tokens, tokens, now)
+
+    def short(self, limits: KeyLimits, tokens: int, more: int, now: float) -> Excess | None:
+        """What keeps a request of at most ``tokens`` from reserving ``more``; None if nothing does."""
+        most = limits.tokens_per_minute
         if most is None:
             return None
         if tokens > most:
             return Excess("tokens_per_minute", most, tokens, MINUTE, never=True)
-        over = self.tokens.used(now) + self.reserved + tokens - most
+        over = self.tokens.used(now) + self.reserved + more - most
         # Without what is reserved it could end at any moment, so the wait is no longer than a window's.
         return Excess("tokens_per_minute", most, tokens, self._wait(now, over)) if over > 0 else None
 

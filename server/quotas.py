@@ -2,6 +2,7 @@
 
     await quotas.open(tenant)               what it used before this process began
     ticket = await quotas.take(asked)       before it waits for its turn; reserves the most it can use
+    await ticket.settle()                   when the engine knows the prompt: reserves just that, or refuses
     lease.account = ticket                  told what is produced, and of the end
     ticket.withdraw()                       instead, where it never got a lease
 
@@ -23,7 +24,7 @@ from adapters.model import Version
 from adapters.tables import now as wall_now
 from server.budgets import PERIODS, Passed, Spending, began, ends
 from server.dispatcher import Lease
-from server.errors import BadRequest, Forbidden, TooManyRequests
+from server.errors import BadRequest, Forbidden, ServerError, TooManyRequests
 from server.limits import Excess, KeyLimits, Left, Meter, duration
 from server.metrics import Metrics
 from server.settings import Price
@@ -45,7 +46,10 @@ async def _nothing_spent(tenant: str, start: datetime, end: datetime) -> tuple[i
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request as quotas see it: by whom, for what, and the most tokens it can use."""
+    """A request as quotas see it: by whom, for what, and the most tokens it can use, as far as is known.
+
+    ``elastic`` if it did not say how long its answer is to be.
+    """
 
     tenant: Tenant
     version: Version | None
@@ -53,6 +57,7 @@ class Asked:
     request_id: str
     prompt_tokens: int
     output_tokens: int
+    elastic: bool = False
 
 
 class Quotas:
@@ -194,6 +199,38 @@ class Quotas:
     def _meter(self, tenant: Tenant, whose: str) -> Meter:
         return self._meters.setdefault(f"{tenant.id} {whose}", Meter())
 
+    async def reserve(self, ticket: Ticket, tokens: int, cost: int, whole: int) -> None:
+        """So much more for a request of ``whole`` tokens, or less; raises as ``take`` does."""
+        asked, now = ticket.asked, self.clock()
+        if ticket.hold is not None and tokens > 0:
+            assert self._shared is not None
+            try:
+                await self._shared.more(ticket.hold, tokens)
+            except Exceeded as exc:
+                raise _limited(exc.excess, exc.whose) from None
+            if ticket.ended:
+                return
+        try:
+            if tokens > 0:
+                for meter, (whose, limits) in zip(ticket.meters, _limits(asked.tenant), strict=False):
+                    if (excess := meter.short(limits, whole, tokens, now)) is not None:
+                        raise _limited(excess, whose)
+            if (budgets := asked.tenant.budgets) is not None:
+                wall = self.wall()
+                passed = self.spending(asked.tenant).excess(budgets, tokens, cost, wall, begun=True)
+                if passed is not None:
+                    self._count(asked.tenant, "hard")
+                    raise _spent_out(passed, whole, wall)
+        except TooManyRequests:
+            if ticket.hold is not None and tokens > 0:
+                ticket.hold.use(0, tokens)
+            raise
+        if ticket.hold is not None and tokens < 0:
+            ticket.hold.use(0, -tokens)
+        for meter in ticket.meters:
+            meter.used(0, -tokens, now)
+        ticket.spending.reserved.add(tokens, cost)
+
     def release(self, hold: Hold) -> None:
         assert self._shared is not None
         self._shared.end(hold)
@@ -218,7 +255,11 @@ class Quotas:
 
 
 class Ticket:
-    """One request's part of everything that is counted."""
+    """One request's part of everything that is counted.
+
+    The engine says with ``asks`` what each part of it comes to, and then waits for ``settle`` before it runs
+    any. ``refused`` is what that ended with.
+    """
 
     def __init__(
         self,
@@ -231,12 +272,72 @@ class Ticket:
         hold: Hold | None,
     ) -> None:
         self._quotas = quotas
-        self._asked = asked
-        self._meters = meters
-        self._hold = hold
-        self._spending = spending
+        self.asked = asked
+        self.meters = meters
+        self.hold = hold
+        self.spending = spending
+        self.refused: ServerError | None = None
         self._reserved = tokens, cost
         self._used = 0, 0
+        self._asks = 0, 0, 0  # prompt tokens, output tokens, sequences
+        self._settled: tuple[tuple[int, int, int], int | None] = self._asks, None
+        self._settling = asyncio.Lock()
+        self.ended = False
+
+    @property
+    def limits_tokens(self) -> bool:
+        tenant = self.asked.tenant
+        return tenant.budgets is not None or any(limits.tokens_per_minute for _, limits in _limits(tenant))
+
+    def asks(self, prompt_tokens: int, output_tokens: int, sequences: int) -> None:
+        """One more part: its prompt, and the most that all its sequences together can answer."""
+        prompt, output, parts = self._asks
+        self._asks = prompt + prompt_tokens, output + output_tokens, parts + sequences
+
+    async def settle(self) -> int | None:
+        """Reserves what was asked for instead of what was estimated.
+
+        How many tokens each sequence may have at most, if fewer than it asked for; only of what is elastic.
+        TooManyRequests or Unavailable, as at admission, and then for every part.
+        """
+        async with self._settling:
+            if self.refused is not None:
+                raise self.refused
+            if self._settled[0] != self._asks:
+                try:
+                    self._settled = self._asks, await self._settle(*self._asks)
+                except ServerError as exc:
+                    self.refused = exc
+                    tokens, cost = self._reserved  # not at its end, lest the next is refused for it
+                    self._reserved = 0, 0
+                    await self._quotas.reserve(self, -tokens, -cost, 0)
+                    raise
+            return self._settled[1]
+
+    async def _settle(self, prompt: int, output: int, sequences: int) -> int | None:
+        try:
+            await self._reserve(prompt, output)
+        except TooManyRequests:
+            held = self._used[0] + self._reserved[0]
+            fewer = (held - prompt) // sequences if self.asked.elastic and sequences else 0
+            if fewer < 1:
+                raise
+            await self._reserve(prompt, fewer * sequences)
+            return fewer
+        return None
+
+    async def _reserve(self, prompt: int, output: int) -> None:
+        if self.ended:
+            return
+        whole = prompt + output
+        more = (
+            whole - self._used[0] - self._reserved[0],
+            self._quotas.cost(self.asked, prompt, 0, output) - self._used[1] - self._reserved[1],
+        )
+        if self.asked.endpoint == "embedding":  # which comes in pieces, of which more may follow
+            more = max(0, more[0]), max(0, more[1])
+        await self._quotas.reserve(self, *more, whole)
+        self._reserved = self._reserved[0] + more[0], self._reserved[1] + more[1]
 
     def withdraw(self) -> None:
         """It will not run. It stays one of the minute's requests."""
@@ -244,10 +345,10 @@ class Ticket:
 
     def progressed(self, lease: Lease) -> None:
         used = lease.prompt_tokens, lease.cached_tokens, lease.output_tokens
-        self._use(used[0] + used[2], self._quotas.cost(self._asked, *used))
+        self._use(used[0] + used[2], self._quotas.cost(self.asked, *used))
 
     def closed(self, lease: Lease) -> None:
-        asked, version = self._asked, self._asked.version
+        asked, version = self.asked, self.asked.version
         used = lease.prompt_tokens, lease.cached_tokens, lease.output_tokens
         cost = self._quotas.cost(asked, *used)
         self._use(used[0] + used[2], cost, last=True)
@@ -278,17 +379,18 @@ class Ticket:
             held if last else min(held, max(0, more)) for held, more in zip(self._reserved, new, strict=True)
         )
         self._used = tokens, cost
+        self.ended = last
         self._reserved = self._reserved[0] - freed[0], self._reserved[1] - freed[1]
-        for meter in self._meters:
+        for meter in self.meters:
             meter.used(new[0], freed[0], self._quotas.clock())
             if last:
                 meter.end()
-        if self._hold is not None:
-            self._hold.use(new[0], freed[0])
+        if self.hold is not None:
+            self.hold.use(new[0], freed[0])
             if last:
-                self._quotas.release(self._hold)
-        self._spending.reserved.add(-freed[0], -freed[1])
-        self._spending.add(*new, self._quotas.wall())
+                self._quotas.release(self.hold)
+        self.spending.reserved.add(-freed[0], -freed[1])
+        self.spending.add(*new, self._quotas.wall())
 
 
 def check_model(tenant: Tenant, adapter: str | None) -> None:

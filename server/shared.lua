@@ -1,6 +1,6 @@
 -- One request's meters, all or none; the arithmetic of server.limits.Meter.
 -- KEYS: of each meter its requests, tokens (hashes of tenths of a second), leases, reserved (by request).
--- ARGV: admit|renew|end, now (0: Redis's clock), lease, id, reserved, used; of each meter at once, requests, tokens.
+-- ARGV: admit|more|renew|end, now (0: Redis's clock), lease, id, reserved, used; of each meter at once, requests, tokens.
 -- Answers {excess or {}, of each meter {requests, until empty, tokens with reserved, until empty}}.
 local MINUTE, GRAIN = 60, 0.1
 local what, now, lease = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -63,6 +63,18 @@ end
 local function text(n) return string.format('%.6f', n) end
 local function whole(n) return string.format('%d', n) end
 
+-- Of its tokens alone; of one that runs already, ``used`` and ``reserved`` take the place of what it held.
+local function short(m)
+  if m.most == 0 then return end
+  if used + reserved > m.most then return {'tokens_per_minute', whole(m.most), whole(used + reserved), '60', '1'} end
+  local found, held = window(m.tokens), sum_held(m) - tonumber(redis.call('HGET', m.held, id) or 0)
+  local over = found.total + held + used + reserved - m.most
+  if over > 0 then
+    local seconds = held >= over and 1 or wait(found, over - held)
+    return {'tokens_per_minute', whole(m.most), whole(used + reserved), text(seconds), '0'}
+  end
+end
+
 local function excess(m)
   local running = redis.call('ZCARD', m.leases)
   if m.once > 0 and running >= m.once then
@@ -74,22 +86,15 @@ local function excess(m)
       return {'requests_per_minute', whole(m.rate), '1', text(wait(found, found.total - m.rate + 1)), '0'}
     end
   end
-  if m.most > 0 then
-    if reserved > m.most then return {'tokens_per_minute', whole(m.most), whole(reserved), '60', '1'} end
-    local found, held = window(m.tokens), sum_held(m)
-    local over = found.total + held + reserved - m.most
-    if over > 0 then
-      local seconds = held >= over and 1 or wait(found, over - held)
-      return {'tokens_per_minute', whole(m.most), whole(reserved), text(seconds), '0'}
-    end
-  end
+  return short(m)
 end
 
 local meters, refused = {}, {}
 for m = 1, #KEYS / 4 do meters[m] = meter(m) end
-if what == 'admit' then
+if what == 'admit' or what == 'more' then
   for index, m in ipairs(meters) do
-    local found = excess(m)
+    local found
+    if what == 'admit' then found = excess(m) else found = short(m) end
     if found then
       table.insert(found, 1, whole(index - 1))
       refused = found

@@ -140,13 +140,27 @@ class SharedLimits:
             self._forget(hold)
             raise
         if found:
-            index, limit, allowed, asked, wait, never = found
-            whose = scopes[int(index)].whose
-            raise Exceeded(
-                Excess(limit.decode(), int(allowed), int(asked), float(wait), never == b"1"), whose
-            )
+            raise _exceeded(hold, found)
         self._holds[hold.id] = hold
         return hold
+
+    async def more(self, hold: Hold, tokens: int) -> None:
+        """Reserves so many more for ``hold``; raises as ``admit``. Waits its turn to tell Redis."""
+        if not self._up:
+            raise _unavailable()
+        async with self._telling:
+            used, reserved = hold.used, hold.reserved + tokens
+            try:
+                found = await self._run("more", hold, used, reserved)
+            except _FAILURES as exc:
+                self._lost(exc)
+                raise _unavailable() from exc
+            if found:
+                raise _exceeded(hold, found)
+            hold.used -= used
+            hold.reserved += tokens
+            if hold.ended:
+                self._forget(hold)
 
     def end(self, hold: Hold) -> None:
         if hold.id not in self._holds:
@@ -165,10 +179,12 @@ class SharedLimits:
         self._holds[hold.id] = hold
         self.end(hold)
 
-    async def _run(self, what: str, hold: Hold, used: int = 0) -> list[bytes]:
+    async def _run(self, what: str, hold: Hold, used: int = 0, reserved: int | None = None) -> list[bytes]:
+        """``reserved``, where Redis is to have another number than the hold has."""
+        held = hold.reserved if reserved is None else reserved
         keys, args = (
             [],
-            [what, self._clock() if self._clock else 0, self._lease, hold.id, hold.reserved, used],
+            [what, self._clock() if self._clock else 0, self._lease, hold.id, held, used],
         )
         for scope in hold.scopes:
             limits = scope.limits
@@ -237,6 +253,12 @@ class SharedLimits:
             unexpected = None if isinstance(exc, _FAILURES) else exc
             logger.error("Redis does not answer, requests with limits get 503: %r", exc, exc_info=unexpected)
         self._up = False
+
+
+def _exceeded(hold: Hold, found: list[bytes]) -> Exceeded:
+    index, limit, allowed, asked, wait, never = found
+    excess = Excess(limit.decode(), int(allowed), int(asked), float(wait), never == b"1")
+    return Exceeded(excess, hold.scopes[int(index)].whose)
 
 
 def _unavailable() -> Unavailable:

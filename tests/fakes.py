@@ -38,7 +38,7 @@ from server.engine import (
     _request_errors,
     from_vllm,
 )
-from server.errors import BadRequest, Unavailable
+from server.errors import BadRequest, TooManyRequests, Unavailable
 from server.handlers import TokenKind
 from server.sizing import Capacity
 from tests import fake_dialects, fake_embeddings
@@ -403,6 +403,11 @@ class FakeEngine:
         for i in range(len(prompts)):
             call.request_ids.append(f"{call.id}-{i}")
             run.produced[call.request_ids[-1]] = 0
+        if call.admission is not None:
+            for prompt in prompts:
+                left = self.max_model_len - prompt
+                most = 0 if call.kind == "embedding" else n * (left if natural_end else min(limit, left))
+                call.admission.asks(prompt, most, 0 if call.kind == "embedding" else n)
         return run
 
     def _load_of(self, model: str) -> int | None:
@@ -429,6 +434,9 @@ class FakeEngine:
 
     async def _produce(self, run: _Run) -> AsyncIterator[int]:
         """Token numbers, one step each; ends early when the call is aborted."""
+        if run.call.admission is not None:
+            most = await run.call.admission.settle()
+            run.limit = run.limit if most is None else min(run.limit, most)
         run.going.set()
         self.running.append(run)
         self.most_running = max(self.most_running, sum(other.sequences for other in self.running))
@@ -472,6 +480,8 @@ class FakeEngine:
             yield _error_event("the engine is dead", 500)
         except Unavailable as exc:
             yield _error_event(exc.message, 503)
+        except TooManyRequests:
+            yield _error_event("Internal server error", 500)
         if run.aborted:
             for event in events(run, last + 1):
                 event["choices"][0]["finish_reason"] = "abort"

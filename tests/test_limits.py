@@ -260,11 +260,14 @@ def test_nothing_stays_reserved_wherever_a_request_is_cancelled() -> None:
     run(scenario())
 
 
-def test_a_prompt_of_more_tokens_than_was_thought_is_held_against_the_next() -> None:
+def test_a_prompt_of_more_tokens_than_was_thought_is_reserved_before_it_runs() -> None:
     async def scenario() -> None:
         async with World(max_running=2) as world:
             who = limited(world, tokens_per_minute=160)
             dense = [{"role": "user", "content": "a " * 150}]
+            with pytest.raises(TooManyRequests, match="may use 161"):
+                await world.open(who, messages=dense, max_tokens=10)
+            assert world.service.quotas.headers(who)["x-ratelimit-remaining-tokens"] == "160"
             opened = await world.open(who, messages=dense, max_tokens=5)
             await read(opened)
             assert opened.lease.prompt_tokens + opened.lease.output_tokens == 156

@@ -146,6 +146,47 @@ async def test_two_processes_admit_exactly_the_limit_between_them() -> None:
         assert each[1].headers(who)["x-ratelimit-remaining-requests"] == "0"
 
 
+async def test_more_is_reserved_for_one_that_runs_or_nothing_changes() -> None:
+    who = limited(tokens_per_minute=100)
+    async with opened() as one, opened() as two:
+        mine, theirs = Quotas(shared=one), Quotas(shared=two)
+        ticket, other = await mine.take(asked(who, 40)), await theirs.take(asked(who, 40))
+        ticket.asks(50, 10, 1)
+        assert await ticket.settle() is None  # 60 and 40
+        other.asks(35, 6, 1)
+        with pytest.raises(TooManyRequests, match="tokens per minute") as refused:
+            await other.settle()
+        assert refused.value.code == "rate_limit_exceeded"
+        other.withdraw()
+        await two._tell(only_ended=True)
+        rest = await mine.take(asked(who, 40))
+        rest.asks(90, 20, 1)
+        with pytest.raises(TooManyRequests, match="may use 110"):
+            await rest.settle()
+        rest.withdraw()
+        ticket.withdraw()
+        last = await mine.take(asked(who, 100))
+        last.withdraw()
+
+
+async def test_what_is_used_already_counts_where_more_is_reserved() -> None:
+    scope = Scope(uuid.uuid4().hex, "tenant", KeyLimits(tokens_per_minute=100))
+    async with opened() as shared:
+        hold = await shared.admit([scope], 50)
+        hold.use(30, 30)
+        await shared.more(hold, 50)
+        assert (hold.used, hold.reserved) == (0, 70)
+        assert shared.left(scope)["tokens"].remaining == 0
+        with pytest.raises(Exceeded):
+            await shared.more(hold, 1)
+        shared._up = False
+        with pytest.raises(Unavailable):
+            await shared.more(hold, 1)
+        shared._up = True
+        hold.use(0, hold.reserved)
+        shared.end(hold)
+
+
 async def test_a_place_is_free_for_whoever_asks_right_after_the_end() -> None:
     who = limited(requests_at_once=1)
     async with opened() as shared:
