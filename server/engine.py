@@ -246,8 +246,10 @@ class Engine:
 
     @property
     def lora_dtype(self) -> str:
-        """The dtype in which adapters are served: "float32", "float16" or "bfloat16"."""
-        return str(self._llm.vllm_config.lora_config.lora_dtype).removeprefix("torch.")
+        """The narrowest dtype in which adapters are multiplied: "float32", "float16" or "bfloat16"."""
+        config = self._llm.vllm_config
+        dtypes = config.lora_config.lora_dtype, config.model_config.dtype
+        return str(min(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
 
     @property
     def version(self) -> str:
