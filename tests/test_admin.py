@@ -60,9 +60,9 @@ async def ask_first(site: Site, key: str, **fields: object) -> str:
 
 
 async def eventually(site: Site, path: Path) -> None:
-    """``path`` goes away, and with it nothing else goes wrong."""
+    """``path`` goes away, with what is done in the background about it."""
     async with asyncio.timeout(20):
-        while path.exists():
+        while path.exists() or site.app.state.tasks:
             await asyncio.sleep(0.02)
 
 
