@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from adapters.tables import MAX_INTEGER
 from server.budgets import Budgets
 from server.dispatcher import Dispatcher
 from server.errors import Unprocessable
-from server.http import parse_object, whole_body
+from server.http import in_background, parse_object, whole_body
 from server.keys import DEFAULT_SCOPES, SCOPES, KeyScope
 from server.limits import KeyLimits, TenantLimits
 from server.publish import Publishing, move_pin, publish, unpublish, verify
@@ -347,10 +346,7 @@ async def residency(publishing: PublishingOf) -> dict[str, Any]:
 
 def _free(request: Request, publishing: Publishing, versions: list[Version]) -> None:
     """In the background: the rows are gone, and the last request may go on for minutes."""
-    tasks: set[asyncio.Task[None]] = request.app.state.tasks
-    task = asyncio.create_task(unpublish(publishing, versions))
-    tasks.add(task)
-    task.add_done_callback(tasks.discard)
+    in_background(request.app, unpublish(publishing, versions))
 
 
 def _versions(adapters: list[Adapter]) -> list[Version]:

@@ -24,7 +24,7 @@ from server.dispatcher import Dispatcher
 from server.document import document
 from server.engine import Engine, EngineDied
 from server.fields import DEFAULT_MODEL
-from server.http import RequestContext, install_error_handlers
+from server.http import RequestContext, in_background, install_error_handlers
 from server.metrics import Gauges, Metrics
 from server.plan import Limits
 from server.probe import Prober
@@ -156,9 +156,7 @@ async def _start(
     gc.freeze()
     sized = engine.capacity.describe(settings.adapter_gpu_memory, settings.adapter_host_memory)
     logger.info("ready: %s; %s", engine.base.name, sized)
-    verifying = asyncio.create_task(verify_all(state.publishing, metrics))
-    state.tasks.add(verifying)
-    verifying.add_done_callback(state.tasks.discard)
+    in_background(app, verify_all(state.publishing, metrics))
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -683,32 +683,29 @@ def _metered_llm_class() -> Any:
         def generate(
             self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
         ) -> AsyncIterator[Any]:
-            call = _current_call.get()
-            if call is None:
-                raise RuntimeError("the engine was asked to generate outside an admitted call")
-            call.request_ids.append(request_id)
+            call = _begun(request_id)
             self._calls[request_id] = call
             stream = super().generate(prompt, sampling_params, request_id, **kwargs)
-            metered = self._metered(stream, call.meter, request_id)
-            if call.admission is None:
-                return metered
-            most = (sampling_params.max_tokens or 0) * sampling_params.n
-            call.admission.asks(_tokens_of(prompt), most, sampling_params.n)
-            return _admitted(call.admission, metered, sampling_params)
+            return self._counted(call, request_id, prompt, stream, sampling_params)
 
         def encode(
             self, prompt: Any, pooling_params: Any, request_id: str, **kwargs: Any
         ) -> AsyncIterator[Any]:
-            call = _current_call.get()
-            if call is None:
-                raise RuntimeError("the engine was asked to embed outside an admitted call")
-            call.request_ids.append(request_id)
+            call = _begun(request_id)
             stream = super().encode(prompt, pooling_params, request_id, **kwargs)
-            metered = self._metered(stream, call.meter, request_id)
+            return self._counted(call, request_id, prompt, stream)
+
+        def _counted(
+            self, call: Call, part: str, prompt: Any, stream: AsyncIterator[Any], sampling_params: Any = None
+        ) -> AsyncIterator[Any]:
+            """``stream``, metered, and where tokens are limited admitted by what it may come to."""
+            metered = self._metered(stream, call.meter, part)
             if call.admission is None:
                 return metered
-            call.admission.asks(_tokens_of(prompt), 0, 0)
-            return _admitted(call.admission, metered)
+            given = sampling_params
+            sequences, each = (given.n, given.max_tokens or 0) if given is not None else (0, 0)
+            call.admission.asks(_tokens_of(prompt), sequences * each, sequences)
+            return _admitted(call.admission, metered, sampling_params)
 
         @staticmethod
         async def _metered(stream: AsyncIterator[Any], meter: Meter, part: str) -> AsyncIterator[Any]:
@@ -802,6 +799,15 @@ def _metered_llm_class() -> Any:
                 meter.progressed(request_id, prompt, produced, 0)
 
     return _MeteredLLM
+
+
+def _begun(request_id: str) -> Call:
+    """The call that vLLM's front end now begins a part of."""
+    call = _current_call.get()
+    if call is None:
+        raise RuntimeError("the engine was asked to run something outside an admitted call")
+    call.request_ids.append(request_id)
+    return call
 
 
 def _tokens_of(prompt: Any) -> int:

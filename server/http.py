@@ -47,6 +47,14 @@ class ClientLeft(Exception):
     """The client hung up before there was an answer."""
 
 
+def in_background(app: FastAPI, work: Coroutine[Any, Any, None]) -> None:
+    """Goes on after the answer; what is left of it when the server stops is cancelled."""
+    tasks: set[asyncio.Task[None]] = app.state.tasks
+    task = asyncio.create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+
+
 class RequestContext:
     """ASGI middleware: an id of our own for every request, and one log line when it is over.
 

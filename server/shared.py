@@ -182,10 +182,9 @@ class SharedLimits:
     async def _run(self, what: str, hold: Hold, used: int = 0, reserved: int | None = None) -> list[bytes]:
         """``reserved``, where Redis is to have another number than the hold has."""
         held = hold.reserved if reserved is None else reserved
-        keys, args = (
-            [],
-            [what, self._clock() if self._clock else 0, self._lease, hold.id, held, used],
-        )
+        now = self._clock() if self._clock else 0
+        keys: list[str] = []
+        args: list[str | float] = [what, now, self._lease, hold.id, held, used]
         for scope in hold.scopes:
             limits = scope.limits
             keys += [f"loraplex:{scope.name}:{part}" for part in ("requests", "tokens", "leases", "reserved")]

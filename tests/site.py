@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.protocol import BoundedHeads
+from server.settings import Settings
 
 ADMIN_KEY = "admin-key-of-the-tests"
 SERVICE_KEY = "service-key-of-the-tests"
@@ -58,6 +59,21 @@ class Site:
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
+
+
+def engine_settings(model: Path, data_dir: Path, **fields: Any) -> Settings:
+    """For a server on a real engine: as many slots as memory allows, and a log that says little."""
+    return Settings(
+        model=str(model),
+        data_dir=data_dir,
+        admin_key=ADMIN_KEY,
+        service_key=SERVICE_KEY,
+        gpu_slots="auto",
+        host_slots="auto",
+        log_format="text",
+        log_level="warning",
+        **fields,
+    )
 
 
 @asynccontextmanager

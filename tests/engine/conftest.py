@@ -16,9 +16,8 @@ import pytest_asyncio
 
 from server.app import create_app
 from server.demo.base import cache_folder, prepare
-from server.settings import Settings
 from tests.engine.reference import Reference
-from tests.site import ADMIN_KEY, SERVICE_KEY, Site, serving
+from tests.site import Site, engine_settings, serving
 
 # What the memory of the settings below comes to.
 GPU_SLOTS = 8
@@ -37,13 +36,9 @@ def reference(base_dir: Path) -> Reference:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def site(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
-    settings = Settings(
-        model=str(base_dir),
-        data_dir=tmp_path_factory.mktemp("data"),
-        admin_key=ADMIN_KEY,
-        service_key=SERVICE_KEY,
-        gpu_slots="auto",
-        host_slots="auto",
+    settings = engine_settings(
+        base_dir,
+        tmp_path_factory.mktemp("data"),
         adapter_gpu_memory="800MiB",
         adapter_host_memory="1.2GiB",
         max_lora_rank=64,
@@ -56,8 +51,6 @@ async def site(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
             # A random adapter would fill a JSON document with blanks.
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         },
-        log_format="text",
-        log_level="warning",
     )
     async with serving(create_app(settings)) as site:
         yield site

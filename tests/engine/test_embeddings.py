@@ -16,10 +16,9 @@ from transformers import AutoModel
 
 from server.app import create_app
 from server.engine import _slots
-from server.settings import Settings
 from tests.embedding_suite import EmbeddingSuite, far, vectors
 from tests.engine.reference import ATTENTION, MLP
-from tests.site import ADMIN_KEY, SERVICE_KEY, Site, serving
+from tests.site import Site, engine_settings, serving
 from tests.trainer import Base, make_base
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -58,13 +57,9 @@ def adapters(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def site(base: Base, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
-    settings = Settings(
-        model=str(base.folder),
-        data_dir=tmp_path_factory.mktemp("data"),
-        admin_key=ADMIN_KEY,
-        service_key=SERVICE_KEY,
-        gpu_slots="auto",
-        host_slots="auto",
+    settings = engine_settings(
+        base.folder,
+        tmp_path_factory.mktemp("data"),
         adapter_gpu_memory="4MiB",
         adapter_host_memory="8MiB",
         max_lora_rank=8,
@@ -76,8 +71,6 @@ async def site(base: Base, tmp_path_factory: pytest.TempPathFactory) -> AsyncIte
             "max_num_seqs": 16,
             "tokenizer": str(base.folder / "tokenizer"),
         },
-        log_format="text",
-        log_level="warning",
     )
     async with serving(create_app(settings)) as site:
         yield site
