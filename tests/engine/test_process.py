@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -72,7 +73,11 @@ async def server(base: Path, data: Path) -> AsyncIterator[Running]:
     environment = os.environ | {f"LORAPLEX_{name}": value for name, value in settings.items()}
     with log.open("ab") as out:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "server", "serve", env=environment, stdout=out, stderr=out
+            *(sys.executable, "-m", "server", "serve"),
+            env=environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     running = Running(process, log, port)
     try:
@@ -80,9 +85,10 @@ async def server(base: Path, data: Path) -> AsyncIterator[Running]:
         yield running
     finally:
         await running.http.aclose()
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        # The whole session: the engine outlives a server that is killed where a test has failed.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
 
 
 async def test_the_life_of_a_server(base_dir: Path, reference: Reference, tmp_path: Path) -> None:
