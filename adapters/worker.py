@@ -22,8 +22,14 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from adapters.model import WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +178,7 @@ class _Pager:
         started = time.perf_counter()
         lora = self._load(LoRARequest(lora_name=name, lora_int_id=load_id, lora_path=path))
         if self._in_place:
-            _own(lora)
+            _own(lora, os.path.join(path, WEIGHTS_FILE))
         self.tables._create_merged_loras_inplace(lora)
         return lora, time.perf_counter() - started
 
@@ -268,10 +274,33 @@ def _checkpoint_name(name: str, mapper: Any) -> str:
     return name
 
 
-def _own(lora: Any) -> None:
-    """Copies what safetensors has left in the mapped file, so that no engine step reads a disk."""
+def _own(lora: Any, file: str) -> None:
+    """Copies what safetensors has left in the mapped ``file``, so that no engine step reads a disk.
+
+    Copied and scaled at once; a tensor whose dtype was changed is in memory of its own already.
+    """
+    mapped = _mapped(file)
     for layer in lora.loras.values():
-        layer.lora_a, layer.lora_b = (t if t is None else t.clone() for t in (layer.lora_a, layer.lora_b))
+        layer.lora_a = _copied(layer.lora_a, 1, mapped)
+        layer.lora_b = _copied(layer.lora_b, layer.scaling, mapped)
+        layer.scaling = 1
+
+
+def _copied(tensor: torch.Tensor | None, factor: float, mapped: Sequence[range]) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    if not any(tensor.data_ptr() in addresses for addresses in mapped):
+        return tensor if factor == 1 else tensor.mul_(factor)
+    return tensor.clone() if factor == 1 else tensor * factor
+
+
+def _mapped(file: str) -> list[range]:
+    """The addresses at which this process has mapped ``file``, be it deleted or not."""
+    file = os.path.realpath(file)
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        lines = [line for line in maps if line.rstrip("\n").removesuffix(" (deleted)").endswith(f" {file}")]
+    ends = [line.split(" ", 1)[0].split("-") for line in lines]
+    return [range(int(first, 16), int(last, 16)) for first, last in ends]
 
 
 def _size_of(lora: Any) -> int:

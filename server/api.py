@@ -44,21 +44,21 @@ class LeasedResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ends the connection of a client that does not read: its place in the engine is others' too."""
-        late = False
+        loop = asyncio.get_running_loop()
+        limit = asyncio.timeout(None)
 
         async def send_in_time(message: Message) -> None:
-            nonlocal late
-            try:
-                async with asyncio.timeout(self._client_timeout):
-                    await send(message)
-            except TimeoutError:
-                late = True
-                raise
+            if not limit.expired():
+                limit.reschedule(loop.time() + self._client_timeout)
+            await send(message)
+            if not limit.expired():
+                limit.reschedule(None)
 
         try:
-            await super().__call__(scope, receive, send_in_time)
+            async with limit:
+                await super().__call__(scope, receive, send_in_time)
         except (TimeoutError, ClientDisconnect):
-            if not late:
+            if not limit.expired():
                 raise
         finally:
             await self._stream.aclose()

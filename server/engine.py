@@ -201,6 +201,9 @@ class Engine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # We stop the engine when nothing runs any more, so its workers have nothing to finish.
         os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
+        # Threads of a step that wait for each other by spinning take the processor from this process and
+        # from loads, and then have to wait for these: with two cores every load is felt in every stream.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
         slots = await asyncio.to_thread(_slots, settings)

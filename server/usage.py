@@ -153,7 +153,8 @@ class Recorder:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), FLUSH_EVERY)
             try:
-                await self.flush()
+                if self._waiting:
+                    await self.flush()
                 for step in due:
                     due[step] -= FLUSH_EVERY
                     if due[step] <= 0:
