@@ -50,7 +50,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import PoolProxiedConnection
@@ -75,7 +75,7 @@ UPGRADE_LOCK = 0x6C6F7261
 # The row of ``meta`` that every write changes, and how often other processes look at it, in seconds.
 LAST_WRITE = "last_write"
 WATCH_EVERY = 0.5
-_LOOK = f"SELECT value FROM meta WHERE key = '{LAST_WRITE}'"
+_LOOK = "SELECT value FROM meta WHERE key = 'last_write'"
 
 MAX_INTEGER = 2**31 - 1
 

@@ -46,14 +46,25 @@ class LeasedResponse(StreamingResponse):
         """Ends the connection of a client that does not read: its place in the engine is others' too."""
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout(None)
+        sending: float | None = None  # since when
+        timer: asyncio.TimerHandle
+
+        def look() -> None:
+            """One timer a response: one for each chunk costs as much as the chunk's own way through."""
+            nonlocal timer
+            due = self._client_timeout + (loop.time() if sending is None else sending)
+            if due > loop.time():
+                timer = loop.call_at(due, look)
+            else:
+                limit.reschedule(due)
 
         async def send_in_time(message: Message) -> None:
-            if not limit.expired():
-                limit.reschedule(loop.time() + self._client_timeout)
+            nonlocal sending
+            sending = loop.time()
             await send(message)
-            if not limit.expired():
-                limit.reschedule(None)
+            sending = None
 
+        timer = loop.call_later(self._client_timeout, look)
         try:
             async with limit:
                 await super().__call__(scope, receive, send_in_time)
@@ -61,6 +72,7 @@ class LeasedResponse(StreamingResponse):
             if not limit.expired():
                 raise
         finally:
+            timer.cancel()
             await self._stream.aclose()
             self._log |= _usage(self._lease)
 

@@ -105,6 +105,7 @@ class Lease:
         self._counted = (0, 0, 0)  # prompt, cached and output tokens that others know of
         self._last_token = 0.0
         self._token_times: TokenTimes | None = None
+        self._gaps: list[tuple[float, int]] = []  # seconds before each of so many tokens, not yet told
         self._closing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -160,6 +161,11 @@ class Lease:
         now = (self.prompt_tokens, self.cached_tokens, self.output_tokens)
         new = (after - before for after, before in zip(now, self._counted, strict=True))
         self._owner.metrics.consumed(self.tenant, *new)
+        if self._token_times is not None:
+            for gap, tokens in self._gaps:
+                for _ in range(tokens):
+                    self._token_times.gap(gap)
+            self._gaps.clear()
         self._counted = now
         self._owner._progressed(self)
 
@@ -169,9 +175,7 @@ class Lease:
             self._token_times = self._owner.metrics.token_times(self.tenant)
             self._token_times.first(now - self._since)
         else:
-            gap = (now - self._last_token) / new
-            for _ in range(new):
-                self._token_times.gap(gap)
+            self._gaps.append(((now - self._last_token) / new, new))
         self._last_token = now
 
 
@@ -199,6 +203,7 @@ class Dispatcher:
         self._ops: list[PageOp] = []
         self._staging: set[int] = set()
         self._wake = asyncio.Event()
+        self._asked = asyncio.Event()  # not set while there is no lease
         self._loops: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = itertools.count(1)
@@ -258,6 +263,7 @@ class Dispatcher:
         granted = asyncio.get_running_loop().create_future()
         self._waiting[ask.id] = granted
         self._leases[ask.id] = lease
+        self._asked.set()
         try:
             self._happened(self._plan.submitted(self.now(), ask))
             await granted
@@ -455,7 +461,10 @@ class Dispatcher:
     async def _poll_forever(self) -> None:
         """Reads the meters of answers that are not streamed; they report nothing before their end."""
         while True:
+            await self._asked.wait()
             await asyncio.sleep(METER_POLL)
+            if not self._leases:
+                self._asked.clear()
             for lease in list(self._leases.values()):
                 if lease.work is not None and not lease.streamed:
                     lease.work.poll()

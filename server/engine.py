@@ -715,8 +715,9 @@ def _metered_llm_class() -> Any:
             # While streaming an output holds what is new; otherwise one output holds everything.
             produced = 0
             async for output in stream:
-                completions = output.outputs if isinstance(output.outputs, list) else ()  # an embedding
-                produced += sum(len(completion.token_ids) for completion in completions)
+                if isinstance(output.outputs, list):  # an embedding's is no list
+                    for completion in output.outputs:
+                        produced += len(completion.token_ids)
                 prompt = len(output.prompt_token_ids or ())
                 meter.progressed(part, prompt, produced, output.num_cached_tokens or 0)
                 yield output

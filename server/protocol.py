@@ -22,6 +22,7 @@ class _Patient:
     def __init__(self, transport: Any, closing: BoundedHeads) -> None:
         self._transport = transport
         self._closing = closing
+        self.write = transport.write  # what is asked for with every chunk of an answer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)

@@ -102,6 +102,7 @@ class Recorder:
         self._used: dict[str, datetime] = {}
         self._writing = asyncio.Lock()
         self._write: asyncio.Task[None] | None = None
+        self._recorded = asyncio.Event()  # not set while nothing waits
         self._stopping = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
 
@@ -111,6 +112,7 @@ class Recorder:
     async def stop(self) -> None:
         """Everything is on disk when it returns; raises what kept it from getting there."""
         self._stopping.set()
+        self._recorded.set()
         if self._loop is not None:
             await self._loop
         await self.flush()
@@ -118,6 +120,7 @@ class Recorder:
 
     def record(self, record: Usage) -> None:
         self._waiting.append(record)
+        self._recorded.set()
         if len(self._waiting) > MOST_WAITING:
             self._waiting = added_up(self._waiting)
 
@@ -147,19 +150,23 @@ class Recorder:
                     self._waiting = added_up([*batch, *self._waiting])
 
     async def _flush_forever(self) -> None:
-        due = {self.write_used: TOUCH_EVERY, self._roll_up: 0.0}
+        clock = asyncio.get_running_loop().time
         every = {self.write_used: TOUCH_EVERY, self._roll_up: ROLL_UP_EVERY}
+        due = {self.write_used: clock() + TOUCH_EVERY, self._roll_up: clock()}
         while not self._stopping.is_set():
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), FLUSH_EVERY)
+                async with asyncio.timeout_at(min(due.values())):
+                    await self._recorded.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_EVERY):
+                    await self._stopping.wait()
             try:
-                if self._waiting:
-                    await self.flush()
-                for step in due:
-                    due[step] -= FLUSH_EVERY
-                    if due[step] <= 0:
-                        due[step] = every[step]
-                        await step()
+                await self.flush()
+                if not self._waiting:
+                    self._recorded.clear()
+                for step in [step for step in due if due[step] <= clock()]:
+                    due[step] = clock() + every[step]
+                    await step()
             except Exception:
                 logger.exception("usage could not be written; %d records wait", len(self._waiting))
 
