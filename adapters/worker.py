@@ -22,7 +22,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -277,21 +276,36 @@ def _checkpoint_name(name: str, mapper: Any) -> str:
 def _own(lora: Any, file: str) -> None:
     """Copies what safetensors has left in the mapped ``file``, so that no engine step reads a disk.
 
-    Copied and scaled at once; a tensor whose dtype was changed is in memory of its own already.
+    It is scaled on the way, and lies in one piece afterwards: a piece for each tensor would change the
+    process's memory map hundreds of times. A tensor of another dtype in the file has been copied already.
     """
+    import torch
+
     mapped = _mapped(file)
+    left: list[tuple[Any, str, torch.Tensor, float]] = []
     for layer in lora.loras.values():
-        layer.lora_a = _copied(layer.lora_a, 1, mapped)
-        layer.lora_b = _copied(layer.lora_b, layer.scaling, mapped)
+        for side, factor in (("lora_a", 1.0), ("lora_b", layer.scaling)):
+            tensor = getattr(layer, side)
+            if tensor is not None and any(tensor.data_ptr() in addresses for addresses in mapped):
+                left.append((layer, side, tensor, factor))
+            elif tensor is not None and factor != 1:
+                tensor.mul_(factor)
         layer.scaling = 1
+    if not left:
+        return
+    room = torch.empty(sum(_lines(tensor) for _, _, tensor, _ in left), dtype=left[0][2].dtype)
+    for layer, side, tensor, factor in left:
+        own, room = room[: tensor.numel()].view(tensor.shape), room[_lines(tensor) :]
+        if factor == 1:
+            own.copy_(tensor)
+        else:
+            torch.mul(tensor, factor, out=own)
+        setattr(layer, side, own)
 
 
-def _copied(tensor: torch.Tensor | None, factor: float, mapped: Sequence[range]) -> torch.Tensor | None:
-    if tensor is None:
-        return None
-    if not any(tensor.data_ptr() in addresses for addresses in mapped):
-        return tensor if factor == 1 else tensor.mul_(factor)
-    return tensor.clone() if factor == 1 else tensor * factor
+def _lines(tensor: torch.Tensor) -> int:
+    """Its elements, up to the end of the last one's cache line."""
+    return -(-tensor.numel() // 64) * 64
 
 
 def _mapped(file: str) -> list[range]:

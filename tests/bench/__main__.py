@@ -56,7 +56,7 @@ class Bench:
         servers = self._servers if round_.number % 2 == 0 else self._servers[::-1]
         for setup in dict.fromkeys(setup for scenario in measured for setup in scenario.setups):
             for server in servers:
-                todo = [s for s in measured if setup in s.setups and server.name in s.servers]
+                todo = [s for s in measured if setup in s.setups and s.due(server.name, round_)]
                 if todo:
                     await self._session(server, setup, todo, round_)
                     self.write(quick=round_.quick)

@@ -71,7 +71,8 @@ class Scenario:
 
     ``adapters`` are on disk before, and in no server's memory: a scenario loads and warms what it wants warm.
     Adapters that must be cold belong to one scenario of a setup only. ``runs`` is for what takes too long to
-    be repeated as often as the others, ``longest`` in seconds on one server is where it is given up.
+    be repeated as often as the others, ``longest`` in seconds on one server is where it is given up. Servers
+    in ``once`` are measured in the first run only, since what they do is always the same.
     """
 
     name: str
@@ -80,8 +81,12 @@ class Scenario:
     measure: Callable[[Server, Client, Round], Awaitable[Values]]
     setups: tuple[Setup, ...] = (Setup(),)
     servers: tuple[str, ...] = ("loraplex", "vllm")
+    once: tuple[str, ...] = ()
     runs: int | None = None
     longest: float | None = LONGEST
+
+    def due(self, server: str, round_: Round) -> bool:
+        return server in self.servers and not (round_.number and server in self.once)
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,4 +74,5 @@ SCENARIO = Scenario(
     ),
     lambda _: (*HOT, COLD),
     measure,
+    once=("vllm",),
 )
