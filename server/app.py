@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from datetime import datetime
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -124,9 +124,14 @@ async def _start(
     state.engine, state.database, state.blobs, state.metrics = engine, database, blobs, metrics
     state.dispatcher = dispatcher
     state.recorder = recorder
+
+    async def spent_so_far(tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
+        await recorder.flush()
+        return await spent(database, tenant, start, end)
+
     quotas = Quotas(
         record=recorder.record,
-        spent=partial(spent, database),
+        spent=spent_so_far,
         prices=settings.prices,
         metrics=metrics,
         shared=state.shared,

@@ -8,7 +8,7 @@ Days and months are those of UTC.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Annotated, Literal, Self
@@ -106,6 +106,12 @@ class Spending:
             if self.since.get(period) != start:
                 self.since[period], self.used[period] = start, Amount()
                 self.warned = {entry for entry in self.warned if entry[0] != period}
+
+    def learn(self, now: datetime, used: Mapping[Period, Amount], reserved: Amount) -> None:
+        """From whoever counts it for all processes."""
+        self.turn(now)
+        self.used.update(used)
+        self.reserved = reserved
 
     def add(self, tokens: int, cost: int, now: datetime) -> None:
         self.turn(now)

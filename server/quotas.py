@@ -8,7 +8,7 @@
 
 Limits hold for a tenant and, each key's own, for its keys; budgets for a tenant. All of it is counted here,
 on the event loop, so what is looked at is never stale and nothing runs between a look and a reservation.
-With ``shared``, limits are counted in Redis instead, where one script looks and reserves.
+With ``shared``, both are counted in Redis instead, where one script looks and reserves.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -28,7 +29,7 @@ from server.errors import BadRequest, Forbidden, ServerError, TooManyRequests
 from server.limits import Excess, KeyLimits, Left, Meter, duration
 from server.metrics import Metrics
 from server.settings import Price
-from server.shared import Exceeded, Hold, Scope, SharedLimits
+from server.shared import Exceeded, Hold, Overspent, Purse, Scope, SharedLimits
 from server.tenants import Tenant
 from server.usage import Usage
 
@@ -92,7 +93,14 @@ class Quotas:
         self._admissions = 0
 
     async def open(self, tenant: Tenant) -> None:
-        """Reads what a tenant with budgets used before this process began, once."""
+        """Reads what a tenant with budgets used before this process began, once; or always what Redis knows.
+
+        Unavailable (``limits_unavailable``) without Redis.
+        """
+        if self._shared is not None:
+            if (purse := self._purse(tenant)) is not None:
+                await self._shared.look(purse)
+            return
         owner = (tenant.id, tenant.created_at)
         if tenant.budgets is None or owner in self._opened:
             return
@@ -125,23 +133,36 @@ class Quotas:
 
     async def take(self, asked: Asked) -> Ticket:
         """As ``admit``, wherever limits are counted; Unavailable (``limits_unavailable``) without Redis."""
-        scopes = _scopes(asked.tenant) if self._shared is not None else []
-        if self._shared is None or not scopes:
+        if self._shared is None:
             return self.admit(asked)
-        try:
-            hold = await self._shared.admit(scopes, asked.prompt_tokens + asked.output_tokens)
-        except Exceeded as exc:
-            raise _limited(exc.excess, exc.whose) from None
+        scopes, purse = _scopes(asked.tenant), self._purse(asked.tenant)
+        if not scopes and purse is None:
+            return self.admit(asked)
+        tokens = asked.prompt_tokens + asked.output_tokens
+        cost = self.cost(asked, asked.prompt_tokens, 0, asked.output_tokens)
+        with self._refusals(asked, tokens):
+            hold = await self._shared.admit(scopes, tokens, purse, cost)
         try:
             return self.admit(asked, hold)
         except BaseException:
-            hold.use(0, hold.reserved)
+            hold.use(0, hold.reserved, 0, hold.reserved_cost)
             self._shared.end(hold)
             raise
 
+    @contextmanager
+    def _refusals(self, asked: Asked, tokens: int) -> Iterator[None]:
+        """What Redis refuses, as clients are told it."""
+        try:
+            yield
+        except Exceeded as exc:
+            raise _limited(exc.excess, exc.whose) from None
+        except Overspent as exc:
+            self._count(asked.tenant, "hard")
+            raise _spent_out(exc.passed, tokens, self.wall()) from None
+
     def admit(self, asked: Asked, hold: Hold | None = None) -> Ticket:
         """BadRequest for more ``max_tokens`` than are allowed, TooManyRequests (``rate_limit_exceeded``,
-        ``insufficient_quota``) for what limits and budgets forbid now. With ``hold``, limits were seen to."""
+        ``insufficient_quota``) for what limits and budgets forbid now. With ``hold``, both were seen to."""
         now, tokens = self.clock(), asked.prompt_tokens + asked.output_tokens
         meters = []
         for whose, limits in _limits(asked.tenant) if hold is None else ():
@@ -151,15 +172,18 @@ class Quotas:
             meters.append(meter)
         cost = self.cost(asked, asked.prompt_tokens, 0, asked.output_tokens)
         spending = self.spending(asked.tenant)
+        known = hold is not None and hold.purse is not None
         if asked.tenant.budgets is not None:
-            passed = spending.excess(asked.tenant.budgets, tokens, cost, self.wall())
-            if passed is not None:
-                self._count(asked.tenant, "hard")
-                raise _spent_out(passed, tokens, self.wall())
+            if not known:
+                passed = spending.excess(asked.tenant.budgets, tokens, cost, self.wall())
+                if passed is not None:
+                    self._count(asked.tenant, "hard")
+                    raise _spent_out(passed, tokens, self.wall())
             self._warn(asked.tenant, spending)
         for meter in meters:
             meter.admit(tokens, now)
-        spending.reserved.add(tokens, cost)
+        if not known:
+            spending.reserved.add(tokens, cost)
         self._admissions += 1
         if self._admissions % SWEEP_EVERY == 0:
             self._sweep(now)
@@ -196,37 +220,45 @@ class Quotas:
     def spending(self, tenant: Tenant) -> Spending:
         return self._spending.setdefault((tenant.id, tenant.created_at), Spending())
 
+    def _purse(self, tenant: Tenant) -> Purse | None:
+        if tenant.budgets is None:
+            return None
+
+        async def recorded(since: datetime) -> tuple[int, int]:
+            return await self._spent(tenant.id, max(since, tenant.created_at), self.wall())
+
+        name = f"{tenant.id}@{tenant.created_at.timestamp():.6f}"
+        return Purse(name, tenant.budgets, self.spending(tenant), recorded)
+
     def _meter(self, tenant: Tenant, whose: str) -> Meter:
         return self._meters.setdefault(f"{tenant.id} {whose}", Meter())
 
     async def reserve(self, ticket: Ticket, tokens: int, cost: int, whole: int) -> None:
         """So much more for a request of ``whole`` tokens, or less; raises as ``take`` does."""
-        asked, now = ticket.asked, self.clock()
-        if ticket.hold is not None and tokens > 0:
+        if ticket.hold is None:
+            self._reserve_here(ticket, tokens, cost, whole)
+        elif tokens > 0 or cost > 0:
             assert self._shared is not None
-            try:
-                await self._shared.more(ticket.hold, tokens)
-            except Exceeded as exc:
-                raise _limited(exc.excess, exc.whose) from None
-            if ticket.ended:
-                return
-        try:
-            if tokens > 0:
-                for meter, (whose, limits) in zip(ticket.meters, _limits(asked.tenant), strict=False):
-                    if (excess := meter.short(limits, whole, tokens, now)) is not None:
-                        raise _limited(excess, whose)
-            if (budgets := asked.tenant.budgets) is not None:
-                wall = self.wall()
-                passed = self.spending(asked.tenant).excess(budgets, tokens, cost, wall, begun=True)
-                if passed is not None:
-                    self._count(asked.tenant, "hard")
-                    raise _spent_out(passed, whole, wall)
-        except TooManyRequests:
-            if ticket.hold is not None and tokens > 0:
-                ticket.hold.use(0, tokens)
-            raise
-        if ticket.hold is not None and tokens < 0:
-            ticket.hold.use(0, -tokens)
+            with self._refusals(ticket.asked, whole):
+                await self._shared.more(ticket.hold, tokens, cost)
+            if ticket.hold.purse is None and not ticket.ended:
+                ticket.spending.reserved.add(tokens, cost)
+        else:
+            ticket.hold.use(0, -tokens, 0, -cost)
+            ticket.spending.reserved.add(tokens, cost)
+
+    def _reserve_here(self, ticket: Ticket, tokens: int, cost: int, whole: int) -> None:
+        asked, now = ticket.asked, self.clock()
+        if tokens > 0:
+            for meter, (whose, limits) in zip(ticket.meters, _limits(asked.tenant), strict=False):
+                if (excess := meter.short(limits, whole, tokens, now)) is not None:
+                    raise _limited(excess, whose)
+        if (budgets := asked.tenant.budgets) is not None:
+            wall = self.wall()
+            passed = self.spending(asked.tenant).excess(budgets, tokens, cost, wall, begun=True)
+            if passed is not None:
+                self._count(asked.tenant, "hard")
+                raise _spent_out(passed, whole, wall)
         for meter in ticket.meters:
             meter.used(0, -tokens, now)
         ticket.spending.reserved.add(tokens, cost)
@@ -386,7 +418,7 @@ class Ticket:
             if last:
                 meter.end()
         if self.hold is not None:
-            self.hold.use(new[0], freed[0])
+            self.hold.use(new[0], freed[0], new[1], freed[1])
             if last:
                 self._quotas.release(self.hold)
         self.spending.reserved.add(-freed[0], -freed[1])

@@ -81,8 +81,8 @@ class Settings(BaseSettings):
     )
     limits_redis_url: SecretStr | None = Field(
         None,
-        description="Redis in which all processes with this URL count the limits of tenants and keys"
-        " together; in each process's memory if unset.",
+        description="Redis in which all processes with this URL count limits and budgets together;"
+        " in each process's memory if unset.",
     )
     admin_key: SecretStr | None = Field(
         None, description="Key of the admin API. Without it the first start makes one and prints it once."

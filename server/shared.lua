@@ -1,10 +1,15 @@
--- One request's meters, all or none; the arithmetic of server.limits.Meter.
--- KEYS: of each meter its requests, tokens (hashes of tenths of a second), leases, reserved (by request).
--- ARGV: admit|more|renew|end, now (0: Redis's clock), lease, id, reserved, used; of each meter at once, requests, tokens.
--- Answers {excess or {}, of each meter {requests, until empty, tokens with reserved, until empty}}.
+-- One request's meters and purse, all or none; the arithmetic of server.limits.Meter and server.budgets.Spending.
+-- KEYS: of each meter its requests, tokens (hashes of tenths of a second), leases, reserved (by request);
+--   of the purse, if there is one, leases, reserved tokens, reserved cost (by request), day, month.
+-- ARGV: look|admit|more|renew|end, now (0: Redis's clock), lease, id, reserved and used tokens, reserved and used
+--   cost, meters; of each meter at once, requests, tokens; of day and month the most tokens and cost (-1: any),
+--   tokens and cost used before Redis knew of them (-1: not known), seconds to keep it.
+-- Answers {excess or {}, of each meter {requests, until empty, tokens with reserved, until empty},
+--   {tokens, cost of the day, of the month, reserved}}; {{'unknown'}} where what was used before is needed.
 local MINUTE, GRAIN = 60, 0.1
 local what, now, lease = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local id, reserved, used = ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
+local costs, count = {reserved = tonumber(ARGV[7]), used = tonumber(ARGV[8])}, tonumber(ARGV[9])
 if now == 0 then
   local time = redis.call('TIME')
   now = tonumber(time[1]) + tonumber(time[2]) / 1000000
@@ -43,20 +48,48 @@ local function add(key, amount)
   redis.call('EXPIRE', key, MINUTE + 2)
 end
 
+local function drop_dead(leases, ...)
+  for _, gone in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now)) do
+    redis.call('ZREM', leases, gone)
+    for _, held in ipairs({...}) do redis.call('HDEL', held, gone) end
+  end
+end
+
 local function meter(m)
-  local k, a = 4 * (m - 1), 6 + 3 * (m - 1)
+  local k, a = 4 * (m - 1), 9 + 3 * (m - 1)
   local found = {requests = KEYS[k + 1], tokens = KEYS[k + 2], leases = KEYS[k + 3], held = KEYS[k + 4],
     once = tonumber(ARGV[a + 1]), rate = tonumber(ARGV[a + 2]), most = tonumber(ARGV[a + 3])}
-  for _, gone in ipairs(redis.call('ZRANGEBYSCORE', found.leases, '-inf', now)) do
-    redis.call('ZREM', found.leases, gone)
-    redis.call('HDEL', found.held, gone)
-  end
+  drop_dead(found.leases, found.held)
   return found
 end
 
-local function sum_held(m)
+local UNITS = {'tokens', 'cost'}
+
+-- Each unit has what it may come to, what is held by request, and what this request now uses and reserves.
+local function open_purse()
+  local k, a = 4 * count, 9 + 3 * count
+  local found = {leases = KEYS[k + 1], periods = {},
+    tokens = {held = KEYS[k + 2], used = used, reserved = reserved},
+    cost = {held = KEYS[k + 3], used = costs.used, reserved = costs.reserved}}
+  for index, name in ipairs({'day', 'month'}) do
+    local b = a + 5 * (index - 1)
+    found.periods[index] = {name = name, key = KEYS[k + 3 + index], tokens = tonumber(ARGV[b + 1]),
+      cost = tonumber(ARGV[b + 2]), before = {ARGV[b + 3], ARGV[b + 4]}, keep = ARGV[b + 5]}
+  end
+  for _, period in ipairs(found.periods) do
+    if redis.call('EXISTS', period.key) == 0 then
+      if period.before[1] == '-1' then return end
+      redis.call('HSET', period.key, 'tokens', period.before[1], 'cost', period.before[2])
+      redis.call('EXPIRE', period.key, period.keep)
+    end
+  end
+  drop_dead(found.leases, found.tokens.held, found.cost.held)
+  return found
+end
+
+local function sum_held(held)
   local sum = 0
-  for _, tokens in ipairs(redis.call('HVALS', m.held)) do sum = sum + tonumber(tokens) end
+  for _, amount in ipairs(redis.call('HVALS', held)) do sum = sum + tonumber(amount) end
   return sum
 end
 
@@ -67,7 +100,7 @@ local function whole(n) return string.format('%d', n) end
 local function short(m)
   if m.most == 0 then return end
   if used + reserved > m.most then return {'tokens_per_minute', whole(m.most), whole(used + reserved), '60', '1'} end
-  local found, held = window(m.tokens), sum_held(m) - tonumber(redis.call('HGET', m.held, id) or 0)
+  local found, held = window(m.tokens), sum_held(m.held) - tonumber(redis.call('HGET', m.held, id) or 0)
   local over = found.total + held + used + reserved - m.most
   if over > 0 then
     local seconds = held >= over and 1 or wait(found, over - held)
@@ -89,8 +122,28 @@ local function excess(m)
   return short(m)
 end
 
+local function overspent(purse)
+  for _, period in ipairs(purse.periods) do
+    for _, unit in ipairs(UNITS) do
+      local limit, mine = period[unit], purse[unit]
+      if limit >= 0 then
+        local had, own = redis.call('HGET', period.key, unit), tonumber(redis.call('HGET', mine.held, id) or 0)
+        local taken, asked = tonumber(had) + sum_held(mine.held), mine.used + mine.reserved - own
+        if (what == 'admit' or asked > 0) and (taken + asked > limit or taken >= limit) then
+          return {'budget', period.name, unit, whole(limit), had}
+        end
+      end
+    end
+  end
+end
+
+local purse
+if #KEYS > 4 * count then
+  purse = open_purse()
+  if not purse then return {{'unknown'}, {}, {}} end
+end
 local meters, refused = {}, {}
-for m = 1, #KEYS / 4 do meters[m] = meter(m) end
+for m = 1, count do meters[m] = meter(m) end
 if what == 'admit' or what == 'more' then
   for index, m in ipairs(meters) do
     local found
@@ -101,8 +154,9 @@ if what == 'admit' or what == 'more' then
       break
     end
   end
+  if purse and #refused == 0 then refused = overspent(purse) or {} end
 end
-if #refused == 0 then
+if #refused == 0 and what ~= 'look' then
   for _, m in ipairs(meters) do
     if what == 'admit' then add(m.requests, 1) end
     if used > 0 then add(m.tokens, used) end
@@ -116,11 +170,36 @@ if #refused == 0 then
       redis.call('EXPIRE', m.held, math.ceil(lease) + 60)
     end
   end
+  if purse then
+    for _, unit in ipairs(UNITS) do
+      local mine = purse[unit]
+      for _, period in ipairs(purse.periods) do redis.call('HINCRBY', period.key, unit, whole(mine.used)) end
+      if what == 'end' then
+        redis.call('HDEL', mine.held, id)
+      else
+        redis.call('HSET', mine.held, id, whole(mine.reserved))
+        redis.call('EXPIRE', mine.held, math.ceil(lease) + 60)
+      end
+    end
+    if what == 'end' then
+      redis.call('ZREM', purse.leases, id)
+    else
+      redis.call('ZADD', purse.leases, now + lease, id)
+      redis.call('EXPIRE', purse.leases, math.ceil(lease) + 60)
+    end
+  end
 end
 local states = {}
 for index, m in ipairs(meters) do
-  local requests, tokens, held = window(m.requests), window(m.tokens), sum_held(m)
+  local requests, tokens, held = window(m.requests), window(m.tokens), sum_held(m.held)
   states[index] = {text(requests.total), text(empty(requests)), text(tokens.total + held),
     text(held > 0 and MINUTE or empty(tokens))}
 end
-return {refused, states}
+local spent = {}
+if purse then
+  for _, period in ipairs(purse.periods) do
+    for _, unit in ipairs(UNITS) do spent[#spent + 1] = redis.call('HGET', period.key, unit) end
+  end
+  for _, unit in ipairs(UNITS) do spent[#spent + 1] = whole(sum_held(purse[unit].held)) end
+end
+return {refused, states, spent}

@@ -1,12 +1,17 @@
-"""Limits that several processes share through Redis, with the arithmetic of ``server.limits.Meter``.
+"""Limits and budgets that several processes share through Redis, with the arithmetic of
+``server.limits.Meter`` and ``server.budgets.Spending``.
 
     shared = SharedLimits(url); await shared.open()
-    hold = await shared.admit(scopes, tokens)    all or none, in one script; raises Exceeded, Unavailable
+    hold = await shared.admit(scopes, tokens)    all or none, in one script; raises Exceeded, Overspent,
+                                                 Unavailable
     hold.use(tokens, freed); shared.end(hold)    never wait: a task of its own tells Redis
 
 What is used is told once a second and at the end, and counts from when it is told: never less than it was.
 A hold that its process stops renewing is given back after ``LEASE`` seconds. While Redis cannot be asked,
 nothing is admitted; the task finds out when it is back, and tells it again what is held.
+
+Of a day or a month that Redis knows nothing of, because it has just begun or Redis has lost its data, a
+tenant's recorded usage is read once, by whoever is the first to ask. What runs at that moment is not in it.
 """
 
 from __future__ import annotations
@@ -14,15 +19,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from adapters.tables import now as wall_now
+from server.budgets import PERIODS, Amount, Budgets, Passed, Period, Spending, Unit, began, ends
 from server.errors import Unavailable
 from server.limits import Excess, KeyLimits, Left
 
@@ -33,6 +42,8 @@ EVERY = 1.0
 # Seconds that one question to Redis may take.
 PATIENCE = 1.0
 CONNECTIONS = 32
+# How long a day or a month is kept after its end, for what its last requests still tell.
+KEPT = timedelta(days=1)
 # Meters of which the last answer is kept, for headers.
 REMEMBERED = 10_000
 
@@ -56,25 +67,62 @@ class Exceeded(Exception):
         self.whose = whose
 
 
+@dataclass(frozen=True, slots=True)
+class Purse:
+    """A tenant's budgets. ``name`` is nobody else's, not even a later tenant's of the same id.
+
+    ``spending`` is kept equal to what Redis says; ``recorded`` reads (tokens, cost) since a time from usage.
+    """
+
+    name: str
+    budgets: Budgets
+    spending: Spending
+    recorded: Callable[[datetime], Awaitable[tuple[int, int]]]
+
+
+class Overspent(Exception):
+    def __init__(self, passed: Passed) -> None:
+        super().__init__(passed.period)
+        self.passed = passed
+
+
 @dataclass(slots=True)
 class Hold:
-    """One request's place. ``used`` are tokens not yet told, ``reserved`` those that it may still use."""
+    """One request's place. ``used`` are tokens not yet told, ``reserved`` those that it may still use.
+
+    ``used_cost`` and ``reserved_cost`` are the same in money, for a purse.
+    """
 
     id: str
     scopes: Sequence[Scope]
     reserved: int
     used: int = 0
     ended: bool = False
+    purse: Purse | None = None
+    reserved_cost: int = 0
+    used_cost: int = 0
 
-    def use(self, tokens: int, freed: int) -> None:
+    def use(self, tokens: int, freed: int, cost: int = 0, freed_cost: int = 0) -> None:
         self.used += tokens
         self.reserved -= freed
+        self.used_cost += cost
+        self.reserved_cost -= freed_cost
 
 
 class SharedLimits:
-    """``clock`` stands in for Redis's own, in tests. Raises ValueError for what is no Redis URL."""
+    """``clock`` stands in for Redis's own, in tests. Raises ValueError for what is no Redis URL.
 
-    def __init__(self, url: str, *, clock: Callable[[], float] | None = None, lease: float = LEASE) -> None:
+    Days and months are those of ``wall``, which is to be about the same in all processes.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        clock: Callable[[], float] | None = None,
+        wall: Callable[[], datetime] = wall_now,
+        lease: float = LEASE,
+    ) -> None:
         try:
             pool = BlockingConnectionPool.from_url(
                 url,
@@ -89,6 +137,7 @@ class SharedLimits:
         self._redis = Redis.from_pool(pool)
         self._script = self._redis.register_script(_SCRIPT)
         self._clock = clock
+        self._wall = wall
         self._lease = lease
         self._holds: dict[str, Hold] = {}
         self._left: dict[str, dict[str, Left]] = {}
@@ -122,11 +171,13 @@ class SharedLimits:
         async with asyncio.timeout(PATIENCE):
             await self._redis.ping()
 
-    async def admit(self, scopes: Sequence[Scope], tokens: int) -> Hold:
-        """Exceeded, or Unavailable (``limits_unavailable``), without anything being reserved."""
+    async def admit(
+        self, scopes: Sequence[Scope], tokens: int, purse: Purse | None = None, cost: int = 0
+    ) -> Hold:
+        """Exceeded, Overspent, or Unavailable (``limits_unavailable``), without anything being reserved."""
         if not self._up:
             raise _unavailable()
-        hold = Hold(secrets.token_hex(12), scopes, tokens)
+        hold = Hold(secrets.token_hex(12), scopes, tokens, purse=purse, reserved_cost=cost)
         try:
             if self._ended:
                 # Whoever asks right after an answer has its place back. Not cut short, lest it is told twice.
@@ -140,27 +191,45 @@ class SharedLimits:
             self._forget(hold)
             raise
         if found:
-            raise _exceeded(hold, found)
+            raise _refused(hold, found)
         self._holds[hold.id] = hold
         return hold
 
-    async def more(self, hold: Hold, tokens: int) -> None:
+    async def more(self, hold: Hold, tokens: int, cost: int = 0) -> None:
         """Reserves so many more for ``hold``; raises as ``admit``. Waits its turn to tell Redis."""
         if not self._up:
             raise _unavailable()
         async with self._telling:
-            used, reserved = hold.used, hold.reserved + tokens
+            used, used_cost = hold.used, hold.used_cost
+            wanted = Hold(
+                hold.id,
+                hold.scopes,
+                hold.reserved + tokens,
+                used,
+                purse=hold.purse,
+                reserved_cost=hold.reserved_cost + cost,
+                used_cost=used_cost,
+            )
             try:
-                found = await self._run("more", hold, used, reserved)
+                found = await self._run("more", wanted)
             except _FAILURES as exc:
                 self._lost(exc)
                 raise _unavailable() from exc
             if found:
-                raise _exceeded(hold, found)
-            hold.used -= used
-            hold.reserved += tokens
+                raise _refused(hold, found)
+            hold.use(-used, -tokens, -used_cost, -cost)
             if hold.ended:
                 self._forget(hold)
+
+    async def look(self, purse: Purse) -> None:
+        """Brings ``purse.spending`` up to date; raises Unavailable as ``admit`` does."""
+        if not self._up:
+            raise _unavailable()
+        try:
+            await self._run("look", Hold("", (), 0, purse=purse))
+        except _FAILURES as exc:
+            self._lost(exc)
+            raise _unavailable() from exc
 
     def end(self, hold: Hold) -> None:
         if hold.id not in self._holds:
@@ -175,16 +244,15 @@ class SharedLimits:
 
     def _forget(self, hold: Hold) -> None:
         """Redis may have reserved it nevertheless."""
-        hold.reserved = 0
+        hold.reserved = hold.reserved_cost = 0
         self._holds[hold.id] = hold
         self.end(hold)
 
-    async def _run(self, what: str, hold: Hold, used: int = 0, reserved: int | None = None) -> list[bytes]:
-        """``reserved``, where Redis is to have another number than the hold has."""
-        held = hold.reserved if reserved is None else reserved
-        now = self._clock() if self._clock else 0
+    async def _run(self, what: str, hold: Hold) -> list[bytes]:
+        """Why not, or nothing."""
         keys: list[str] = []
-        args: list[str | float] = [what, now, self._lease, hold.id, held, used]
+        args: list[str | float] = [what, self._clock() if self._clock else 0, self._lease, hold.id]
+        args += [hold.reserved, hold.used, hold.reserved_cost, hold.used_cost, len(hold.scopes)]
         for scope in hold.scopes:
             limits = scope.limits
             keys += [f"loraplex:{scope.name}:{part}" for part in ("requests", "tokens", "leases", "reserved")]
@@ -193,11 +261,25 @@ class SharedLimits:
                 limits.requests_per_minute or 0,
                 limits.tokens_per_minute or 0,
             ]
+        if hold.purse is None:
+            return await self._ask(hold, keys, args)
+        now = self._wall()
+        found = await self._ask(hold, *_with_purse(keys, args, hold.purse, now, None))
+        if found == [b"unknown"]:
+            recorded = {period: await hold.purse.recorded(began(period, now)) for period in PERIODS}
+            found = await self._ask(hold, *_with_purse(keys, args, hold.purse, now, recorded))
+        return found
+
+    async def _ask(self, hold: Hold, keys: list[str], args: list[str | float]) -> list[bytes]:
         async with asyncio.timeout(PATIENCE):
-            excess, states = await self._script(keys=keys, args=args)
-        for scope, state in zip(hold.scopes, states, strict=True):
+            refusal, states, spent = await self._script(keys=keys, args=args)
+        for scope, state in zip(hold.scopes, states, strict=False):
             self._remember(scope, [float(number) for number in state])
-        return excess  # type: ignore[no-any-return]
+        if spent and hold.purse is not None:
+            amounts = [int(number) for number in spent]
+            day, month, reserved = (Amount(*amounts[i : i + 2]) for i in (0, 2, 4))
+            hold.purse.spending.learn(self._wall(), {"day": day, "month": month}, reserved)
+        return cast("list[bytes]", refusal)
 
     def _remember(self, scope: Scope, state: list[float]) -> None:
         found = {}
@@ -240,9 +322,9 @@ class SharedLimits:
                         raise result
 
     async def _tell_one(self, hold: Hold) -> None:
-        used, ended = hold.used, hold.ended
-        await self._run("end" if ended else "renew", hold, used)
-        hold.used -= used
+        used, used_cost, ended = hold.used, hold.used_cost, hold.ended
+        await self._run("end" if ended else "renew", hold)
+        hold.use(-used, 0, -used_cost)
         if ended:
             del self._holds[hold.id]
             self._ended.discard(hold.id)
@@ -254,7 +336,30 @@ class SharedLimits:
         self._up = False
 
 
-def _exceeded(hold: Hold, found: list[bytes]) -> Exceeded:
+def _with_purse(
+    keys: list[str],
+    args: list[str | float],
+    purse: Purse,
+    now: datetime,
+    recorded: dict[Period, tuple[int, int]] | None,
+) -> tuple[list[str], list[str | float]]:
+    keys = keys + [f"loraplex:{purse.name}:budget:{part}" for part in ("leases", "tokens", "cost")]
+    args = list(args)
+    for period in PERIODS:
+        budget = getattr(purse.budgets, period)
+        keys.append(f"loraplex:{purse.name}:budget:{period}:{began(period, now):%Y-%m-%d}")
+        for unit in ("tokens", "cost"):
+            limit = None if budget is None else budget.limit(unit, soft=False)
+            args.append(-1 if limit is None else limit)
+        args += recorded[period] if recorded is not None else (-1, -1)
+        args.append(int((ends(period, now) + KEPT - now).total_seconds()))
+    return keys, args
+
+
+def _refused(hold: Hold, found: list[bytes]) -> Exceeded | Overspent:
+    if found[0] == b"budget":
+        period, unit = (found[i].decode() for i in (1, 2))
+        return Overspent(Passed(cast("Period", period), cast("Unit", unit), int(found[3]), int(found[4])))
     index, limit, allowed, asked, wait, never = found
     excess = Excess(limit.decode(), int(allowed), int(asked), float(wait), never == b"1")
     return Exceeded(excess, hold.scopes[int(index)].whose)

@@ -29,8 +29,8 @@ LEVELS: list[set[str]] = [
     {"server.warming"},
     {"server.ranking", "server.tiers"},
     {"server.usage"},
-    {"server.engine", "server.tenants", "server.metrics", "server.logs"},
-    {"server.budgets", "server.command", "server.keys", "server.shared"},
+    {"server.engine", "server.tenants", "server.metrics", "server.logs", "server.shared"},
+    {"server.budgets", "server.command", "server.keys"},
     {"server.dialects", "server.fields"},
     {
         "server.errors",

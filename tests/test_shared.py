@@ -1,4 +1,4 @@
-"""Limits in Redis, where LORAPLEX_TEST_REDIS has the URL of one: as in memory, and shared by processes."""
+"""Limits and budgets in Redis, as in memory and shared; where LORAPLEX_TEST_REDIS has the URL of one."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import random
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from redis.exceptions import RedisError
 
+from server.budgets import Budget, Budgets, Spending
+from server.dispatcher import Lease
 from server.errors import TooManyRequests, Unavailable, headers_of
 from server.limits import KeyLimits, Meter, TenantLimits
-from server.quotas import Asked, Quotas
-from server.shared import Exceeded, Hold, Scope, SharedLimits
+from server.quotas import Asked, Quotas, Ticket
+from server.settings import Price
+from server.shared import Exceeded, Hold, Overspent, Purse, Scope, SharedLimits
 from server.tenants import Tenant
 from tests import tiny
 from tests.tiny import fake_site
@@ -43,6 +48,24 @@ def limited(**limits: int) -> Tenant:
 
 def asked(who: Tenant, tokens: int = 10) -> Asked:
     return Asked(who, None, "chat", "r", 0, tokens)
+
+
+def budgeted(**day: float) -> Tenant:
+    return tenant(f"t{uuid.uuid4().hex[:12]}", budgets=Budgets(day=Budget(**day)))
+
+
+def used(ticket: Ticket, tokens: int, *, ended: bool = False) -> None:
+    """It has produced so many tokens in all."""
+    lease = SimpleNamespace(
+        prompt_tokens=0, cached_tokens=0, output_tokens=tokens, outcome="completed", queued_for=0.0,
+        first_token_after=0.0, age=1.0,
+    )  # fmt: skip
+    (ticket.closed if ended else ticket.progressed)(cast("Lease", lease))
+
+
+async def admitted(quotas: Quotas, who: Tenant, tokens: int = 10) -> Ticket:
+    await quotas.open(who)
+    return await quotas.take(asked(who, tokens))
 
 
 class _Gate:
@@ -244,6 +267,201 @@ async def test_does_not_start_without_redis_nor_shows_the_password() -> None:
     with pytest.raises(ValueError, match="rediss://") as wrong:
         SharedLimits("http://:secret@host")
     assert "secret" not in str(wrong.value)
+
+
+async def nothing_recorded(_since: datetime) -> tuple[int, int]:
+    return 0, 0
+
+
+async def test_decides_about_budgets_as_is_done_in_memory() -> None:
+    outcomes = set().union(*[await _walk_over_budgets(seed) for seed in range(5)])
+    assert outcomes == {None, ("day", "tokens"), ("day", "cost"), ("month", "tokens")}
+
+
+async def _walk_over_budgets(seed: int) -> set[tuple[str, str] | None]:
+    """By which budgets requests were refused; None for those that were not."""
+    rng, now = random.Random(seed), datetime(2026, 3, 30, 22, tzinfo=UTC)
+    limits = Budgets(day=Budget(tokens=200, cost=450e-9), month=Budget(tokens=300))
+    expected = Spending()
+    shared = SharedLimits(REDIS, wall=lambda: now, lease=1e6)
+    await shared.check()
+    shared._up = True
+    purse = Purse(uuid.uuid4().hex, limits, Spending(), nothing_recorded)
+    running: list[Hold] = []
+    outcomes: set[tuple[str, str] | None] = set()
+    for _ in range(300):
+        now += timedelta(minutes=rng.choice([0, 1, 20]))
+        if rng.random() < 0.6 or not running:
+            tokens = rng.randrange(1, 60)
+            cost = tokens * rng.randrange(1, 5)
+            passed = expected.excess(limits, tokens, cost, now)
+            outcomes.add((passed.period, passed.unit) if passed else None)
+            if passed is None:
+                running.append(await shared.admit([], tokens, purse, cost))
+                expected.reserved.add(tokens, cost)
+            else:
+                with pytest.raises(Overspent) as refused:
+                    await shared.admit([], tokens, purse, cost)
+                assert refused.value.passed == passed
+        elif rng.random() < 0.3:
+            hold, more = rng.choice(running), rng.randrange(1, 20)
+            passed = expected.excess(limits, more, more, now, begun=True)
+            if passed is None:
+                await shared.more(hold, more, more)
+                expected.reserved.add(more, more)
+            else:
+                with pytest.raises(Overspent) as refused:
+                    await shared.more(hold, more, more)
+                assert refused.value.passed == passed
+        else:
+            hold = running.pop(rng.randrange(len(running)))
+            tokens, cost = rng.randrange(hold.reserved + 1), rng.randrange(hold.reserved_cost + 1)
+            expected.add(tokens, cost, now)
+            expected.reserved.add(-hold.reserved, -hold.reserved_cost)
+            hold.use(tokens, hold.reserved, cost, hold.reserved_cost)
+            shared.end(hold)
+            await shared._tell(only_ended=True)
+        expected.turn(now)
+        await shared.look(purse)
+        assert purse.spending == expected
+    await shared.close()
+    return outcomes
+
+
+async def test_two_processes_spend_exactly_the_budget_between_them() -> None:
+    who = budgeted(tokens=1500)
+    async with opened() as one, opened() as two:
+        each = [Quotas(shared=one), Quotas(shared=two)]
+        results = await asyncio.gather(
+            *(admitted(each[i % 2], who) for i in range(300)), return_exceptions=True
+        )
+        tickets = [found for found in results if not isinstance(found, BaseException)]
+        assert len(tickets) == 150
+        refused = [found for found in results if isinstance(found, BaseException)]
+        assert {getattr(found, "code", found) for found in refused} == {"insufficient_quota"}
+        for ticket in tickets:
+            used(ticket, 4, ended=True)  # of 10
+        await asyncio.gather(one._tell(), two._tell())
+        for quotas in each:
+            await quotas.open(who)
+            assert quotas.most_output(who, 0, 1) == 900
+        results = await asyncio.gather(
+            *(admitted(each[i % 2], who, 100) for i in range(20)), return_exceptions=True
+        )
+        assert sum(not isinstance(found, BaseException) for found in results) == 9
+
+
+async def test_what_a_long_answer_uses_is_known_to_the_other_process_before_its_end() -> None:
+    who = budgeted(tokens=100, soft_tokens=50)
+    async with opened() as one, opened() as two:
+        mine, theirs = Quotas(shared=one), Quotas(shared=two)
+        ticket = await admitted(mine, who, 60)
+        used(ticket, 55)
+        await one._tell()
+        await theirs.open(who)
+        assert "55 tokens of 50 tokens" in theirs.headers(who)["x-budget-warning"]
+        assert theirs.most_output(who, 0, 1) == 40
+        with pytest.raises(TooManyRequests, match="55 tokens of 100 tokens of the day"):
+            await admitted(theirs, who, 41)
+        used(ticket, 57, ended=True)
+        await one._tell()
+        last = await admitted(theirs, who, 43)
+        last.withdraw()
+
+
+async def test_money_is_shared_too() -> None:
+    who, prices = budgeted(cost=1.0), {"*": Price(input=0.0, output=100_000.0)}  # 0.1 a token
+    async with opened() as one, opened() as two:
+        mine, theirs = Quotas(shared=one, prices=prices), Quotas(shared=two, prices=prices)
+        ticket = await admitted(mine, who, 6)
+        with pytest.raises(TooManyRequests, match="of cost"):
+            await admitted(theirs, who, 5)
+        used(ticket, 2, ended=True)
+        await one._tell()
+        (await admitted(theirs, who, 8)).withdraw()
+
+
+async def test_what_was_recorded_before_redis_knew_anything_counts_once() -> None:
+    who, asked_for = budgeted(tokens=100), []
+
+    async def recorded(tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
+        asked_for.append(tenant)
+        return 70, 0
+
+    async with opened() as one, opened() as two:
+        mine, theirs = Quotas(shared=one, spent=recorded), Quotas(shared=two, spent=recorded)
+        ticket = await admitted(mine, who, 20)
+        with pytest.raises(TooManyRequests, match="70 tokens of 100"):
+            await admitted(theirs, who, 11)
+        used(ticket, 20, ended=True)
+        await one._tell()
+        (await admitted(theirs, who, 10)).withdraw()
+        assert len(asked_for) == 2  # day and month
+        # Redis loses everything: the record has it.
+        keys = [key async for key in one._redis.scan_iter(f"loraplex:{who.id}*")]
+        await one._redis.delete(*keys)
+        with pytest.raises(TooManyRequests, match="70 tokens of 100"):
+            await admitted(mine, who, 31)
+        assert len(asked_for) == 4
+
+
+async def test_a_customer_that_is_made_again_begins_with_nothing_spent() -> None:
+    who = budgeted(tokens=100)
+    again = tenant(who.id, budgets=who.budgets)
+    async with opened() as shared:
+        quotas = Quotas(shared=shared)
+        used(await admitted(quotas, who, 100), 100, ended=True)
+        with pytest.raises(TooManyRequests):
+            await admitted(quotas, who, 1)
+        (await admitted(quotas, again, 100)).withdraw()
+
+
+async def test_a_request_that_a_budget_refuses_is_none_of_the_minutes_requests() -> None:
+    who = tenant(
+        f"t{uuid.uuid4().hex[:12]}",
+        limits=TenantLimits(requests_per_minute=2),
+        budgets=Budgets(day=Budget(tokens=10)),
+    )
+    async with opened() as shared:
+        quotas = Quotas(shared=shared)
+        for _ in range(5):
+            with pytest.raises(TooManyRequests) as refused:
+                await admitted(quotas, who, 11)
+            assert refused.value.code == "insufficient_quota"
+        (await admitted(quotas, who, 10)).withdraw()
+        assert quotas.headers(who)["x-ratelimit-remaining-requests"] == "1"
+
+
+async def test_a_dead_process_gives_back_what_it_held_of_a_budget() -> None:
+    who = budgeted(tokens=100)
+    async with opened(lease=2.0) as dying, opened(lease=2.0) as other:
+        await admitted(Quotas(shared=dying), who, 100)
+        assert dying._task is not None
+        dying._task.cancel()
+        quotas = Quotas(shared=other)
+        with pytest.raises(TooManyRequests):
+            await admitted(quotas, who, 1)
+        await asyncio.sleep(2.5)
+        (await admitted(quotas, who, 100)).withdraw()
+        dying._holds.clear()
+
+
+async def test_two_servers_share_a_budget(tmp_path: Path) -> None:
+    name = f"t{uuid.uuid4().hex[:12]}"
+    database = f"sqlite+aiosqlite:///{tmp_path / 'both.db'}"
+    both = {"limits_redis_url": REDIS, "database_url": database}
+    async with fake_site(tmp_path / "a", **both) as one, fake_site(tmp_path / "b", **both) as two:
+        key = await one.tenant(name, budgets={"day": {"tokens": 60}})
+        codes, told = [], 0
+        for i in range(30):
+            answer = await (one, two)[i % 2].chat(key, "hi", model=tiny.NAME, max_tokens=2)
+            codes.append(answer.status_code)
+            if answer.status_code == 200:
+                told += answer.json()["usage"]["total_tokens"]
+        assert codes == sorted(codes)
+        assert set(codes) == {200, 429}
+        assert told <= 60
+        assert answer.json()["error"]["code"] == "insufficient_quota"
 
 
 async def test_two_servers_share_what_a_tenant_may(tmp_path: Path) -> None:
