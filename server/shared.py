@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 LEASE = 15.0
 EVERY = 1.0
-# Seconds that one question to Redis may take.
-PATIENCE = 1.0
+# Seconds that one question to Redis may take; on a machine that is full, hundreds at once take more than one.
+PATIENCE = 3.0
 CONNECTIONS = 32
 # How long a day or a month is kept after its end, for what its last requests still tell.
 KEPT = timedelta(days=1)
@@ -302,6 +302,8 @@ class SharedLimits:
                 only_ended = False
             self._wake.clear()
             try:
+                if not self._up:  # of many connections that broke together each would break a request
+                    await self._redis.connection_pool.disconnect(inuse_connections=False)
                 await self._tell(only_ended=only_ended)
                 if not self._up:
                     await self.check()

@@ -1,30 +1,19 @@
-"""Empty databases to test on: a SQLite file, and PostgreSQL where LORAPLEX_TEST_POSTGRES has the URL of one.
-
-The PostgreSQL user must be allowed to create databases; each test gets one of its own.
-"""
+"""Empty databases to test on, each test its own: a SQLite file, and one of a PostgreSQL server."""
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from adapters.tables import Database
+from tests.services import postgres
 
-POSTGRES = os.environ.get("LORAPLEX_TEST_POSTGRES", "")
-
-KINDS = [
-    "sqlite",
-    pytest.param(
-        "postgres", marks=pytest.mark.skipif(not POSTGRES, reason="LORAPLEX_TEST_POSTGRES is not set")
-    ),
-]
+KINDS = ["sqlite", "postgres"]
 
 
 @asynccontextmanager
@@ -44,11 +33,11 @@ async def empty(kind: str, folder: Path) -> AsyncIterator[str]:
         yield f"sqlite+aiosqlite:///{folder / 'private' / 'loraplex.db'}"
         return
     name = f"loraplex_test_{uuid.uuid4().hex}"
-    server = create_async_engine(POSTGRES, isolation_level="AUTOCOMMIT")
+    server = create_async_engine(postgres(), isolation_level="AUTOCOMMIT")
     try:
         async with server.connect() as connection:
             await connection.execute(text(f"CREATE DATABASE {name}"))
-        yield make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
+        yield make_url(postgres()).set(database=name).render_as_string(hide_password=False)
         async with server.connect() as connection:
             await connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
     finally:

