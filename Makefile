@@ -54,7 +54,7 @@ check: $(STAMP) ## Lint, formatting, types, and which module may import which
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_imports.py
 
-bench: $(STAMP) ## Measure against bare vLLM, about 50 minutes; SCENARIO=storm for one, RUNS=1, QUICK=1, MINUTES=10
+bench: $(STAMP) ## Measure against bare vLLM, about 45 minutes; SCENARIO=storm for one, RUNS=1, QUICK=1, MINUTES=10
 	$(PY) -m tests.bench $(SCENARIO) $(if $(RUNS),--runs $(RUNS)) $(if $(filter-out 0,$(QUICK)),--quick) \
 		$(if $(MINUTES),--minutes $(MINUTES))
 
