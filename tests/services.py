@@ -18,6 +18,8 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,7 +46,11 @@ class RedisServer:
         settings = {"port": self.port, "bind": "127.0.0.1", "save": "", "dir": self._folder}
         options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         self.process = _started([str(program), *options], self._folder)
-        _until_it_listens(self.process, self.port, self._folder)
+        _until(self.process, self._folder, self._listens)
+
+    def _listens(self) -> bool:
+        socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+        return True
 
     def kill(self) -> None:
         self.process.kill()
@@ -86,7 +92,7 @@ def postgres() -> str:
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     process = _started([str(programs / "bin" / "postgres"), "-D", str(data), *options], folder, user)
     atexit.register(_ended, process, signal.SIGINT)  # "fast"
-    _until_it_listens(process, port, folder)
+    _until(process, folder, lambda: "ready" in (data / "postmaster.pid").read_text().split())
     return f"postgresql+asyncpg://loraplex@127.0.0.1:{port}/postgres"
 
 
@@ -116,16 +122,16 @@ def _started(command: list[str], folder: Path, user: str | None = None) -> subpr
         )
 
 
-def _until_it_listens(process: subprocess.Popen[bytes], port: int, folder: Path) -> None:
+def _until(process: subprocess.Popen[bytes], folder: Path, ready: Callable[[], bool]) -> None:
+    """An OSError counts as not yet."""
     deadline = time.monotonic() + START
     while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError((folder / "log").read_text(errors="replace")[-2000:]) from None
-            time.sleep(0.05)
+        with suppress(OSError):
+            if ready():
+                return
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError((folder / "log").read_text(errors="replace")[-2000:])
+        time.sleep(0.05)
 
 
 def _ended(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
