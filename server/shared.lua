@@ -122,6 +122,18 @@ local function excess(m)
   return short(m)
 end
 
+local function hold(leases, held, amount)
+  if what == 'end' then
+    redis.call('ZREM', leases, id)
+    redis.call('HDEL', held, id)
+  else
+    redis.call('ZADD', leases, now + lease, id)
+    redis.call('HSET', held, id, whole(amount))
+    redis.call('EXPIRE', leases, math.ceil(lease) + 60)
+    redis.call('EXPIRE', held, math.ceil(lease) + 60)
+  end
+end
+
 local function overspent(purse)
   for _, period in ipairs(purse.periods) do
     for _, unit in ipairs(UNITS) do
@@ -160,32 +172,13 @@ if #refused == 0 and what ~= 'look' then
   for _, m in ipairs(meters) do
     if what == 'admit' then add(m.requests, 1) end
     if used > 0 then add(m.tokens, used) end
-    if what == 'end' then
-      redis.call('ZREM', m.leases, id)
-      redis.call('HDEL', m.held, id)
-    else
-      redis.call('ZADD', m.leases, now + lease, id)
-      redis.call('HSET', m.held, id, whole(reserved))
-      redis.call('EXPIRE', m.leases, math.ceil(lease) + 60)
-      redis.call('EXPIRE', m.held, math.ceil(lease) + 60)
-    end
+    hold(m.leases, m.held, reserved)
   end
   if purse then
     for _, unit in ipairs(UNITS) do
       local mine = purse[unit]
       for _, period in ipairs(purse.periods) do redis.call('HINCRBY', period.key, unit, whole(mine.used)) end
-      if what == 'end' then
-        redis.call('HDEL', mine.held, id)
-      else
-        redis.call('HSET', mine.held, id, whole(mine.reserved))
-        redis.call('EXPIRE', mine.held, math.ceil(lease) + 60)
-      end
-    end
-    if what == 'end' then
-      redis.call('ZREM', purse.leases, id)
-    else
-      redis.call('ZADD', purse.leases, now + lease, id)
-      redis.call('EXPIRE', purse.leases, math.ceil(lease) + 60)
+      hold(purse.leases, mine.held, mine.reserved)
     end
   end
 end

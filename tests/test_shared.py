@@ -26,6 +26,7 @@ from server.shared import PATIENCE, Exceeded, Hold, Overspent, Purse, Scope, Sha
 from server.tenants import Tenant
 from tests import tiny
 from tests.services import RedisServer, redis
+from tests.site import Site
 from tests.tiny import fake_site
 from tests.world import tenant
 
@@ -64,6 +65,14 @@ def used(ticket: Ticket, tokens: int, *, ended: bool = False) -> None:
 async def admitted(quotas: Quotas, who: Tenant, tokens: int = 10) -> Ticket:
     await quotas.open(who)
     return await quotas.take(asked(who, tokens))
+
+
+@asynccontextmanager
+async def two_servers(folder: Path) -> AsyncIterator[tuple[Site, Site]]:
+    """On one database and one Redis."""
+    both = {"limits_redis_url": redis(), "database_url": f"sqlite+aiosqlite:///{folder / 'both.db'}"}
+    async with fake_site(folder / "a", **both) as one, fake_site(folder / "b", **both) as two:
+        yield one, two
 
 
 class _Gate:
@@ -521,9 +530,7 @@ async def test_a_dead_process_gives_back_what_it_held_of_a_budget() -> None:
 
 async def test_two_servers_share_a_budget(tmp_path: Path) -> None:
     name = f"t{uuid.uuid4().hex[:12]}"
-    database = f"sqlite+aiosqlite:///{tmp_path / 'both.db'}"
-    both = {"limits_redis_url": redis(), "database_url": database}
-    async with fake_site(tmp_path / "a", **both) as one, fake_site(tmp_path / "b", **both) as two:
+    async with two_servers(tmp_path) as (one, two):
         key = await one.tenant(name, budgets={"day": {"tokens": 60}})
         codes, told = [], 0
         for i in range(30):
@@ -539,9 +546,7 @@ async def test_two_servers_share_a_budget(tmp_path: Path) -> None:
 
 async def test_two_servers_share_what_a_tenant_may(tmp_path: Path) -> None:
     name = f"t{uuid.uuid4().hex[:12]}"
-    database = f"sqlite+aiosqlite:///{tmp_path / 'both.db'}"
-    both = {"limits_redis_url": redis(), "database_url": database}
-    async with fake_site(tmp_path / "a", **both) as one, fake_site(tmp_path / "b", **both) as two:
+    async with two_servers(tmp_path) as (one, two):
         key = await one.tenant(name, limits={"requests_per_minute": 4})
         answers = [await (one, two)[i % 2].chat(key, "hi", model=tiny.NAME, max_tokens=2) for i in range(6)]
         assert [answer.status_code for answer in answers] == [200] * 4 + [429] * 2
