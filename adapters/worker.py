@@ -16,21 +16,17 @@ engine fail when one of them changes. On a CPU it puts ``adapters.cpu_kernels`` 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
-import os
-import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from adapters.model import WEIGHTS_FILE
-
-if TYPE_CHECKING:
-    import torch
+from adapters.host_memory import Loader, Rooms, stay_beside_the_engine
 
 logger = logging.getLogger(__name__)
+
+STAGING = 8  # loads at once
+READY = 1 << 30  # bytes of host memory that the first loads find ready
 
 # A paging operation: (verb, load id, internal name, absolute folder). Name and folder matter to "stage" only.
 WireOp = tuple[str, int, str, str]
@@ -67,7 +63,8 @@ class _Pager:
     """Owns the loads of one worker. Uses, of vLLM's ``LRUCacheWorkerLoRAManager`` (``manager``) and its
     ``LRUCacheLoRAModelManager`` (``tables``): ``_load_adapter``, ``_create_merged_loras_inplace``,
     ``_registered_adapters``, ``_active_adapters``, ``lora_index_to_id``, ``activate_adapter``,
-    ``deactivate_adapter``, ``remove_adapter``, ``model``, ``modules`` and ``packed_modules``.
+    ``deactivate_adapter``, ``remove_adapter``, ``model``, ``modules`` and ``packed_modules``; and replaces
+    what opens files in ``vllm.lora.lora_model`` (``adapters.host_memory``).
     """
 
     def __init__(self, manager: Any, gpu_slots: int, host_slots: int) -> None:
@@ -77,18 +74,19 @@ class _Pager:
         self.tables = manager._adapter_manager
         self.gpu_slots = gpu_slots
         self.host_slots = host_slots
-        self._in_place = current_platform.is_cpu()
-        if self._in_place:
+        on_cpu = current_platform.is_cpu()
+        if on_cpu:
             from adapters.cpu_kernels import install
 
             install(self.tables)
+        # On a GPU machine what is read is copied on into pinned memory, and its room is spare at once.
+        rooms = Rooms(self._allocated() // self.tables.lora_slots, host_slots if on_cpu else STAGING)
+        rooms.make_ready(READY)
+        Loader(rooms, manager.lora_config.lora_dtype).install()
         self._load = manager._load_adapter
-        self._threads = ThreadPoolExecutor(
-            max_workers=8, thread_name_prefix="loraplex-stage", initializer=_yield_to_the_engine
-        )
+        self._threads = ThreadPoolExecutor(STAGING, "loraplex-stage", initializer=stay_beside_the_engine)
         self._staging: dict[int, Future[tuple[Any, float]]] = {}
         self._evicted_while_staging: set[int] = set()
-        self._freed = False
         self.in_step_loads = 0
         manager._load_adapter = self._load_inside_a_step
 
@@ -176,8 +174,6 @@ class _Pager:
 
         started = time.perf_counter()
         lora = self._load(LoRARequest(lora_name=name, lora_int_id=load_id, lora_path=path))
-        if self._in_place:
-            _own(lora, os.path.join(path, WEIGHTS_FILE))
         self.tables._create_merged_loras_inplace(lora)
         return lora, time.perf_counter() - started
 
@@ -199,9 +195,6 @@ class _Pager:
                 continue
             self.tables._registered_adapters[load_id] = lora
             staged.append([load_id, None, seconds, _size_of(lora)])
-        if self._freed:
-            self._freed = False
-            threading.Thread(target=_return_free_memory, name="loraplex-trim", daemon=True).start()
         return staged
 
     def _activate(self, load_id: int) -> None:
@@ -223,24 +216,6 @@ class _Pager:
             self._evicted_while_staging.add(load_id)
             return
         self.tables.remove_adapter(load_id)
-        self._freed = True
-
-
-def _yield_to_the_engine() -> None:
-    """For a staging thread: the engine's own threads come first, on the processor and in OpenMP.
-
-    On Linux affinity and niceness belong to a thread, and so does the number of threads that its torch calls
-    use. vLLM's CPU worker binds itself to some cores, which a thread inherits: it gets back all those that
-    the parent process may use. Two OpenMP teams on the same cores would wait for each other in the middle of
-    an engine step. (That worker also replaces ``torch.set_num_threads`` by a warning.)
-    """
-    import torch
-
-    with contextlib.suppress(OSError, AttributeError):
-        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-    torch._C.set_num_threads(1)
 
 
 def _part_shapes(layer: Any) -> list[tuple[int, int]] | None:
@@ -273,50 +248,6 @@ def _checkpoint_name(name: str, mapper: Any) -> str:
     return name
 
 
-def _own(lora: Any, file: str) -> None:
-    """Copies what safetensors has left in the mapped ``file``, so that no engine step reads a disk.
-
-    It is scaled on the way, and lies in one piece afterwards: a piece for each tensor would change the
-    process's memory map hundreds of times. A tensor of another dtype in the file has been copied already.
-    """
-    import torch
-
-    mapped = _mapped(file)
-    left: list[tuple[Any, str, torch.Tensor, float]] = []
-    for layer in lora.loras.values():
-        for side, factor in (("lora_a", 1.0), ("lora_b", layer.scaling)):
-            tensor = getattr(layer, side)
-            if tensor is not None and any(tensor.data_ptr() in addresses for addresses in mapped):
-                left.append((layer, side, tensor, factor))
-            elif tensor is not None and factor != 1:
-                tensor.mul_(factor)
-        layer.scaling = 1
-    if not left:
-        return
-    room = torch.empty(sum(_lines(tensor) for _, _, tensor, _ in left), dtype=left[0][2].dtype)
-    for layer, side, tensor, factor in left:
-        own, room = room[: tensor.numel()].view(tensor.shape), room[_lines(tensor) :]
-        if factor == 1:
-            own.copy_(tensor)
-        else:
-            torch.mul(tensor, factor, out=own)
-        setattr(layer, side, own)
-
-
-def _lines(tensor: torch.Tensor) -> int:
-    """Its elements, up to the end of the last one's cache line."""
-    return -(-tensor.numel() // 64) * 64
-
-
-def _mapped(file: str) -> list[range]:
-    """The addresses at which this process has mapped ``file``, be it deleted or not."""
-    file = os.path.realpath(file)
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-        lines = [line for line in maps if line.rstrip("\n").removesuffix(" (deleted)").endswith(f" {file}")]
-    ends = [line.split(" ", 1)[0].split("-") for line in lines]
-    return [range(int(first, 16), int(last, 16)) for first, last in ends]
-
-
 def _size_of(lora: Any) -> int:
     """Bytes of host memory that the adapter's tensors take."""
     total = 0
@@ -325,11 +256,3 @@ def _size_of(lora: Any) -> int:
             tensors = side if isinstance(side, list) else [side]
             total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
     return total
-
-
-def _return_free_memory() -> None:
-    """Hands freed tensors' pages back to the system; glibc would keep them for the next load."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return

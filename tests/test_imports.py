@@ -49,6 +49,7 @@ LEVELS: list[set[str]] = [
     {"adapters.audit", "adapters.golden", "adapters.receipts"},
     {
         "adapters.cpu_kernels",
+        "adapters.host_memory",
         "adapters.peft_config",
         "adapters.safetensors_header",
         "adapters.shapes",
@@ -90,6 +91,7 @@ ONLY_IN = {
     "torch": {
         "adapters.convert",
         "adapters.cpu_kernels",
+        "adapters.host_memory",
         "adapters.inspect",
         "adapters.merge",
         "adapters.shapes",

@@ -1,0 +1,218 @@
+"""How weights get into host memory: every element once, in memory that is used again, and nothing is lost."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import struct
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from adapters import host_memory
+from adapters.host_memory import Loader, Rooms, Weights
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from tests import tiny
+
+MIB = 1 << 20
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def rooms() -> Rooms:
+    return Rooms(MIB, keep=2)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / WEIGHTS_FILE
+
+
+def contents(weights: Weights) -> dict[str, torch.Tensor]:
+    with weights as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def some_tensors(chance: random.Random, dtypes: tuple[torch.dtype, ...]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(chance.randrange(1 << 30))
+    shapes = [[chance.choice((0, 1, 2, 3, 7, 64)) for _ in range(chance.choice((1, 2)))] for _ in range(9)]
+    return {f"t{i}": torch.randn(shape).to(chance.choice(dtypes)) for i, shape in enumerate(shapes)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(12))
+def test_every_tensor_is_what_was_saved(file: Path, rooms: Rooms, seed: int, dtype: torch.dtype) -> None:
+    chance = random.Random(seed)
+    saved = some_tensors(chance, chance.choice((DTYPES, (torch.float32,), (torch.bfloat16,))))
+    save_file(saved, file)
+    for _ in range(2):  # the second time in memory that is no longer zero
+        read = contents(Loader(rooms, dtype).open(str(file)))
+        assert read.keys() == saved.keys()
+        for name, tensor in saved.items():
+            assert torch.equal(read[name], tensor.to(dtype))
+            assert read[name].shape == tensor.shape
+        del read
+
+
+def test_memory_is_lent_again_once_no_tensor_is_in_it(file: Path, rooms: Rooms) -> None:
+    save_file({"a": torch.ones(MIB), "b": torch.ones(MIB)}, file)
+    loader = Loader(rooms, torch.float32)
+    first = contents(loader.open(str(file)))
+    place = first["a"].data_ptr()
+    assert first["b"].data_ptr() == place + 4 * MIB
+    second = contents(loader.open(str(file)))
+    assert second["a"].data_ptr() != place
+    left = first.pop("b")
+    del first
+    assert repr(rooms) == "Rooms(spare [] MiB)"
+    assert torch.equal(left, torch.ones(MIB))
+    del left
+    assert repr(rooms) == "Rooms(spare [8] MiB)"
+    assert contents(loader.open(str(file)))["a"].data_ptr() == place
+
+
+def test_the_largest_few_rooms_are_kept_and_the_smallest_that_fits_is_lent(rooms: Rooms) -> None:
+    loans = [rooms.lend(size * MIB) for size in (3, 9, 5, 7)]
+    loans.clear()
+    assert repr(rooms) == "Rooms(spare [7, 9] MiB)"
+    loan = rooms.lend(4 * MIB + 1)
+    assert len(loan) == 7 * MIB
+    assert repr(rooms) == "Rooms(spare [9] MiB)"
+    assert len(rooms.lend(10 * MIB)) == 10 * MIB
+
+
+def test_rooms_are_as_large_as_any_adapter_so_that_each_fits_the_next(rooms: Rooms) -> None:
+    rooms = Rooms(5 * MIB, keep=3)
+    loans = [rooms.lend(size) for size in (1, 2 * MIB, 5 * MIB)]
+    loans.clear()
+    assert repr(rooms) == "Rooms(spare [5, 5, 5] MiB)"
+    loans = [rooms.lend(5 * MIB) for _ in range(3)]
+    assert repr(rooms) == "Rooms(spare [] MiB)"
+
+
+def test_rooms_are_written_to_in_advance() -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    rooms = Rooms(20 * MIB, keep=8)
+    rooms.make_ready(70 * MIB)
+    assert repr(rooms) == "Rooms(spare [20, 20, 20] MiB)"
+    assert process.memory_info().rss - before > 50 * MIB
+
+
+def test_no_more_is_written_to_than_is_kept() -> None:
+    rooms = Rooms(MIB, keep=2)
+    rooms.make_ready(70 * MIB)
+    assert repr(rooms) == "Rooms(spare [1, 1] MiB)"
+
+
+def test_loans_may_end_on_any_thread(rooms: Rooms) -> None:
+    """Also where the collector ends one in the middle of another's beginning or end."""
+    wrong: list[int] = []
+
+    def borrow(number: int) -> None:
+        chance = random.Random(number)
+        mine: list[Any] = []
+        for _ in range(300):
+            loan = rooms.lend(chance.randint(1, 3) * MIB)
+            loan[:8] = struct.pack("q", id(loan))
+            cycle: list[Any] = [loan]
+            cycle.append(cycle)
+            mine.append(cycle)
+            if chance.random() < 0.5:
+                held = mine.pop(chance.randrange(len(mine)))
+                if struct.unpack("q", held[0][:8])[0] != id(held[0]):
+                    wrong.append(number)
+            if len(mine) > 4:
+                mine.clear()
+
+    threads = [threading.Thread(target=borrow, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    assert not wrong
+    assert len(rooms._spare) == 2
+
+
+def test_hundreds_of_loads_leave_no_memory_behind(file: Path, rooms: Rooms) -> None:
+    """safetensors' ``get_tensor`` loses 64 bytes each time, 12 MiB here."""
+    save_file({f"layer.{i}.lora_A.weight": torch.ones(4, 8) for i in range(400)}, file)
+    loader = Loader(rooms, torch.float32)
+    process = psutil.Process()
+    for number in range(600):
+        contents(loader.open(str(file)))
+        if number == 99:
+            gc.collect()
+            settled = process.memory_info().rss
+    gc.collect()
+    assert process.memory_info().rss - settled < 4 * MIB
+
+
+def damaged(file: Path, damage: str) -> None:
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    if damage == "short":
+        data = data[:-4]
+    elif damage == "long":
+        data += bytes(4)
+    elif damage == "shape":
+        header["a"]["shape"] = [3]
+    elif damage == "gap":
+        header["b"]["data_offsets"] = [n + 4 for n in header["b"]["data_offsets"]]
+    elif damage == "dtype":
+        header["a"]["dtype"] = "I8"
+    encoded = json.dumps(header).encode()
+    prefix = 1 << 60 if damage == "header" else len(encoded)
+    file.write_bytes(b"" if damage == "empty" else struct.pack("<Q", prefix) + encoded + data)
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "shape", "gap", "dtype", "header", "empty"])
+def test_a_file_that_is_damaged_is_not_read(file: Path, rooms: Rooms, damage: str) -> None:
+    save_file({"a": torch.arange(4.0), "b": torch.arange(5.0)}, file)
+    damaged(file, damage)
+    with pytest.raises((ValueError, KeyError)):
+        Loader(rooms, torch.float32).open(str(file))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_that_is_cut_short_meanwhile_fails_alone(
+    file: Path, rooms: Rooms, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped one would end the process with SIGBUS."""
+    save_file({"a": torch.ones(1000)}, file)
+    fill = host_memory._fill
+
+    def cut(*args: Any) -> None:
+        os.truncate(file, 3000)
+        fill(*args)
+
+    monkeypatch.setattr(host_memory, "_fill", cut)
+    with pytest.raises(ValueError, match="cut short"):
+        Loader(rooms, dtype).open(str(file))
+    gc.collect()
+    assert "spare [1" in repr(rooms), "nothing refers to what was read"
+
+
+def test_vllms_own_loader_reads_through_it(rooms: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.lora import lora_model
+    from vllm.lora.peft_helper import PEFTHelper
+
+    monkeypatch.setattr(lora_model, "safetensors", lora_model.safetensors)  # undone after the test
+    Loader(rooms, torch.float32).install()
+    folder = tiny.adapter(1)
+    modules = set(json.loads((folder / CONFIG_FILE).read_text())["target_modules"])
+    helper = PEFTHelper.from_local_dir(str(folder), None)
+    lora = lora_model.LoRAModel.from_local_checkpoint(
+        str(folder), modules, helper, lora_model_id=1, device="cpu", dtype=torch.float32
+    )
+    sides = [side for layer in lora.loras.values() for side in (layer.lora_a, layer.lora_b)]
+    assert len({side.untyped_storage().data_ptr() for side in sides}) == 1
