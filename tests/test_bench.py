@@ -28,6 +28,7 @@ from tests.bench.report import Outcomes, number, summarize, table, write_json, w
 from tests.bench.scenario import Goal, Measure, Round, Scenario, Simulation, Values
 from tests.bench.scenarios import FULL_RUN, SCENARIOS, hog
 from tests.bench.scenarios.residency import _trend
+from tests.bench.scenarios.storm import parts
 from tests.bench.servers import Loraplex, Server
 from tests.bench.stats import (
     gaps,
@@ -189,6 +190,21 @@ def test_gaps_belong_to_the_window_they_end_in() -> None:
     assert gaps(times, 2.0, 3.2) == [2.0]
     assert gaps(times, 4.0) == []
     assert gaps([1.0]) == []
+
+
+@pytest.mark.parametrize(
+    ("chunks", "storm", "again"),
+    [
+        ([1, 2, 3, 4, 5, 6], [1, 1, 1], [1, 1, 1]),
+        ([1, 2, 3, 5.5, 6], [1, 1, 2.5], [0.5, 1]),
+        ([1, 2, 3], [1, 1, 4], []),
+    ],
+    ids=["even", "stands still as the storm ends", "and never goes on"],
+)
+def test_a_gap_belongs_to_the_storm_it_began_in(
+    chunks: list[float], storm: list[float], again: list[float]
+) -> None:
+    assert parts(chunks, 2, 4, 7) == (storm, again)
 
 
 def test_a_chunk_of_several_tokens_counts_for_its_share() -> None:
