@@ -11,7 +11,16 @@ import pytest
 
 from server.limits import KeyLimits, Meter
 from tests.bench.client import Record
-from tests.bench.scenarios.limited import PHASES, SHORT, Phase, _expected, allowed, compared, half_minutes
+from tests.bench.scenarios.limited import (
+    PHASES,
+    SHORT,
+    Phase,
+    _expected,
+    allowed,
+    beside_refusals,
+    compared,
+    half_minutes,
+)
 from tests.bench.stats import most_within
 
 REQUESTS, TOKENS = PHASES
@@ -129,3 +138,14 @@ def refusal(code: str, retry_after: float | None, status: int = 429) -> Record:
 )
 def test_only_whole_answers_and_refusals_of_the_limit_are_expected(made: Record, expected: bool) -> None:
     assert _expected(made) is expected
+
+
+def test_who_waits_beside_an_answer_is_not_beside_refusals_only() -> None:
+    def record(arrival: float, *chunks: float, status: int = 200) -> Record:
+        return Record(
+            "a", "", arrival, 1, status=status, chunks=list(chunks), end=chunks[-1] if chunks else arrival
+        )
+
+    limited = [record(10, 11, 12), record(13, status=429)]
+    before, during, around, after = record(8, 9.9), record(10.5, 11.5), record(9, 14), record(12.1, 13.5)
+    assert beside_refusals([before, during, around, after], limited) == [before, after]

@@ -5,8 +5,9 @@ Then sixteen clients of a customer with a limit of requests a minute ask too, an
 with a limit of tokens a minute. What these got, as the answers' ``usage`` has it, is compared with what the
 limits allow, in all and in the fullest 60 seconds. The three's p99 of the first token beside each is compared
 with theirs alone: what a limited customer is allowed does use the engine, in bursts of about a third of each
-minute, so the ratio contains that, and what refusing costs. Not part of a full run; ``--minutes`` makes each
-of the three phases shorter or longer.
+minute, so the ratio contains that, and what refusing costs. The latter alone is shown too: the p99 of those
+first tokens during whose wait no answer of the limited customer ran. Not part of a full run; ``--minutes``
+makes each of the three phases shorter or longer.
 """
 
 from __future__ import annotations
@@ -83,8 +84,10 @@ async def measure(server: Server, client: Client, round_: Round) -> Values:
             await _press(client, round_, phase, seconds)
         asked = client.labelled(phase.limit)
         p99 = _p99(client.labelled(beside))
+        refused_p99 = _p99(beside_refusals(client.labelled(beside), asked))
         values |= {f"{phase.limit}_{key}": v for key, v in compared(phase, asked, seconds).items()}
         values |= {f"{phase.limit}_p99": p99, f"{phase.limit}_to_alone": p99 / values["alone_p99"]}
+        values[f"{phase.limit}_refusals_to_alone"] = refused_p99 / values["alone_p99"]
         values["unexpected"] += sum(not _expected(r) for r in asked)
         values["unexpected"] += sum(r.error is not None for r in client.labelled(beside))
     return values
@@ -142,6 +145,16 @@ def compared(phase: Phase, asked: Sequence[Record], seconds: float) -> Values:
     }
 
 
+def beside_refusals(others: Sequence[Record], asked: Sequence[Record]) -> list[Record]:
+    """Those of ``others`` that waited for their first token while no answer to ``asked`` ran."""
+    answers = [(r.arrival, r.end) for r in asked if r.chunks and r.end is not None]
+    return [
+        r
+        for r in others
+        if not any(begin <= r.arrival + r.to_first_token and end >= r.arrival for begin, end in answers)
+    ]
+
+
 def _tokens(record: Record) -> int:
     return (record.prompt_tokens or 0) + (record.output_tokens or 0)
 
@@ -172,6 +185,7 @@ def _measures() -> tuple[Measure, ...]:
             ),
             Measure(f"{limit}_p99", f"others beside the limit of {limit}, p99", "s"),
             Measure(f"{limit}_to_alone", f"{limit}: others' p99 to alone", "×", Goal("value", "≤", 1.2)),
+            Measure(f"{limit}_refusals_to_alone", "the same, of those beside refusals only", "×"),
         ]
     rows.append(Measure("unexpected", "neither whole answers nor proper 429s", "", Goal("value", "≤", 0)))
     return tuple(rows)
