@@ -60,7 +60,7 @@ bench: $(STAMP) ## Measure against bare vLLM, about 45 minutes; SCENARIO=storm f
 
 fuzz: $(STAMP) ## Parsers of uploads, four minutes; then the API, two hours; COUNT=200000, SEED=0, CASES=2000
 	$(PY) -m tests.fuzz $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED))
-	CASES=$(or $(CASES),2000) $(PY) -m pytest -q --timeout 3600 tests/test_document.py
+	CASES=$(or $(CASES),2000) $(PY) -m pytest -q -n 2 --timeout 3600 tests/test_document.py
 
 clean: ## Remove .venv and all caches; data stays
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
