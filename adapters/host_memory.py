@@ -23,7 +23,6 @@ import threading
 import weakref
 from collections.abc import KeysView
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 
@@ -145,12 +144,6 @@ class Loader:
     def __init__(self, rooms: Rooms, dtype: torch.dtype) -> None:
         self._rooms = rooms
         self._dtype = dtype
-
-    def install(self) -> None:
-        """From now on vLLM's own loader opens files here, in this process."""
-        from vllm.lora import lora_model
-
-        lora_model.safetensors = SimpleNamespace(safe_open=self.open)
 
     def open(self, path: str, framework: str = "pt") -> Weights:
         """Raises OSError, and ValueError, KeyError or TypeError where the file is not what was published."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 from adapters.host_memory import Loader, Rooms, stay_beside_the_engine
@@ -82,7 +83,7 @@ class _Pager:
         # On a GPU machine what is read is copied on into pinned memory, and its room is spare at once.
         rooms = Rooms(self._allocated() // self.tables.lora_slots, host_slots if on_cpu else STAGING)
         rooms.make_ready(READY)
-        Loader(rooms, manager.lora_config.lora_dtype).install()
+        read_with(Loader(rooms, manager.lora_config.lora_dtype))
         self._load = manager._load_adapter
         self._threads = ThreadPoolExecutor(STAGING, "loraplex-stage", initializer=stay_beside_the_engine)
         self._staging: dict[int, Future[tuple[Any, float]]] = {}
@@ -216,6 +217,13 @@ class _Pager:
             self._evicted_while_staging.add(load_id)
             return
         self.tables.remove_adapter(load_id)
+
+
+def read_with(loader: Loader) -> None:
+    """From now on vLLM's own code for adapters opens their files with ``loader``, in this process."""
+    from vllm.lora import lora_model
+
+    lora_model.safetensors = SimpleNamespace(safe_open=loader.open)
 
 
 def _part_shapes(layer: Any) -> list[tuple[int, int]] | None:

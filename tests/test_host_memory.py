@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from adapters import host_memory
 from adapters.host_memory import Loader, Rooms, Weights
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from adapters.worker import read_with
 from tests import tiny
 
 MIB = 1 << 20
@@ -207,7 +208,7 @@ def test_vllms_own_loader_reads_through_it(rooms: Rooms, monkeypatch: pytest.Mon
     from vllm.lora.peft_helper import PEFTHelper
 
     monkeypatch.setattr(lora_model, "safetensors", lora_model.safetensors)  # undone after the test
-    Loader(rooms, torch.float32).install()
+    read_with(Loader(rooms, torch.float32))
     folder = tiny.adapter(1)
     modules = set(json.loads((folder / CONFIG_FILE).read_text())["target_modules"])
     helper = PEFTHelper.from_local_dir(str(folder), None)
