@@ -46,7 +46,7 @@ def test_periods_are_those_of_utc() -> None:
 
 
 @given(st.randoms(use_true_random=False))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_a_hard_budget_is_never_passed_and_all_of_it_can_be_used(rng: random.Random) -> None:
     budgets = Budgets(day=Budget(tokens=1000), month=Budget(cost=3.0))
     spending, now = Spending(), START

@@ -71,7 +71,7 @@ def test_a_wait_is_just_long_enough(events: list[tuple[float, int]], data: Any) 
 
 
 @given(st.randoms(use_true_random=False), st.integers(50, 500))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_what_is_used_and_reserved_never_passes_the_limit_nor_leaks(rng: random.Random, most: int) -> None:
     """Requests use up to what they reserved, in pieces, and end or are withdrawn at any time."""
     limits, meter, now = (
