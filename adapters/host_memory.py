@@ -26,10 +26,9 @@ from dataclasses import dataclass
 
 import torch
 
-_MIB = 1 << 20
+from adapters.safetensors_header import DTYPES
 
-# safetensors' name -> torch's
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MIB = 1 << 20
 
 Loan = ctypes.Array[ctypes.c_char]
 
@@ -38,7 +37,7 @@ class Rooms:
     """``size`` bytes each, ``keep`` of which are kept when they are spare. Any method, on any thread."""
 
     def __init__(self, size: int, keep: int) -> None:
-        self._size = size
+        self._size = _whole(size)
         self._keep = keep
         self._spare: list[mmap.mmap] = []  # by size
         # A loan may end wherever the garbage collector runs, in the middle of these methods too.
@@ -49,7 +48,7 @@ class Rooms:
 
     def make_ready(self, at_most: int) -> None:
         """Writes to as many spare rooms as ``at_most`` bytes allow, for when no engine step is running."""
-        rooms = min(self._keep, at_most // max(self._size, 1))
+        rooms = min(self._keep, at_most // self._size)
         loans = [self.lend(self._size) for _ in range(rooms)]
         for loan in loans:
             ctypes.memset(loan, 0, len(loan))
@@ -60,7 +59,9 @@ class Rooms:
             room = next((room for room in self._spare if len(room) >= size), None)
             if room is not None:
                 self._spare.remove(room)
-        room = room or _map(max(size, self._size))
+        if room is None:
+            length = max(_whole(size), self._size)
+            room = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         loan = (ctypes.c_char * len(room)).from_buffer(room)
         weakref.finalize(loan, self._take_back, room).atexit = False
         return loan
@@ -70,10 +71,9 @@ class Rooms:
             self._spare = sorted([*self._spare, room], key=len)[-self._keep :]
 
 
-def _map(size: int) -> mmap.mmap:
-    # Whole MiB, because ctypes remembers every length that an array has had.
-    size = -(-max(size, 1) // _MIB) * _MIB
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _whole(size: int) -> int:
+    """In whole MiB, because ctypes remembers every length that an array has had."""
+    return -(-max(size, 1) // _MIB) * _MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,8 @@ class Stored:
 def stored(file: int) -> list[Stored]:
     """The tensors of the safetensors file that is open as ``file``, in the order of their bytes.
 
-    Raises ValueError, KeyError or TypeError where they do not fill the file, as those of a publication do.
+    Raises ValueError, KeyError or TypeError where they do not fill the file, as those of a publication do:
+    ``safetensors_header`` has checked that, which takes longer than a load may keep Python's lock.
     """
     size = os.fstat(file).st_size
     length = int.from_bytes(os.pread(file, 8, 0), "little")
@@ -109,7 +110,7 @@ def stored(file: int) -> list[Stored]:
     tensors: list[Stored] = []
     begin, first = 8 + length, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        tensor = Stored(name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), begin, first)
+        tensor = Stored(name, getattr(torch, DTYPES[entry["dtype"]][0]), tuple(entry["shape"]), begin, first)
         if entry["data_offsets"] != [begin - 8 - length, tensor.end - 8 - length]:
             raise ValueError(f"the weights are damaged: {name} has another size or place than it should")
         tensors.append(tensor)
@@ -151,8 +152,9 @@ class Loader:
             tensors = stored(file.fileno())
             loan = self._rooms.lend(sum(tensor.count for tensor in tensors) * self._dtype.itemsize)
             flat = torch.frombuffer(loan, dtype=self._dtype)
-            for dtype, run in itertools.groupby(tensors, key=lambda tensor: tensor.dtype):
-                first, *_, last = [*run] * 2
+            for dtype, group in itertools.groupby(tensors, key=lambda tensor: tensor.dtype):
+                run = list(group)
+                first, last = run[0], run[-1]
                 size = last.end - first.begin
                 if dtype == self._dtype:
                     at = first.first * dtype.itemsize

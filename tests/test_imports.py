@@ -46,10 +46,9 @@ LEVELS: list[set[str]] = [
     {"adapters.admit", "adapters.doctor", "adapters.merge", "adapters.training"},
     {"adapters.archives", "adapters.convert"},
     {"adapters.catalog", "adapters.blobs", "adapters.inspect", "adapters.worker"},
-    {"adapters.audit", "adapters.golden", "adapters.receipts"},
+    {"adapters.audit", "adapters.golden", "adapters.host_memory", "adapters.receipts"},
     {
         "adapters.cpu_kernels",
-        "adapters.host_memory",
         "adapters.peft_config",
         "adapters.safetensors_header",
         "adapters.shapes",
