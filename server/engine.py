@@ -552,10 +552,14 @@ def _arguments(settings: Settings, slots: _Slots) -> tuple[Namespace, Any]:
     }
     known = {f.name for f in fields(AsyncEngineArgs)}
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    # What adapters.cpu_kernels multiplies fastest.
-    given = (
-        {"lora_dtype": STR_DTYPE_TO_TORCH_DTYPE["float32"]} if current_platform.is_cpu() else {}
-    ) | settings.engine_args
+    given: dict[str, Any] = {}
+    if current_platform.is_cpu():
+        given = {
+            # What adapters.cpu_kernels multiplies fastest.
+            "lora_dtype": STR_DTYPE_TO_TORCH_DTYPE["float32"],
+            "distributed_executor_backend": "adapters.executor.PatientExecutor",
+        }
+    given |= settings.engine_args
     for name, value in given.items():
         if name not in known and not hasattr(args, name):
             close = get_close_matches(name, known | set(vars(args)), n=1)

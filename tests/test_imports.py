@@ -49,6 +49,7 @@ LEVELS: list[set[str]] = [
     {"adapters.audit", "adapters.golden", "adapters.host_memory", "adapters.receipts"},
     {
         "adapters.cpu_kernels",
+        "adapters.executor",
         "adapters.peft_config",
         "adapters.safetensors_header",
         "adapters.shapes",
@@ -77,7 +78,13 @@ PURE = {
 IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "server.engine", "server.metrics"}
 ONLY_IN = {
     "prometheus_client": {"server.metrics"},
-    "vllm": {"server.engine", "server.handlers", "adapters.worker", "adapters.cpu_kernels"},
+    "vllm": {
+        "server.engine",
+        "server.handlers",
+        "adapters.cpu_kernels",
+        "adapters.executor",
+        "adapters.worker",
+    },
     "sqlalchemy": {
         "server.tenants",
         "server.settings",
