@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import httpx
 import psutil
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from adapters.processor import multiplies_bfloat16
 from server.demo.base import BASE_NAME
 from server.demo.process import free_port, running, tail
 from tests.bench.adapters import Adapter
@@ -39,6 +40,11 @@ ENVIRONMENT = {
 }
 
 
+def dtype_of_this_machine() -> str:
+    """The model's own, unless the processor has no instructions for it, where nobody would choose it."""
+    return "bfloat16" if multiplies_bfloat16() else "float32"
+
+
 @dataclass(frozen=True, slots=True)
 class Setup:
     """What both servers are started with. ``max_num_seqs`` is the most sequences in a batch.
@@ -50,7 +56,7 @@ class Setup:
     host_slots: int = 16
     max_num_seqs: int = 16
     max_lora_rank: int = 16
-    dtype: str = "bfloat16"
+    dtype: str = field(default_factory=dtype_of_this_machine)
 
     def __str__(self) -> str:
         return f"{self.host_slots}-{self.max_num_seqs}-{self.max_lora_rank}-{self.dtype}"
