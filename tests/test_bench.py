@@ -550,7 +550,7 @@ def test_growth_is_what_is_more_than_chance_and_one_percent(per_hour: float, ver
     rng = random.Random(8)
     hours = [i / 360 for i in range(120)]
     trend = _trend(hours, [1000 + per_hour * h + rng.gauss(0, 0.5) for h in hours])
-    goal = next(m.goal for m in SCENARIOS["residency"].measures if m.key == "api_pss_growth")
+    goal = next(m.goal for m in SCENARIOS["residency"].measures if m.key == "api_memory_growth")
     assert goal is not None
     assert ("met" if goal.met(trend["growth"]) else "missed") == verdict
 
@@ -576,7 +576,7 @@ def test_a_process_is_measured_to_less_than_a_tick(tmp_path: Path) -> None:
     assert server.api_cpu_seconds() - before == pytest.approx(time.process_time() - counted, abs=0.002)
     footprint = server.footprint()
     assert footprint["api_threads"] >= 1
-    assert footprint["api_rss"] >= footprint["api_pss"] > 10
+    assert footprint["api_rss"] >= footprint["api_memory"] > 10
     assert footprint["engine_files"] == sum(p.num_fds() for p in psutil.Process().children(recursive=True))
 
 

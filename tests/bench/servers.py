@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import sys
@@ -125,7 +126,7 @@ class Server(ABC):
         return time.clock_gettime((~self._process.pid << 3) | 2)
 
     def footprint(self) -> dict[str, float]:
-        """Memory in MiB, threads and open files: ``api_…`` of that process, ``engine_…`` of its children."""
+        """Memory, RSS (MiB), threads, open files: ``api_…`` of that process, ``engine_…`` of its children."""
         assert self._process is not None, "the server is not running"
         sides = {"api": [self._process], "engine": self._process.children(recursive=True)}
         return {f"{side}_{what}": n for side, who in sides.items() for what, n in _footprint(who).items()}
@@ -283,14 +284,23 @@ SERVERS: dict[str, type[Server]] = {cls.name: cls for cls in (Loraplex, BareVllm
 
 
 def _footprint(processes: Iterable[psutil.Process]) -> dict[str, float]:
-    sums = dict.fromkeys(("pss", "rss", "threads", "files"), 0.0)
+    sums = dict.fromkeys(("memory", "rss", "threads", "files"), 0.0)
     for process in processes:
-        memory = process.memory_full_info()
-        sums["pss"] += memory.pss / (1 << 20)
-        sums["rss"] += memory.rss / (1 << 20)
+        sums["memory"] += _own_memory(process) / (1 << 20)
+        sums["rss"] += process.memory_info().rss / (1 << 20)
         sums["threads"] += process.num_threads()
         sums["files"] += process.num_fds()
     return sums
+
+
+def _own_memory(process: psutil.Process) -> int:
+    """Bytes of what it has written to; what it shares with others counts in equal parts.
+
+    Not the pages of files that it maps, which the system drops when it needs room: a library's pages count
+    for less while another process maps it too, and so move with what else the machine does.
+    """
+    rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
+    return sum(int(kib) << 10 for kib in re.findall(r"^Pss_(?:Anon|Shmem): +(\d+) kB$", rollup, re.MULTILINE))
 
 
 def _read_into_page_cache(folder: Path) -> None:

@@ -63,8 +63,8 @@ async def measure(server: Server, client: Client, round_: Round) -> Values:
         "served": served / seconds / capacity,
         "refused": sum(r.status in REFUSALS for r in answered) / len(asked),
         "unexpected": sum(not _expected(r) for r in answered),
-        "api_memory": _growth(client.samples, "api_pss", seconds),
-        "engine_memory": _growth(client.samples, "engine_pss", seconds),
+        "api_memory": _growth(client.samples, "api_memory", seconds),
+        "engine_memory": _growth(client.samples, "engine_memory", seconds),
         "recovery": after.to_first_token,
     }
 
@@ -97,8 +97,8 @@ SCENARIO = Scenario(
         Measure("served", "answers, to what can be served", "×"),
         Measure("refused", "share refused with 429 or 503"),
         Measure("unexpected", "other ends, or without Retry-After", "", Goal("value", "≤", 0)),
-        Measure("api_memory", "API, PSS: last quarter to the one before", "×", Goal("value", "≤", 1.02)),
-        Measure("engine_memory", "engine, PSS: the same", "×", Goal("value", "≤", 1.02)),
+        Measure("api_memory", "API, memory: last quarter to the one before", "×", Goal("value", "≤", 1.02)),
+        Measure("engine_memory", "engine, memory: the same", "×", Goal("value", "≤", 1.02)),
         Measure("recovery", "first token once the others hung up", "s", Goal("value", "≤", RECOVERY)),
     ),
     lambda _: (*ADAPTERS, LAST),

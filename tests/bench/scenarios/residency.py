@@ -25,9 +25,9 @@ MINUTES = 30.0
 EVERY = 10.0  # seconds
 WARM_UP = 1 / 3  # of the time
 HOUR = 3600.0
-# What is counted of each side, and its unit. RSS is sampled and drawn too; PSS counts shared pages once.
+# What is counted of each side, and its unit. RSS is sampled and drawn too.
 SIDES = ("api", "engine")
-COUNTED = {"pss": "MiB", "threads": "", "files": ""}
+COUNTED = {"memory": "MiB", "threads": "", "files": ""}
 
 
 async def measure(server: Server, client: Client, round_: Round) -> Values:
@@ -64,7 +64,7 @@ def _measures() -> tuple[Measure, ...]:
     rows = [Measure("requests", "requests a minute")]
     for side in SIDES:
         for what, unit in COUNTED.items():
-            key, where = f"{side}_{what}", f"{side}, {what.upper() if unit else what}"
+            key, where = f"{side}_{what}", f"{side}, {what}"
             rows += [
                 Measure(f"{key}_level", where, unit),
                 Measure(f"{key}_slope", f"{where}: slope", f"{unit}/h"),
