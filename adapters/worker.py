@@ -22,12 +22,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
+
 from adapters.host_memory import Loader, Rooms, stay_beside_the_engine
 
 logger = logging.getLogger(__name__)
 
 STAGING = 8  # loads at once
-READY = 1 << 30  # bytes of host memory that the first loads find ready
+READY = 1 << 30  # bytes of host memory that the first loads find ready on a GPU machine
+READY_ON_CPU = 4 << 30  # where an adapter stays in the memory that it is read into
 
 # A paging operation: (verb, load id, internal name, absolute folder). Name and folder matter to "stage" only.
 WireOp = tuple[str, int, str, str]
@@ -82,7 +85,7 @@ class _Pager:
             install(self.tables)
         # On a GPU machine what is read is copied on into pinned memory, and its room is spare at once.
         rooms = Rooms(self._allocated() // self.tables.lora_slots, host_slots if on_cpu else STAGING)
-        rooms.make_ready(READY)
+        rooms.make_ready(min(READY_ON_CPU if on_cpu else READY, psutil.virtual_memory().available // 4))
         read_with(Loader(rooms, manager.lora_config.lora_dtype))
         self._load = manager._load_adapter
         self._threads = ThreadPoolExecutor(STAGING, "loraplex-stage", initializer=stay_beside_the_engine)
