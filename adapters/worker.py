@@ -54,7 +54,8 @@ class LoraplexWorker:
         """Carries out ``ops`` in order, then reports which loads have reached host memory since.
 
         ``results``: one ``[error or None, seconds]`` per operation; ``staged``: ``[load id, error or None,
-        seconds, bytes]`` per load. An operation that fails changes nothing and does not stop the next.
+        seconds, bytes]`` per load; ``staging``: how many loads go on. An operation that fails changes nothing
+        and does not stop the next.
         """
         return self._loraplex_state.page(ops)
 
@@ -159,7 +160,7 @@ class _Pager:
                 logger.exception("paging operation %s %d failed", verb, load_id)
                 error = f"{type(exc).__name__}: {exc}"
             results.append([error, time.perf_counter() - started])
-        return {"results": results, "staged": self._collect()}
+        return {"results": results, "staged": self._collect(), "staging": len(self._staging)}
 
     def report(self) -> dict[str, Any]:
         return {

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
+from adapters.model import CONFIG_FILE
+from server.engine import Engine, PageOp
 from tests.site import Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
+LOAD = 3_000_000
 
-async def test_the_engine_waits_for_its_worker_without_taking_a_core(site: Site) -> None:
+
+async def share_of_a_core(site: Site, key: str) -> float:
+    """What the engine's process takes of a processor while an answer is made."""
     (core,) = (p for p in psutil.Process().children() if p.name().startswith("VLLM::Engine"))
-    key = await site.tenant("patient", base_allowed=True)
     model = site.app.state.engine.base.name
     start, before = time.perf_counter(), core.cpu_times()
     answer = await site.chat(key, "Count to a hundred.", model=model, max_tokens=100, temperature=0)
     took, after = time.perf_counter() - start, core.cpu_times()
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] > 50
-    spent = after.user + after.system - before.user - before.system
-    assert spent < took / 4, f"{spent:.1f} s of {took:.1f}: it looks for a step's end all the time"
+    return (after.user + after.system - before.user - before.system) / took
+
+
+async def test_the_engine_waits_for_its_worker_without_taking_a_core_from_a_load(
+    site: Site, tmp_path: Path
+) -> None:
+    key = await site.tenant("patient", base_allowed=True)
+    engine: Engine = site.app.state.engine
+    config = tmp_path / CONFIG_FILE
+    os.mkfifo(config)
+    await engine.page([PageOp("stage", LOAD, "patient/slow@1", str(tmp_path))])
+    try:
+        loading = await share_of_a_core(site, key)
+    finally:
+        config.open("w").close()  # what read it until now finds it empty
+    async with asyncio.timeout(30):
+        while not (ended := (await engine.page([])).staged):
+            await asyncio.sleep(0.01)
+    assert ended[0].load_id == LOAD and ended[0].error
+    assert loading < 1 / 4, f"{loading:.0%} of a core: it looks for a step's end all the time"
+    assert loading < await share_of_a_core(site, key) / 2, "it rests when nothing is loaded, too"
