@@ -8,8 +8,9 @@ for that process itself and for loads; with two cores it is the only one, and a 
     PatientExecutor      looks for an answer every 2 ms while an adapter is loaded
 
 Not all the time: where cores rest between two looks, on a virtual machine at least, a token costs the API
-process a quarter more, and a step of 60 ms comes some ms later. (To wait for vLLM's notice from the beginning,
-instead of after that second, does not help either: most are lost, and what is lost costs five seconds.)
+process a quarter more, and a step of 60 ms comes some ms later. (To wait for vLLM's notice from the
+beginning, instead of after that second, does not help either: most are lost, and what is lost costs five
+seconds.)
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Scenario:
     ``adapters`` are on disk before, and in no server's memory: a scenario loads and warms what it wants warm.
     Adapters that must be cold belong to one scenario of a setup only. ``runs`` is for what takes too long to
     be repeated as often as the others, ``longest`` in seconds on one server is where it is given up. Servers
-    in ``once`` are measured in the first run only, since what they do is always the same.
+    in ``once`` are measured in the first run only: they always do the same there, or no target asks for it.
     """
 
     name: str

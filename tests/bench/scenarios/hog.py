@@ -85,6 +85,6 @@ SCENARIO = Scenario(
     ),
     lambda _: (*FOUR, FIFTH),
     measure,
-    setups=(Setup(max_num_seqs=8, dtype="float32"),),
+    setups=(Setup(dtype="float32"),),
     runs=1,
 )

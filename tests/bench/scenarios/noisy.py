@@ -69,5 +69,6 @@ SCENARIO = Scenario(
     lambda _: (NOISY, *QUIET),
     measure,
     setups=(CROWDED,),
+    once=("vllm",),
     runs=2,
 )
