@@ -203,7 +203,7 @@ class Dispatcher:
         self._ops: list[PageOp] = []
         self._staging: set[int] = set()
         self._wake = asyncio.Event()
-        self._asked = asyncio.Event()  # not set while there is no lease
+        self._asked = asyncio.Event()  # not set while no lease's meter has to be read
         self._loops: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = itertools.count(1)
@@ -463,10 +463,11 @@ class Dispatcher:
         while True:
             await self._asked.wait()
             await asyncio.sleep(METER_POLL)
-            if not self._leases:
+            silent = [lease for lease in self._leases.values() if not lease.streamed]
+            if not silent:
                 self._asked.clear()
-            for lease in list(self._leases.values()):
-                if lease.work is not None and not lease.streamed:
+            for lease in silent:
+                if lease.work is not None:
                     lease.work.poll()
 
     def _pause(self, reconcile_at: float) -> float:

@@ -254,13 +254,14 @@ def test_waiting_has_an_end() -> None:
 
 def test_an_unstreamed_answer_is_counted_while_it_is_produced() -> None:
     async def scenario() -> None:
-        async with World() as world:
+        async with World() as world, world.busy("zeta"):
+            await asyncio.sleep(5.0)  # nothing had to be counted meanwhile
             answering = asyncio.create_task(world.ask("acme", stream=False, max_tokens=100))
             await asyncio.sleep(1.0)
-            (lease,) = world.dispatcher.open_leases()
+            (lease,) = (lease for lease in world.dispatcher.open_leases() if lease.tenant == "acme")
             assert 20 < lease.output_tokens < 60
             assert world.dispatcher.snapshot().counters["acme"] > 2 * 20
-            assert repr(lease).startswith("<Lease acme-1 acme acme/a@acme-a 2+")
+            assert repr(lease).startswith("<Lease acme-2 acme acme/a@acme-a 2+")
             await answering
             assert lease.output_tokens == 100
 
