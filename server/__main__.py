@@ -124,12 +124,20 @@ def _settings(config: Path | None) -> Settings:
         raise SystemExit(2) from exc
 
 
+TICK = 0.5  # seconds between two looks whether to leave
+
+
 class _Server(uvicorn.Server):
     """uvicorn with a drain: on the first signal it goes on listening, not ready, until streams are done."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._draining: asyncio.Task[None] | None = None
+
+    async def main_loop(self) -> None:
+        """As uvicorn's own, whose ten looks a second cost as much as one or two tokens of a stream."""
+        while not await self.on_tick(0):
+            await asyncio.sleep(TICK)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.started:

@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
@@ -170,6 +171,23 @@ async def test_the_second_signal_does_not_wait(site: Site) -> None:
     server.handle_exit(signal.SIGTERM, None)
     assert server.should_exit
     stream.cancel()
+
+
+async def test_the_server_leaves_when_told_and_keeps_the_date() -> None:
+    config = uvicorn.Config(lambda: None)
+    config.load()
+    server = _Server(config)
+    serving = asyncio.create_task(server.main_loop())
+    await asyncio.sleep(0)
+    (date,) = (value for name, value in server.server_state.default_headers if name == b"date")
+    server.server_state.default_headers = []
+    async with asyncio.timeout(10):
+        while not server.server_state.default_headers:
+            await asyncio.sleep(0.01)
+    assert parsedate_to_datetime(date.decode()).tzinfo is not None
+    server.should_exit = True
+    async with asyncio.timeout(10):
+        await serving
 
 
 # --- death ------------------------------------------------------------------------------------------
