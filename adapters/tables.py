@@ -89,7 +89,10 @@ class SchemaTooNew(RuntimeError):
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """Timezone-aware UTC on both sides; SQLite keeps no zone, so it is put back on reading."""
+    """Timezone-aware UTC on both sides; SQLite keeps no zone, so it is put back on reading.
+
+    A time that UTC has no year for, up to a day beyond the calendar's ends, is that end.
+    """
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -99,7 +102,11 @@ class UtcDateTime(TypeDecorator[datetime]):
             return None
         if value.tzinfo is None:
             raise ValueError("a time without a zone cannot be stored")
-        return value.astimezone(UTC)
+        try:
+            return value.astimezone(UTC)
+        except OverflowError:
+            end = datetime.min if value.year == 1 else datetime.max
+            return end.replace(tzinfo=UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         if value is None:

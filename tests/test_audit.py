@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -156,4 +157,22 @@ async def test_a_change_that_fails_leaves_no_entry(kind: str, tmp_path: Path) ->
         await fails(database)
         (only,) = await entries(database, Search(), 10)
         assert (only["action"], only["actor"], only["request_id"]) == ("tenant.create", "system", None)
+        await database.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_times_at_the_ends_of_the_calendar_are_times(kind: str, tmp_path: Path) -> None:
+    """In UTC these are before the first and after the last one that there is."""
+    first, last = map(datetime.fromisoformat, ("0001-01-01T00:00:00+00:01", "9999-12-31T23:59:59-00:01"))
+    async with empty(kind, tmp_path) as url:
+        database = Database(url)
+        await database.open()
+        tenants = Tenants(database, admin_key=ADMIN_KEY, service_key=None)
+        await tenants.create("acme")
+        assert len(await entries(database, Search(start=first, end=last), 10)) == 1
+        assert await entries(database, Search(end=first), 10) == []
+        assert await entries(database, Search(start=last), 10) == []
+        await tenants.issue_key("acme", expires_at=last)
+        (key,) = await tenants.keys("acme")
+        assert key.expires_at == datetime.max.replace(tzinfo=UTC)
         await database.close()
