@@ -76,9 +76,7 @@ def _short(path: str) -> str:
 
 
 def _statuses(tag: str, path: str, arguments: bool, body: bool) -> list[str]:
-    found = ["401", "403", "500"]
-    if body or tag == "inference":
-        found += ["400"]
+    found = ["400", "401", "403", "500"]
     if body:
         found += ["408", "413", "415"]
     if body and tag == "inference":
@@ -95,7 +93,10 @@ def _statuses(tag: str, path: str, arguments: bool, body: bool) -> list[str]:
 
 
 def _error(status: str, shape: str) -> Schema:
-    response = {"description": _MEANS[status], "content": _json({"$ref": f"#/components/schemas/{shape}"})}
+    content = _json({"$ref": f"#/components/schemas/{shape}"})
+    if status == "400":
+        content["text/plain"] = {"schema": _TEXT}  # to what is no HTTP request
+    response: Schema = {"description": _MEANS[status], "content": content}
     if status in ("429", "503"):
         after = {"required": True, "schema": {"type": "integer", "minimum": 1}, "description": "Seconds."}
         response["headers"] = {"Retry-After": after}
@@ -123,7 +124,7 @@ def _or_null(schema: Schema) -> Schema:
 
 
 _MEANS = {
-    "400": "The body, a header or a value is wrong.",
+    "400": "The body, a header or a value is wrong; as text where it is no HTTP request at all.",
     "401": "No key, or a wrong one.",
     "403": "A good key for something else.",
     "404": "There is no such thing, or it is another's.",

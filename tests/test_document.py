@@ -97,6 +97,14 @@ def test_everything_is_documented() -> None:
         assert success == "204" or raw["responses"][success]["content"]["application/json"]["schema"], name
 
 
+def test_what_is_no_request_is_answered_as_documented(site: Site) -> None:
+    case = OPERATIONS["DELETE /v1/adapters/{name}/versions/{version}"].Case(
+        path_parameters={"name": "a", "version": 1}, headers={"Content-Length": "4c"}
+    )
+    answer = case.call_and_validate(base_url=site.url, checks=CHECKS)
+    assert answer.status_code == 400
+
+
 def test_references_lead_somewhere() -> None:
     """The schemas of pydantic's nested models are in the document too."""
     whole = json.dumps(DOCUMENT.raw_schema)
