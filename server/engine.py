@@ -699,6 +699,11 @@ def _metered_llm_class() -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._calls = weakref.WeakValueDictionary()  # by the id that ``generate`` was called with
             super().__init__(*args, **kwargs)
+            statistics = self.logger_manager  # None where ENGINE_ARGS turn them off
+            for one in statistics.stat_loggers if statistics else ():
+                if hasattr(one, "gauge_lora_info"):
+                    # It keeps a series for every set of adapters that ever ran or waited together.
+                    one.gauge_lora_info = None
 
         def __del__(self) -> None:
             """``Engine`` stops it; vLLM's own attempt at interpreter exit finds its modules gone."""

@@ -179,6 +179,15 @@ async def test_a_gateway_names_the_customer(site: Site, key: str) -> None:
     assert other.status_code == 403
 
 
+async def test_no_metric_has_a_series_for_each_set_of_adapters_that_ran_together(
+    site: Site, key: str
+) -> None:
+    await site.openai(key).chat.completions.create(model="brush", messages=QUESTION, max_tokens=4)
+    found = await _metrics(site)
+    assert any(name.startswith("vllm:") for name, _ in found)
+    assert [(name, dict(labels)) for name, labels in found if any("/brush@" in v for _, v in labels)] == []
+
+
 async def test_metrics_add_up(site: Site, key: str) -> None:
     before = await _metrics(site)
     client = site.openai(key)
