@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from adapters.host_memory import Loader, Rooms, stay_beside_the_engine
+from adapters.onednn import make_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,9 @@ class LoraplexWorker:
         ``modules``: checkpoint name -> [in_features, out_features]; ``fused``: suffix -> its parts;
         ``slot_bytes``: what one slot takes on this worker.
         """
-        self._loraplex_state = _Pager(self.model_runner.lora_manager, gpu_slots, host_slots)  # type: ignore[attr-defined]
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        self._loraplex_state = _Pager(runner.lora_manager, gpu_slots, host_slots)
+        self._loraplex_state.get_ready(runner.scheduler_config)
         return self._loraplex_state.describe()
 
     def loraplex_page(self, ops: list[WireOp]) -> dict[str, Any]:
@@ -79,7 +82,7 @@ class _Pager:
         self.tables = manager._adapter_manager
         self.gpu_slots = gpu_slots
         self.host_slots = host_slots
-        on_cpu = current_platform.is_cpu()
+        self._on_cpu = on_cpu = current_platform.is_cpu()
         if on_cpu:
             from adapters.cpu_kernels import install
 
@@ -94,6 +97,14 @@ class _Pager:
         self._evicted_while_staging: set[int] = set()
         self.in_step_loads = 0
         manager._load_adapter = self._load_inside_a_step
+
+    def get_ready(self, steps: Any) -> None:
+        """What would take its time in the first steps of a kind; ``steps``: vLLM's ``SchedulerConfig``."""
+        if self._on_cpu:
+            started = time.monotonic()
+            made, rows = make_kernels(self.tables.model, steps.max_num_batched_tokens, steps.max_num_seqs)
+            took = time.monotonic() - started
+            logger.info("made %d kernels in %.1f s, for steps of up to %d tokens", made, took, rows)
 
     def _load_inside_a_step(self, request: Any) -> Any:
         """Only reached when the engine was asked to run what is not resident, which must never happen.

@@ -29,6 +29,7 @@ from typing import Any, Literal, Protocol
 from pydantic import ValidationError
 from starlette.datastructures import State
 
+from adapters import onednn
 from adapters.model import BaseModel, ModuleShape
 from adapters.shapes import fingerprint
 from server import handlers, sizing
@@ -204,6 +205,7 @@ class Engine:
         # Threads of a step that wait for each other by spinning take the processor from this process and
         # from loads, and then have to wait for these: with two cores every load is felt in every stream.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        os.environ.setdefault(onednn.CAPACITY, str(onednn.KERNELS))
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
         slots = await asyncio.to_thread(_slots, settings)

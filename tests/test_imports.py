@@ -50,6 +50,7 @@ LEVELS: list[set[str]] = [
     {
         "adapters.cpu_kernels",
         "adapters.executor",
+        "adapters.onednn",
         "adapters.peft_config",
         "adapters.processor",
         "adapters.safetensors_header",
@@ -84,6 +85,7 @@ ONLY_IN = {
         "server.handlers",
         "adapters.cpu_kernels",
         "adapters.executor",
+        "adapters.onednn",
         "adapters.worker",
     },
     "sqlalchemy": {
@@ -101,6 +103,7 @@ ONLY_IN = {
         "adapters.host_memory",
         "adapters.inspect",
         "adapters.merge",
+        "adapters.onednn",
         "adapters.processor",
         "adapters.shapes",
         "adapters.training",

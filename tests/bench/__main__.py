@@ -100,13 +100,18 @@ class Bench:
                 console.log(f"run {round_.number + 1}: {server.name}: {scenario.name}: {_since(began)}")
             except Exception as exc:
                 self._failed(scenario, server.name, round_, exc)
-            if client.samples:
-                runs = self.outcomes[scenario.name].samples.setdefault(server.name, {})
-                runs[round_.number] = client.samples
-            for record in client.failures():
-                where = f"{server.name}, run {round_.number + 1}, {record.label}"
-                self.outcomes[scenario.name].failed_requests.append(f"{where}: {record.error}")
-            self._write_raw(server, scenario, round_, client.records, origin)
+            finally:
+                # Also what there is of a measurement that is interrupted.
+                self._keep(client, server, scenario, round_)
+                self._write_raw(server, scenario, round_, client.records, origin)
+
+    def _keep(self, client: Client, server: Server, scenario: Scenario, round_: Round) -> None:
+        outcomes = self.outcomes[scenario.name]
+        if client.samples:
+            outcomes.samples.setdefault(server.name, {})[round_.number] = client.samples
+        for record in client.failures():
+            where = f"{server.name}, run {round_.number + 1}, {record.label}"
+            outcomes.failed_requests.append(f"{where}: {record.error}")
 
     def _failed(self, scenario: Scenario | Simulation, server: str, round_: Round, exc: Exception) -> None:
         text = f"{server}, run {round_.number + 1}: {type(exc).__name__}: {exc}"
