@@ -50,7 +50,7 @@ class LoraplexWorker:
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         self._loraplex_state = _Pager(runner.lora_manager, gpu_slots, host_slots)
-        self._loraplex_state.get_ready(runner.scheduler_config)
+        self._loraplex_state.make_kernels(runner.scheduler_config)
         return self._loraplex_state.describe()
 
     def loraplex_page(self, ops: list[WireOp]) -> dict[str, Any]:
@@ -63,7 +63,8 @@ class LoraplexWorker:
         return self._loraplex_state.page(ops)
 
     def loraplex_report(self) -> dict[str, Any]:
-        """What this worker holds: ``host`` and ``slots`` by load id, ``staging``, ``in_step_loads``."""
+        """What this worker holds: ``host`` and ``slots`` by load id, ``staging``, ``in_step_loads``; and
+        ``kernels``, how many of oneDNN's it has made ahead, with the tokens of a step that they reach to."""
         return self._loraplex_state.report()
 
 
@@ -83,6 +84,7 @@ class _Pager:
         self.gpu_slots = gpu_slots
         self.host_slots = host_slots
         self._on_cpu = on_cpu = current_platform.is_cpu()
+        self._kernels = (0, 0)
         if on_cpu:
             from adapters.cpu_kernels import install
 
@@ -98,13 +100,11 @@ class _Pager:
         self.in_step_loads = 0
         manager._load_adapter = self._load_inside_a_step
 
-    def get_ready(self, steps: Any) -> None:
-        """What would take its time in the first steps of a kind; ``steps``: vLLM's ``SchedulerConfig``."""
+    def make_kernels(self, steps: Any) -> None:
+        """``steps``: vLLM's ``SchedulerConfig``."""
         if self._on_cpu:
-            started = time.monotonic()
-            made, rows = make_kernels(self.tables.model, steps.max_num_batched_tokens, steps.max_num_seqs)
-            took = time.monotonic() - started
-            logger.info("made %d kernels in %.1f s, for steps of up to %d tokens", made, took, rows)
+            most = steps.max_num_batched_tokens, steps.max_num_seqs
+            self._kernels = make_kernels(self.tables.model, *most)
 
     def _load_inside_a_step(self, request: Any) -> Any:
         """Only reached when the engine was asked to run what is not resident, which must never happen.
@@ -179,6 +179,7 @@ class _Pager:
             "slots": list(self.tables.lora_index_to_id),
             "staging": sorted(self._staging),
             "in_step_loads": self.in_step_loads,
+            "kernels": self._kernels,
         }
 
     def _stage(self, load_id: int, name: str, path: str) -> None:

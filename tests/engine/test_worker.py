@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.model import WEIGHTS_FILE
+from adapters.onednn import KERNELS
 from server.engine import Engine, PageOp, StageResult, _slots
 from tests.engine.conftest import GPU_SLOTS, HOST_SLOTS
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
@@ -77,6 +78,14 @@ async def test_slots_and_entries_cost_what_was_computed(
     largest = await asyncio.to_thread(reference.make, Spec(4, 64, ATTENTION + MLP), tmp_path / "largest")
     (result,) = (await stage(engine, largest)).values()
     assert result.size_bytes == engine.capacity.entry_bytes
+
+
+async def test_kernels_are_made_before_the_first_step(engine: Engine) -> None:
+    """As many as oneDNN keeps; 0 would be a vLLM whose layers are found no more."""
+    (report,) = await engine._llm.collective_rpc("loraplex_report")
+    made, tokens = report["kernels"]
+    assert KERNELS - 5 < made <= KERNELS
+    assert tokens > max(16, made / 6), "several shapes of weights"
 
 
 async def test_half_an_adapter_is_never_left_in_a_slot(
