@@ -12,6 +12,7 @@ import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from functools import partial
@@ -29,6 +30,7 @@ from server import __main__, app
 from server.app import create_app
 from server.engine import Answer, Call
 from server.settings import Settings
+from server.usage import Recorder, Usage
 from tests.fakes import FakeEngine, Times
 from tests.site import ADMIN_KEY, bearer
 
@@ -145,7 +147,7 @@ class _Listing(FakeEngine):
 
     def __init__(self, base: BaseModel, file: Path) -> None:
         super().__init__(base, max_running=16, times=Times(step=0.002))
-        self._list = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._list = _appending(file)
 
     async def answer(self, call: Call, request: Any) -> Answer:
         if request.user is not None:  # else it is a probe of the server's own
@@ -153,9 +155,28 @@ class _Listing(FakeEngine):
         return await super().answer(call, request)
 
 
-def serve(settings: Settings, base: BaseModel, taken: Path) -> None:
-    """What ``python -m server serve`` does, signals and all; the engine lists in ``taken`` what it takes."""
-    engine = _Listing(base, taken)
+def _appending(file: Path) -> int:
+    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+def _list_ends(file: Path) -> None:
+    """Appends ``request id, time`` of every record of usage to a file, before the recorder has it."""
+    ends, take = _appending(file), Recorder.record
+
+    def record(recorder: Recorder, used: Usage) -> None:
+        os.write(ends, f"{used.request_id} {time.time()}\n".encode())
+        take(recorder, used)
+
+    Recorder.record = record  # type: ignore[method-assign]
+
+
+def serve(settings: Settings, base: BaseModel, folder: Path) -> None:
+    """What ``python -m server serve`` does, signals and all.
+
+    The engine lists in ``folder / "taken"`` what it takes; ``folder / "ended"`` says when each of it ended.
+    """
+    engine = _Listing(base, folder / "taken")
+    _list_ends(folder / "ended")
 
     async def start(_: Settings) -> FakeEngine:
         return engine
