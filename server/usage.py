@@ -137,12 +137,14 @@ class Recorder:
 
     async def _flush(self) -> None:
         async with self._writing:
-            batch, self._waiting = self._waiting, []
-            if not batch:
+            if not self._waiting:
                 return
+            batch: list[Usage] = []
             written = False
             try:
                 async with self._database.append() as session:
+                    await session.connection()  # what is recorded until it has begun is written too
+                    batch, self._waiting = self._waiting, []
                     await session.execute(insert(UsageRow), [record.row() for record in batch])
                 written = True
             finally:
@@ -153,15 +155,21 @@ class Recorder:
         clock = asyncio.get_running_loop().time
         every = {self.write_used: TOUCH_EVERY, self._roll_up: ROLL_UP_EVERY}
         due = {self.write_used: clock() + TOUCH_EVERY, self._roll_up: clock()}
+        took = 0.0
         while not self._stopping.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(min(due.values())):
                     await self._recorded.wait()
             with suppress(TimeoutError):
-                async with asyncio.timeout(FLUSH_EVERY):
+                # Rows have waited while those before them were written, which is long in a busy process.
+                async with asyncio.timeout(max(0.0, FLUSH_EVERY - took)):
                     await self._stopping.wait()
+            began = clock()
             try:
-                await self.flush()
+                try:
+                    await self.flush()
+                finally:
+                    took = clock() - began
                 if not self._waiting:
                     self._recorded.clear()
                 for step in [step for step in due if due[step] <= clock()]:
