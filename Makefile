@@ -52,7 +52,7 @@ check: $(STAMP) ## Lint, formatting, types, and which module may import which
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest -q tests/test_imports.py
+	$(PY) -m pytest -q tests/pure/project/test_imports.py
 
 bench: $(STAMP) ## Measure against bare vLLM, about 45 minutes; SCENARIO=storm for one, RUNS=1, QUICK=1, MINUTES=10
 	$(PY) -m tests.bench $(SCENARIO) $(if $(RUNS),--runs $(RUNS)) $(if $(filter-out 0,$(QUICK)),--quick) \
@@ -60,7 +60,7 @@ bench: $(STAMP) ## Measure against bare vLLM, about 45 minutes; SCENARIO=storm f
 
 fuzz: $(STAMP) ## Parsers of uploads, four minutes; then the API, two hours; COUNT=200000, SEED=0, CASES=2000
 	$(PY) -m tests.fuzz $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED))
-	CASES=$(or $(CASES),2000) $(PY) -m pytest -q -n 2 --timeout 3600 tests/test_document.py
+	CASES=$(or $(CASES),2000) $(PY) -m pytest -q -n 2 --timeout 3600 tests/service/http/test_document.py
 
 clean: ## Remove .venv and all caches; data stays
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -20,7 +20,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # What PEFT calls path_initial_model_for_weight_conversion: the weights before training, for the conversion of
 # PiSSA and its kin. Read at upload, never kept.
 INITIAL_FILE = "initial_adapter_model.safetensors"
-# What the training side saw, see adapters.golden. Kept with the version, not among its files.
+# What the training side saw, see adapters.inspection.golden. Kept with the version, not among its files.
 PROBES_FILE = "probes.json"
 
 
@@ -55,7 +55,8 @@ class BaseModel:
     ``modules`` maps the full name of every layer that can carry a LoRA, in the names of the
     checkpoint (``model.layers.0.self_attn.q_proj``, never the fused ``qkv_proj``), to its shape.
     ``fused`` maps a fused suffix to its parts in the order of their rows (``qkv_proj`` -> q, k, v).
-    ``source`` is the folder or hub id it was loaded from; ``fingerprint`` is ``adapters.shapes.fingerprint``.
+    ``source`` is the folder or hub id it was loaded from; ``fingerprint`` is that of
+    ``adapters.inspection.base_model``.
     ``pooling`` if it makes embeddings instead of text.
     """
 
@@ -101,8 +102,10 @@ class Manifest:
     ``rank`` is the largest rank of any pair, ``size_bytes`` the size of both files together,
     ``modules`` the full names of the base modules it changes, sorted. ``conversions`` says what was rewritten
     so that it can be served, and ``original_digest`` names the files as they were uploaded, if anything was.
-    ``probe`` is what the engine showed of it, see ``server.probe``; None where no engine has been asked.
-    ``golden`` is how it compares with the training side, see ``adapters.golden``; None without that.
+    ``probe`` is what the engine showed of it, see ``server.publishing.probe``; None where no
+    engine has been asked.
+    ``golden`` is how it compares with the training side, see
+    ``adapters.inspection.golden``; None without that.
     """
 
     rank: int

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from server import __version__, commands
+from server import __version__
+from server.cli import commands
 from server.settings import Settings
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -55,7 +56,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what an upload would be answered: 0 accepted, 1 refused, 2 not to be told."""
-    from server import offline
+    from server.cli import offline
 
     raise SystemExit(offline.doctor(adapter, base, max_rank=max_rank, dtype=dtype, as_json=as_json))
 
@@ -69,7 +70,7 @@ def merge(
     tolerance: Annotated[float, typer.Option(help="Largest difference in a log-probability.")] = 0.1,
 ) -> None:
     """Write base + adapter as one checkpoint, for a customer who outgrows sharing."""
-    from server import offline
+    from server.cli import offline
 
     raise SystemExit(offline.merge(base, adapter, out, verify=verify, tolerance=tolerance))
 
@@ -83,7 +84,7 @@ def make_probes(
     tolerance: Annotated[float, typer.Option(help="Largest difference in a log-probability.")] = 0.5,
 ) -> None:
     """Write what base + PEFT say, in float32, for the server to check an upload against."""
-    from server import offline
+    from server.cli import offline
 
     raise SystemExit(offline.make_probes(base, adapter, out, prompts=prompt or [], tolerance=tolerance))
 
@@ -169,8 +170,8 @@ def _leave_at_once(sig: int) -> NoReturn:
 def _serve(settings: Settings) -> int:
     from server import logs
     from server.app import create_app
-    from server.engine import EngineDied
-    from server.protocol import BoundedHeads
+    from server.engine.engine import EngineDied
+    from server.http.connection import BoundedHeads
 
     logs.configure(settings.log_format, settings.log_level)
     # vLLM must not ask a hub about a model that is here, nor report usage.

@@ -14,26 +14,27 @@ from datetime import datetime
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from adapters.blobs import BlobStore
-from adapters.catalog import Catalog
-from adapters.receipts import Receipts
-from adapters.tables import Database
-from server import __version__, admin, api, reports, selfservice
-from server.complete import Completions
-from server.dispatcher import Dispatcher
-from server.document import document
-from server.engine import Engine, EngineDied
-from server.fields import DEFAULT_MODEL
-from server.http import RequestContext, in_background, install_error_handlers
+from adapters.database.database import Database
+from adapters.store.blobs import BlobStore
+from adapters.store.catalog import Catalog
+from adapters.store.idempotency import Receipts
+from server import __version__
+from server.accounts.tenants import Tenants
+from server.accounts.usage import Recorder, spent
+from server.engine.engine import Engine, EngineDied
+from server.http import admin, inference, reports, self_service
+from server.http.middleware import RequestContext, in_background, install_error_handlers
+from server.http.openapi import document
+from server.inference.completion import Completions
+from server.inference.fields import DEFAULT_MODEL
+from server.limits.quotas import Quotas
+from server.limits.redis import SharedLimits
 from server.metrics import Gauges, Metrics
-from server.plan import Limits
-from server.probe import Prober
-from server.publish import Publishing, verify_all
-from server.quotas import Quotas
+from server.publishing.probe import Prober
+from server.publishing.publish import Publishing, verify_all
+from server.scheduling.dispatcher import Dispatcher
+from server.scheduling.plan import Limits
 from server.settings import Settings
-from server.shared import SharedLimits
-from server.tenants import Tenants
-from server.usage import Recorder, spent
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +67,12 @@ def create_app(
     app.state.tasks = set()
     app.add_middleware(RequestContext)
     install_error_handlers(app)
-    app.include_router(api.router)
-    app.include_router(api.tokens)
+    app.include_router(inference.router)
+    app.include_router(inference.tokens)
     app.include_router(admin.router)
     app.include_router(reports.operators)
     app.include_router(reports.customers)
-    app.include_router(selfservice.router)
+    app.include_router(self_service.router)
     _add_operations(app)
     app.openapi = document(app)  # type: ignore[method-assign]
     return app

@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("tests.engine_suite", "tests.tiny", "tests.world")
+pytest.register_assert_rewrite("tests.support.engine_suite", "tests.support.tiny", "tests.support.world")

@@ -23,11 +23,11 @@ from typing import Any
 
 import psutil
 
-from adapters.convert import plan
 from adapters.errors import CURES, AdapterRejected
+from adapters.inspection.convert import plan
+from adapters.inspection.peft_config import read_config
+from adapters.inspection.safetensors_header import read_header
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, ModuleShape
-from adapters.peft_config import read_config
-from adapters.safetensors_header import read_header
 
 SLOWEST = 0.1  # seconds
 MOST_GROWTH = 64 << 20  # bytes of memory over a whole run

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from adapters.tables import AuditRow, Database, matching, now
+from adapters.database.database import AuditRow, Database, matching, now
 
 
 @dataclass(frozen=True, slots=True)

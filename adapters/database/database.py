@@ -66,7 +66,7 @@ Q = TypeVar("Q", bound=Select[Any])
 F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
-MIGRATIONS = "adapters:migrations"
+MIGRATIONS = "adapters.database:migrations"
 # How long a SQLite writer of another process (the command line) may hold us up.
 BUSY_TIMEOUT_MS = 30_000
 WAL_TRIES = 200
@@ -210,7 +210,7 @@ class VersionRow(Base):
 
 
 class UploadRow(Base):
-    """What an upload with an ``Idempotency-Key`` was answered; see ``adapters.receipts``."""
+    """What an upload with an ``Idempotency-Key`` was answered; see ``adapters.store.idempotency``."""
 
     __tablename__ = "uploads"
 

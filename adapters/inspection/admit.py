@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from adapters.convert import plan
-from adapters.inspect import inspect
+from adapters.inspection.convert import plan
+from adapters.inspection.inspect import inspect
 from adapters.model import BaseModel, Manifest
 
 

@@ -1,6 +1,6 @@
 """A base model as its folder describes it: names and shapes without an engine, and without reading weights.
 
-The running engine reports the same (``adapters.worker``); a test holds the two against each other.
+The running engine reports the same (``adapters.worker.extension``); a test holds the two against each other.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from adapters.inspection.module_names import leaf
+from adapters.inspection.tensor_stats import DTYPES
 from adapters.model import BaseModel, ModuleShape
-from adapters.names import leaf
-from adapters.values import DTYPES
 
 # What vLLM and some trainers fuse, in the order of the rows.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -29,13 +29,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adapters.errors import AdapterRejected, fault
-from adapters.inspect import PREFIX, check_module, check_tensors, parse_name, refuse_pickles
+from adapters.inspection.inspect import PREFIX, check_module, check_tensors, parse_name, refuse_pickles
+from adapters.inspection.module_names import leaf
+from adapters.inspection.peft_config import PeftConfig, load_fields, parse_config
+from adapters.inspection.safetensors_header import DTYPES, TensorHeader, read_header
+from adapters.inspection.strict_json import show
+from adapters.inspection.tensor_stats import DTYPES as DTYPE_OF
 from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE, BaseModel
-from adapters.names import leaf
-from adapters.peft_config import PeftConfig, load_fields, parse_config
-from adapters.safetensors_header import DTYPES, TensorHeader, read_header
-from adapters.strict_json import show
-from adapters.values import DTYPES as DTYPE_OF
 
 # What PEFT's conversion with path_initial_model_for_weight_conversion is for.
 CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")

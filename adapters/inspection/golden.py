@@ -17,8 +17,8 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adapters.errors import AdapterRejected, fault
+from adapters.inspection.strict_json import loads, show
 from adapters.model import PROBES_FILE
-from adapters.strict_json import loads, show
 
 MAX_BYTES = 1 << 20
 MAX_PROBES = 64

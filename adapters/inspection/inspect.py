@@ -20,12 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adapters.errors import AdapterRejected, fault
+from adapters.inspection.module_names import kind_of, layer_of, leaf, template
+from adapters.inspection.peft_config import PeftConfig, check_base, read_config
+from adapters.inspection.safetensors_header import TensorHeader, read_header
+from adapters.inspection.strict_json import show
+from adapters.inspection.tensor_stats import DTYPES, extremes, one_thread, product_norm
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, Coverage, Manifest
-from adapters.names import kind_of, layer_of, leaf, template
-from adapters.peft_config import PeftConfig, check_base, read_config
-from adapters.safetensors_header import TensorHeader, read_header
-from adapters.strict_json import show
-from adapters.values import DTYPES, extremes, one_thread, product_norm
 
 PREFIX = "base_model.model."
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")

@@ -16,12 +16,12 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import ConfigDict, Field
 
-from adapters import strict_json
 from adapters.errors import AdapterRejected, fault
+from adapters.inspection import strict_json
+from adapters.inspection.module_names import match, suffixes
+from adapters.inspection.strict_json import show
+from adapters.inspection.targets import Targets
 from adapters.model import CONFIG_FILE, BaseModel
-from adapters.names import match, suffixes
-from adapters.strict_json import show
-from adapters.targets import Targets
 
 MAX_CONFIG_BYTES = 1 << 20
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters import strict_json
 from adapters.errors import AdapterRejected, fault
+from adapters.inspection import strict_json
+from adapters.inspection.strict_json import show
 from adapters.model import WEIGHTS_FILE
-from adapters.strict_json import show
 
 # About 150 bytes a tensor. Every linear layer of a model of 126 layers makes 1,764 tensors, 260 kB.
 MAX_HEADER_BYTES = 1 << 20

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from adapters.names import suffixes
+from adapters.inspection.module_names import suffixes
 
 # Without any operator but ".", which is any one character: linear by construction.
 _LITERAL = re.compile(r"[A-Za-z0-9_.-]{1,512}")

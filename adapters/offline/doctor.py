@@ -7,9 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adapters.convert import plan
 from adapters.errors import AdapterRejected
-from adapters.inspect import inspect
+from adapters.inspection.convert import plan
+from adapters.inspection.inspect import inspect
 from adapters.model import BaseModel, Manifest
 
 

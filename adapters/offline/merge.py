@@ -23,12 +23,12 @@ from typing import Any, Self
 import torch
 from safetensors import safe_open
 
-from adapters.convert import plan
-from adapters.inspect import check_tensors, inspect
+from adapters.inspection.convert import plan
+from adapters.inspection.inspect import check_tensors, inspect
+from adapters.inspection.peft_config import read_config
+from adapters.inspection.safetensors_header import DTYPES, read_header
+from adapters.inspection.tensor_stats import DTYPES as DTYPE_OF
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel
-from adapters.peft_config import read_config
-from adapters.safetensors_header import DTYPES, read_header
-from adapters.values import DTYPES as DTYPE_OF
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from adapters.golden import Golden, GoldenProbe
+from adapters.inspection.golden import Golden, GoldenProbe
 
 
 def golden(base_dir: Path, adapter: Path, prompts: Sequence[str], *, tolerance: float) -> Golden:

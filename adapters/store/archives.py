@@ -16,11 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-from adapters.blobs import disk_errors, in_thread
 from adapters.errors import AdapterRejected, UploadTooLarge, fault
-from adapters.inspect import PICKLES
+from adapters.inspection.inspect import PICKLES
+from adapters.inspection.strict_json import show
 from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
-from adapters.strict_json import show
+from adapters.store.blobs import disk_errors, in_thread
 
 MAX_ENTRIES = 1000
 # A zip's list of entries, and a tar's extended header: read in one piece.

@@ -19,13 +19,21 @@ from typing import Any, TypedDict, Unpack
 from sqlalchemy import Select, and_, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from adapters.audit import note
+from adapters.database.audit import note
+from adapters.database.database import (
+    MAX_INTEGER,
+    AdapterRow,
+    Database,
+    ReadCache,
+    TenantRow,
+    VersionRow,
+    now,
+)
 from adapters.errors import AdapterConflict, AdapterNotFound, QuotaExceeded, fault
-from adapters.golden import Golden
+from adapters.inspection.golden import Golden
 from adapters.model import Adapter, Manifest, Quota, Version, VersionInfo, is_adapter_name, is_tenant_id
-from adapters.receipts import Receipt
 from adapters.split import WHOLE, choose
-from adapters.tables import MAX_INTEGER, AdapterRow, Database, ReadCache, TenantRow, VersionRow, now
+from adapters.store.idempotency import Receipt
 
 DEFAULT = "default"
 NUMBERED = re.compile(r"([^@]+)@([1-9][0-9]{0,8})", re.ASCII)

@@ -18,9 +18,9 @@ from weakref import WeakValueDictionary
 from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from adapters.database.database import Database, UploadRow, now
 from adapters.errors import AdapterConflict
 from adapters.model import is_tenant_id
-from adapters.tables import Database, UploadRow, now
 
 KEPT = timedelta(hours=24)
 

@@ -11,7 +11,7 @@ which touch neither the GPU nor the engine's tables:
     evict        free both
 
 This file reaches into vLLM's LoRA managers in the places listed in ``_Pager``; the tests on the real
-engine fail when one of them changes. On a CPU it puts ``adapters.cpu_kernels`` in place of vLLM's own.
+engine fail when one of them changes. On a CPU it puts ``adapters.worker.cpu.kernels`` in place of vLLM's own.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 
-from adapters.host_memory import Loader, Rooms, stay_beside_the_engine
-from adapters.onednn import make_kernels
+from adapters.worker.cpu.onednn import make_kernels
+from adapters.worker.host_memory import Loader, Rooms, stay_beside_the_engine
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class _Pager:
     ``LRUCacheLoRAModelManager`` (``tables``): ``_load_adapter``, ``_create_merged_loras_inplace``,
     ``_registered_adapters``, ``_active_adapters``, ``lora_index_to_id``, ``activate_adapter``,
     ``deactivate_adapter``, ``remove_adapter``, ``model``, ``modules`` and ``packed_modules``; and replaces
-    what opens files in ``vllm.lora.lora_model`` (``adapters.host_memory``).
+    what opens files in ``vllm.lora.lora_model`` (``adapters.worker.host_memory``).
     """
 
     def __init__(self, manager: Any, gpu_slots: int, host_slots: int) -> None:
@@ -86,7 +86,7 @@ class _Pager:
         self._on_cpu = on_cpu = current_platform.is_cpu()
         self._kernels = (0, 0)
         if on_cpu:
-            from adapters.cpu_kernels import install
+            from adapters.worker.cpu.kernels import install
 
             install(self.tables)
         # On a GPU machine what is read is copied on into pinned memory, and its room is spare at once.

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.safetensors_header import DTYPES
+from adapters.inspection.safetensors_header import DTYPES
 
 _MIB = 1 << 20
 

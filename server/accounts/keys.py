@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, get_args
 
-from adapters.tables import KeyRow, now
+from adapters.database.database import KeyRow, now
+from server.accounts.terms import KeyLimits
 from server.errors import Forbidden, Unauthorized, Unprocessable
-from server.limits import KeyLimits
 
 KeyScope = Literal["inference", "adapters:write", "usage:read"]
 SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)

@@ -23,13 +23,21 @@ from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from adapters.audit import note
+from adapters.database.audit import note
+from adapters.database.database import (
+    MAX_INTEGER,
+    Database,
+    KeyRow,
+    MetaRow,
+    ReadCache,
+    TenantRow,
+    VersionRow,
+    now,
+)
 from adapters.model import TENANT_PATTERN, is_tenant_id
-from adapters.tables import MAX_INTEGER, Database, KeyRow, MetaRow, ReadCache, TenantRow, VersionRow, now
-from server.budgets import Budgets
+from server.accounts.keys import DEFAULT_SCOPES, IssuedKey, KeyInfo, KeyScope, check_expiry, key_info
+from server.accounts.terms import Budgets, KeyLimits, TenantLimits, Terms
 from server.errors import BadRequest, Conflict, Forbidden, NotFound, Unauthorized, Unprocessable
-from server.keys import DEFAULT_SCOPES, IssuedKey, KeyInfo, KeyScope, check_expiry, key_info
-from server.limits import KeyLimits, TenantLimits, Terms
 
 ADMIN_KEY = "admin_key_sha256"
 SHORTEST_KEY = 16

@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from server.remote import Remote, RemoteError
-from server.show import Shown
+from server.cli.client import Remote, RemoteError
+from server.cli.tables import Shown
 
 err = Console(stderr=True)
 Url = Annotated[str, typer.Option("--url", envvar="LORAPLEX_URL", help="Where the server is.")]

@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
-from server import records, show
-from server.command import command, err
-from server.remote import Remote, RemoteError
-from server.show import Shown
+from server.cli import reports as records
+from server.cli import tables as show
+from server.cli.client import Remote, RemoteError
+from server.cli.command import command, err
+from server.cli.tables import Shown
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Tenant = Annotated[str, typer.Argument(help="The customer's id.", show_default=False)]

@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from adapters.doctor import Diagnosis, diagnose
 from adapters.errors import AdapterRejected
-from adapters.merge import Merge, MergeError, Probe
+from adapters.inspection.base_model import dtype_of, read_base
+from adapters.inspection.logprobs import PROMPTS
 from adapters.model import CONFIG_FILE, BaseModel, Coverage, Manifest, ranges
-from adapters.probes import PROMPTS
-from adapters.shapes import dtype_of, read_base
+from adapters.offline.doctor import Diagnosis, diagnose
+from adapters.offline.merge import Merge, MergeError, Probe
 
 OK, REFUSED, FAILED = 0, 1, 2
 
@@ -70,7 +70,7 @@ def make_probes(base_dir: Path, adapter: Path, out: Path, *, prompts: list[str],
         read_base_quietly(base_dir, max_rank=1 << 30)
         if not (adapter / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{adapter} holds no {CONFIG_FILE}")
-        from adapters.training import golden
+        from adapters.offline.reference import golden
 
         made = golden(base_dir, adapter, prompts or PROMPTS, tolerance=tolerance)
         out.write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")

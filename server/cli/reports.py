@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from server import show
-from server.command import LOCAL, Key, Url, command, connected
-from server.remote import Remote
-from server.show import Shown
-from server.top import view, watch
+from server.cli import tables as show
+from server.cli.client import Remote
+from server.cli.command import LOCAL, Key, Url, command, connected
+from server.cli.tables import Shown
+from server.cli.top import view, watch
 
 OfTenant = Annotated[str | None, typer.Option("--tenant", help="Of this customer only.")]
 From = Annotated[str | None, typer.Option("--from", help="ISO 8601; UTC where it has no zone.")]

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
-from server import show
+from server.cli import tables as show
+from server.cli.client import Remote
 from server.metrics import OUTPUT_TOKENS, by_tenant
-from server.remote import Remote
 
 Tokens = Mapping[str, float]  # by tenant
 

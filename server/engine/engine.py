@@ -29,15 +29,15 @@ from typing import Any, Literal, Protocol
 from pydantic import ValidationError
 from starlette.datastructures import State
 
-from adapters import onednn
+from adapters.inspection.base_model import fingerprint
 from adapters.model import BaseModel, ModuleShape
-from adapters.shapes import fingerprint
-from server import handlers, sizing
+from adapters.worker.cpu import onednn
+from server.engine import serving, sizing
+from server.engine.layers import lora_layers
+from server.engine.serving import FAILED, Kind, TokenKind
+from server.engine.sizing import Capacity, Layer
 from server.errors import BadRequest, Internal, ServerError, Unavailable, status_of
-from server.handlers import FAILED, Kind, TokenKind
 from server.settings import HOST_PER_GPU_SLOT, Settings
-from server.shapes import lora_layers
-from server.sizing import Capacity, Layer
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Meter(Protocol):
 
 
 class Admission(Protocol):
-    """Says whether a call may run, once its prompts are tokens; see ``server.quotas.Ticket``."""
+    """Says whether a call may run, once its prompts are tokens; see ``server.limits.quotas.Ticket``."""
 
     refused: ServerError | None
 
@@ -241,7 +241,7 @@ class Engine:
         engine._workers = len(described)
         state.openai_serving_models.model_name = _public_name(settings.served_model_name)
         if pooling:
-            handlers.embeddings_as_data(state.serving_embedding)
+            serving.embeddings_as_data(state.serving_embedding)
             return engine
         messages = state.anthropic_serving_messages
         messages.create_chat_completion = _under_messages(messages.create_chat_completion)
@@ -309,7 +309,7 @@ class Engine:
         from vllm.exceptions import VLLMValidationError
 
         try:
-            return handlers.request_model(kind, body).model_validate(body)
+            return serving.request_model(kind, body).model_validate(body)
         except ValidationError as exc:
             raise _invalid(exc) from exc
         except VLLMValidationError as exc:
@@ -364,15 +364,15 @@ class Engine:
             _current_call.reset(token)
         _raise_if_error(result)
         if hasattr(result, "model_dump"):
-            return Answer(body=handlers.document(call, call.kind, result))
+            return Answer(body=serving.document(call, call.kind, result))
         if call.kind == "embedding":
             if call.aborted:  # vLLM's answer is then an empty vector
                 raise Unavailable("The server is shutting down.", code="shutting_down", retry_after=5)
             return Answer(body=result)
         if call.kind == "responses":
-            result = _told(handlers.response_events(call, _within(call, result)))
+            result = _told(serving.response_events(call, _within(call, result)))
         elif call.kind == "messages":
-            result = _told(handlers.message_events(call, result))
+            result = _told(serving.message_events(call, result))
         return Answer(stream=result)
 
     async def tokens(self, kind: TokenKind, request: Any) -> dict[str, Any]:
@@ -525,7 +525,7 @@ def _advise(config: Any) -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() and str(config.model_config.dtype) == "torch.bfloat16":
-        from adapters.processor import multiplies_bfloat16
+        from adapters.worker.cpu.features import multiplies_bfloat16
 
         if not multiplies_bfloat16():
             logger.warning(
@@ -566,16 +566,16 @@ def _arguments(settings: Settings, slots: _Slots) -> tuple[Namespace, Any]:
         "max_cpu_loras": slots.host,
         "max_lora_rank": settings.max_lora_rank,
         "max_model_len": settings.max_model_len,
-        "worker_extension_cls": "adapters.worker.LoraplexWorker",
+        "worker_extension_cls": "adapters.worker.extension.LoraplexWorker",
     }
     known = {f.name for f in fields(AsyncEngineArgs)}
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     given: dict[str, Any] = {}
     if current_platform.is_cpu():
         given = {
-            # What adapters.cpu_kernels multiplies fastest.
+            # What adapters.worker.cpu.kernels multiplies fastest.
             "lora_dtype": STR_DTYPE_TO_TORCH_DTYPE["float32"],
-            "distributed_executor_backend": "adapters.executor.PatientExecutor",
+            "distributed_executor_backend": "adapters.worker.cpu.executor.PatientExecutor",
         }
     given |= settings.engine_args
     for name, value in given.items():
@@ -638,8 +638,8 @@ def _under_messages(create: Any) -> Any:
         request.request_id = call.id
         result = await create(request, raw_request)
         if not hasattr(result, "model_dump"):
-            return handlers.until_broken(call, result)
-        if not handlers.calls_are_objects(result):
+            return serving.until_broken(call, result)
+        if not serving.calls_are_objects(result):
             raise Internal("The model called a tool with arguments that are no JSON object.")
         return result
 
@@ -670,9 +670,9 @@ async def _told(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
             except ValidationError as exc:  # of an event of vLLM's own
                 raise Internal(FAILED) from exc
     except EngineDied:
-        yield handlers.broken(FAILED, 500)
+        yield serving.broken(FAILED, 500)
     except ServerError as exc:
-        yield handlers.broken(exc.message, status_of(exc)[0], exc.param)
+        yield serving.broken(exc.message, status_of(exc)[0], exc.param)
 
 
 def _raise_if_error(result: Any) -> None:

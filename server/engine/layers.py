@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from adapters.shapes import on_meta
-from server.sizing import Layer, Split
+from adapters.inspection.base_model import on_meta
+from server.engine.sizing import Layer, Split
 
 _GIVE_A_NUMBER = "give GPU_SLOTS and HOST_SLOTS as numbers"
 

@@ -1,7 +1,8 @@
 """What vLLM's serving objects take and give, by kind: their request models, and their streams as SSE.
 
 A stream that breaks says so in an event of its own, ``data: {"error": {…, "code": status}}``, whatever its
-kind: vLLM does so for chat, and ``server.complete`` turns it into a status or into the kind's own event.
+kind: vLLM does so for chat, and ``server.inference.completion`` turns it into a status or into the kind's
+own event.
 """
 
 from __future__ import annotations

@@ -14,20 +14,19 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from adapters.audit import ACTOR, Actor
+from adapters.database.audit import ACTOR, Actor
+from adapters.database.database import MAX_INTEGER
 from adapters.model import Adapter, Quota, Tier, Version
 from adapters.split import WHOLE
-from adapters.tables import MAX_INTEGER
-from server.budgets import Budgets
-from server.dispatcher import Dispatcher
+from server.accounts.keys import DEFAULT_SCOPES, SCOPES, KeyScope
+from server.accounts.tenants import Priority, Tenants
+from server.accounts.terms import Budgets, KeyLimits, TenantLimits
 from server.errors import Unprocessable
-from server.http import in_background, parse_object, whole_body
-from server.keys import DEFAULT_SCOPES, SCOPES, KeyScope
-from server.limits import KeyLimits, TenantLimits
-from server.publish import Publishing, move_pin, publish, unpublish, verify
+from server.http.middleware import in_background, parse_object, whole_body
+from server.http.uploads import files_of
+from server.publishing.publish import Publishing, move_pin, publish, unpublish, verify
+from server.scheduling.dispatcher import Dispatcher
 from server.settings import Settings
-from server.sources import files_of
-from server.tenants import Priority, Tenants
 
 
 async def _admin(request: Request) -> None:

@@ -13,15 +13,22 @@ from starlette.types import Message, Receive, Scope, Send
 
 from adapters.errors import AdapterNotFound
 from adapters.model import Adapter
-from server.complete import Completion, Completions, LeasedStream, check_base, open_completion, resolve
-from server.dispatcher import Lease
-from server.embeddings import embed
+from server.accounts.tenants import Tenant
+from server.engine.serving import Kind, TokenKind
 from server.errors import BadRequest, ModelNotFound
-from server.fields import meant
-from server.handlers import Kind, TokenKind
-from server.http import json_object, tenant_of, while_connected
-from server.quotas import may_name
-from server.tenants import Tenant
+from server.http.middleware import json_object, tenant_of, while_connected
+from server.inference.completion import (
+    Completion,
+    Completions,
+    LeasedStream,
+    check_base,
+    open_completion,
+    resolve,
+)
+from server.inference.embeddings import embed
+from server.inference.fields import meant
+from server.limits.quotas import may_name
+from server.scheduling.dispatcher import Lease
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 tokens = APIRouter(tags=["inference"])

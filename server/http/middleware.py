@@ -17,10 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters.audit import ACTOR, Actor
+from adapters.database.audit import ACTOR, Actor
 from adapters.errors import AdapterError, UploadTooLarge
-from server.complete import new_request_id
-from server.dialects import anthropic, speaks_anthropic
+from server.accounts.keys import KeyScope
+from server.accounts.tenants import Tenant, Tenants
 from server.errors import (
     BadRequest,
     Internal,
@@ -32,8 +32,8 @@ from server.errors import (
     headers_of,
     status_of,
 )
-from server.keys import KeyScope
-from server.tenants import Tenant, Tenants
+from server.inference.completion import new_request_id
+from server.inference.error_events import anthropic, speaks_anthropic
 
 logger = logging.getLogger("loraplex.access")
 T = TypeVar("T")

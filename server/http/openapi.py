@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from server.dialects import speaks_anthropic
+from server.inference.error_events import speaks_anthropic
 
 Schema = dict[str, Any]
 
@@ -170,7 +170,7 @@ _OPENAI = {
     "user": _TEXT,
 }
 _ANTHROPIC = {"model": _MODEL, "messages": _TURNS, "system": _TEXT, "tools": {"type": "array", "items": _ANY}}
-# The fields that matter; ``server.fields`` has all of them, and the vendors say what they mean.
+# The fields that matter; ``server.inference.fields`` has all of them, and the vendors say what they mean.
 _BODIES: dict[str, Schema] = {
     "/v1/chat/completions": _object(
         "messages",

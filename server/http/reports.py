@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from adapters.audit import Search, entries
-from adapters.tables import Database
-from server import admin
+from adapters.database.audit import Search, entries
+from adapters.database.database import Database
+from server.accounts.tenants import Tenant
+from server.accounts.usage import GROUPS, Group, Question, usage
 from server.errors import Unprocessable
-from server.http import tenant_of
-from server.tenants import Tenant
-from server.usage import GROUPS, Group, Question, usage
+from server.http import admin
+from server.http.middleware import tenant_of
 
 operators = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=admin.router.dependencies)
 customers = APIRouter(prefix="/v1", tags=["self-service"])

@@ -11,11 +11,11 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from adapters.model import Quota
-from server import admin
-from server.admin import AdapterChange, AdapterChangeBody, PublishingOf, TenantsOf, UploadOptionsOf
+from server.accounts.tenants import Tenant
 from server.errors import Forbidden
-from server.http import tenant_of
-from server.tenants import Tenant
+from server.http import admin
+from server.http.admin import AdapterChange, AdapterChangeBody, PublishingOf, TenantsOf, UploadOptionsOf
+from server.http.middleware import tenant_of
 
 router = APIRouter(prefix="/v1/adapters", tags=["self-service"])
 

@@ -1,4 +1,4 @@
-"""Where an upload comes from: all of them give the same pieces, (file name, bytes), to ``server.publish``.
+"""Where an upload comes from: all of them give the same pieces, (file name, bytes), to ``publish``.
 
 multipart/form-data           two file fields, or one named ``archive``
 application/x-tar, gzip, zip  the archive as the body
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from fastapi import Request
 
-from adapters.archives import unpacked
+from adapters.store.archives import unpacked
 from server.errors import BadRequest
-from server.http import json_object, limited_body
-from server.imports import imported
-from server.multipart import boundary_of, parts
+from server.http.middleware import json_object, limited_body
+from server.http.multipart import boundary_of, parts
+from server.publishing.fetch import imported
 
 ARCHIVE = "archive"
 ARCHIVE_TYPES = frozenset(

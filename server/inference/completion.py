@@ -15,12 +15,12 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapters.catalog import Catalog
 from adapters.errors import AdapterError, AdapterNotFound
 from adapters.model import BaseModel, Version
-from server.dialects import error_event
-from server.dispatcher import Dispatcher, Lease
-from server.engine import Answer, Call, Engine, EngineDied, InFlight, from_vllm
+from adapters.store.catalog import Catalog
+from server.accounts.tenants import Tenant
+from server.engine.engine import Answer, Call, Engine, EngineDied, InFlight, from_vllm
+from server.engine.serving import BROKEN, FAILED, Kind, TokenKind
 from server.errors import (
     BadRequest,
     Internal,
@@ -29,11 +29,11 @@ from server.errors import (
     TooManyRequests,
     Unavailable,
 )
-from server.fields import DEFAULT_MODEL, meant
-from server.handlers import BROKEN, FAILED, Kind, TokenKind
+from server.inference.error_events import error_event
+from server.inference.fields import DEFAULT_MODEL, meant
+from server.limits.quotas import Asked, Quotas, check_max_tokens, check_model
 from server.metrics import Metrics, Outcome
-from server.quotas import Asked, Quotas, check_max_tokens, check_model
-from server.tenants import Tenant
+from server.scheduling.dispatcher import Dispatcher, Lease
 
 # Where a request says how many tokens it wants, in the order in which these are looked at.
 _MOST: Mapping[Kind, tuple[str, ...]] = {

@@ -10,7 +10,10 @@ import math
 from array import array
 from typing import Any
 
-from server.complete import (
+from server.accounts.tenants import Tenant
+from server.engine.engine import Call, InFlight
+from server.errors import BadRequest, Internal
+from server.inference.completion import (
     Completion,
     Completions,
     check_base,
@@ -20,11 +23,8 @@ from server.complete import (
     most_tokens,
     named,
 )
-from server.engine import Call, InFlight
-from server.errors import BadRequest, Internal
-from server.fields import meant
-from server.quotas import Asked
-from server.tenants import Tenant
+from server.inference.fields import meant
+from server.limits.quotas import Asked
 
 # OpenAI's.
 MAX_INPUTS = 2048

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from server.engine.serving import Kind, TokenKind
 from server.errors import BadRequest
-from server.handlers import Kind, TokenKind
 
 _SHARED = {
     "model", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n", "presence_penalty", "seed",

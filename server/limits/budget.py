@@ -11,50 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Annotated, Literal, Self
 
-from pydantic import Field
-
-from server.limits import Terms
-
-Period = Literal["day", "month"]
-Unit = Literal["tokens", "cost"]
-PERIODS: tuple[Period, ...] = ("day", "month")
-# Costs are counted in these parts of the currency, so that sums of them are exact.
-COST_UNIT = 1_000_000_000
-
-_Tokens = Annotated[int, Field(ge=0, le=2**60)]
-_Money = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
-
-
-class Budget(Terms):
-    """``cost`` in the currency of the prices. Without the prefix a limit is hard."""
-
-    tokens: _Tokens | None = None
-    soft_tokens: _Tokens | None = None
-    cost: _Money | None = None
-    soft_cost: _Money | None = None
-
-    def limit(self, unit: Unit, *, soft: bool) -> int | None:
-        """In tokens, or in ``COST_UNIT``ths."""
-        value = getattr(self, f"soft_{unit}" if soft else unit)
-        return None if value is None else round(value * (COST_UNIT if unit == "cost" else 1))
-
-
-class Budgets(Terms):
-    day: Budget | None = None
-    month: Budget | None = None
-
-    def changed(self, changes: Self) -> Self:
-        """Each period as a whole: what is not said of it is not limited."""
-        return type(self)(
-            **{**dict(self), **{name: getattr(changes, name) for name in changes.model_fields_set}}
-        )
-
-    def items(self) -> Iterator[tuple[Period, Budget]]:
-        for period in PERIODS:
-            if (budget := getattr(self, period)) is not None:
-                yield period, budget
+from server.accounts.terms import COST_UNIT, PERIODS, Budgets, Period, Unit
 
 
 def began(period: Period, now: datetime) -> datetime:

@@ -21,17 +21,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
+from adapters.database.database import now as wall_now
 from adapters.model import Version
-from adapters.tables import now as wall_now
-from server.budgets import PERIODS, Passed, Spending, began, ends
-from server.dispatcher import Lease
+from server.accounts.tenants import Tenant
+from server.accounts.terms import PERIODS, KeyLimits
+from server.accounts.usage import Usage
 from server.errors import BadRequest, Forbidden, ServerError, TooManyRequests
-from server.limits import Excess, KeyLimits, Left, Meter, duration
+from server.limits.budget import Passed, Spending, began, ends
+from server.limits.rate import Excess, Left, Meter, duration
+from server.limits.redis import Exceeded, Hold, Overspent, Purse, Scope, SharedLimits
 from server.metrics import Metrics
+from server.scheduling.dispatcher import Lease
 from server.settings import Price
-from server.shared import Exceeded, Hold, Overspent, Purse, Scope, SharedLimits
-from server.tenants import Tenant
-from server.usage import Usage
 
 logger = logging.getLogger(__name__)
 

@@ -14,54 +14,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from server.accounts.terms import KeyLimits
 
 MINUTE = 60.0
 # Events this many seconds apart are kept as one, as if they were all at the end of that time: a window holds
 # at most 600 numbers, and at worst what happened counts for a tenth of a second too long.
 GRAIN = 0.1
-
-_Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-_Bytes = Annotated[int, Field(ge=1, le=2**60)]
-
-
-class Terms(BaseModel):
-    """A part of what may be set for a tenant or a key; what is None is not limited by it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    def changed(self, changes: Self) -> Self:
-        """With what ``changes`` sets; what it sets to None is no longer limited."""
-        return type(self)(**{**self.model_dump(), **changes.model_dump(exclude_unset=True)})
-
-    def stored(self) -> dict[str, Any] | None:
-        return self.model_dump(exclude_none=True) or None
-
-
-class KeyLimits(Terms):
-    """``max_tokens`` is by request; ``adapters`` are the only ones it may name, ``base`` whether the base."""
-
-    requests_per_minute: _Count | None = None
-    tokens_per_minute: _Count | None = None
-    requests_at_once: _Count | None = None
-    max_tokens: _Count | None = None
-    adapters: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=1000)] | None = None
-    base: bool | None = None
-
-    def allows(self, adapter: str | None) -> bool:
-        """``adapter`` is None for the base model."""
-        if adapter is None:
-            return self.base is not False
-        return self.adapters is None or adapter in self.adapters
-
-
-class TenantLimits(KeyLimits):
-    """``max_adapters`` and ``max_storage_bytes`` are for what the tenant uploads itself."""
-
-    max_adapters: _Count | None = None
-    max_storage_bytes: _Bytes | None = None
 
 
 class Window:

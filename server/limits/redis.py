@@ -1,5 +1,5 @@
 """Limits and budgets that several processes share through Redis, with the arithmetic of
-``server.limits.Meter`` and ``server.budgets.Spending``.
+``server.limits.rate.Meter`` and ``server.limits.budget.Spending``.
 
     shared = SharedLimits(url); await shared.open()
     hold = await shared.admit(scopes, tokens)    all or none, in one script; raises Exceeded, Overspent,
@@ -30,10 +30,11 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from adapters.tables import now as wall_now
-from server.budgets import PERIODS, Amount, Budgets, Passed, Period, Spending, Unit, began, ends
+from adapters.database.database import now as wall_now
+from server.accounts.terms import PERIODS, Budgets, KeyLimits, Period, Unit
 from server.errors import Unavailable
-from server.limits import Excess, KeyLimits, Left
+from server.limits.budget import Amount, Passed, Spending, began, ends
+from server.limits.rate import Excess, Left
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ KEPT = timedelta(days=1)
 REMEMBERED = 10_000
 
 _FAILURES = (RedisError, OSError, TimeoutError)
-_SCRIPT = Path(__file__).with_name("shared.lua").read_text()
+_SCRIPT = Path(__file__).with_name("redis.lua").read_text()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import httpcore
 
-from adapters.archives import unpacked
 from adapters.errors import UploadTooLarge
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from adapters.store.archives import unpacked
 from server.errors import Forbidden, Unprocessable
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")

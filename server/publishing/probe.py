@@ -14,13 +14,13 @@ from dataclasses import asdict
 from typing import Any
 
 from adapters.errors import AdapterRejected, AdapterUnavailable, fault
-from adapters.golden import Agreement, Golden
+from adapters.inspection.golden import Agreement, Golden
+from adapters.inspection.logprobs import PROMPTS, Scores, Vectors, compare, finite, finite_vectors, shift
 from adapters.model import Manifest, Version
-from adapters.probes import PROMPTS, Scores, Vectors, compare, finite, finite_vectors, shift
-from server.dispatcher import Dispatcher, Lease
-from server.engine import Call, Engine, EngineDied, InFlight
+from server.engine.engine import Call, Engine, EngineDied, InFlight
+from server.engine.serving import Kind
 from server.errors import BadRequest, Internal, TooManyRequests, Unavailable
-from server.handlers import Kind
+from server.scheduling.dispatcher import Dispatcher, Lease
 
 TENANT = "_server"  # not a tenant's id, see adapters.model.is_tenant_id
 TIMEOUT = 120.0

@@ -15,19 +15,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from adapters.admit import admit
-from adapters.blobs import BlobStore, Incoming
-from adapters.catalog import Catalog
+from adapters.database.database import to_the_end
 from adapters.errors import AdapterError
-from adapters.golden import Golden, take
+from adapters.inspection.admit import admit
+from adapters.inspection.golden import Golden, take
 from adapters.model import Adapter, Manifest, Quota, Version
-from adapters.receipts import Receipts
-from adapters.tables import to_the_end
-from server.dispatcher import Dispatcher
-from server.engine import Engine
+from adapters.store.blobs import BlobStore, Incoming
+from adapters.store.catalog import Catalog
+from adapters.store.idempotency import Receipts
+from server.engine.engine import Engine
 from server.errors import ServerError, Unavailable
 from server.metrics import Metrics
-from server.probe import Prober, no_effect
+from server.publishing.probe import Prober, no_effect
+from server.scheduling.dispatcher import Dispatcher
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from typing import Protocol
 
 from adapters.errors import AdapterUnavailable
 from adapters.model import Tier, Version
-from server.engine import Admission, EngineDied, PageOp, PageReport, PageResult, WorkerReport
+from server.engine.engine import Admission, EngineDied, PageOp, PageReport, PageResult, WorkerReport
 from server.errors import TooManyRequests, Unavailable
 from server.metrics import Gauges, Metrics, Outcome, TokenTimes
-from server.plan import (
+from server.scheduling.plan import (
     Activate,
     Ask,
     Deactivate,
@@ -58,7 +58,7 @@ class Pager(Protocol):
 
 
 class Work(Protocol):
-    """What runs in the engine with a lease; see ``server.engine.Engine`` for each."""
+    """What runs in the engine with a lease; see ``server.engine.engine.Engine`` for each."""
 
     async def abort(self) -> None: ...
     async def pause(self) -> bool: ...
@@ -68,7 +68,7 @@ class Work(Protocol):
 
 
 class Account(Protocol):
-    """Who is told what a lease has used, as it is produced; see ``server.quotas.Ticket``."""
+    """Who is told what a lease has used, as it is produced; see ``server.limits.quotas.Ticket``."""
 
     def progressed(self, lease: Lease) -> None: ...
     def closed(self, lease: Lease) -> None: ...

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
-from server.ranking import Ranking
+from server.scheduling.ranking import Ranking
 
 INPUT_COST, OUTPUT_COST = 1.0, 2.0
 LOOK_PAST = 16  # tenants looked at for a request small enough to pass one that does not fit

@@ -26,9 +26,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adapters.model import Tier
-from server.fairness import Ask, FairQueue, Request
-from server.residency import Residency
-from server.tiers import (
+from server.scheduling.fair_queue import Ask, FairQueue, Request
+from server.scheduling.nouns import (
     Activate,
     Deactivate,
     Evict,
@@ -41,6 +40,7 @@ from server.tiers import (
     State,
     Warmed,
 )
+from server.scheduling.residency import Residency
 
 __all__ = [
     "Activate",

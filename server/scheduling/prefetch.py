@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from server.tiers import Refusal, State, Warmed
+from server.scheduling.nouns import Refusal, State, Warmed
 
 
 class Warming:

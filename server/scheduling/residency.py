@@ -42,9 +42,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from server.fairness import Request
-from server.ranking import Ranking, Shares, Turns
-from server.tiers import (
+from server.scheduling.fair_queue import Request
+from server.scheduling.nouns import (
     Activate,
     Claim,
     Deactivate,
@@ -59,7 +58,8 @@ from server.tiers import (
     State,
     Warmed,
 )
-from server.warming import Warming
+from server.scheduling.prefetch import Warming
+from server.scheduling.ranking import Ranking, Shares, Turns
 
 # Of ``slot_patience``: how long a version has its slot at least before its tenant's share counts against it.
 TURN = 0.25

@@ -22,7 +22,7 @@ import httpx
 import psutil
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from adapters.processor import multiplies_bfloat16
+from adapters.worker.cpu.features import multiplies_bfloat16
 from server.demo.base import BASE_NAME
 from server.demo.process import free_port, running, tail
 from tests.bench.adapters import Adapter

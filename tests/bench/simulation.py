@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.model import Version
-from server.engine import Call
+from server.engine.engine import Call
 from server.errors import TooManyRequests, Unavailable
-from server.plan import Effect, Plan
+from server.scheduling.plan import Effect, Plan
 from tests.bench.workload import gamma_arrivals, log_normal_lengths, zipf
-from tests.clock import run
-from tests.fakes import Times
-from tests.world import Pager, World, version
+from tests.support.clock import run
+from tests.support.fakes import Times
+from tests.support.world import Pager, World, version
 
 LONGEST = 256  # output tokens; what clients ask for, though most answers end earlier
 

@@ -17,7 +17,7 @@ import pytest_asyncio
 from server.app import create_app
 from server.demo.base import cache_folder, prepare
 from tests.engine.reference import Reference
-from tests.site import Site, engine_settings, serving
+from tests.support.site import Site, engine_settings, serving
 
 # What the memory of the settings below comes to.
 GPU_SLOTS = 8

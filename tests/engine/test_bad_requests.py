@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_requests import BAD, ask_all
 from tests.engine.reference import ATTENTION, Reference, Spec
-from tests.site import Site
+from tests.support.bad_requests import BAD, ask_all
+from tests.support.site import Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

@@ -15,11 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
 from server.app import create_app
-from server.engine import _slots
-from tests.embedding_suite import EmbeddingSuite, far, vectors
+from server.engine.engine import _slots
 from tests.engine.reference import ATTENTION, MLP
-from tests.site import Site, engine_settings, serving
-from tests.trainer import Base, make_base
+from tests.support.embedding_suite import EmbeddingSuite, far, vectors
+from tests.support.site import Site, engine_settings, serving
+from tests.support.trainer import Base, make_base
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 

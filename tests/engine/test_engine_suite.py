@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from server.engine import Engine, PageOp
-from tests.dialect_suite import DialectSuite
+from server.engine.engine import Engine, PageOp
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
-from tests.engine_suite import EngineSuite, MakeAdapter
-from tests.site import Site
+from tests.support.dialect_suite import DialectSuite
+from tests.support.engine_suite import EngineSuite, MakeAdapter
+from tests.support.site import Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.site import Site, bearer
+from tests.support.site import Site, bearer
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from adapters.model import CONFIG_FILE
-from server.engine import Engine, PageOp
-from tests.site import Site
+from server.engine.engine import Engine, PageOp
+from tests.support.site import Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

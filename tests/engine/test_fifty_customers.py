@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from tests.engine.conftest import GPU_SLOTS, HOST_SLOTS
 from tests.engine.reference import ATTENTION, MLP, Answer, Reference, Spec
-from tests.site import Site
+from tests.support.site import Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.engine.reference import ATTENTION, Reference, Spec
-from tests.site import Site
-from tests.swapping import swap_under_load
+from tests.support.site import Site
+from tests.support.swapping import swap_under_load
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.reference import Reference, Spec
-from tests.site import Site
+from tests.support.site import Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

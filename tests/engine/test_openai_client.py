@@ -13,7 +13,7 @@ import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.reference import ATTENTION, Reference, Spec
-from tests.site import SERVICE_KEY, Site, bearer
+from tests.support.site import SERVICE_KEY, Site, bearer
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

@@ -14,9 +14,9 @@ import pytest_asyncio
 from safetensors.torch import load_file, save_file
 
 from adapters.model import CONFIG_FILE, PROBES_FILE, WEIGHTS_FILE
-from server import offline
+from server.cli import offline
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
-from tests.site import Site
+from tests.support.site import Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

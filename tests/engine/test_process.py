@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.engine.reference import ATTENTION, Reference, Spec
-from tests.site import bearer
+from tests.support.site import bearer
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from tests.engine.reference import ATTENTION, Reference, Spec
-from tests.site import Site, bearer
+from tests.support.site import Site, bearer
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

@@ -1,4 +1,4 @@
-"""What ``adapters.worker`` relies on in vLLM; each of these fails when vLLM changes under it.
+"""What ``adapters.worker.extension`` relies on in vLLM; each of these fails when vLLM changes under it.
 
 Last of the engine's modules: it works behind the dispatcher's back.
 """
@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.model import WEIGHTS_FILE
-from adapters.onednn import KERNELS
-from server.engine import Engine, PageOp, StageResult, _slots
+from adapters.worker.cpu.onednn import KERNELS
+from server.engine.engine import Engine, PageOp, StageResult, _slots
 from tests.engine.conftest import GPU_SLOTS, HOST_SLOTS
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
-from tests.site import Site
+from tests.support.site import Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

@@ -14,9 +14,9 @@ import torch
 
 from server.app import create_app
 from server.settings import Settings
-from tests.site import ADMIN_KEY, SERVICE_KEY, Site, bearer, serving
-from tests.trainer import LENGTH, PROMPT, Truth, answer, breed, make_base, token, words
-from tests.zoo import MAX_RANK, SPECIMENS
+from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer, serving
+from tests.support.trainer import LENGTH, PROMPT, Truth, answer, breed, make_base, token, words
+from tests.support.zoo import MAX_RANK, SPECIMENS
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 

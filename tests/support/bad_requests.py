@@ -1,7 +1,7 @@
 """More than forty wrong requests, each with its status and code, for the fake engine and the real one.
 
 What only a raw connection can do wrong (heads without an end, bodies that trickle, readers that do not read)
-is in ``tests.test_bad_requests``.
+is in ``tests.service.http.test_bad_requests``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from tests.site import Site, bearer
+from tests.support.site import Site, bearer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"

@@ -1,6 +1,6 @@
 """A server that is killed in the middle of what it does: the process that dies.
 
-``run``, ``migrate`` (for ``tests.test_crashes``) and ``serve`` (for ``tests.test_usage_process``) are called
+``run``, ``migrate`` (for ``test_crashes``) and ``serve`` (for ``test_usage_process``) are called
 in a process of their own, forked from one that has imported this file, so that each begins within
 milliseconds.
 """
@@ -24,15 +24,15 @@ import httpx
 from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from adapters.database.database import Database
 from adapters.model import BaseModel
-from adapters.tables import Database
 from server import __main__, app
+from server.accounts.usage import Recorder, Usage
 from server.app import create_app
-from server.engine import Answer, Call
+from server.engine.engine import Answer, Call
 from server.settings import Settings
-from server.usage import Recorder, Usage
-from tests.fakes import FakeEngine, Times
-from tests.site import ADMIN_KEY, bearer
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import ADMIN_KEY, bearer
 
 # What changes the disk in a way that a start can see, or waits for it.
 CALLS = ("mkdir", "write", "fsync", "rename", "chmod", "unlink", "rmdir")

@@ -10,8 +10,8 @@ from pathlib import Path
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from adapters.tables import Database
-from tests.services import postgres
+from adapters.database.database import Database
+from tests.support.services import postgres
 
 KINDS = ["sqlite", "postgres"]
 

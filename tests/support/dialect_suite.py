@@ -1,4 +1,4 @@
-"""What every engine does of responses, messages and tokens, as ``tests.engine_suite`` has it for chat."""
+"""What every engine does of responses, messages and tokens, as ``engine_suite`` has it for chat."""
 
 from __future__ import annotations
 
@@ -9,10 +9,21 @@ from typing import Any
 
 import pytest
 
-from server.engine import Answer, Call, Engine, PageOp
+from server.engine.engine import Answer, Call, Engine, PageOp
+from server.engine.serving import BROKEN, Kind
 from server.errors import BadRequest, Unavailable
-from server.handlers import BROKEN, Kind
-from tests.engine_suite import PUBLIC, MakeAdapter, ask, bring_in, call, meter_of, read_in, said, stage, then
+from tests.support.engine_suite import (
+    PUBLIC,
+    MakeAdapter,
+    ask,
+    bring_in,
+    call,
+    meter_of,
+    read_in,
+    said,
+    stage,
+    then,
+)
 
 TEXT = "Name three colours."
 TURN = [{"role": "user", "content": TEXT}]

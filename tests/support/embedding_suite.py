@@ -19,10 +19,10 @@ import pytest
 from safetensors.torch import load_file, save
 
 from adapters.model import CONFIG_FILE, PROBES_FILE, WEIGHTS_FILE
-from server.engine import Call
+from server.engine.engine import Call
 from server.errors import Unavailable
-from tests.site import Site, bearer
-from tests.test_api import error
+from tests.service.http.test_api import error
+from tests.support.site import Site, bearer
 
 URL = "/v1/embeddings"
 # A difference of a component that comes from rounding, and one that does not.

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from server.engine import Answer, Call, Engine, PageOp, StageResult
+from server.engine.engine import Answer, Call, Engine, PageOp, StageResult
+from server.engine.serving import Kind
 from server.errors import BadRequest, Unavailable
-from server.handlers import Kind
 
 MakeAdapter = Callable[[int], Path]
 

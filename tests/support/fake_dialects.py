@@ -6,8 +6,8 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from server.engine import Call
-from server.handlers import BROKEN, message_events, until_broken
+from server.engine.engine import Call
+from server.engine.serving import BROKEN, message_events, until_broken
 
 
 def as_chat(request: Any) -> Any:

@@ -1,6 +1,6 @@
-"""An engine without a model: the public face of ``server.engine.Engine``, on the event loop's clock.
+"""An engine without a model: the public face of ``server.engine.engine.Engine``, on the event loop's clock.
 
-It passes ``tests.engine_suite``, which the real engine passes too. Beyond that it watches its caller: what
+It passes ``engine_suite``, which the real engine passes too. Beyond that it watches its caller: what
 the real engine would take and then serve wrongly (a version that is not in a slot, a slot emptied under a
 running request, an id used twice) ends in ``violations``, which every test asserts to be empty.
 
@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import safe_open
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel
-from server.engine import (
+from server.engine.engine import (
     Answer,
     Call,
     Engine,
@@ -38,10 +38,10 @@ from server.engine import (
     _request_errors,
     from_vllm,
 )
+from server.engine.serving import TokenKind
+from server.engine.sizing import Capacity
 from server.errors import BadRequest, TooManyRequests, Unavailable
-from server.handlers import TokenKind
-from server.sizing import Capacity
-from tests import fake_dialects, fake_embeddings
+from tests.support import fake_dialects, fake_embeddings
 
 BASE_NAME = "base"
 NATURAL_LENGTH = 8

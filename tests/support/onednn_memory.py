@@ -1,4 +1,4 @@
-"""``python -m tests.onednn_memory FILE``: what steps of new sizes add to a process with vLLM's layers.
+"""``python -m tests.support.onednn_memory FILE``: what steps of new sizes add to a process.
 
 Prints as JSON the bytes that some added, the kernels that were then made ahead and for how many rows, and the
 bytes that others added after that.
@@ -17,7 +17,7 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from adapters.onednn import make_kernels
+from adapters.worker.cpu.onednn import make_kernels
 
 SHAPES = 3
 TOKENS, SEQUENCES = 24, 8

@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from server.protocol import BoundedHeads
+from server.http.connection import BoundedHeads
 from server.settings import Settings
 
 ADMIN_KEY = "admin-key-of-the-tests"

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests.site import Site, bearer
+from tests.support.site import Site, bearer
 
 
 @dataclass(frozen=True)

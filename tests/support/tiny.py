@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.model import BaseModel, ModuleShape
 from server.app import create_app
-from server.engine import EngineDied
+from server.engine.engine import EngineDied
 from server.settings import Settings
-from tests.fakes import FakeEngine
-from tests.site import ADMIN_KEY, SERVICE_KEY, Site, serving
+from tests.support.fakes import FakeEngine
+from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, serving
 
 NAME = "tiny-llama"
 _folder = tempfile.TemporaryDirectory(prefix="loraplex-tiny-")

@@ -1,4 +1,4 @@
-"""Makes the specimens of ``tests.zoo`` with PEFT, on random bases that are tiny, and says what each answers.
+"""Makes the specimens of ``zoo`` with PEFT, on random bases that are tiny, and says what each answers.
 
 The truth is the model that was trained, in float32 and in memory: what PEFT makes of the saved files is no
 part of it, so that names which PEFT itself cannot read are held against it, too.
@@ -34,10 +34,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from adapters.inspect import PREFIX
+from adapters.inspection.inspect import PREFIX
+from adapters.inspection.logprobs import PROMPTS
 from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE
-from adapters.probes import PROMPTS
-from tests.zoo import DEFAULTS, LAYERS, Specimen
+from tests.support.zoo import DEFAULTS, LAYERS, Specimen
 
 VOCABULARY = 256
 PROBED = tuple(dict.fromkeys(" ".join(PROMPTS).split()))

@@ -17,14 +17,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adapters.errors import AdapterNotFound
 from adapters.model import BaseModel, ModuleShape, Version
-from server.complete import Completion, Completions, open_completion
-from server.dispatcher import Dispatcher
-from server.embeddings import embed
-from server.engine import EngineDied, PageOp, PageReport
+from server.accounts.tenants import Tenant
+from server.engine.engine import EngineDied, PageOp, PageReport
+from server.inference.completion import Completion, Completions, open_completion
+from server.inference.embeddings import embed
 from server.metrics import Metrics
-from server.plan import Limits
-from server.tenants import Tenant
-from tests.fakes import FakeEngine, Times
+from server.scheduling.dispatcher import Dispatcher
+from server.scheduling.plan import Limits
+from tests.support.fakes import FakeEngine, Times
 
 BASE = BaseModel("base-model", {"model.layers.0.mlp.up_proj": ModuleShape(8, 8)}, max_lora_rank=8)
 SOME_TIME = Times(stage=0.05, activate=0.01, step=0.02, page=0.001)

@@ -1,6 +1,6 @@
 """Adapters of every kind that PEFT can make, and what becomes of each: served as it was trained, or refused.
 
-Definitions only; ``tests.trainer`` makes them. ``python -m tests.zoo`` prints the table of ``docs/zoo.md``.
+Definitions only; ``trainer`` makes them. ``python -m tests.support.zoo`` prints the table of ``docs/zoo.md``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DEFAULTS = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "t
 class Specimen:
     """``options`` are those of PEFT's config class for ``tuner``, over ``DEFAULTS`` for LoRA.
 
-    ``way`` names the function of ``tests.trainer`` that trains and saves it, ``style`` the names that the
+    ``way`` names the function of ``trainer`` that trains and saves it, ``style`` the names that the
     tensors get. ``code`` is the refusal; without one it is served, ``converted`` where it must be rewritten.
     """
 
@@ -254,7 +254,7 @@ def table() -> str:
         f"{len(SPECIMENS)} kinds of adapter, made by PEFT. {served} are served: greedy tokens equal to those"
         " of `transformers` and `peft` in float32, log-probabilities within 0.01. The others are refused when"
         " they are uploaded, with the code shown. `tests/engine/test_zoo.py` holds each line against the"
-        " engine, on a Llama and on a Qwen. Printed by `python -m tests.zoo`.",
+        " engine, on a Llama and on a Qwen. Printed by `python -m tests.support.zoo`.",
     ]
     for group, ones in GROUPS.items():
         lines += ["", f"## {group}", "", "| Adapter | Options | Outcome |", "|---|---|---|"]

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from adapters.blobs import BlobStore
 from adapters.errors import AdapterRejected, StorageFailed, StorageFull, UploadIncomplete, UploadTooLarge
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from adapters.store.blobs import BlobStore
 
 CONFIG = b'{"r": 8}'
 WEIGHTS = bytes(range(256)) * 10_000  # 2.4 MiB: three writes

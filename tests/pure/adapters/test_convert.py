@@ -14,11 +14,22 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import VeloraConfig
 from safetensors.torch import load_file, save_file
 
-from adapters.admit import admit
-from adapters.convert import plan
 from adapters.errors import AdapterRejected
+from adapters.inspection.admit import admit
+from adapters.inspection.convert import plan
 from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE, BaseModel
-from tests.test_inspect import K1, Q0, Config, Tensors, base, make_llama, read, rename, train, write
+from tests.pure.adapters.test_inspect import (
+    K1,
+    Q0,
+    Config,
+    Tensors,
+    base,
+    make_llama,
+    read,
+    rename,
+    train,
+    write,
+)
 
 __all__ = ["base"]
 

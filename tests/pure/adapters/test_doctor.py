@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
-from adapters.doctor import diagnose
-from adapters.inspect import inspect
+from adapters.inspection.base_model import dtype_of, fingerprint, module_shapes, read_base
+from adapters.inspection.inspect import inspect
 from adapters.model import BaseModel, ModuleShape
-from adapters.shapes import dtype_of, fingerprint, module_shapes, read_base
-from server import offline
-from tests.test_inspect import base, good, make_llama, read, rename, write
+from adapters.offline.doctor import diagnose
+from server.cli import offline
+from tests.pure.adapters.test_inspect import base, good, make_llama, read, rename, write
 
 __all__ = ["base", "good"]
 

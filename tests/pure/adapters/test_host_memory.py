@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adapters import host_memory
-from adapters.host_memory import Loader, Rooms, Weights
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from adapters.worker import read_with
-from tests import tiny
+from adapters.worker import host_memory
+from adapters.worker.extension import read_with
+from adapters.worker.host_memory import Loader, Rooms, Weights
+from tests.support import tiny
 
 MIB = 1 << 20
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -21,13 +21,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapters import inspect as inspection
-from adapters import peft_config, safetensors_header, strict_json
 from adapters.errors import CURES, AdapterRejected
-from adapters.inspect import inspect
+from adapters.inspection import inspect as inspection
+from adapters.inspection import peft_config, safetensors_header, strict_json
+from adapters.inspection.inspect import inspect
+from adapters.inspection.peft_config import PeftConfig, read_config
+from adapters.inspection.safetensors_header import MAX_HEADER_BYTES, read_header
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, Coverage, Manifest, ModuleShape, ranges
-from adapters.peft_config import PeftConfig, read_config
-from adapters.safetensors_header import MAX_HEADER_BYTES, read_header
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Q0 = "model.layers.0.self_attn.q_proj"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adapters.processor import multiplies_bfloat16
+from adapters.worker.cpu.features import multiplies_bfloat16
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from adapters.targets import Targets
+from adapters.inspection.targets import Targets
 
 MODULES = [
     "lm_head",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adapters import values
-from adapters.values import extremes, one_thread, product_norm
+from adapters.inspection import tensor_stats as values
+from adapters.inspection.tensor_stats import extremes, one_thread, product_norm
 
 
 @pytest.mark.parametrize("part", [1, 7, 64, 1 << 20])

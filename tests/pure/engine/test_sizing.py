@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from server import sizing
-from server.shapes import lora_layers
-from server.sizing import Capacity, Layer, Split
+from server.engine import sizing
+from server.engine.layers import lora_layers
+from server.engine.sizing import Capacity, Layer, Split
 
 LLAMA_VOCABULARY = ("embed_tokens", "lm_head")
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from adapters.inspect import inspect
+from adapters.inspection.inspect import inspect
 from adapters.model import WEIGHTS_FILE, BaseModel, ModuleShape
 from tests.bench.__main__ import Bench, main
 from tests.bench.adapters import Adapter, mixed, write

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from server.limits import KeyLimits, Meter
+from server.accounts.terms import KeyLimits
+from server.limits.rate import Meter
 from tests.bench.client import Record
 from tests.bench.scenarios.limited import (
     PHASES,

@@ -12,7 +12,7 @@ from server.app import create_app
 from server.metrics import Metrics
 from server.settings import Settings
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[3] / "README.md").read_text()
 
 
 def settings_table() -> str:

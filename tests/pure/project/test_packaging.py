@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 import server
 from server.settings import Settings
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = ROOT / "config"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

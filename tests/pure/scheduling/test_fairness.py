@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.fairness import RECENT_RUNS, Ask, FairQueue, Request
+from server.scheduling.fair_queue import RECENT_RUNS, Ask, FairQueue, Request
 
 
 def push(queue: FairQueue, tenant: str, id_: str, now: float = 0.0, **changes: Any) -> Request:

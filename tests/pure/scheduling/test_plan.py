@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from adapters.model import Tier
-from server.plan import (
+from server.scheduling.plan import (
     Activate,
     Ask,
     Deactivate,

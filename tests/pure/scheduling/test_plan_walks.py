@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from server.plan import (
+from server.scheduling.plan import (
     Activate,
     Ask,
     Deactivate,

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from server.ranking import Ranking, Shares, Turns
+from server.scheduling.ranking import Ranking, Shares, Turns
 
 
 @pytest.mark.parametrize("seed", range(5))

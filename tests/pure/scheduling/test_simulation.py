@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from server.plan import Limits, Plan
+from server.scheduling.plan import Limits, Plan
 from tests.bench.simulation import LONGEST, Machine, TimedPlan, Traffic, requests, simulate
-from tests.fakes import Times
+from tests.support.fakes import Times
 
 CROWDED = Machine(gpu_slots=4, host_slots=12, max_running=16, limits={"queue_timeout": 5.0, "max_queued": 8})
 SMALL = Traffic(tenants=50, adapters=200, popularity=200, requests=2_000, rate=16.0)

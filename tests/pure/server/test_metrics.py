@@ -141,7 +141,7 @@ def test_the_dashboards_ask_for_what_there_is() -> None:
     for outcome in get_args(Outcome):
         metrics.ended("acme", outcome)
     known = set(re.findall(r"^# TYPE (\S+)", metrics.render().decode(), re.MULTILINE))
-    config = Path(__file__).parent.parent / "config"
+    config = Path(__file__).parents[3] / "config"
     for file in [file for kind in ("json", "yaml", "yml") for file in config.rglob(f"*.{kind}")]:
         for name in set(re.findall(r"\bloraplex_[a-z_]+\b", file.read_text())):
             family = re.sub(r"_(bucket|count|sum)$", "", name)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import BadRequest
-from server.multipart import boundary_of, parts
+from server.http.multipart import boundary_of, parts
 
 FORM = (
     b'--xyz\r\nContent-Disposition: form-data; name="first"; filename="a.json"\r\n'

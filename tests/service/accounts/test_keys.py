@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from adapters.audit import Search, entries
-from adapters.tables import Database
-from server.tenants import Tenants
-from tests import tiny
-from tests.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
-from tests.test_api import CHAT, CHAT_URL, error
-from tests.tiny import fake_site
+from adapters.database.audit import Search, entries
+from adapters.database.database import Database
+from server.accounts.tenants import Tenants
+from tests.service.http.test_api import CHAT, CHAT_URL, error
+from tests.support import tiny
+from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

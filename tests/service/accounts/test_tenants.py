@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, text
 
-from adapters.catalog import Catalog
-from adapters.tables import Database, KeyRow, MetaRow
+from adapters.database.database import Database, KeyRow, MetaRow
+from adapters.store.catalog import Catalog
+from server.accounts.tenants import Tenant, Tenants
 from server.errors import (
     BadRequest,
     Conflict,
@@ -24,9 +25,8 @@ from server.errors import (
     Unprocessable,
     headers_of,
 )
-from server.tenants import Tenant, Tenants
-from tests.databases import KINDS, opened
-from tests.test_catalog import digest, link, path_of
+from tests.service.store.test_catalog import digest, link, path_of
+from tests.support.databases import KINDS, opened
 
 ADMIN = "admin-key-0123456789"
 SERVICE = "service-key-0123456789"

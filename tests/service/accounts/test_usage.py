@@ -20,18 +20,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import func, select
 
-from adapters.tables import Database, UsageRow
-from server import usage as module
+from adapters.database.database import Database, UsageRow
+from server.accounts import usage as module
+from server.accounts.usage import SUMS, Question, Recorder, Usage, added_up, roll_up, usage
 from server.app import drain
 from server.errors import Unprocessable
 from server.settings import Price
-from server.usage import SUMS, Question, Recorder, Usage, added_up, roll_up, usage
-from tests import tiny
-from tests.databases import KINDS, opened
-from tests.fakes import FakeEngine, Times
-from tests.site import Site, bearer
-from tests.test_api import CHAT_URL, error
-from tests.tiny import fake_site
+from tests.service.http.test_api import CHAT_URL, error
+from tests.support import tiny
+from tests.support.databases import KINDS, opened
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import Site, bearer
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

@@ -25,14 +25,15 @@ import httpx
 import pytest
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from tests import crashes, tiny
-from tests.site import ADMIN_KEY, bearer
+from tests.support import crashes, tiny
+from tests.support.site import ADMIN_KEY, bearer
 
 pytestmark = pytest.mark.timeout(300)
 
 _processes = multiprocessing.get_context("forkserver")
 _protocols = [f"vllm.entrypoints.openai.{kind}.protocol" for kind in ("chat_completion", "completion")]
-_processes.set_forkserver_preload(["tests.crashes", *_protocols])  # or every start would wait for them
+# Or every start would wait for them.
+_processes.set_forkserver_preload(["tests.support.crashes", *_protocols])
 
 TENANTS = ("acme", "globex", "initech")
 REQUESTS = 1000

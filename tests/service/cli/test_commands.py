@@ -15,13 +15,14 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from server import remote, top
 from server.__main__ import cli
+from server.cli import client as remote
+from server.cli import top
 from server.metrics import OUTPUT_TOKENS, Metrics, by_tenant
-from tests import tiny
-from tests.fakes import FakeEngine, Times
-from tests.site import ADMIN_KEY, Site, bearer
-from tests.tiny import fake_site
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import ADMIN_KEY, Site, bearer
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-from tests.fakes import FakeEngine, Times
-from tests.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
-from tests.test_api import CHAT, CHAT_URL, digest, engine_of, error
-from tests.tiny import fake_site
+from tests.service.http.test_api import CHAT, CHAT_URL, digest, engine_of, error
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

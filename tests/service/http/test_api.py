@@ -14,11 +14,11 @@ import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from server.fields import ALLOWED, DROPPED
-from tests import tiny
-from tests.fakes import FakeEngine, Times
-from tests.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
-from tests.tiny import fake_site
+from server.inference.fields import ALLOWED, DROPPED
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

@@ -14,15 +14,15 @@ import httpx
 import pytest
 from sqlalchemy import select
 
-from adapters.audit import Search, entries, note
-from adapters.tables import Database, KeyRow, TenantRow
-from server import reports
+from adapters.database.audit import Search, entries, note
+from adapters.database.database import Database, KeyRow, TenantRow
+from server.accounts.tenants import Tenants
 from server.errors import Conflict
-from server.tenants import Tenants
-from tests.databases import KINDS, empty
-from tests.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
-from tests.test_selfservice import upload
-from tests.tiny import fake_site
+from server.http import reports
+from tests.service.http.test_selfservice import upload
+from tests.support.databases import KINDS, empty
+from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
+from tests.support.tiny import fake_site
 
 AUDIT = "/admin/v1/audit"
 TENANTS = "/admin/v1/tenants"

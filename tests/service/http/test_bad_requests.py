@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-from tests.bad_requests import BAD, CHAT, GOOD, ask_all, bystander
-from tests.fakes import FakeEngine, Times
-from tests.site import ADMIN_KEY, Site
-from tests.tiny import fake_site
+from tests.support import tiny
+from tests.support.bad_requests import BAD, CHAT, GOOD, ask_all, bystander
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import ADMIN_KEY, Site
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 PATIENCE = 0.6

@@ -24,10 +24,10 @@ from schemathesis.specs.openapi import checks
 
 from server.app import create_app
 from server.settings import Settings
-from tests import tiny
-from tests.fakes import FakeEngine
-from tests.site import ADMIN_KEY, Site
-from tests.tiny import fake_site
+from tests.support import tiny
+from tests.support.fakes import FakeEngine
+from tests.support.site import ADMIN_KEY, Site
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated", "ignore::DeprecationWarning")
 

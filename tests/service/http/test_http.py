@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from server.complete import Completions
-from tests import tiny
-from tests.fakes import FakeEngine, Times
-from tests.site import ADMIN_KEY, Site, bearer
-from tests.test_api import CHAT, CHAT_URL, error
-from tests.tiny import fake_site
+from server.inference.completion import Completions
+from tests.service.http.test_api import CHAT, CHAT_URL, error
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import ADMIN_KEY, Site, bearer
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

@@ -13,11 +13,11 @@ import httpx
 import pytest
 
 from adapters.model import CONFIG_FILE
-from tests import tiny
-from tests.fakes import FakeEngine, Times
-from tests.site import Site, bearer
-from tests.test_api import CHAT, CHAT_URL, engine_of
-from tests.tiny import fake_site
+from tests.service.http.test_api import CHAT, CHAT_URL, engine_of
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import Site, bearer
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from server import logs
-from tests import tiny
-from tests.site import ADMIN_KEY, SERVICE_KEY, bearer
-from tests.test_api import CHAT_URL, digest
-from tests.tiny import fake_site
+from tests.service.http.test_api import CHAT_URL, digest
+from tests.support import tiny
+from tests.support.site import ADMIN_KEY, SERVICE_KEY, bearer
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

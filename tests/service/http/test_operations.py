@@ -19,13 +19,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.__main__ import _Server
 from server.app import create_app, drain
-from server.engine import EngineDied
+from server.engine.engine import EngineDied
 from server.settings import Settings
-from tests import tiny
-from tests.fakes import FakeEngine, Times
-from tests.site import Site, bearer
-from tests.test_api import CHAT, CHAT_URL, digest, error
-from tests.tiny import fake_site
+from tests.service.http.test_api import CHAT, CHAT_URL, digest, error
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import Site, bearer
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from tests import tiny
-from tests.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
-from tests.test_api import error
-from tests.tiny import fake_site
+from tests.service.http.test_api import error
+from tests.support import tiny
+from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

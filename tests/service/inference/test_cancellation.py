@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from adapters.model import BaseModel
-from server.api import LeasedResponse
-from server.complete import Completion
-from server.http import ClientLeft, while_connected
-from tests.clock import VirtualLoop, run
-from tests.world import BASE, World, read
+from server.http.inference import LeasedResponse
+from server.http.middleware import ClientLeft, while_connected
+from server.inference.completion import Completion
+from tests.support.clock import VirtualLoop, run
+from tests.support.world import BASE, World, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
@@ -103,7 +103,7 @@ def test_cancelled_at_every_step(victim: Victim, insist: int, crowded: bool) -> 
 
 @crowds
 def test_embeddings_cancelled_at_every_step(crowded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.fakes.push_of", lambda _: 0.5)  # here adapters have no files
+    monkeypatch.setattr("tests.support.fakes.push_of", lambda _: 0.5)  # here adapters have no files
     every_step(lambda world: world.ask("victim"), crowded=crowded, base=replace(BASE, pooling=True))
 
 

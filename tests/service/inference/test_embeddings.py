@@ -11,14 +11,14 @@ from pathlib import Path
 import openai
 import pytest
 
-from adapters.probes import Shift, finite_vectors, shift
+from adapters.inspection.logprobs import Shift, finite_vectors, shift
 from server.app import drain
-from tests import tiny
-from tests.embedding_suite import EmbeddingSuite, ask, used
-from tests.fakes import FakeEngine, Times
-from tests.site import Site
-from tests.test_api import engine_of, error
-from tests.tiny import fake_site
+from tests.service.http.test_api import engine_of, error
+from tests.support import tiny
+from tests.support.embedding_suite import EmbeddingSuite, ask, used
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import Site
+from tests.support.tiny import fake_site
 
 EMBEDDING = replace(tiny.base(), pooling=True)
 
@@ -105,7 +105,7 @@ async def test_an_answer_that_is_not_a_number_is_an_error(
     def broken(*_: object) -> list[float]:
         return [math.nan, 1.0]
 
-    monkeypatch.setattr("tests.fakes.log_probs", broken)
+    monkeypatch.setattr("tests.support.fakes.log_probs", broken)
     for encoding in ("float", "base64"):
         error(await ask(site, key, "why", encoding_format=encoding), 500, "internal_error")
 

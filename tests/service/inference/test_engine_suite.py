@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import tiny
-from tests.dialect_suite import DialectSuite
-from tests.engine_suite import EngineSuite, MakeAdapter, call, stage, then
-from tests.fakes import FakeEngine, Times
+from tests.support import tiny
+from tests.support.dialect_suite import DialectSuite
+from tests.support.engine_suite import EngineSuite, MakeAdapter, call, stage, then
+from tests.support.fakes import FakeEngine, Times
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

@@ -15,19 +15,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.budgets import COST_UNIT, Budget, Budgets, Spending, began, ends
-from server.complete import Completions
+from server.accounts.terms import COST_UNIT, Budget, Budgets
+from server.accounts.usage import Usage
 from server.errors import TooManyRequests, headers_of
-from server.quotas import Quotas
+from server.inference.completion import Completions
+from server.limits.budget import Spending, began, ends
+from server.limits.quotas import Quotas
 from server.settings import Price
-from server.usage import Usage
-from tests import tiny
-from tests.clock import run
-from tests.fakes import FakeEngine, Times
-from tests.site import Site, bearer
-from tests.test_api import CHAT, CHAT_URL, error
-from tests.tiny import fake_site
-from tests.world import World, read, tenant
+from tests.service.http.test_api import CHAT, CHAT_URL, error
+from tests.support import tiny
+from tests.support.clock import run
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import Site, bearer
+from tests.support.tiny import fake_site
+from tests.support.world import World, read, tenant
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

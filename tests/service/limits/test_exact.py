@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from server.errors import TooManyRequests
-from server.limits import Meter
-from tests import tiny
-from tests.clock import run
-from tests.fakes import Times
-from tests.site import Site, bearer
-from tests.test_limits import limited, most_in_a_minute
-from tests.tiny import fake_site
-from tests.world import World, read
+from server.limits.rate import Meter
+from tests.service.limits.test_limits import limited, most_in_a_minute
+from tests.support import tiny
+from tests.support.clock import run
+from tests.support.fakes import Times
+from tests.support.site import Site, bearer
+from tests.support.tiny import fake_site
+from tests.support.world import World, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

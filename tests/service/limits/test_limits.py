@@ -16,18 +16,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.complete import Completions
+from server.accounts.keys import KeyInfo
+from server.accounts.terms import KeyLimits, TenantLimits
 from server.errors import BadRequest, Forbidden, TooManyRequests, headers_of
-from server.keys import KeyInfo
-from server.limits import GRAIN, MINUTE, KeyLimits, Meter, TenantLimits, Window, duration
-from server.quotas import Quotas
-from tests import tiny
-from tests.clock import run
-from tests.fakes import Times
-from tests.site import Site, bearer
-from tests.test_api import CHAT, CHAT_URL, error
-from tests.tiny import fake_site
-from tests.world import World, read, tenant
+from server.inference.completion import Completions
+from server.limits.quotas import Quotas
+from server.limits.rate import GRAIN, MINUTE, Meter, Window, duration
+from tests.service.http.test_api import CHAT, CHAT_URL, error
+from tests.support import tiny
+from tests.support.clock import run
+from tests.support.fakes import Times
+from tests.support.site import Site, bearer
+from tests.support.tiny import fake_site
+from tests.support.world import World, read, tenant
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

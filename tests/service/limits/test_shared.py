@@ -16,19 +16,20 @@ from typing import Any, cast
 import pytest
 from redis.exceptions import RedisError
 
-from server.budgets import Budget, Budgets, Spending
-from server.dispatcher import Lease
+from server.accounts.tenants import Tenant
+from server.accounts.terms import Budget, Budgets, KeyLimits, TenantLimits
 from server.errors import TooManyRequests, Unavailable, headers_of
-from server.limits import KeyLimits, Meter, TenantLimits
-from server.quotas import Asked, Quotas, Ticket
+from server.limits.budget import Spending
+from server.limits.quotas import Asked, Quotas, Ticket
+from server.limits.rate import Meter
+from server.limits.redis import PATIENCE, Exceeded, Hold, Overspent, Purse, Scope, SharedLimits
+from server.scheduling.dispatcher import Lease
 from server.settings import Price
-from server.shared import PATIENCE, Exceeded, Hold, Overspent, Purse, Scope, SharedLimits
-from server.tenants import Tenant
-from tests import tiny
-from tests.services import RedisServer, redis
-from tests.site import Site
-from tests.tiny import fake_site
-from tests.world import tenant
+from tests.support import tiny
+from tests.support.services import RedisServer, redis
+from tests.support.site import Site
+from tests.support.tiny import fake_site
+from tests.support.world import tenant
 
 
 @asynccontextmanager
@@ -327,8 +328,8 @@ async def test_what_a_killed_process_held_is_free_soon() -> None:
 
 _HOLDER = """
 import asyncio, sys
-from server.limits import KeyLimits
-from server.shared import Scope, SharedLimits
+from server.accounts.terms import KeyLimits
+from server.limits.redis import Scope, SharedLimits
 
 async def hold():
     shared = SharedLimits(sys.argv[1], lease=2.5)

@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import server.demo.base as base_module
-from adapters.blobs import BlobStore, digest_of
-from adapters.inspect import inspect
+from adapters.inspection.inspect import inspect
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, ModuleShape
+from adapters.store.blobs import BlobStore, digest_of
 from server.demo import process, run
 from server.demo.base import BASE_NAME, cache_folder, prepare
 from server.demo.client import Answer, DemoError, ask, create_customer

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterRejected
-from adapters.golden import MAX_BYTES, MAX_TOKENS, Golden, GoldenProbe, parse
+from adapters.inspection.golden import MAX_BYTES, MAX_TOKENS, Golden, GoldenProbe, parse
 from adapters.model import PROBES_FILE
-from server import offline
-from tests import tiny
-from tests.fakes import FakeEngine, log_probs, push_of
-from tests.site import Site
-from tests.test_api import engine_of, error
-from tests.test_upload import URL, blobs, files, nothing_kept
-from tests.tiny import fake_site
+from server.cli import offline
+from tests.service.http.test_api import engine_of, error
+from tests.service.publishing.test_upload import URL, blobs, files, nothing_kept
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, log_probs, push_of
+from tests.support.site import Site
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
@@ -100,7 +100,7 @@ async def test_an_engine_that_has_changed_is_found_out_on_demand(
     await upload(site, await trained(site))
     await upload(site, await trained(site, seed=2), seed=2)
     assert (await site.admin.post(VERIFY)).json()["version"] == 2
-    monkeypatch.setattr("tests.fakes.push_of", lambda folder: 2 * push_of(folder))
+    monkeypatch.setattr("tests.support.fakes.push_of", lambda folder: 2 * push_of(folder))
     for number in (1, 2):
         found = (await site.admin.post(f"{VERIFY}?version={number}")).json()
         assert (found["version"], found["matches"]) == (number, False)
@@ -132,7 +132,7 @@ async def test_after_an_upgrade_the_server_looks_itself(
     report, metrics = await after("fake 2")
     assert (report["matches"], report["engine"]) == (True, "fake 2")
     assert 'loraplex_verified_versions_total{result="matches"} 1.0' in metrics, "the live version alone"
-    monkeypatch.setattr("tests.fakes.push_of", lambda folder: 2 * push_of(folder))
+    monkeypatch.setattr("tests.support.fakes.push_of", lambda folder: 2 * push_of(folder))
     report, metrics = await after("fake 3")
     assert (report["matches"], report["engine"]) == (False, "fake 3")
     assert 'result="differs"} 1.0' in metrics

@@ -1,6 +1,6 @@
 """Uploads that are broken or meant to break us, over HTTP, beside a customer who is being answered.
 
-What is wrong with the files is ``tests.test_inspect``'s list, here through the front door; what is wrong with
+What is wrong with the files is ``test_inspect``'s list, here through the front door; what is wrong with
 the request is below. Each gets its status and code; nothing of it is kept, and nobody else notices.
 """
 
@@ -21,10 +21,10 @@ import pytest
 import pytest_asyncio
 
 from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE
-from tests.fakes import FakeEngine, Times
-from tests.site import ADMIN_KEY, Site, bearer
-from tests.test_inspect import BAD, base, good, read, write
-from tests.tiny import fake_site
+from tests.pure.adapters.test_inspect import BAD, base, good, read, write
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import ADMIN_KEY, Site, bearer
+from tests.support.tiny import fake_site
 
 __all__ = ["base", "good"]
 

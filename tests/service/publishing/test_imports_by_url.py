@@ -14,12 +14,12 @@ import pytest
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.errors import Forbidden
-from server.imports import allow
-from tests import tiny
-from tests.site import Site
-from tests.test_api import error
-from tests.test_archives import packed
-from tests.tiny import fake_site
+from server.publishing.fetch import allow
+from tests.service.http.test_api import error
+from tests.service.store.test_archives import packed
+from tests.support import tiny
+from tests.support.site import Site
+from tests.support.tiny import fake_site
 
 URL = "/admin/v1/tenants/acme/adapters/a/versions"
 PREFIXES = ["https://models.example/adapters/", "file:///srv/adapters", "http://10.0.0.7/"]
@@ -170,7 +170,7 @@ async def test_a_name_with_a_private_address_is_not_asked(
     async def private(host: str, port: int, **_: Any) -> list[Any]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
-    monkeypatch.setattr("server.imports.look_up", private)
+    monkeypatch.setattr("server.publishing.fetch.look_up", private)
     refused = await fetch(site, web.url("/ok/run.zip", "named.example"))
     error(refused, 403, "source_forbidden", "source")
     assert web.asked == []

@@ -17,15 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from adapters import merge as merging
 from adapters.errors import AdapterRejected
-from adapters.merge import INDEX_FILE, Merge, MergeError, Probe
+from adapters.inspection.base_model import read_base
 from adapters.model import CONFIG_FILE
-from adapters.shapes import read_base
-from server import offline
+from adapters.offline import merge as merging
+from adapters.offline.merge import INDEX_FILE, Merge, MergeError, Probe
+from server.cli import offline
 from server.demo.base import CHECKOUT, cache_folder, prepare
-from tests.test_convert import PROMPT, STYLES, train_on_changed_base
-from tests.test_inspect import K1, make_llama, read, train, write
+from tests.pure.adapters.test_convert import PROMPT, STYLES, train_on_changed_base
+from tests.pure.adapters.test_inspect import K1, make_llama, read, train, write
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -166,8 +166,9 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import torch
-from adapters import merge, shapes
-from server import offline
+from adapters.offline import merge
+from adapters.inspection import base_model as shapes
+from server.cli import offline
 def data_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData"))

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
+from adapters.inspection.logprobs import NOTHING, Difference, compare, finite
 from adapters.model import WEIGHTS_FILE
-from adapters.probes import NOTHING, Difference, compare, finite
-from server import probe
-from server.publish import publish
-from tests import tiny
-from tests.fakes import FakeEngine, Times
-from tests.site import Site
-from tests.test_api import engine_of, error
-from tests.test_upload import URL, blobs, files, nothing_kept
-from tests.tiny import fake_site
+from server.publishing import probe
+from server.publishing.publish import publish
+from tests.service.http.test_api import engine_of, error
+from tests.service.publishing.test_upload import URL, blobs, files, nothing_kept
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import Site
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

@@ -15,13 +15,13 @@ import httpx
 import pytest
 from safetensors.numpy import load_file, save, save_file
 
-from adapters.blobs import digest_of
-from adapters.convert import Conversion
+from adapters.inspection.convert import Conversion
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from tests import tiny
-from tests.site import ADMIN_KEY, Site, bearer
-from tests.test_api import error
-from tests.tiny import fake_site
+from adapters.store.blobs import digest_of
+from tests.service.http.test_api import error
+from tests.support import tiny
+from tests.support.site import ADMIN_KEY, Site, bearer
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

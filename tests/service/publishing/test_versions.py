@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from adapters.split import choose
-from tests import tiny
-from tests.fakes import FakeEngine, Times
-from tests.site import Site, bearer
-from tests.test_admin import TENANTS, ask_first, eventually, residency
-from tests.test_api import CHAT, CHAT_URL, error
-from tests.test_upload import blobs
-from tests.tiny import fake_site
+from tests.service.http.test_admin import TENANTS, ask_first, eventually, residency
+from tests.service.http.test_api import CHAT, CHAT_URL, error
+from tests.service.publishing.test_upload import blobs
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import Site, bearer
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

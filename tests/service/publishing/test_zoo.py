@@ -8,10 +8,10 @@ from pathlib import Path
 from peft import LoraConfig, PeftType
 
 from adapters.errors import CURES
-from tests import trainer, zoo
-from tests.zoo import GROUPS, NOT_MADE, SPECIMENS
+from tests.support import trainer, zoo
+from tests.support.zoo import GROUPS, NOT_MADE, SPECIMENS
 
-PAGE = Path(__file__).parent.parent / "docs" / "zoo.md"
+PAGE = Path(__file__).parents[3] / "docs" / "zoo.md"
 
 # Fields of PEFT's config that say where an adapter comes from, and those that a way of training sets.
 BOOKKEEPING = {
@@ -31,7 +31,7 @@ SET_BY_A_WAY = {
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text() == zoo.table(), "python -m tests.zoo > docs/zoo.md"
+    assert PAGE.read_text() == zoo.table(), "python -m tests.support.zoo > docs/zoo.md"
 
 
 def test_every_option_of_lora_is_there() -> None:

@@ -9,11 +9,11 @@ import pytest
 
 from adapters.errors import AdapterUnavailable
 from adapters.model import Tier
-from server.dispatcher import RECONCILE_EVERY
 from server.errors import TooManyRequests, Unavailable, headers_of
-from tests.clock import run
-from tests.fakes import Times
-from tests.world import World, read, tenant, version
+from server.scheduling.dispatcher import RECONCILE_EVERY
+from tests.support.clock import run
+from tests.support.fakes import Times
+from tests.support.world import World, read, tenant, version
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

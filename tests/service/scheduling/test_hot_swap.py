@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-from tests.fakes import FakeEngine, Times
-from tests.swapping import swap_under_load
-from tests.tiny import fake_site
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.swapping import swap_under_load
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

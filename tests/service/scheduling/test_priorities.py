@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
+from server.accounts.tenants import PRIORITIES
 from server.errors import Unavailable
-from server.tenants import PRIORITIES
-from tests.clock import run
-from tests.fakes import Times
-from tests.site import Site
-from tests.test_api import error
-from tests.tiny import fake_site
-from tests.world import World, tenant
+from tests.service.http.test_api import error
+from tests.support.clock import run
+from tests.support.fakes import Times
+from tests.support.site import Site
+from tests.support.tiny import fake_site
+from tests.support.world import World, tenant
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

@@ -17,13 +17,13 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters.archives import MAX_ENTRIES, read
 from adapters.errors import CURES, AdapterRejected, UploadTooLarge
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from tests import tiny
-from tests.site import Site
-from tests.test_api import error
-from tests.tiny import fake_site
+from adapters.store.archives import MAX_ENTRIES, read
+from tests.service.http.test_api import error
+from tests.support import tiny
+from tests.support.site import Site
+from tests.support.tiny import fake_site
 
 URL = "/admin/v1/tenants/acme/adapters/a/versions"
 MAX = 1 << 20

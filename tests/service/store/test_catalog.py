@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from adapters.catalog import Catalog
+from adapters.database.database import Database
 from adapters.errors import AdapterConflict, AdapterNotFound, AdapterRejected
 from adapters.model import Adapter, Manifest, Version
 from adapters.split import choose
-from adapters.tables import Database
-from server.tenants import Tenants
-from tests.databases import KINDS, empty
+from adapters.store.catalog import Catalog
+from server.accounts.tenants import Tenants
+from tests.support.databases import KINDS, empty
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 TENANTS = ("acme", "globex", "initech")
 
 
@@ -514,7 +514,7 @@ async def test_a_random_walk_agrees_with_a_dictionary(catalog: Catalog) -> None:
 
 WRITER = """
 import asyncio, sys
-from tests.test_catalog import catalog_on, link, opened
+from tests.service.store.test_catalog import catalog_on, link, opened
 
 async def main(url):
     database = await opened(url)

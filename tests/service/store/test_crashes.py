@@ -17,18 +17,18 @@ import pytest
 import pytest_asyncio
 from safetensors.numpy import load_file, save
 
-from adapters.blobs import BlobStore, digest_of
-from adapters.catalog import Catalog
+from adapters.database.database import Database
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from adapters.tables import Database
-from tests import crashes, tiny
-from tests.crashes import Operation
-from tests.tiny import fake_site
+from adapters.store.blobs import BlobStore, digest_of
+from adapters.store.catalog import Catalog
+from tests.support import crashes, tiny
+from tests.support.crashes import Operation
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.timeout(300)
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.crashes"])
+_processes.set_forkserver_preload(["tests.support.crashes"])
 
 # tenant, adapter -> (live, default, pinned, ((number, digest), …))
 State = dict[tuple[str, str], tuple[int | None, bool, bool, tuple[tuple[int, str], ...]]]

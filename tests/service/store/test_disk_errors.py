@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save
 from sqlalchemy import event
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from tests import tiny
-from tests.site import Site
-from tests.test_api import error
-from tests.tiny import fake_site
+from tests.service.http.test_api import error
+from tests.support import tiny
+from tests.support.site import Site
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

@@ -15,8 +15,8 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, inspect, select, text
 from sqlalchemy.exc import DatabaseError, IntegrityError, StatementError
 
-from adapters import tables
-from adapters.tables import (
+from adapters.database import database as tables
+from adapters.database.database import (
     WATCH_EVERY,
     AdapterRow,
     Base,
@@ -29,7 +29,7 @@ from adapters.tables import (
     VersionRow,
     now,
 )
-from tests.databases import KINDS, empty
+from tests.support.databases import KINDS, empty
 
 VERSIONS = Path(tables.__file__).parent / "migrations" / "versions"
 HEAD = max(path.name[:4] for path in VERSIONS.glob("[0-9]*.py"))

@@ -12,14 +12,14 @@ import httpx
 import pytest
 from sqlalchemy import func, select, update
 
-from adapters import receipts
-from adapters.tables import UploadRow, now
-from tests import tiny
-from tests.fakes import FakeEngine, Times
-from tests.site import Site
-from tests.test_api import engine_of, error
-from tests.test_upload import URL, blobs, files
-from tests.tiny import fake_site
+from adapters.database.database import UploadRow, now
+from adapters.store import idempotency as receipts
+from tests.service.http.test_api import engine_of, error
+from tests.service.publishing.test_upload import URL, blobs, files
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import Site
+from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 

@@ -14,8 +14,8 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperABC
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from adapters import cpu_kernels
-from adapters.cpu_kernels import GroupedPunicaWrapper, Groups
+from adapters.worker.cpu import kernels as cpu_kernels
+from adapters.worker.cpu.kernels import GroupedPunicaWrapper, Groups
 
 SLOTS = 4
 MAX_RANK = 16
