@@ -13,7 +13,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from adapters.database.database import AuditRow, Database, matching, now
+from adapters.database.database import Database
+from adapters.database.rows import AuditRow, matching, now
 
 
 @dataclass(frozen=True, slots=True)

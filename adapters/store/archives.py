@@ -20,7 +20,8 @@ from adapters.errors import AdapterRejected, UploadTooLarge, fault
 from adapters.inspection.inspect import PICKLES
 from adapters.inspection.strict_json import show
 from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
-from adapters.store.blobs import disk_errors, in_thread
+from adapters.store.blobs import disk_errors
+from adapters.tasks import run_in_thread
 
 MAX_ENTRIES = 1000
 # A zip's list of entries, and a tar's extended header: read in one piece.
@@ -49,12 +50,12 @@ async def unpacked(
     ``max_bytes`` bounds what the archive holds, files that are passed over too. Raises AdapterRejected
     (``archive_invalid``), UploadTooLarge, StorageFull, StorageFailed, and what ``body`` raises.
     """
-    with await in_thread(_without_name, folder) as file:
+    with await run_in_thread(_without_name, folder) as file:
         async for chunk in body:
-            await in_thread(_write, file, chunk)
-        await in_thread(file.seek, 0)
+            await run_in_thread(_write, file, chunk)
+        await run_in_thread(file.seek, 0)
         entries = read(file, max_bytes=max_bytes)
-        while (entry := await in_thread(_next, entries)) is not None:
+        while (entry := await run_in_thread(_next, entries)) is not None:
             yield entry
 
 

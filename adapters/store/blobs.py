@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import functools
 import hashlib
 import logging
 import os
@@ -27,11 +26,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Self, TypeVar
 from weakref import WeakValueDictionary
 
 from adapters.errors import StorageFailed, StorageFull, UploadIncomplete, UploadTooLarge, fault
 from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
+from adapters.tasks import run_in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _PROBE = ".probe-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -66,7 +65,7 @@ class BlobStore:
 
     async def open(self) -> None:
         """Makes the folders; raises OSError where they cannot be written or a rename between them fails."""
-        await in_thread(self._open)
+        await run_in_thread(self._open)
 
     def receive(self) -> Incoming:
         """An upload, to be entered with ``async with``: what is not committed at the end is discarded."""
@@ -79,21 +78,21 @@ class BlobStore:
         return self.blobs / digest
 
     async def exists(self, digest: str) -> bool:
-        return await in_thread(self.path(digest).is_dir)
+        return await run_in_thread(self.path(digest).is_dir)
 
     async def remove(self, digest: str) -> None:
         """Removes the blob, if it is there. The caller knows that nobody links it or is about to."""
         path = self.path(digest)
         async with self._lock(digest):
-            await in_thread(self._remove, path)
+            await run_in_thread(self._remove, path)
 
     async def sweep(self, linked: Collection[str]) -> list[str]:
         """At start-up: empties quarantine, removes blobs that are not ``linked``, and returns their names."""
-        return await in_thread(self._sweep, frozenset(linked))
+        return await run_in_thread(self._sweep, frozenset(linked))
 
     async def check(self) -> None:
         """Whether an upload could be written now; raises StorageFull, or the OSError that says why not."""
-        await in_thread(self._probe)
+        await run_in_thread(self._probe)
 
     def _lock(self, digest: str) -> asyncio.Lock:
         return self._locks.setdefault(digest, asyncio.Lock())
@@ -204,16 +203,16 @@ class Incoming:
 
     async def __aenter__(self) -> Self:
         try:
-            await in_thread(self._make)
+            await run_in_thread(self._make)
         except BaseException:
-            await in_thread(self._discard)
+            await run_in_thread(self._discard)
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await in_thread(self._discard)
+        await run_in_thread(self._discard)
 
     async def write(self, filename: str, chunk: bytes) -> None:
         """Appends ``chunk`` to one of the two files; about a megabyte is collected before the disk is asked.
@@ -229,12 +228,12 @@ class Incoming:
                 " the operator to raise LORAPLEX_MAX_UPLOAD_BYTES."
             )
         if filename not in self._files:
-            await in_thread(self._create, filename)
+            await run_in_thread(self._create, filename)
         file = self._files[filename]
         file.size += len(chunk)
         file.waiting += chunk
         if len(file.waiting) >= _BLOCK:
-            await in_thread(self._flush, file)
+            await run_in_thread(self._flush, file)
 
     async def finish(self) -> str:
         """Writes out, syncs and closes both files; returns the digest.
@@ -247,7 +246,7 @@ class Incoming:
             raise UploadIncomplete(
                 f"The upload lacks {' and '.join(missing)}. Send both files in one request."
             )
-        await in_thread(self._finish)
+        await run_in_thread(self._finish)
         self.digest = _digest(
             {name: (file.size, file.sha256.hexdigest()) for name, file in self._files.items()}
         )
@@ -260,7 +259,7 @@ class Incoming:
         ``look`` does.
         """
         assert self.digest is not None, "finish comes first"
-        return await in_thread(self._examine, look)
+        return await run_in_thread(self._examine, look)
 
     async def commit(self) -> Path:
         """Moves the files to their place in ``blobs``, on disk when this returns, and returns the folder.
@@ -270,7 +269,7 @@ class Incoming:
         """
         assert self.digest is not None, "finish comes first"
         async with self._store._lock(self.digest):
-            self.path = await in_thread(self._store._commit, self._quarantine, self.digest)
+            self.path = await run_in_thread(self._store._commit, self._quarantine, self.digest)
         return self.path
 
     def _make(self) -> None:
@@ -312,24 +311,6 @@ class Incoming:
             with contextlib.suppress(OSError):
                 file.close()
         _discard(self._quarantine)
-
-
-async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs ``function`` in a worker thread. Cancelled, it waits for the thread to end, then raises.
-
-    Not ``asyncio.to_thread``: its cancelled caller goes on while the thread still writes.
-    """
-    future = asyncio.get_running_loop().run_in_executor(None, functools.partial(function, *args, **kwargs))
-    cancelled: asyncio.CancelledError | None = None
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        future.exception()
-        raise cancelled
-    return future.result()
 
 
 @contextlib.contextmanager

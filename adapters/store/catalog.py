@@ -20,15 +20,9 @@ from sqlalchemy import Select, and_, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.audit import note
-from adapters.database.database import (
-    MAX_INTEGER,
-    AdapterRow,
-    Database,
-    ReadCache,
-    TenantRow,
-    VersionRow,
-    now,
-)
+from adapters.database.cache import ReadCache
+from adapters.database.database import Database
+from adapters.database.rows import MAX_INTEGER, AdapterRow, TenantRow, VersionRow, now
 from adapters.errors import AdapterConflict, AdapterNotFound, QuotaExceeded, fault
 from adapters.inspection.golden import Golden
 from adapters.model import Adapter, Manifest, Quota, Version, VersionInfo, is_adapter_name, is_tenant_id

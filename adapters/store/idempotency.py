@@ -18,7 +18,8 @@ from weakref import WeakValueDictionary
 from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from adapters.database.database import Database, UploadRow, now
+from adapters.database.database import Database
+from adapters.database.rows import UploadRow, now
 from adapters.errors import AdapterConflict
 from adapters.model import is_tenant_id
 

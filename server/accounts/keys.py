@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, get_args
 
-from adapters.database.database import KeyRow, now
+from adapters.database.rows import KeyRow, now
 from server.accounts.terms import KeyLimits
 from server.errors import Forbidden, Unauthorized, Unprocessable
 

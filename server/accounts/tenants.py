@@ -24,16 +24,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.audit import note
-from adapters.database.database import (
-    MAX_INTEGER,
-    Database,
-    KeyRow,
-    MetaRow,
-    ReadCache,
-    TenantRow,
-    VersionRow,
-    now,
-)
+from adapters.database.cache import ReadCache
+from adapters.database.database import Database
+from adapters.database.rows import MAX_INTEGER, KeyRow, MetaRow, TenantRow, VersionRow, now
 from adapters.model import TENANT_PATTERN, is_tenant_id
 from server.accounts.keys import DEFAULT_SCOPES, IssuedKey, KeyInfo, KeyScope, check_expiry, key_info
 from server.accounts.terms import Budgets, KeyLimits, TenantLimits, Terms

@@ -20,7 +20,8 @@ from typing import Any, Literal, get_args
 
 from sqlalchemy import ColumnElement, Select, delete, func, insert, null, select, update
 
-from adapters.database.database import Database, KeyRow, UsageRow, matching, now
+from adapters.database.database import Database
+from adapters.database.rows import KeyRow, UsageRow, matching, now
 from server.accounts.terms import COST_UNIT
 from server.errors import Unprocessable
 from server.metrics import Outcome

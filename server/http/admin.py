@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from adapters.database.audit import ACTOR, Actor
-from adapters.database.database import MAX_INTEGER
+from adapters.database.rows import MAX_INTEGER
 from adapters.model import Adapter, Quota, Tier, Version
 from adapters.split import WHOLE
 from server.accounts.keys import DEFAULT_SCOPES, SCOPES, KeyScope

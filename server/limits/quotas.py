@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
-from adapters.database.database import now as wall_now
+from adapters.database.rows import now as wall_now
 from adapters.model import Version
 from server.accounts.tenants import Tenant
 from server.accounts.terms import PERIODS, KeyLimits

@@ -30,7 +30,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from adapters.database.database import now as wall_now
+from adapters.database.rows import now as wall_now
 from server.accounts.terms import PERIODS, Budgets, KeyLimits, Period, Unit
 from server.errors import Unavailable
 from server.limits.budget import Amount, Passed, Spending, began, ends

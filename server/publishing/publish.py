@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from adapters.database.database import to_the_end
 from adapters.errors import AdapterError
 from adapters.inspection.admit import admit
 from adapters.inspection.golden import Golden, take
@@ -23,6 +22,7 @@ from adapters.model import Adapter, Manifest, Quota, Version
 from adapters.store.blobs import BlobStore, Incoming
 from adapters.store.catalog import Catalog
 from adapters.store.idempotency import Receipts
+from adapters.tasks import uninterruptible
 from server.engine.engine import Engine
 from server.errors import ServerError, Unavailable
 from server.metrics import Metrics
@@ -107,7 +107,7 @@ async def publish(
                     receipt=receipt,
                     quota=quota,
                 )
-                adapter, version = await to_the_end(link)
+                adapter, version = await uninterruptible(link)
     move_pin(service.dispatcher, adapter)
     return Published(adapter.uploaded(version.number), await _make_room(service, adapter))
 

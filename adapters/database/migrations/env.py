@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from adapters.database.database import Base
+from adapters.database.rows import Base
 
 context.configure(
     connection=context.config.attributes["connection"],

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, text
 
-from adapters.database.database import Database, KeyRow, MetaRow
+from adapters.database.database import Database
+from adapters.database.rows import KeyRow, MetaRow
 from adapters.store.catalog import Catalog
 from server.accounts.tenants import Tenant, Tenants
 from server.errors import (

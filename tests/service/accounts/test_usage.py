@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import func, select
 
-from adapters.database.database import Database, UsageRow
+from adapters.database.database import Database
+from adapters.database.rows import UsageRow
 from server.accounts import usage as module
 from server.accounts.usage import SUMS, Question, Recorder, Usage, added_up, roll_up, usage
 from server.app import drain

@@ -15,7 +15,8 @@ import pytest
 from sqlalchemy import select
 
 from adapters.database.audit import Search, entries, note
-from adapters.database.database import Database, KeyRow, TenantRow
+from adapters.database.database import Database
+from adapters.database.rows import KeyRow, TenantRow
 from server.accounts.tenants import Tenants
 from server.errors import Conflict
 from server.http import reports

@@ -16,19 +16,9 @@ from sqlalchemy import Connection, inspect, select, text
 from sqlalchemy.exc import DatabaseError, IntegrityError, StatementError
 
 from adapters.database import database as tables
-from adapters.database.database import (
-    WATCH_EVERY,
-    AdapterRow,
-    Base,
-    Database,
-    KeyRow,
-    MetaRow,
-    ReadCache,
-    SchemaTooNew,
-    TenantRow,
-    VersionRow,
-    now,
-)
+from adapters.database.cache import ReadCache
+from adapters.database.database import WATCH_EVERY, Database, SchemaTooNew
+from adapters.database.rows import AdapterRow, Base, KeyRow, MetaRow, TenantRow, VersionRow, now
 from tests.support.databases import KINDS, empty
 
 VERSIONS = Path(tables.__file__).parent / "migrations" / "versions"

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from sqlalchemy import func, select, update
 
-from adapters.database.database import UploadRow, now
+from adapters.database.rows import UploadRow, now
 from adapters.store import idempotency as receipts
 from tests.service.http.test_api import engine_of, error
 from tests.service.publishing.test_upload import URL, blobs, files

@@ -1,0 +1,241 @@
+"""The tables, one class each.
+
+tenants ──< keys
+   ├─────< adapters ──< versions          meta: key -> value
+   └─────< uploads
+usage, audit: what happened; they outlive whom it happened to
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    Select,
+    String,
+    Text,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+Q = TypeVar("Q", bound=Select[Any])
+
+MAX_INTEGER = 2**31 - 1
+
+# SQLite counts up only what it calls INTEGER.
+_RowId = BigInteger().with_variant(Integer(), "sqlite")
+_Json = JSON(none_as_null=True)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Timezone-aware UTC on both sides; SQLite keeps no zone, so it is put back on reading.
+
+    A time that UTC has no year for, up to a day beyond the calendar's ends, is that end.
+    """
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone cannot be stored")
+        try:
+            return value.astimezone(UTC)
+        except OverflowError:
+            end = datetime.min if value.year == 1 else datetime.max
+            return end.replace(tzinfo=UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class TenantRow(Base):
+    __tablename__ = "tenants"
+
+    id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    name: Mapped[str] = mapped_column(String(200))
+    weight: Mapped[float] = mapped_column(Double)
+    base_allowed: Mapped[bool]
+    max_queued: Mapped[int | None]
+    max_running: Mapped[int | None]
+    cache_salt: Mapped[str] = mapped_column(String(128))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    # Without a default of its own the INSERT would have to read the database's back.
+    priority: Mapped[str] = mapped_column(String(16), default="standard", server_default="standard")
+    limits: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    budgets: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+
+
+class KeyRow(Base):
+    """``digest`` is the SHA-256 of the key, in hex; the key itself is nowhere."""
+
+    __tablename__ = "keys"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), index=True)
+    name: Mapped[str | None] = mapped_column(String(200))
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    scopes: Mapped[list[str] | None] = mapped_column(_Json)
+    limits: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    last_used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class AdapterRow(Base):
+    """An adapter is there while it has versions.
+
+    The row outlives them: it remembers ``next_version``, so that ``name@3`` never means other weights,
+    not even after the adapter was deleted and uploaded anew. ``split`` maps versions to their shares.
+    """
+
+    __tablename__ = "adapters"
+    __table_args__ = (
+        Index(
+            "ix_adapters_default",
+            "tenant",
+            unique=True,
+            sqlite_where=text("is_default"),
+            postgresql_where=text("is_default"),
+        ),
+    )
+
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    next_version: Mapped[int]
+    live: Mapped[int | None]
+    is_default: Mapped[bool]
+    pinned: Mapped[bool]
+    split: Mapped[dict[str, int] | None] = mapped_column(_Json)
+    keep_versions: Mapped[int | None]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class VersionRow(Base):
+    __tablename__ = "versions"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant", "adapter"], ["adapters.tenant", "adapters.name"], ondelete="CASCADE"),
+    )
+
+    tenant: Mapped[str] = mapped_column(String(63), primary_key=True)
+    adapter: Mapped[str] = mapped_column(String(128), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), index=True)
+    rank: Mapped[int]
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    report: Mapped[dict[str, Any]] = mapped_column(JSON)
+    golden: Mapped[dict[str, Any] | None] = mapped_column(_Json, deferred=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class UploadRow(Base):
+    """What an upload with an ``Idempotency-Key`` was answered; see ``adapters.store.idempotency``."""
+
+    __tablename__ = "uploads"
+
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    answer: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
+class UsageRow(Base):
+    """What one request used or, once rolled up (``request_id`` is NULL), ``requests`` of one day.
+
+    ``at`` is when it ended, ``hour`` the same in hours since 1970. Tokens, seconds and ``cost`` (in 1e-9 of
+    the currency) are sums over the requests. It refers to no row, because it has to outlive them.
+    """
+
+    __tablename__ = "usage"
+    __table_args__ = (Index("ix_usage_tenant_at", "tenant", "at"), Index("ix_usage_at", "at"))
+
+    id: Mapped[int] = mapped_column(_RowId, primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    hour: Mapped[int]
+    tenant: Mapped[str] = mapped_column(String(63))
+    key: Mapped[str | None] = mapped_column(String(16))
+    adapter: Mapped[str | None] = mapped_column(String(128))
+    version: Mapped[int | None]
+    endpoint: Mapped[str] = mapped_column(String(32))
+    outcome: Mapped[str] = mapped_column(String(16))
+    request_id: Mapped[str | None] = mapped_column(String(64))
+    requests: Mapped[int]
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
+    cached_tokens: Mapped[int] = mapped_column(BigInteger)
+    output_tokens: Mapped[int] = mapped_column(BigInteger)
+    queue_seconds: Mapped[float] = mapped_column(Double)
+    first_token_seconds: Mapped[float] = mapped_column(Double)
+    seconds: Mapped[float] = mapped_column(Double)
+    cost: Mapped[int] = mapped_column(BigInteger)
+
+
+class AuditRow(Base):
+    """One change: who made it, to what, and what it was before and after. Rows are only ever added."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index("ix_audit_tenant_at", "tenant", "at"),)
+
+    id: Mapped[int] = mapped_column(_RowId, primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    actor: Mapped[str] = mapped_column(String(64))
+    action: Mapped[str] = mapped_column(String(64))
+    tenant: Mapped[str | None] = mapped_column(String(63))
+    target: Mapped[str | None] = mapped_column(String(200))
+    before: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    after: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    request_id: Mapped[str | None] = mapped_column(String(64))
+
+
+class MetaRow(Base):
+    """Facts about the installation as a whole."""
+
+    __tablename__ = "meta"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(Text)
+
+
+def matching(query: Q, row: Any, wanted: Any, *columns: str) -> Q:
+    """``query`` for rows of ``wanted.start`` <= at < ``wanted.end`` whose ``columns`` are as ``wanted`` has
+    them; None is any."""
+    for column in columns:
+        if (value := getattr(wanted, column)) is not None:
+            query = query.where(getattr(row, column) == value)
+    if wanted.start is not None:
+        query = query.where(row.at >= wanted.start)
+    if wanted.end is not None:
+        query = query.where(row.at < wanted.end)
+    return query
