@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import multiprocessing
 import os
 import signal
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-import uvicorn
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
@@ -125,53 +122,13 @@ def _settings(config: Path | None) -> Settings:
         raise SystemExit(2) from exc
 
 
-TICK = 0.5  # seconds between two looks whether to leave
-
-
-class _Server(uvicorn.Server):
-    """uvicorn with a drain: on the first signal it goes on listening, not ready, until streams are done."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self._draining: asyncio.Task[None] | None = None
-
-    async def main_loop(self) -> None:
-        """As uvicorn's own, whose ten looks a second cost as much as one or two tokens of a stream."""
-        while not await self.on_tick(0):
-            await asyncio.sleep(TICK)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if not self.started:
-            _leave_at_once(sig)
-        if self._draining is not None:
-            super().handle_exit(sig, frame)
-            return
-        asyncio.get_running_loop().call_soon_threadsafe(self._begin_drain)
-
-    def _begin_drain(self) -> None:
-        self._draining = asyncio.ensure_future(self._drain())
-
-    async def _drain(self) -> None:
-        from server.app import drain
-
-        try:
-            await drain(self.config.app)  # type: ignore[arg-type]
-        finally:
-            self.should_exit = True
-
-
-def _leave_at_once(sig: int) -> NoReturn:
-    """A signal while the model is being loaded, which nothing can interrupt and which may take minutes."""
-    for child in multiprocessing.active_children():
-        child.terminate()
-    os._exit(128 + sig)
-
-
 def _serve(settings: Settings) -> int:
+    import uvicorn
+
     from server import logs
-    from server.app import create_app
+    from server.app import create_app, drain
     from server.engine.engine import EngineDied
-    from server.http.connection import BoundedHeads
+    from server.http.connection import BoundedHeads, DrainingServer
 
     logs.configure(settings.log_format, settings.log_level)
     # vLLM must not ask a hub about a model that is here, nor report usage.
@@ -185,7 +142,7 @@ def _serve(settings: Settings) -> int:
 
     app = create_app(settings, on_death=on_death)
     BoundedHeads.seconds = settings.client_timeout
-    server = _Server(
+    server = DrainingServer(
         uvicorn.Config(
             app,
             host=settings.host,
@@ -196,7 +153,8 @@ def _serve(settings: Settings) -> int:
             access_log=False,
             timeout_graceful_shutdown=5,
             server_header=False,
-        )
+        ),
+        partial(drain, app),
     )
     server.run()
     return 1 if died or not server.started else 0

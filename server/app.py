@@ -11,8 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import FastAPI
 
 from adapters.database.database import Database
 from adapters.store.blobs import BlobStore
@@ -22,14 +21,15 @@ from server import __version__
 from server.accounts.tenants import Tenants
 from server.accounts.usage import Recorder, spent
 from server.engine.engine import Engine, EngineDied
-from server.http import admin, inference, reports, self_service
-from server.http.middleware import RequestContext, in_background, install_error_handlers
+from server.http import admin, inference, operations, reports, self_service
+from server.http.middleware import RequestContext, install_error_handlers
 from server.http.openapi import document
+from server.http.services import Services
 from server.inference.completion import Completions
 from server.inference.fields import DEFAULT_MODEL
 from server.limits.quotas import Quotas
 from server.limits.redis import SharedLimits
-from server.metrics import Gauges, Metrics
+from server.metrics import Metrics
 from server.publishing.probe import Prober
 from server.publishing.publish import Publishing, verify_all
 from server.scheduling.dispatcher import Dispatcher
@@ -53,18 +53,17 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             try:
-                await _start(app, settings, start_engine, on_death, stack)
+                app.state.services = services = await _start(settings, start_engine, on_death, stack)
             except Exception as exc:
                 expected = isinstance(exc, ValueError | OSError)
                 logger.critical("cannot start: %s", exc, exc_info=None if expected else exc)
                 raise
             yield
-            await _finish_tasks(app)
+            await services.cancel_tasks()
 
     app = FastAPI(title="Loraplex", version=__version__, lifespan=lifespan)
     app.state.settings = settings
-    app.state.draining = False
-    app.state.tasks = set()
+    app.state.services = None
     app.add_middleware(RequestContext)
     install_error_handlers(app)
     app.include_router(inference.router)
@@ -73,20 +72,18 @@ def create_app(
     app.include_router(reports.operators)
     app.include_router(reports.customers)
     app.include_router(self_service.router)
-    _add_operations(app)
+    app.include_router(operations.router)
     app.openapi = document(app)  # type: ignore[method-assign]
     return app
 
 
 async def _start(
-    app: FastAPI,
     settings: Settings,
     start_engine: StartEngine,
     on_death: Callable[[EngineDied], None],
     stack: AsyncExitStack,
-) -> None:
+) -> Services:
     """Cheap things first: a wrong database URL should not cost a model load."""
-    state = app.state
     database = Database(settings.database_url)
     stack.push_async_callback(database.close)
     await database.open()
@@ -96,20 +93,8 @@ async def _start(
     removed = await blobs.sweep(await catalog.linked_digests())
     if removed:
         logger.info("removed %d blobs that nothing links to", len(removed))
-    state.tenants = Tenants(
-        database,
-        admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,
-        service_key=settings.service_key.get_secret_value() if settings.service_key else None,
-    )
-    new_key = await state.tenants.open()
-    if new_key is not None:
-        print(f"Admin key (shown this once, keep it): {new_key}", file=sys.stderr, flush=True)
-
-    state.shared = None
-    if settings.limits_redis_url is not None:
-        state.shared = SharedLimits(settings.limits_redis_url.get_secret_value())
-        await state.shared.open()
-        stack.push_async_callback(state.shared.close)
+    tenants = await _tenants(settings, database)
+    shared = await _shared_limits(settings, stack)
     recorder = Recorder(database, keep_days=settings.keep_usage_days)
     recorder.start()
     stack.push_async_callback(recorder.stop)
@@ -122,38 +107,31 @@ async def _start(
     dispatcher = Dispatcher(engine, _limits(settings, engine), metrics, on_death=on_death)
     dispatcher.start()
     stack.push_async_callback(dispatcher.stop)
-    state.engine, state.database, state.blobs, state.metrics = engine, database, blobs, metrics
-    state.dispatcher = dispatcher
-    state.recorder = recorder
 
     async def spent_so_far(tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
         await recorder.flush()
         return await spent(database, tenant, start, end)
 
     quotas = Quotas(
-        record=recorder.record,
-        spent=spent_so_far,
-        prices=settings.prices,
+        record=recorder.record, spent=spent_so_far, prices=settings.prices, metrics=metrics, shared=shared
+    )
+    prober = Prober(engine, dispatcher)
+    services = Services(
+        settings=settings,
+        database=database,
+        blobs=blobs,
+        tenants=tenants,
+        shared=shared,
+        recorder=recorder,
+        engine=engine,
         metrics=metrics,
-        shared=state.shared,
+        dispatcher=dispatcher,
+        completions=Completions(engine, dispatcher, catalog, metrics, quotas),
+        publishing=Publishing(
+            engine, dispatcher, blobs, catalog, Receipts(database), prober, settings.keep_versions
+        ),
+        started=int(time.time()),
     )
-    state.completions = Completions(engine, dispatcher, catalog, metrics, quotas)
-    state.publishing = Publishing(
-        engine,
-        dispatcher,
-        blobs,
-        catalog,
-        Receipts(database),
-        Prober(engine, dispatcher),
-        settings.keep_versions,
-    )
-    state.started = int(time.time())
-    state.versions = await catalog.count_versions()
-
-    def gauges() -> Gauges:
-        return dispatcher.gauges(state.versions)
-
-    metrics.watch(gauges)
     for version in await catalog.pinned():
         dispatcher.pin(version, True)
     # vLLM's modules alone are some 700,000 objects that stay; to look at all of them once more would stop
@@ -162,7 +140,30 @@ async def _start(
     gc.freeze()
     sized = engine.capacity.describe(settings.adapter_gpu_memory, settings.adapter_host_memory)
     logger.info("ready: %s; %s", engine.base.name, sized)
-    in_background(app, verify_all(state.publishing, metrics))
+    services.in_background(verify_all(services.publishing, metrics))
+    return services
+
+
+async def _tenants(settings: Settings, database: Database) -> Tenants:
+    """Prints the admin key where it has just been made: nobody can read it later."""
+    tenants = Tenants(
+        database,
+        admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,
+        service_key=settings.service_key.get_secret_value() if settings.service_key else None,
+    )
+    new_key = await tenants.open()
+    if new_key is not None:
+        print(f"Admin key (shown this once, keep it): {new_key}", file=sys.stderr, flush=True)
+    return tenants
+
+
+async def _shared_limits(settings: Settings, stack: AsyncExitStack) -> SharedLimits | None:
+    if settings.limits_redis_url is None:
+        return None
+    shared = SharedLimits(settings.limits_redis_url.get_secret_value())
+    await shared.open()
+    stack.push_async_callback(shared.close)
+    return shared
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
@@ -170,23 +171,11 @@ async def _cancel(task: asyncio.Task[None]) -> None:
     await asyncio.wait([task])
 
 
-async def _finish_tasks(app: FastAPI) -> None:
-    for task in app.state.tasks:
-        task.cancel()
-    await asyncio.gather(*app.state.tasks, return_exceptions=True)
-
-
 async def drain(app: FastAPI) -> None:
-    """Not ready at once; what runs may finish until ``drain_timeout``, then it is cut."""
-    app.state.draining = True
-    dispatcher: Dispatcher | None = getattr(app.state, "dispatcher", None)
-    if dispatcher is None:
-        return
-    dispatcher.drain()
-    if not await dispatcher.wait_until_idle(app.state.settings.drain_timeout):
-        leases = dispatcher.open_leases()
-        logger.warning("cut %d requests that were still running", len(leases))
-        await asyncio.gather(*(lease.close("cut") for lease in leases))
+    """``Services.drain``; nothing where the server has not started."""
+    services: Services | None = app.state.services
+    if services is not None:
+        await services.drain()
 
 
 def _limits(settings: Settings, engine: Engine) -> Limits:
@@ -200,43 +189,3 @@ def _limits(settings: Settings, engine: Engine) -> Limits:
         queue_timeout=settings.queue_timeout,
         max_queued=settings.max_queued,
     )
-
-
-def _add_operations(app: FastAPI) -> None:
-    @app.get("/health", tags=["operations"])
-    async def health() -> dict[str, str]:
-        return {"status": "alive"}
-
-    @app.get("/ready", tags=["operations"])
-    async def ready(request: Request) -> JSONResponse:
-        state = request.app.state
-        checks = {"draining": "yes"} if state.draining else await _checks(state)
-        ok = not state.draining and set(checks.values()) == {"ok"}
-        return JSONResponse({"status": "ready" if ok else "not ready", "checks": checks}, 200 if ok else 503)
-
-    @app.get("/metrics", tags=["operations"])
-    async def metrics(request: Request) -> Response:
-        state = request.app.state
-        state.versions = await state.publishing.catalog.count_versions()
-        return Response(state.metrics.render(), media_type=Metrics.content_type)
-
-
-async def _checks(state: object) -> dict[str, str]:
-    """ "ok" or the reason why not, for the engine, the database, the store, and Redis if limits are there."""
-    parts = {
-        "engine": state.engine.check,  # type: ignore[attr-defined]
-        "database": state.database.ping,  # type: ignore[attr-defined]
-        "store": state.blobs.check,  # type: ignore[attr-defined]
-    }
-    if state.shared is not None:  # type: ignore[attr-defined]
-        parts["limits"] = state.shared.check  # type: ignore[attr-defined]
-    results = {}
-    for name, check in parts.items():
-        try:
-            async with asyncio.timeout(5):
-                await check()
-            results[name] = "ok"
-        except Exception as exc:  # any reason is a reason
-            results[name] = f"{type(exc).__name__}"
-            logger.warning("%s is not ready: %s", name, exc)
-    return results

@@ -129,6 +129,9 @@ class Metrics:
             registry=r,
         )
 
+        self._state = _State(self.label)
+        r.register(self._state)
+
     def label(self, tenant: str) -> str:
         if tenant in self._labels:
             return tenant
@@ -136,10 +139,6 @@ class Metrics:
             self._labels.add(tenant)
             return tenant
         return OTHER
-
-    def watch(self, gauges: Callable[[], Gauges]) -> None:
-        """``gauges`` is called at every scrape."""
-        self._registry.register(_State(gauges, self.label))
 
     def queued(self, tenant: str, seconds: float) -> None:
         self._queue.labels(self.label(tenant)).observe(seconds)
@@ -181,8 +180,9 @@ class Metrics:
     def load_failed(self, step: Literal["stage", "activate"]) -> None:
         self._failures.labels(step).inc()
 
-    def render(self) -> bytes:
-        """The text exposition: ours, then what vLLM keeps in the default registry."""
+    def render(self, now: Gauges | None = None) -> bytes:
+        """The text exposition: ours with the gauges ``now``, then what vLLM keeps in the default registry."""
+        self._state.now = now
         return _generate_latest(self._registry) + _generate_latest(REGISTRY)
 
 
@@ -197,16 +197,20 @@ def by_tenant(page: str, counter: str) -> dict[str, float]:
 
 
 class _State(Collector):
-    def __init__(self, gauges: Callable[[], Gauges], label: Callable[[str], str]) -> None:
-        self._gauges = gauges
+    """The gauges ``now``, which ``render`` sets; none without them."""
+
+    def __init__(self, label: Callable[[str], str]) -> None:
+        self.now: Gauges | None = None
         self._label = label
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Empty: registering must not read a state that is not complete yet."""
+        """Empty: there are no gauges yet when this is registered."""
         return iter(())
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        now = self._gauges()
+        now = self.now
+        if now is None:
+            return
         adapters = GaugeMetricFamily("loraplex_adapters", "Adapter versions by tier.", labels=["tier"])
         for tier, count in now.adapters.items():
             adapters.add_metric([tier], count)

@@ -22,16 +22,15 @@ from server.accounts.keys import DEFAULT_SCOPES, SCOPES, KeyScope
 from server.accounts.tenants import Priority, Tenants
 from server.accounts.terms import Budgets, KeyLimits, TenantLimits
 from server.errors import Unprocessable
-from server.http.middleware import in_background, parse_object, whole_body
+from server.http.middleware import parse_object, whole_body
+from server.http.services import services_of
 from server.http.uploads import files_of
 from server.publishing.publish import Publishing, move_pin, publish, unpublish, verify
 from server.scheduling.dispatcher import Dispatcher
-from server.settings import Settings
 
 
 async def _admin(request: Request) -> None:
-    tenants: Tenants = request.app.state.tenants
-    await tenants.require_admin(request.headers.get("authorization"))
+    await services_of(request).tenants.require_admin(request.headers.get("authorization"))
     ACTOR.set(Actor("admin", request.state.request_id))
 
 
@@ -135,13 +134,11 @@ def documented(model: type[_Body]) -> dict[str, Any]:
 
 
 def _tenants(request: Request) -> Tenants:
-    tenants: Tenants = request.app.state.tenants
-    return tenants
+    return services_of(request).tenants
 
 
 def _publishing(request: Request) -> Publishing:
-    publishing: Publishing = request.app.state.publishing
-    return publishing
+    return services_of(request).publishing
 
 
 AdapterChangeBody = Annotated[AdapterChange, _json(AdapterChange)]
@@ -235,7 +232,7 @@ async def create_version(
     options: UploadOptionsOf,
 ) -> JSONResponse:
     await tenants.get(tenant)
-    settings: Settings = request.app.state.settings
+    settings = services_of(request).settings
     return await receive_version(tenant, name, request, publishing, options, settings.import_prefixes)
 
 
@@ -249,7 +246,7 @@ async def receive_version(
     quota: Quota | None = None,
 ) -> JSONResponse:
     """``prefixes`` are the sources that may be fetched for whoever asks."""
-    settings: Settings = request.app.state.settings
+    settings = services_of(request).settings
     files = files_of(
         request, publishing.blobs.quarantine, max_bytes=settings.max_upload_bytes, prefixes=prefixes
     )
@@ -307,7 +304,7 @@ async def warm_adapter(
 ) -> dict[str, Any]:
     await tenants.get(tenant)
     version = await publishing.catalog.version(tenant, name, body.version, param="version")
-    timeout = request.app.state.settings.queue_timeout
+    timeout = services_of(request).settings.queue_timeout
     tier = await publishing.dispatcher.warm(version, slot=body.slot, timeout=timeout)
     return {"adapter": name, "version": version.number, "tier": tier}
 
@@ -345,7 +342,7 @@ async def residency(publishing: PublishingOf) -> dict[str, Any]:
 
 def _free(request: Request, publishing: Publishing, versions: list[Version]) -> None:
     """In the background: the rows are gone, and the last request may go on for minutes."""
-    in_background(request.app, unpublish(publishing, versions))
+    services_of(request).in_background(unpublish(publishing, versions))
 
 
 def _versions(adapters: list[Adapter]) -> list[Version]:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
+import os
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Any, ClassVar
+from types import FrameType
+from typing import Any, ClassVar, NoReturn
 
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.errors import envelope
@@ -14,6 +19,7 @@ from server.errors import envelope
 HEAD_BYTES = 64 << 10
 # What still comes is thrown away for so long: closing at once would overtake the answer.
 _LINGER = 0.5
+TICK_SECONDS = 0.5  # between two looks whether to leave
 
 
 class _Patient:
@@ -102,3 +108,44 @@ class BoundedHeads(HttpToolsProtocol):
         else:
             self.flow.resume_reading()
             asyncio.get_running_loop().call_later(_LINGER, transport.close)
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn with a drain: on the first signal it goes on listening, not ready, until streams are done.
+
+    ``drain`` returns when they are. A second signal ends the server as uvicorn ends it.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._drain_app = drain
+        self._draining: asyncio.Task[None] | None = None
+
+    async def main_loop(self) -> None:
+        """As uvicorn's own, whose ten looks a second cost as much as one or two tokens of a stream."""
+        while not await self.on_tick(0):
+            await asyncio.sleep(TICK_SECONDS)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.started:
+            _leave_at_once(sig)
+        if self._draining is not None:
+            super().handle_exit(sig, frame)
+            return
+        asyncio.get_running_loop().call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            await self._drain_app()
+        finally:
+            self.should_exit = True
+
+
+def _leave_at_once(sig: int) -> NoReturn:
+    """A signal while the model is being loaded, which nothing can interrupt and which may take minutes."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    os._exit(128 + sig)

@@ -17,9 +17,9 @@ from server.accounts.tenants import Tenant
 from server.engine.serving import Kind, TokenKind
 from server.errors import BadRequest, ModelNotFound
 from server.http.middleware import json_object, tenant_of, while_connected
+from server.http.services import services_of
 from server.inference.completion import (
     Completion,
-    Completions,
     LeasedStream,
     check_base,
     open_completion,
@@ -141,8 +141,9 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 
 async def _complete(request: Request, kind: Kind) -> Response:
     tenant, body = await _read(request)
-    request.state.headers = partial(request.app.state.completions.quotas.headers, tenant)
-    service: Completions = request.app.state.completions
+    services = services_of(request)
+    service = services.completions
+    request.state.headers = partial(service.quotas.headers, tenant)
     id_ = request.state.request_id
     opening = (
         embed(service, tenant, body, id_)
@@ -153,14 +154,14 @@ async def _complete(request: Request, kind: Kind) -> Response:
     log: dict[str, Any] = request.state.log
     log["model"] = opened.model
     if opened.stream is not None:
-        return LeasedResponse(opened.stream, opened.lease, log, request.app.state.settings.client_timeout)
+        return LeasedResponse(opened.stream, opened.lease, log, services.settings.client_timeout)
     log |= _usage(opened.lease)
     return JSONResponse(opened.body)
 
 
 async def _tokens(request: Request, kind: TokenKind) -> dict[str, Any]:
     tenant, body = await _read(request)
-    service: Completions = request.app.state.completions
+    service = services_of(request).completions
     check_base(service.engine.base, kind)
     await resolve(service, tenant, body.get("model"))
     return await service.engine.tokens(kind, service.engine.parse(kind, meant(kind, body)))
@@ -176,16 +177,16 @@ async def _read(request: Request) -> tuple[Tenant, dict[str, Any]]:
 
 
 async def _model_cards(request: Request, tenant: Tenant) -> list[dict[str, Any]]:
-    state = request.app.state
-    base = state.completions.engine.base.name
+    services = services_of(request)
+    base = services.engine.base.name
     try:
-        adapters = await state.completions.catalog.adapters(tenant.id)
+        adapters = await services.completions.catalog.adapters(tenant.id)
     except AdapterNotFound:
         adapters = []
     live = [adapter for adapter in adapters if adapter.live is not None]
     cards = [_card(adapter, base) for adapter in live if may_name(tenant, adapter.name)]
     if tenant.base_allowed and may_name(tenant, None):
-        cards.append({"id": base, "object": "model", "created": state.started, "owned_by": "loraplex"})
+        cards.append({"id": base, "object": "model", "created": services.started, "owned_by": "loraplex"})
     return cards
 
 

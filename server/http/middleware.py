@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapters.database.audit import ACTOR, Actor
 from adapters.errors import AdapterError, UploadTooLarge
 from server.accounts.keys import KeyScope
-from server.accounts.tenants import Tenant, Tenants
+from server.accounts.tenants import Tenant
 from server.errors import (
     BadRequest,
     Internal,
@@ -32,6 +32,7 @@ from server.errors import (
     headers_of,
     status_of,
 )
+from server.http.services import services_of
 from server.inference.completion import new_request_id
 from server.inference.error_events import anthropic, speaks_anthropic
 
@@ -45,14 +46,6 @@ _CLIENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 class ClientLeft(Exception):
     """The client hung up before there was an answer."""
-
-
-def in_background(app: FastAPI, work: Coroutine[Any, Any, None]) -> None:
-    """Goes on after the answer; what is left of it when the server stops is cancelled."""
-    tasks: set[asyncio.Task[None]] = app.state.tasks
-    task = asyncio.create_task(work)
-    tasks.add(task)
-    task.add_done_callback(tasks.discard)
 
 
 class RequestContext:
@@ -115,14 +108,14 @@ def matched_path(scope: Scope) -> str:
 
 async def tenant_of(request: Request, scope: KeyScope = "inference") -> Tenant:
     """Who makes this request, and may; see ``Tenants.authenticate`` for what it raises."""
-    tenants: Tenants = request.app.state.tenants
+    services = services_of(request)
     authorization, key = request.headers.get("authorization"), request.headers.get("x-api-key")
     if authorization is None and key is not None and speaks_anthropic(matched_path(request.scope)):
         authorization = f"Bearer {key}"
-    tenant = await tenants.authenticate(authorization, request.headers.get("x-customer-id"), scope)
+    tenant = await services.tenants.authenticate(authorization, request.headers.get("x-customer-id"), scope)
     request.state.log["tenant"] = tenant.id
     if tenant.key is not None:
-        request.app.state.recorder.used(tenant.key.id)
+        services.recorder.used(tenant.key.id)
         ACTOR.set(Actor(f"key {tenant.key.id}", request.state.request_id))
     return tenant
 
@@ -150,7 +143,7 @@ async def limited_body(request: Request, limit: int) -> AsyncIterator[bytes]:
             f"The body is larger than the {limit} bytes that are allowed.", code="body_too_large"
         )
     received = 0
-    stream, seconds = request.stream(), request.app.state.settings.client_timeout
+    stream, seconds = request.stream(), services_of(request).settings.client_timeout
     while (chunk := await _in_time(anext(stream, None), seconds)) is not None:
         received += len(chunk)
         if received > limit:
@@ -166,7 +159,7 @@ async def whole_body(request: Request) -> bytes:
     async def read() -> bytes:
         return b"".join([chunk async for chunk in limited_body(request, settings.max_body_bytes)])
 
-    settings = request.app.state.settings
+    settings = services_of(request).settings
     return await _in_time(read(), settings.client_timeout)
 
 

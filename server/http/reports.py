@@ -22,6 +22,7 @@ from server.accounts.usage import GROUPS, Group, Question, usage
 from server.errors import Unprocessable
 from server.http import admin
 from server.http.middleware import tenant_of
+from server.http.services import services_of
 
 operators = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=admin.router.dependencies)
 customers = APIRouter(prefix="/v1", tags=["self-service"])
@@ -72,7 +73,7 @@ async def audit(
     limit: Annotated[int, Query(ge=1, le=PAGE)] = 100,
     format: Literal["json", "jsonl"] = "json",
 ) -> Response:
-    database: Database = request.app.state.database
+    database = services_of(request).database
     search = Search(tenant, actor, action, _utc(start), _utc(end), after)
     if format == "jsonl":
         return StreamingResponse(_lines(database, search), media_type="application/jsonl")
@@ -96,8 +97,9 @@ async def own_usage(request: Request, reader: Reader, asked: Asked, format: Form
 
 async def answer(request: Request, question: Question, format: str | None) -> Response:
     """Everything that ended before the call is in it."""
-    await request.app.state.recorder.flush()
-    rows = await usage(request.app.state.database, question)
+    services = services_of(request)
+    await services.recorder.flush()
+    rows = await usage(services.database, question)
     if format == "csv" or (format is None and "text/csv" in request.headers.get("accept", "")):
         return Response(_csv(rows, question), media_type="text/csv")
     return JSONResponse({"object": "list", "data": rows})

@@ -74,7 +74,7 @@ async def site(base: Base, tmp_path_factory: pytest.TempPathFactory) -> AsyncIte
     )
     async with serving(create_app(settings)) as site:
         yield site
-        assert (await site.app.state.engine.report()).in_step_loads == 0
+        assert (await site.services.engine.report()).in_step_loads == 0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -99,7 +99,7 @@ async def test_they_are_what_transformers_and_peft_compute(
 ) -> None:
     """Two customers' adapters and the base, in the engine together."""
     other = await site.tenant("globex", {"b": adapters[1]})
-    asked = {(key, "a"): adapters[0], (other, "b"): adapters[1], (key, site.app.state.engine.base.name): None}
+    asked = {(key, "a"): adapters[0], (other, "b"): adapters[1], (key, site.services.engine.base.name): None}
     found = await asyncio.gather(
         *(vectors(site, who, [prompt], model) for (who, model), prompt in itertools.product(asked, PROMPTS))
     )
@@ -117,5 +117,5 @@ async def test_they_are_what_transformers_and_peft_compute(
 
 
 async def test_a_slot_costs_what_was_computed(site: Site) -> None:
-    slots = await asyncio.to_thread(_slots, site.app.state.settings)
-    assert slots.slot_bytes == site.app.state.engine.capacity.slot_bytes
+    slots = await asyncio.to_thread(_slots, site.services.settings)
+    assert slots.slot_bytes == site.services.engine.capacity.slot_bytes

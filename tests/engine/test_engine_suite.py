@@ -36,7 +36,7 @@ def make_adapter(reference: Reference, tmp_path_factory: pytest.TempPathFactory)
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def quiet(site: Site) -> AsyncIterator[Engine]:
     """The engine while the dispatcher has given everything back and asks for nothing."""
-    engine, dispatcher = site.app.state.engine, site.app.state.dispatcher
+    engine, dispatcher = site.services.engine, site.services.dispatcher
     for version in list(dispatcher._versions.values()):
         dispatcher.retire(version)
     async with asyncio.timeout(30):

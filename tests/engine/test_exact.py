@@ -27,7 +27,7 @@ ROUTES = {
 async def test_dense_prompts_are_refused_before_they_run(site: Site, route: str, stream: bool) -> None:
     name = f"dense-{list(ROUTES).index(route)}-{stream}".lower()
     key = await site.tenant(name, base_allowed=True, limits={"tokens_per_minute": LIMIT})
-    body: dict[str, Any] = {"model": site.app.state.engine.base.name, "stream": stream, **ROUTES[route]}
+    body: dict[str, Any] = {"model": site.services.engine.base.name, "stream": stream, **ROUTES[route]}
     answer = await site.http.post(route.split()[0], headers=bearer(key), json=body)
     assert answer.status_code == 429, answer.text
     assert answer.headers["content-type"].startswith("application/json")
@@ -47,7 +47,7 @@ async def test_an_answer_of_no_given_length_is_cut_to_what_is_left(site: Site) -
         "/v1/chat/completions",
         headers=bearer(key),
         json={
-            "model": site.app.state.engine.base.name,
+            "model": site.services.engine.base.name,
             "messages": [{"role": "user", "content": DIGITS[:150]}],
             "logit_bias": {"2": -100},  # no end of its own
             "temperature": 0,

@@ -22,7 +22,7 @@ LOAD = 3_000_000
 async def share_of_a_core(site: Site, key: str) -> float:
     """What the engine's process takes of a processor while an answer is made."""
     (core,) = (p for p in psutil.Process().children() if p.name().startswith("VLLM::Engine"))
-    model = site.app.state.engine.base.name
+    model = site.services.engine.base.name
     start, before = time.perf_counter(), core.cpu_times()
     answer = await site.chat(key, "Count to a hundred.", model=model, max_tokens=100, temperature=0)
     took, after = time.perf_counter() - start, core.cpu_times()
@@ -35,7 +35,7 @@ async def test_the_engine_waits_for_its_worker_without_taking_a_core_from_a_load
     site: Site, tmp_path: Path
 ) -> None:
     key = await site.tenant("patient", base_allowed=True)
-    engine: Engine = site.app.state.engine
+    engine: Engine = site.services.engine
     config = tmp_path / CONFIG_FILE
     os.mkfifo(config)
     await engine.page([PageOp("stage", LOAD, "patient/slow@1", str(tmp_path))])

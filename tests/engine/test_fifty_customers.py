@@ -71,7 +71,7 @@ def engine_memory() -> int:
 async def test_every_answer_is_the_customers_own(
     site: Site, reference: Reference, customers: dict[str, tuple[str, Path]]
 ) -> None:
-    engine = site.app.state.engine
+    engine = site.services.engine
     start = engine_memory()
     order = list(customers) * 2
     random.Random(1).shuffle(order)
@@ -117,7 +117,7 @@ async def test_the_base_answers_as_itself_beside_full_slots(
     tenants = [f"customer-{i}" for i in range(GPU_SLOTS)]
     keys = [customers[tenant][0] for tenant in tenants]
     await asyncio.gather(*(answer(site, key) for key in keys))
-    assert None not in (await site.app.state.engine.report()).slots
+    assert None not in (await site.services.engine.report()).slots
     base, *others = await asyncio.gather(
         answer(site, keys[0], "SmolLM2-135M-Instruct"), *(answer(site, key) for key in keys)
     )

@@ -29,7 +29,7 @@ BODY = {
 
 
 async def test_every_answer_is_of_one_version(site: Site, reference: Reference, tmp_path: Path) -> None:
-    assert site.app.state.engine._llm.vllm_config.cache_config.enable_prefix_caching
+    assert site.services.engine._llm.vllm_config.cache_config.enable_prefix_caching
     folders = []
     for seed in range(SWAPS + 1):
         spec = Spec(seed=7000 + seed, rank=8, targets=ATTENTION)
@@ -51,4 +51,4 @@ async def test_every_answer_is_of_one_version(site: Site, reference: Reference, 
     for answer in answers:
         assert answer.text in texts[answer.begun : answer.ended + 2], "it mixes versions, or one was not live"
     assert len({answer.text for answer in answers}) > 1, "nothing was swapped under load"
-    assert (await site.app.state.engine.report()).in_step_loads == 0
+    assert (await site.services.engine.report()).in_step_loads == 0

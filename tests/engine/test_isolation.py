@@ -25,7 +25,7 @@ async def test_a_prefix_is_cached_for_its_customer_only(
     site: Site, reference: Reference, tmp_path: Path, model: str | None
 ) -> None:
     """With the same bytes under the same name, and on the base model."""
-    asked = model or site.app.state.engine.base.name
+    asked = model or site.services.engine.base.name
     spec = Spec(seed=91, rank=8, targets=("q_proj", "v_proj"))
     folder = await asyncio.to_thread(reference.make, spec, tmp_path / "a")
     keys = {}

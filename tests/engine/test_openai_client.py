@@ -221,7 +221,7 @@ async def test_metrics_add_up(site: Site, key: str) -> None:
 
 
 async def test_a_client_that_hangs_up_frees_its_place(site: Site, key: str) -> None:
-    engine, dispatcher = site.app.state.engine, site.app.state.dispatcher
+    engine, dispatcher = site.services.engine, site.services.dispatcher
     body = {"messages": QUESTION, "max_tokens": 900, "logit_bias": {"2": -100}}
     for stream in (True, False):
         before = await _metrics(site)
@@ -256,7 +256,7 @@ class _Hanging:
         )
 
     async def __aenter__(self) -> None:
-        leases = self._site.app.state.dispatcher.open_leases
+        leases = self._site.services.dispatcher.open_leases
         async with asyncio.timeout(60):
             while not any(lease.output_tokens > 5 for lease in leases()):
                 await asyncio.sleep(0.02)

@@ -159,7 +159,7 @@ async def ask_several(site: Site, key: str) -> list[str]:
         assert all(math.isfinite(token["logprob"]) for token in choice["logprobs"]["content"])
         return str(choice["message"]["content"])
 
-    base = site.app.state.engine.base.name
+    base = site.services.engine.base.name
     return await asyncio.gather(
         *(ask(model, words) for model in (base, "control") for words in range(1, 30, 7))
     )

@@ -30,8 +30,8 @@ _ids = itertools.count(2_000_000)
 @pytest_asyncio.fixture(loop_scope="session")
 async def engine(site: Site) -> AsyncIterator[Engine]:
     """The site's engine with nothing in it, and nobody else paging."""
-    await site.app.state.dispatcher.stop()
-    engine: Engine = site.app.state.engine
+    await site.services.dispatcher.stop()
+    engine: Engine = site.services.engine
     await empty(engine)
     yield engine
     await empty(engine)
@@ -72,7 +72,7 @@ async def test_the_worker_reports_the_base_as_peft_sees_it(engine: Engine, refer
 async def test_slots_and_entries_cost_what_was_computed(
     site: Site, engine: Engine, reference: Reference, tmp_path: Path
 ) -> None:
-    slots = await asyncio.to_thread(_slots, site.app.state.settings)
+    slots = await asyncio.to_thread(_slots, site.services.settings)
     assert (slots.gpu, slots.host) == (GPU_SLOTS, HOST_SLOTS)
     assert slots.slot_bytes == engine.capacity.slot_bytes, "what the worker has allocated"
     largest = await asyncio.to_thread(reference.make, Spec(4, 64, ATTENTION + MLP), tmp_path / "largest")

@@ -93,8 +93,8 @@ async def test_each_is_served_as_it_was_trained_or_refused(zoo: Zoo) -> None:
 
     await asyncio.gather(*map(check, SPECIMENS))
     assert wrong == {}
-    assert (await zoo.site.app.state.engine.report()).in_step_loads == 0
-    assert (await zoo.ask(zoo.site.app.state.engine.base.name)).ids == zoo.bare.ids
+    assert (await zoo.site.services.engine.report()).in_step_loads == 0
+    assert (await zoo.ask(zoo.site.services.engine.base.name)).ids == zoo.bare.ids
 
 
 async def _fault(zoo: Zoo, name: str) -> str | None:

@@ -182,5 +182,5 @@ async def ask_all(site: Site, key: str, *, tokens: int, bads: list[Bad]) -> None
     for bad, answer in zip(small, await asyncio.gather(*(ask(site, key, bad) for bad in small)), strict=True):
         check(bad, answer)
     assert await beside == alone
-    site.app.state.dispatcher._plan.check()
-    assert site.app.state.dispatcher.open_leases() == []
+    site.services.dispatcher._plan.check()
+    assert site.services.dispatcher.open_leases() == []

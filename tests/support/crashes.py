@@ -133,7 +133,7 @@ async def _run(folder: Path, base: BaseModel, operation: Operation, death: Death
         _operating.set(True)
         response = await client.request(method, path, **sent)
         said.send(response.status_code)
-        await _all(served.state.tasks)
+        await _all(served.state.services.tasks)
         said.send(death.steps)
 
 

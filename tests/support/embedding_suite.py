@@ -70,7 +70,7 @@ def far(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 async def used(site: Site, tenant: str) -> dict[str, Any]:
-    await site.app.state.recorder.flush()
+    await site.services.recorder.flush()
     shown = await site.admin.get("/admin/v1/usage", params={"by": "tenant"})
     rows = {row["tenant"]: row for row in shown.json()["data"]}
     return rows.get(tenant, {"requests": 0, "prompt_tokens": 0, "output_tokens": 0})
@@ -102,7 +102,7 @@ class EmbeddingSuite:
         assert far(alone.embedding, made.data[1].embedding) < SAME
 
     async def test_each_adapter_has_its_own(self, site: Site, key: str) -> None:
-        base = site.app.state.engine.base.name
+        base = site.services.engine.base.name
         found = await asyncio.gather(*(vectors(site, key, TEXTS, model) for model in ("a", "b", base)))
         for text in range(len(TEXTS)):
             one, other, bare = (of_model[text] for of_model in found)
@@ -122,7 +122,7 @@ class EmbeddingSuite:
         assert far(one, both[0]) < SAME < OTHER < far(*both)
 
     async def test_more_inputs_than_the_engine_has_places(self, site: Site, key: str) -> None:
-        number = 2 * site.app.state.engine.max_running + 3
+        number = 2 * site.services.engine.max_running + 3
         inputs = [[i % 30 + 1, i // 30 + 1] for i in range(number)]
         answer = (await ask(site, key, inputs)).json()
         assert [one["index"] for one in answer["data"]] == list(range(number))
@@ -189,7 +189,7 @@ class EmbeddingSuite:
         assert forced.json()["report"]["probe"]["change"] <= 1e-4
 
     async def test_what_is_aborted_is_no_answer(self, site: Site, key: str) -> None:
-        engine = site.app.state.engine
+        engine = site.services.engine
         name = engine.base.name
         call = Call("1", "embedding", name, name, "salt", Counted())
         request = engine.parse("embedding", {"input": [IDS, IDS[:2]]})

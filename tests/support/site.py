@@ -32,6 +32,11 @@ class Site:
     admin: httpx.AsyncClient
     http: httpx.AsyncClient
 
+    @property
+    def services(self) -> Any:
+        """The app's ``Services``; untyped, as tests put fakes in the place of its parts."""
+        return self.app.state.services
+
     async def tenant(self, id_: str, adapters: Mapping[str, Path] | None = None, **fields: Any) -> str:
         """Makes a tenant with these adapters, uploaded in order; returns its key."""
         made = await self.admin.post("/admin/v1/tenants", json={"id": id_, **fields})

@@ -90,6 +90,6 @@ async def fake_site(
     app = create_app(chosen, start_engine=start, on_death=on_death)  # type: ignore[arg-type]
     async with serving(app) as site:
         yield site
-        site.app.state.dispatcher._plan.check()
+        site.services.dispatcher._plan.check()
     assert fake.stopped
     assert fake.violations == []

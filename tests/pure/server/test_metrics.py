@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -24,10 +25,10 @@ NOW = Gauges(
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-def samples(metrics: Metrics) -> Samples:
+def samples(metrics: Metrics, now: Gauges | None = None) -> Samples:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(metrics.render().decode())
+        for family in text_string_to_metric_families(metrics.render(now).decode())
         for sample in family.samples
     }
 
@@ -84,34 +85,25 @@ def test_times_and_loads() -> None:
     assert value(now, "load_failures_total", step="activate") is None
 
 
-def test_gauges_are_read_at_every_scrape() -> None:
+def test_gauges_are_those_of_each_scrape() -> None:
     metrics = Metrics()
-    asked: list[int] = []
-
-    def gauges() -> Gauges:
-        asked.append(1)
-        return NOW
-
-    metrics.watch(gauges)
-    assert asked == [], "the state may not be complete when it is registered"
-    now = samples(metrics)
+    assert value(samples(metrics), "gpu_slots") is None, "nothing is known yet"
+    now = samples(metrics, NOW)
     assert [value(now, "adapters", tier=tier) for tier in ("disk", "host", "gpu")] == [5, 2, 1]
     assert (value(now, "gpu_slots"), value(now, "gpu_slots_used"), value(now, "host_slots")) == (4, 1, 8)
     assert (value(now, "queue_depth", tenant="acme"), value(now, "queue_depth", tenant="zeta")) == (2, None)
     assert (value(now, "running", tenant="acme"), value(now, "running", tenant="zeta")) == (1, 3)
     assert value(now, "in_step_loads") == 0
-    samples(metrics)
-    assert len(asked) == 2
+    assert value(samples(metrics, replace(NOW, slots_used=2)), "gpu_slots_used") == 2
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2])
 def test_tenants_beyond_the_limit_share_a_label(limit: int) -> None:
     metrics = Metrics(tenants=limit)
-    metrics.watch(lambda: NOW)
     for tenant in ("acme", "zeta", "more", "acme"):
         metrics.ended(tenant, "completed")
         metrics.queued(tenant, 1)
-    now = samples(metrics)
+    now = samples(metrics, NOW)
     counted = {
         dict(labels)["tenant"]: n for (name, labels), n in now.items() if name == "loraplex_requests_total"
     }
@@ -137,10 +129,9 @@ def test_two_servers_in_a_process_count_apart() -> None:
 
 def test_the_dashboards_ask_for_what_there_is() -> None:
     metrics = Metrics()
-    metrics.watch(lambda: NOW)
     for outcome in get_args(Outcome):
         metrics.ended("acme", outcome)
-    known = set(re.findall(r"^# TYPE (\S+)", metrics.render().decode(), re.MULTILINE))
+    known = set(re.findall(r"^# TYPE (\S+)", metrics.render(NOW).decode(), re.MULTILINE))
     config = Path(__file__).parents[3] / "config"
     for file in [file for kind in ("json", "yaml", "yml") for file in config.rglob(f"*.{kind}")]:
         for name in set(re.findall(r"\bloraplex_[a-z_]+\b", file.read_text())):

@@ -123,9 +123,9 @@ async def test_the_time_of_last_use_is_written_in_the_background(site: Site) -> 
     used, unused = await issue(site), await issue(site)
     await ask(site, used["key"])
     await site.http.post(CHAT_URL, json=CHAT, headers={**bearer(SERVICE_KEY), "X-Customer-ID": "acme"})
-    generation = site.app.state.database.generation
-    await site.app.state.recorder.write_used()
-    assert site.app.state.database.generation == generation, "no cache is emptied for it"
+    generation = site.services.database.generation
+    await site.services.recorder.write_used()
+    assert site.services.database.generation == generation, "no cache is emptied for it"
     at = datetime.fromisoformat((await shown(site, used["id"]))["last_used_at"])
     assert abs((datetime.now(UTC) - at).total_seconds()) < 60
     assert (await shown(site, unused["id"]))["last_used_at"] is None
@@ -137,7 +137,7 @@ async def test_a_key_that_another_process_revokes_is_refused_within_a_second(
     await site.tenant("acme", {"a": tiny.adapter(1)})
     key = await issue(site)
     assert (await ask(site, key["key"])).status_code == 200
-    database = Database(site.app.state.settings.database_url)
+    database = Database(site.services.settings.database_url)
     await Tenants(database, admin_key=ADMIN_KEY, service_key=None).revoke("acme", key["id"])
     began = asyncio.get_running_loop().time()
     while (await ask(site, key["key"])).status_code == 200:

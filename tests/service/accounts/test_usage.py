@@ -280,11 +280,11 @@ async def test_usage_equals_what_clients_were_told_and_counts_those_who_left(sit
         told[last["id"].removeprefix("chatcmpl-")] = tenant, said["prompt_tokens"], said["completion_tokens"]
 
     await asyncio.gather(*(ask(number) for number in range(150)))
-    assert await site.app.state.dispatcher.wait_until_idle(10)
+    assert await site.services.dispatcher.wait_until_idle(10)
     assert left > 5
     assert len(told) == 150 - left
     summed = (await site.admin.get("/admin/v1/usage", params={"by": "tenant"})).json()["data"]
-    async with site.app.state.database.read() as session:
+    async with site.services.database.read() as session:
         rows = {row.request_id: row for row in await session.scalars(select(UsageRow))}
     assert len(rows) == 150
     for id_, said in told.items():
@@ -307,8 +307,8 @@ async def test_a_row_says_who_what_and_how_long(site: Site) -> None:
     await site.chat(key, "hi", max_tokens=5)
     await site.chat(key, "hi", model=tiny.NAME, max_tokens=5)
     await site.chat(key, "hi", model="nobody")
-    await site.app.state.recorder.flush()
-    async with site.app.state.database.read() as session:
+    await site.services.recorder.flush()
+    async with site.services.database.read() as session:
         rows = list(await session.scalars(select(UsageRow).order_by(UsageRow.id)))
     assert [(row.adapter, row.version, row.cost) for row in rows] == [
         ("a", 1, 2 * 500 + 5 * 2000),

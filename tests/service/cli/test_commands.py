@@ -249,7 +249,7 @@ async def test_a_version_without_probes_is_not_verified(site: Site) -> None:
 async def test_residency_and_top(site: Site) -> None:
     key = await site.tenant("acme", {"support": tiny.adapter(1)})
     talking = asyncio.create_task(site.chat(key, "hi", max_tokens=400, stream=True))
-    while not site.app.state.dispatcher.snapshot().running:
+    while not site.services.dispatcher.snapshot().running:
         await asyncio.sleep(0.01)
     now = await document(site, "residency")
     assert now["slots"][0]["version"].startswith("acme/support@")

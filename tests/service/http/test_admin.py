@@ -62,7 +62,7 @@ async def ask_first(site: Site, key: str, **fields: object) -> str:
 async def eventually(site: Site, path: Path) -> None:
     """``path`` goes away, with what is done in the background about it."""
     async with asyncio.timeout(20):
-        while path.exists() or site.app.state.tasks:
+        while path.exists() or site.services.tasks:
             await asyncio.sleep(0.02)
 
 
@@ -329,7 +329,7 @@ async def test_the_same_bytes_are_kept_for_whoever_else_has_them(site: Site, tmp
     assert await ask_first(site, key, model="a") == shared
     assert (await site.admin.delete(f"{TENANTS}/acme/adapters/a")).status_code == 204
     async with asyncio.timeout(10):
-        while site.app.state.tasks:
+        while site.services.tasks:
             await asyncio.sleep(0.02)
     assert await ask_first(site, key, model="b") == shared
     assert (await site.admin.delete(f"{TENANTS}/acme/adapters/b")).status_code == 204

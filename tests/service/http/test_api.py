@@ -34,7 +34,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 def engine_of(site: Site) -> FakeEngine:
-    engine = site.app.state.engine
+    engine = site.services.engine
     assert isinstance(engine, FakeEngine)
     return engine
 
@@ -316,8 +316,8 @@ async def test_wrong_values_are_named_before_the_first_byte(
     assert said["type"] == "invalid_request_error"
     assert said["param"] == param or param in said["message"]
     assert len(said["message"]) < 500
-    site.app.state.dispatcher._plan.check()
-    assert site.app.state.dispatcher.open_leases() == []
+    site.services.dispatcher._plan.check()
+    assert site.services.dispatcher.open_leases() == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -388,7 +388,7 @@ async def test_only_so_many_may_wait(narrow: Site) -> None:
     key = await narrow.tenant("acme", {"a": tiny.adapter(1)}, max_queued=1)
     waiting = asyncio.create_task(narrow.chat(key, "hi"))
     async with asyncio.timeout(10):
-        while narrow.app.state.dispatcher.snapshot().queued != {"acme": 1}:
+        while narrow.services.dispatcher.snapshot().queued != {"acme": 1}:
             await asyncio.sleep(0.01)
     error(await narrow.chat(key, "hi"), 429, "rate_limit_exceeded")
     with pytest.raises(openai.RateLimitError):
@@ -396,5 +396,5 @@ async def test_only_so_many_may_wait(narrow: Site) -> None:
     waiting.cancel()
     await asyncio.wait([waiting])
     async with asyncio.timeout(10):
-        while narrow.app.state.dispatcher.snapshot().queued:
+        while narrow.services.dispatcher.snapshot().queued:
             await asyncio.sleep(0.01)

@@ -94,7 +94,7 @@ async def test_no_secret_is_in_any_of_it(site: Site) -> None:
     shown = await everything(site)
     key = (await site.admin.post(f"{TENANTS}/globex/keys", json={})).json()["key"]
     text = (await site.admin.get(AUDIT, params={"format": "jsonl"})).text
-    async with site.app.state.database.read() as session:
+    async with site.services.database.read() as session:
         digests = list(await session.scalars(select(KeyRow.digest)))
         salts = list(await session.scalars(select(TenantRow.cache_salt)))
     assert digests

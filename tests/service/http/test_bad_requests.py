@@ -159,13 +159,13 @@ async def test_a_reader_that_stops_reading_loses_its_place(site: Site, key: str)
     loop = asyncio.get_running_loop()
     await loop.sock_connect(deaf, ("127.0.0.1", int(site.url.rsplit(":", 1)[1])))
     await loop.sock_sendall(deaf, head(key, length=len(body)) + body)
-    engine = site.app.state.engine
+    engine = site.services.engine
     engine.times.step = 0
     async with asyncio.timeout(10):
         while not engine.running:
             await asyncio.sleep(0.01)
     async with asyncio.timeout(20):
-        while site.app.state.dispatcher.open_leases():
+        while site.services.dispatcher.open_leases():
             await asyncio.sleep(0.05)
     page = (await site.http.get("/metrics")).text
     assert 'loraplex_requests_total{outcome="disconnected",tenant="acme"} 1.0' in page

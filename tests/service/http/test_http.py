@@ -41,8 +41,8 @@ async def raw(site: Site, head: str, body: bytes = b"") -> tuple[asyncio.StreamR
 
 
 async def idle(site: Site) -> None:
-    assert await site.app.state.dispatcher.wait_until_idle(10)
-    assert site.app.state.engine.running == []
+    assert await site.services.dispatcher.wait_until_idle(10)
+    assert site.services.engine.running == []
 
 
 # --- ids --------------------------------------------------------------------------------------------
@@ -93,9 +93,9 @@ async def test_a_defect_is_a_500_like_every_other_error(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = await site.tenant("acme", {"a": tiny.adapter(1)})
-    state = site.app.state
-    broken = Completions(None, state.dispatcher, state.completions.catalog, state.metrics)  # type: ignore[arg-type]
-    monkeypatch.setattr(state, "completions", broken)
+    services = site.services
+    broken = Completions(None, services.dispatcher, services.completions.catalog, services.metrics)  # type: ignore[arg-type]
+    monkeypatch.setattr(services, "completions", broken)
     with caplog.at_level(logging.INFO):
         response = await site.http.post(CHAT_URL, json=CHAT, headers={**bearer(key), "X-Request-Id": "mine"})
     said = error(response, 500, "internal_error")
@@ -195,7 +195,7 @@ async def test_a_client_that_leaves_amid_its_answer(
             await reader.readuntil(b'" 5"')
         else:
             async with asyncio.timeout(10):
-                while not (running := site.app.state.engine.running) or min(running[0].produced.values()) < 5:
+                while not (running := site.services.engine.running) or min(running[0].produced.values()) < 5:
                     await asyncio.sleep(0.01)
         writer.close()
         await idle(site)

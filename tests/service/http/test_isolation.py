@@ -117,7 +117,7 @@ async def test_one_customers_upload_and_delete_leave_the_others_bytes(site: Site
     for _ in range(3):
         assert (await site.chat(keys[ADA], "hi", model="support")).status_code == 200
         await asyncio.sleep(0.3)
-    version = await site.app.state.publishing.catalog.resolve(ADA, "support")
+    version = await site.services.publishing.catalog.resolve(ADA, "support")
     assert (version.path / CONFIG_FILE).is_file()
 
 

@@ -86,7 +86,7 @@ async def test_no_prompt_answer_or_key_is_ever_logged(
         keys = [await site.tenant(who, {"a": tiny.adapter(1)}) for who in ("acme", "zeta")]
         await site.upload("acme", "a", tiny.adapter(2))
         answer = await digest(site, "acme", "a")
-        salts = [tenant.cache_salt for tenant in await site.app.state.tenants.list()]
+        salts = [tenant.cache_salt for tenant in await site.services.tenants.list()]
         bodies: list[dict[str, Any]] = [
             {"max_tokens": 3},
             {"max_tokens": 3, "stream": True},
@@ -111,7 +111,7 @@ async def test_no_prompt_answer_or_key_is_ever_logged(
         await asyncio.sleep(0.05)
         hanging.cancel()
         await asyncio.wait([hanging])
-        assert await site.app.state.dispatcher.wait_until_idle(10)
+        assert await site.services.dispatcher.wait_until_idle(10)
     told = capfd.readouterr()
     logged = told.err + told.out
     for secret in (prompt, *keys, ADMIN_KEY, SERVICE_KEY, *salts, f"{answer} 1"):

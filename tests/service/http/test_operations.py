@@ -17,9 +17,9 @@ import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.__main__ import _Server
 from server.app import create_app, drain
 from server.engine.engine import EngineDied
+from server.http.connection import DrainingServer
 from server.settings import Settings
 from tests.service.http.test_api import CHAT, CHAT_URL, digest, error
 from tests.support import tiny
@@ -62,7 +62,7 @@ async def begun(site: Site, key: str, tokens: int = 500) -> asyncio.Task[str]:
         async with site.http.stream("POST", CHAT_URL, json=body, headers=bearer(key)) as stream:
             return "".join([line async for line in stream.aiter_lines()])
 
-    running = site.app.state.engine.running
+    running = site.services.engine.running
     before = len(running)
     task = asyncio.create_task(read())
     async with asyncio.timeout(10):
@@ -95,7 +95,7 @@ async def test_not_ready_without_one_of_its_parts(
         if part == "engine":
             engine.die()
         elif part == "database":
-            monkeypatch.setattr(site.app.state.database, "ping", unreachable)
+            monkeypatch.setattr(site.services.database, "ping", unreachable)
         else:
             shutil.rmtree(tmp_path / "quarantine")
         ready = await site.http.get("/ready")
@@ -145,11 +145,11 @@ async def test_the_first_signal_drains(tmp_path: Path) -> None:
     async with fake_site(tmp_path, engine, drain_timeout=30) as site:
         key = await site.tenant("acme", {"a": tiny.adapter(1)})
         stream = await begun(site, key, tokens=100)
-        server = _Server(uvicorn.Config(site.app))
+        server = DrainingServer(uvicorn.Config(site.app), site.services.drain)
         server.started = True
         server.handle_exit(signal.SIGTERM, None)
         async with asyncio.timeout(10):
-            while not site.app.state.draining:
+            while not site.services.draining:
                 await asyncio.sleep(0)
         assert not server.should_exit
         assert '" 99"' in await stream
@@ -161,11 +161,11 @@ async def test_the_first_signal_drains(tmp_path: Path) -> None:
 async def test_the_second_signal_does_not_wait(site: Site) -> None:
     key = await site.tenant("acme", {"a": tiny.adapter(1)})
     stream = await begun(site, key)
-    server = _Server(uvicorn.Config(site.app))
+    server = DrainingServer(uvicorn.Config(site.app), site.services.drain)
     server.started = True
     server.handle_exit(signal.SIGTERM, None)
     async with asyncio.timeout(10):
-        while not site.app.state.draining:
+        while not site.services.draining:
             await asyncio.sleep(0)
     assert not server.should_exit
     server.handle_exit(signal.SIGTERM, None)
@@ -176,7 +176,11 @@ async def test_the_second_signal_does_not_wait(site: Site) -> None:
 async def test_the_server_leaves_when_told_and_keeps_the_date() -> None:
     config = uvicorn.Config(lambda: None)
     config.load()
-    server = _Server(config)
+
+    async def drained() -> None:
+        return
+
+    server = DrainingServer(config, drained)
     serving = asyncio.create_task(server.main_loop())
     await asyncio.sleep(0)
     (date,) = (value for name, value in server.server_state.default_headers if name == b"date")
@@ -201,7 +205,7 @@ async def test_the_engines_death(tmp_path: Path) -> None:
         stream = await begun(site, key)
         waiting = [asyncio.create_task(site.chat(key, "hi", stream=i > 0)) for i in range(2)]
         async with asyncio.timeout(10):
-            while site.app.state.dispatcher.snapshot().queued != {"acme": 2}:
+            while site.services.dispatcher.snapshot().queued != {"acme": 2}:
                 await asyncio.sleep(0.005)
         engine.die()
         text = await stream
@@ -247,7 +251,7 @@ async def test_metrics_add_up(site: Site) -> None:
     now = await samples(site)
     assert value(now, "loraplex_running", tenant="acme") == 1
     stream.cancel()
-    assert await site.app.state.dispatcher.wait_until_idle(10)
+    assert await site.services.dispatcher.wait_until_idle(10)
     now = await samples(site)
     outcomes = {
         dict(labels)["outcome"]: count
@@ -311,7 +315,7 @@ async def test_fifty_clients_of_ten_adapters_in_two_slots_get_their_own(tmp_path
                 assert not any(other in answered.text for other in own if other != own[who])
 
         await asyncio.gather(*(client(number) for number in range(50)))
-        assert await site.app.state.dispatcher.wait_until_idle(10)
+        assert await site.services.dispatcher.wait_until_idle(10)
         now = await samples(site)
         completed = [
             value(now, "loraplex_requests_total", tenant=f"t{i}", outcome="completed") for i in range(10)
@@ -322,7 +326,7 @@ async def test_fifty_clients_of_ten_adapters_in_two_slots_get_their_own(tmp_path
 
 
 def in_flight(site: Site) -> int:
-    now = site.app.state.dispatcher.snapshot()
+    now = site.services.dispatcher.snapshot()
     return sum(now.queued.values()) + sum(now.running.values())
 
 
@@ -337,6 +341,6 @@ async def test_a_client_is_not_kept_waiting_by_others_that_leave(site: Site) -> 
         results = await asyncio.gather(*rude, return_exceptions=True)
         assert all(isinstance(result, asyncio.CancelledError | httpx.HTTPError) for result in results)
         assert (await site.chat(keys["kind"], "hi", max_tokens=2)).status_code == 200
-    assert await site.app.state.dispatcher.wait_until_idle(10)
+    assert await site.services.dispatcher.wait_until_idle(10)
     now = await samples(site)
     assert value(now, "loraplex_requests_total", tenant="rude", outcome="disconnected") == 20

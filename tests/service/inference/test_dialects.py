@@ -199,7 +199,7 @@ async def test_what_is_not_meant_is_refused(site: Site, key: str, url: str) -> N
         raw = await site.http.post(url, content=content, headers=bearer(key))
         refused(raw, url, 400, "invalid_json")
     assert engine_of(site).calls == []
-    assert site.app.state.dispatcher.open_leases() == []
+    assert site.services.dispatcher.open_leases() == []
 
 
 @pytest.mark.parametrize("url", ANSWERS)
@@ -235,7 +235,7 @@ async def test_usage_is_counted_and_leases_given_back(site: Site, key: str, url:
     assert 'loraplex_requests_total{outcome="completed",tenant="acme"} 2.0' in page
     assert 'loraplex_prompt_tokens_total{tenant="acme"} 6.0' in page
     assert 'loraplex_output_tokens_total{tenant="acme"} 8.0' in page
-    assert site.app.state.dispatcher.open_leases() == []
+    assert site.services.dispatcher.open_leases() == []
     assert {call.cache_salt for call in engine_of(site).calls} != {""}
 
 
@@ -246,7 +246,7 @@ async def test_whoever_leaves_gives_the_place_back(site: Site, key: str, url: st
     async with site.http.stream("POST", url, json=body, headers=bearer(key)) as got:
         await anext(got.aiter_lines())
     async with asyncio.timeout(10):
-        while site.app.state.dispatcher.open_leases():
+        while site.services.dispatcher.open_leases():
             await asyncio.sleep(0.01)
     assert 'outcome="disconnected",tenant="acme"} 1.0' in (await site.http.get("/metrics")).text
 

@@ -83,7 +83,7 @@ async def test_who_leaves_gives_its_places_back(tmp_path: Path) -> None:
             while not engine_of(site).running:
                 await asyncio.sleep(0.01)
             asking.cancel()
-            while engine_of(site).running or site.app.state.dispatcher.open_leases():
+            while engine_of(site).running or site.services.dispatcher.open_leases():
                 await asyncio.sleep(0.01)
         assert (await used(site, "acme"))["requests"] == 1
 

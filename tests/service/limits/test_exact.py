@@ -57,7 +57,7 @@ async def test_a_prompt_that_does_not_fit_is_refused_before_it_runs(
     assert "306" in error["message"]
     if url != "/v1/messages":
         assert error["code"] == code
-    assert site.app.state.dispatcher._leases == {}
+    assert site.services.dispatcher._leases == {}
     short = body | ({"prompt": "hi"} if "prompt" in body else {})
     if "messages" in body:
         short["messages"] = [{"role": "user", "content": "hi"}]

@@ -89,8 +89,8 @@ async def test_another_adapter_than_the_one_probed_is_found_out(site: Site, tmp_
     golden = await trained(site, seed=1)
     await site.admin.delete("/admin/v1/tenants/acme/adapters/scratch")
     error(await upload(site, golden, seed=2), 422, "probe_mismatch", PROBES_FILE)
-    while site.app.state.tasks:
-        await next(iter(site.app.state.tasks))
+    while site.services.tasks:
+        await next(iter(site.services.tasks))
     await nothing_kept(site, tmp_path)
 
 
@@ -118,7 +118,7 @@ async def test_after_an_upgrade_the_server_looks_itself(
         engine = FakeEngine(tiny.base())
         engine.version = version
         async with fake_site(tmp_path, engine) as site:
-            await asyncio.gather(*site.app.state.tasks)
+            await asyncio.gather(*site.services.tasks)
             *_, live = (await site.admin.get(shown)).json()["versions"]
             return live["report"]["golden"], (await site.http.get("/metrics")).text
 

@@ -47,7 +47,7 @@ def times(factor: float) -> dict[str, bytes]:
 
 async def settled(site: Site) -> None:
     async with asyncio.timeout(10):
-        while site.app.state.tasks:
+        while site.services.tasks:
             await asyncio.sleep(0.005)
 
 
@@ -55,7 +55,7 @@ async def nothing_left(site: Site, folder: Path) -> None:
     """Neither a row nor a blob, nor anything in the engine."""
     await settled(site)
     await nothing_kept(site, folder)
-    assert site.app.state.publishing.coming == []
+    assert site.services.publishing.coming == []
     async with asyncio.timeout(10):
         while (await engine_of(site).report()).host:
             await asyncio.sleep(0.01)
@@ -208,7 +208,7 @@ async def test_no_customer_waits_for_a_probe(site: Site) -> None:
 
 async def test_bytes_being_probed_are_not_removed_with_a_deleted_version(site: Site, tmp_path: Path) -> None:
     digest = (await site.admin.post(URL, files=files())).json()["digest"]
-    publishing = site.app.state.publishing
+    publishing = site.services.publishing
     publishing.catalog.probe_of = nothing_known  # or it would not be probed again
     engine_of(site).times.step = 0.05
     again = asyncio.create_task(site.admin.post(URL.replace("/a/", "/b/"), files=files()))
@@ -226,7 +226,7 @@ async def test_bytes_being_probed_are_not_removed_with_a_deleted_version(site: S
 async def test_an_upload_that_is_cancelled_anywhere_is_whole_or_leaves_nothing(
     site: Site, tmp_path: Path
 ) -> None:
-    service, engine = site.app.state.publishing, engine_of(site)
+    service, engine = site.services.publishing, engine_of(site)
     engine.times.stage = 0.01
 
     async def pieces(seed: int) -> AsyncIterator[tuple[str, bytes]]:
@@ -248,7 +248,7 @@ async def test_an_upload_that_is_cancelled_anywhere_is_whole_or_leaves_nothing(
         assert len(linked) >= (not uploading.cancelled())
         assert service.coming == []
         assert engine.running == []
-        assert site.app.state.dispatcher.open_leases() == []
+        assert site.services.dispatcher.open_leases() == []
     assert seen == {True, False}
 
 

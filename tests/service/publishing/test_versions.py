@@ -220,7 +220,7 @@ async def test_what_answers_is_kept_however_old(site: Site) -> None:
     await site.tenant("acme")
     await upload(site, 1, 2, 3)
     await site.admin.patch(ADAPTER, json={"keep_versions": 1})
-    catalog = site.app.state.publishing.catalog
+    catalog = site.services.publishing.catalog
     await site.admin.patch(ADAPTER, json={"live": 1})
     await site.admin.patch(ADAPTER, json={"split": {"2": 100}})
     assert [version.number for version in await catalog.keep_newest("acme", "a", 1)] == []
@@ -236,7 +236,7 @@ async def test_the_same_bytes_under_a_newer_number_are_kept(site: Site, tmp_path
     (digest,) = await upload(site, 1)
     assert await numbers(site) == [2]
     async with asyncio.timeout(10):
-        while site.app.state.tasks:
+        while site.services.tasks:
             await asyncio.sleep(0.01)
     assert blobs(tmp_path) == [digest]
     assert await ask_first(site, key) == digest

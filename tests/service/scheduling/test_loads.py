@@ -31,10 +31,10 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 async def cold(site: Site, tenant: str, number: int) -> tuple[str, Version]:
     """A tenant's key and its adapter, which is on disk only."""
     key = await site.tenant(tenant, {"a": tiny.adapter(number)})
-    version: Version = await site.app.state.publishing.catalog.resolve(tenant, "a")
-    site.app.state.dispatcher.retire(version)
+    version: Version = await site.services.publishing.catalog.resolve(tenant, "a")
+    site.services.dispatcher.retire(version)
     async with asyncio.timeout(10):
-        while site.app.state.dispatcher.tier_of(version) is not Tier.DISK:
+        while site.services.dispatcher.tier_of(version) is not Tier.DISK:
             await asyncio.sleep(0.01)
     return key, version
 

@@ -99,7 +99,7 @@ async def test_a_database_without_room(site: Site) -> None:
         cursor.execute("PRAGMA max_page_count = 1")  # as many as there are
         cursor.close()
 
-    engine = site.app.state.database._engine.sync_engine
+    engine = site.services.database._engine.sync_engine
     event.listen(engine, "checkout", bound)
     for i in range(200):
         made = await site.admin.post("/admin/v1/tenants", json={"id": f"t-{i}", "name": "x" * 200})
@@ -109,7 +109,7 @@ async def test_a_database_without_room(site: Site) -> None:
     assert (await site.chat(key, "hi", model="a")).status_code == 200
     assert len((await site.admin.get("/admin/v1/tenants")).json()["data"]) == i + 1
     event.remove(engine, "checkout", bound)
-    await site.app.state.database._engine.dispose()  # the connections keep the limit
+    await site.services.database._engine.dispose()  # the connections keep the limit
     made = await site.admin.post("/admin/v1/tenants", json={"id": f"t-{i}", "name": "x" * 200})
     assert made.status_code == 201, made.text
 
@@ -122,7 +122,7 @@ async def test_a_database_whose_disk_fails(site: Site) -> None:
     def fail(*args: Any) -> None:
         raise ioerr
 
-    engine = site.app.state.database._engine.sync_engine
+    engine = site.services.database._engine.sync_engine
     event.listen(engine, "before_cursor_execute", fail)
     answered = await site.admin.post(URL, files=to_convert())
     event.remove(engine, "before_cursor_execute", fail)

@@ -100,7 +100,7 @@ async def test_several_at_once_are_one(site: Site) -> None:
 async def test_a_day_later_it_is_forgotten(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     await upload(site, "old")
     await upload(site, "young", seed=2)
-    database = site.app.state.database
+    database = site.services.database
     async with database.write() as session:
         past = update(UploadRow).where(UploadRow.key == "old")
         await session.execute(past.values(created_at=now() - receipts.KEPT - timedelta(minutes=1)))

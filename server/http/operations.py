@@ -1,0 +1,57 @@
+"""``/health``, ``/ready`` and ``/metrics``: what a load balancer and a monitor ask, without a key."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+from server.http.services import Services, ServicesOf
+from server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+router = APIRouter(tags=["operations"])
+
+CHECK_SECONDS = 5
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    return {"status": "alive"}
+
+
+@router.get("/ready")
+async def ready(services: ServicesOf) -> JSONResponse:
+    checks = {"draining": "yes"} if services.draining else await _checks(services)
+    ok = not services.draining and set(checks.values()) == {"ok"}
+    return JSONResponse({"status": "ready" if ok else "not ready", "checks": checks}, 200 if ok else 503)
+
+
+@router.get("/metrics")
+async def metrics(services: ServicesOf) -> Response:
+    versions = await services.publishing.catalog.count_versions()
+    page = services.metrics.render(services.dispatcher.gauges(versions))
+    return Response(page, media_type=Metrics.content_type)
+
+
+async def _checks(services: Services) -> dict[str, str]:
+    """For the engine, the database, the store, and Redis if limits are there: "ok", or the reason why not."""
+    parts = {
+        "engine": services.engine.check,
+        "database": services.database.ping,
+        "store": services.blobs.check,
+    }
+    if services.shared is not None:
+        parts["limits"] = services.shared.check
+    results = {}
+    for name, check in parts.items():
+        try:
+            async with asyncio.timeout(CHECK_SECONDS):
+                await check()
+            results[name] = "ok"
+        except Exception as exc:  # any reason is a reason
+            results[name] = f"{type(exc).__name__}"
+            logger.warning("%s is not ready: %s", name, exc)
+    return results

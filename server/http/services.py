@@ -1,0 +1,80 @@
+"""The parts of a running server, for the routes: one typed object in ``app.state``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from adapters.database.database import Database
+from adapters.store.blobs import BlobStore
+from server.accounts.tenants import Tenants
+from server.accounts.usage import Recorder
+from server.engine.engine import Engine
+from server.inference.completion import Completions
+from server.limits.redis import SharedLimits
+from server.metrics import Metrics
+from server.publishing.publish import Publishing
+from server.scheduling.dispatcher import Dispatcher
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Services:
+    """Everything that a route may need; complete once the server has started.
+
+    ``shared`` is None where limits are counted in this process alone. ``started`` is in seconds since 1970.
+    """
+
+    settings: Settings
+    database: Database
+    blobs: BlobStore
+    tenants: Tenants
+    shared: SharedLimits | None
+    recorder: Recorder
+    engine: Engine
+    metrics: Metrics
+    dispatcher: Dispatcher
+    completions: Completions
+    publishing: Publishing
+    started: int
+    draining: bool = False
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Lets ``work`` go on after the answer; ``cancel_tasks`` ends what is left when the server stops."""
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def cancel_tasks(self) -> None:
+        """Ends the background work and waits until it has ended."""
+        tasks = list(self.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def drain(self) -> None:
+        """Makes the server not ready at once; cuts requests that still run after ``drain_timeout``."""
+        self.draining = True
+        self.dispatcher.drain()
+        if not await self.dispatcher.wait_until_idle(self.settings.drain_timeout):
+            leases = self.dispatcher.open_leases()
+            logger.warning("cut %d requests that were still running", len(leases))
+            await asyncio.gather(*(lease.close("cut") for lease in leases))
+
+
+def services_of(request: Request) -> Services:
+    """The services of the app that ``request`` came to; no request comes before they are complete."""
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
+
+
+ServicesOf = Annotated[Services, Depends(services_of)]
