@@ -84,7 +84,7 @@ class Coverage:
     scaling: tuple[float, float]
     norm: tuple[float, float]
 
-    def report(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         return {
             "module": self.module,
             "layers": ranges(self.layers),
@@ -124,13 +124,13 @@ class Manifest:
     probe: Mapping[str, Any] | None = None
     golden: Mapping[str, Any] | None = None
 
-    def report(self) -> dict[str, Any]:
-        """The manifest as JSON for the operator: counts instead of 200 module names."""
+    def as_json(self) -> dict[str, Any]:
+        """The report of the version: counts instead of 200 module names."""
         report = asdict(self)
         report["modules"] = len(self.modules)
         report["target_modules"] = list(self.target_modules)
         report["layers"] = list(self.layers)
-        report["coverage"] = [row.report() for row in self.coverage]
+        report["coverage"] = [row.as_json() for row in self.coverage]
         report["warnings"] = list(self.warnings)
         report["conversions"] = list(self.conversions)
         return report
@@ -200,8 +200,8 @@ class Adapter:
     split: Mapping[int, int] | None = None
     keep_versions: int | None = None
 
-    def uploaded(self, number: int) -> dict[str, Any]:
-        """What the upload that became version ``number`` is answered."""
+    def upload_as_json(self, number: int) -> dict[str, Any]:
+        """The answer to the upload that became version ``number``."""
         (info,) = (info for info in self.versions if info.version.number == number)
         return {
             "adapter": self.name,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from adapters.inspection.convert import plan
+from adapters.inspection.convert import Conversion, plan
 from adapters.inspection.inspect import inspect
 from adapters.model import BaseModel, Manifest
 
@@ -16,20 +17,21 @@ def admit(
     *,
     original_digest: str | None = None,
     serving_dtype: str | None = None,
-    any_base: bool = False,
+    into: Path | None = None,
     allow_no_effect: bool = False,
 ) -> Manifest:
-    """The manifest of ``folder``, whose two files are rewritten if ``conversions`` says so.
+    """The manifest of the adapter in ``folder``, whose ``conversions`` say what was rewritten, if anything.
 
-    The other arguments are those of ``inspect``. Synchronous: call it in a thread. Raises AdapterRejected,
-    and OSError when the disk fails; the folder is then to be thrown away.
+    A conversion writes the two files into the folder ``into``; without it, it replaces those in ``folder``.
+    ``original_digest`` names the files as the client sent them, for a manifest of converted ones. The other
+    arguments are those of ``inspect``. Synchronous: call it in a thread. Raises AdapterRejected, and OSError
+    when the disk fails; the caller then throws away what is in ``into``, or in ``folder``.
     """
-    conversion = plan(folder, base)
-    if conversion is not None:
-        conversion.write(folder, folder)
-    manifest = inspect(
-        folder, base, serving_dtype=serving_dtype, any_base=any_base, allow_no_effect=allow_no_effect
-    )
-    if conversion is None:
-        return manifest
-    return replace(manifest, conversions=conversion.notes, original_digest=original_digest)
+    options: Any = {"serving_dtype": serving_dtype, "allow_no_effect": allow_no_effect}
+    found = plan(folder, base)
+    if not isinstance(found, Conversion):
+        return inspect(folder, base, upload=found, **options)
+    into = into or folder
+    found.write(folder, into)
+    manifest = inspect(into, base, **options)
+    return replace(manifest, conversions=found.notes, original_digest=original_digest)

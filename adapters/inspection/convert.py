@@ -29,7 +29,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adapters.errors import AdapterRejected, fault
-from adapters.inspection.inspect import PREFIX, check_module, check_tensors, parse_name, refuse_pickles
+from adapters.inspection.inspect import (
+    PREFIX,
+    Upload,
+    check_module,
+    check_tensors,
+    parse_name,
+    refuse_pickles,
+)
 from adapters.inspection.module_names import leaf
 from adapters.inspection.peft_config import PeftConfig, load_fields, parse_config
 from adapters.inspection.safetensors_header import DTYPES, TensorHeader, read_header
@@ -128,22 +135,23 @@ class Conversion:
             raise _refuse("weights_invalid", f"safetensors cannot read it: {error}.") from None
 
 
-def plan(folder: Path, base: BaseModel) -> Conversion | None:
-    """What must be rewritten so that ``base`` serves ``folder``; None where it can be served as it is.
+def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
+    """What must be rewritten so that ``base`` serves ``folder``; the Upload as read where nothing must be.
 
-    Reads the config and the headers. Raises AdapterRejected for what no conversion helps.
+    Reads the config and the headers, and no tensor. Raises AdapterRejected for what no conversion helps.
     """
     refuse_pickles(folder)
     fields = load_fields(folder / CONFIG_FILE)
-    initial: _Upload | None = None
+    initial: _Named | None = None
     if (folder / INITIAL_FILE).exists():
         fields = _without_init(fields)
-        initial = _read(INITIAL_FILE, folder, base)
+        initial = _named(INITIAL_FILE, read_header(folder / INITIAL_FILE), base)
     config = parse_config(fields, base)
-    upload = _read(WEIGHTS_FILE, folder, base)
+    headers = read_header(folder / WEIGHTS_FILE)
+    upload = _named(WEIGHTS_FILE, headers, base)
     parts = {module: parts for module, _ in upload.tensors if (parts := _parts(module, base))}
     if initial is None and not parts and not upload.notes:
-        return None
+        return Upload(config, headers)
     modules = {module for module, _ in upload.tensors}
     config.check_targets(base, {upload.trained_as.get(module, module) for module in modules})
     tensors, notes, twice = upload.tensors, list(upload.notes), 1
@@ -175,7 +183,7 @@ def _refuse(code: str, message: str, file: str = WEIGHTS_FILE) -> AdapterRejecte
 
 
 @dataclass(frozen=True, slots=True)
-class _Upload:
+class _Named:
     """The tensors of one file under the names of the base's modules (a fused one under its own).
 
     ``trained_as`` holds the module names of a bare backbone, where they were others.
@@ -186,13 +194,13 @@ class _Upload:
     notes: tuple[str, ...]
 
 
-def _read(file: str, folder: Path, base: BaseModel) -> _Upload:
-    """Raises AdapterRejected for tensors that are none of a LoRA's, or that are the same twice."""
+def _named(file: str, headers: Mapping[str, TensorHeader], base: BaseModel) -> _Named:
+    """``headers`` of ``file`` by the base's names. Raises AdapterRejected for a tensor that is not a LoRA's,
+    and for two that get the same name."""
     tensors: dict[Side, _Tensor] = {}
     trained_as: dict[str, str] = {}
     wrappers: set[str] = set()
     adapters: set[str] = set()
-    headers = read_header(folder / file)
     left_out = {name for name in headers if _TRAINING_ONLY.fullmatch(name)}
     for name, header in sorted(headers.items()):
         if name in left_out:
@@ -227,7 +235,7 @@ def _read(file: str, folder: Path, base: BaseModel) -> _Upload:
         notes.append(f"the adapter's name was taken out of the tensors' names: {show(adapters.pop())}")
     if trained_as:
         notes.append("'model.' was put before the names of a bare backbone's modules")
-    return _Upload(tensors, trained_as, tuple(notes))
+    return _Named(tensors, trained_as, tuple(notes))
 
 
 def _unwrapped(name: str) -> tuple[str, set[str]]:

@@ -94,7 +94,7 @@ class Agreement:
     def matches(self) -> bool:
         return self.difference <= self.golden.tolerance
 
-    def report(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         return {
             "matches": self.matches,
             "prompts": len(self.golden.probes),
@@ -106,7 +106,7 @@ class Agreement:
     def agreed(self) -> dict[str, Any]:
         """The report; AdapterRejected (``probe_mismatch``) if it says no."""
         if self.matches:
-            return self.report()
+            return self.as_json()
         prompt = self.golden.probes[self.number].prompt
         raise _refuse(
             "probe_mismatch",

@@ -61,29 +61,47 @@ class Pair:
         return self.a.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """The config and the header of an adapter's two files, each read and validated once."""
+
+    config: PeftConfig
+    tensors: Mapping[str, TensorHeader]
+
+
+def read_upload(folder: Path, base: BaseModel) -> Upload:
+    """Reads the config and the header in ``folder``, and no tensor.
+
+    Raises AdapterRejected for a config that ``base`` cannot serve and for a damaged file, OSError when the
+    disk fails.
+    """
+    refuse_pickles(folder)
+    return Upload(read_config(folder / CONFIG_FILE, base), read_header(folder / WEIGHTS_FILE))
+
+
 def inspect(
     folder: Path,
     base: BaseModel,
     *,
+    upload: Upload | None = None,
     serving_dtype: str | None = None,
-    any_base: bool = False,
     allow_no_effect: bool = False,
 ) -> Manifest:
     """The manifest of the adapter in ``folder``, if ``base`` serves it as PEFT would.
 
+    ``upload`` is what ``read_upload`` returned for the same folder, for a caller that has it already.
     ``serving_dtype`` is the type the engine casts adapters to (``float32``, ``float16``, ``bfloat16``); the
-    values are judged after that cast, or in the file's own type without it. ``any_base`` accepts an adapter
-    that declares another base's fingerprint, ``allow_no_effect`` one whose matrices all come to zero.
+    values are judged after that cast, or in the file's own type without it. ``allow_no_effect`` accepts an
+    adapter whose matrices all come to zero.
     Synchronous: reads the whole weights file, so call it in a thread. Raises AdapterRejected, and OSError
     when the disk fails.
     """
     if serving_dtype is not None and serving_dtype not in DTYPES:
         raise ValueError(f"serving_dtype must be one of {', '.join(DTYPES)}, not {serving_dtype!r}")
-    refuse_pickles(folder)
-    config = read_config(folder / CONFIG_FILE, base)
-    if not any_base:
-        check_base(config, base)
-    pairs = check_tensors(read_header(folder / WEIGHTS_FILE), config, base)
+    upload = upload or read_upload(folder, base)
+    config = upload.config
+    check_base(config, base)
+    pairs = check_tensors(upload.tensors, config, base)
     with one_thread():
         norms = _norms(folder / WEIGHTS_FILE, pairs, config, serving_dtype)
     if not (allow_no_effect or any(norms.values())):

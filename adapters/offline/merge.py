@@ -23,8 +23,8 @@ from typing import Any, Self
 import torch
 from safetensors import safe_open
 
-from adapters.inspection.convert import plan
-from adapters.inspection.inspect import check_tensors, inspect
+from adapters.inspection.admit import admit
+from adapters.inspection.inspect import check_tensors
 from adapters.inspection.peft_config import read_config
 from adapters.inspection.safetensors_header import DTYPES, read_header
 from adapters.inspection.tensor_stats import DTYPES as DTYPE_OF
@@ -87,12 +87,9 @@ class Merge(AbstractContextManager["Merge"]):
         if self.out.exists() or self.out.is_symlink():
             raise FileExistsError(f"{self.out} is there already; name a folder that is not")
         with contextlib.ExitStack() as stack:
-            conversion = plan(self._adapter, self.base)
-            if conversion is not None:
-                scratch = Path(stack.enter_context(TemporaryDirectory(prefix="loraplex-merge-")))
-                conversion.write(self._adapter, scratch)
+            scratch = Path(stack.enter_context(TemporaryDirectory(prefix="loraplex-merge-")))
+            if admit(self._adapter, self.base, into=scratch).conversions:
                 self._adapter = scratch
-            inspect(self._adapter, self.base)
             self.partial.mkdir(parents=True)
             stack.callback(shutil.rmtree, self.partial, ignore_errors=True)
             self._stack = stack.pop_all()

@@ -134,7 +134,7 @@ class Catalog:
                 digest=digest,
                 rank=manifest.rank,
                 size_bytes=manifest.size_bytes,
-                report=manifest.report(),
+                report=manifest.as_json(),
                 golden=golden.model_dump() if golden is not None else None,
                 created_at=now(),
             )
@@ -152,7 +152,7 @@ class Catalog:
             )
             linked = await self._one(session, tenant, adapter)
             if receipt is not None:
-                await receipt.keep(session, linked.uploaded(version.number))
+                await receipt.keep(session, linked.upload_as_json(version.number))
             return linked, self._version(version)
 
     async def adapters(self, tenant: str) -> list[Adapter]:

@@ -29,7 +29,7 @@ def doctor(adapter: Path, base_dir: Path, *, max_rank: int, dtype: str | None, a
     except (OSError, ValueError) as error:
         return fail(error)
     if as_json:
-        print(json.dumps(diagnosis.report(), indent=2))
+        print(json.dumps(diagnosis.as_json(), indent=2))
     else:
         _show(adapter, diagnosis)
     return OK if diagnosis.error is None else REFUSED

@@ -54,7 +54,7 @@ class Publishing:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """``answer`` is what the client is told: see ``Adapter.uploaded``. ``gone`` is for ``unpublish``."""
+    """``answer`` is the body of the response (``Adapter.upload_as_json``); ``gone`` goes to ``unpublish``."""
 
     answer: Mapping[str, Any]
     gone: list[Version] = field(default_factory=list)
@@ -109,7 +109,7 @@ async def publish(
                 )
                 adapter, version = await uninterruptible(link)
     move_pin(service.dispatcher, adapter)
-    return Published(adapter.uploaded(version.number), await _make_room(service, adapter))
+    return Published(adapter.upload_as_json(version.number), await _make_room(service, adapter))
 
 
 async def _probed(
@@ -190,7 +190,7 @@ async def verify_all(service: Publishing, metrics: Metrics) -> None:
 
 async def _verified(service: Publishing, version: Version) -> dict[str, Any]:
     agreement = await service.prober.check(version, await service.catalog.golden(version))
-    report = agreement.report() | service.prober.here
+    report = agreement.as_json() | service.prober.here
     await service.catalog.keep_verified(version, report)
     return report
 

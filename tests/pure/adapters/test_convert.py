@@ -155,6 +155,21 @@ def tie(tensors: Tensors) -> None:
                 tensors[name.replace(parts[0], part)] = tensors[name].clone()
 
 
+def test_an_upload_that_needs_no_conversion_is_read_once(
+    patterned: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    open_file = Path.open
+
+    def counting(path: Path, *args: Any, **options: Any) -> Any:
+        opened.append(path.name)
+        return open_file(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", counting)
+    assert admit(patterned, base).conversions == ()
+    assert sorted(opened) == [CONFIG_FILE, WEIGHTS_FILE]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fused_layer_is_split_into_its_parts(dtype: torch.dtype, base: BaseModel, tmp_path: Path) -> None:
     parts = [part for of in FUSED.values() for part in of]

@@ -83,7 +83,7 @@ def test_a_diagnosis_is_the_servers_and_leaves_the_folder_alone(
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     refused = diagnose(folder, dataclasses.replace(base, max_lora_rank=2))
     assert refused.manifest is None
-    assert refused.report()["error"]["code"] == "rank_too_large"
+    assert refused.as_json()["error"]["code"] == "rank_too_large"
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:

@@ -106,7 +106,7 @@ async def test_the_first_link_makes_an_adapter_that_is_live_and_the_default(cata
     )
     assert (adapter.live, adapter.default, adapter.pinned) == (1, True, False)
     assert adapter.live_version == version
-    assert adapter.versions[0].report == manifest().report()
+    assert adapter.versions[0].report == manifest().as_json()
     assert adapter.versions[0].created_at.utcoffset() is not None
     assert await catalog.adapter("acme", "support") == adapter
     assert await catalog.adapters("acme") == [adapter]
