@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.inspection.module_names import leaf
-from adapters.inspection.tensor_stats import DTYPES
+from adapters.inspection.tensor_stats import TORCH_DTYPES
 from adapters.model import BaseModel, ModuleShape
 
 # What vLLM and some trainers fuse, in the order of the rows.
@@ -74,7 +74,7 @@ def dtype_of(model_dir: Path) -> str | None:
     dtype = AutoConfig.from_pretrained(model_dir, local_files_only=True).dtype
     # vLLM's "auto": what was saved as float32 is served in half of it.
     name = str(dtype).removeprefix("torch.")
-    return "bfloat16" if name == "float32" else name if name in DTYPES else None
+    return "bfloat16" if name == "float32" else name if name in TORCH_DTYPES else None
 
 
 def fingerprint(model_dir: Path) -> str | None:

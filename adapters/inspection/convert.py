@@ -39,9 +39,9 @@ from adapters.inspection.inspect import (
 )
 from adapters.inspection.module_names import leaf
 from adapters.inspection.peft_config import PeftConfig, load_fields, parse_config
-from adapters.inspection.safetensors_header import DTYPES, TensorHeader, read_header
+from adapters.inspection.safetensors_header import ITEM_BYTES, TensorHeader, read_header, write_header
 from adapters.inspection.strict_json import show
-from adapters.inspection.tensor_stats import DTYPES as DTYPE_OF
+from adapters.inspection.tensor_stats import TORCH_DTYPES
 from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE, BaseModel
 
 # What PEFT's conversion with path_initial_model_for_weight_conversion is for.
@@ -51,8 +51,6 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 # VeLoRA compresses what a training step keeps for its gradients, with a projection that PEFT saves too.
 _TRAINING_ONLY = re.compile(r".+\.lora_velora_embed(?:\.[^.]+)?")
 _NAMED = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-_ST_NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
-_ITEMSIZE = dict(DTYPES.values())
 
 # (full module name, "A" or "B")
 Side = tuple[str, str]
@@ -105,7 +103,7 @@ class Conversion:
         """The tensors of the result by name, in the order of their bytes."""
         headers, at = {}, 0
         for (module, side), tensor in sorted(self.tensors.items()):
-            size = tensor.shape[0] * tensor.shape[1] * _ITEMSIZE[tensor.dtype]
+            size = tensor.shape[0] * tensor.shape[1] * ITEM_BYTES[tensor.dtype]
             headers[f"{PREFIX}{module}.lora_{side}.weight"] = TensorHeader(
                 tensor.dtype, tensor.shape, at, at + size
             )
@@ -113,16 +111,7 @@ class Conversion:
         return headers
 
     def _write_weights(self, source: Path, file: BinaryIO) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for name, tensor in self.headers().items():
-            header[name] = {
-                "dtype": _ST_NAMES[tensor.dtype],
-                "shape": tensor.shape,
-                "data_offsets": (tensor.begin, tensor.end),
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text = text.ljust(-(-len(text) // 8) * 8)
-        file.write(len(text).to_bytes(8, "little") + text)
+        write_header(file, self.headers())
         files = {piece.file for tensor in self.tensors.values() for piece in tensor.pieces}
         try:
             with ExitStack() as stack:
@@ -330,7 +319,7 @@ def _build(tensor: _Tensor, files: Mapping[str, Any]) -> torch.Tensor:
             part = files[piece.file].get_tensor(piece.name)
         else:
             part = files[piece.file].get_slice(piece.name)[slice(*piece.rows)]
-        part = part.to(DTYPE_OF[tensor.dtype])
+        part = part.to(TORCH_DTYPES[tensor.dtype])
         pieces.append(-part if piece.negated else part)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, tensor.dim)
 

@@ -24,7 +24,7 @@ from adapters.inspection.module_names import kind_of, layer_of, leaf, template
 from adapters.inspection.peft_config import PeftConfig, check_base, read_config
 from adapters.inspection.safetensors_header import TensorHeader, read_header
 from adapters.inspection.strict_json import show
-from adapters.inspection.tensor_stats import DTYPES, extremes, one_thread, product_norm
+from adapters.inspection.tensor_stats import TORCH_DTYPES, extremes, one_thread, product_norm
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, Coverage, Manifest
 
 PREFIX = "base_model.model."
@@ -96,8 +96,8 @@ def inspect(
     Synchronous: reads the whole weights file, so call it in a thread. Raises AdapterRejected, and OSError
     when the disk fails.
     """
-    if serving_dtype is not None and serving_dtype not in DTYPES:
-        raise ValueError(f"serving_dtype must be one of {', '.join(DTYPES)}, not {serving_dtype!r}")
+    if serving_dtype is not None and serving_dtype not in TORCH_DTYPES:
+        raise ValueError(f"serving_dtype must be one of {', '.join(TORCH_DTYPES)}, not {serving_dtype!r}")
     upload = upload or read_upload(folder, base)
     config = upload.config
     check_base(config, base)
@@ -297,7 +297,7 @@ def _served(name: str, tensor: torch.Tensor, factor: float, serving_dtype: str |
     found = extremes(tensor)
     if not found.isfinite().all():
         raise _refuse("weights_not_finite", f"tensor {show(name)} holds NaN or infinity.")
-    dtype = DTYPES[serving_dtype] if serving_dtype else tensor.dtype
+    dtype = TORCH_DTYPES[serving_dtype] if serving_dtype else tensor.dtype
     # Casting and scaling (factor > 0) keep the order of numbers, so these two stand for all.
     if not (found.to(dtype) * factor).isfinite().all():
         raise _refuse(

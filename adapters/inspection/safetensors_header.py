@@ -1,4 +1,4 @@
-"""The header of ``adapter_model.safetensors``, checked in full before a byte of data is mapped.
+"""The header of a safetensors file: read and checked in full, read as it is, and written.
 
 8 bytes   length of the header, little-endian
 header    {"name": {"dtype", "shape", "data_offsets": [begin, end]}, …, "__metadata__": {str: str}}
@@ -7,11 +7,13 @@ data      the tensors, back to back
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from adapters.errors import AdapterRejected, fault
 from adapters.inspection import strict_json
@@ -25,6 +27,8 @@ MAX_NAME = 512  # characters
 
 # safetensors' name -> (torch's name, bytes per element)
 DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
+ITEM_BYTES = dict(DTYPES.values())  # by torch's name
+FILE_NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_PROTOCOL = 0x80
@@ -32,12 +36,17 @@ _PICKLE_PROTOCOL = 0x80
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """``dtype`` is torch's name for it, ``begin`` and ``end`` count from the start of the data."""
+    """``dtype`` is torch's name for it, ``begin`` and ``end`` count from the start of the data, in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def elements(self) -> int:
+        """How many numbers the tensor has."""
+        return math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
@@ -61,6 +70,42 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     tensors = {name: _tensor(name, entry) for name, entry in entries.items()}
     _check_tiling(tensors, size - 8 - length)
     return tensors
+
+
+def read_entries(file: int) -> tuple[int, dict[str, TensorHeader]]:
+    """The tensors of the file that is open as descriptor ``file``, in the order of their bytes.
+
+    Returns the byte at which the data begins, and the tensors by name. For files that ``read_header`` has
+    accepted, or that are the operator's own: nothing is checked but the header's length. A type that is not
+    in ``DTYPES`` keeps the file's name for it. Raises OSError, and ValueError, KeyError or TypeError where
+    the file is no safetensors file.
+    """
+    size = os.fstat(file).st_size
+    length = int.from_bytes(os.pread(file, 8, 0), "little")
+    if length > size - 8:
+        raise ValueError(f"the weights are no safetensors file: a header of {length} bytes in {size}")
+    entries = json.loads(os.pread(file, length, 8))
+    entries.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in entries.items():
+        dtype, _ = DTYPES.get(entry["dtype"], (entry["dtype"], 0))
+        begin, end = entry["data_offsets"]
+        tensors[name] = TensorHeader(dtype, tuple(entry["shape"]), begin, end)
+    return 8 + length, dict(_by_offset(tensors.items()))
+
+
+def write_header(file: BinaryIO, tensors: Mapping[str, TensorHeader]) -> None:
+    """Writes the length and the header of a file that holds ``tensors``, padded to 8 bytes as they align."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": FILE_NAMES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": (tensor.begin, tensor.end),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    file.write(len(text).to_bytes(8, "little") + text)
 
 
 def _invalid(message: str) -> AdapterRejected:

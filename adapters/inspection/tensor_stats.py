@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from adapters.inspection.safetensors_header import ITEM_BYTES
+
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 # Bounds the float64 copy of a part of a matrix, in elements.
 _PART = 1 << 20

@@ -26,8 +26,8 @@ from safetensors import safe_open
 from adapters.inspection.admit import admit
 from adapters.inspection.inspect import check_tensors
 from adapters.inspection.peft_config import read_config
-from adapters.inspection.safetensors_header import DTYPES, read_header
-from adapters.inspection.tensor_stats import DTYPES as DTYPE_OF
+from adapters.inspection.safetensors_header import FILE_NAMES, ITEM_BYTES, read_entries, read_header
+from adapters.inspection.tensor_stats import TORCH_DTYPES
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -168,36 +168,35 @@ class Merge(AbstractContextManager["Merge"]):
             target.open("r+b") as shard,
             safe_open(self._adapter / WEIGHTS_FILE, framework="pt") as adapter,
         ):
-            length = int.from_bytes(shard.read(8), "little")
-            header = json.loads(shard.read(length))
+            data, tensors = read_entries(shard.fileno())
             for change in changes:
                 shape = self.base.modules[change.weight.removesuffix(".weight")]
-                entry = header[change.weight]
-                if entry["dtype"] not in DTYPES or entry["shape"] != [shape.out_features, shape.in_features]:
+                entry = tensors[change.weight]
+                if entry.dtype not in ITEM_BYTES or entry.shape != (shape.out_features, shape.in_features):
+                    dtype = FILE_NAMES.get(entry.dtype, entry.dtype)
                     raise MergeError(
-                        f"{change.weight} is {entry['dtype']} of shape {entry['shape']} in {name}, and must"
+                        f"{change.weight} is {dtype} of shape {list(entry.shape)} in {name}, and must"
                         f" be F32, F16 or BF16 of shape {[shape.out_features, shape.in_features]}. Merge into"
                         " the original checkpoint, not into a quantized one."
                     )
                 a = adapter.get_tensor(change.a_name).float()
                 b = adapter.get_tensor(change.b_name).float()
-                begin = 8 + length + entry["data_offsets"][0]
-                _add(shard.fileno(), begin, entry["dtype"], a, b * change.scaling, change.weight)
+                _add(shard.fileno(), data + entry.begin, entry.dtype, a, b * change.scaling, change.weight)
 
 
 def _add(descriptor: int, begin: int, dtype: str, a: torch.Tensor, b: torch.Tensor, weight: str) -> None:
     """Adds ``b @ a`` to the matrix at byte ``begin`` of an open file, rows by rows."""
-    name, size = DTYPES[dtype]
+    size = ITEM_BYTES[dtype]
     columns = a.shape[1]
     step = max(1, _ROWS // columns)
     for at in range(0, b.shape[0], step):
         part = b[at : at + step]
         place = begin + at * columns * size
         data = bytearray(os.pread(descriptor, len(part) * columns * size, place))
-        rows = torch.frombuffer(data, dtype=DTYPE_OF[name]).view(len(part), columns)
+        rows = torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]).view(len(part), columns)
         total = torch.addmm(rows.float(), part, a).to(rows.dtype)
         if not total.isfinite().all():
-            raise MergeError(f"{weight} with the adapter is too large for {name}")
+            raise MergeError(f"{weight} with the adapter is too large for {dtype}")
         _write_all(descriptor, total.flatten().view(torch.uint8).numpy(), place)
 
 

@@ -15,18 +15,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
-import json
-import math
 import mmap
 import os
 import threading
 import weakref
 from collections.abc import KeysView
-from dataclasses import dataclass
 
 import torch
 
-from adapters.inspection.safetensors_header import DTYPES
+from adapters.inspection.safetensors_header import ITEM_BYTES, TensorHeader, read_entries
+from adapters.inspection.tensor_stats import TORCH_DTYPES
 
 _MIB = 1 << 20
 
@@ -76,48 +74,19 @@ def _whole(size: int) -> int:
     return -(-max(size, 1) // _MIB) * _MIB
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor in a file, from its byte ``begin`` on; ``first``: how many elements of others come before."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    first: int
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def end(self) -> int:
-        return self.begin + self.count * self.dtype.itemsize
-
-
-def stored(file: int) -> list[Stored]:
-    """The tensors of the safetensors file that is open as ``file``, in the order of their bytes.
-
-    Raises ValueError, KeyError or TypeError where they do not fill the file, as those of a publication do:
-    ``safetensors_header`` has checked that, which takes longer than a load may keep Python's lock.
+def _tensors(file: int) -> tuple[int, dict[str, TensorHeader]]:
+    """As ``read_entries``. Raises ValueError where the tensors do not fill the file, which only damage does:
+    the full check at publication takes longer than a load may keep Python's lock.
     """
-    size = os.fstat(file).st_size
-    length = int.from_bytes(os.pread(file, 8, 0), "little")
-    if length > size - 8:
-        raise ValueError(f"the weights are no safetensors file: a header of {length} bytes in {size}")
-    header = json.loads(os.pread(file, length, 8))
-    header.pop("__metadata__", None)
-    tensors: list[Stored] = []
-    begin, first = 8 + length, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        tensor = Stored(name, getattr(torch, DTYPES[entry["dtype"]][0]), tuple(entry["shape"]), begin, first)
-        if entry["data_offsets"] != [begin - 8 - length, tensor.end - 8 - length]:
+    begin, tensors = read_entries(file)
+    at = 0
+    for name, tensor in tensors.items():
+        if (tensor.begin, tensor.end) != (at, at + tensor.elements * ITEM_BYTES[tensor.dtype]):
             raise ValueError(f"the weights are damaged: {name} has another size or place than it should")
-        tensors.append(tensor)
-        begin, first = tensor.end, first + tensor.count
-    if begin != size:
-        raise ValueError(f"the weights are damaged: they end at byte {begin} of {size}")
-    return tensors
+        at = tensor.end
+    if (size := os.fstat(file).st_size) != begin + at:
+        raise ValueError(f"the weights are damaged: they end at byte {begin + at} of {size}")
+    return begin, tensors
 
 
 class Weights:
@@ -149,22 +118,29 @@ class Loader:
     def open(self, path: str, framework: str = "pt") -> Weights:
         """Raises OSError, and ValueError, KeyError or TypeError where the file is not what was published."""
         with open(path, "rb", buffering=0) as file:
-            tensors = stored(file.fileno())
-            loan = self._rooms.lend(sum(tensor.count for tensor in tensors) * self._dtype.itemsize)
+            data, tensors = _tensors(file.fileno())
+            # Where each tensor begins in the result, in elements.
+            starts = list(itertools.accumulate((t.elements for t in tensors.values()), initial=0))
+            loan = self._rooms.lend(starts[-1] * self._dtype.itemsize)
             flat = torch.frombuffer(loan, dtype=self._dtype)
-            for dtype, group in itertools.groupby(tensors, key=lambda tensor: tensor.dtype):
+            placed = zip(starts, tensors.values(), strict=False)
+            for name, group in itertools.groupby(placed, key=lambda pair: pair[1].dtype):
                 run = list(group)
-                first, last = run[0], run[-1]
-                size = last.end - first.begin
+                (start, first), (_, last) = run[0], run[-1]
+                dtype, size, begin = TORCH_DTYPES[name], last.end - first.begin, data + first.begin
                 if dtype == self._dtype:
-                    at = first.first * dtype.itemsize
-                    _fill(memoryview(loan)[at : at + size], file.fileno(), first.begin)
+                    at = start * dtype.itemsize
+                    _fill(memoryview(loan)[at : at + size], file.fileno(), begin)
                 elif size:
                     source = self._rooms.lend(size)
-                    _fill(memoryview(source)[:size], file.fileno(), first.begin)
-                    elements = torch.frombuffer(source, dtype=dtype, count=size // dtype.itemsize)
-                    flat[first.first : last.first + last.count].copy_(elements)
-        return Weights({t.name: flat[t.first : t.first + t.count].view(t.shape) for t in tensors})
+                    _fill(memoryview(source)[:size], file.fileno(), begin)
+                    count = size // dtype.itemsize
+                    flat[start : start + count].copy_(torch.frombuffer(source, dtype=dtype, count=count))
+        views = {
+            name: flat[start : start + tensor.elements].view(tensor.shape)
+            for start, (name, tensor) in zip(starts, tensors.items(), strict=False)
+        }
+        return Weights(views)
 
 
 def _fill(place: memoryview, file: int, begin: int) -> None:
