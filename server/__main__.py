@@ -127,7 +127,7 @@ def _serve(settings: Settings) -> int:
 
     from server import logs
     from server.app import create_app, drain
-    from server.engine.engine import EngineDied
+    from server.engine.calls import EngineDied
     from server.http.connection import BoundedHeads, DrainingServer
 
     logs.configure(settings.log_format, settings.log_level)

@@ -20,7 +20,8 @@ from adapters.store.idempotency import Receipts
 from server import __version__
 from server.accounts.tenants import Tenants
 from server.accounts.usage import Recorder, spent
-from server.engine.engine import Engine, EngineDied
+from server.engine.calls import EngineDied
+from server.engine.engine import Engine
 from server.http import admin, inference, operations, reports, self_service
 from server.http.middleware import RequestContext, install_error_handlers
 from server.http.openapi import document

@@ -7,14 +7,17 @@ own event.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any, Literal, Protocol
+from typing import Any
 
-Kind = Literal["chat", "completion", "responses", "messages", "embedding"]
-TokenKind = Literal["tokenize", "detokenize", "count_tokens"]
+from pydantic import ValidationError
 
-FAILED = "The engine failed on this request."
+from server.engine.calls import Call, EngineDied, Kind, TokenKind, current_call
+from server.engine.errors import FAILED, from_vllm, request_errors
+from server.errors import Internal, ServerError, status_of
+
 BROKEN = 'data: {"error"'
 
 _OPENING = ("response.created", "response.in_progress")
@@ -23,16 +26,6 @@ _VLLM_FIELDS = (
     "kv_transfer_params", "ec_transfer_params", "prompt_token_ids", "prompt_logprobs", "metrics",
     "input_messages", "output_messages",
 )  # fmt: skip
-
-
-class Answering(Protocol):
-    """A call, as far as its stream needs it. ``broken`` is the event that ended it too early."""
-
-    @property
-    def id(self) -> str: ...
-
-    broken: str | None
-    aborted: bool
 
 
 def request_model(kind: Kind | TokenKind, body: dict[str, Any]) -> Any:
@@ -59,7 +52,7 @@ def request_model(kind: Kind | TokenKind, body: dict[str, Any]) -> Any:
     return Model
 
 
-def document(call: Answering, kind: Kind, result: Any) -> dict[str, Any]:
+def document(call: Call, kind: Kind, result: Any) -> dict[str, Any]:
     """vLLM's response object as the JSON that a customer gets."""
     if kind == "responses":
         return _response(call, result.model_dump(mode="json", by_alias=True))
@@ -77,7 +70,7 @@ def embeddings_as_data(serving: Any) -> None:
     serving.json_response_cls = content_alone
 
 
-async def response_events(call: Answering, events: AsyncIterator[Any]) -> AsyncIterator[str]:
+async def response_events(call: Call, events: AsyncIterator[Any]) -> AsyncIterator[str]:
     """Events of ``/v1/responses`` as SSE.
 
     vLLM opens the stream before the engine has looked at the request. The opening is held back until it has,
@@ -98,7 +91,7 @@ async def response_events(call: Answering, events: AsyncIterator[Any]) -> AsyncI
         yield chunk
 
 
-async def message_events(call: Answering, events: AsyncIterator[str]) -> AsyncIterator[str]:
+async def message_events(call: Call, events: AsyncIterator[str]) -> AsyncIterator[str]:
     """Events of ``/v1/messages`` under our id, and the error that ``until_broken`` kept at their end."""
     async for event in events:
         if event.startswith("event: error"):
@@ -111,7 +104,7 @@ async def message_events(call: Answering, events: AsyncIterator[str]) -> AsyncIt
         yield call.broken
 
 
-async def until_broken(call: Answering, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+async def until_broken(call: Call, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
     """A chat stream for vLLM's Anthropic converter, which would make an internal error of any error."""
     async for chunk in chunks:
         if chunk.startswith(BROKEN):
@@ -144,8 +137,75 @@ def _plain(body: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-def _response(call: Answering, body: dict[str, Any]) -> dict[str, Any]:
+def _response(call: Call, body: dict[str, Any]) -> dict[str, Any]:
     """vLLM calls an answer that was aborted completed."""
     if call.aborted and body["status"] == "completed":
         body["status"] = "cancelled"
     return _plain(body) | {"store": False}
+
+
+def public_name(base_name: str) -> Any:
+    """What ``model`` shows in answers: the customer's own name, never the engine's."""
+
+    def model_name(lora_request: Any = None) -> str:
+        call = current_call.get()
+        return call.public_model if call is not None else base_name
+
+    return model_name
+
+
+def chat_for_messages(create: Any) -> Any:
+    """Chat under vLLM's Anthropic handler: with our id, and with its errors kept (see ``until_broken``)."""
+
+    async def create_chat_completion(request: Any, raw_request: Any = None) -> Any:
+        call = current_call.get()
+        if call is None:
+            raise RuntimeError("the engine was asked for a message outside an admitted call")
+        request.request_id = call.id
+        result = await create(request, raw_request)
+        if not hasattr(result, "model_dump"):
+            return until_broken(call, result)
+        if not calls_are_objects(result):
+            raise Internal("The model called a tool with arguments that are no JSON object.")
+        return result
+
+    return create_chat_completion
+
+
+async def in_call_context(call: Call, stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """``stream``, which may ask the engine for more at any step."""
+    end = object()
+    while True:
+        token = current_call.set(call)
+        try:
+            item = await anext(stream, end)
+        finally:
+            current_call.reset(token)
+        if item is end:
+            return
+        yield item
+
+
+async def errors_as_events(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    """``chunks``; an exception becomes their last event, as vLLM does it for chat."""
+    try:
+        with request_errors():
+            try:
+                async for chunk in chunks:
+                    yield chunk
+            except ValidationError as exc:  # of an event of vLLM's own
+                raise Internal(FAILED) from exc
+    except EngineDied:
+        yield broken(FAILED, 500)
+    except ServerError as exc:
+        yield broken(exc.message, status_of(exc)[0], exc.param)
+
+
+def raise_if_error(result: Any) -> None:
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    if isinstance(result, ErrorResponse):
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError  # vLLM turns it into an error response
+        raise from_vllm(result.error.message, int(result.error.code), result.error.param)

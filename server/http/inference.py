@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from adapters.errors import AdapterNotFound
 from adapters.model import Adapter
 from server.accounts.tenants import Tenant
-from server.engine.serving import Kind, TokenKind
+from server.engine.calls import Kind, TokenKind
 from server.errors import BadRequest, ModelNotFound
 from server.http.middleware import json_object, tenant_of, while_connected
 from server.http.services import services_of

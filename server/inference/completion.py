@@ -19,8 +19,10 @@ from adapters.errors import AdapterError, AdapterNotFound
 from adapters.model import BaseModel, Version
 from adapters.store.catalog import Catalog
 from server.accounts.tenants import Tenant
-from server.engine.engine import Answer, Call, Engine, EngineDied, InFlight, from_vllm
-from server.engine.serving import BROKEN, FAILED, Kind, TokenKind
+from server.engine.calls import Answer, Call, EngineDied, InFlight, Kind, TokenKind
+from server.engine.engine import Engine
+from server.engine.errors import FAILED, from_vllm
+from server.engine.serving import BROKEN
 from server.errors import (
     BadRequest,
     Internal,

@@ -11,7 +11,7 @@ from array import array
 from typing import Any
 
 from server.accounts.tenants import Tenant
-from server.engine.engine import Call, InFlight
+from server.engine.calls import Call, InFlight
 from server.errors import BadRequest, Internal
 from server.inference.completion import (
     Completion,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from server.engine.serving import Kind, TokenKind
+from server.engine.calls import Kind, TokenKind
 from server.errors import BadRequest
 
 _SHARED = {

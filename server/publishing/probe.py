@@ -17,8 +17,8 @@ from adapters.errors import AdapterRejected, AdapterUnavailable, fault
 from adapters.inspection.golden import Agreement, Golden
 from adapters.inspection.logprobs import PROMPTS, Scores, Vectors, compare, finite, finite_vectors, shift
 from adapters.model import Manifest, Version
-from server.engine.engine import Call, Engine, EngineDied, InFlight
-from server.engine.serving import Kind
+from server.engine.calls import Call, EngineDied, InFlight, Kind
+from server.engine.engine import Engine
 from server.errors import BadRequest, Internal, TooManyRequests, Unavailable
 from server.scheduling.dispatcher import Dispatcher, Lease
 

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from adapters.errors import AdapterUnavailable
 from adapters.model import Tier, Version
-from server.engine.engine import Admission, EngineDied, PageOp, PageReport, PageResult, WorkerReport
+from server.engine.calls import Admission, EngineDied, PageOp, PageReport, PageResult, WorkerReport
 from server.errors import TooManyRequests, Unavailable
 from server.metrics import Gauges, Metrics, Outcome, TokenTimes
 from server.scheduling.plan import (

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.model import Version
-from server.engine.engine import Call
+from server.engine.calls import Call
 from server.errors import TooManyRequests, Unavailable
 from server.scheduling.plan import Effect, Plan
 from tests.bench.workload import gamma_arrivals, log_normal_lengths, zipf

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
 from server.app import create_app
-from server.engine.engine import _slots
+from server.engine.arguments import slots_of
 from tests.engine.reference import ATTENTION, MLP
 from tests.support.embedding_suite import EmbeddingSuite, far, vectors
 from tests.support.site import Site, engine_settings, serving
@@ -117,5 +117,5 @@ async def test_they_are_what_transformers_and_peft_compute(
 
 
 async def test_a_slot_costs_what_was_computed(site: Site) -> None:
-    slots = await asyncio.to_thread(_slots, site.services.settings)
+    slots = await asyncio.to_thread(slots_of, site.services.settings)
     assert slots.slot_bytes == site.services.engine.capacity.slot_bytes

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from server.engine.engine import Engine, PageOp
+from server.engine.calls import PageOp
+from server.engine.engine import Engine
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
 from tests.support.dialect_suite import DialectSuite
 from tests.support.engine_suite import EngineSuite, MakeAdapter

@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from adapters.model import CONFIG_FILE
-from server.engine.engine import Engine, PageOp
+from server.engine.calls import PageOp
+from server.engine.engine import Engine
 from tests.support.site import Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from adapters.model import WEIGHTS_FILE
 from adapters.worker.cpu.onednn import KERNELS
-from server.engine.engine import Engine, PageOp, StageResult, _slots
+from server.engine.arguments import slots_of
+from server.engine.calls import PageOp, StageResult
+from server.engine.engine import Engine
 from tests.engine.conftest import GPU_SLOTS, HOST_SLOTS
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
 from tests.support.site import Site
@@ -72,7 +74,7 @@ async def test_the_worker_reports_the_base_as_peft_sees_it(engine: Engine, refer
 async def test_slots_and_entries_cost_what_was_computed(
     site: Site, engine: Engine, reference: Reference, tmp_path: Path
 ) -> None:
-    slots = await asyncio.to_thread(_slots, site.services.settings)
+    slots = await asyncio.to_thread(slots_of, site.services.settings)
     assert (slots.gpu, slots.host) == (GPU_SLOTS, HOST_SLOTS)
     assert slots.slot_bytes == engine.capacity.slot_bytes, "what the worker has allocated"
     largest = await asyncio.to_thread(reference.make, Spec(4, 64, ATTENTION + MLP), tmp_path / "largest")

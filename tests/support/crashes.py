@@ -29,7 +29,7 @@ from adapters.model import BaseModel
 from server import __main__, app
 from server.accounts.usage import Recorder, Usage
 from server.app import create_app
-from server.engine.engine import Answer, Call
+from server.engine.calls import Answer, Call
 from server.settings import Settings
 from tests.support.fakes import FakeEngine, Times
 from tests.support.site import ADMIN_KEY, bearer

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from server.engine.engine import Answer, Call, Engine, PageOp
-from server.engine.serving import BROKEN, Kind
+from server.engine.calls import Answer, Call, Kind, PageOp
+from server.engine.engine import Engine
+from server.engine.serving import BROKEN
 from server.errors import BadRequest, Unavailable
 from tests.support.engine_suite import (
     PUBLIC,

@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file, save
 
 from adapters.model import CONFIG_FILE, PROBES_FILE, WEIGHTS_FILE
-from server.engine.engine import Call
+from server.engine.calls import Call
 from server.errors import Unavailable
 from tests.service.http.test_api import error
 from tests.support.site import Site, bearer

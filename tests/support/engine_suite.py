@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from server.engine.engine import Answer, Call, Engine, PageOp, StageResult
-from server.engine.serving import Kind
+from server.engine.calls import Answer, Call, Kind, PageOp, StageResult
+from server.engine.engine import Engine
 from server.errors import BadRequest, Unavailable
 
 MakeAdapter = Callable[[int], Path]

@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from server.engine.engine import Call
+from server.engine.calls import Call
 from server.engine.serving import BROKEN, message_events, until_broken
 
 

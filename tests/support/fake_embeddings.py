@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from server.engine.engine import Call
+from server.engine.calls import Call
 
 
 def check(request: Any) -> None:

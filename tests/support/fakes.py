@@ -25,20 +25,19 @@ import numpy as np
 from safetensors import safe_open
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel
-from server.engine.engine import (
+from server.engine.calls import (
     Answer,
     Call,
-    Engine,
     EngineDied,
     PageOp,
     PageReport,
     PageResult,
     StageResult,
+    TokenKind,
     WorkerReport,
-    _request_errors,
-    from_vllm,
 )
-from server.engine.serving import TokenKind
+from server.engine.engine import Engine
+from server.engine.errors import from_vllm, request_errors
 from server.engine.sizing import Capacity
 from server.errors import BadRequest, TooManyRequests, Unavailable
 from tests.support import fake_dialects, fake_embeddings
@@ -215,7 +214,7 @@ class FakeEngine:
         if not call.cache_salt or len(call.cache_salt) > 128 or set(call.cache_salt) & set("@/\\\0"):
             self._violated(f"cache salt {call.cache_salt!r}")
         if call.kind == "messages":
-            with _request_errors():
+            with request_errors():
                 request = fake_dialects.as_chat(request)
         if self.base.pooling != (call.kind == "embedding"):
             self._violated(f"{call.kind} is asked of another kind of model")
@@ -246,7 +245,7 @@ class FakeEngine:
                 raise BadRequest("a token is not in the vocabulary", param="tokens")
             return {"prompt": " ".join(self._words[i] for i in request.tokens if i)}
         if kind == "count_tokens":
-            with _request_errors():
+            with request_errors():
                 (prompt,) = _prompts("chat", fake_dialects.as_chat(request))
             return {"input_tokens": len(prompt.split()) + 1}
         (prompt,) = _prompts("chat" if hasattr(request, "messages") else "completion", request)
@@ -387,7 +386,7 @@ class FakeEngine:
             limit = 1
         else:
             limit = getattr(request, "max_completion_tokens", None) or request.max_tokens
-        with _request_errors():
+        with request_errors():
             prompts = [self._checked(text) for text in _prompts(call.kind, request)]
             if call.kind == "embedding":
                 fake_embeddings.check(request)

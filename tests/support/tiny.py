@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.model import BaseModel, ModuleShape
 from server.app import create_app
-from server.engine.engine import EngineDied
+from server.engine.calls import EngineDied
 from server.settings import Settings
 from tests.support.fakes import FakeEngine
 from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, serving

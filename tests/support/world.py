@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from adapters.errors import AdapterNotFound
 from adapters.model import BaseModel, ModuleShape, Version
 from server.accounts.tenants import Tenant
-from server.engine.engine import EngineDied, PageOp, PageReport
+from server.engine.calls import EngineDied, PageOp, PageReport
 from server.inference.completion import Completion, Completions, open_completion
 from server.inference.embeddings import embed
 from server.metrics import Metrics

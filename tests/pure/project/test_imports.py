@@ -72,7 +72,18 @@ PURE = {
     "server.scheduling.ranking",
     "server.scheduling.residency",
 }
-IMPURE = {"asyncio", "logging", "os", "random", "server.engine.engine", "server.metrics", "threading", "time"}
+IMPURE = {
+    "asyncio",
+    "logging",
+    "os",
+    "random",
+    "server.engine.engine",
+    "server.engine.metered",
+    "server.engine.serving",
+    "server.metrics",
+    "threading",
+    "time",
+}
 
 
 def modules(package: str) -> dict[str, Path]:

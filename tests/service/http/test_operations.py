@@ -18,7 +18,7 @@ import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.app import create_app, drain
-from server.engine.engine import EngineDied
+from server.engine.calls import EngineDied
 from server.http.connection import DrainingServer
 from server.settings import Settings
 from tests.service.http.test_api import CHAT, CHAT_URL, digest, error

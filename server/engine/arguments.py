@@ -1,0 +1,175 @@
+"""Settings as vLLM's arguments, and what they come to: slots, capacity, advice.
+
+Imported by ``Engine.start`` alone: importing vLLM takes seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.model_executor.model_loader.utils import get_model_cls
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+from adapters.model import BaseModel, ModuleShape
+from adapters.worker.cpu.features import multiplies_bfloat16
+from server.engine import sizing
+from server.engine.layers import lora_layers
+from server.engine.sizing import Capacity, Layer
+from server.settings import HOST_PER_GPU_SLOT, Settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Numbers for ``gpu_slots`` and ``host_slots``; what a GPU slot should take, if they were computed."""
+
+    gpu: int
+    host: int
+    slot_bytes: int | None = None
+
+
+def slots_of(settings: Settings) -> Slots:
+    """``settings``' slots as numbers. Takes seconds where they are "auto": vLLM reads the model's config."""
+    if isinstance(settings.gpu_slots, int) and isinstance(settings.host_slots, int):
+        return Slots(settings.gpu_slots, settings.host_slots)
+    config = vllm_arguments(settings, Slots(1, 1))[1].create_engine_config()
+    layers, lora = _slot_layers(config), config.lora_config
+    rank, itemsize = settings.max_lora_rank, lora.lora_dtype.itemsize
+    workers = config.parallel_config.tensor_parallel_size
+    slot = sizing.slot_bytes(
+        layers, rank=rank, itemsize=itemsize, workers=workers, fully_sharded=lora.fully_sharded_loras
+    )
+    gpu, host = settings.gpu_slots, settings.host_slots
+    if gpu == "auto":
+        most = config.scheduler_config.max_num_seqs
+        most = min(most, settings.max_running or most, most if host == "auto" else host or most)
+        gpu = sizing.gpu_slots(settings.adapter_gpu_memory, slot, most)
+    if host == "auto":
+        entry = sizing.entry_bytes(layers, rank=rank, itemsize=itemsize, workers=workers)
+        host = sizing.host_slots(settings.adapter_host_memory, entry, gpu)
+    return Slots(gpu, host or HOST_PER_GPU_SLOT * gpu, slot)
+
+
+def _slot_layers(config: Any) -> list[Layer]:
+    """What a slot of the engine that ``config`` (VllmConfig) describes has room for."""
+    model, lora = config.model_config, config.lora_config
+    if model.is_multimodal_model or config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "the slots of a multimodal model, or of one in pipeline stages, are not computed;"
+            " give GPU_SLOTS and HOST_SLOTS as numbers"
+        )
+    implementation = get_model_cls(model)
+    return lora_layers(
+        model.hf_text_config,
+        # An embedding model has lost its head.
+        vocabulary=[
+            name
+            for name in implementation.embedding_modules
+            if name != "lm_head" or model.runner_type != "pooling"
+        ],
+        fused=implementation.packed_modules_mapping,
+        targets=lora.target_modules,
+        workers=config.parallel_config.tensor_parallel_size,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def log_advice(config: Any) -> None:
+    """What whoever operates the engine that ``config`` (VllmConfig) describes may not know."""
+    bfloat16_on_cpu = current_platform.is_cpu() and str(config.model_config.dtype) == "torch.bfloat16"
+    if bfloat16_on_cpu and not multiplies_bfloat16():
+        logger.warning(
+            'this processor has no instructions for bfloat16: with ENGINE_ARGS=\'{"dtype": "float32"}\''
+            " batches and prompts are multiplied two to three times as fast, and the base model takes"
+            " twice the memory"
+        )
+
+
+def capacity_of(
+    slots: Slots, base: BaseModel, described: Sequence[dict[str, Any]], itemsize: int
+) -> Capacity:
+    """By what the workers have really allocated."""
+    slot = max(int(one["slot_bytes"]) for one in described)
+    if slots.slot_bytes not in (None, slot):
+        logger.warning(
+            "a slot was computed to take %d bytes and takes %d: give GPU_SLOTS and HOST_SLOTS as numbers",
+            slots.slot_bytes,
+            slot,
+        )
+    layers = [Layer(shape.in_features, shape.out_features) for shape in base.modules.values()]
+    entry = sizing.entry_bytes(layers, rank=base.max_lora_rank, itemsize=itemsize, workers=len(described))
+    return Capacity(slots.gpu, slots.host, slot, entry)
+
+
+def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
+    """(arguments of vLLM's OpenAI front end, AsyncEngineArgs) for ``settings`` with ``slots``."""
+    if settings.model.startswith(("/", ".")) and not Path(settings.model).is_dir():
+        raise ValueError(f"MODEL: there is no folder {settings.model}")
+    ours: dict[str, Any] = {
+        "model": settings.model,
+        "enable_lora": True,
+        "max_loras": slots.gpu,
+        "max_cpu_loras": slots.host,
+        "max_lora_rank": settings.max_lora_rank,
+        "max_model_len": settings.max_model_len,
+        "worker_extension_cls": "adapters.worker.extension.LoraplexWorker",
+    }
+    known = {f.name for f in fields(AsyncEngineArgs)}
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    given: dict[str, Any] = {}
+    if current_platform.is_cpu():
+        given = {
+            # What adapters.worker.cpu.kernels multiplies fastest.
+            "lora_dtype": STR_DTYPE_TO_TORCH_DTYPE["float32"],
+            "distributed_executor_backend": "adapters.worker.cpu.executor.PatientExecutor",
+        }
+    given |= settings.engine_args
+    for name, value in given.items():
+        if name not in known and not hasattr(args, name):
+            close = get_close_matches(name, known | set(vars(args)), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"ENGINE_ARGS: vLLM has no argument {name!r}{hint}")
+        default = getattr(args, name, None)
+        if isinstance(value, dict) and is_dataclass(default):
+            given[name] = value = _config(name, default, value)
+        setattr(args, name, value)
+    for name, value in ours.items():
+        setattr(args, name, value)
+    args.served_model_name = [settings.served_model_name]
+    args.enable_log_requests = False
+    engine_args = {name: value for name, value in {**given, **ours}.items() if name in known}
+    return args, AsyncEngineArgs(
+        **engine_args, served_model_name=[settings.served_model_name], enable_log_requests=False
+    )
+
+
+def _config(name: str, default: Any, changes: dict[str, Any]) -> Any:
+    """One of vLLM's config classes with ``changes``; what vLLM complains of becomes a ValueError."""
+    try:
+        return replace(default, **changes)
+    except (ValueError, TypeError) as exc:
+        raise ValueError(f"ENGINE_ARGS: {name}: {exc}") from exc
+
+
+def base_model_of(name: str, described: Sequence[dict[str, Any]]) -> BaseModel:
+    """The whole model out of its workers' accounts: pipeline stages each know their own layers."""
+    modules: dict[str, ModuleShape] = {}
+    for one in described:
+        modules.update({module: ModuleShape(*shape) for module, shape in one["modules"].items()})
+    return BaseModel(
+        name=name,
+        modules=dict(sorted(modules.items())),
+        max_lora_rank=described[0]["max_lora_rank"],
+        fused={suffix: tuple(parts) for suffix, parts in described[0]["fused"].items()},
+    )

@@ -1,0 +1,152 @@
+"""What goes in and out of the engine: paging operations, calls and answers. Imports no vLLM.
+
+The scheduler, the use cases and the fake engine of the tests all speak in these terms.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from server.errors import ServerError
+
+Kind = Literal["chat", "completion", "responses", "messages", "embedding"]
+TokenKind = Literal["tokenize", "detokenize", "count_tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class PageOp:
+    """One step of paging. ``name`` and ``path`` (absolute) are needed by "stage" only."""
+
+    verb: Literal["stage", "activate", "deactivate", "evict"]
+    load_id: int
+    name: str = ""
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PageResult:
+    """How an operation ended: ``error`` is None when it was done; ``seconds`` is the worker's time."""
+
+    error: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """A load that has left its staging thread; ``size_bytes`` of host memory if ``error`` is None."""
+
+    load_id: int
+    error: str | None
+    seconds: float
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageReport:
+    results: tuple[PageResult, ...]
+    staged: tuple[StageResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What the workers hold: load ids in host memory, per slot, and being staged."""
+
+    host: frozenset[int]
+    slots: tuple[int | None, ...]
+    staging: frozenset[int]
+    in_step_loads: int
+
+
+class EngineDied(Exception):
+    """The engine process is gone; nothing can be served until the server is started again."""
+
+
+class Meter(Protocol):
+    """Told by the engine what a call consumed.
+
+    A call with several prompts runs as several ``part``s; the totals of one part are cumulative.
+    """
+
+    def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None: ...
+
+
+class Admission(Protocol):
+    """Says whether a call may run, once its prompts are tokens; see ``server.limits.quotas.Ticket``."""
+
+    refused: ServerError | None
+
+    def asks(self, prompt_tokens: int, output_tokens: int, sequences: int) -> None: ...
+    async def settle(self) -> int | None: ...
+
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class Call:
+    """One admitted request on its way through the engine.
+
+    ``model`` is the engine's name for what answers, ``public_model`` the name shown in the answer.
+    ``cache_salt`` separates tenants in the prefix cache (at most 128 characters, none of ``@ / \\``).
+    ``resumable`` is what ``Engine.resumable`` says of its request. ``sent`` holds what the engine was asked
+    for, as vLLM's core knows it; see ``Engine.pause``.
+    """
+
+    id: str
+    kind: Kind
+    model: str
+    public_model: str
+    cache_salt: str
+    meter: Meter
+    admission: Admission | None = None
+    request_ids: list[str] = field(default_factory=list)
+    resumable: bool = False
+    sent: list[Any] = field(default_factory=list)
+    paused: bool = False
+    aborted: bool = False
+    broken: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Either ``body`` (a JSON document) or ``stream`` (SSE chunks, which must be closed)."""
+
+    body: dict[str, Any] | None = None
+    stream: AsyncIterator[str] | None = None
+
+
+class RunsCalls(Protocol):
+    """An engine, as far as a call that runs in it needs it; see ``server.engine.engine.Engine``."""
+
+    async def abort(self, call: Call) -> None: ...
+    async def pause(self, call: Call) -> bool: ...
+    async def resume(self, call: Call) -> None: ...
+    async def give_up(self, call: Call, reason: str) -> None: ...
+    def poll(self, call: Call) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A call and the engine that runs it."""
+
+    engine: RunsCalls
+    call: Call
+
+    async def abort(self) -> None:
+        await self.engine.abort(self.call)
+
+    async def pause(self) -> bool:
+        return await self.engine.pause(self.call)
+
+    async def resume(self) -> None:
+        await self.engine.resume(self.call)
+
+    async def give_up(self, reason: str) -> None:
+        await self.engine.give_up(self.call, reason)
+
+    def poll(self) -> None:
+        self.engine.poll(self.call)
+
+
+# The call whose request vLLM's front end works on, for what vLLM calls back into.
+current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("loraplex_call", default=None)

@@ -1,0 +1,229 @@
+"""AsyncLLM that runs nothing without a call, counts what a call produces, and pauses and resumes calls.
+
+Imported by ``Engine.start`` alone: importing vLLM takes seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import weakref
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from typing import Any
+
+from vllm.exceptions import GenerationError, GracefulHTTPError
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from server.engine.calls import Admission, Call, Meter, current_call
+from server.errors import ServerError
+
+# Seconds that the front end may take to render a prompt, before a call that is to be paused is let run on.
+RENDER_TIMEOUT_S = 30.0
+
+
+class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
+    """AsyncLLM that runs nothing without a call, and tells the call's meter what it produces.
+
+    A paused call is unknown to vLLM's core, but not to its output processor: detokenizer, stop strings,
+    log-probabilities and usage are kept there and go on as if nothing had happened.
+    """
+
+    _calls: weakref.WeakValueDictionary[str, Call]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._calls = weakref.WeakValueDictionary()  # by the id that ``generate`` was called with
+        super().__init__(*args, **kwargs)
+        statistics = self.logger_manager  # None where ENGINE_ARGS turn them off
+        for one in statistics.stat_loggers if statistics else ():
+            if hasattr(one, "gauge_lora_info"):
+                # It keeps a series for every set of adapters that ever ran or waited together.
+                one.gauge_lora_info = None
+
+    def __del__(self) -> None:
+        """``Engine`` stops it; vLLM's own attempt at interpreter exit finds its modules gone."""
+
+    def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        call = call_of_request(request_id)
+        self._calls[request_id] = call
+        stream = super().generate(prompt, sampling_params, request_id, **kwargs)
+        return self._counted(call, request_id, prompt, stream, sampling_params)
+
+    def encode(self, prompt: Any, pooling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
+        call = call_of_request(request_id)
+        stream = super().encode(prompt, pooling_params, request_id, **kwargs)
+        return self._counted(call, request_id, prompt, stream)
+
+    def _counted(
+        self, call: Call, part: str, prompt: Any, stream: AsyncIterator[Any], sampling_params: Any = None
+    ) -> AsyncIterator[Any]:
+        """``stream``, metered, and where tokens are limited admitted by what it may come to."""
+        metered = self._metered(stream, call.meter, part)
+        if call.admission is None:
+            return metered
+        given = sampling_params
+        sequences, each = (given.n, given.max_tokens or 0) if given is not None else (0, 0)
+        call.admission.asks(tokens_of(prompt), sequences * each, sequences)
+        return admitted_stream(call.admission, metered, sampling_params)
+
+    @staticmethod
+    async def _metered(stream: AsyncIterator[Any], meter: Meter, part: str) -> AsyncIterator[Any]:
+        # While streaming an output holds what is new; otherwise one output holds everything.
+        produced = 0
+        async for output in stream:
+            if isinstance(output.outputs, list):  # an embedding's is no list
+                for completion in output.outputs:
+                    produced += len(completion.token_ids)
+            prompt = len(output.prompt_token_ids or ())
+            meter.progressed(part, prompt, produced, output.num_cached_tokens or 0)
+            yield output
+
+    async def _add_request(self, request: Any, prompt: Any, parent: Any, index: int, queue: Any) -> None:
+        call = self._calls.get(request.external_req_id)
+        if call is not None:
+            call.sent.append(request)
+        if call is None or not call.paused:
+            await super()._add_request(request, prompt, parent, index, queue)
+        else:
+            self.output_processor.add_request(request, prompt, parent, index, queue)
+
+    def _unfinished(self, call: Call) -> list[tuple[Any, Any]]:
+        """(what was sent, what its output processor holds) for each part that goes on."""
+        states = self.output_processor.request_states
+        return [(sent, states[sent.request_id]) for sent in call.sent if sent.request_id in states]
+
+    async def pause(self, call: Call) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RENDER_TIMEOUT_S):
+                # Until then the front end may still look for its model, whose slot is to be emptied.
+                while not call.sent and not call.aborted:
+                    await asyncio.sleep(0.005)
+        unfinished = self._unfinished(call)
+        if not unfinished or not call.resumable or not all(_can_resume(sent) for sent, _ in unfinished):
+            return False
+        call.paused = True
+        left = [sent.request_id for sent, _ in unfinished]
+        for sent, state in unfinished:
+            self._rename(sent, state)
+        await self.engine_core.abort_requests_async(left)
+        return True
+
+    def _rename(self, sent: Any, state: Any) -> None:
+        """Gives it an id that the core has never seen: what is under way for the old one is dropped.
+
+        The same tokens come again when it is resumed. (The core also handles an abort twice, which would
+        end a request that came back under its old id.)
+        """
+        processor, old = self.output_processor, sent.request_id
+        processor.lora_states.request_finished(old, state.lora_name)
+        stem, _, count = old.partition("~")
+        new = f"{stem}~{int(count or 0) + 1}"
+        processor.request_states[new] = processor.request_states.pop(old)
+        siblings = processor.external_req_ids[state.external_req_id]
+        siblings[siblings.index(old)] = new
+        sent.request_id = state.request_id = state.queue.request_id = new
+
+    async def resume(self, call: Call, lora_request: Any) -> None:
+        call.paused = False
+        for sent, state in self._unfinished(call):
+            await self.engine_core.add_request_async(_continuation(sent, state, lora_request))
+
+    async def give_up(self, call: Call, reason: str) -> None:
+        for sent, state in self._unfinished(call):
+            queue, state.queue = state.queue, None  # else the abort would replace the error
+            queue.put(GracefulHTTPError(reason, HTTPStatus.SERVICE_UNAVAILABLE))
+            await self.abort(sent.request_id, internal=True)
+
+    async def abort(self, request_id: Any, internal: bool = False) -> None:
+        """Counts first: vLLM itself aborts what is cancelled, and then forgets how much there was."""
+        states = self.output_processor.request_states
+        for one in [request_id] if isinstance(request_id, str) else list(request_id):
+            external = str(getattr(states.get(one), "external_req_id", "")) if internal else one
+            call = self._calls.get(external)
+            if call is not None:
+                self.settle(external, call.meter)
+        await super().abort(request_id, internal)
+
+    def settle(self, request_id: str, meter: Meter) -> None:
+        """Counts what is produced but not handed out yet; needed before an abort forgets it."""
+        processor = self.output_processor
+        prompt = produced = 0
+        for internal in processor.external_req_ids.get(request_id, ()):
+            state = processor.request_states.get(internal)
+            if state is not None and state.detokenizer is not None:
+                prompt = state.prompt_len
+                produced += state.detokenizer.num_output_tokens()
+        if produced:
+            meter.progressed(request_id, prompt, produced, 0)
+
+
+def call_of_request(request_id: str) -> Call:
+    """The call that vLLM's front end now begins a part of."""
+    call = current_call.get()
+    if call is None:
+        raise RuntimeError("the engine was asked to run something outside an admitted call")
+    call.request_ids.append(request_id)
+    return call
+
+
+def tokens_of(prompt: Any) -> int:
+    """Of a prompt that vLLM's front end has rendered."""
+    ids = prompt.get("prompt_token_ids")
+    return len(prompt["prompt_embeds"] if ids is None else ids)
+
+
+async def admitted_stream(
+    admission: Admission, stream: AsyncIterator[Any], sampling_params: Any = None
+) -> AsyncIterator[Any]:
+    """``stream``, which runs only when it is first asked for something, once it may.
+
+    vLLM makes the streams of all prompts of a request before it asks any.
+    """
+    try:
+        most = await admission.settle()
+    except ServerError as exc:  # vLLM would log any other with a traceback
+        raise GenerationError(exc.message) from exc
+    if most is not None:
+        sampling_params.max_tokens = min(sampling_params.max_tokens, most)
+    async for output in stream:
+        yield output
+
+
+def _can_resume(sent: Any) -> bool:
+    """Whether a request that is begun anew from its prompt and its answer so far goes on as it would have.
+
+    Not so where the core keeps more than tokens: a grammar's state, a random generator's, or counts of the
+    answer's own tokens, which would then be the prompt's.
+    """
+    params = sent.sampling_params
+    return (
+        params is not None
+        and params.n == 1
+        and params.structured_outputs is None
+        and params.presence_penalty == params.frequency_penalty == 0
+        and (params.seed is None or params.sampling_type == params.sampling_type.GREEDY)
+        and getattr(params, "thinking_token_budget", None) is None
+        and getattr(params, "repetition_detection", None) is None
+        and not params.bad_words
+        and not params.extra_args
+        and sent.prompt_embeds is None
+    )
+
+
+def _continuation(sent: Any, state: Any, lora_request: Any) -> Any:
+    """``sent`` with what was answered so far as part of its prompt."""
+    said = list(state.detokenizer.output_token_ids)
+    params = sent.sampling_params.clone()
+    params.max_tokens -= len(said)
+    params.min_tokens = max(0, params.min_tokens - len(said))
+    if said:  # log-probabilities of the prompt came with the first token
+        params.prompt_logprobs = None
+        params.skip_reading_prefix_cache = False
+    more = copy.copy(sent)
+    more.prompt_token_ids = [*sent.prompt_token_ids, *said]
+    more.sampling_params = params
+    more.lora_request = lora_request
+    return more
