@@ -23,6 +23,7 @@ from typing import Any, Self
 import torch
 from safetensors import safe_open
 
+from adapters.files import sync_path, write_all
 from adapters.inspection.admit import admit
 from adapters.inspection.inspect import check_tensors
 from adapters.inspection.peft_config import read_config
@@ -143,12 +144,12 @@ class Merge(AbstractContextManager["Merge"]):
     def keep(self) -> None:
         """Gives the folder its name, on disk when this returns."""
         for path in self.partial.iterdir():
-            _sync(path)
-        _sync(self.partial)
+            sync_path(path)
+        sync_path(self.partial)
         if self.out.exists():
             raise FileExistsError(f"{self.out} was made by somebody else in the meantime")
         self.partial.rename(self.out)
-        _sync(self.out.parent)
+        sync_path(self.out.parent)
 
     def _changes(self) -> dict[str, _Change]:
         """By the name of the weight."""
@@ -197,14 +198,7 @@ def _add(descriptor: int, begin: int, dtype: str, a: torch.Tensor, b: torch.Tens
         total = torch.addmm(rows.float(), part, a).to(rows.dtype)
         if not total.isfinite().all():
             raise MergeError(f"{weight} with the adapter is too large for {dtype}")
-        _write_all(descriptor, total.flatten().view(torch.uint8).numpy(), place)
-
-
-def _write_all(descriptor: int, data: Any, place: int) -> None:
-    rest = memoryview(data)
-    while rest:
-        written = os.pwrite(descriptor, rest, place)
-        rest, place = rest[written:], place + written
+        write_all(descriptor, total.flatten().view(torch.uint8).numpy(), place)
 
 
 def _shards(base_dir: Path) -> Mapping[str, str]:
@@ -238,11 +232,3 @@ def _compare(prompt: str, plain: torch.Tensor, want: torch.Tensor, got: torch.Te
 
 def _divergence(want: torch.Tensor, other: torch.Tensor) -> float:
     return max(0.0, (want.exp() * (want - other)).sum(-1).max().item())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

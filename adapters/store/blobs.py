@@ -30,6 +30,7 @@ from typing import Any, Self, TypeVar
 from weakref import WeakValueDictionary
 
 from adapters.errors import StorageFailed, StorageFull, UploadIncomplete, UploadTooLarge, fault
+from adapters.files import sync_path, write_all
 from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
 from adapters.tasks import run_in_thread
 
@@ -77,9 +78,6 @@ class BlobStore:
             raise ValueError(f"not a digest: {digest!r}")
         return self.blobs / digest
 
-    async def exists(self, digest: str) -> bool:
-        return await run_in_thread(self.path(digest).is_dir)
-
     async def remove(self, digest: str) -> None:
         """Removes the blob, if it is there. The caller knows that nobody links it or is about to."""
         path = self.path(digest)
@@ -100,7 +98,7 @@ class BlobStore:
     def _open(self) -> None:
         for folder in (self.root, self.quarantine, self.blobs):
             folder.mkdir(parents=True, exist_ok=True)
-        _sync_folder(self.root)
+        sync_path(self.root)
         self._probe()
 
     def _probe(self) -> None:
@@ -140,7 +138,7 @@ class BlobStore:
             trash = self.quarantine / uuid.uuid4().hex
             path.chmod(0o755)  # moving a folder rewrites its "..", for which it must be writable
             os.rename(path, trash)
-            _sync_folder(self.blobs)
+            sync_path(self.blobs)
             _discard(trash)
 
     def _commit(self, folder: Path, digest: str) -> Path:
@@ -150,14 +148,14 @@ class BlobStore:
             if path.exists():
                 if digest_of(path) == digest:
                     _seal(path)
-                    _sync_folder(self.blobs)
+                    sync_path(self.blobs)
                     return path
                 logger.warning("blob %s is damaged and replaced by a new upload of the same files", digest)
                 self._remove(path)
-            _sync_folder(folder)
+            sync_path(folder)
             os.rename(folder, path)
             _seal(path)
-            _sync_folder(self.blobs)
+            sync_path(self.blobs)
             return path
 
 
@@ -172,7 +170,7 @@ class _File:
 
     def flush(self) -> None:
         if self.waiting:
-            _write_all(self.descriptor, self.waiting)
+            write_all(self.descriptor, self.waiting)
             self.sha256.update(self.waiting)
             self.waiting = bytearray()
 
@@ -350,23 +348,9 @@ def _check_name(filename: str) -> None:
     raise fault("unexpected_file", f"The upload holds {filename[:120]!r}.")
 
 
-def _write_all(descriptor: int, data: bytearray) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-
-
 def _seal(path: Path) -> None:
     path.chmod(0o555)
-    _sync_folder(path)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(path)
 
 
 def _marks(folder: Path) -> set[tuple[str, int]]:

@@ -23,12 +23,12 @@ from adapters.database.rows import UploadRow, now
 from adapters.errors import AdapterConflict
 from adapters.model import is_tenant_id
 
-KEPT = timedelta(hours=24)
+IDEMPOTENCY_TTL = timedelta(hours=24)
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """An upload that has a key. ``answer`` is None until there is one."""
+    """An upload that has an ``Idempotency-Key``. ``answer`` is None until the upload has succeeded."""
 
     tenant: str
     key: str
@@ -36,8 +36,8 @@ class Receipt:
     answer: Mapping[str, Any] | None = None
 
     async def keep(self, session: AsyncSession, answer: Mapping[str, Any]) -> None:
-        """Adds ``answer`` to a transaction, and takes from it those that are too old."""
-        await session.execute(delete(UploadRow).where(UploadRow.created_at < now() - KEPT))
+        """Stores ``answer`` in the transaction of ``session``, and deletes answers past IDEMPOTENCY_TTL."""
+        await session.execute(delete(UploadRow).where(UploadRow.created_at < now() - IDEMPOTENCY_TTL))
         session.add(
             UploadRow(
                 tenant=self.tenant,
@@ -50,15 +50,18 @@ class Receipt:
 
 
 class Receipts:
+    """The answers of uploads that had a key, and one lock a key while an upload runs."""
+
     def __init__(self, database: Database) -> None:
         self._database = database
         self._under_way: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
     async def once(self, tenant: str, key: str | None, *asked: object) -> AsyncIterator[Receipt | None]:
-        """The receipt of the upload that ``asked`` describes, None without a key. Two of a key take turns.
+        """Yields the receipt of the upload that ``asked`` describes; None without a key.
 
-        AdapterConflict (``idempotency_conflict``) if something else was asked with this key.
+        Two uploads of one key take turns. Raises AdapterConflict
+        (``idempotency_conflict``) if something else was asked with this key.
         """
         if key is None:
             yield None
@@ -80,4 +83,4 @@ class Receipts:
             return None
         async with self._database.read() as session:
             row = await session.get(UploadRow, (tenant, key))
-        return row if row is not None and row.created_at >= now() - KEPT else None
+        return row if row is not None and row.created_at >= now() - IDEMPOTENCY_TTL else None

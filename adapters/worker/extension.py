@@ -25,13 +25,13 @@ from typing import Any
 import psutil
 
 from adapters.worker.cpu.onednn import make_kernels
-from adapters.worker.host_memory import Loader, Rooms, stay_beside_the_engine
+from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine
 
 logger = logging.getLogger(__name__)
 
 STAGING = 8  # loads at once
-READY = 1 << 30  # bytes of host memory that the first loads find ready on a GPU machine
-READY_ON_CPU = 4 << 30  # where an adapter stays in the memory that it is read into
+PREFAULTED_BYTES = 1 << 30  # host memory that is touched ahead for the first loads on a GPU machine
+PREFAULTED_BYTES_ON_CPU = 4 << 30  # where an adapter stays in the memory that it is read into
 
 # A paging operation: (verb, load id, internal name, absolute folder). Name and folder matter to "stage" only.
 WireOp = tuple[str, int, str, str]
@@ -89,10 +89,15 @@ class _Pager:
             from adapters.worker.cpu.kernels import install
 
             install(self.tables)
-        # On a GPU machine what is read is copied on into pinned memory, and its room is spare at once.
-        rooms = Rooms(self._allocated() // self.tables.lora_slots, host_slots if on_cpu else STAGING)
-        rooms.make_ready(min(READY_ON_CPU if on_cpu else READY, psutil.virtual_memory().available // 4))
-        read_with(Loader(rooms, manager.lora_config.lora_dtype))
+        # On a GPU machine what is read is copied on into pinned memory, and its buffer is free at once.
+        pool = BufferPool(self._allocated() // self.tables.lora_slots, host_slots if on_cpu else STAGING)
+        pool.prefault(
+            min(
+                PREFAULTED_BYTES_ON_CPU if on_cpu else PREFAULTED_BYTES,
+                psutil.virtual_memory().available // 4,
+            )
+        )
+        read_with(Loader(pool, manager.lora_config.lora_dtype))
         self._load = manager._load_adapter
         self._threads = ThreadPoolExecutor(STAGING, "loraplex-stage", initializer=stay_beside_the_engine)
         self._staging: dict[int, Future[tuple[Any, float]]] = {}
@@ -136,7 +141,6 @@ class _Pager:
             "modules": modules,
             "fused": fused,
             "max_lora_rank": self.manager.lora_config.max_lora_rank,
-            "lora_dtype": str(self.manager.lora_config.lora_dtype).removeprefix("torch."),
             "slot_bytes": self._allocated() // self.tables.lora_slots,
         }
 

@@ -5,9 +5,9 @@ for the memory that the tensors are copied to, beside which an engine step may t
 bytes for every tensor of every load, which ``get_tensor`` never gives back; and its life, should the file be
 cut short meanwhile. Here the file is read, into memory whose pages are there:
 
-    room     memory as large as an adapter can be; its pages are the system's until they are written to
-    loan     a room under all the tensors of one adapter; when the last of them is gone, it is spare
-    spare    a room for the next adapter: left by one before, or written to before the first
+    region   memory mapped from the system, as large as an adapter can be; its pages come at the first write
+    buffer   a region in use by all the tensors of one adapter; it is free when the last of them is gone
+    free     a region for the next adapter: used by one before, or prefaulted before the first
 """
 
 from __future__ import annotations
@@ -28,45 +28,55 @@ from adapters.inspection.tensor_stats import TORCH_DTYPES
 
 _MIB = 1 << 20
 
-Loan = ctypes.Array[ctypes.c_char]
+Buffer = ctypes.Array[ctypes.c_char]
 
 
-class Rooms:
-    """``size`` bytes each, ``keep`` of which are kept when they are spare. Any method, on any thread."""
+class BufferPool:
+    """Hands out memory for adapters and takes it back by itself; every method may run on any thread.
+
+    ``size`` is the least that a buffer has, in bytes, rounded up to MiB. The ``keep`` largest free regions
+    are kept for later; the system gets back the others.
+    """
 
     def __init__(self, size: int, keep: int) -> None:
         self._size = _whole(size)
         self._keep = keep
-        self._spare: list[mmap.mmap] = []  # by size
-        # A loan may end wherever the garbage collector runs, in the middle of these methods too.
+        self._free: list[mmap.mmap] = []  # the smallest first
+        # A buffer may be collected wherever the garbage collector runs: in the middle of these methods too.
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
-        return f"Rooms(spare {[len(room) // _MIB for room in self._spare]} MiB)"
+        return f"BufferPool(free {[len(region) // _MIB for region in self._free]} MiB)"
 
-    def make_ready(self, at_most: int) -> None:
-        """Writes to as many spare rooms as ``at_most`` bytes allow, for when no engine step is running."""
-        rooms = min(self._keep, at_most // self._size)
-        loans = [self.lend(self._size) for _ in range(rooms)]
-        for loan in loans:
-            ctypes.memset(loan, 0, len(loan))
+    def prefault(self, at_most: int) -> None:
+        """Makes as many free regions as ``at_most`` bytes allow and touches their pages.
 
-    def lend(self, size: int) -> Loan:
-        """At least ``size`` bytes of any content, lent until nothing refers to the buffer any more."""
+        Called before the first engine step: page faults during one slow it down several times.
+        """
+        count = min(self._keep, at_most // self._size)
+        buffers = [self.lend(self._size) for _ in range(count)]
+        for buffer in buffers:
+            ctypes.memset(buffer, 0, len(buffer))
+
+    def lend(self, size: int) -> Buffer:
+        """A buffer of at least ``size`` bytes, whose contents are undefined.
+
+        Its memory goes back to the pool when nothing refers to the buffer any more.
+        """
         with self._lock:
-            room = next((room for room in self._spare if len(room) >= size), None)
-            if room is not None:
-                self._spare.remove(room)
-        if room is None:
+            region = next((region for region in self._free if len(region) >= size), None)
+            if region is not None:
+                self._free.remove(region)
+        if region is None:
             length = max(_whole(size), self._size)
-            room = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        loan = (ctypes.c_char * len(room)).from_buffer(room)
-        weakref.finalize(loan, self._take_back, room).atexit = False
-        return loan
+            region = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        buffer = (ctypes.c_char * len(region)).from_buffer(region)
+        weakref.finalize(buffer, self._take_back, region).atexit = False
+        return buffer
 
-    def _take_back(self, room: mmap.mmap) -> None:
+    def _take_back(self, region: mmap.mmap) -> None:
         with self._lock:
-            self._spare = sorted([*self._spare, room], key=len)[-self._keep :]
+            self._free = sorted([*self._free, region], key=len)[-self._keep :]
 
 
 def _whole(size: int) -> int:
@@ -109,10 +119,10 @@ class Weights:
 
 
 class Loader:
-    """Reads adapters' files into ``rooms``; whatever they hold, their tensors are of ``dtype``."""
+    """Reads adapters' files into buffers of ``pool``, and converts their tensors to ``dtype``."""
 
-    def __init__(self, rooms: Rooms, dtype: torch.dtype) -> None:
-        self._rooms = rooms
+    def __init__(self, pool: BufferPool, dtype: torch.dtype) -> None:
+        self._pool = pool
         self._dtype = dtype
 
     def open(self, path: str, framework: str = "pt") -> Weights:
@@ -121,8 +131,8 @@ class Loader:
             data, tensors = _tensors(file.fileno())
             # Where each tensor begins in the result, in elements.
             starts = list(itertools.accumulate((t.elements for t in tensors.values()), initial=0))
-            loan = self._rooms.lend(starts[-1] * self._dtype.itemsize)
-            flat = torch.frombuffer(loan, dtype=self._dtype)
+            buffer = self._pool.lend(starts[-1] * self._dtype.itemsize)
+            flat = torch.frombuffer(buffer, dtype=self._dtype)
             placed = zip(starts, tensors.values(), strict=False)
             for name, group in itertools.groupby(placed, key=lambda pair: pair[1].dtype):
                 run = list(group)
@@ -130,9 +140,9 @@ class Loader:
                 dtype, size, begin = TORCH_DTYPES[name], last.end - first.begin, data + first.begin
                 if dtype == self._dtype:
                     at = start * dtype.itemsize
-                    _fill(memoryview(loan)[at : at + size], file.fileno(), begin)
+                    _fill(memoryview(buffer)[at : at + size], file.fileno(), begin)
                 elif size:
-                    source = self._rooms.lend(size)
+                    source = self._pool.lend(size)
                     _fill(memoryview(source)[:size], file.fileno(), begin)
                     count = size // dtype.itemsize
                     flat[start : start + count].copy_(torch.frombuffer(source, dtype=dtype, count=count))
@@ -158,8 +168,8 @@ def stay_beside_the_engine() -> None:
     On Linux affinity belongs to a thread, and so does the number of threads that its torch calls use. vLLM's
     CPU worker binds itself to some cores, which a thread inherits: it gets back all those that the parent
     process may use. Two OpenMP teams on the same cores would wait for each other in the middle of an engine
-    step. (That worker also replaces ``torch.set_num_threads`` by a warning.) The thread is no nicer than the
-    engine's: while it waits for a processor with Python's lock in its hand, the engine waits for both.
+    step. (That worker also replaces ``torch.set_num_threads`` by a warning.) The thread is not niced: a
+    low-priority thread that is preempted while it holds the GIL would stall the engine.
     """
     with contextlib.suppress(OSError, AttributeError):
         os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))

@@ -132,7 +132,7 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
         given = {
             # What adapters.worker.cpu.kernels multiplies fastest.
             "lora_dtype": STR_DTYPE_TO_TORCH_DTYPE["float32"],
-            "distributed_executor_backend": "adapters.worker.cpu.executor.PatientExecutor",
+            "distributed_executor_backend": "adapters.worker.cpu.executor.YieldingExecutor",
         }
     given |= settings.engine_args
     for name, value in given.items():

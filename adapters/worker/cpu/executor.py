@@ -5,7 +5,7 @@ core for as long as anything runs. It is one of the cores that are not the worke
 for that process itself and for loads; with two cores it is the only one, and a load gets what is left of it.
 
     MultiprocExecutor    one process per worker; what it answers comes through shared memory
-    PatientExecutor      looks for an answer every 2 ms while an adapter is loaded
+    YieldingExecutor     looks for an answer every 2 ms while an adapter is loaded
 
 Not all the time: where cores rest between two looks, on a virtual machine at least, a token costs the API
 process a quarter more, and a step of 60 ms comes some ms later. (To wait for vLLM's notice from the
@@ -21,12 +21,15 @@ from typing import Any
 
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-LOOK_AGAIN = 0.002  # seconds, of a step's 10 to 100 ms
+POLL_INTERVAL_S = 0.002  # of a step's 10 to 100 ms
 
 
-class PatientExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM is not typed for us
-    """Uses ``response_mqs``, and of each ``_spin_condition.wait``; learns of loads from what
-    ``LoraplexWorker.loraplex_page`` answers."""
+class YieldingExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM is not typed for us
+    """Sleeps between two looks for a worker's answer while an adapter is loading, and gives its core away.
+
+    Uses vLLM's ``response_mqs`` and replaces ``_spin_condition.wait`` of each; the answers of
+    ``LoraplexWorker.loraplex_page`` say whether a load is going on.
+    """
 
     _loading = False
 
@@ -35,14 +38,14 @@ class PatientExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM is not t
         for queue in self.response_mqs:
             # None where the answers come from another machine.
             if (condition := queue._spin_condition) is not None:
-                condition.wait = self._patient(condition.wait)
+                condition.wait = self._yielding(condition.wait)
 
-    def _patient(self, wait: Callable[..., None]) -> Callable[..., None]:
+    def _yielding(self, wait: Callable[..., None]) -> Callable[..., None]:
         """In place of ``SpinCondition.wait``, whose caller looks for the answer before each call."""
 
         def nap_or_wait(timeout_ms: int | None = None) -> None:
             if self._loading:
-                time.sleep(LOOK_AGAIN)
+                time.sleep(POLL_INTERVAL_S)
             else:
                 wait(timeout_ms=timeout_ms)
 

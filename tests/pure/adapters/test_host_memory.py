@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from adapters.worker import host_memory
 from adapters.worker.extension import read_with
-from adapters.worker.host_memory import Loader, Rooms, Weights
+from adapters.worker.host_memory import BufferPool, Loader, Weights
 from tests.support import tiny
 
 MIB = 1 << 20
@@ -27,8 +27,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture
-def rooms() -> Rooms:
-    return Rooms(MIB, keep=2)
+def pool() -> BufferPool:
+    return BufferPool(MIB, keep=2)
 
 
 @pytest.fixture
@@ -49,12 +49,12 @@ def some_tensors(chance: random.Random, dtypes: tuple[torch.dtype, ...]) -> dict
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(12))
-def test_every_tensor_is_what_was_saved(file: Path, rooms: Rooms, seed: int, dtype: torch.dtype) -> None:
+def test_every_tensor_is_what_was_saved(file: Path, pool: BufferPool, seed: int, dtype: torch.dtype) -> None:
     chance = random.Random(seed)
     saved = some_tensors(chance, chance.choice((DTYPES, (torch.float32,), (torch.bfloat16,))))
     save_file(saved, file)
     for _ in range(2):  # the second time in memory that is no longer zero
-        read = contents(Loader(rooms, dtype).open(str(file)))
+        read = contents(Loader(pool, dtype).open(str(file)))
         assert read.keys() == saved.keys()
         for name, tensor in saved.items():
             assert torch.equal(read[name], tensor.to(dtype))
@@ -62,9 +62,9 @@ def test_every_tensor_is_what_was_saved(file: Path, rooms: Rooms, seed: int, dty
         del read
 
 
-def test_memory_is_lent_again_once_no_tensor_is_in_it(file: Path, rooms: Rooms) -> None:
+def test_memory_is_lent_again_once_no_tensor_is_in_it(file: Path, pool: BufferPool) -> None:
     save_file({"a": torch.ones(MIB), "b": torch.ones(MIB)}, file)
-    loader = Loader(rooms, torch.float32)
+    loader = Loader(pool, torch.float32)
     first = contents(loader.open(str(file)))
     place = first["a"].data_ptr()
     assert first["b"].data_ptr() == place + 4 * MIB
@@ -72,48 +72,48 @@ def test_memory_is_lent_again_once_no_tensor_is_in_it(file: Path, rooms: Rooms) 
     assert second["a"].data_ptr() != place
     left = first.pop("b")
     del first
-    assert repr(rooms) == "Rooms(spare [] MiB)"
+    assert repr(pool) == "BufferPool(free [] MiB)"
     assert torch.equal(left, torch.ones(MIB))
     del left
-    assert repr(rooms) == "Rooms(spare [8] MiB)"
+    assert repr(pool) == "BufferPool(free [8] MiB)"
     assert contents(loader.open(str(file)))["a"].data_ptr() == place
 
 
-def test_the_largest_few_rooms_are_kept_and_the_smallest_that_fits_is_lent(rooms: Rooms) -> None:
-    loans = [rooms.lend(size * MIB) for size in (3, 9, 5, 7)]
-    loans.clear()
-    assert repr(rooms) == "Rooms(spare [7, 9] MiB)"
-    loan = rooms.lend(4 * MIB + 1)
-    assert len(loan) == 7 * MIB
-    assert repr(rooms) == "Rooms(spare [9] MiB)"
-    assert len(rooms.lend(10 * MIB)) == 10 * MIB
+def test_the_largest_few_regions_are_kept_and_the_smallest_that_fits_is_lent(pool: BufferPool) -> None:
+    buffers = [pool.lend(size * MIB) for size in (3, 9, 5, 7)]
+    buffers.clear()
+    assert repr(pool) == "BufferPool(free [7, 9] MiB)"
+    buffer = pool.lend(4 * MIB + 1)
+    assert len(buffer) == 7 * MIB
+    assert repr(pool) == "BufferPool(free [9] MiB)"
+    assert len(pool.lend(10 * MIB)) == 10 * MIB
 
 
-def test_rooms_are_as_large_as_any_adapter_so_that_each_fits_the_next(rooms: Rooms) -> None:
-    rooms = Rooms(5 * MIB, keep=3)
-    loans = [rooms.lend(size) for size in (1, 2 * MIB, 5 * MIB)]
-    loans.clear()
-    assert repr(rooms) == "Rooms(spare [5, 5, 5] MiB)"
-    loans = [rooms.lend(5 * MIB) for _ in range(3)]
-    assert repr(rooms) == "Rooms(spare [] MiB)"
+def test_buffers_are_as_large_as_any_adapter_so_that_each_fits_the_next(pool: BufferPool) -> None:
+    pool = BufferPool(5 * MIB, keep=3)
+    buffers = [pool.lend(size) for size in (1, 2 * MIB, 5 * MIB)]
+    buffers.clear()
+    assert repr(pool) == "BufferPool(free [5, 5, 5] MiB)"
+    buffers = [pool.lend(5 * MIB) for _ in range(3)]
+    assert repr(pool) == "BufferPool(free [] MiB)"
 
 
-def test_rooms_are_written_to_in_advance() -> None:
+def test_buffers_are_written_to_in_advance() -> None:
     process = psutil.Process()
     before = process.memory_info().rss
-    rooms = Rooms(20 * MIB, keep=8)
-    rooms.make_ready(70 * MIB)
-    assert repr(rooms) == "Rooms(spare [20, 20, 20] MiB)"
+    pool = BufferPool(20 * MIB, keep=8)
+    pool.prefault(70 * MIB)
+    assert repr(pool) == "BufferPool(free [20, 20, 20] MiB)"
     assert process.memory_info().rss - before > 50 * MIB
 
 
 def test_no_more_is_written_to_than_is_kept() -> None:
-    rooms = Rooms(MIB, keep=2)
-    rooms.make_ready(70 * MIB)
-    assert repr(rooms) == "Rooms(spare [1, 1] MiB)"
+    pool = BufferPool(MIB, keep=2)
+    pool.prefault(70 * MIB)
+    assert repr(pool) == "BufferPool(free [1, 1] MiB)"
 
 
-def test_loans_may_end_on_any_thread(rooms: Rooms) -> None:
+def test_buffers_may_end_on_any_thread(pool: BufferPool) -> None:
     """Also where the collector ends one in the middle of another's beginning or end."""
     wrong: list[int] = []
 
@@ -121,9 +121,9 @@ def test_loans_may_end_on_any_thread(rooms: Rooms) -> None:
         chance = random.Random(number)
         mine: list[Any] = []
         for _ in range(300):
-            loan = rooms.lend(chance.randint(1, 3) * MIB)
-            loan[:8] = struct.pack("q", id(loan))
-            cycle: list[Any] = [loan]
+            buffer = pool.lend(chance.randint(1, 3) * MIB)
+            buffer[:8] = struct.pack("q", id(buffer))
+            cycle: list[Any] = [buffer]
             cycle.append(cycle)
             mine.append(cycle)
             if chance.random() < 0.5:
@@ -140,13 +140,13 @@ def test_loans_may_end_on_any_thread(rooms: Rooms) -> None:
         thread.join()
     gc.collect()
     assert not wrong
-    assert len(rooms._spare) == 2
+    assert len(pool._free) == 2
 
 
-def test_hundreds_of_loads_leave_no_memory_behind(file: Path, rooms: Rooms) -> None:
+def test_hundreds_of_loads_leave_no_memory_behind(file: Path, pool: BufferPool) -> None:
     """safetensors' ``get_tensor`` loses 64 bytes each time, 12 MiB here."""
     save_file({f"layer.{i}.lora_A.weight": torch.ones(4, 8) for i in range(400)}, file)
-    loader = Loader(rooms, torch.float32)
+    loader = Loader(pool, torch.float32)
     process = psutil.Process()
     for number in range(600):
         contents(loader.open(str(file)))
@@ -177,16 +177,16 @@ def damaged(file: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["short", "long", "shape", "gap", "dtype", "header", "empty"])
-def test_a_file_that_is_damaged_is_not_read(file: Path, rooms: Rooms, damage: str) -> None:
+def test_a_file_that_is_damaged_is_not_read(file: Path, pool: BufferPool, damage: str) -> None:
     save_file({"a": torch.arange(4.0), "b": torch.arange(5.0)}, file)
     damaged(file, damage)
     with pytest.raises((ValueError, KeyError)):
-        Loader(rooms, torch.float32).open(str(file))
+        Loader(pool, torch.float32).open(str(file))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_file_that_is_cut_short_meanwhile_fails_alone(
-    file: Path, rooms: Rooms, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    file: Path, pool: BufferPool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mapped one would end the process with SIGBUS."""
     save_file({"a": torch.ones(1000)}, file)
@@ -198,17 +198,17 @@ def test_a_file_that_is_cut_short_meanwhile_fails_alone(
 
     monkeypatch.setattr(host_memory, "_fill", cut)
     with pytest.raises(ValueError, match="cut short"):
-        Loader(rooms, dtype).open(str(file))
+        Loader(pool, dtype).open(str(file))
     gc.collect()
-    assert "spare [1" in repr(rooms), "nothing refers to what was read"
+    assert "free [1" in repr(pool), "nothing refers to what was read"
 
 
-def test_vllms_own_loader_reads_through_it(rooms: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllms_own_loader_reads_through_it(pool: BufferPool, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.lora import lora_model
     from vllm.lora.peft_helper import PEFTHelper
 
     monkeypatch.setattr(lora_model, "safetensors", lora_model.safetensors)  # undone after the test
-    read_with(Loader(rooms, torch.float32))
+    read_with(Loader(pool, torch.float32))
     folder = tiny.adapter(1)
     modules = set(json.loads((folder / CONFIG_FILE).read_text())["target_modules"])
     helper = PEFTHelper.from_local_dir(str(folder), None)

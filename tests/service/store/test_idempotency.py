@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import func, select, update
 
 from adapters.database.rows import UploadRow, now
-from adapters.store import idempotency as receipts
+from adapters.store import idempotency
 from tests.service.http.test_api import engine_of, error
 from tests.service.publishing.test_upload import URL, blobs, files
 from tests.support import tiny
@@ -103,12 +103,14 @@ async def test_a_day_later_it_is_forgotten(site: Site, monkeypatch: pytest.Monke
     database = site.services.database
     async with database.write() as session:
         past = update(UploadRow).where(UploadRow.key == "old")
-        await session.execute(past.values(created_at=now() - receipts.KEPT - timedelta(minutes=1)))
+        await session.execute(
+            past.values(created_at=now() - idempotency.IDEMPOTENCY_TTL - timedelta(minutes=1))
+        )
     anew = await upload(site, "old", seed=3)
     assert (anew.status_code, anew.json()["version"]) == (201, 3)
     assert (await upload(site, "young", seed=2)).json()["version"] == 2
     async with database.write() as session:
-        await session.execute(update(UploadRow).values(created_at=now() - 2 * receipts.KEPT))
+        await session.execute(update(UploadRow).values(created_at=now() - 2 * idempotency.IDEMPOTENCY_TTL))
     await upload(site, "new", seed=4)
     async with database.read() as session:
         assert await session.scalar(select(func.count()).select_from(UploadRow)) == 1, "the rest is pruned"
