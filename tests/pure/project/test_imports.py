@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"server"},
     {"adapters.offline", "adapters.store", "adapters.worker"},
     {"adapters.inspection", "adapters.database"},
-    {"adapters.model", "adapters.errors", "adapters.tasks"},
+    {"adapters.model", "adapters.errors", "adapters.files", "adapters.tasks"},
     {"adapters.split"},
     {"adapters"},
 ]
