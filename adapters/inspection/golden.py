@@ -17,7 +17,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adapters.errors import AdapterRejected, fault
-from adapters.inspection.strict_json import loads, show
+from adapters.inspection.strict_json import Bounds, loads, show
 from adapters.model import PROBES_FILE
 
 MAX_BYTES = 1 << 20
@@ -134,7 +134,7 @@ def take(folder: Path) -> Golden | None:
 def parse(data: bytes) -> Golden:
     """AdapterRejected (``probes_invalid``)."""
     try:
-        return Golden.model_validate(loads(data, max_items=4 * MAX_TOKENS))
+        return Golden.model_validate(loads(data, Bounds(4 * MAX_TOKENS)))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))

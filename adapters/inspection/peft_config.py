@@ -266,7 +266,7 @@ def load_fields(path: Path) -> dict[str, Any]:
     if len(data) > MAX_CONFIG_BYTES:
         raise _refuse("config_invalid", f"it is larger than {MAX_CONFIG_BYTES} bytes.")
     try:
-        fields = strict_json.loads(data, max_items=100_000)
+        fields = strict_json.loads(data, strict_json.Bounds(100_000))
     except ValueError as error:
         raise _refuse("config_invalid", f"it is not valid JSON: {error}.") from None
     if not isinstance(fields, dict):

@@ -130,7 +130,7 @@ def _no_header(prefix: bytes, length: int, size: int) -> AdapterRejected:
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        entries = strict_json.loads(data, max_items=16 * MAX_TENSORS)
+        entries = strict_json.loads(data, strict_json.Bounds(16 * MAX_TENSORS))
     except ValueError as error:
         raise _invalid(f"its header is not valid: {error}.") from None
     metadata = entries.pop("__metadata__", {})

@@ -1,7 +1,8 @@
-"""JSON as an upload must have it: what two readers could understand differently is refused.
+"""JSON as a stranger may send it: what two readers could understand differently is refused.
 
 ``adapter_config.json`` and the safetensors header are read here by Python, by vLLM with ``json`` and by
-safetensors with serde. Duplicate keys, NaN, infinities and deep nesting are where those part ways.
+safetensors with serde; a request's body has passed through a gateway's reader before. Duplicate keys, NaN,
+infinities and deep nesting are where those part ways. Sizes are bounded before anything is parsed.
 """
 
 from __future__ import annotations
@@ -9,20 +10,39 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 MAX_DEPTH = 32
+# More characters than any number has that a client means; Python takes 70 ms for 4 MiB of long ones.
+MAX_DIGITS = 100
+MAX_STRINGS = 1 << 17
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
+_FRACTIONS = (b".", b"e", b"E")
+_MAX_INTEGER = 1 << 63
 
 
-def loads(data: bytes, *, max_items: int) -> Any:
-    """The value of UTF-8 JSON ``data``; raises ValueError with the reason in words.
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much JSON may hold.
 
-    ``max_items`` bounds brackets and commas, because an empty object costs thirty times its two bytes.
+    ``max_items`` bounds all values together, because an empty object costs thirty times its two bytes.
+    ``max_nodes`` bounds all but whole numbers in lists of nothing else, which cost least and which a prompt
+    of tokens has many of; these must then fit in 64 bits.
     """
-    if sum(data.count(mark) for mark in (b"{", b"[", b",")) > max_items:
-        raise ValueError(f"it has more than {max_items} items")
+
+    max_items: int
+    max_nodes: int | None = None
+    max_depth: int = MAX_DEPTH
+    allow_nul: bool = False
+
+
+def loads(data: bytes, bounds: Bounds) -> Any:
+    """The value of UTF-8 JSON ``data``; raises ValueError with the reason in words."""
+    _check_size(data, bounds)
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -33,8 +53,8 @@ def loads(data: bytes, *, max_items: int) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
     except RecursionError:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from None
-    _check_tree(value)
+        raise ValueError(f"it is nested more than {bounds.max_depth} levels deep") from None
+    _check_tree(value, bounds)
     return value
 
 
@@ -42,6 +62,29 @@ def show(value: object) -> str:
     """``value`` for a message: one line, printable, at most about 120 characters."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:119]}…"
+
+
+def _check_size(data: bytes, bounds: Bounds) -> None:
+    """Counts marks, in the whole text where that is few enough, else in what lies outside its strings.
+
+    4 MiB take at most some 25 ms, whatever they hold.
+    """
+    nodes = bounds.max_items if bounds.max_nodes is None else min(bounds.max_nodes, bounds.max_items)
+    if len(data) <= nodes:
+        return  # every value has a byte at least
+    plain = data
+    if b'"' in data:
+        plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+        if plain.count(b'"') > 2 * MAX_STRINGS:
+            raise ValueError(f"it has more than {MAX_STRINGS} strings")
+        plain = b"".join(plain.split(b'"')[::2])
+    opened = plain.count(b"{") + plain.count(b"[")
+    if opened + plain.count(b",") > bounds.max_items:
+        raise ValueError(f"it has more than {bounds.max_items} items")
+    if opened > nodes or sum(plain.count(mark) for mark in _FRACTIONS) > 4 * nodes:
+        raise ValueError(f"it has more than {nodes} lists, objects and fractions")
+    if _LONG_NUMBER.search(plain):
+        raise ValueError(f"a number has more than {MAX_DIGITS} digits")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -64,16 +107,31 @@ def _finite_float(text: str) -> float:
     return value
 
 
-def _check_tree(root: Any) -> None:
-    """Depth, and strings that a UTF-8 answer or a PostgreSQL column could not hold."""
+def _check_tree(root: Any, bounds: Bounds) -> None:
+    """Depth, number of nodes, and strings that a UTF-8 answer or a PostgreSQL column could not hold."""
+    unstorable = _SURROGATE if bounds.allow_nul else _UNSTORABLE
+    what = "half a surrogate pair" if bounds.allow_nul else "a NUL or half a surrogate pair"
     waiting: list[tuple[Any, int]] = [([root], 0)]
+    nodes = 0
     while waiting:
         container, depth = waiting.pop()
-        if depth > MAX_DEPTH:
-            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
-        items = [*container.keys(), *container.values()] if isinstance(container, dict) else container
+        if depth > bounds.max_depth:
+            raise ValueError(f"it is nested more than {bounds.max_depth} levels deep")
+        if isinstance(container, dict):
+            items = [*container.keys(), *container.values()]
+        elif set(map(type, container)) == {int}:
+            if bounds.max_nodes is None:
+                continue
+            if max(container) >= _MAX_INTEGER or min(container) < -_MAX_INTEGER:
+                raise ValueError("a whole number does not fit in 64 bits")
+            continue
+        else:
+            items = container
+        nodes += len(container)
+        if bounds.max_nodes is not None and nodes > bounds.max_nodes:
+            raise ValueError(f"it has more than {bounds.max_nodes} items that are no token")
         for item in items:
             if isinstance(item, dict | list):
                 waiting.append((item, depth + 1))
-            elif isinstance(item, str) and _UNSTORABLE.search(item):
-                raise ValueError(f"the string {show(item)} holds a NUL or half a surrogate pair")
+            elif isinstance(item, str) and unstorable.search(item):
+                raise ValueError(f"the string {show(item)} holds {what}")
