@@ -16,7 +16,9 @@ from adapters.model import Adapter
 from server.accounts.tenants import Tenant
 from server.engine.calls import Kind, TokenKind
 from server.errors import BadRequest, ModelNotFound
-from server.http.middleware import json_object, tenant_of, while_connected
+from server.http.auth import tenant_of
+from server.http.bodies import json_object
+from server.http.middleware import while_connected
 from server.http.services import services_of
 from server.inference.completion import (
     Completion,

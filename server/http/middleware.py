@@ -1,14 +1,13 @@
-"""What every route shares: request ids, the access log line, error bodies, bodies with a size limit."""
+"""What every route shares: request ids, the access log line, error bodies, and clients that leave."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,22 +16,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters.database.audit import ACTOR, Actor
-from adapters.errors import AdapterError, UploadTooLarge
-from server.accounts.keys import KeyScope
-from server.accounts.tenants import Tenant
+from adapters.errors import AdapterError
 from server.errors import (
-    BadRequest,
     Internal,
-    RequestTimeout,
     ServerError,
-    UnsupportedEncoding,
     body_of,
     envelope,
     headers_of,
     status_of,
 )
-from server.http.services import services_of
 from server.inference.completion import new_request_id
 from server.inference.error_events import anthropic, speaks_anthropic
 
@@ -106,88 +98,12 @@ def matched_path(scope: Scope) -> str:
     return getattr(route, "path", "(no route)")
 
 
-async def tenant_of(request: Request, scope: KeyScope = "inference") -> Tenant:
-    """Who makes this request, and may; see ``Tenants.authenticate`` for what it raises."""
-    services = services_of(request)
-    authorization, key = request.headers.get("authorization"), request.headers.get("x-api-key")
-    if authorization is None and key is not None and speaks_anthropic(matched_path(request.scope)):
-        authorization = f"Bearer {key}"
-    tenant = await services.tenants.authenticate(authorization, request.headers.get("x-customer-id"), scope)
-    request.state.log["tenant"] = tenant.id
-    if tenant.key is not None:
-        services.recorder.used(tenant.key.id)
-        ACTOR.set(Actor(f"key {tenant.key.id}", request.state.request_id))
-    return tenant
-
-
 def _error(
     scope: Scope, body: dict[str, Any], status: int, headers: dict[str, str] | None = None
 ) -> JSONResponse:
     """OpenAI's error ``body``, as the clients of this route read it."""
     told = anthropic(body, status) if speaks_anthropic(matched_path(scope)) else body
     return JSONResponse(told, status, headers)
-
-
-async def limited_body(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """The body in chunks. Raises UploadTooLarge past ``limit`` bytes, before they are all received.
-
-    RequestTimeout if a chunk does not come within ``client_timeout``; UnsupportedEncoding if it is
-    compressed, so that a few bytes never become many.
-    """
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        raise UnsupportedEncoding("Send the body as it is, without Content-Encoding.")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise UploadTooLarge(
-            f"The body is larger than the {limit} bytes that are allowed.", code="body_too_large"
-        )
-    received = 0
-    stream, seconds = request.stream(), services_of(request).settings.client_timeout
-    while (chunk := await _in_time(anext(stream, None), seconds)) is not None:
-        received += len(chunk)
-        if received > limit:
-            raise UploadTooLarge(
-                f"The body is larger than the {limit} bytes that are allowed.", code="body_too_large"
-            )
-        yield chunk
-
-
-async def whole_body(request: Request) -> bytes:
-    """A body of at most ``max_body_bytes``, within ``client_timeout``. Raises as ``limited_body``."""
-
-    async def read() -> bytes:
-        return b"".join([chunk async for chunk in limited_body(request, settings.max_body_bytes)])
-
-    settings = services_of(request).settings
-    return await _in_time(read(), settings.client_timeout)
-
-
-async def _in_time(work: Awaitable[T], seconds: float) -> T:
-    try:
-        async with asyncio.timeout(seconds):
-            return await work
-    except TimeoutError as exc:
-        raise RequestTimeout(f"The body did not come within {seconds:g} seconds.") from exc
-
-
-async def json_object(request: Request) -> dict[str, Any]:
-    """The body as a JSON object. Raises BadRequest, or as ``whole_body``."""
-    return parse_object(await whole_body(request))
-
-
-def parse_object(raw: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(raw, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as exc:
-        raise BadRequest(f"The body is not valid JSON: {str(exc)[:200]}", code="invalid_json") from exc
-    if not isinstance(body, dict):
-        raise BadRequest("The body must be a JSON object.", code="invalid_json")
-    return body
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 async def while_connected(

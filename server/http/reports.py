@@ -17,14 +17,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from adapters.database.audit import Search, entries
 from adapters.database.database import Database
-from server.accounts.tenants import Tenant
 from server.accounts.usage import GROUPS, Group, Question, usage
 from server.errors import Unprocessable
-from server.http import admin
-from server.http.middleware import tenant_of
+from server.http.auth import ADMIN, UsageReader
 from server.http.services import services_of
 
-operators = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=admin.router.dependencies)
+operators = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=[ADMIN])
 customers = APIRouter(prefix="/v1", tags=["self-service"])
 
 Start = Annotated[datetime | None, Query(alias="from", description="ISO 8601; UTC where it has no zone.")]
@@ -46,12 +44,7 @@ def _question(
     return Question(None, adapter, key, _utc(start), _utc(end), groups_of(by))
 
 
-async def _reader(request: Request) -> Tenant:
-    return await tenant_of(request, "usage:read")
-
-
 Asked = Annotated[Question, Depends(_question)]
-Reader = Annotated[Tenant, Depends(_reader)]
 
 
 @operators.get("/usage", summary="Sums of what was used, also as CSV (`Accept: text/csv` or `format=csv`)")
@@ -89,7 +82,7 @@ async def _lines(database: Database, search: Search) -> AsyncIterator[str]:
 
 
 @customers.get("/usage", summary="The customer's own; needs a key with the scope `usage:read`")
-async def own_usage(request: Request, reader: Reader, asked: Asked, format: Format = None) -> Response:
+async def own_usage(request: Request, reader: UsageReader, asked: Asked, format: Format = None) -> Response:
     # What a tenant of the same name used, which is no more, is none of this one's business.
     first = max(asked.start or reader.created_at, reader.created_at)
     return await answer(request, replace(asked, tenant=reader.id, start=first), format)

@@ -14,7 +14,7 @@ from fastapi import Request
 
 from adapters.store.archives import unpacked
 from server.errors import BadRequest
-from server.http.middleware import json_object, limited_body
+from server.http.bodies import json_object, limited_body
 from server.http.multipart import boundary_of, parts
 from server.publishing.fetch import imported
 

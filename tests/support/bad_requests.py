@@ -120,7 +120,8 @@ BAD: list[Bad] = [
     Bad("a response format of no name", CHAT, {"response_format": {"type": [{}]}}),
     # bytes
     Bad("deep JSON", CHAT, content=_nested(100_000, "1"), **INVALID_JSON),
-    Bad("JSON of a depth that parses", CHAT, content=_nested(500, "1")),
+    Bad("JSON of a depth that parses", CHAT, content=_nested(500, "1"), **INVALID_JSON),
+    Bad("JSON of a depth that is let in", CHAT, content=_nested(80, "1")),
     Bad("invalid UTF-8", CHAT, content=b'{"messages": "\xff\xfe"}', **INVALID_JSON),
     Bad("a gzip bomb", CHAT, content=gzip.compress(bytes(50 << 20)), **ZIPPED),
     Bad("gzip without saying so", CHAT, content=gzip.compress(b"{}"), **INVALID_JSON),

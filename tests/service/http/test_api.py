@@ -194,7 +194,7 @@ async def test_anothers_adapter_looks_like_none(site: Site) -> None:
         refused = await site.chat(key, "hi", model=name)
         answers.append(error(refused, 404, "model_not_found", "model")["message"].replace(name, "*"))
     assert answers[0] == answers[1]
-    for name in ("zeta/theirs", "mine@2", "mine@0", "mine@x", "", "x" * 5000, "\ud800", "../mine"):
+    for name in ("zeta/theirs", "mine@2", "mine@0", "mine@x", "", "x" * 5000, "\0", "../mine"):
         body = json.dumps({**CHAT, "model": name}).encode()
         error(
             await site.http.post(CHAT_URL, content=body, headers=bearer(key)), 404, "model_not_found", "model"
@@ -268,7 +268,31 @@ BODIES: dict[str, tuple[bytes, int, str]] = {
     "nested too deeply": (b'{"messages": ' + b"[" * 100_000, 400, "invalid_json"),
     "an endless number": (b'{"seed": ' + b"9" * 10_000 + b"}", 400, "invalid_json"),
     "no messages": (b"{}", 400, "invalid_request"),
-    "a lone surrogate for a name": (b'{"\\ud800": 1}', 400, "unknown_field"),
+    "a lone surrogate for a name": (b'{"\\ud800": 1}', 400, "invalid_json"),
+    "half a surrogate pair": (b'{"stop": "\\ud83d"}', 400, "invalid_json"),
+    "half a pair deep inside": (
+        b'{"messages": [{"role": "user", "content": "\\udc00"}]}',
+        400,
+        "invalid_json",
+    ),
+    "UTF-16": ('{"messages": []}'.encode("utf-16"), 400, "invalid_json"),
+    "UTF-16 without a mark": ('{"messages": []}'.encode("utf-16-le"), 400, "invalid_json"),
+    "UTF-32": ('{"messages": []}'.encode("utf-32"), 400, "invalid_json"),
+    "a key twice": (b'{"model": "a", "model": "b"}', 400, "invalid_json"),
+    "a key twice inside": (b'{"messages": [{"role": "user", "role": "system"}]}', 400, "invalid_json"),
+    "a key twice, written in two ways": (b'{"n": 1, "\\u006e": 2}', 400, "invalid_json"),
+    "too large a number": (b'{"temperature": 1e999}', 400, "invalid_json"),
+    "a hundred thousand ones": (b'{"messages": [' + b"1," * 99_999 + b"1]}", 400, "invalid_request"),
+    "a million ones": (b'{"messages": [' + b"1," * 1_000_000 + b"1]}", 400, "invalid_json"),
+    "a hundred thousand objects": (b'{"messages": [' + b"{}," * 99_999 + b"{}]}", 400, "invalid_json"),
+    "as many in another field": (b'{"tools": [' + b"[]," * 99_999 + b"[]]}", 400, "invalid_json"),
+    "as many texts": (b'{"stop": [' + b'"",' * 199_999 + b'""]}', 400, "invalid_json"),
+    "as many fractions": (b'{"stop": [' + b"1e3," * 199_999 + b"1]}", 400, "invalid_json"),
+    "a long number in a long body": (
+        b'{"seed": [' + (b"9" * 4000 + b",") * 100 + b"1]}",
+        400,
+        "invalid_json",
+    ),
     "a long name": (b'{"' + b"x" * 100_000 + b'": 1}', 400, "unknown_field"),
     "too large": (b" " * (70 << 10) + b"{}", 413, "body_too_large"),
 }
