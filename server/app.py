@@ -29,7 +29,7 @@ from server.http.services import Services
 from server.inference.completion import Completions
 from server.inference.fields import DEFAULT_MODEL
 from server.limits.quotas import Quotas
-from server.limits.redis import SharedLimits
+from server.limits.redis import RedisLedger
 from server.metrics import Metrics
 from server.publishing.probe import Prober
 from server.publishing.publish import Publishing, verify_all
@@ -95,7 +95,7 @@ async def _start(
     if removed:
         logger.info("removed %d blobs that nothing links to", len(removed))
     tenants = await _tenants(settings, database)
-    shared = await _shared_limits(settings, stack)
+    shared = await _redis_ledger(settings, stack)
     recorder = Recorder(database, keep_days=settings.keep_usage_days)
     recorder.start()
     stack.push_async_callback(recorder.stop)
@@ -114,7 +114,7 @@ async def _start(
         return await spent(database, tenant, start, end)
 
     quotas = Quotas(
-        record=recorder.record, spent=spent_so_far, prices=settings.prices, metrics=metrics, shared=shared
+        shared, record=recorder.record, spent=spent_so_far, prices=settings.prices, metrics=metrics
     )
     prober = Prober(engine, dispatcher)
     services = Services(
@@ -158,12 +158,12 @@ async def _tenants(settings: Settings, database: Database) -> Tenants:
     return tenants
 
 
-async def _shared_limits(settings: Settings, stack: AsyncExitStack) -> SharedLimits | None:
+async def _redis_ledger(settings: Settings, stack: AsyncExitStack) -> RedisLedger | None:
     if settings.limits_redis_url is None:
         return None
-    shared = SharedLimits(settings.limits_redis_url.get_secret_value())
+    shared = RedisLedger(settings.limits_redis_url.get_secret_value())
     await shared.open()
-    stack.push_async_callback(shared.close)
+    stack.push_async_callback(shared.stop)
     return shared
 
 

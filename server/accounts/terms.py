@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Period = Literal["day", "month"]
 Unit = Literal["tokens", "cost"]
 PERIODS: tuple[Period, ...] = ("day", "month")
+UNITS: tuple[Unit, ...] = ("tokens", "cost")
 # Costs are counted in these parts of the currency, so that sums of them are exact.
 COST_UNIT = 1_000_000_000
 

@@ -74,7 +74,7 @@ class Meter(Protocol):
 
 
 class Admission(Protocol):
-    """Says whether a call may run, once its prompts are tokens; see ``server.limits.quotas.Ticket``."""
+    """Says whether a call may run, once its prompts are tokens; see ``server.limits.reservation``."""
 
     refused: ServerError | None
 

@@ -29,7 +29,7 @@ from server.inference.completion import (
 )
 from server.inference.embeddings import embed
 from server.inference.fields import meant
-from server.limits.quotas import may_name
+from server.limits.permissions import may_name
 from server.scheduling.dispatcher import Lease
 
 router = APIRouter(prefix="/v1", tags=["inference"])

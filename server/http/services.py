@@ -16,7 +16,7 @@ from server.accounts.tenants import Tenants
 from server.accounts.usage import Recorder
 from server.engine.engine import Engine
 from server.inference.completion import Completions
-from server.limits.redis import SharedLimits
+from server.limits.redis import RedisLedger
 from server.metrics import Metrics
 from server.publishing.publish import Publishing
 from server.scheduling.dispatcher import Dispatcher
@@ -36,7 +36,7 @@ class Services:
     database: Database
     blobs: BlobStore
     tenants: Tenants
-    shared: SharedLimits | None
+    shared: RedisLedger | None
     recorder: Recorder
     engine: Engine
     metrics: Metrics

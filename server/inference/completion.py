@@ -33,7 +33,8 @@ from server.errors import (
 )
 from server.inference.error_events import error_event
 from server.inference.fields import DEFAULT_MODEL, meant
-from server.limits.quotas import Asked, Quotas, check_max_tokens, check_model
+from server.limits.quotas import Quotas
+from server.limits.reservation import Reservation
 from server.metrics import Metrics, Outcome
 from server.scheduling.dispatcher import Dispatcher, Lease
 
@@ -83,20 +84,23 @@ async def open_completion(
     """
     with counted_refusals(service, tenant):
         check_base(service.engine.base, kind)
-        version, public = await named(service, tenant, body, request_id)
+        version, public, reservation = await named(service, tenant, kind, body, request_id)
         text = _prompt_text(body)
         most_prompt = most_tokens(text, body.get("tools"))
         elastic = all(body.get(param) is None for param in _MOST[kind])
-        body = _bounded(service, tenant, kind, body, most_prompt)
+        body = _bounded(service, reservation, kind, body, most_prompt)
         request = service.engine.parse(kind, meant(kind, body))
         sequences, max_tokens = _size(service.engine, kind, body, request)
         resumable = service.engine.resumable(request)
         room = max(1, service.engine.max_model_len - most_prompt)
-        output_tokens = sequences * min(max_tokens, room)
+        prompt_tokens = service.engine.count_prompt(text)
+        await reservation.reserve(most_prompt, sequences * min(max_tokens, room), elastic=elastic)
         lease = await leased(
             service,
-            Asked(tenant, version, kind, request_id, most_prompt, output_tokens, elastic),
-            prompt_tokens=service.engine.count_prompt(text),
+            tenant,
+            version,
+            reservation,
+            prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
             sequences=sequences,
             resumable=resumable,
@@ -143,20 +147,20 @@ def counted_refusals(service: Completions, tenant: Tenant) -> Iterator[None]:
 
 async def leased(
     service: Completions,
-    asked: Asked,
+    tenant: Tenant,
+    version: Version | None,
+    reservation: Reservation,
     *,
     prompt_tokens: int,
     max_tokens: int,
     sequences: int,
     resumable: bool = False,
 ) -> Lease:
-    """Waits for its turn, within the tenant's limits; see ``Dispatcher.submit`` and ``Quotas.take``."""
-    tenant = asked.tenant
-    ticket = await service.quotas.take(asked)
+    """Waits for its turn; see ``Dispatcher.submit``. The lease then tells ``reservation`` what it uses."""
     try:
         lease = await service.dispatcher.submit(
             tenant.id,
-            asked.version,
+            version,
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
             sequences=sequences,
@@ -166,11 +170,11 @@ async def leased(
             resumable=resumable,
         )
     except BaseException:
-        ticket.withdraw()
+        reservation.withdraw()
         raise
-    lease.account = ticket
-    if ticket.limits_tokens:
-        lease.admission = ticket
+    lease.account = reservation
+    if reservation.limits_tokens:
+        lease.admission = reservation
     return lease
 
 
@@ -241,14 +245,13 @@ def check_base(base: BaseModel, kind: Kind | TokenKind) -> None:
 
 
 async def named(
-    service: Completions, tenant: Tenant, body: dict[str, Any], request_id: str
-) -> tuple[Version | None, str]:
-    """As ``resolve``, if the tenant may use it; what it has used so far is then known."""
+    service: Completions, tenant: Tenant, kind: Kind, body: dict[str, Any], request_id: str
+) -> tuple[Version | None, str, Reservation]:
+    """As ``resolve``, with a reservation, if the tenant may use it; see ``Quotas.open``."""
     unit = body.get("user") or request_id
     version, public = await resolve(service, tenant, body.get("model"), str(unit))
-    check_model(tenant, version.adapter if version else None)
-    await service.quotas.open(tenant)
-    return version, public
+    reservation = await service.quotas.open(tenant, version, endpoint=kind, request_id=request_id)
+    return version, public, reservation
 
 
 async def resolve(
@@ -290,17 +293,17 @@ def _within(limit: int | None, most: int) -> int:
 
 
 def _bounded(
-    service: Completions, tenant: Tenant, kind: Kind, body: dict[str, Any], prompt_tokens: int
+    service: Completions, reservation: Reservation, kind: Kind, body: dict[str, Any], prompt_tokens: int
 ) -> dict[str, Any]:
     """``body`` asking for as many tokens as limits leave, where it does not say. BadRequest for too many."""
     for param in _MOST[kind]:
         asked = body.get(param)
         if asked is not None:
             if isinstance(asked, int):
-                check_max_tokens(tenant, asked, param)
+                reservation.check_max_tokens(asked, param)
             return body
     n = body.get("n")
-    most = service.quotas.most_output(tenant, prompt_tokens, n if isinstance(n, int) and n > 1 else 1)
+    most = reservation.max_output(prompt_tokens, n if isinstance(n, int) and n > 1 else 1)
     if most is None or prompt_tokens + most >= service.engine.max_model_len:
         return body
     return body | {_MOST[kind][0]: min(most, DEFAULT_COMPLETION) if kind == "completion" else most}
@@ -316,7 +319,7 @@ def most_tokens(text: str, tools: Any = None) -> int:
     """A high estimate of the prompt's tokens, to be reserved until the engine has counted them.
 
     Ordinary text of any language has three bytes or more to a token, token ids with their commas too. For
-    what has fewer, more is reserved then, or it is refused; see ``Ticket.settle``.
+    what has fewer, more is reserved then, or it is refused; see ``Reservation.settle``.
     """
     whole = text + str(tools or "")
     return len(whole.encode("utf-8", "surrogatepass")) // 3 + 1

@@ -24,7 +24,6 @@ from server.inference.completion import (
     named,
 )
 from server.inference.fields import meant
-from server.limits.quotas import Asked
 
 # OpenAI's.
 MAX_INPUTS = 2048
@@ -38,17 +37,21 @@ async def embed(service: Completions, tenant: Tenant, body: dict[str, Any], requ
     engine = service.engine
     with counted_refusals(service, tenant):
         check_base(engine.base, "embedding")
-        version, public = await named(service, tenant, body, request_id)
+        version, public, reservation = await named(service, tenant, "embedding", body, request_id)
         request = engine.parse("embedding", meant("embedding", body))
         if request.encoding_format not in _ENCODINGS:
             raise BadRequest("encoding_format must be float or base64", param="encoding_format")
         inputs = _inputs(request.input)
         text = str(body["input"])
         places = min(len(inputs), max(1, engine.max_running // _SHARE))
+        prompt_tokens = engine.count_prompt(text)
+        await reservation.reserve(most_tokens(text), 0)
         lease = await leased(
             service,
-            Asked(tenant, version, "embedding", request_id, most_tokens(text), 0),
-            prompt_tokens=engine.count_prompt(text),
+            tenant,
+            version,
+            reservation,
+            prompt_tokens=prompt_tokens,
             max_tokens=1,
             sequences=places,
         )

@@ -1,4 +1,4 @@
-"""How much at once and how much a minute: the arithmetic of limits, without a clock or a loop.
+"""Requests at once, requests per minute and tokens per minute: the arithmetic, without a clock or a loop.
 
 The package ``limits`` was looked at and does not fit. Its moving window keeps one entry for every token, and
 none of its windows can give back what was reserved and not used; its sliding window estimates, and its fixed
@@ -17,14 +17,18 @@ from dataclasses import dataclass, field
 
 from server.accounts.terms import KeyLimits
 
-MINUTE = 60.0
-# Events this many seconds apart are kept as one, as if they were all at the end of that time: a window holds
-# at most 600 numbers, and at worst what happened counts for a tenth of a second too long.
-GRAIN = 0.1
+# Seconds that a window looks back.
+WINDOW_S = 60.0
+# Events in the same tenth of a second are kept as one, as if all were at its end. A window then holds at most
+# 600 numbers, and what happened counts for at most a tenth of a second too long.
+GRAIN_S = 0.1
 
 
 class Window:
-    """What happened in the last minute, as a sum: never less than it was."""
+    """The sum of what happened in the last minute; rounded up by at most one grain of time, never down.
+
+    Times are in seconds of any clock that does not go back.
+    """
 
     def __init__(self) -> None:
         self._parts: deque[list[float]] = deque()
@@ -34,7 +38,8 @@ class Window:
         return f"Window({int(self._total)} in {len(self._parts)} parts)"
 
     def add(self, now: float, amount: float) -> None:
-        at = (math.floor(now / GRAIN) + 1) * GRAIN
+        """Counts ``amount`` from ``now`` on."""
+        at = (math.floor(now / GRAIN_S) + 1) * GRAIN_S
         if self._parts and self._parts[-1][0] >= at:
             self._parts[-1][1] += amount
         else:
@@ -42,26 +47,31 @@ class Window:
         self._total += amount
 
     def used(self, now: float) -> int:
-        while self._parts and self._parts[0][0] + MINUTE <= now:
+        """The sum of the last minute."""
+        while self._parts and self._parts[0][0] + WINDOW_S <= now:
             self._total -= self._parts.popleft()[1]
         return int(self._total)
 
-    def until(self, now: float, gone: float) -> float:
-        """Seconds until so much of it is more than a minute ago; a minute if that is not all in it."""
-        left = gone
-        for at, amount in self._parts:
-            left -= amount
+    def until(self, now: float, amount: float) -> float:
+        """Seconds until ``amount`` of the sum is older than a minute; a minute if the sum is less."""
+        left = amount
+        for at, part in self._parts:
+            left -= part
             if left <= 0:
-                return max(0.0, at + MINUTE - now)
-        return MINUTE
+                return max(0.0, at + WINDOW_S - now)
+        return WINDOW_S
 
     def until_empty(self, now: float) -> float:
-        return min(MINUTE, max(0.0, self._parts[-1][0] + MINUTE - now)) if self._parts else 0.0
+        """Seconds until the sum is 0, if nothing is added."""
+        return min(WINDOW_S, max(0.0, self._parts[-1][0] + WINDOW_S - now)) if self._parts else 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Excess:
-    """Why a request may not run now. ``never`` if it could not even run alone."""
+class LimitExceeded:
+    """The limit that a request would pass: ``allowed`` by it, ``asked`` for.
+
+    ``retry_after`` is in seconds. ``never`` if the request asks for more than the whole limit.
+    """
 
     limit: str
     allowed: int
@@ -71,8 +81,8 @@ class Excess:
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
-    """What a header says of one limit; ``reset`` is in seconds, until all of it is there again."""
+class Remaining:
+    """What one limit leaves at the moment; in ``reset`` seconds all of it is there again."""
 
     limit: int
     remaining: int
@@ -80,64 +90,77 @@ class Left:
 
 
 @dataclass(slots=True)
-class Meter:
-    """One tenant's or one key's use. ``reserved`` are tokens that requests under way may still use."""
+class RateMeter:
+    """What one tenant or one key uses.
+
+    ``running`` counts its requests under way, ``reserved`` the tokens that these may still use. Times are in
+    seconds, as for ``Window``.
+    """
 
     requests: Window = field(default_factory=Window)
     tokens: Window = field(default_factory=Window)
     running: int = 0
     reserved: int = 0
 
-    def excess(self, limits: KeyLimits, tokens: int, now: float) -> Excess | None:
-        """What keeps a request of at most so many tokens from running now; None if nothing does."""
+    def check(self, limits: KeyLimits, tokens: int, now: float) -> LimitExceeded | None:
+        """The limit that forbids a new request of at most ``tokens`` tokens now; None if it may run."""
         rate = limits.requests_per_minute
         if limits.requests_at_once is not None and self.running >= limits.requests_at_once:
-            return Excess("requests_at_once", limits.requests_at_once, self.running + 1, 1.0)
+            return LimitExceeded("requests_at_once", limits.requests_at_once, self.running + 1, 1.0)
         if rate is not None and (used := self.requests.used(now)) >= rate:
-            return Excess("requests_per_minute", rate, 1, self.requests.until(now, used - rate + 1))
-        return self.short(limits, tokens, tokens, now)
+            wait = self.requests.until(now, used - rate + 1)
+            return LimitExceeded("requests_per_minute", rate, 1, wait)
+        return self.check_tokens(limits, tokens, tokens, now)
 
-    def short(self, limits: KeyLimits, tokens: int, more: int, now: float) -> Excess | None:
-        """What keeps a request of at most ``tokens`` from reserving ``more``; None if nothing does."""
+    def check_tokens(self, limits: KeyLimits, tokens: int, more: int, now: float) -> LimitExceeded | None:
+        """As ``check``, for a request of ``tokens`` in all that reserves ``more`` than it has until now."""
         most = limits.tokens_per_minute
         if most is None:
             return None
         if tokens > most:
-            return Excess("tokens_per_minute", most, tokens, MINUTE, never=True)
+            return LimitExceeded("tokens_per_minute", most, tokens, WINDOW_S, never=True)
         over = self.tokens.used(now) + self.reserved + more - most
-        # Without what is reserved it could end at any moment, so the wait is no longer than a window's.
-        return Excess("tokens_per_minute", most, tokens, self._wait(now, over)) if over > 0 else None
+        if over <= 0:
+            return None
+        return LimitExceeded("tokens_per_minute", most, tokens, self._wait(now, over))
 
     def _wait(self, now: float, over: int) -> float:
+        """Seconds after which ``over`` tokens may be free.
+
+        Reservations may be given back at any moment; only for what is beyond them the window has to move on.
+        """
         return 1.0 if self.reserved >= over else self.tokens.until(now, over - self.reserved)
 
-    def admit(self, tokens: int, now: float) -> None:
+    def begin(self, tokens: int, now: float) -> None:
+        """Counts a new request and reserves ``tokens`` for it."""
         self.requests.add(now, 1)
         self.running += 1
         self.reserved += tokens
 
-    def used(self, tokens: int, of_reserved: int, now: float) -> None:
-        """So many tokens were used, and so many of those reserved are now used or not needed."""
-        self.reserved -= of_reserved
+    def use(self, tokens: int, freed: int, now: float) -> None:
+        """Counts ``tokens`` as used, and takes ``freed`` off the reservation (below 0: adds to it)."""
+        self.reserved -= freed
         if tokens:
             self.tokens.add(now, tokens)
 
     def end(self) -> None:
+        """One of its requests is over; ``use`` has taken its reservation away."""
         self.running -= 1
 
     def idle(self, now: float) -> bool:
+        """Whether it says the same as a new meter."""
         return not (self.running or self.requests.used(now) or self.tokens.used(now))
 
-    def left(self, limits: KeyLimits, now: float) -> dict[str, Left]:
-        """By what is counted, ``requests`` and ``tokens``, where there is a limit."""
+    def remaining(self, limits: KeyLimits, now: float) -> dict[str, Remaining]:
+        """What is left of ``requests`` and ``tokens`` a minute, where there is a limit."""
         found = {}
         if (rate := limits.requests_per_minute) is not None:
             rest = max(0, rate - self.requests.used(now))
-            found["requests"] = Left(rate, rest, self.requests.until_empty(now))
+            found["requests"] = Remaining(rate, rest, self.requests.until_empty(now))
         if (most := limits.tokens_per_minute) is not None:
             rest = max(0, most - self.tokens.used(now) - self.reserved)
-            reset = MINUTE if self.reserved else self.tokens.until_empty(now)
-            found["tokens"] = Left(most, rest, reset)
+            reset = WINDOW_S if self.reserved else self.tokens.until_empty(now)
+            found["tokens"] = Remaining(most, rest, reset)
         return found
 
 

@@ -1,15 +1,17 @@
--- One request's meters and purse, all or none; the arithmetic of server.limits.Meter and server.budgets.Spending.
--- KEYS: of each meter its requests, tokens (hashes of tenths of a second), leases, reserved (by request);
---   of the purse, if there is one, leases, reserved tokens, reserved cost (by request), day, month.
--- ARGV: look|admit|more|renew|end, now (0: Redis's clock), lease, id, reserved and used tokens, reserved and used
---   cost, meters; of each meter at once, requests, tokens; of day and month the most tokens and cost (-1: any),
+-- Counts one request in its meters and its budget, all or none: server.limits.redis asks, and the arithmetic is
+-- that of server.limits.rate.RateMeter and server.limits.budget.Spending.
+-- KEYS: of each meter its requests and tokens (hashes by grain of time), its leases (by end), what is reserved
+--   (by request); of the budget, if there is one, leases, reserved tokens, reserved cost (by request), day, month.
+-- ARGV: refresh|reserve|change|renew|close; now (0: Redis's clock), window and grain in seconds; lease in seconds,
+--   id of the request, its reserved and used tokens, reserved and used cost; number of meters; of each meter its
+--   limits at once, of requests, of tokens (0: none); of day and month the most tokens and cost (-1: no limit),
 --   tokens and cost used before Redis knew of them (-1: not known), seconds to keep it.
--- Answers {excess or {}, of each meter {requests, until empty, tokens with reserved, until empty},
---   {tokens, cost of the day, of the month, reserved}}; {{'unknown'}} where what was used before is needed.
-local MINUTE, GRAIN = 60, 0.1
-local what, now, lease = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local id, reserved, used = ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
-local costs, count = {reserved = tonumber(ARGV[7]), used = tonumber(ARGV[8])}, tonumber(ARGV[9])
+-- Answers {why not or {}, of each meter {requests, until empty, tokens with reserved, until empty},
+--   {tokens, cost of the day, of the month, reserved}}; {{'unknown'}, {}, {}} where what was used before is needed.
+local what, now, WINDOW, GRAIN = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local lease, id, reserved, used = tonumber(ARGV[5]), ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
+local costs, count = {reserved = tonumber(ARGV[9]), used = tonumber(ARGV[10])}, tonumber(ARGV[11])
+local HEAD = 11
 if now == 0 then
   local time = redis.call('TIME')
   now = tonumber(time[1]) + tonumber(time[2]) / 1000000
@@ -19,7 +21,7 @@ local function window(key)
   local flat, parts, total = redis.call('HGETALL', key), {}, 0
   for i = 1, #flat, 2 do
     local at, amount = tonumber(flat[i]) * GRAIN, tonumber(flat[i + 1])
-    if at + MINUTE <= now then
+    if at + WINDOW <= now then
       redis.call('HDEL', key, flat[i])
     else
       parts[#parts + 1] = {at, amount}
@@ -33,19 +35,19 @@ end
 local function wait(found, gone)
   for _, part in ipairs(found.parts) do
     gone = gone - part[2]
-    if gone <= 0 then return math.max(0, part[1] + MINUTE - now) end
+    if gone <= 0 then return math.max(0, part[1] + WINDOW - now) end
   end
-  return MINUTE
+  return WINDOW
 end
 
 local function empty(found)
   local last = found.parts[#found.parts]
-  return last and math.min(MINUTE, math.max(0, last[1] + MINUTE - now)) or 0
+  return last and math.min(WINDOW, math.max(0, last[1] + WINDOW - now)) or 0
 end
 
 local function add(key, amount)
   redis.call('HINCRBY', key, string.format('%d', math.floor(now / GRAIN) + 1), string.format('%d', amount))
-  redis.call('EXPIRE', key, MINUTE + 2)
+  redis.call('EXPIRE', key, WINDOW + 2)
 end
 
 local function drop_dead(leases, ...)
@@ -56,7 +58,7 @@ local function drop_dead(leases, ...)
 end
 
 local function meter(m)
-  local k, a = 4 * (m - 1), 9 + 3 * (m - 1)
+  local k, a = 4 * (m - 1), HEAD + 3 * (m - 1)
   local found = {requests = KEYS[k + 1], tokens = KEYS[k + 2], leases = KEYS[k + 3], held = KEYS[k + 4],
     once = tonumber(ARGV[a + 1]), rate = tonumber(ARGV[a + 2]), most = tonumber(ARGV[a + 3])}
   drop_dead(found.leases, found.held)
@@ -66,8 +68,8 @@ end
 local UNITS = {'tokens', 'cost'}
 
 -- Each unit has what it may come to, what is held by request, and what this request now uses and reserves.
-local function open_purse()
-  local k, a = 4 * count, 9 + 3 * count
+local function open_budget()
+  local k, a = 4 * count, HEAD + 3 * count
   local found = {leases = KEYS[k + 1], periods = {},
     tokens = {held = KEYS[k + 2], used = used, reserved = reserved},
     cost = {held = KEYS[k + 3], used = costs.used, reserved = costs.reserved}}
@@ -97,9 +99,9 @@ local function text(n) return string.format('%.6f', n) end
 local function whole(n) return string.format('%d', n) end
 
 -- Of its tokens alone; of one that runs already, ``used`` and ``reserved`` take the place of what it held.
-local function short(m)
+local function check_tokens(m)
   if m.most == 0 then return end
-  if used + reserved > m.most then return {'tokens_per_minute', whole(m.most), whole(used + reserved), '60', '1'} end
+  if used + reserved > m.most then return {'tokens_per_minute', whole(m.most), whole(used + reserved), text(WINDOW), '1'} end
   local found, held = window(m.tokens), sum_held(m.held) - tonumber(redis.call('HGET', m.held, id) or 0)
   local over = found.total + held + used + reserved - m.most
   if over > 0 then
@@ -108,7 +110,7 @@ local function short(m)
   end
 end
 
-local function excess(m)
+local function check(m)
   local running = redis.call('ZCARD', m.leases)
   if m.once > 0 and running >= m.once then
     return {'requests_at_once', whole(m.once), whole(running + 1), '1', '0'}
@@ -119,11 +121,11 @@ local function excess(m)
       return {'requests_per_minute', whole(m.rate), '1', text(wait(found, found.total - m.rate + 1)), '0'}
     end
   end
-  return short(m)
+  return check_tokens(m)
 end
 
 local function hold(leases, held, amount)
-  if what == 'end' then
+  if what == 'close' then
     redis.call('ZREM', leases, id)
     redis.call('HDEL', held, id)
   else
@@ -134,14 +136,14 @@ local function hold(leases, held, amount)
   end
 end
 
-local function overspent(purse)
-  for _, period in ipairs(purse.periods) do
+local function overspent(budget)
+  for _, period in ipairs(budget.periods) do
     for _, unit in ipairs(UNITS) do
-      local limit, mine = period[unit], purse[unit]
+      local limit, mine = period[unit], budget[unit]
       if limit >= 0 then
         local had, own = redis.call('HGET', period.key, unit), tonumber(redis.call('HGET', mine.held, id) or 0)
         local taken, asked = tonumber(had) + sum_held(mine.held), mine.used + mine.reserved - own
-        if (what == 'admit' or asked > 0) and (taken + asked > limit or taken >= limit) then
+        if (what == 'reserve' or asked > 0) and (taken + asked > limit or taken >= limit) then
           return {'budget', period.name, unit, whole(limit), had}
         end
       end
@@ -149,36 +151,36 @@ local function overspent(purse)
   end
 end
 
-local purse
+local budget
 if #KEYS > 4 * count then
-  purse = open_purse()
-  if not purse then return {{'unknown'}, {}, {}} end
+  budget = open_budget()
+  if not budget then return {{'unknown'}, {}, {}} end
 end
 local meters, refused = {}, {}
 for m = 1, count do meters[m] = meter(m) end
-if what == 'admit' or what == 'more' then
+if what == 'reserve' or what == 'change' then
   for index, m in ipairs(meters) do
     local found
-    if what == 'admit' then found = excess(m) else found = short(m) end
+    if what == 'reserve' then found = check(m) else found = check_tokens(m) end
     if found then
       table.insert(found, 1, whole(index - 1))
       refused = found
       break
     end
   end
-  if purse and #refused == 0 then refused = overspent(purse) or {} end
+  if budget and #refused == 0 then refused = overspent(budget) or {} end
 end
-if #refused == 0 and what ~= 'look' then
+if #refused == 0 and what ~= 'refresh' then
   for _, m in ipairs(meters) do
-    if what == 'admit' then add(m.requests, 1) end
+    if what == 'reserve' then add(m.requests, 1) end
     if used > 0 then add(m.tokens, used) end
     hold(m.leases, m.held, reserved)
   end
-  if purse then
+  if budget then
     for _, unit in ipairs(UNITS) do
-      local mine = purse[unit]
-      for _, period in ipairs(purse.periods) do redis.call('HINCRBY', period.key, unit, whole(mine.used)) end
-      hold(purse.leases, mine.held, mine.reserved)
+      local mine = budget[unit]
+      for _, period in ipairs(budget.periods) do redis.call('HINCRBY', period.key, unit, whole(mine.used)) end
+      hold(budget.leases, mine.held, mine.reserved)
     end
   end
 end
@@ -186,13 +188,13 @@ local states = {}
 for index, m in ipairs(meters) do
   local requests, tokens, held = window(m.requests), window(m.tokens), sum_held(m.held)
   states[index] = {text(requests.total), text(empty(requests)), text(tokens.total + held),
-    text(held > 0 and MINUTE or empty(tokens))}
+    text(held > 0 and WINDOW or empty(tokens))}
 end
 local spent = {}
-if purse then
-  for _, period in ipairs(purse.periods) do
+if budget then
+  for _, period in ipairs(budget.periods) do
     for _, unit in ipairs(UNITS) do spent[#spent + 1] = redis.call('HGET', period.key, unit) end
   end
-  for _, unit in ipairs(UNITS) do spent[#spent + 1] = whole(sum_held(purse[unit].held)) end
+  for _, unit in ipairs(UNITS) do spent[#spent + 1] = whole(sum_held(budget[unit].held)) end
 end
 return {refused, states, spent}

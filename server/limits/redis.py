@@ -1,17 +1,16 @@
-"""Limits and budgets that several processes share through Redis, with the arithmetic of
-``server.limits.rate.Meter`` and ``server.limits.budget.Spending``.
+"""Limits and budgets that several processes count together in Redis, by one script (``redis.lua``).
 
-    shared = SharedLimits(url); await shared.open()
-    hold = await shared.admit(scopes, tokens)    all or none, in one script; raises Exceeded, Overspent,
-                                                 Unavailable
-    hold.use(tokens, freed); shared.end(hold)    never wait: a task of its own tells Redis
+The script does the arithmetic of ``rate.RateMeter`` and ``budget.Spending``; the tests compare them.
+Reserving waits for Redis. What is used is only noted here, and a task of the ledger's own reports it: once a
+second, and at the end of each request. It counts from the report on, so a window never holds less than was
+used.
 
-What is used is told once a second and at the end, and counts from when it is told: never less than it was.
-A hold that its process stops renewing is given back after ``LEASE`` seconds. While Redis cannot be asked,
-nothing is admitted; the task finds out when it is back, and tells it again what is held.
+A request whose process has not renewed it for ``LEASE_S`` seconds is taken for dead, and what it had reserved
+is free. While Redis does not answer, nothing with limits is admitted; the task notices when Redis is back and
+reports again what is reserved.
 
-Of a day or a month that Redis knows nothing of, because it has just begun or Redis has lost its data, a
-tenant's recorded usage is read once, by whoever is the first to ask. What runs at that moment is not in it.
+Redis may know nothing of a day or a month, because it has just begun or because Redis has lost its data. Then
+the first request that asks reads the tenant's recorded usage. Requests that run at that moment are not in it.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import cast
@@ -31,89 +29,33 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from adapters.database.rows import now as wall_now
-from server.accounts.terms import PERIODS, Budgets, KeyLimits, Period, Unit
-from server.errors import Unavailable
-from server.limits.budget import Amount, Passed, Spending, began, ends
-from server.limits.rate import Excess, Left
+from server.accounts.terms import PERIODS, UNITS, Budget, Period, Unit
+from server.limits.budget import Amount, BudgetExceeded, Spending, period_end, period_start
+from server.limits.errors import limits_unavailable
+from server.limits.ledger import SWEEP_EVERY, Entry, Refused, Scope, TenantBudget
+from server.limits.rate import GRAIN_S, WINDOW_S, LimitExceeded, Remaining
 
 logger = logging.getLogger(__name__)
 
-LEASE = 15.0
-EVERY = 1.0
-# Seconds that one question to Redis may take; on a machine that is full, hundreds at once take more than one.
-PATIENCE = 3.0
+LEASE_S = 15.0
+REPORT_INTERVAL_S = 1.0
+# One question to Redis may take so long; on a machine that is full, hundreds at once take more than a second.
+TIMEOUT_S = 3.0
 CONNECTIONS = 32
-# How long a day or a month is kept after its end, for what its last requests still tell.
-KEPT = timedelta(days=1)
-# Meters of which the last answer is kept, for headers.
-REMEMBERED = 10_000
+# How long a day or a month is kept after its end, for what its last requests still report.
+KEEP_PERIOD = timedelta(days=1)
+# Scopes of which the last answer is kept, for headers.
+REMEMBERED_SCOPES = 10_000
 
 _FAILURES = (RedisError, OSError, TimeoutError)
 _SCRIPT = Path(__file__).with_name("redis.lua").read_text()
 
 
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """``name`` is a tenant, or a tenant and its key; ``whose`` is what an error calls it."""
+class RedisLedger:
+    """A ``Ledger`` for all processes with this ``url``. ValueError if that is no URL of a Redis.
 
-    name: str
-    whose: str
-    limits: KeyLimits
-
-
-class Exceeded(Exception):
-    def __init__(self, excess: Excess, whose: str) -> None:
-        super().__init__(excess.limit)
-        self.excess = excess
-        self.whose = whose
-
-
-@dataclass(frozen=True, slots=True)
-class Purse:
-    """A tenant's budgets. ``name`` is nobody else's, not even a later tenant's of the same id.
-
-    ``spending`` is kept equal to what Redis says; ``recorded`` reads (tokens, cost) since a time from usage.
-    """
-
-    name: str
-    budgets: Budgets
-    spending: Spending
-    recorded: Callable[[datetime], Awaitable[tuple[int, int]]]
-
-
-class Overspent(Exception):
-    def __init__(self, passed: Passed) -> None:
-        super().__init__(passed.period)
-        self.passed = passed
-
-
-@dataclass(slots=True)
-class Hold:
-    """One request's place. ``used`` are tokens not yet told, ``reserved`` those that it may still use.
-
-    ``used_cost`` and ``reserved_cost`` are the same in money, for a purse.
-    """
-
-    id: str
-    scopes: Sequence[Scope]
-    reserved: int
-    used: int = 0
-    ended: bool = False
-    purse: Purse | None = None
-    reserved_cost: int = 0
-    used_cost: int = 0
-
-    def use(self, tokens: int, freed: int, cost: int = 0, freed_cost: int = 0) -> None:
-        self.used += tokens
-        self.reserved -= freed
-        self.used_cost += cost
-        self.reserved_cost -= freed_cost
-
-
-class SharedLimits:
-    """``clock`` stands in for Redis's own, in tests. Raises ValueError for what is no Redis URL.
-
-    Days and months are those of ``wall``, which is to be about the same in all processes.
+    ``clock`` replaces Redis's own clock, in tests. Days and months are those of ``wall``, which all processes
+    should agree on. ``lease`` is in seconds.
     """
 
     def __init__(
@@ -122,15 +64,15 @@ class SharedLimits:
         *,
         clock: Callable[[], float] | None = None,
         wall: Callable[[], datetime] = wall_now,
-        lease: float = LEASE,
+        lease: float = LEASE_S,
     ) -> None:
         try:
             pool = BlockingConnectionPool.from_url(
                 url,
                 max_connections=CONNECTIONS,
-                timeout=PATIENCE,
-                socket_timeout=PATIENCE,
-                socket_connect_timeout=PATIENCE,
+                timeout=TIMEOUT_S,
+                socket_timeout=TIMEOUT_S,
+                socket_connect_timeout=TIMEOUT_S,
                 retry=Retry(NoBackoff(), 0),
             )
         except ValueError:
@@ -140,121 +82,166 @@ class SharedLimits:
         self._clock = clock
         self._wall = wall
         self._lease = lease
-        self._holds: dict[str, Hold] = {}
-        self._left: dict[str, dict[str, Left]] = {}
+        self._entries: dict[str, Entry] = {}
+        self._closed: set[str] = set()  # entries whose end Redis does not know yet
+        self._remaining: dict[str, dict[str, Remaining]] = {}
+        self._spending: dict[str, Spending] = {}
+        self._reservations = 0
         self._up = False
-        self._ended: set[str] = set()
-        self._telling = asyncio.Lock()
-        self._wake = asyncio.Event()
+        self._reporting = asyncio.Lock()
+        self._report_now = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """OSError if Redis does not answer."""
+        """Starts reporting. OSError if Redis does not answer."""
         try:
             await self.check()
         except _FAILURES as exc:
             await self._redis.aclose()
             raise OSError(f"LORAPLEX_LIMITS_REDIS_URL: Redis does not answer ({type(exc).__name__})") from exc
         self._up = True
-        self._task = asyncio.create_task(self._tell_always(), name="loraplex-shared-limits")
+        self._task = asyncio.create_task(self._report_forever(), name="loraplex-redis-ledger")
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
+        """Reports for the last time, if Redis answers, and closes the connections."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
             try:
-                await self._tell()
+                await self._report()
             except _FAILURES as exc:
                 logger.warning("limits that were held are free in %s s: %s", self._lease, type(exc).__name__)
         await self._redis.aclose()
 
     async def check(self) -> None:
-        async with asyncio.timeout(PATIENCE):
+        """Raises what keeps Redis from answering."""
+        async with asyncio.timeout(TIMEOUT_S):
             await self._redis.ping()
 
-    async def admit(
-        self, scopes: Sequence[Scope], tokens: int, purse: Purse | None = None, cost: int = 0
-    ) -> Hold:
-        """Exceeded, Overspent, or Unavailable (``limits_unavailable``), without anything being reserved."""
-        if not self._up:
-            raise _unavailable()
-        hold = Hold(secrets.token_hex(12), scopes, tokens, purse=purse, reserved_cost=cost)
+    async def refresh(self, budget: TenantBudget) -> None:
+        """See ``Ledger.refresh``; asks Redis each time."""
+        if budget.budgets is None:
+            return
         try:
-            if self._ended:
-                # Whoever asks right after an answer has its place back. Not cut short, lest it is told twice.
-                await asyncio.shield(asyncio.ensure_future(self._tell(only_ended=True)))
-            found = await self._run("admit", hold)
+            self._check_up()
+            await self._run("refresh", Entry((), budget, Amount()))
         except _FAILURES as exc:
             self._lost(exc)
-            self._forget(hold)
-            raise _unavailable() from exc
-        except asyncio.CancelledError:
-            self._forget(hold)
-            raise
-        if found:
-            raise _refused(hold, found)
-        self._holds[hold.id] = hold
-        return hold
+            raise limits_unavailable() from exc
 
-    async def more(self, hold: Hold, tokens: int, cost: int = 0) -> None:
-        """Reserves so many more for ``hold``; raises as ``admit``. Waits its turn to tell Redis."""
-        if not self._up:
-            raise _unavailable()
-        async with self._telling:
-            used, used_cost = hold.used, hold.used_cost
-            wanted = Hold(
-                hold.id,
-                hold.scopes,
-                hold.reserved + tokens,
-                used,
-                purse=hold.purse,
-                reserved_cost=hold.reserved_cost + cost,
-                used_cost=used_cost,
-            )
+    async def reserve(self, scopes: Sequence[Scope], budget: TenantBudget, amount: Amount) -> Entry:
+        """See ``Ledger.reserve``. Does not ask Redis where nothing has to be counted."""
+        entry = Entry(scopes, budget, amount, id=secrets.token_hex(12))
+        if not scopes and budget.budgets is None:
+            return entry
+        self._check_up()
+        try:
+            if self._closed:
+                # Who asks right after an answer has its place back. Not cut short, or it would count twice.
+                await asyncio.shield(asyncio.ensure_future(self._report(only_closed=True)))
+            refusal = await self._run("reserve", entry)
+        except _FAILURES as exc:
+            self._lost(exc)
+            self._abandon(entry)
+            raise limits_unavailable() from exc
+        except asyncio.CancelledError:
+            self._abandon(entry)
+            raise
+        if refusal:
+            raise _refused(entry, refusal)
+        self._entries[entry.id] = entry
+        self._reservations += 1
+        if self._reservations % SWEEP_EVERY == 0:
+            self.sweep()
+        return entry
+
+    async def change(self, entry: Entry, more: Amount, whole: int) -> None:
+        """See ``Ledger.change``. What is given back only is reported later."""
+        if more.tokens <= 0 and more.cost <= 0:
+            self.use(entry, Amount(), -more)
+        elif entry.scopes or entry.budget.budgets is not None:
+            await self._reserve_more(entry, more)
+        else:
+            entry.reserved += more
+
+    async def _reserve_more(self, entry: Entry, more: Amount) -> None:
+        self._check_up()
+        async with self._reporting:  # what is used may not be reported by two at once
+            used = entry.used
+            wanted = Entry(entry.scopes, entry.budget, entry.reserved + more, used, id=entry.id)
             try:
-                found = await self._run("more", wanted)
+                refusal = await self._run("change", wanted)
             except _FAILURES as exc:
                 self._lost(exc)
-                raise _unavailable() from exc
-            if found:
-                raise _refused(hold, found)
-            hold.use(-used, -tokens, -used_cost, -cost)
-            if hold.ended:
-                self._forget(hold)
+                raise limits_unavailable() from exc
+            if refusal:
+                raise _refused(entry, refusal)
+            entry.used -= used
+            entry.reserved += more
+            if entry.closed:
+                self._abandon(entry)
 
-    async def look(self, purse: Purse) -> None:
-        """Brings ``purse.spending`` up to date; raises Unavailable as ``admit`` does."""
+    def use(self, entry: Entry, used: Amount, freed: Amount) -> None:
+        """See ``Ledger.use``; reported within a second."""
+        entry.used += used
+        entry.reserved -= freed
+        if entry.budget.budgets is not None:
+            spending = self.spending(entry.budget)
+            spending.reserved -= freed
+            spending.add(used, self._wall())
+
+    def close(self, entry: Entry) -> None:
+        """See ``Ledger.close``; reported at once."""
+        entry.closed = True
+        if entry.id in self._entries:
+            self._closed.add(entry.id)
+            self._report_now.set()
+
+    def remaining(self, scope: Scope) -> dict[str, Remaining]:
+        """What Redis said last to this process: for a request, when it was admitted or later."""
+        return self._remaining.get(scope.name, {})
+
+    def spending(self, budget: TenantBudget) -> Spending:
+        """What Redis said last, and what this process counted since then."""
+        return self._spending.setdefault(budget.name, Spending())
+
+    def sweep(self) -> None:
+        """Forgets what Redis said of months that are over."""
+        now = self._wall()
+        self._spending = {name: kept for name, kept in self._spending.items() if not kept.outdated(now)}
+
+    def _abandon(self, entry: Entry) -> None:
+        """Closes an entry that Redis may or may not have reserved."""
+        entry.reserved = Amount()
+        self._entries[entry.id] = entry
+        self.close(entry)
+
+    def _check_up(self) -> None:
         if not self._up:
-            raise _unavailable()
-        try:
-            await self._run("look", Hold("", (), 0, purse=purse))
-        except _FAILURES as exc:
-            self._lost(exc)
-            raise _unavailable() from exc
+            raise limits_unavailable()
 
-    def end(self, hold: Hold) -> None:
-        if hold.id not in self._holds:
-            return  # told already
-        hold.ended = True
-        self._ended.add(hold.id)
-        self._wake.set()
+    async def _run(self, command: str, entry: Entry) -> list[bytes]:
+        """Why Redis refuses, or nothing. Reads recorded usage where Redis needs it."""
+        keys, args = self._arguments(command, entry)
+        if entry.budget.budgets is None:
+            return await self._ask(entry, keys, args)
+        now = self._wall()
+        found = await self._ask(entry, *_with_budget(keys, args, entry.budget, now, None))
+        if found == [b"unknown"]:
+            recorded = {
+                period: await entry.budget.recorded(period_start(period, now), self._wall())
+                for period in PERIODS
+            }
+            found = await self._ask(entry, *_with_budget(keys, args, entry.budget, now, recorded))
+        return found
 
-    def left(self, scope: Scope) -> dict[str, Left]:
-        """As Redis last said it to this process, which for a request is when it was admitted or later."""
-        return self._left.get(scope.name, {})
-
-    def _forget(self, hold: Hold) -> None:
-        """Redis may have reserved it nevertheless."""
-        hold.reserved = hold.reserved_cost = 0
-        self._holds[hold.id] = hold
-        self.end(hold)
-
-    async def _run(self, what: str, hold: Hold) -> list[bytes]:
-        """Why not, or nothing."""
+    def _arguments(self, command: str, entry: Entry) -> tuple[list[str], list[str | float]]:
+        """Keys and arguments of the script, without those of the budget."""
         keys: list[str] = []
-        args: list[str | float] = [what, self._clock() if self._clock else 0, self._lease, hold.id]
-        args += [hold.reserved, hold.used, hold.reserved_cost, hold.used_cost, len(hold.scopes)]
-        for scope in hold.scopes:
+        args: list[str | float] = [command, self._clock() if self._clock else 0, WINDOW_S, GRAIN_S]
+        args += [self._lease, entry.id, entry.reserved.tokens, entry.used.tokens]
+        args += [entry.reserved.cost, entry.used.cost, len(entry.scopes)]
+        for scope in entry.scopes:
             limits = scope.limits
             keys += [f"loraplex:{scope.name}:{part}" for part in ("requests", "tokens", "leases", "reserved")]
             args += [
@@ -262,75 +249,72 @@ class SharedLimits:
                 limits.requests_per_minute or 0,
                 limits.tokens_per_minute or 0,
             ]
-        if hold.purse is None:
-            return await self._ask(hold, keys, args)
-        now = self._wall()
-        found = await self._ask(hold, *_with_purse(keys, args, hold.purse, now, None))
-        if found == [b"unknown"]:
-            recorded = {period: await hold.purse.recorded(began(period, now)) for period in PERIODS}
-            found = await self._ask(hold, *_with_purse(keys, args, hold.purse, now, recorded))
-        return found
+        return keys, args
 
-    async def _ask(self, hold: Hold, keys: list[str], args: list[str | float]) -> list[bytes]:
-        async with asyncio.timeout(PATIENCE):
+    async def _ask(self, entry: Entry, keys: list[str], args: list[str | float]) -> list[bytes]:
+        async with asyncio.timeout(TIMEOUT_S):
             refusal, states, spent = await self._script(keys=keys, args=args)
-        for scope, state in zip(hold.scopes, states, strict=False):
+        for scope, state in zip(entry.scopes, states, strict=False):
             self._remember(scope, [float(number) for number in state])
-        if spent and hold.purse is not None:
+        if spent:
             amounts = [int(number) for number in spent]
             day, month, reserved = (Amount(*amounts[i : i + 2]) for i in (0, 2, 4))
-            hold.purse.spending.learn(self._wall(), {"day": day, "month": month}, reserved)
+            spending = self.spending(entry.budget)
+            spending.set_from_store(self._wall(), {"day": day, "month": month}, reserved)
         return cast("list[bytes]", refusal)
 
     def _remember(self, scope: Scope, state: list[float]) -> None:
         found = {}
         if (rate := scope.limits.requests_per_minute) is not None:
-            found["requests"] = Left(rate, max(0, rate - int(state[0])), state[1])
+            found["requests"] = Remaining(rate, max(0, rate - int(state[0])), state[1])
         if (most := scope.limits.tokens_per_minute) is not None:
-            found["tokens"] = Left(most, max(0, most - int(state[2])), state[3])
-        self._left.pop(scope.name, None)
-        self._left[scope.name] = found
-        if len(self._left) > REMEMBERED:
-            self._left.pop(next(iter(self._left)))
+            found["tokens"] = Remaining(most, max(0, most - int(state[2])), state[3])
+        self._remaining.pop(scope.name, None)
+        self._remaining[scope.name] = found
+        if len(self._remaining) > REMEMBERED_SCOPES:
+            self._remaining.pop(next(iter(self._remaining)))
 
-    async def _tell_always(self) -> None:
+    async def _report_forever(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(EVERY):
-                    await self._wake.wait()
-                only_ended = self._up
+                async with asyncio.timeout(REPORT_INTERVAL_S):
+                    await self._report_now.wait()
+                only_closed = self._up
             except TimeoutError:
-                only_ended = False
-            self._wake.clear()
+                only_closed = False
+            self._report_now.clear()
             try:
-                if not self._up:  # of many connections that broke together each would break a request
+                if not self._up:  # connections that broke together would each break one more request
                     await self._redis.connection_pool.disconnect(inuse_connections=False)
-                await self._tell(only_ended=only_ended)
+                await self._report(only_closed=only_closed)
                 if not self._up:
                     await self.check()
                     self._up = True
                     logger.warning("Redis answers again: requests with limits are admitted")
             except Exception as exc:  # a defect, too, must not end what gives places back
                 self._lost(exc)
-                await asyncio.sleep(EVERY)
+                await asyncio.sleep(REPORT_INTERVAL_S)
 
-    async def _tell(self, *, only_ended: bool = False) -> None:
-        """Told twice where an answer is lost: what is used then counts twice, never too little."""
-        async with self._telling:
-            holds = [self._holds[id_] for id_ in (list(self._ended) if only_ended else list(self._holds))]
-            for start in range(0, len(holds), CONNECTIONS // 2):
-                some = holds[start : start + CONNECTIONS // 2]
-                for result in await asyncio.gather(*map(self._tell_one, some), return_exceptions=True):
+    async def _report(self, *, only_closed: bool = False) -> None:
+        """Renews what is reserved, and reports what was used and what has ended.
+
+        At least once: where Redis's answer is lost, the next report counts the same use again.
+        """
+        async with self._reporting:
+            entries = [self._entries[id_] for id_ in (list(self._closed if only_closed else self._entries))]
+            for start in range(0, len(entries), CONNECTIONS // 2):
+                some = entries[start : start + CONNECTIONS // 2]
+                for result in await asyncio.gather(*map(self._report_one, some), return_exceptions=True):
                     if isinstance(result, BaseException):
                         raise result
 
-    async def _tell_one(self, hold: Hold) -> None:
-        used, used_cost, ended = hold.used, hold.used_cost, hold.ended
-        await self._run("end" if ended else "renew", hold)
-        hold.use(-used, 0, -used_cost)
-        if ended:
-            del self._holds[hold.id]
-            self._ended.discard(hold.id)
+    async def _report_one(self, entry: Entry) -> None:
+        used, closed = entry.used, entry.closed
+        await self._run("close" if closed else "renew", entry)
+        entry.used -= used
+        if closed:
+            del self._entries[entry.id]
+            self._closed.discard(entry.id)
 
     def _lost(self, exc: BaseException) -> None:
         if self._up:
@@ -339,38 +323,34 @@ class SharedLimits:
         self._up = False
 
 
-def _with_purse(
+def _with_budget(
     keys: list[str],
     args: list[str | float],
-    purse: Purse,
+    budget: TenantBudget,
     now: datetime,
-    recorded: dict[Period, tuple[int, int]] | None,
+    recorded: dict[Period, Amount] | None,
 ) -> tuple[list[str], list[str | float]]:
-    keys = keys + [f"loraplex:{purse.name}:budget:{part}" for part in ("leases", "tokens", "cost")]
+    """Keys and arguments with those of the budget; ``recorded`` where Redis does not know what was used."""
+    keys = keys + [f"loraplex:{budget.name}:budget:{part}" for part in ("leases", "tokens", "cost")]
     args = list(args)
     for period in PERIODS:
-        budget = getattr(purse.budgets, period)
-        keys.append(f"loraplex:{purse.name}:budget:{period}:{began(period, now):%Y-%m-%d}")
-        for unit in ("tokens", "cost"):
-            limit = None if budget is None else budget.limit(unit, soft=False)
+        limits: Budget | None = getattr(budget.budgets, period)
+        keys.append(f"loraplex:{budget.name}:budget:{period}:{period_start(period, now):%Y-%m-%d}")
+        for unit in UNITS:
+            limit = None if limits is None else limits.limit(unit, soft=False)
             args.append(-1 if limit is None else limit)
-        args += recorded[period] if recorded is not None else (-1, -1)
-        args.append(int((ends(period, now) + KEPT - now).total_seconds()))
+        known = recorded[period] if recorded is not None else Amount(-1, -1)
+        args += (known.tokens, known.cost)
+        args.append(int((period_end(period, now) + KEEP_PERIOD - now).total_seconds()))
     return keys, args
 
 
-def _refused(hold: Hold, found: list[bytes]) -> Exceeded | Overspent:
-    if found[0] == b"budget":
-        period, unit = (found[i].decode() for i in (1, 2))
-        return Overspent(Passed(cast("Period", period), cast("Unit", unit), int(found[3]), int(found[4])))
-    index, limit, allowed, asked, wait, never = found
-    excess = Excess(limit.decode(), int(allowed), int(asked), float(wait), never == b"1")
-    return Exceeded(excess, hold.scopes[int(index)].whose)
-
-
-def _unavailable() -> Unavailable:
-    return Unavailable(
-        "Your limits cannot be looked up at the moment. Try again shortly.",
-        code="limits_unavailable",
-        retry_after=2.0,
-    )
+def _refused(entry: Entry, answer: list[bytes]) -> Refused:
+    """From the script's words."""
+    if answer[0] == b"budget":
+        period, unit = (answer[i].decode() for i in (1, 2))
+        limit, used = int(answer[3]), int(answer[4])
+        return Refused(BudgetExceeded(cast("Period", period), cast("Unit", unit), limit, used))
+    index, name, allowed, asked, wait, never = answer
+    exceeded = LimitExceeded(name.decode(), int(allowed), int(asked), float(wait), never == b"1")
+    return Refused(exceeded, entry.scopes[int(index)].whose)

@@ -68,7 +68,7 @@ class Work(Protocol):
 
 
 class Account(Protocol):
-    """Who is told what a lease has used, as it is produced; see ``server.limits.quotas.Ticket``."""
+    """Who is told what a lease has used, as it is produced; see ``server.limits.reservation.Reservation``."""
 
     def progressed(self, lease: Lease) -> None: ...
     def closed(self, lease: Lease) -> None: ...

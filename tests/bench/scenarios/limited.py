@@ -121,7 +121,7 @@ def allowed(per_minute: int, seconds: float) -> int:
 
     Windows slide. At the start a whole minute's worth is there at once, and at three times the limit it is
     gone after a third of a minute. Each part of it is free again a minute after its use (at most a tenth of a
-    second later, ``rate.GRAIN``), and is then taken by the next who asks. So the second minute is as
+    second later, ``rate.GRAIN_S``), and is then taken by the next who asks. So the second minute is as
     the first, and one that has only begun counts whole, if a third of it and some is over: ``seconds`` are
     from ``half_minutes``. More cannot be: the time is covered by so many windows of 60 seconds.
     """

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from server.accounts.terms import KeyLimits
-from server.limits.rate import Meter
+from server.limits.rate import RateMeter
 from tests.bench.client import Record
 from tests.bench.scenarios.limited import (
     PHASES,
@@ -27,28 +27,28 @@ from tests.bench.stats import most_within
 REQUESTS, TOKENS = PHASES
 TAKES = 0.2  # seconds of an answer
 RESERVED = SHORT + 2  # tokens: the server's first estimate of a prompt is high
-Admits = Callable[[Meter, KeyLimits, int, float], bool]
+Admits = Callable[[RateMeter, KeyLimits, int, float], bool]
 
 
-def exact(meter: Meter, limits: KeyLimits, tokens: int, now: float) -> bool:
-    return meter.excess(limits, tokens, now) is None
+def exact(meter: RateMeter, limits: KeyLimits, tokens: int, now: float) -> bool:
+    return meter.check(limits, tokens, now) is None
 
 
 def scaled(limits: KeyLimits, by: float) -> KeyLimits:
     return KeyLimits(**{name: round(by * n) for name, n in limits.model_dump(exclude_none=True).items()})
 
 
-def generous(meter: Meter, limits: KeyLimits, tokens: int, now: float) -> bool:
+def generous(meter: RateMeter, limits: KeyLimits, tokens: int, now: float) -> bool:
     return exact(meter, scaled(limits, 1.02), tokens, now)
 
 
-def mean(meter: Meter, limits: KeyLimits, tokens: int, now: float) -> bool:
+def mean(meter: RateMeter, limits: KeyLimits, tokens: int, now: float) -> bool:
     return exact(meter, scaled(limits, 0.98), tokens, now)
 
 
-def of_the_clock(meter: Meter, limits: KeyLimits, tokens: int, now: float) -> bool:
+def of_the_clock(meter: RateMeter, limits: KeyLimits, tokens: int, now: float) -> bool:
     """Windows that turn with the minute, so that twice as much comes around the turn."""
-    minute = Meter()
+    minute = RateMeter()
     minute.running, minute.reserved = meter.running, meter.reserved
     for kept, all_of_it in ((minute.requests, meter.requests), (minute.tokens, meter.tokens)):
         for at, amount in all_of_it._parts:
@@ -59,7 +59,7 @@ def of_the_clock(meter: Meter, limits: KeyLimits, tokens: int, now: float) -> bo
 
 def asked(phase: Phase, seconds: float, admits: Admits = exact, begin: float = 1000.0) -> list[Record]:
     """At three times the limit on a clock of its own; each answer's tokens count when it ends."""
-    meter, limits = Meter(), KeyLimits(**{f"{phase.limit}_per_minute": phase.per_minute})
+    meter, limits = RateMeter(), KeyLimits(**{f"{phase.limit}_per_minute": phase.per_minute})
     records: list[Record] = []
     under_way: list[tuple[float, int, int]] = []
     rng = random.Random(9)
@@ -67,13 +67,13 @@ def asked(phase: Phase, seconds: float, admits: Admits = exact, begin: float = 1
         now = begin + turn / phase.rate + rng.uniform(0, 0.02)
         while under_way and under_way[0][0] <= now:
             end, used, reserved = under_way.pop(0)
-            meter.used(used, reserved, end)
+            meter.use(used, reserved, end)
             meter.end()
         output = phase.outputs[turn % len(phase.outputs)]
         made = Record("a", phase.limit, now - 0.01, output, status=429, error="{}", retry_after=1.0)
         records.append(made)
         if admits(meter, limits, RESERVED + output, now):
-            meter.admit(RESERVED + output, now)
+            meter.begin(RESERVED + output, now)
             under_way.append((now + TAKES, SHORT + output, RESERVED + output))
             made.status, made.error = 200, None
             made.chunks, made.end = [now + TAKES / 2], now + TAKES + 0.01

@@ -19,7 +19,8 @@ from server.accounts.terms import COST_UNIT, Budget, Budgets
 from server.accounts.usage import Usage
 from server.errors import TooManyRequests, headers_of
 from server.inference.completion import Completions
-from server.limits.budget import Spending, began, ends
+from server.limits.budget import Amount, Spending, period_end, period_start
+from server.limits.memory import MemoryLedger
 from server.limits.quotas import Quotas
 from server.settings import Price
 from tests.service.http.test_api import CHAT, CHAT_URL, error
@@ -39,11 +40,11 @@ START = datetime(2026, 5, 31, 23, 50, tzinfo=UTC)
 
 
 def test_periods_are_those_of_utc() -> None:
-    assert began("day", START) == datetime(2026, 5, 31, tzinfo=UTC)
-    assert began("month", START) == datetime(2026, 5, 1, tzinfo=UTC)
-    assert ends("day", START) == ends("month", START) == datetime(2026, 6, 1, tzinfo=UTC)
-    assert ends("month", datetime(2026, 12, 31, tzinfo=UTC)) == datetime(2027, 1, 1, tzinfo=UTC)
-    assert ends("month", datetime(2028, 2, 1, tzinfo=UTC)) == datetime(2028, 3, 1, tzinfo=UTC)
+    assert period_start("day", START) == datetime(2026, 5, 31, tzinfo=UTC)
+    assert period_start("month", START) == datetime(2026, 5, 1, tzinfo=UTC)
+    assert period_end("day", START) == period_end("month", START) == datetime(2026, 6, 1, tzinfo=UTC)
+    assert period_end("month", datetime(2026, 12, 31, tzinfo=UTC)) == datetime(2027, 1, 1, tzinfo=UTC)
+    assert period_end("month", datetime(2028, 2, 1, tzinfo=UTC)) == datetime(2028, 3, 1, tzinfo=UTC)
 
 
 @given(st.randoms(use_true_random=False))
@@ -62,17 +63,17 @@ def test_a_hard_budget_is_never_passed_and_all_of_it_can_be_used(rng: random.Ran
         tokens = rng.randrange(1, 200)
         cost = tokens * COST_UNIT // 1000
         held = [sum(amounts) for amounts in zip(*running, strict=True)] or [0, 0]
-        passed = spending.excess(budgets, tokens, cost, now)
+        passed = spending.check(budgets, Amount(tokens, cost), now)
         over = used["day"] + held[0] + tokens > 1000 or used["month"] + held[1] + cost > 3 * COST_UNIT
         assert (passed is not None) == over
         if passed is None:
-            spending.reserved.add(tokens, cost)
+            spending.reserved += Amount(tokens, cost)
             running.append((tokens, cost))
         while running and rng.random() < 0.5:
             tokens, cost = running.pop()
             part = rng.randrange(tokens + 1)
-            spending.reserved.add(-tokens, -cost)
-            spending.add(part, part * COST_UNIT // 1000, now)
+            spending.reserved -= Amount(tokens, cost)
+            spending.add(Amount(part, part * COST_UNIT // 1000), now)
             used["day"] += part
             used["month"] += part * COST_UNIT // 1000
         assert used["day"] <= 1000
@@ -103,11 +104,11 @@ class Ledger:
 
     def serve(self, world: World) -> None:
         quotas = Quotas(
+            MemoryLedger(clock=lambda: asyncio.get_running_loop().time(), wall=self.now),
             record=self.records.append,
             spent=self.spent,
             prices={"*": Price(input=1000, output=2000)},
             metrics=world.metrics,
-            clock=lambda: asyncio.get_running_loop().time(),
             wall=self.now,
         )
         world.service = Completions(
@@ -188,7 +189,8 @@ def test_streams_that_clients_left_are_paid_for_and_what_is_not_produced_is_not(
             assert record.outcome == "disconnected"
             assert 40 < record.output_tokens < 60
             assert record.cost == (record.prompt_tokens * 1000 + record.output_tokens * 2000) * 1000
-            spending = world.service.quotas.spending(who)
+            quotas = world.service.quotas
+            spending = quotas.ledger.spending(quotas.budget(who))
             assert spending.used["month"].cost == record.cost
             assert (spending.reserved.tokens, spending.reserved.cost) == (0, 0)
             await world.ask(who, max_tokens=150)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from server.errors import TooManyRequests
-from server.limits.rate import Meter
-from tests.service.limits.test_limits import limited, most_in_a_minute
+from server.limits.rate import RateMeter
+from tests.service.limits.test_limits import ledger_of, limited, most_in_a_minute
 from tests.support import tiny
 from tests.support.clock import run
 from tests.support.fakes import Times
@@ -131,13 +131,13 @@ def test_no_minute_has_more_than_the_limit_however_dense_the_prompts(
 ) -> None:
     most, refused = 400, 0
     events: list[tuple[float, int]] = []
-    count = Meter.used
+    count = RateMeter.use
 
-    def used(self: Meter, tokens: int, of_reserved: int, now: float) -> None:
+    def used(self: RateMeter, tokens: int, of_reserved: int, now: float) -> None:
         events.append((now, tokens))
         count(self, tokens, of_reserved, now)
 
-    monkeypatch.setattr(Meter, "used", used)
+    monkeypatch.setattr(RateMeter, "use", used)
 
     async def scenario() -> None:
         nonlocal refused
@@ -166,7 +166,7 @@ def test_no_minute_has_more_than_the_limit_however_dense_the_prompts(
                         refused += 1
 
             await asyncio.gather(*(client() for _ in range(4)))
-            meters = world.service.quotas._meters
+            meters = ledger_of(world).meters
             assert all(meter.reserved == 0 and meter.running == 0 for meter in meters.values())
 
     run(scenario())

@@ -20,8 +20,9 @@ from server.accounts.keys import KeyInfo
 from server.accounts.terms import KeyLimits, TenantLimits
 from server.errors import BadRequest, Forbidden, TooManyRequests, headers_of
 from server.inference.completion import Completions
+from server.limits.memory import MemoryLedger
 from server.limits.quotas import Quotas
-from server.limits.rate import GRAIN, MINUTE, Meter, Window, duration
+from server.limits.rate import GRAIN_S, WINDOW_S, RateMeter, Window, duration
 from tests.service.http.test_api import CHAT, CHAT_URL, error
 from tests.support import tiny
 from tests.support.clock import run
@@ -46,14 +47,14 @@ def test_a_window_never_holds_less_than_a_minute_and_little_more(events: list[tu
     window, now, seen = Window(), 0.0, []
     for pause, amount in events:
         now += pause
-        exact = sum(much for at, much in seen if at > now - MINUTE)
-        at_most = sum(much for at, much in seen if at >= now - MINUTE - GRAIN)
+        exact = sum(much for at, much in seen if at > now - WINDOW_S)
+        at_most = sum(much for at, much in seen if at >= now - WINDOW_S - GRAIN_S)
         assert exact <= window.used(now) <= at_most
         window.add(now, amount)
         seen.append((now, amount))
-    assert len(window._parts) <= MINUTE / GRAIN + 1
+    assert len(window._parts) <= WINDOW_S / GRAIN_S + 1
     rounding = 1e-9  # in floats 64.1 + 60 is more than 64 + 60 + 0.1
-    assert window.used(now + window.until_empty(now) + GRAIN + rounding) == 0
+    assert window.used(now + window.until_empty(now) + GRAIN_S + rounding) == 0
 
 
 @given(EVENTS.filter(bool), st.data())
@@ -79,7 +80,7 @@ def test_what_is_used_and_reserved_never_passes_the_limit_nor_leaks(rng: random.
     """Requests use up to what they reserved, in pieces, and end or are withdrawn at any time."""
     limits, meter, now = (
         KeyLimits(tokens_per_minute=most, requests_per_minute=20, requests_at_once=4),
-        Meter(),
+        RateMeter(),
         0.0,
     )
     running: list[int] = []  # what each has reserved still
@@ -90,11 +91,11 @@ def test_what_is_used_and_reserved_never_passes_the_limit_nor_leaks(rng: random.
         action = rng.random()
         if action < 0.5:
             tokens = rng.randrange(1, most // 2)
-            excess = meter.excess(limits, tokens, now)
-            in_minute = sum(much for at, much in used if at > now - MINUTE - GRAIN)
-            recent = sum(at > now - MINUTE - GRAIN for at in started)
+            excess = meter.check(limits, tokens, now)
+            in_minute = sum(much for at, much in used if at > now - WINDOW_S - GRAIN_S)
+            recent = sum(at > now - WINDOW_S - GRAIN_S for at in started)
             if excess is None:
-                meter.admit(tokens, now)
+                meter.begin(tokens, now)
                 running.append(tokens)
                 started.append(now)
             else:
@@ -105,28 +106,28 @@ def test_what_is_used_and_reserved_never_passes_the_limit_nor_leaks(rng: random.
             index = rng.randrange(len(running))
             more = rng.randrange(running[index] + 1)
             last = rng.random() < 0.5
-            meter.used(more, running[index] if last else more, now)
+            meter.use(more, running[index] if last else more, now)
             used.append((now, more))
             running[index] -= more
             if last:
                 running.pop(index)
                 meter.end()
         assert (meter.running, meter.reserved) == (len(running), sum(running))
-        assert sum(much for at, much in used if at > now - MINUTE) + sum(running) <= most
+        assert sum(much for at, much in used if at > now - WINDOW_S) + sum(running) <= most
         assert len(running) <= 4
-        assert sum(at > now - MINUTE for at in started) <= 20
+        assert sum(at > now - WINDOW_S for at in started) <= 20
     for rest in running:
-        meter.used(0, rest, now)
+        meter.use(0, rest, now)
         meter.end()
-    assert meter.idle(now + MINUTE + GRAIN)
+    assert meter.idle(now + WINDOW_S + GRAIN_S)
     assert meter.reserved == 0
 
 
 def test_a_request_that_can_never_run_is_told_so() -> None:
-    excess = Meter().excess(KeyLimits(tokens_per_minute=10), 11, 0.0)
+    excess = RateMeter().check(KeyLimits(tokens_per_minute=10), 11, 0.0)
     assert excess is not None
     assert excess.never
-    assert Meter().excess(KeyLimits(tokens_per_minute=10), 10, 0.0) is None
+    assert RateMeter().check(KeyLimits(tokens_per_minute=10), 10, 0.0) is None
 
 
 @pytest.mark.parametrize(
@@ -141,16 +142,21 @@ def test_durations_read_like_openais(seconds: float, text: str) -> None:
 
 def limited(world: World, **limits: Any) -> Any:
     """A tenant with these limits, on a world whose quotas go by the loop's clock."""
-    quotas = Quotas(clock=lambda: asyncio.get_running_loop().time())
+    quotas = Quotas(MemoryLedger(clock=lambda: asyncio.get_running_loop().time()))
     world.service = Completions(world.engine, world.dispatcher, world.service.catalog, world.metrics, quotas)
     return tenant("acme", limits=TenantLimits(**limits))
+
+
+def ledger_of(world: World) -> MemoryLedger:
+    assert isinstance(world.service.quotas.ledger, MemoryLedger)
+    return world.service.quotas.ledger
 
 
 def most_in_a_minute(events: list[tuple[float, int]]) -> int:
     """The largest sum of any (t, t + 60]."""
     times = [at for at, _ in events]
     sums = [0, *accumulate(much for _, much in events)]
-    return max(sums[bisect_right(times, at + MINUTE - 1e-9)] - sums[i] for i, at in enumerate(times))
+    return max(sums[bisect_right(times, at + WINDOW_S - 1e-9)] - sums[i] for i, at in enumerate(times))
 
 
 @pytest.mark.parametrize("limit", [{"requests_per_minute": 120}, {"tokens_per_minute": 6000}])
@@ -158,7 +164,7 @@ def test_sixteen_clients_at_three_times_a_limit_get_all_of_it_and_no_more(limit:
     admitted: list[tuple[float, int]] = []
     used: list[tuple[float, int]] = []
     refused: list[TooManyRequests] = []
-    pause = 16 * MINUTE / 360 if "requests_per_minute" in limit else 0.8
+    pause = 16 * WINDOW_S / 360 if "requests_per_minute" in limit else 0.8
 
     async def client(world: World, who: Any, seed: int) -> None:
         rng = random.Random(seed)
@@ -200,7 +206,7 @@ def test_what_one_tenant_is_refused_another_gets() -> None:
             with pytest.raises(TooManyRequests):
                 await world.ask(who)
             await world.ask("other")
-            await asyncio.sleep(MINUTE + GRAIN)
+            await asyncio.sleep(WINDOW_S + GRAIN_S)
             await world.ask(who)
 
     run(scenario())
@@ -210,7 +216,6 @@ def test_a_reservation_is_given_back_when_the_answer_ends_however_it_ends() -> N
     async def scenario() -> None:
         async with World(max_running=8) as world:
             who = limited(world, tokens_per_minute=400)
-            quotas = world.service.quotas
             for ending in ("read", "left", "never read", "cancelled", "refused"):
                 if ending == "cancelled":
                     asking = asyncio.create_task(world.open(who, max_tokens=300))
@@ -234,7 +239,7 @@ def test_a_reservation_is_given_back_when_the_answer_ends_however_it_ends() -> N
                         assert opened.stream is not None
                         await anext(aiter(opened.stream))
                     await opened.lease.close("disconnected")
-                meter = quotas._meters["acme tenant"]
+                meter = ledger_of(world).meters["acme"]
                 assert (meter.running, meter.reserved) == (0, 0), ending
             world.check_idle()
 
@@ -254,8 +259,9 @@ def test_nothing_stays_reserved_wherever_a_request_is_cancelled() -> None:
                 await asyncio.wait([asking])
                 answered += not asking.cancelled()
                 await asyncio.sleep(0.1)
-                quotas = world.service.quotas
-                meter, spending = quotas._meter(who, "tenant"), quotas.spending(who)
+                ledger = ledger_of(world)
+                meter = ledger.meters.get("acme", RateMeter())
+                spending = ledger.spending(world.service.quotas.budget(who))
                 assert (meter.running, meter.reserved, spending.reserved.tokens) == (0, 0, 0), turns
             assert 5 < answered < 50
             world.check_idle()
@@ -276,7 +282,7 @@ def test_a_prompt_of_more_tokens_than_was_thought_is_reserved_before_it_runs() -
             assert opened.lease.prompt_tokens + opened.lease.output_tokens == 156
             with pytest.raises(TooManyRequests):
                 await world.open(who, max_tokens=1)
-            await asyncio.sleep(MINUTE + GRAIN)
+            await asyncio.sleep(WINDOW_S + GRAIN_S)
             await world.ask(who, max_tokens=1)
 
     run(scenario())
@@ -348,15 +354,15 @@ def test_meters_that_nobody_uses_go_away() -> None:
     async def scenario() -> None:
         async with World(max_running=8) as world:
             limited(world)
-            quotas = world.service.quotas
+            ledger = ledger_of(world)
             for number in range(20):
                 await world.ask(tenant(f"t{number}", limits=TenantLimits(requests_per_minute=5)))
-            assert len(quotas._meters) == 20
-            quotas._sweep(quotas.clock())
-            assert len(quotas._meters) == 20
-            await asyncio.sleep(2 * MINUTE)
-            quotas._sweep(quotas.clock())
-            assert quotas._meters == {}
+            assert len(ledger.meters) == 20
+            ledger.sweep()
+            assert len(ledger.meters) == 20
+            await asyncio.sleep(2 * WINDOW_S)
+            ledger.sweep()
+            assert ledger.meters == {}
 
     run(scenario())
 

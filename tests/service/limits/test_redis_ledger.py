@@ -19,10 +19,12 @@ from redis.exceptions import RedisError
 from server.accounts.tenants import Tenant
 from server.accounts.terms import Budget, Budgets, KeyLimits, TenantLimits
 from server.errors import TooManyRequests, Unavailable, headers_of
-from server.limits.budget import Spending
-from server.limits.quotas import Asked, Quotas, Ticket
-from server.limits.rate import Meter
-from server.limits.redis import PATIENCE, Exceeded, Hold, Overspent, Purse, Scope, SharedLimits
+from server.limits.budget import Amount, Spending
+from server.limits.ledger import Entry, Refused, Scope, TenantBudget
+from server.limits.quotas import Quotas
+from server.limits.rate import LimitExceeded, RateMeter
+from server.limits.redis import TIMEOUT_S, RedisLedger
+from server.limits.reservation import Reservation
 from server.scheduling.dispatcher import Lease
 from server.settings import Price
 from tests.support import tiny
@@ -32,29 +34,32 @@ from tests.support.tiny import fake_site
 from tests.support.world import tenant
 
 
+async def nothing_recorded(_since: datetime, _until: datetime) -> Amount:
+    return Amount()
+
+
+NO_BUDGET = TenantBudget("none", None, nothing_recorded)
+
+
 @asynccontextmanager
-async def opened(url: str | None = None, **options: Any) -> AsyncIterator[SharedLimits]:
-    shared = SharedLimits(url or redis(), **options)
+async def opened(url: str | None = None, **options: Any) -> AsyncIterator[RedisLedger]:
+    shared = RedisLedger(url or redis(), **options)
     await shared.open()
     try:
         yield shared
     finally:
-        await shared.close()
+        await shared.stop()
 
 
 def limited(**limits: int) -> Tenant:
     return tenant(f"t{uuid.uuid4().hex[:12]}", limits=TenantLimits(**limits))
 
 
-def asked(who: Tenant, tokens: int = 10) -> Asked:
-    return Asked(who, None, "chat", "r", 0, tokens)
-
-
 def budgeted(**day: float) -> Tenant:
     return tenant(f"t{uuid.uuid4().hex[:12]}", budgets=Budgets(day=Budget(**day)))
 
 
-def used(ticket: Ticket, tokens: int, *, ended: bool = False) -> None:
+def used(ticket: Reservation, tokens: int, *, ended: bool = False) -> None:
     """It has produced so many tokens in all."""
     lease = SimpleNamespace(
         prompt_tokens=0, cached_tokens=0, output_tokens=tokens, outcome="completed", queued_for=0.0,
@@ -63,9 +68,14 @@ def used(ticket: Ticket, tokens: int, *, ended: bool = False) -> None:
     (ticket.closed if ended else ticket.progressed)(cast("Lease", lease))
 
 
-async def admitted(quotas: Quotas, who: Tenant, tokens: int = 10) -> Ticket:
-    await quotas.open(who)
-    return await quotas.take(asked(who, tokens))
+async def begun(quotas: Quotas, who: Tenant) -> Reservation:
+    return await quotas.open(who, None, endpoint="chat", request_id="r")
+
+
+async def admitted(quotas: Quotas, who: Tenant, tokens: int = 10) -> Reservation:
+    reservation = await begun(quotas, who)
+    await reservation.reserve(0, tokens)
+    return reservation
 
 
 @asynccontextmanager
@@ -110,24 +120,25 @@ class _Gate:
 async def test_decides_as_the_meter_in_memory_does(seed: int) -> None:
     rng, now = random.Random(seed), 1000.0
     limits = KeyLimits(tokens_per_minute=300, requests_per_minute=20, requests_at_once=3)
-    scope, meter = Scope(uuid.uuid4().hex, "tenant", limits), Meter()
+    scope, meter = Scope(uuid.uuid4().hex, "tenant", limits), RateMeter()
     # Virtual time runs far ahead of the leases' renewal, which has its own test.
-    shared = SharedLimits(redis(), clock=lambda: now, lease=1e6)
+    shared = RedisLedger(redis(), clock=lambda: now, lease=1e6)
     await shared.check()
     shared._up = True
-    running: list[Hold] = []
+    running: list[Entry] = []
     outcomes = set()
     for _ in range(300):
         now += rng.choice([0.0, 0.05, 1.0, 2.0])
         if rng.random() < 0.6:
             tokens = rng.randrange(1, rng.choice([6, 6, 60, 320]))
-            expected = meter.excess(limits, tokens, now)
+            expected = meter.check(limits, tokens, now)
             outcomes.add(expected.limit if expected else "admitted")
             try:
-                running.append(await shared.admit([scope], tokens))
-            except Exceeded as exc:
+                running.append(await shared.reserve([scope], NO_BUDGET, Amount(tokens)))
+            except Refused as exc:
                 assert expected is not None
-                found = exc.excess
+                found = exc.reason
+                assert isinstance(found, LimitExceeded)
                 assert (found.limit, found.allowed, found.asked, found.never) == (
                     expected.limit,
                     expected.allowed,
@@ -137,32 +148,32 @@ async def test_decides_as_the_meter_in_memory_does(seed: int) -> None:
                 assert found.retry_after == pytest.approx(expected.retry_after, abs=1e-3)
             else:
                 assert expected is None
-                meter.admit(tokens, now)
+                meter.begin(tokens, now)
         elif running:
-            hold = running.pop(rng.randrange(len(running)))
-            used, reserved = rng.randrange(hold.reserved + 1), hold.reserved
-            meter.used(used, reserved, now)
+            entry = running.pop(rng.randrange(len(running)))
+            used, reserved = rng.randrange(entry.reserved.tokens + 1), entry.reserved
+            meter.use(used, reserved.tokens, now)
             meter.end()
-            hold.use(used, reserved)
-            shared.end(hold)
-            await shared._tell(only_ended=True)
+            shared.use(entry, Amount(used), reserved)
+            shared.close(entry)
+            await shared._report(only_closed=True)
         else:
             continue
-        left = meter.left(limits, now)
-        assert shared.left(scope).keys() == left.keys()
-        for what, found_left in shared.left(scope).items():
+        left = meter.remaining(limits, now)
+        assert shared.remaining(scope).keys() == left.keys()
+        for what, found_left in shared.remaining(scope).items():
             assert (found_left.limit, found_left.remaining) == (left[what].limit, left[what].remaining)
             assert found_left.reset == pytest.approx(left[what].reset, abs=1e-3)
     assert outcomes == {"admitted", "requests_at_once", "requests_per_minute", "tokens_per_minute"}
-    await shared.close()
+    await shared.stop()
 
 
 async def test_two_processes_admit_exactly_the_limit_between_them() -> None:
     who = limited(requests_per_minute=200, tokens_per_minute=1500)
     async with opened() as one, opened() as two:
-        each = [Quotas(shared=one), Quotas(shared=two)]
+        each = [Quotas(one), Quotas(two)]
         results = await asyncio.gather(
-            *(each[i % 2].take(asked(who)) for i in range(300)), return_exceptions=True
+            *(admitted(each[i % 2], who) for i in range(300)), return_exceptions=True
         )
         tickets = [found for found in results if not isinstance(found, BaseException)]
         assert len(tickets) == 150  # 1500 tokens of 10 each
@@ -171,7 +182,7 @@ async def test_two_processes_admit_exactly_the_limit_between_them() -> None:
         for ticket in tickets:
             ticket.withdraw()
         results = await asyncio.gather(
-            *(each[i % 2].take(asked(who, 1)) for i in range(100)), return_exceptions=True
+            *(admitted(each[i % 2], who, 1) for i in range(100)), return_exceptions=True
         )
         assert sum(not isinstance(found, BaseException) for found in results) == 50
         assert each[1].headers(who)["x-ratelimit-remaining-requests"] == "0"
@@ -180,8 +191,8 @@ async def test_two_processes_admit_exactly_the_limit_between_them() -> None:
 async def test_more_is_reserved_for_one_that_runs_or_nothing_changes() -> None:
     who = limited(tokens_per_minute=100)
     async with opened() as one, opened() as two:
-        mine, theirs = Quotas(shared=one), Quotas(shared=two)
-        ticket, other = await mine.take(asked(who, 40)), await theirs.take(asked(who, 40))
+        mine, theirs = Quotas(one), Quotas(two)
+        ticket, other = await admitted(mine, who, 40), await admitted(theirs, who, 40)
         ticket.asks(50, 10, 1)
         assert await ticket.settle() is None  # 60 and 40
         other.asks(35, 6, 1)
@@ -189,55 +200,55 @@ async def test_more_is_reserved_for_one_that_runs_or_nothing_changes() -> None:
             await other.settle()
         assert refused.value.code == "rate_limit_exceeded"
         other.withdraw()
-        await two._tell(only_ended=True)
-        rest = await mine.take(asked(who, 40))
+        await two._report(only_closed=True)
+        rest = await admitted(mine, who, 40)
         rest.asks(90, 20, 1)
         with pytest.raises(TooManyRequests, match="may use 110"):
             await rest.settle()
         rest.withdraw()
         ticket.withdraw()
-        last = await mine.take(asked(who, 100))
+        last = await admitted(mine, who, 100)
         last.withdraw()
 
 
 async def test_what_is_used_already_counts_where_more_is_reserved() -> None:
     scope = Scope(uuid.uuid4().hex, "tenant", KeyLimits(tokens_per_minute=100))
     async with opened() as shared:
-        hold = await shared.admit([scope], 50)
-        hold.use(30, 30)
-        await shared.more(hold, 50)
-        assert (hold.used, hold.reserved) == (0, 70)
-        assert shared.left(scope)["tokens"].remaining == 0
-        with pytest.raises(Exceeded):
-            await shared.more(hold, 1)
+        entry = await shared.reserve([scope], NO_BUDGET, Amount(50))
+        shared.use(entry, Amount(30), Amount(30))
+        await shared.change(entry, Amount(50), 100)
+        assert (entry.used, entry.reserved) == (Amount(), Amount(70))
+        assert shared.remaining(scope)["tokens"].remaining == 0
+        with pytest.raises(Refused):
+            await shared.change(entry, Amount(1), 101)
         shared._up = False
         with pytest.raises(Unavailable):
-            await shared.more(hold, 1)
+            await shared.change(entry, Amount(1), 101)
         shared._up = True
-        hold.use(0, hold.reserved)
-        shared.end(hold)
+        shared.use(entry, Amount(), entry.reserved)
+        shared.close(entry)
 
 
 async def test_a_place_is_free_for_whoever_asks_right_after_the_end() -> None:
     who = limited(requests_at_once=1)
     async with opened() as shared:
-        quotas = Quotas(shared=shared)
+        quotas = Quotas(shared)
         for _ in range(50):
-            (await quotas.take(asked(who))).withdraw()
+            (await admitted(quotas, who)).withdraw()
 
 
 async def test_a_living_process_keeps_its_places_and_a_dead_one_does_not() -> None:
     who = limited(requests_at_once=1, tokens_per_minute=100)
     async with opened(lease=2.5) as living, opened(lease=2.5) as other:
-        quotas = Quotas(shared=other)
-        ticket = await Quotas(shared=living).take(asked(who, 100))
+        quotas = Quotas(other)
+        ticket = await admitted(Quotas(living), who, 100)
         await asyncio.sleep(4)
         with pytest.raises(TooManyRequests):
-            await quotas.take(asked(who, 1))
+            await admitted(quotas, who, 1)
         assert living._task is not None
         living._task.cancel()  # as if killed: nothing renews any more
         await asyncio.sleep(3)
-        (await quotas.take(asked(who, 100))).withdraw()
+        (await admitted(quotas, who, 100)).withdraw()
         ticket.withdraw()
 
 
@@ -245,15 +256,15 @@ async def test_an_outage_refuses_only_those_with_limits_and_ends_by_itself() -> 
     gate = _Gate()
     who, free = limited(requests_at_once=2), tenant("free")
     async with opened(await gate.start()) as shared:
-        quotas = Quotas(shared=shared)
-        ticket = await quotas.take(asked(who))
+        quotas = Quotas(shared)
+        ticket = await admitted(quotas, who)
         gate.open = False
-        async with asyncio.timeout(2 * PATIENCE):
+        async with asyncio.timeout(2 * TIMEOUT_S):
             with pytest.raises(Unavailable) as refused:
-                await quotas.take(asked(who))
+                await admitted(quotas, who)
         assert refused.value.code == "limits_unavailable"
         assert int(headers_of(refused.value)["Retry-After"]) >= 1
-        (await quotas.take(asked(free))).withdraw()
+        (await admitted(quotas, free)).withdraw()
         ticket.withdraw()
         with pytest.raises((TimeoutError, OSError, RedisError)):
             await shared.check()
@@ -261,7 +272,7 @@ async def test_an_outage_refuses_only_those_with_limits_and_ends_by_itself() -> 
         async with asyncio.timeout(10):
             while not shared._up:
                 await asyncio.sleep(0.1)
-        tickets = [await quotas.take(asked(who)) for _ in range(2)]
+        tickets = [await admitted(quotas, who) for _ in range(2)]
         for one in tickets:
             one.withdraw()
     gate.close()
@@ -280,7 +291,7 @@ async def test_redis_that_was_killed_comes_back_empty_and_is_told_what_is_held_a
 
     spent = 0
     async with opened(server.url) as shared:
-        quotas = Quotas(shared=shared, spent=recorded)
+        quotas = Quotas(shared, spent=recorded)
         used(await admitted(quotas, who, 40), 40, ended=True)
         spent = 40  # which its usage has recorded
         running = await admitted(quotas, who, 30)
@@ -298,7 +309,7 @@ async def test_redis_that_was_killed_comes_back_empty_and_is_told_what_is_held_a
             await admitted(quotas, who, 1)
         used(running, 10, ended=True)
         second.withdraw()
-        await shared._tell()
+        await shared._report()
         (await admitted(quotas, who, 50)).withdraw()
     server.kill()
 
@@ -312,29 +323,32 @@ async def test_what_a_killed_process_held_is_free_soon() -> None:
     assert await holder.stdout.readline() == b"held\n"
     scope = Scope(name, "tenant", KeyLimits(requests_at_once=1))
     async with opened() as shared:
-        with pytest.raises(Exceeded):
-            await shared.admit([scope], 1)
+        with pytest.raises(Refused):
+            await shared.reserve([scope], NO_BUDGET, Amount(1))
         holder.kill()
         await holder.wait()
         async with asyncio.timeout(10):
             while True:
                 try:
-                    hold = await shared.admit([scope], 1)
+                    entry = await shared.reserve([scope], NO_BUDGET, Amount(1))
                     break
-                except Exceeded:
+                except Refused:
                     await asyncio.sleep(0.2)
-        shared.end(hold)
+        shared.close(entry)
 
 
 _HOLDER = """
 import asyncio, sys
 from server.accounts.terms import KeyLimits
-from server.limits.redis import Scope, SharedLimits
+from server.limits.budget import Amount
+from server.limits.ledger import Scope, TenantBudget
+from server.limits.redis import RedisLedger
 
 async def hold():
-    shared = SharedLimits(sys.argv[1], lease=2.5)
+    shared = RedisLedger(sys.argv[1], lease=2.5)
     await shared.open()
-    await shared.admit([Scope(sys.argv[2], "tenant", KeyLimits(requests_at_once=1))], 1)
+    scope = Scope(sys.argv[2], "tenant", KeyLimits(requests_at_once=1))
+    await shared.reserve([scope], TenantBudget("none", None, None), Amount(1))
     print("held", flush=True)
     await asyncio.sleep(60)
 
@@ -343,17 +357,13 @@ asyncio.run(hold())
 
 
 async def test_does_not_start_without_redis_nor_shows_the_password() -> None:
-    shared = SharedLimits("redis://:secret@127.0.0.1:1/0")
+    shared = RedisLedger("redis://:secret@127.0.0.1:1/0")
     with pytest.raises(OSError, match="LIMITS_REDIS_URL") as refused:
         await shared.open()
     assert "secret" not in str(refused.value)
     with pytest.raises(ValueError, match="rediss://") as wrong:
-        SharedLimits("http://:secret@host")
+        RedisLedger("http://:secret@host")
     assert "secret" not in str(wrong.value)
-
-
-async def nothing_recorded(_since: datetime) -> tuple[int, int]:
-    return 0, 0
 
 
 async def test_decides_about_budgets_as_is_done_in_memory() -> None:
@@ -366,55 +376,55 @@ async def _walk_over_budgets(seed: int) -> set[tuple[str, str] | None]:
     rng, now = random.Random(seed), datetime(2026, 3, 30, 22, tzinfo=UTC)
     limits = Budgets(day=Budget(tokens=200, cost=450e-9), month=Budget(tokens=300))
     expected = Spending()
-    shared = SharedLimits(redis(), wall=lambda: now, lease=1e6)
+    shared = RedisLedger(redis(), wall=lambda: now, lease=1e6)
     await shared.check()
     shared._up = True
-    purse = Purse(uuid.uuid4().hex, limits, Spending(), nothing_recorded)
-    running: list[Hold] = []
+    budget = TenantBudget(uuid.uuid4().hex, limits, nothing_recorded)
+    running: list[Entry] = []
     outcomes: set[tuple[str, str] | None] = set()
     for _ in range(300):
         now += timedelta(minutes=rng.choice([0, 1, 20]))
         if rng.random() < 0.6 or not running:
             tokens = rng.randrange(1, 60)
-            cost = tokens * rng.randrange(1, 5)
-            passed = expected.excess(limits, tokens, cost, now)
+            asked = Amount(tokens, tokens * rng.randrange(1, 5))
+            passed = expected.check(limits, asked, now)
             outcomes.add((passed.period, passed.unit) if passed else None)
             if passed is None:
-                running.append(await shared.admit([], tokens, purse, cost))
-                expected.reserved.add(tokens, cost)
+                running.append(await shared.reserve([], budget, asked))
+                expected.reserved += asked
             else:
-                with pytest.raises(Overspent) as refused:
-                    await shared.admit([], tokens, purse, cost)
-                assert refused.value.passed == passed
+                with pytest.raises(Refused) as refused:
+                    await shared.reserve([], budget, asked)
+                assert refused.value.reason == passed
         elif rng.random() < 0.3:
-            hold, more = rng.choice(running), rng.randrange(1, 20)
-            passed = expected.excess(limits, more, more, now, begun=True)
+            entry, more = rng.choice(running), Amount(*[rng.randrange(1, 20)] * 2)
+            passed = expected.check(limits, more, now, begun=True)
             if passed is None:
-                await shared.more(hold, more, more)
-                expected.reserved.add(more, more)
+                await shared.change(entry, more, 0)
+                expected.reserved += more
             else:
-                with pytest.raises(Overspent) as refused:
-                    await shared.more(hold, more, more)
-                assert refused.value.passed == passed
+                with pytest.raises(Refused) as refused:
+                    await shared.change(entry, more, 0)
+                assert refused.value.reason == passed
         else:
-            hold = running.pop(rng.randrange(len(running)))
-            tokens, cost = rng.randrange(hold.reserved + 1), rng.randrange(hold.reserved_cost + 1)
-            expected.add(tokens, cost, now)
-            expected.reserved.add(-hold.reserved, -hold.reserved_cost)
-            hold.use(tokens, hold.reserved, cost, hold.reserved_cost)
-            shared.end(hold)
-            await shared._tell(only_ended=True)
-        expected.turn(now)
-        await shared.look(purse)
-        assert purse.spending == expected
-    await shared.close()
+            entry = running.pop(rng.randrange(len(running)))
+            amount = Amount(rng.randrange(entry.reserved.tokens + 1), rng.randrange(entry.reserved.cost + 1))
+            expected.add(amount, now)
+            expected.reserved -= entry.reserved
+            shared.use(entry, amount, entry.reserved)
+            shared.close(entry)
+            await shared._report(only_closed=True)
+        expected.roll_over(now)
+        await shared.refresh(budget)
+        assert shared.spending(budget) == expected
+    await shared.stop()
     return outcomes
 
 
 async def test_two_processes_spend_exactly_the_budget_between_them() -> None:
     who = budgeted(tokens=1500)
     async with opened() as one, opened() as two:
-        each = [Quotas(shared=one), Quotas(shared=two)]
+        each = [Quotas(one), Quotas(two)]
         results = await asyncio.gather(
             *(admitted(each[i % 2], who) for i in range(300)), return_exceptions=True
         )
@@ -424,10 +434,9 @@ async def test_two_processes_spend_exactly_the_budget_between_them() -> None:
         assert {getattr(found, "code", found) for found in refused} == {"insufficient_quota"}
         for ticket in tickets:
             used(ticket, 4, ended=True)  # of 10
-        await asyncio.gather(one._tell(), two._tell())
+        await asyncio.gather(one._report(), two._report())
         for quotas in each:
-            await quotas.open(who)
-            assert quotas.most_output(who, 0, 1) == 900
+            assert (await begun(quotas, who)).max_output(0, 1) == 900
         results = await asyncio.gather(
             *(admitted(each[i % 2], who, 100) for i in range(20)), return_exceptions=True
         )
@@ -437,17 +446,17 @@ async def test_two_processes_spend_exactly_the_budget_between_them() -> None:
 async def test_what_a_long_answer_uses_is_known_to_the_other_process_before_its_end() -> None:
     who = budgeted(tokens=100, soft_tokens=50)
     async with opened() as one, opened() as two:
-        mine, theirs = Quotas(shared=one), Quotas(shared=two)
+        mine, theirs = Quotas(one), Quotas(two)
         ticket = await admitted(mine, who, 60)
         used(ticket, 55)
-        await one._tell()
-        await theirs.open(who)
+        await one._report()
+        await begun(theirs, who)
         assert "55 tokens of 50 tokens" in theirs.headers(who)["x-budget-warning"]
-        assert theirs.most_output(who, 0, 1) == 40
+        assert (await begun(theirs, who)).max_output(0, 1) == 40
         with pytest.raises(TooManyRequests, match="55 tokens of 100 tokens of the day"):
             await admitted(theirs, who, 41)
         used(ticket, 57, ended=True)
-        await one._tell()
+        await one._report()
         last = await admitted(theirs, who, 43)
         last.withdraw()
 
@@ -455,12 +464,12 @@ async def test_what_a_long_answer_uses_is_known_to_the_other_process_before_its_
 async def test_money_is_shared_too() -> None:
     who, prices = budgeted(cost=1.0), {"*": Price(input=0.0, output=100_000.0)}  # 0.1 a token
     async with opened() as one, opened() as two:
-        mine, theirs = Quotas(shared=one, prices=prices), Quotas(shared=two, prices=prices)
+        mine, theirs = Quotas(one, prices=prices), Quotas(two, prices=prices)
         ticket = await admitted(mine, who, 6)
         with pytest.raises(TooManyRequests, match="of cost"):
             await admitted(theirs, who, 5)
         used(ticket, 2, ended=True)
-        await one._tell()
+        await one._report()
         (await admitted(theirs, who, 8)).withdraw()
 
 
@@ -472,12 +481,12 @@ async def test_what_was_recorded_before_redis_knew_anything_counts_once() -> Non
         return 70, 0
 
     async with opened() as one, opened() as two:
-        mine, theirs = Quotas(shared=one, spent=recorded), Quotas(shared=two, spent=recorded)
+        mine, theirs = Quotas(one, spent=recorded), Quotas(two, spent=recorded)
         ticket = await admitted(mine, who, 20)
         with pytest.raises(TooManyRequests, match="70 tokens of 100"):
             await admitted(theirs, who, 11)
         used(ticket, 20, ended=True)
-        await one._tell()
+        await one._report()
         (await admitted(theirs, who, 10)).withdraw()
         assert len(asked_for) == 2  # day and month
         # Redis loses everything: the record has it.
@@ -492,7 +501,7 @@ async def test_a_customer_that_is_made_again_begins_with_nothing_spent() -> None
     who = budgeted(tokens=100)
     again = tenant(who.id, budgets=who.budgets)
     async with opened() as shared:
-        quotas = Quotas(shared=shared)
+        quotas = Quotas(shared)
         used(await admitted(quotas, who, 100), 100, ended=True)
         with pytest.raises(TooManyRequests):
             await admitted(quotas, who, 1)
@@ -506,7 +515,7 @@ async def test_a_request_that_a_budget_refuses_is_none_of_the_minutes_requests()
         budgets=Budgets(day=Budget(tokens=10)),
     )
     async with opened() as shared:
-        quotas = Quotas(shared=shared)
+        quotas = Quotas(shared)
         for _ in range(5):
             with pytest.raises(TooManyRequests) as refused:
                 await admitted(quotas, who, 11)
@@ -518,15 +527,15 @@ async def test_a_request_that_a_budget_refuses_is_none_of_the_minutes_requests()
 async def test_a_dead_process_gives_back_what_it_held_of_a_budget() -> None:
     who = budgeted(tokens=100)
     async with opened(lease=2.0) as dying, opened(lease=2.0) as other:
-        await admitted(Quotas(shared=dying), who, 100)
+        await admitted(Quotas(dying), who, 100)
         assert dying._task is not None
         dying._task.cancel()
-        quotas = Quotas(shared=other)
+        quotas = Quotas(other)
         with pytest.raises(TooManyRequests):
             await admitted(quotas, who, 1)
         await asyncio.sleep(2.5)
         (await admitted(quotas, who, 100)).withdraw()
-        dying._holds.clear()
+        dying._entries.clear()
 
 
 async def test_two_servers_share_a_budget(tmp_path: Path) -> None:
