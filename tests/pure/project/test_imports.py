@@ -64,6 +64,8 @@ PURE = {
     "adapters.split",
     "server.engine.sizing",
     "server.limits.budget",
+    "server.limits.ledger",
+    "server.limits.permissions",
     "server.limits.rate",
     "server.scheduling.fair_queue",
     "server.scheduling.nouns",
