@@ -34,7 +34,7 @@ from server.metrics import Metrics
 from server.publishing.probe import Prober
 from server.publishing.publish import Publishing, verify_all
 from server.scheduling.dispatcher import Dispatcher
-from server.scheduling.plan import Limits
+from server.scheduling.nouns import Capacity
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ async def _start(
     engine = await start_engine(settings)
     stack.push_async_callback(engine.stop)
     metrics = Metrics(tenants=settings.metrics_tenants)
-    dispatcher = Dispatcher(engine, _limits(settings, engine), metrics, on_death=on_death)
+    dispatcher = Dispatcher(engine, _capacity(settings, engine), metrics, on_death=on_death)
     dispatcher.start()
     stack.push_async_callback(dispatcher.stop)
 
@@ -179,8 +179,8 @@ async def drain(app: FastAPI) -> None:
         await services.drain()
 
 
-def _limits(settings: Settings, engine: Engine) -> Limits:
-    return Limits(
+def _capacity(settings: Settings, engine: Engine) -> Capacity:
+    return Capacity(
         gpu_slots=engine.capacity.gpu_slots,
         host_slots=engine.capacity.host_slots,
         max_running=min(settings.max_running or engine.max_running, engine.max_running),

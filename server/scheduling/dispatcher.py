@@ -23,14 +23,13 @@ from adapters.model import Tier, Version
 from server.engine.calls import Admission, EngineDied, PageOp, PageReport, PageResult, WorkerReport
 from server.errors import TooManyRequests, Unavailable
 from server.metrics import Gauges, Metrics, Outcome, TokenTimes
-from server.scheduling.plan import (
+from server.scheduling.nouns import (
     Activate,
     Ask,
+    Capacity,
     Deactivate,
     Effect,
     Evict,
-    Limits,
-    Plan,
     Preempt,
     Refusal,
     Refuse,
@@ -39,6 +38,7 @@ from server.scheduling.plan import (
     Stage,
     Warmed,
 )
+from server.scheduling.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Lease:
         if self._closing is None:
             if outcome is not None:
                 self.outcome = outcome
-            self._closing = self._owner._keep(self._close())
+            self._closing = self._owner._spawn(self._close())
         await asyncio.shield(self._closing)
 
     @property
@@ -185,15 +185,15 @@ class Dispatcher:
     def __init__(
         self,
         pager: Pager,
-        limits: Limits,
+        capacity: Capacity,
         metrics: Metrics,
         *,
         on_death: Callable[[EngineDied], None] = lambda _: None,
     ) -> None:
         self.metrics = metrics
         self._pager = pager
-        self._limits = limits
-        self._plan = Plan(limits)
+        self._capacity = capacity
+        self._plan = Plan(capacity)
         self._on_death = on_death
         self._died: EngineDied | None = None
         self._waiting: dict[str, asyncio.Future[None]] = {}
@@ -202,13 +202,13 @@ class Dispatcher:
         self._warming: dict[str, set[asyncio.Future[None]]] = {}
         self._ops: list[PageOp] = []
         self._staging: set[int] = set()
-        self._wake = asyncio.Event()
-        self._asked = asyncio.Event()  # not set while no lease's meter has to be read
+        self._pager_wake = asyncio.Event()
+        self._meters_to_poll = asyncio.Event()  # not set while no lease's meter has to be read
         self._loops: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = itertools.count(1)
         self._in_step_loads = 0
-        self._doubt = False
+        self._reconcile_soon = False
 
     def start(self) -> None:
         self._loops = [
@@ -263,13 +263,13 @@ class Dispatcher:
         granted = asyncio.get_running_loop().create_future()
         self._waiting[ask.id] = granted
         self._leases[ask.id] = lease
-        self._asked.set()
+        self._meters_to_poll.set()
         try:
-            self._happened(self._plan.submitted(self.now(), ask))
+            self._on_event(self._plan.submitted(self.now(), ask))
             await granted
         except asyncio.CancelledError:
             self._forget(ask.id)
-            self._happened(self._plan.cancelled(self.now(), ask.id))
+            self._on_event(self._plan.cancelled(self.now(), ask.id))
             raise
         except BaseException:
             self._forget(ask.id)
@@ -289,7 +289,7 @@ class Dispatcher:
 
     def drain(self) -> None:
         """Refuses what waits and what comes; what runs goes on."""
-        self._happened(self._plan.drain(self.now()))
+        self._on_event(self._plan.drain(self.now()))
 
     def open_leases(self) -> list[Lease]:
         """What still runs, for closing at the end of a drain."""
@@ -310,7 +310,7 @@ class Dispatcher:
         waiters.add(warmed)
         self._versions[version.key] = version
         try:
-            self._happened(self._plan.warm(self.now(), version.key, slot))
+            self._on_event(self._plan.warm(self.now(), version.key, slot))
             async with asyncio.timeout(timeout):
                 await warmed
         except TimeoutError:
@@ -323,18 +323,18 @@ class Dispatcher:
             waiters.discard(warmed)
             if not waiters and self._warming.get(version.key) is waiters:
                 del self._warming[version.key]
-                self._happened(self._plan.unwarm(self.now(), version.key))
+                self._on_event(self._plan.unwarm(self.now(), version.key))
         return self.tier_of(version)
 
     def pin(self, version: Version, pinned: bool) -> None:
         """A pinned version is loaded whenever there is room, and then stays in its slot."""
         if pinned:
             self._versions[version.key] = version
-        self._happened(self._plan.pin(self.now(), version.key, pinned, version.tenant))
+        self._on_event(self._plan.pin(self.now(), version.key, pinned, version.tenant))
 
     def retire(self, version: Version) -> None:
         """A version that no request can name any more: it leaves memory as soon as nothing runs on it."""
-        self._happened(self._plan.retire(self.now(), version.key))
+        self._on_event(self._plan.retire(self.now(), version.key))
 
     def snapshot(self) -> Snapshot:
         return self._plan.snapshot()
@@ -353,9 +353,9 @@ class Dispatcher:
                 Tier.HOST: max(0, host - gpu),
                 Tier.GPU: gpu,
             },
-            slots=self._limits.gpu_slots,
+            slots=self._capacity.gpu_slots,
             slots_used=gpu,
-            host_slots=self._limits.host_slots,
+            host_slots=self._capacity.host_slots,
             queued=snapshot.queued,
             running=snapshot.running,
             in_step_loads=self._in_step_loads,
@@ -363,7 +363,7 @@ class Dispatcher:
 
     # --- effects ---------------------------------------------------------------------------------
 
-    def _carry_out(self, effects: Sequence[Effect]) -> None:
+    def _apply(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             match effect:
                 case Stage(version=key, load_id=load_id):
@@ -384,15 +384,15 @@ class Dispatcher:
                     if not granted.done():  # a cancelled wait gives its place back by itself
                         granted.set_result(None)
                 case Run(id=id_):
-                    self._keep(self._go_on(self._leases[id_]))
+                    self._spawn(self._resume(self._leases[id_]))
                 case Preempt(id=id_):
-                    self._keep(self._put_aside(self._leases[id_]))
+                    self._spawn(self._preempt(self._leases[id_]))
                 case Refuse(id=id_) if id_ in self._waiting:
                     granted = self._waiting.pop(id_)
                     if not granted.done():
                         granted.set_exception(_refusal(effect.reason, effect.retry_after))
                 case Refuse(id=id_):
-                    self._keep(self._break_off(self._leases[id_], str(_refusal(effect.reason))))
+                    self._spawn(self._fail_preempted(self._leases[id_], str(_refusal(effect.reason))))
                 case Warmed(version=key, refusal=refusal):
                     for warmed in self._warming.pop(key, ()):
                         if warmed.done():
@@ -402,7 +402,7 @@ class Dispatcher:
                         else:
                             warmed.set_exception(_refusal(refusal))
 
-    async def _put_aside(self, lease: Lease) -> None:
+    async def _preempt(self, lease: Lease) -> None:
         try:
             paused = lease.work is not None and await lease.work.pause()
         except EngineDied:
@@ -410,27 +410,27 @@ class Dispatcher:
         if lease.closing:
             return  # its end is on its way to the plan, or there
         if paused:
-            logger.info("put aside %r", lease)
+            logger.info("preempted %r", lease)
             self.metrics.preempted(lease.tenant)
-            self._happened(self._plan.preempted(self.now(), lease.id))
+            self._on_event(self._plan.preempted(self.now(), lease.id))
         else:
-            self._happened(self._plan.kept(self.now(), lease.id))
+            self._on_event(self._plan.preempt_refused(self.now(), lease.id))
 
-    async def _go_on(self, lease: Lease) -> None:
+    async def _resume(self, lease: Lease) -> None:
         assert lease.work is not None, f"{lease!r} goes on, but it never began"
         with contextlib.suppress(EngineDied):
             await lease.work.resume()
 
-    async def _break_off(self, lease: Lease, reason: str) -> None:
-        """What was put aside cannot go on: whoever reads its answer gets an error, and closes the lease."""
+    async def _fail_preempted(self, lease: Lease, reason: str) -> None:
+        """A preempted request cannot go on: whoever reads its answer gets an error, and closes the lease."""
         assert lease.work is not None, f"{lease!r} breaks off, but it never began"
         with contextlib.suppress(EngineDied):
             await lease.work.give_up(reason)
 
-    def _happened(self, effects: Sequence[Effect]) -> None:
+    def _on_event(self, effects: Sequence[Effect]) -> None:
         """An event from outside the pager's task, which looks anew at what is due."""
-        self._carry_out(effects)
-        self._wake.set()
+        self._apply(effects)
+        self._pager_wake.set()
 
     def _page(self, op: PageOp) -> None:
         self._ops.append(op)
@@ -441,15 +441,15 @@ class Dispatcher:
             if not self._ops:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._pause(reconcile_at)):
-                        await self._wake.wait()
-            self._wake.clear()
+                        await self._pager_wake.wait()
+            self._pager_wake.clear()
             try:
                 await self._page_once()
-                if not self._ops and (self._doubt or self.now() >= reconcile_at):
-                    self._doubt = False
+                if not self._ops and (self._reconcile_soon or self.now() >= reconcile_at):
+                    self._reconcile_soon = False
                     reconcile_at = self.now() + RECONCILE_EVERY
                     await self._reconcile()
-                self._carry_out(self._plan.tick(self.now()))
+                self._apply(self._plan.tick(self.now()))
             except EngineDied as exc:
                 self._give_up(exc)
                 return
@@ -461,11 +461,11 @@ class Dispatcher:
     async def _poll_forever(self) -> None:
         """Reads the meters of answers that are not streamed; they report nothing before their end."""
         while True:
-            await self._asked.wait()
+            await self._meters_to_poll.wait()
             await asyncio.sleep(METER_POLL)
             silent = [lease for lease in self._leases.values() if not lease.streamed]
             if not silent:
-                self._asked.clear()
+                self._meters_to_poll.clear()
             for lease in silent:
                 if lease.work is not None:
                     lease.work.poll()
@@ -489,7 +489,7 @@ class Dispatcher:
             self._staging.discard(staged.load_id)
             if staged.error is None:
                 self.metrics.staged(staged.seconds)
-                self._carry_out(self._plan.staged(self.now(), staged.load_id, staged.size_bytes))
+                self._apply(self._plan.staged(self.now(), staged.load_id, staged.size_bytes))
             else:
                 self._failed("stage", staged.load_id, staged.error)
 
@@ -497,7 +497,7 @@ class Dispatcher:
         if op.verb == "activate":
             if result.error is None:
                 self.metrics.activated(result.seconds)
-                self._carry_out(self._plan.activated(self.now(), op.load_id))
+                self._apply(self._plan.activated(self.now(), op.load_id))
             else:
                 self._failed("activate", op.load_id, result.error)
         elif result.error is not None:
@@ -506,17 +506,17 @@ class Dispatcher:
                 self._failed("stage", op.load_id, result.error)
             else:
                 logger.error("%s of load %d failed: %s", op.verb, op.load_id, result.error)
-                self._doubt = True
+                self._reconcile_soon = True
 
     def _failed(self, step: str, load_id: int, error: str) -> None:
         logger.error("%s of load %d failed: %s", step, load_id, error)
-        self._doubt = True
+        self._reconcile_soon = True
         if step == "stage":
             self.metrics.load_failed("stage")
-            self._carry_out(self._plan.stage_failed(self.now(), load_id, error))
+            self._apply(self._plan.stage_failed(self.now(), load_id, error))
         else:
             self.metrics.load_failed("activate")
-            self._carry_out(self._plan.activation_failed(self.now(), load_id, error))
+            self._apply(self._plan.activation_failed(self.now(), load_id, error))
 
     async def _reconcile(self) -> None:
         """Compares what the plan believes with what the worker holds; the worker is right."""
@@ -531,7 +531,7 @@ class Dispatcher:
         gone = (believed - report.host - self._staging) | in_slots.difference(report.slots)
         for load_id in gone:
             logger.error("load %d is gone from the engine", load_id)
-            self._carry_out(self._plan.lost(self.now(), load_id))
+            self._apply(self._plan.lost(self.now(), load_id))
         for load_id in (report.host - believed - self._staging) | (report.host & gone):
             logger.error("load %d is in the engine, but nobody knows it", load_id)
             self._page(PageOp("evict", load_id))
@@ -548,7 +548,7 @@ class Dispatcher:
             if not granted.done():
                 granted.set_exception(Unavailable("The engine has stopped.", code="engine_stopped"))
         self._on_death(exc)
-        self._carry_out(self._plan.drain(self.now()))  # or it would start them when something ends
+        self._apply(self._plan.drain(self.now()))  # or it would start them when something ends
 
     # --- what leases tell ------------------------------------------------------------------------
 
@@ -558,20 +558,20 @@ class Dispatcher:
         if lease.id in self._leases:
             effects = self._plan.progressed(self.now(), lease.id, lease.prompt_tokens, lease.output_tokens)
             if effects:
-                self._happened(effects)
+                self._on_event(effects)
 
     def _closed(self, lease: Lease) -> None:
         self._forget(lease.id)
         if lease.account is not None:
             lease.account.closed(lease)
         self.metrics.ended(lease.tenant, lease.outcome)
-        self._happened(self._plan.finished(self.now(), lease.id))
+        self._on_event(self._plan.finished(self.now(), lease.id))
 
     def _forget(self, id_: str) -> None:
         self._waiting.pop(id_, None)
         self._leases.pop(id_, None)
 
-    def _keep(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """A task that nobody but this dispatcher needs to hold on to."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)

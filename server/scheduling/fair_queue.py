@@ -9,8 +9,11 @@ A tenant's requests wait in lanes, one per version, in order of arrival. A lane 
 version takes requests (the base model's always is), so a request for an adapter that still has to be
 loaded is overtaken and never stands in another's way.
 
-    Ask        what a caller asks for           Request    one ask on its way, from queue to end
-    Tenant     its counter and its open lanes   FairQueue  all of them; the owner of this state
+A tenant with nothing queued or running is forgotten once its counter is no higher than where it would start
+again; until then its debt is remembered (of the ``REMEMBERED`` tenants with the largest ones).
+
+    TenantQueue  a tenant's counter and its open lanes    Request  one ask on its way, from queue to end
+    FairQueue    all of them; the owner of this state
 """
 
 from __future__ import annotations
@@ -20,44 +23,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
+from server.scheduling.nouns import Ask
 from server.scheduling.ranking import Ranking
 
 INPUT_COST, OUTPUT_COST = 1.0, 2.0
 LOOK_PAST = 16  # tenants looked at for a request small enough to pass one that does not fit
 RECENT_RUNS = 32  # runs of a tenant from which its pace is estimated
-RETRY_SOONEST, RETRY_LATEST = 1.0, 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A request as the plan sees it.
-
-    ``version`` is a ``Version.key``, or None for the base model. ``prompt_tokens`` is an estimate,
-    charged when the request runs and corrected as it progresses. ``max_tokens`` bounds the output of
-    each of its ``sequences`` (n times the number of prompts). ``max_queued`` and ``max_running`` are
-    the tenant's own limits in requests and sequences; None leaves the server's. ``resumable`` if it may be
-    taken out of the engine once it runs, and go on later.
-    """
-
-    id: str
-    tenant: str
-    version: str | None
-    prompt_tokens: int
-    max_tokens: int
-    sequences: int = 1
-    weight: float = 1.0
-    max_queued: int | None = None
-    max_running: int | None = None
-    resumable: bool = False
-
-    def __post_init__(self) -> None:
-        if self.sequences < 1 or not self.weight > 0:
-            raise ValueError(f"a request needs a sequence and a positive weight: {self}")
+RETRY_SOONEST, RETRY_LATEST = 1.0, 60.0  # seconds
+REMEMBERED = 4096  # tenants with a debt and without a request
 
 
 @dataclass(slots=True, eq=False)
-class Tenant:
-    """One customer's share. ``queued`` counts requests, ``running`` sequences."""
+class TenantQueue:
+    """One tenant's requests and its counter. ``queued`` counts requests, ``running`` sequences."""
 
     id: str
     counter: float = 0.0
@@ -69,6 +47,7 @@ class Tenant:
 
     @property
     def active(self) -> bool:
+        """Whether anything is queued or running."""
         return bool(self.queued or self.running)
 
     @property
@@ -87,17 +66,17 @@ class Tenant:
 class Request:
     """One ask on its way. ``passed_at`` is when a smaller request first ran in its place.
 
-    ``fixed`` once it is known that it cannot be put aside.
+    ``not_preemptible`` once it is known that the engine cannot stop and resume it.
     """
 
     ask: Ask
-    tenant: Tenant
+    tenant: TenantQueue
     number: int
     arrived: float
     charged: float = 0.0
     output_tokens: int = 0
     passed_at: float | None = None
-    fixed: bool = False
+    not_preemptible: bool = False
 
     @property
     def tokens_left(self) -> int:
@@ -110,39 +89,44 @@ class Lane:
     """One tenant's waiting requests for one version, by arrival."""
 
     version: str | None
-    tenant: Tenant
+    tenant: TenantQueue
     requests: OrderedDict[int, Request] = field(default_factory=OrderedDict)
 
     @property
     def head(self) -> Request:
+        """The request that has waited longest."""
         return next(iter(self.requests.values()))
 
 
 class FairQueue:
-    """``counted`` is told of a tenant whose counter has changed."""
+    """Every tenant's requests, and whose turn it is. ``counted`` is told of a tenant whose counter has
+    changed.
+    """
 
     def __init__(self, counted: Callable[[str], None] = lambda _: None) -> None:
         self._counted = counted
-        self._tenants: dict[str, Tenant] = {}
-        self._lanes: dict[str | None, dict[Tenant, Lane]] = {}
+        self._tenants: dict[str, TenantQueue] = {}
+        self._lanes: dict[str | None, dict[TenantQueue, Lane]] = {}
         self._open: set[str | None] = {None}
-        self._ready: Ranking[Tenant] = Ranking()  # with a request that its own limits let run
-        self._active: Ranking[Tenant] = Ranking()  # with anything queued or running
+        self._ready: Ranking[TenantQueue] = Ranking()  # with a request that its own limits let run
+        self._active: Ranking[TenantQueue] = Ranking()  # with anything queued or running
+        self._away: Ranking[TenantQueue] = Ranking()  # with nothing queued or running, by what they have had
         self._level = 0.0  # the counter of the last tenant to leave
         self._numbers = count(1)
 
     def push(self, ask: Ask, now: float) -> Request:
+        """Line up a new request of a tenant at ``now``."""
         tenant = self._tenants.get(ask.tenant)
         if tenant is None:
-            tenant = self._tenants[ask.tenant] = Tenant(ask.tenant)
+            tenant = self._tenants[ask.tenant] = TenantQueue(ask.tenant)
         if not tenant.active:
-            lowest = self._active.first()
-            tenant.counter = max(tenant.counter, self._level if lowest is None else lowest.counter)
+            self._away.drop(tenant)
+            tenant.counter = max(tenant.counter, self._floor())
             self._counted(tenant.id)
         if not tenant.queued:
             tenant.queued_since = now
             tenant.runs.clear()
-        request = Request(ask, tenant, next(self._numbers), now, fixed=not ask.resumable)
+        request = Request(ask, tenant, next(self._numbers), now, not_preemptible=not ask.resumable)
         self._rank_lane(self._line_up(request))
         return request
 
@@ -160,8 +144,8 @@ class FairQueue:
 
     def start(self, request: Request, now: float) -> None:
         """It leaves the queue to run. What it is expected to read is charged."""
+        request.tenant.running += request.ask.sequences  # first, or for a moment the tenant had nothing
         self._take_out(request)
-        request.tenant.running += request.ask.sequences
         request.tenant.runs.append(now)
         self.charge(request, request.ask.prompt_tokens, 0)
 
@@ -196,6 +180,7 @@ class FairQueue:
         return next((head for head in heads if head is not None and accept(head)), None)
 
     def waits(self, version: str | None) -> bool:
+        """Whether a request waits for ``version``."""
         return version in self._lanes
 
     def waiting(self, version: str | None) -> list[Request]:
@@ -204,9 +189,12 @@ class FairQueue:
         return sorted((r for lane in lanes for r in lane.requests.values()), key=lambda r: r.number)
 
     def counter(self, tenant_id: str) -> float:
-        return self._tenants[tenant_id].counter
+        """What a tenant has had; of one that was forgotten, where it would start again."""
+        tenant = self._tenants.get(tenant_id)
+        return self._floor() if tenant is None else tenant.counter
 
     def queued(self, tenant_id: str) -> int:
+        """How many requests of a tenant wait."""
         tenant = self._tenants.get(tenant_id)
         return 0 if tenant is None else tenant.queued
 
@@ -222,10 +210,12 @@ class FairQueue:
         backlog = tenant.queued / len(tenant.runs) if tenant.runs else 1.0
         return min(max((now - start) * backlog, RETRY_SOONEST), RETRY_LATEST)
 
-    def tenants(self) -> Iterator[Tenant]:
+    def tenants(self) -> Iterator[TenantQueue]:
+        """Every tenant that is remembered."""
         return iter(self._tenants.values())
 
     def open_versions(self) -> frozenset[str | None]:
+        """The versions whose requests can run; None is the base model's."""
         return frozenset(self._open)
 
     def _line_up(self, request: Request) -> Lane:
@@ -255,7 +245,7 @@ class FairQueue:
             lane.tenant.lanes.drop(lane)
         self._rank(lane.tenant)
 
-    def _rank(self, tenant: Tenant) -> None:
+    def _rank(self, tenant: TenantQueue) -> None:
         head = tenant.head
         if head is not None and tenant.may_run(head):
             self._ready.set(tenant, (tenant.counter, head.number))
@@ -266,21 +256,50 @@ class FairQueue:
         elif tenant in self._active:
             self._active.drop(tenant)
             self._level = tenant.counter
+            self._away.set(tenant, tenant.counter)
+            self._forget_who_owes_nothing()
+
+    def _floor(self) -> float:
+        """The counter at which a tenant starts that is not remembered. It never goes down."""
+        lowest = self._active.first()
+        return self._level if lowest is None else lowest.counter
+
+    def _forget_who_owes_nothing(self) -> None:
+        floor = self._floor()
+        while (tenant := self._away.first()) is not None and (
+            tenant.counter <= floor or len(self._away) > REMEMBERED
+        ):
+            self._away.drop(tenant)
+            del self._tenants[tenant.id]
 
     def check(self) -> None:
         """Assert that every index says what the lanes say."""
-        queued = dict.fromkeys(self._tenants.values(), 0)
+        for _ in self.check_steps():
+            pass
+
+    def check_steps(self) -> Iterator[None]:
+        """The same, with a small piece of work between two steps."""
+        queued: dict[TenantQueue, int] = {}
         for version, lanes in self._lanes.items():
             assert lanes, f"no lanes for {version}"
             for tenant, lane in lanes.items():
+                assert self._tenants[tenant.id] is tenant
                 assert lane.requests, f"empty lane of {tenant.id}"
-                assert list(lane.requests) == sorted(lane.requests)
                 assert (lane in tenant.lanes) == (version in self._open)
-                queued[tenant] += len(lane.requests)
-        for tenant, number in queued.items():
-            assert tenant.queued == number, f"{tenant.id}: {tenant.queued} queued, {number} in lanes"
+                queued[tenant] = queued.get(tenant, 0) + len(lane.requests)
+                yield
+                before = 0
+                for number in lane.requests:
+                    assert number > before, f"{tenant.id} is out of order"
+                    before = number
+                    yield
+        active = 0
+        for tenant in self._tenants.values():
+            waiting = queued.get(tenant, 0)
+            assert tenant.queued == waiting, f"{tenant.id}: {tenant.queued} queued, {waiting} in lanes"
             assert tenant.running >= 0
             assert (tenant in self._active) == tenant.active
+            assert (tenant in self._away) != tenant.active
             head = tenant.head
             ready = head is not None and tenant.may_run(head)
             assert (tenant in self._ready) == ready
@@ -288,3 +307,7 @@ class FairQueue:
                 assert self._ready.rank(tenant) == (tenant.counter, head.number)
             if tenant.active:
                 assert self._active.rank(tenant) == tenant.counter
+            active += tenant.active
+            yield
+        assert len(self._active) == active
+        assert len(self._away) == len(self._tenants) - active <= REMEMBERED

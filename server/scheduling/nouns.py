@@ -1,16 +1,34 @@
-"""The nouns of residency: limits, the moves between tiers, the states of a load, and how they are shown."""
+"""The scheduler's contract on one page: what it is told, what it answers, and within which limits.
+
+    events    what happened: the methods of ``Scheduler``; each returns the effects that follow from it
+    effects   what is to be done: ``Stage, Activate, Deactivate, Evict`` for adapters, ``Run, Preempt,
+              Refuse`` for requests, ``Warmed`` for whoever asked for a load
+    nouns     ``Capacity`` (the limits), ``Ask`` (a request), ``Refusal`` (why not), ``Snapshot`` (what is
+    seen)
+
+The scheduler (``plan.Plan``) is pure: it reads no clock and calls nothing. The dispatcher tells it every
+event with the time, carries out the effects in the order in which they are returned, and reports what came of
+them as further events.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from adapters.model import Tier
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """``max_running`` counts sequences; times are in seconds."""
+class Capacity:
+    """What the engine holds, and how long somebody may wait for a part of it.
+
+    ``gpu_slots`` and ``host_slots`` count adapters, ``max_running`` sequences, ``max_staging`` loads from
+    disk at the same time, ``max_queued`` waiting requests of one tenant. ``slot_patience``, ``preempt_after``
+    and ``queue_timeout`` are in seconds.
+    """
 
     gpu_slots: int
     host_slots: int
@@ -27,8 +45,41 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """A request as the scheduler sees it.
+
+    ``id`` is unique among the requests that have not ended. ``version`` is a ``Version.key``, or None for the
+    base model. ``prompt_tokens`` is an estimate: the scheduler charges it when the request runs, and corrects
+    it as the request progresses. ``max_tokens`` bounds the output of each of its ``sequences`` (n times the
+    number of prompts). ``weight`` divides what the tokens cost its tenant. ``max_queued`` and ``max_running``
+    are the tenant's own limits in requests and sequences; None leaves the server's. ``resumable`` says that
+    the engine can stop the request once it runs, and continue it later with the same tokens.
+
+    Raises ValueError for fewer than one sequence, and for a weight that is not positive.
+    """
+
+    id: str
+    tenant: str
+    version: str | None
+    prompt_tokens: int
+    max_tokens: int
+    sequences: int = 1
+    weight: float = 1.0
+    max_queued: int | None = None
+    max_running: int | None = None
+    resumable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1 or not self.weight > 0:
+            raise ValueError(f"a request needs a sequence and a positive weight: {self}")
+
+
+# --- effects -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
-    """Read it from disk into host memory; answered by staged or stage_failed."""
+    """Read ``version`` from disk into host memory. Answer with ``staged`` or ``stage_failed``."""
 
     version: str
     load_id: int
@@ -36,7 +87,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Activate:
-    """Copy it into a slot; answered by activated or activation_failed."""
+    """Copy a staged load into a GPU slot. Answer with ``activated`` or ``activation_failed``."""
 
     version: str
     load_id: int
@@ -44,7 +95,7 @@ class Activate:
 
 @dataclass(frozen=True, slots=True)
 class Deactivate:
-    """Take it out of its slot. Counts as done."""
+    """Take a load out of its slot. The scheduler counts it as done and expects no answer."""
 
     version: str
     load_id: int
@@ -52,17 +103,31 @@ class Deactivate:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Take it out of host memory. Counts as done."""
+    """Take a load out of host memory. The scheduler counts it as done and expects no answer."""
 
     version: str
     load_id: int
 
 
-Move = Stage | Activate | Deactivate | Evict
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Start the request in the engine, or resume it. Answer with ``finished`` or ``cancelled``."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preempt:
+    """Stop the request in the engine; its next ``Run`` resumes it.
+
+    Answer with ``preempted`` or ``preempt_refused``, unless the request ends first.
+    """
+
+    id: str
 
 
 class Refusal(StrEnum):
-    """Why something that was asked for does not happen."""
+    """Why the scheduler does not do what it was asked for."""
 
     QUEUE_FULL = "queue_full"
     QUEUE_TIMEOUT = "queue_timeout"
@@ -71,14 +136,130 @@ class Refusal(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Refuse:
+    """The one outcome of a request that does not run, or does not go on.
+
+    ``retry_after`` is in seconds, None if no time can be told. ``detail`` is for the log.
+    """
+
+    id: str
+    reason: Refusal
+    retry_after: float | None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Warmed:
-    """What ``warm`` asked for is there, or why it will not be. The one answer to all who asked."""
+    """The one answer to all who asked to ``warm`` this version: it is there, or the reason why it is not."""
 
     version: str
     refusal: Refusal | None = None
 
 
+Move = Stage | Activate | Deactivate | Evict
+Effect = Move | Run | Preempt | Refuse | Warmed
+
+
+# --- events ------------------------------------------------------------------------------------------
+
+
+class Scheduler(Protocol):
+    """All that can happen. ``now`` is in seconds of a clock that never goes back.
+
+    Each event returns its effects in the order in which they are to be carried out. An event that cannot have
+    happened (an answer nobody waits for, an id that is in use) raises ValueError and changes nothing.
+    """
+
+    def submitted(self, now: float, ask: Ask) -> list[Effect]:
+        """A new request. It gets exactly one Run or Refuse, now or later, unless it is cancelled before.
+
+        Refused at once while draining, and where its tenant has ``max_queued`` requests waiting.
+        """
+
+    def cancelled(self, now: float, id: str) -> list[Effect]:
+        """The client left. Of a running request: tell it once the engine has stopped the request.
+
+        Does nothing if the request has ended.
+        """
+
+    def progressed(self, now: float, id: str, prompt_tokens: int, output_tokens: int) -> list[Effect]:
+        """How many tokens a running request has used so far, in total. Totals never count backwards.
+
+        Every token is charged to the request's tenant once. Does nothing if the request does not run.
+        """
+
+    def finished(self, now: float, id: str) -> list[Effect]:
+        """A running or preempted request ended, in any way. Does nothing if it has ended before."""
+
+    def preempted(self, now: float, id: str) -> list[Effect]:
+        """The engine has stopped the request, which now waits for its next Run without a time limit.
+
+        Does nothing if the request has ended.
+        """
+
+    def preempt_refused(self, now: float, id: str) -> list[Effect]:
+        """The engine cannot stop the request and resume it. The scheduler will not ask for that again."""
+
+    def staged(self, now: float, load_id: int, size_bytes: int = 0) -> list[Effect]:
+        """A load is in host memory and takes ``size_bytes`` there."""
+
+    def stage_failed(self, now: float, load_id: int, detail: str) -> list[Effect]:
+        """A load could not be read. Refuses the requests that wait for it; the next one starts a new load."""
+
+    def activated(self, now: float, load_id: int) -> list[Effect]:
+        """A load is in its slot; requests can run on it."""
+
+    def activation_failed(self, now: float, load_id: int, detail: str) -> list[Effect]:
+        """A load could not be copied into its slot. It is evicted, and its requests are refused."""
+
+    def lost(self, now: float, load_id: int) -> list[Effect]:
+        """The worker does not hold this load any more. Ignores unknown loads and those under way."""
+
+    def engine_stopped(self, now: float, resumable: Collection[str]) -> list[Effect]:
+        """The engine is gone, and every load with it. Nothing is staged, run or preempted until it is back.
+
+        What waits keeps its place and its time limit. Of what runs, ``resumable`` (ids) waits again, as after
+        ``preempted``; everything else that runs is still to be ``finished`` or ``cancelled``.
+        """
+
+    def engine_started(self, now: float) -> list[Effect]:
+        """The engine is back, and holds no load. The ids of earlier loads stay burned."""
+
+    def pin(self, now: float, version: str, pinned: bool, tenant: str) -> list[Effect]:
+        """Keep ``version`` in a slot on account of ``tenant``, or stop doing so.
+
+        A pinned version that is not in a slot is loaded as soon as no request waits for that room.
+        """
+
+    def retire(self, now: float, version: str) -> list[Effect]:
+        """``version`` was deleted: what waits or runs goes on, then it is evicted. Pin and warm undo that."""
+
+    def warm(self, now: float, version: str, slot: bool) -> list[Effect]:
+        """Stage ``version``, and with ``slot`` activate it, without a request.
+
+        It takes only room that is free, or held by an idle version that is not pinned. Answered by one
+        Warmed, unless ``unwarm`` comes first.
+        """
+
+    def unwarm(self, now: float, version: str) -> list[Effect]:
+        """Nobody waits for ``version`` to be warm any more."""
+
+    def drain(self, now: float) -> list[Effect]:
+        """The server shuts down: refuse all that waits and all that comes. What runs goes on."""
+
+    def tick(self, now: float) -> list[Effect]:
+        """Time has passed. Due at ``next_deadline()``."""
+
+    def next_deadline(self) -> float | None:
+        """When ``tick`` is due; None if nothing happens by time alone."""
+
+
+# --- what is seen ------------------------------------------------------------------------------------
+
+
 class State(StrEnum):
+    """Where a load is; see ``residency``."""
+
     DISK = "disk"
     STAGING = "staging"
     HOST = "host"
@@ -87,47 +268,15 @@ class State(StrEnum):
 
     @property
     def tier(self) -> Tier:
+        """The tier whose room it takes; DISK until it is staged."""
         if self in (State.ACTIVATING, State.ACTIVE):
             return Tier.GPU
         return Tier.HOST if self is State.HOST else Tier.DISK
 
     @property
     def is_staged(self) -> bool:
+        """Whether host memory holds all of it."""
         return self.tier is not Tier.DISK
-
-
-@dataclass(slots=True, eq=False)
-class Load:
-    """One stay of a version in memory. DISK once it is over, also while requests still run on a lost one.
-
-    ``tenant`` is whose request ran on it last; it is empty until ``has_run``.
-    ``running`` counts requests, ``work`` is the most output tokens that they can still produce. ``fixed``
-    counts those of them that cannot be put aside; ``yielding`` is set while all of them are being.
-    """
-
-    id: int
-    version: str
-    used: float
-    tenant: str = ""
-    state: State = State.STAGING
-    slot: int | None = None
-    active_since: float = 0.0
-    has_run: bool = False
-    draining: bool = False
-    running: int = 0
-    work: int = 0
-    fixed: int = 0
-    yielding: bool = False
-    size_bytes: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Claim:
-    """A version that requests wait for. ``tenant`` is the first one's, whose turn a load takes."""
-
-    tenant: str
-    since: float
-    overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,3 +300,24 @@ class HostEntry:
     tier: Tier
     pinned: bool
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state at one moment, for operators and metrics.
+
+    ``queued`` counts requests and ``running`` sequences, of the tenants that have any. ``counters`` are the
+    virtual token counters of the tenants that are remembered. ``aside`` counts requests that were preempted
+    and wait to go on. ``drains`` counts slots ever drained for another version, ``preemptions`` requests ever
+    preempted.
+    """
+
+    slots: tuple[Slot, ...]
+    host: tuple[HostEntry, ...]
+    queued: Mapping[str, int]
+    running: Mapping[str, int]
+    counters: Mapping[str, float]
+    aside: int
+    drains: int
+    preemptions: int
+    draining: bool

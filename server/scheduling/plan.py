@@ -7,7 +7,7 @@ A request's life:
                    +-> Refuse (queue full, waited too long, adapter       |
                    |       unavailable, shutting down)                    |
                    +-> cancelled                                          |
-                   +<--- preempted (put aside; it has no time limit) <----+ Preempt
+                   +<--- preempted (stopped; it has no time limit)   <----+ Preempt
 
 A request runs when its version has a slot that is not draining and the engine has room; the order among
 those is ``FairQueue``'s. Which versions have slots is ``Residency``'s. After every event the plan settles:
@@ -22,120 +22,59 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Iterator
 
 from adapters.model import Tier
-from server.scheduling.fair_queue import Ask, FairQueue, Request
+from server.scheduling.fair_queue import FairQueue, Request
+from server.scheduling.loads import Load
 from server.scheduling.nouns import (
-    Activate,
-    Deactivate,
-    Evict,
-    HostEntry,
-    Limits,
-    Load,
+    Ask,
+    Capacity,
+    Effect,
+    Preempt,
     Refusal,
-    Slot,
-    Stage,
+    Refuse,
+    Run,
+    Snapshot,
     State,
     Warmed,
 )
 from server.scheduling.residency import Residency
-
-__all__ = [
-    "Activate",
-    "Ask",
-    "Deactivate",
-    "Effect",
-    "Evict",
-    "HostEntry",
-    "Limits",
-    "Plan",
-    "Preempt",
-    "Refusal",
-    "Refuse",
-    "Run",
-    "Slot",
-    "Snapshot",
-    "Stage",
-    "State",
-    "Warmed",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Start it in the engine; answered by finished or cancelled."""
-
-    id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    """Its one outcome. ``retry_after`` is in seconds; None if no time can be told."""
-
-    id: str
-    reason: Refusal
-    retry_after: float | None
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Preempt:
-    """Take it out of the engine, to go on at its next Run; answered by preempted or kept, or by its end."""
-
-    id: str
-
-
-Effect = Stage | Evict | Activate | Deactivate | Run | Refuse | Preempt | Warmed
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The state at one moment, for operators and metrics.
-
-    ``queued`` counts requests and ``running`` sequences, of the tenants that have any; ``counters`` are
-    the virtual token counters of all tenants seen. ``aside`` counts requests that have run and wait to go
-    on. ``drains`` counts slots ever drained for another, ``preemptions`` requests ever put aside.
-    """
-
-    slots: tuple[Slot, ...]
-    host: tuple[HostEntry, ...]
-    queued: Mapping[str, int]
-    running: Mapping[str, int]
-    counters: Mapping[str, float]
-    aside: int
-    drains: int
-    preemptions: int
-    draining: bool
+from server.scheduling.residency_checks import check_steps as check_residency
 
 
 class Plan:
-    """The one owner of this state. Every event takes ``now``, in seconds of a clock that never goes back.
+    """The scheduler: one owner of all queues, slots and counters. ``nouns.Scheduler`` says what each event
+    means.
 
-    ``tick`` is due at ``next_deadline()``. An event that cannot have happened raises ValueError.
+    Load ids count up from ``first_load_id``.
     """
 
-    def __init__(self, limits: Limits, first_load_id: int = 1) -> None:
-        self._limits = limits
+    def __init__(self, capacity: Capacity, first_load_id: int = 1) -> None:
+        self._capacity = capacity
         self._effects: list[Effect] = []
         self._queue = FairQueue(self._counted)
-        self._residency = Residency(limits, first_load_id, self._emit, self._queue.gate, self._queue.counter)
+        self._residency = Residency(
+            capacity, first_load_id, self._emit, self._queue.gate, self._queue.counter
+        )
         self._waiting: OrderedDict[str, Request] = OrderedDict()  # by arrival
-        self._aside: dict[str, Request] = {}  # they wait too, but for as long as it takes
+        self._preempted: dict[str, Request] = {}  # they wait too, without a time limit
         self._running: dict[str, tuple[Request, Load | None]] = {}
         self._sequences = 0
         self._held_for: Request | None = None
         self._draining = False
+        self._stopped = False  # there is no engine
         self._preemptions = 0
+
+    # Events; ``nouns.Scheduler`` has their meaning.
 
     # --- requests ------------------------------------------------------------------------------------
 
     def submitted(self, now: float, ask: Ask) -> list[Effect]:
-        if ask.id in self._waiting or ask.id in self._running or ask.id in self._aside:
+        if ask.id in self._waiting or ask.id in self._running or ask.id in self._preempted:
             raise ValueError(f"there is a request {ask.id} already")
         self._expire(now)
-        limit = self._limits.max_queued if ask.max_queued is None else ask.max_queued
+        limit = self._capacity.max_queued if ask.max_queued is None else ask.max_queued
         queued = self._queue.queued(ask.tenant)
         if self._draining:
             self._emit(Refuse(ask.id, Refusal.DRAINING, None))
@@ -149,14 +88,12 @@ class Plan:
         return self._settle(now)
 
     def cancelled(self, now: float, id: str) -> list[Effect]:
-        """The client left. For a running request: once the engine has let go of it."""
         request = self._waiting.get(id)
         if request is not None:
             self._drop(request)
         return self.finished(now, id)
 
     def progressed(self, now: float, id: str, prompt_tokens: int, output_tokens: int) -> list[Effect]:
-        """Totals of this request so far; smaller ones than before change nothing."""
         request, load = self._running.get(id, (None, None))
         if request is not None:
             before = request.tokens_left
@@ -168,7 +105,6 @@ class Plan:
         return self._settle(now) if first is not None and self._fits(first) else []
 
     def finished(self, now: float, id: str) -> list[Effect]:
-        """A running request ended, in any way; nothing happens if it has before."""
         if id in self._waiting:
             raise ValueError(f"request {id} finished, but it never ran")
         request, load = self._running.pop(id, (None, None))
@@ -177,28 +113,21 @@ class Plan:
             self._queue.end(request)
             if load is not None:
                 self._residency.end(load, request, now)
-        elif id in self._aside:
-            self._drop(self._aside[id])
+        elif id in self._preempted:
+            self._drop(self._preempted[id])
         return self._settle(now)
 
     def preempted(self, now: float, id: str) -> list[Effect]:
-        """A running request is out of the engine and waits again; nothing happens if it has ended."""
-        request, load = self._running.pop(id, (None, None))
-        if request is not None and load is not None:
+        if id in self._running:
             self._preemptions += 1
-            self._sequences -= request.ask.sequences
-            self._queue.put_back(request)
-            self._aside[id] = request
-            self._residency.end(load, request, now)
-            self._residency.want(load.version, request.ask.tenant, now)
+            self._put_back(id, now)
         return self._settle(now)
 
-    def kept(self, now: float, id: str) -> list[Effect]:
-        """A running request could not be put aside, and never can."""
+    def preempt_refused(self, now: float, id: str) -> list[Effect]:
         request, load = self._running.get(id, (None, None))
-        if request is not None and load is not None and not request.fixed:
-            request.fixed = True
-            self._residency.fix(load)
+        if request is not None and load is not None and not request.not_preemptible:
+            request.not_preemptible = True
+            self._residency.preempt_refused(load)
         return self._settle(now)
 
     # --- adapters ------------------------------------------------------------------------------------
@@ -220,26 +149,31 @@ class Plan:
         return self._settle(now)
 
     def lost(self, now: float, load_id: int) -> list[Effect]:
-        """The worker does not have this load. Unknown ones and those under way are ignored."""
         self._residency.lost(now, load_id)
         return self._settle(now)
 
+    def engine_stopped(self, now: float, resumable: Collection[str]) -> list[Effect]:
+        self._stopped = True
+        for id in resumable:
+            if id in self._running:
+                self._put_back(id, now)
+        self._residency.engine_stopped()
+        return self._settle(now)
+
+    def engine_started(self, now: float) -> list[Effect]:
+        self._stopped = False
+        self._residency.engine_started()
+        return self._settle(now)
+
     def pin(self, now: float, version: str, pinned: bool, tenant: str) -> list[Effect]:
-        """Keep ``version`` in a slot. It goes there when nobody waits for the room, as often as it is not."""
         self._residency.pin(version, tenant if pinned else None)
         return self._settle(now)
 
     def retire(self, now: float, version: str) -> list[Effect]:
-        """It was deleted: what waits or runs goes on, then it is evicted. Pin or warm take that back."""
         self._residency.retire(version)
         return self._settle(now)
 
     def warm(self, now: float, version: str, slot: bool) -> list[Effect]:
-        """Stage it, and with ``slot`` activate it, as soon as nobody waits for the same room.
-
-        It takes what is free or held by an idle version without a pin. Answered by one Warmed, unless all who
-        asked leave before; see unwarm.
-        """
         if self._draining:
             self._emit(Warmed(version, Refusal.DRAINING))
         else:
@@ -247,16 +181,14 @@ class Plan:
         return self._settle(now)
 
     def unwarm(self, now: float, version: str) -> list[Effect]:
-        """Nobody waits for it to be warm any more."""
         self._residency.unwarm(version)
         return self._settle(now)
 
     # --- time ----------------------------------------------------------------------------------------
 
     def drain(self, now: float) -> list[Effect]:
-        """Shut down: refuse all that waits and all that comes; what runs goes on."""
         self._draining = True
-        self._residency.stop_warming()
+        self._residency.stop_prefetch()
         for request in list(self._waiting.values()):
             self._refuse(request, Refusal.DRAINING, None)
         return self._settle(now)
@@ -265,7 +197,6 @@ class Plan:
         return self._settle(now)
 
     def next_deadline(self) -> float | None:
-        """When tick is due; None if nothing happens by time alone."""
         deadlines = [self._residency.next_deadline()]
         if self._waiting:
             deadlines.append(self._timeout(next(iter(self._waiting.values()))))
@@ -275,7 +206,7 @@ class Plan:
 
     def _settle(self, now: float) -> list[Effect]:
         self._expire(now)
-        while self._decide(now):
+        while not self._stopped and self._decide(now):
             pass
         effects, self._effects = self._effects, []
         return effects
@@ -315,10 +246,10 @@ class Plan:
 
     def _passing(self, large: Request, now: float) -> Request | None:
         """A smaller request that may run before ``large``, which does not fit."""
-        if large.passed_at is not None and now - large.passed_at >= self._limits.slot_patience:
+        if large.passed_at is not None and now - large.passed_at >= self._capacity.slot_patience:
             self._held_for = large
             return None
-        if self._sequences >= self._limits.max_running:
+        if self._sequences >= self._capacity.max_running:
             return None
         smaller = self._queue.first(self._fits)
         if smaller is not None and large.passed_at is None:
@@ -326,7 +257,7 @@ class Plan:
         return smaller
 
     def _fits(self, request: Request) -> bool:
-        return not self._sequences or self._sequences + request.ask.sequences <= self._limits.max_running
+        return not self._sequences or self._sequences + request.ask.sequences <= self._capacity.max_running
 
     def _run(self, request: Request, now: float) -> None:
         version = request.ask.version
@@ -336,6 +267,16 @@ class Plan:
         self._running[request.ask.id] = (request, load)
         self._sequences += request.ask.sequences
         self._emit(Run(request.ask.id))
+
+    def _put_back(self, id: str, now: float) -> None:
+        """A running request waits again, where its arrival puts it."""
+        request, load = self._running.pop(id)
+        self._sequences -= request.ask.sequences
+        self._queue.put_back(request)
+        self._preempted[id] = request
+        if load is not None:
+            self._residency.end(load, request, now)
+            self._residency.want(load.version, request.ask.tenant, now)
 
     def _expire(self, now: float) -> None:
         self._residency.expire(now)
@@ -347,7 +288,7 @@ class Plan:
             self._refuse(oldest, Refusal.QUEUE_TIMEOUT, after)
 
     def _timeout(self, request: Request) -> float:
-        return request.arrived + self._limits.queue_timeout
+        return request.arrived + self._capacity.queue_timeout
 
     def _refuse_version(self, version: str, detail: str) -> None:
         for request in self._queue.waiting(version):
@@ -364,7 +305,7 @@ class Plan:
 
     def _forget_waiting(self, request: Request) -> None:
         if self._waiting.pop(request.ask.id, None) is None:
-            del self._aside[request.ask.id]
+            del self._preempted[request.ask.id]
         version = request.ask.version
         if version is not None and not self._queue.waits(version):
             self._residency.unwant(version)
@@ -378,6 +319,7 @@ class Plan:
     # --- what is seen --------------------------------------------------------------------------------
 
     def tier_of(self, version: str) -> Tier:
+        """Where ``version`` is."""
         return self._residency.state(version).tier
 
     def known_versions(self) -> set[str]:
@@ -385,6 +327,7 @@ class Plan:
         return self._residency.known()
 
     def snapshot(self) -> Snapshot:
+        """All of it at this moment."""
         tenants = list(self._queue.tenants())
         return Snapshot(
             slots=self._residency.slots(),
@@ -392,7 +335,7 @@ class Plan:
             queued={tenant.id: tenant.queued for tenant in tenants if tenant.queued},
             running={tenant.id: tenant.running for tenant in tenants if tenant.running},
             counters={tenant.id: tenant.counter for tenant in tenants},
-            aside=len(self._aside),
+            aside=len(self._preempted),
             drains=self._residency.drains,
             preemptions=self._preemptions,
             draining=self._draining,
@@ -400,43 +343,75 @@ class Plan:
 
     def __repr__(self) -> str:
         """``x+`` is on its way, ``x~`` drains, ``x!`` is overdue; ``x:2`` has two running requests."""
-        room = f"running={self._sequences}/{self._limits.max_running} waiting={len(self._waiting)}"
-        room += f" aside={len(self._aside)}" if self._aside else ""
+        room = f"running={self._sequences}/{self._capacity.max_running} waiting={len(self._waiting)}"
+        room += f" preempted={len(self._preempted)}" if self._preempted else ""
         held = "" if self._held_for is None else f" held_for={self._held_for.ask.id}"
         return f"<Plan {self._residency!r} {room}{held}{' draining' if self._draining else ''}>"
 
     def check(self) -> None:
         """Assert every invariant; looks at everything."""
-        self._queue.check()
-        running = [request for request, _ in self._running.values()]
-        assert not self._waiting.keys() & self._running.keys()
-        assert not self._aside.keys() & (self._waiting.keys() | self._running.keys())
-        queued = len(self._waiting) + len(self._aside)
-        assert sum(tenant.queued for tenant in self._queue.tenants()) == queued
-        assert sum(tenant.running for tenant in self._queue.tenants()) == self._sequences
-        assert sum(request.ask.sequences for request in running) == self._sequences
-        assert self._sequences <= self._limits.max_running or len(running) == 1, f"{self!r}"
-        numbers = [request.number for request in self._waiting.values()]
-        assert numbers == sorted(numbers)
-        self._residency.check(self._running_by_load(), self._versions_waited_for())
-        self._check_gates()
-        first = self._queue.first()
-        assert first is None or not self._fits(first), f"{first} could run: {self!r}"
+        for _ in self.check_steps():
+            pass
 
-    def _running_by_load(self) -> dict[int, tuple[int, int, int]]:
+    def check_steps(self) -> Iterator[None]:
+        """The same with a small piece of work between two steps. No event may come between the first and the
+        last.
+        """
+        yield from self._queue.check_steps()
+        assert self._preempted.keys().isdisjoint(self._waiting)
+        assert self._preempted.keys().isdisjoint(self._running)
+        yield from self._check_requests()
+        loads, versions = yield from self._by_load_and_version()
+        yield from check_residency(self._residency, loads, versions)
+        yield from self._check_gates()
+        first = self._queue.first()
+        idle = self._stopped or first is None or not self._fits(first)
+        assert idle, f"{first} could run: {self!r}"
+
+    def _check_requests(self) -> Iterator[None]:
+        queued = running = sequences = before = 0
+        for tenant in self._queue.tenants():
+            queued += tenant.queued
+            running += tenant.running
+            yield
+        for request, _ in self._running.values():
+            sequences += request.ask.sequences
+            yield
+        for id, waiting in self._waiting.items():
+            assert waiting.number > before
+            assert id not in self._running
+            before = waiting.number
+            yield
+        assert queued == len(self._waiting) + len(self._preempted)
+        assert running == sequences == self._sequences
+        assert sequences <= self._capacity.max_running or len(self._running) == 1, f"{self!r}"
+
+    def _by_load_and_version(
+        self,
+    ) -> Generator[None, None, tuple[dict[int, tuple[int, int, int]], set[str]]]:
+        """What runs by load id (requests, tokens left, not preemptible), and the versions waited for."""
         sums: dict[int, tuple[int, int, int]] = {}
+        versions: set[str] = set()
         for request, load in self._running.values():
             if load is not None:
                 count, work, fixed = sums.get(load.id, (0, 0, 0))
-                sums[load.id] = (count + 1, work + request.tokens_left, fixed + request.fixed)
-        return sums
+                sums[load.id] = (count + 1, work + request.tokens_left, fixed + request.not_preemptible)
+            yield
+        for request in itertools.chain(self._waiting.values(), self._preempted.values()):
+            if request.ask.version is not None:
+                versions.add(request.ask.version)
+            yield
+        return sums, versions
 
-    def _versions_waited_for(self) -> set[str]:
-        waiting = itertools.chain(self._waiting.values(), self._aside.values())
-        return {r.ask.version for r in waiting if r.ask.version is not None}
-
-    def _check_gates(self) -> None:
-        open_slots = {
-            s.version for s in self._residency.slots() if s.state is State.ACTIVE and not s.draining
-        }
-        assert self._queue.open_versions() == open_slots | {None}
+    def _check_gates(self) -> Iterator[None]:
+        """The open versions are those in a slot that does not drain, and the base model."""
+        open_versions = self._queue.open_versions()
+        for slot in self._residency.in_slots:
+            if slot is not None:
+                is_open = slot.state is State.ACTIVE and not slot.draining
+                assert is_open == (slot.version in open_versions)
+                yield
+        slots = (slot for slot in self._residency.in_slots if slot is not None)
+        open_slots = sum(slot.state is State.ACTIVE and not slot.draining for slot in slots)
+        assert None in open_versions
+        assert len(open_versions) == open_slots + 1

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from server.scheduling.nouns import Refusal, State, Warmed
 
 
-class Warming:
-    """``emit`` gets one ``Warmed`` for everything that was asked for and not withdrawn."""
+class Prefetch:
+    """The loads that no request waits for. ``emit`` gets one ``Warmed`` for everything that was asked for and
+    not withdrawn.
+    """
 
     def __init__(self, emit: Callable[[Warmed], None]) -> None:
         self._emit = emit
@@ -23,6 +25,7 @@ class Warming:
         self._stopped = False
 
     def ask(self, version: str, slot: bool) -> None:
+        """Load ``version`` once, with ``slot`` into a slot."""
         self._asked[version] = slot or self._asked.get(version, False)
         self._failed.discard(version)
 
@@ -34,8 +37,12 @@ class Warming:
         """What kept it from being loaded may be over."""
         self._failed.discard(version)
 
+    def retry_all(self) -> None:
+        """What kept any version from being loaded may be over."""
+        self._failed.clear()
+
     def failed(self, version: str, pinned: bool) -> None:
-        """It could not be loaded."""
+        """``version`` could not be loaded. Whoever asked for it is told; a pin does not retry by itself."""
         if pinned:
             self._failed.add(version)
         self.end(version, Refusal.ADAPTER_UNAVAILABLE)
@@ -63,10 +70,12 @@ class Warming:
 
     @property
     def next_to_stage(self) -> str | None:
+        """The next version to read from disk."""
         return None if self._stopped else next(iter(self._to_stage), None)
 
     @property
     def next_to_activate(self) -> str | None:
+        """The next version on the host to be given a slot."""
         return None if self._stopped else next(iter(self._to_activate), None)
 
     def known(self) -> set[str]:

@@ -1,13 +1,13 @@
 """Orders that can be changed while they are used, all without scanning.
 
-``Ranking``   members by a rank of their own
-``Turns``     members by tenant: tenants take turns, each sends its longest-waiting member
-``Shares``    the same by a rank of each tenant's
+``Ranking``     members by a rank of their own
+``RoundRobin``  members by tenant: tenants take turns, each sends its longest-waiting member
+``FairShare``   members by tenant: the tenant with the lowest rank sends its longest-waiting member
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import Any, Generic, TypeVar
@@ -32,6 +32,7 @@ class Ranking(Generic[Member]):
         self._serial = count()
 
     def set(self, member: Member, rank: Any) -> None:
+        """Add ``member``, or give it another rank."""
         old = self._entries.get(member)
         if old is not None and old[0] == rank:
             return
@@ -46,6 +47,7 @@ class Ranking(Generic[Member]):
         self._entries.pop(member, None)
 
     def first(self) -> Member | None:
+        """The member with the lowest rank."""
         heap, entries = self._heap, self._entries
         while heap:
             entry = heap[0]
@@ -64,6 +66,7 @@ class Ranking(Generic[Member]):
         return [member for _, _, member in taken]
 
     def rank(self, member: Member) -> Any:
+        """The rank of ``member``, which must be here."""
         return self._entries[member][0]
 
     def __contains__(self, member: object) -> bool:
@@ -76,7 +79,7 @@ class Ranking(Generic[Member]):
         return f"Ranking({[member for _, _, member in sorted(self._entries.values())]})"
 
 
-class Turns(Generic[Member]):
+class RoundRobin(Generic[Member]):
     """Who gets the next of something scarce, so that a tenant with many members delays no other.
 
     A tenant's place is the later of two times: since when its first member waits, and its own last
@@ -112,7 +115,20 @@ class Turns(Generic[Member]):
         self._last[self._tenants[member]] = (now, next(self._serial))
         self.drop(member)
 
+    def forget(self, tenant: str) -> None:
+        """Drop the memory of ``tenant``'s last turn. Nothing of it may wait that was there before it."""
+        assert tenant not in self._lines, f"something of {tenant} still waits"
+        self._last.pop(tenant, None)
+
+    def firsts(self) -> Iterator[Member]:
+        """Each tenant's next member, in no order."""
+        for line in self._lines.values():
+            first = line.first()
+            if first is not None:
+                yield first
+
     def first(self) -> Member | None:
+        """The member whose turn it is; None if nothing waits."""
         return self._first_of(self._order.first())
 
     def _first_of(self, tenant: str | None) -> Member | None:
@@ -138,11 +154,11 @@ class Turns(Generic[Member]):
         return f"{type(self).__name__}({self._lines})"
 
 
-class Shares(Turns[Member]):
-    """The same by what each tenant has had, which is ``rank`` of the member of it that has waited longest.
+class FairShare(RoundRobin[Member]):
+    """Members by a rank of their tenant, which is ``rank`` of the tenant's longest-waiting member.
 
-    A rank that changes by itself is looked at anew after ``rerank``. A tenant whose rank never comes first
-    waits no longer than it is let to: see ``next``.
+    Call ``rerank`` after a tenant's rank has changed by itself. ``next`` bounds how long a tenant waits whose
+    rank never is the lowest.
     """
 
     __slots__ = ("_rank_of", "_shares")
@@ -153,6 +169,7 @@ class Shares(Turns[Member]):
         self._shares: Ranking[str] = Ranking()
 
     def rerank(self, tenant: str) -> None:
+        """Ask for the rank of ``tenant`` again."""
         if tenant in self._lines:
             self._rank(tenant)
 

@@ -25,7 +25,8 @@ from typing import Any
 from adapters.model import Version
 from server.engine.calls import Call
 from server.errors import TooManyRequests, Unavailable
-from server.scheduling.plan import Effect, Plan
+from server.scheduling.nouns import Effect
+from server.scheduling.plan import Plan
 from tests.bench.workload import gamma_arrivals, log_normal_lengths, zipf
 from tests.support.clock import run
 from tests.support.fakes import Times
@@ -38,7 +39,7 @@ LONGEST = 256  # output tokens; what clients ask for, though most answers end ea
 class Machine:
     """The simulated engine: each of its steps gives every running sequence ``tokens`` more.
 
-    ``limits`` are those of the plan's ``Limits`` that are not the machine's.
+    ``limits`` are those of the plan's ``Capacity`` that are not the machine's.
     """
 
     gpu_slots: int = 64

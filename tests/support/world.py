@@ -23,7 +23,7 @@ from server.inference.completion import Completion, Completions, open_completion
 from server.inference.embeddings import embed
 from server.metrics import Metrics
 from server.scheduling.dispatcher import Dispatcher
-from server.scheduling.plan import Limits
+from server.scheduling.nouns import Capacity
 from tests.support.fakes import FakeEngine, Times
 
 BASE = BaseModel("base-model", {"model.layers.0.mlp.up_proj": ModuleShape(8, 8)}, max_lora_rank=8)
@@ -79,7 +79,7 @@ class World:
         self.metrics = Metrics()
         self.deaths: list[EngineDied] = []
         self.dispatcher = Dispatcher(
-            self.engine, Limits(**slots, **self.limits), self.metrics, on_death=self.deaths.append
+            self.engine, Capacity(**slots, **self.limits), self.metrics, on_death=self.deaths.append
         )
         self.plan = self.dispatcher._plan
         self.service = Completions(self.engine, self.dispatcher, _Catalog(), self.metrics)  # type: ignore[arg-type]

@@ -68,11 +68,15 @@ PURE = {
     "server.limits.permissions",
     "server.limits.rate",
     "server.scheduling.fair_queue",
+    "server.scheduling.indices",
+    "server.scheduling.loads",
     "server.scheduling.nouns",
     "server.scheduling.plan",
     "server.scheduling.prefetch",
     "server.scheduling.ranking",
     "server.scheduling.residency",
+    "server.scheduling.residency_checks",
+    "server.scheduling.victims",
 }
 IMPURE = {
     "asyncio",

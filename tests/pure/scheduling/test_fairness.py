@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from server.scheduling.fair_queue import RECENT_RUNS, Ask, FairQueue, Request
+from server.scheduling.fair_queue import RECENT_RUNS, REMEMBERED, FairQueue, Request
+from server.scheduling.nouns import Ask
 
 
 def push(queue: FairQueue, tenant: str, id_: str, now: float = 0.0, **changes: Any) -> Request:
@@ -84,7 +85,8 @@ def test_being_away_earns_no_credit_and_costs_none() -> None:
     queue = FairQueue()
     serve(queue, "little", 10, 0)
     serve(queue, "much", 500, 0)
-    assert counters(queue) == {"little": 10.0, "much": 510.0}  # lifted to the level when it came
+    assert queue.counter("much") == 510.0  # lifted to the level when it came
+    assert counters(queue) == {}, "who owes nothing is forgotten"
     push(queue, "little", "l1")
     push(queue, "much", "m1")
     assert counters(queue) == {"little": 510.0, "much": 510.0}
@@ -191,3 +193,26 @@ def test_the_pace_of_an_earlier_backlog_says_nothing_about_this_one() -> None:
     for n in range(10):
         push(queue, "a", str(n), now=1000.0)
     assert queue.retry_after("a", 1000.0) == 1.0
+
+
+def test_a_debt_is_remembered_until_others_have_had_as_much() -> None:
+    queue = FairQueue()
+    push(queue, "here", "h1")
+    serve(queue, "debtor", 100, 0)
+    assert counters(queue) == {"here": 0.0, "debtor": 100.0}
+    serve(queue, "here", 150, 0)
+    serve(queue, "other", 1, 0)
+    assert "debtor" not in counters(queue)
+    push(queue, "debtor", "d1")
+    assert queue.counter("debtor") == 150.0
+
+
+def test_memory_is_bounded_whoever_comes() -> None:
+    """A tenant that never gets on holds the level down, so that everybody else leaves with a debt."""
+    queue = FairQueue()
+    push(queue, "stuck", "s1")
+    for number in range(3 * REMEMBERED):
+        serve(queue, f"t{number}", 10 + number, 0)
+    queue.check()
+    assert len(list(queue.tenants())) <= REMEMBERED + 1
+    assert queue.counter(f"t{3 * REMEMBERED - 1}") == 10 + 3 * REMEMBERED - 1, "the largest debts are kept"

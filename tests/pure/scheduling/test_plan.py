@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 
 from adapters.model import Tier
-from server.scheduling.plan import (
+from server.scheduling.nouns import (
     Activate,
     Ask,
+    Capacity,
     Deactivate,
     Evict,
     HostEntry,
-    Limits,
-    Plan,
     Preempt,
     Refusal,
     Refuse,
@@ -24,10 +23,11 @@ from server.scheduling.plan import (
     State,
     Warmed,
 )
+from server.scheduling.plan import Plan
 
 
 def make(gpu: int = 1, host: int = 4, running: int = 8, **limits: Any) -> Plan:
-    return Plan(Limits(gpu_slots=gpu, host_slots=host, max_running=running, **limits))
+    return Plan(Capacity(gpu_slots=gpu, host_slots=host, max_running=running, **limits))
 
 
 def ask(id_: str, version: str | None = "a", tenant: str | None = None, **changes: Any) -> Ask:
@@ -88,7 +88,7 @@ def test_a_request_for_an_active_version_overtakes_one_that_waits_for_a_load() -
 
 
 def test_ids_of_loads_start_where_they_are_told_to() -> None:
-    plan = Plan(Limits(gpu_slots=1, host_slots=1, max_running=1), first_load_id=40)
+    plan = Plan(Capacity(gpu_slots=1, host_slots=1, max_running=1), first_load_id=40)
     assert plan.submitted(0.0, ask("r1")) == [Stage("a", 40)]
 
 
@@ -106,7 +106,7 @@ def test_a_request_that_is_still_here_cannot_be_submitted_again() -> None:
 )
 def test_limits_must_make_sense(changes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="limits"):
-        Limits(**{"gpu_slots": 2, "host_slots": 2, "max_running": 1, **changes})
+        Capacity(**{"gpu_slots": 2, "host_slots": 2, "max_running": 1, **changes})
 
 
 @pytest.mark.parametrize("changes", [{"sequences": 0}, {"weight": 0.0}, {"weight": -1.0}])
@@ -598,7 +598,7 @@ def test_a_long_generation_is_put_aside_for_one_that_waits_and_goes_on_later() -
     assert plan.tick(12.1) == []
     assert plan.preempted(12.2, "a1") == []
     assert plan.preempted(12.3, "a2") == [Deactivate("a", 1), Activate("b", 2)]
-    assert "aside=2" in repr(plan)
+    assert "preempted=2" in repr(plan)
     assert plan.activated(12.4, 2) == [Run("b1")]
     plan.check()
     assert plan.finished(13.0, "b1") == [Deactivate("b", 2), Activate("a", 1)]
@@ -648,7 +648,7 @@ def test_a_request_that_could_not_be_put_aside_is_not_asked_again() -> None:
     plan = _hogged()
     assert plan.tick(12.0) == [Preempt("a1"), Preempt("a2")]
     assert plan.preempted(12.1, "a1") == []
-    assert plan.kept(12.2, "a2") == []
+    assert plan.preempt_refused(12.2, "a2") == []
     plan.check()
     assert plan.tick(30.0) == []
     assert plan.finished(31.0, "a2") == [Deactivate("a", 1), Activate("b", 2)]

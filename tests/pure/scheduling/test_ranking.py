@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from server.scheduling.ranking import Ranking, Shares, Turns
+from server.scheduling.ranking import FairShare, Ranking, RoundRobin
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -41,14 +41,14 @@ def test_a_ranking_does_not_grow_with_its_changes() -> None:
 
 
 def test_turns_are_by_waiting_time_where_each_tenant_has_one_member() -> None:
-    turns: Turns[str] = Turns()
+    turns: RoundRobin[str] = RoundRobin()
     for since, member in [(3.0, "c"), (1.0, "a"), (2.0, "b")]:
         turns.add(member, f"tenant of {member}", since)
     assert _take_all(turns, 10.0) == ["a", "b", "c"]
 
 
 def test_tenants_take_turns_however_many_members_they_have() -> None:
-    turns: Turns[str] = Turns()
+    turns: RoundRobin[str] = RoundRobin()
     for n in range(4):
         turns.add(f"noisy{n}", "noisy", 0.0)
     for n in range(2):
@@ -57,7 +57,7 @@ def test_tenants_take_turns_however_many_members_they_have() -> None:
 
 
 def test_a_turn_is_remembered_while_nothing_waits() -> None:
-    turns: Turns[str] = Turns()
+    turns: RoundRobin[str] = RoundRobin()
     turns.add("n0", "noisy", 0.0)
     turns.take("n0", 5.0)
     turns.add("n1", "noisy", 1.0)
@@ -69,7 +69,7 @@ def test_a_turn_is_remembered_while_nothing_waits() -> None:
     assert ("n1" in turns, "q0" in turns, len(turns)) == (True, False, 1)
 
 
-def _take_all(turns: Turns[str], now: float) -> list[str]:
+def _take_all(turns: RoundRobin[str], now: float) -> list[str]:
     order = []
     while (member := turns.first()) is not None:
         turns.take(member, now)
@@ -79,7 +79,7 @@ def _take_all(turns: Turns[str], now: float) -> list[str]:
 
 def test_shares_go_to_who_has_had_least_but_let_nobody_wait_too_long() -> None:
     had = {"greedy": 9.0, "modest": 1.0}
-    shares: Shares[str] = Shares(lambda member: had[member[:-1]])
+    shares: FairShare[str] = FairShare(lambda member: had[member[:-1]])
     shares.add("greedy1", "greedy", 0.0)
     shares.add("modest1", "modest", 5.0)
     shares.add("modest2", "modest", 6.0)

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from server.scheduling.plan import Limits, Plan
+from server.scheduling.nouns import Capacity
+from server.scheduling.plan import Plan
 from tests.bench.simulation import LONGEST, Machine, TimedPlan, Traffic, requests, simulate
 from tests.support.fakes import Times
 
@@ -56,6 +57,6 @@ def test_fewer_adapters_change_nothing_else() -> None:
 
 
 def test_every_event_of_the_plan_is_timed() -> None:
-    plan = TimedPlan(Plan(Limits(gpu_slots=1, host_slots=1, max_running=1)))
+    plan = TimedPlan(Plan(Capacity(gpu_slots=1, host_slots=1, max_running=1)))
     assert set(plan.seconds) >= {"submitted", "cancelled", "progressed", "finished", "activated", "tick"}
     assert not {"check", "snapshot", "next_deadline"} & set(plan.seconds)
