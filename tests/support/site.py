@@ -94,9 +94,10 @@ async def serving(app: FastAPI) -> AsyncIterator[Site]:
         await asyncio.sleep(0.02)
     port = server.servers[0].sockets[0].getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    # A connection is given up before the server does so, or a request may meet it just as it closes.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2)
     async with (
-        httpx.AsyncClient(base_url=url, headers=bearer(ADMIN_KEY), timeout=120) as admin,
+        httpx.AsyncClient(base_url=url, headers=bearer(ADMIN_KEY), timeout=120, limits=limits) as admin,
         httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http,
     ):
         yield Site(app, url, admin, http)

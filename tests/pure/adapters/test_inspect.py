@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -149,37 +149,6 @@ def test_what_peft_writes_is_accepted(accepted: Path, base: BaseModel) -> None:
     assert json.dumps(manifest.as_json())
 
 
-@pytest.fixture(scope="module")
-def vllm_reads(base: BaseModel) -> Callable[[Path], Any]:
-    """vLLM's own reading of a folder's config, with its refusals. A fixture, because the import is slow."""
-    from vllm.config.lora import LoRAConfig
-    from vllm.lora.peft_helper import PEFTHelper
-
-    def reads(folder: Path) -> Any:
-        helper = PEFTHelper.from_local_dir(str(folder), max_position_embeddings=None)
-        helper.validate_legal(LoRAConfig(max_lora_rank=base.max_lora_rank))
-        return helper
-
-    return reads
-
-
-def test_vllm_and_peft_read_an_accepted_adapter_as_we_do(
-    accepted: Path, base: BaseModel, vllm_reads: Callable[[Path], Any]
-) -> None:
-    from vllm.lora.utils import parse_fine_tuned_lora_name
-
-    manifest = inspect(accepted, base)
-    config = read_config(accepted / CONFIG_FILE, base)
-    helper = vllm_reads(accepted)
-    names = {parse_fine_tuned_lora_name(name)[0] for name in read(accepted)[1]}
-    assert names == set(manifest.modules)
-    peft = PeftModel.from_pretrained(make_llama(), accepted).base_model.model
-    for module in names:
-        ours = (config.rank_of(module), config.scaling_of(module))
-        layer = peft.get_submodule(module)
-        assert ours == helper.get_rank_and_scaling(module) == (layer.r["default"], layer.scaling["default"])
-
-
 def test_the_manifest_names_what_is_changed(base: BaseModel, tmp_path: Path) -> None:
     folder = train(
         tmp_path, target_modules=["down_proj", "q_proj"], rank_pattern={"down_proj": 6}, use_rslora=True
@@ -226,17 +195,6 @@ def test_names_without_pefts_prefix_are_read_as_vllm_reads_them(
     config, tensors = read(good)
     bare = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     assert inspect(write(tmp_path, config, bare), base).modules == inspect(good, base).modules
-
-
-@pytest.mark.parametrize("init", ["Gaussian", "EVA", "lora_GA"])
-def test_initialisations_are_told_apart_as_vllm_does_it(
-    init: str, good: Path, base: BaseModel, tmp_path: Path, vllm_reads: Callable[[Path], Any]
-) -> None:
-    config, tensors = read(good)
-    config["init_lora_weights"] = init
-    folder = write(tmp_path, config, tensors)
-    assert inspect(folder, base).modules
-    assert vllm_reads(folder).init_lora_weights == init
 
 
 def test_mixed_dtypes_are_named(good: Path, base: BaseModel, tmp_path: Path) -> None:
@@ -899,41 +857,6 @@ def test_any_damage_to_a_config_is_read_or_refused(
     path = tmp_path / CONFIG_FILE
     path.write_bytes(edited((good / CONFIG_FILE).read_bytes(), changes))
     only_rejected(lambda: read_config(path, base))
-
-
-@FUZZ
-@given(
-    fields=st.dictionaries(
-        st.sampled_from(sorted(PeftConfig.model_fields.keys() | peft_config.REFUSED.keys())),
-        json_values,
-        max_size=2,
-    ),
-    patterns=st.dictionaries(
-        st.sampled_from(["q_proj", "k_proj", "self_attn.k_proj", K1, "v.proj", "q.proj", "layers.0"]),
-        st.sampled_from([2, 4, 4.0, 8]),
-        max_size=3,
-    ),
-    pattern=st.sampled_from(["rank_pattern", "alpha_pattern"]),
-)
-def test_vllm_takes_whatever_is_accepted(
-    fields: Config,
-    patterns: Config,
-    pattern: str,
-    good: Path,
-    base: BaseModel,
-    tmp_path: Path,
-    vllm_reads: Callable[[Path], Any],
-) -> None:
-    path = tmp_path / CONFIG_FILE
-    config = json.loads((good / CONFIG_FILE).read_text()) | fields | {pattern: patterns}
-    path.write_text(json.dumps(config))
-    try:
-        ours = read_config(path, base)
-    except AdapterRejected:
-        return
-    helper = vllm_reads(tmp_path)
-    for module in base.modules:
-        assert helper.get_rank_and_scaling(module) == (ours.rank_of(module), ours.scaling_of(module))
 
 
 @FUZZ

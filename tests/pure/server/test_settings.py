@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from server import __main__ as command_line
-from server.settings import ALLOWED_MAX_RANKS, OWNED_ENGINE_ARGS, Settings
+from server.settings import OWNED_ENGINE_ARGS, Settings
 
 
 @pytest.fixture(autouse=True)
@@ -154,26 +154,6 @@ def test_what_has_a_setting_of_its_own_is_no_engine_argument(name: str) -> None:
         assert field == "engine_args"
         assert repr(spelling) in message
         assert OWNED_ENGINE_ARGS[name] in message
-
-
-def test_owned_arguments_are_arguments_of_the_engine() -> None:
-    from dataclasses import fields
-
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    front_end = {"lora_modules"}
-    assert OWNED_ENGINE_ARGS.keys() - front_end <= {field.name for field in fields(AsyncEngineArgs)}
-    settings = {name.upper() for name in Settings.model_fields}
-    assert {told for told in OWNED_ENGINE_ARGS.values() if told.isupper()} <= settings
-
-
-def test_ranks_are_those_that_vllm_compiles() -> None:
-    from typing import get_args
-
-    from vllm.config.lora import MaxLoRARanks
-
-    assert get_args(MaxLoRARanks) == ALLOWED_MAX_RANKS
-    assert refusal(max_lora_rank=24)[0] == "max_lora_rank"
 
 
 @pytest.mark.parametrize(
