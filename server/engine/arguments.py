@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ImportError:  # from 0.33 on
+    from vllm.entrypoints.common.cli_args import make_arg_parser
 
 from adapters.model import BaseModel, ModuleShape
 from adapters.worker.cpu.features import multiplies_bfloat16

@@ -25,7 +25,7 @@ from starlette.datastructures import State
 from adapters.inspection.base_model import fingerprint
 from adapters.model import BaseModel
 from adapters.worker.cpu import onednn
-from server.engine import serving
+from server.engine import contract, serving
 from server.engine.calls import (
     Answer,
     Call,
@@ -71,7 +71,7 @@ class Engine:
         """Loads the base model; takes from half a minute (small, CPU) to many minutes (70B).
 
         Raises ValueError for engine arguments that vLLM does not know or cannot combine, and for slots that
-        are "auto" where their number cannot be told.
+        are "auto" where their number cannot be told; ContractBroken for a vLLM that this program cannot use.
         """
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # We stop the engine when nothing runs any more, so its workers have nothing to finish.
@@ -80,6 +80,7 @@ class Engine:
         # from loads, and then have to wait for these: with two cores every load is felt in every stream.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         os.environ.setdefault(onednn.CAPACITY, str(onednn.KERNELS))
+        await asyncio.to_thread(contract.check)
         # Importing vLLM takes seconds and is not needed to read settings or to run the command line.
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
@@ -246,7 +247,7 @@ class Engine:
         if call.kind == "embedding":
             if call.aborted:  # vLLM's answer is then an empty vector
                 raise Unavailable("The server is shutting down.", code="shutting_down", retry_after=5)
-            return Answer(body=result)
+            return Answer(body=serving.embeddings_of(result))
         if call.kind == "responses":
             result = serving.errors_as_events(
                 serving.response_events(call, serving.in_call_context(call, result))

