@@ -1,18 +1,34 @@
-"""The README's tables say what the code says."""
+"""README and docs/ say what the code says: settings, metrics, calls, codes, commands, files."""
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from fastapi.routing import APIRoute
 from pydantic import ByteSize
+from typer.main import get_command
 
+from adapters.errors import CURES
 from server.app import create_app
 from server.metrics import Metrics
 from server.settings import Settings
 
-README = (Path(__file__).parents[3] / "README.md").read_text()
+ROOT = Path(__file__).parents[3]
+README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+SOURCES = sorted(path for package in ("server", "adapters") for path in (ROOT / package).rglob("*.py"))
+LONGEST_FILE = 500
+LONGEST_README = 1500
+
+
+def between(page: str, name: str) -> str:
+    found = re.search(rf"<!-- {name}:.*?-->\n(.*?)\n<!-- /{name} -->", PAGES[page], re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 def settings_table() -> str:
@@ -26,16 +42,43 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
+def cures_table() -> str:
+    return "\n".join(
+        ["| code | cure |", "| --- | --- |", *(f"| `{code}` | {cure} |" for code, cure in CURES.items())]
+    )
+
+
 def test_settings() -> None:
     """To update: put the output of ``settings_table()`` between the two comments."""
-    found = re.search(r"<!-- settings:.*?-->\n(.*?)\n<!-- /settings -->", README, re.DOTALL)
-    assert found is not None
-    assert found[1] == settings_table()
+    assert between("settings.md", "settings") == settings_table()
+
+
+def test_cures() -> None:
+    """To update: put the output of ``cures_table()`` between the two comments."""
+    assert between("adapters.md", "cures") == cures_table()
+
+
+def codes() -> Iterator[str]:
+    """Every error code that the source spells out."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                given = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+            elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "code":
+                given = [node.value]
+            else:
+                continue
+            yield from (v.value for v in given if isinstance(v, ast.Constant) and isinstance(v.value, str))
+
+
+@pytest.mark.parametrize("code", sorted(set(codes()) - {"adapter_error", "adapter_invalid"}))
+def test_error_codes(code: str) -> None:
+    assert any(f"`{code}`" in PAGES[page] for page in ("api.md", "admin.md", "adapters.md"))
 
 
 def test_admin_calls() -> None:
     app = create_app(Settings(model="/nowhere"))
-    rows = [line for line in README.splitlines() if line.startswith("| `") and "/" in line]
+    rows = [line for line in PAGES["admin.md"].splitlines() if line.startswith("| `") and "/" in line]
     documented = {
         part if part.startswith("/tenants") or part.count("/") == 1 else part.replace("…", "")
         for line in rows
@@ -50,8 +93,71 @@ def test_admin_calls() -> None:
             )
 
 
+def test_inference_calls() -> None:
+    app = create_app(Settings(model="/nowhere"))
+    for route in app.routes:
+        if isinstance(route, APIRoute) and not route.path.startswith("/admin/v1"):
+            stem = re.sub(r"/\{.*", "", route.path)
+            assert any(f"{stem}" in PAGES[page] for page in ("api.md", "admin.md", "metrics.md")), route.path
+
+
 def test_metrics() -> None:
     names = set(re.findall(r"# TYPE (loraplex_\w+) ", Metrics().render().decode()))
     assert names
     for name in names:
-        assert f"`{name}`" in README, name
+        assert f"`{name}`" in PAGES["metrics.md"], name
+
+
+def commands() -> Iterator[str]:
+    from server.__main__ import cli
+
+    def walk(command: object, path: str) -> Iterator[str]:
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            yield path
+        for name, child in (inner or {}).items():
+            yield from walk(child, f"{path} {name}")
+
+    yield from walk(get_command(cli), "loraplex")
+
+
+def test_commands() -> None:
+    """Each with its group, or in a row of its group's names."""
+    text = "\n".join([README, *PAGES.values()])
+    for command in commands():
+        *group, name = command.split()
+        in_row = rf"`{' '.join(group)}`[^\n]*`{re.escape(name)}`"
+        written = command in text or re.search(in_row, text) or f"python -m server {name}" in text
+        assert written or name in ("serve", "demo"), command
+
+
+def test_readme_is_short() -> None:
+    assert len(README.split()) <= LONGEST_README
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_links_lead_somewhere(page: str) -> None:
+    home = ROOT if page == "README.md" else ROOT / "docs"
+    text = README if page == "README.md" else PAGES[page]
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
+        assert (home / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page: str) -> None:
+    for path in re.findall(r"`((?:server|adapters|tests|config)/[\w./-]*)`", PAGES[page]):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_page_is_on_the_map() -> None:
+    for page in PAGES:
+        assert f"(docs/{page})" in README, page
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_can_be_read_in_one_sitting(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+
+
+def test_the_hall_is_small() -> None:
+    assert len(list((ROOT / "server").glob("*.py"))) <= 8
