@@ -18,8 +18,9 @@ from adapters.store.blobs import BlobStore
 from adapters.store.catalog import Catalog
 from adapters.store.idempotency import Receipts
 from server import __version__
+from server.accounts.authentication import Authentication
 from server.accounts.tenants import Tenants
-from server.accounts.usage import Recorder, spent
+from server.accounts.usage import UsageWriter, spent
 from server.engine.calls import EngineDied
 from server.engine.engine import Engine
 from server.http import admin, inference, operations, reports, self_service
@@ -94,11 +95,11 @@ async def _start(
     removed = await blobs.sweep(await catalog.linked_digests())
     if removed:
         logger.info("removed %d blobs that nothing links to", len(removed))
-    tenants = await _tenants(settings, database)
+    authentication = await _authentication(settings, database)
     shared = await _redis_ledger(settings, stack)
-    recorder = Recorder(database, keep_days=settings.keep_usage_days)
-    recorder.start()
-    stack.push_async_callback(recorder.stop)
+    usage_writer = UsageWriter(database, keep_days=settings.keep_usage_days)
+    usage_writer.start()
+    stack.push_async_callback(usage_writer.stop)
     watching = asyncio.create_task(database.watch(), name="loraplex-watch")
     stack.push_async_callback(_cancel, watching)
 
@@ -110,20 +111,21 @@ async def _start(
     stack.push_async_callback(dispatcher.stop)
 
     async def spent_so_far(tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
-        await recorder.flush()
+        await usage_writer.flush()
         return await spent(database, tenant, start, end)
 
     quotas = Quotas(
-        shared, record=recorder.record, spent=spent_so_far, prices=settings.prices, metrics=metrics
+        shared, record=usage_writer.record, spent=spent_so_far, prices=settings.prices, metrics=metrics
     )
     prober = Prober(engine, dispatcher)
     services = Services(
         settings=settings,
         database=database,
         blobs=blobs,
-        tenants=tenants,
+        tenants=Tenants(database),
+        authentication=authentication,
         shared=shared,
-        recorder=recorder,
+        usage_writer=usage_writer,
         engine=engine,
         metrics=metrics,
         dispatcher=dispatcher,
@@ -145,17 +147,17 @@ async def _start(
     return services
 
 
-async def _tenants(settings: Settings, database: Database) -> Tenants:
+async def _authentication(settings: Settings, database: Database) -> Authentication:
     """Prints the admin key where it has just been made: nobody can read it later."""
-    tenants = Tenants(
+    authentication = Authentication(
         database,
         admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,
         service_key=settings.service_key.get_secret_value() if settings.service_key else None,
     )
-    new_key = await tenants.open()
+    new_key = await authentication.open()
     if new_key is not None:
         print(f"Admin key (shown this once, keep it): {new_key}", file=sys.stderr, flush=True)
-    return tenants
+    return authentication
 
 
 async def _redis_ledger(settings: Settings, stack: AsyncExitStack) -> RedisLedger | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, get_args
@@ -15,9 +16,14 @@ SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)
 DEFAULT_SCOPES: tuple[KeyScope, ...] = ("inference",)
 
 
+def digest_of(key: str) -> str:
+    """What is kept of a key: its SHA-256, in hexadecimal."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class KeyInfo:
-    """``last_used_at`` may be a minute old."""
+    """A tenant's key, without the key itself. ``last_used_at`` may be a minute old."""
 
     id: str
     name: str | None

@@ -1,21 +1,15 @@
-"""Who is asking: keys and customer tags to tenants, and the tenants themselves.
+"""Tenants and their keys, as they are stored. ``server.accounts.authentication`` tells who is asking.
 
-    Authorization: Bearer <tenant key>                                   that key's tenant
-    Authorization: Bearer <service key>   X-Customer-ID: <tenant>        the tenant that a gateway names
-    Authorization: Bearer <admin key>                                    the admin API, and only that
-
-Of every key only the SHA-256 is kept. No message repeats a key or says whether one nearly matched.
+A key is shown once, when it is issued; only its SHA-256 is kept.
 """
 
 from __future__ import annotations
 
 import builtins
-import hashlib
-import hmac
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -24,33 +18,28 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.audit import note
-from adapters.database.cache import ReadCache
 from adapters.database.database import Database
-from adapters.database.rows import MAX_INTEGER, KeyRow, MetaRow, TenantRow, VersionRow, now
+from adapters.database.rows import MAX_INTEGER, KeyRow, TenantRow, VersionRow, now
 from adapters.model import TENANT_PATTERN, is_tenant_id
-from server.accounts.keys import DEFAULT_SCOPES, IssuedKey, KeyInfo, KeyScope, check_expiry, key_info
-from server.accounts.terms import Budgets, KeyLimits, TenantLimits, Terms
-from server.errors import BadRequest, Conflict, Forbidden, NotFound, Unauthorized, Unprocessable
+from server.accounts.keys import (
+    DEFAULT_SCOPES,
+    IssuedKey,
+    KeyInfo,
+    KeyScope,
+    check_expiry,
+    digest_of,
+    key_info,
+)
+from server.accounts.terms import Budgets, KeyLimits, LimitSettings, TenantLimits
+from server.errors import Conflict, NotFound, Unprocessable
 
-ADMIN_KEY = "admin_key_sha256"
-SHORTEST_KEY = 16
-LONGEST_KEY = 512
-LIGHTEST, HEAVIEST = 0.001, 1000.0
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
 Priority = Literal["interactive", "standard", "batch"]
 # What a priority multiplies a weight by. Beside others that wait, batch is left one part in a hundred, so
 # that it is never forgotten; alone it has everything.
 PRIORITIES: dict[Priority, float] = {"interactive": 4.0, "standard": 1.0, "batch": 0.01}
-AUTHENTICATED = 16_384
 
-BEARER = re.compile(rf"bearer +([\x21-\x7e]{{1,{LONGEST_KEY}}})", re.ASCII | re.IGNORECASE)
-TENANT_KEY = re.compile(r"lp-[A-Za-z0-9_-]{43}", re.ASCII)
 KEY_ID = re.compile(r"[0-9a-f]{16}", re.ASCII)
-
-NO_KEY = (
-    "You didn't provide an API key. You need to provide your API key in an Authorization header"
-    " using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
-)
-WRONG_KEY = "Incorrect API key provided."
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,41 +95,10 @@ class TenantChanges(TypedDict, total=False):
 
 
 class Tenants:
-    """Tenants and keys in ``database``. A configured ``admin_key`` wins over the one that was made here.
+    """Tenants and their keys, as rows of ``database``."""
 
-    ValueError for configured keys that are short, unsendable or the same. ``open`` before anything else.
-    """
-
-    def __init__(self, database: Database, *, admin_key: str | None, service_key: str | None) -> None:
-        for name, key in (("admin_key", admin_key), ("service_key", service_key)):
-            if key is not None:
-                _check_configured(name, key)
-        if admin_key is not None and admin_key == service_key:
-            raise ValueError("admin_key and service_key must differ: one may not run what the other may")
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._configured = admin_key is not None
-        self._admin = _digest(admin_key) if admin_key is not None else None
-        self._service = _digest(service_key) if service_key is not None else None
-        self._by_key: ReadCache[str, Tenant] = ReadCache(database, AUTHENTICATED)
-        self._by_id: ReadCache[str, Tenant] = ReadCache(database, AUTHENTICATED)
-
-    async def open(self) -> str | None:
-        """Makes the admin key where none is configured or stored, and returns it: the only time it is
-        shown. ValueError if the stored one is the service key."""
-        if self._configured:
-            return None
-        async with self._database.read() as session:
-            stored = await session.get(MetaRow, ADMIN_KEY)
-        made = None
-        if stored is None:
-            made = f"lp-admin-{secrets.token_urlsafe(32)}"
-            stored = MetaRow(key=ADMIN_KEY, value=_digest(made))
-            async with self._database.write() as session:
-                session.add(stored)
-        if self._is(stored.value, self._service):
-            raise ValueError("service_key is the admin key of this database; choose another")
-        self._admin = stored.value
-        return made
 
     async def create(
         self,
@@ -181,25 +139,25 @@ class Tenants:
                 await session.flush()
             except IntegrityError:
                 raise Conflict(f"The tenant `{id}` exists already.", param="id") from None
-            note(session, "tenant.create", id, after=_tenant(row).shown())
-        return _tenant(row)
+            note(session, "tenant.create", id, after=tenant_of(row).shown())
+        return tenant_of(row)
 
     async def get(self, id: str) -> Tenant:
         async with self._database.read() as session:
-            return _tenant(await _row(session, id))
+            return tenant_of(await _row(session, id))
 
     async def update(self, id: str, /, **changes: Unpack[TenantChanges]) -> Tenant:
         """Changes what is given, all of it or nothing. NotFound, Unprocessable."""
         _check(changes)
         async with self._database.write() as session:
             row = await _row(session, id, lock=True)
-            before = _tenant(row).shown()
+            before = tenant_of(row).shown()
             for column, value in changes.items():
-                if isinstance(value, Terms):
+                if isinstance(value, LimitSettings):
                     value = type(value)(**(getattr(row, column) or {})).changed(value).stored()
                 setattr(row, column, value)
-            note(session, "tenant.update", id, before=before, after=_tenant(row).shown())
-        return _tenant(row)
+            note(session, "tenant.update", id, before=before, after=tenant_of(row).shown())
+        return tenant_of(row)
 
     async def delete(self, id: str) -> set[str]:
         """Removes the tenant with its keys and adapters. NotFound.
@@ -210,7 +168,7 @@ class Tenants:
         async with self._database.write() as session:
             # Locked first, as in ``Catalog.link``: a version linked meanwhile would be missing in the answer.
             row = await _row(session, id, lock=True)
-            note(session, "tenant.delete", id, before=_tenant(row).shown())
+            note(session, "tenant.delete", id, before=tenant_of(row).shown())
             digests = set(await session.scalars(select(VersionRow.digest).where(VersionRow.tenant == id)))
             await session.execute(delete(TenantRow).where(TenantRow.id == id))
         return digests
@@ -283,109 +241,13 @@ class Tenants:
         """All tenants, by id."""
         async with self._database.read() as session:
             return sorted(
-                map(_tenant, await session.scalars(select(TenantRow))), key=lambda tenant: tenant.id
+                map(tenant_of, await session.scalars(select(TenantRow))), key=lambda tenant: tenant.id
             )
-
-    async def authenticate(
-        self, authorization: str | None, customer: str | None, scope: KeyScope = "inference"
-    ) -> Tenant:
-        """Who makes this request, from ``Authorization`` and ``X-Customer-ID``, and may: has ``scope``.
-
-        Unauthorized without a known key; BadRequest (``customer_required``) for the service key alone;
-        Forbidden for the admin key, for an unknown customer (``unknown_customer``), for a tenant key
-        beside another customer (``customer_mismatch``) and for a key that is for something else
-        (``scope_missing``): the service key is for inference only.
-        """
-        key = _bearer(authorization)
-        digest = _digest(key)
-        if self._is(digest, self._admin):
-            raise Forbidden("Admin keys cannot run inference. Use a key of a tenant.")
-        if self._is(digest, self._service):
-            if scope != "inference":
-                raise Forbidden(f"A service key does not have the scope `{scope}`.", code="scope_missing")
-            return await self._customer(customer)
-        tenant = await self._holder(key)
-        if customer and customer != tenant.id:
-            raise Forbidden(
-                "X-Customer-ID names another customer than the one this key belongs to.",
-                code="customer_mismatch",
-                param="X-Customer-ID",
-            )
-        assert tenant.key is not None
-        tenant.key.check(scope)
-        return tenant
-
-    async def require_admin(self, authorization: str | None) -> None:
-        """Unauthorized without a known key, Forbidden for one that is not the admin's."""
-        key = _bearer(authorization)
-        digest = _digest(key)
-        if self._is(digest, self._admin):
-            return
-        if not self._is(digest, self._service):
-            await self._holder(key)
-        raise Forbidden("This key cannot administer. Use the admin key.")
-
-    @staticmethod
-    def _is(digest: str, known: str | None) -> bool:
-        return known is not None and hmac.compare_digest(digest, known)
-
-    async def _customer(self, customer: str | None) -> Tenant:
-        if not customer:
-            raise BadRequest(
-                "A service key needs the header X-Customer-ID with the customer's tenant id.",
-                code="customer_required",
-                param="X-Customer-ID",
-            )
-        try:
-            return await self._by_id.get(customer, lambda: self.get(customer))
-        except NotFound:
-            raise Forbidden(
-                "The customer in X-Customer-ID is not known here.",
-                code="unknown_customer",
-                param="X-Customer-ID",
-            ) from None
-
-    async def _holder(self, key: str) -> Tenant:
-        """The tenant that ``key`` was issued to; Unauthorized."""
-        if not TENANT_KEY.fullmatch(key):
-            raise Unauthorized(WRONG_KEY)
-        digest = _digest(key)
-        return await self._by_key.get(digest, lambda: self._look_up(digest))
-
-    async def _look_up(self, digest: str) -> Tenant:
-        query = select(TenantRow, KeyRow).join(KeyRow, KeyRow.tenant == TenantRow.id)
-        async with self._database.read() as session:
-            found = (await session.execute(query.where(KeyRow.digest == digest))).one_or_none()
-        if found is None or not self._is(digest, found[1].digest):
-            raise Unauthorized(WRONG_KEY)
-        return replace(_tenant(found[0]), key=key_info(found[1]))
-
-
-def _bearer(authorization: str | None) -> str:
-    """The key in an ``Authorization`` header; Unauthorized."""
-    if not authorization:
-        raise Unauthorized(NO_KEY)
-    # The length is looked at first: the header comes from anybody.
-    found = BEARER.fullmatch(authorization) if len(authorization) <= 2 * LONGEST_KEY else None
-    if found is None:
-        raise Unauthorized(WRONG_KEY)
-    return found[1]
 
 
 def _new_key(tenant: str) -> tuple[str, KeyRow]:
     key = f"lp-{secrets.token_urlsafe(32)}"
-    return key, KeyRow(id=secrets.token_hex(8), tenant=tenant, digest=_digest(key), created_at=now())
-
-
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-def _check_configured(name: str, key: str) -> None:
-    if len(key) < SHORTEST_KEY:
-        raise ValueError(f"{name} must have at least {SHORTEST_KEY} characters")
-    if not BEARER.fullmatch(f"Bearer {key}"):
-        raise ValueError(f"{name} must be at most {LONGEST_KEY} printable ASCII characters without spaces")
+    return key, KeyRow(id=secrets.token_hex(8), tenant=tenant, digest=digest_of(key), created_at=now())
 
 
 async def _row(session: AsyncSession, id: str, *, lock: bool = False) -> TenantRow:
@@ -412,7 +274,8 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and LIGHTEST <= value <= HEAVIEST
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and MIN_WEIGHT <= value <= MAX_WEIGHT
 
 
 def _is_limit(value: Any) -> bool:
@@ -423,7 +286,7 @@ def _is_limit(value: Any) -> bool:
 # What the fairness rules divide by has to stay away from 0 and from infinity.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_name, "1 to 200 printable characters"),
-    "weight": (_is_weight, f"a number from {LIGHTEST} to {HEAVIEST:g}"),
+    "weight": (_is_weight, f"a number from {MIN_WEIGHT} to {MAX_WEIGHT:g}"),
     "priority": (lambda value: value in PRIORITIES, f"one of {', '.join(PRIORITIES)}"),
     "base_allowed": (lambda value: isinstance(value, bool), "true or false"),
     "max_queued": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
@@ -433,7 +296,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _tenant(row: TenantRow) -> Tenant:
+def tenant_of(row: TenantRow) -> Tenant:
+    """The tenant that ``row`` stores, without a key."""
     return Tenant(
         id=row.id,
         name=row.name,

@@ -23,7 +23,7 @@ _Tokens = Annotated[int, Field(ge=0, le=2**60)]
 _Money = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
-class Terms(BaseModel):
+class LimitSettings(BaseModel):
     """A part of what may be set for a tenant or a key; what is None is not limited by it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -36,7 +36,7 @@ class Terms(BaseModel):
         return self.model_dump(exclude_none=True) or None
 
 
-class KeyLimits(Terms):
+class KeyLimits(LimitSettings):
     """``max_tokens`` is by request; ``adapters`` are the only ones it may name, ``base`` whether the base."""
 
     requests_per_minute: _Count | None = None
@@ -60,7 +60,7 @@ class TenantLimits(KeyLimits):
     max_storage_bytes: _Bytes | None = None
 
 
-class Budget(Terms):
+class Budget(LimitSettings):
     """``cost`` in the currency of the prices. Without the prefix a limit is hard."""
 
     tokens: _Tokens | None = None
@@ -74,7 +74,7 @@ class Budget(Terms):
         return None if value is None else round(value * (COST_UNIT if unit == "cost" else 1))
 
 
-class Budgets(Terms):
+class Budgets(LimitSettings):
     day: Budget | None = None
     month: Budget | None = None
 

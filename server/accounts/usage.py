@@ -1,9 +1,9 @@
 """What was used: a row for every request that the engine took, written soon after it ended.
 
-Rows wait in memory for ``FLUSH_EVERY`` seconds and are then written together, so a SIGKILL loses the last
-second and nothing else, even where a write takes a third of one: a row may have to wait for the write before
-its own too. While the database cannot be written to, rows beyond ``MOST_WAITING`` are
-added up by hour and origin: what is lost then is which request it was, never a token.
+Rows wait in memory for ``FLUSH_INTERVAL_S`` and are then written together. A SIGKILL loses at most the last
+second, as long as a write takes less than a third of one: a row may wait for the pause, for the write before
+its own, and for its own. While the database cannot be written to, rows beyond ``MAX_WAITING`` are added up by
+hour and origin: what is lost then is which request it was, never a token.
 
 Rows older than ``keep_days`` are added up by day in the same way.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -28,11 +28,11 @@ from server.metrics import Outcome
 
 logger = logging.getLogger(__name__)
 
-FLUSH_EVERY = 0.25
-MOST_WAITING = 10_000
-TOUCH_EVERY = 60.0
-ROLL_UP_EVERY = 3600.0
-MOST_GROUPS = 10_000
+FLUSH_INTERVAL_S = 0.25
+MAX_WAITING = 10_000
+TOUCH_INTERVAL_S = 60.0
+ROLL_UP_INTERVAL_S = 3600.0
+MAX_GROUPS = 10_000
 
 Group = Literal["hour", "day", "tenant", "adapter", "version", "key", "endpoint", "outcome"]
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -67,10 +67,11 @@ class Usage:
         """Hours since 1970."""
         return int(self.at.timestamp()) // 3600
 
-    def row(self) -> dict[str, Any]:
+    def as_row(self) -> dict[str, Any]:
         return {"hour": self.hour} | {name: getattr(self, name) for name in self.__slots__}
 
     def origin(self) -> tuple[Any, ...]:
+        """What records are added up by."""
         return self.hour, *(getattr(self, name) for name in ORIGIN)
 
 
@@ -93,8 +94,11 @@ def added_up(records: Iterable[Usage]) -> list[Usage]:
     return list(totals.values())
 
 
-class Recorder:
-    """Takes records and keys' times of use on the event loop, and writes them in the background."""
+class UsageWriter:
+    """Takes records and keys' times of use on the event loop, and writes them in the background.
+
+    Single records are kept for ``keep_days``, then added up by day.
+    """
 
     def __init__(self, database: Database, *, keep_days: int) -> None:
         self._database = database
@@ -105,27 +109,34 @@ class Recorder:
         self._write: asyncio.Task[None] | None = None
         self._recorded = asyncio.Event()  # not set while nothing waits
         self._stopping = asyncio.Event()
-        self._loop: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        self._loop = asyncio.create_task(self._flush_forever(), name="loraplex-usage")
+        """Starts to write in the background; ``stop`` ends it."""
+        work = {
+            "loraplex-usage": self._flush_forever(),
+            "loraplex-keys-used": self._repeat(self.write_used, TOUCH_INTERVAL_S),
+            "loraplex-roll-up": self._repeat(self._roll_up, ROLL_UP_INTERVAL_S),
+        }
+        self._tasks = [asyncio.create_task(task, name=name) for name, task in work.items()]
 
     async def stop(self) -> None:
         """Everything is on disk when it returns; raises what kept it from getting there."""
         self._stopping.set()
         self._recorded.set()
-        if self._loop is not None:
-            await self._loop
+        await asyncio.gather(*self._tasks)
         await self.flush()
         await self.write_used()
 
     def record(self, record: Usage) -> None:
+        """Takes a record; it is written within a second."""
         self._waiting.append(record)
         self._recorded.set()
-        if len(self._waiting) > MOST_WAITING:
+        if len(self._waiting) > MAX_WAITING:
             self._waiting = added_up(self._waiting)
 
     def used(self, key: str) -> None:
+        """Notes that the key with this id is used now."""
         self._used[key] = now()
 
     async def flush(self) -> None:
@@ -146,41 +157,46 @@ class Recorder:
                 async with self._database.append() as session:
                     await session.connection()  # what is recorded until it has begun is written too
                     batch, self._waiting = self._waiting, []
-                    await session.execute(insert(UsageRow), [record.row() for record in batch])
+                    await session.execute(insert(UsageRow), [record.as_row() for record in batch])
                 written = True
             finally:
                 if not written:
                     self._waiting = added_up([*batch, *self._waiting])
 
     async def _flush_forever(self) -> None:
+        """Writes records ``FLUSH_INTERVAL_S`` after the first of them came, so that one write has many."""
         clock = asyncio.get_running_loop().time
-        every = {self.write_used: TOUCH_EVERY, self._roll_up: ROLL_UP_EVERY}
-        due = {self.write_used: clock() + TOUCH_EVERY, self._roll_up: clock()}
         took = 0.0
         while not self._stopping.is_set():
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(min(due.values())):
-                    await self._recorded.wait()
-            with suppress(TimeoutError):
-                # Rows have waited while those before them were written, which is long in a busy process.
-                async with asyncio.timeout(max(0.0, FLUSH_EVERY - took)):
-                    await self._stopping.wait()
+            await self._recorded.wait()
+            # Rows have waited while those before them were written, which is long in a busy process.
+            await self._pause(FLUSH_INTERVAL_S - took)
             began = clock()
             try:
-                try:
-                    await self.flush()
-                finally:
-                    took = clock() - began
-                if not self._waiting:
-                    self._recorded.clear()
-                for step in [step for step in due if due[step] <= clock()]:
-                    due[step] = clock() + every[step]
-                    await step()
+                await self.flush()
             except Exception:
                 logger.exception("usage could not be written; %d records wait", len(self._waiting))
+            took = clock() - began
+            if not self._waiting:
+                self._recorded.clear()
+
+    async def _repeat(self, step: Callable[[], Awaitable[None]], seconds: float) -> None:
+        """Takes ``step`` now and so many seconds after each, until the writer stops; logs what it raises."""
+        while not self._stopping.is_set():
+            try:
+                await step()
+            except Exception:
+                logger.exception("%s failed", step.__name__)
+            await self._pause(seconds)
+
+    async def _pause(self, seconds: float) -> None:
+        """Waits so long, or until the writer stops."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self._stopping.wait()
 
     async def write_used(self) -> None:
-        """When which keys were last used."""
+        """Writes when which keys were last used."""
         used, self._used = self._used, {}
         if not used:
             return
@@ -233,17 +249,17 @@ class Question:
 async def usage(database: Database, question: Question) -> list[dict[str, Any]]:
     """The sums, one dictionary for each group, in the groups' order. Hours and days by their beginning.
 
-    What was rolled up counts whole where its first row does. Unprocessable for more than ``MOST_GROUPS``.
+    What was rolled up counts whole where its first row does. Unprocessable for more than ``MAX_GROUPS``.
     """
     groups = [_group(name).label(f"by_{name}") for name in question.by]
     sums = [func.coalesce(func.sum(getattr(UsageRow, name)), 0).label(name) for name in SUMS]
-    query = _asked(select(*groups, *sums), question).limit(MOST_GROUPS + 1)
+    query = _asked(select(*groups, *sums), question).limit(MAX_GROUPS + 1)
     if groups:
         query = query.group_by(*groups)
     async with database.read() as session:
         found = (await session.execute(query)).mappings().all()
-    if len(found) > MOST_GROUPS:
-        raise Unprocessable(f"That is more than {MOST_GROUPS} groups; ask for less time, or by less.")
+    if len(found) > MAX_GROUPS:
+        raise Unprocessable(f"That is more than {MAX_GROUPS} groups; ask for less time, or by less.")
     rows = [{name: _shown(name, row[f"by_{name}"]) for name in question.by} | _totals(row) for row in found]
     return sorted(rows, key=lambda row: [(row[name] is not None, row[name]) for name in question.by])
 

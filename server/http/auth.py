@@ -15,22 +15,23 @@ from server.inference.error_events import speaks_anthropic
 
 
 async def tenant_of(request: Request, scope: KeyScope = "inference") -> Tenant:
-    """The tenant whose key, with ``scope``, the request has. Raises as ``Tenants.authenticate``."""
+    """The tenant whose key, with ``scope``, the request has. Raises as ``Authentication.authenticate``."""
     services = services_of(request)
     authorization, key = request.headers.get("authorization"), request.headers.get("x-api-key")
     if authorization is None and key is not None and speaks_anthropic(matched_path(request.scope)):
         authorization = f"Bearer {key}"
-    tenant = await services.tenants.authenticate(authorization, request.headers.get("x-customer-id"), scope)
+    customer = request.headers.get("x-customer-id")
+    tenant = await services.authentication.authenticate(authorization, customer, scope)
     request.state.log["tenant"] = tenant.id
     if tenant.key is not None:
-        services.recorder.used(tenant.key.id)
+        services.usage_writer.used(tenant.key.id)
         ACTOR.set(Actor(f"key {tenant.key.id}", request.state.request_id))
     return tenant
 
 
 async def require_admin(request: Request) -> None:
-    """Raises as ``Tenants.require_admin`` unless the request has the operator's key."""
-    await services_of(request).tenants.require_admin(request.headers.get("authorization"))
+    """Raises as ``Authentication.require_admin`` unless the request has the operator's key."""
+    await services_of(request).authentication.require_admin(request.headers.get("authorization"))
     ACTOR.set(Actor("admin", request.state.request_id))
 
 

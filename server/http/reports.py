@@ -91,7 +91,7 @@ async def own_usage(request: Request, reader: UsageReader, asked: Asked, format:
 async def answer(request: Request, question: Question, format: str | None) -> Response:
     """Everything that ended before the call is in it."""
     services = services_of(request)
-    await services.recorder.flush()
+    await services.usage_writer.flush()
     rows = await usage(services.database, question)
     if format == "csv" or (format is None and "text/csv" in request.headers.get("accept", "")):
         return Response(_csv(rows, question), media_type="text/csv")

@@ -12,8 +12,9 @@ from fastapi import Depends, Request
 
 from adapters.database.database import Database
 from adapters.store.blobs import BlobStore
+from server.accounts.authentication import Authentication
 from server.accounts.tenants import Tenants
-from server.accounts.usage import Recorder
+from server.accounts.usage import UsageWriter
 from server.engine.engine import Engine
 from server.inference.completion import Completions
 from server.limits.redis import RedisLedger
@@ -36,8 +37,9 @@ class Services:
     database: Database
     blobs: BlobStore
     tenants: Tenants
+    authentication: Authentication
     shared: RedisLedger | None
-    recorder: Recorder
+    usage_writer: UsageWriter
     engine: Engine
     metrics: Metrics
     dispatcher: Dispatcher

@@ -27,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from adapters.database.database import Database
 from adapters.model import BaseModel
 from server import __main__, app
-from server.accounts.usage import Recorder, Usage
+from server.accounts.usage import Usage, UsageWriter
 from server.app import create_app
 from server.engine.calls import Answer, Call
 from server.settings import Settings
@@ -161,13 +161,13 @@ def _appending(file: Path) -> int:
 
 def _list_ends(file: Path) -> None:
     """Appends ``request id, time`` of every record of usage to a file, before the recorder has it."""
-    ends, take = _appending(file), Recorder.record
+    ends, take = _appending(file), UsageWriter.record
 
-    def record(recorder: Recorder, used: Usage) -> None:
+    def record(recorder: UsageWriter, used: Usage) -> None:
         os.write(ends, f"{used.request_id} {time.time()}\n".encode())
         take(recorder, used)
 
-    Recorder.record = record  # type: ignore[method-assign]
+    UsageWriter.record = record  # type: ignore[method-assign]
 
 
 def serve(settings: Settings, base: BaseModel, folder: Path) -> None:

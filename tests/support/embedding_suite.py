@@ -70,7 +70,7 @@ def far(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 async def used(site: Site, tenant: str) -> dict[str, Any]:
-    await site.services.recorder.flush()
+    await site.services.usage_writer.flush()
     shown = await site.admin.get("/admin/v1/usage", params={"by": "tenant"})
     rows = {row["tenant"]: row for row in shown.json()["data"]}
     return rows.get(tenant, {"requests": 0, "prompt_tokens": 0, "output_tokens": 0})

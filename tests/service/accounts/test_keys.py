@@ -16,7 +16,7 @@ from adapters.database.database import Database
 from server.accounts.tenants import Tenants
 from tests.service.http.test_api import CHAT, CHAT_URL, error
 from tests.support import tiny
-from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
+from tests.support.site import SERVICE_KEY, Site, bearer
 from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
@@ -124,7 +124,7 @@ async def test_the_time_of_last_use_is_written_in_the_background(site: Site) -> 
     await ask(site, used["key"])
     await site.http.post(CHAT_URL, json=CHAT, headers={**bearer(SERVICE_KEY), "X-Customer-ID": "acme"})
     generation = site.services.database.generation
-    await site.services.recorder.write_used()
+    await site.services.usage_writer.write_used()
     assert site.services.database.generation == generation, "no cache is emptied for it"
     at = datetime.fromisoformat((await shown(site, used["id"]))["last_used_at"])
     assert abs((datetime.now(UTC) - at).total_seconds()) < 60
@@ -138,7 +138,7 @@ async def test_a_key_that_another_process_revokes_is_refused_within_a_second(
     key = await issue(site)
     assert (await ask(site, key["key"])).status_code == 200
     database = Database(site.services.settings.database_url)
-    await Tenants(database, admin_key=ADMIN_KEY, service_key=None).revoke("acme", key["id"])
+    await Tenants(database).revoke("acme", key["id"])
     began = asyncio.get_running_loop().time()
     while (await ask(site, key["key"])).status_code == 200:
         assert asyncio.get_running_loop().time() - began < 1
@@ -153,7 +153,7 @@ async def test_a_rotation_that_is_cancelled_anywhere_is_whole_or_absent_and_neve
     """Its change and its two audit entries are several statements, some of which return rows."""
     database = Database(f"sqlite+aiosqlite:///{tmp_path / 'loraplex.db'}")
     await database.open()
-    tenants = Tenants(database, admin_key=ADMIN_KEY, service_key=None)
+    tenants = Tenants(database)
     await tenants.create("acme")
     turns = ended = issued = rotated = 0
     while ended < 3:

@@ -15,6 +15,7 @@ from sqlalchemy import select, text
 from adapters.database.database import Database
 from adapters.database.rows import KeyRow, MetaRow
 from adapters.store.catalog import Catalog
+from server.accounts.authentication import Authentication
 from server.accounts.tenants import Tenant, Tenants
 from server.errors import (
     BadRequest,
@@ -41,17 +42,25 @@ async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
 
 @pytest.fixture
 async def tenants(database: Database) -> Tenants:
-    tenants = Tenants(database, admin_key=ADMIN, service_key=SERVICE)
-    assert await tenants.open() is None
-    return tenants
+    return Tenants(database)
+
+
+@pytest.fixture
+async def authentication(database: Database) -> Authentication:
+    authentication = Authentication(database, admin_key=ADMIN, service_key=SERVICE)
+    assert await authentication.open() is None
+    return authentication
 
 
 async def refused(
-    tenants: Tenants, kind: type[ServerError], authorization: str | None, customer: str | None = None
+    authentication: Authentication,
+    kind: type[ServerError],
+    authorization: str | None,
+    customer: str | None = None,
 ) -> ServerError:
     """What ``authenticate`` raises; it never says a key."""
     with pytest.raises(kind) as refusal:
-        await tenants.authenticate(authorization, customer)
+        await authentication.authenticate(authorization, customer)
     for word in (authorization or "").split()[1:]:
         assert word not in refusal.value.message
     return refusal.value
@@ -168,43 +177,51 @@ async def test_a_key_is_issued_once_and_kept_only_as_a_hash(tenants: Tenants, da
         await tenants.issue_key("acme", "a\x00")
 
 
-async def test_a_tenant_key_is_its_tenant(tenants: Tenants) -> None:
+async def test_a_tenant_key_is_its_tenant(tenants: Tenants, authentication: Authentication) -> None:
     acme = await tenants.create("acme")
     globex = await tenants.create("globex")
     ours, theirs = await tenants.issue_key("acme"), await tenants.issue_key("globex")
-    assert await tenants.authenticate(f"Bearer {ours.key}", None) == acme
-    assert await tenants.authenticate(f"bearer  {theirs.key}", None) == globex
-    assert await tenants.authenticate(f"Bearer {ours.key}", "acme") == acme
+    assert await authentication.authenticate(f"Bearer {ours.key}", None) == acme
+    assert await authentication.authenticate(f"bearer  {theirs.key}", None) == globex
+    assert await authentication.authenticate(f"Bearer {ours.key}", "acme") == acme
     for customer in ("globex", "nobody", "ACME", "ä\x00"):
-        refusal = await refused(tenants, Forbidden, f"Bearer {ours.key}", customer)
+        refusal = await refused(authentication, Forbidden, f"Bearer {ours.key}", customer)
         assert refusal.code == "customer_mismatch"
         assert "acme" not in refusal.message
 
 
-async def test_a_service_key_needs_a_customer_that_exists(tenants: Tenants) -> None:
+async def test_a_service_key_needs_a_customer_that_exists(
+    tenants: Tenants, authentication: Authentication
+) -> None:
     acme = await tenants.create("acme")
-    assert await tenants.authenticate(f"Bearer {SERVICE}", "acme") == acme
+    assert await authentication.authenticate(f"Bearer {SERVICE}", "acme") == acme
     for customer in (None, ""):
-        assert (await refused(tenants, BadRequest, f"Bearer {SERVICE}", customer)).code == "customer_required"
+        assert (
+            await refused(authentication, BadRequest, f"Bearer {SERVICE}", customer)
+        ).code == "customer_required"
     for customer in ("nobody", "ACME", "a\x00", "ä", "x" * 100_000, " acme"):
-        assert (await refused(tenants, Forbidden, f"Bearer {SERVICE}", customer)).code == "unknown_customer"
+        assert (
+            await refused(authentication, Forbidden, f"Bearer {SERVICE}", customer)
+        ).code == "unknown_customer"
 
 
-async def test_an_admin_key_administers_and_nothing_else(tenants: Tenants) -> None:
+async def test_an_admin_key_administers_and_nothing_else(
+    tenants: Tenants, authentication: Authentication
+) -> None:
     await tenants.create("acme")
     key = await tenants.issue_key("acme")
-    await tenants.require_admin(f"Bearer {ADMIN}")
+    await authentication.require_admin(f"Bearer {ADMIN}")
     for customer in (None, "acme"):
         assert (
             "Admin keys cannot run inference"
-            in (await refused(tenants, Forbidden, f"Bearer {ADMIN}", customer)).message
+            in (await refused(authentication, Forbidden, f"Bearer {ADMIN}", customer)).message
         )
     for other in (SERVICE, key.key):
         with pytest.raises(Forbidden):
-            await tenants.require_admin(f"Bearer {other}")
+            await authentication.require_admin(f"Bearer {other}")
     await tenants.revoke("acme", key.id)
     with pytest.raises(Unauthorized):
-        await tenants.require_admin(f"Bearer {key.key}")
+        await authentication.require_admin(f"Bearer {key.key}")
 
 
 @pytest.mark.parametrize(
@@ -235,29 +252,33 @@ async def test_an_admin_key_administers_and_nothing_else(tenants: Tenants) -> No
     ],
     ids=lambda text: repr(text)[:40],
 )
-async def test_without_a_known_key_nobody_comes_in(tenants: Tenants, authorization: str | None) -> None:
+async def test_without_a_known_key_nobody_comes_in(
+    tenants: Tenants, authentication: Authentication, authorization: str | None
+) -> None:
     await tenants.create("acme")
     await tenants.issue_key("acme")
     for customer in (None, "acme"):
-        refusal = await refused(tenants, Unauthorized, authorization, customer)
+        refusal = await refused(authentication, Unauthorized, authorization, customer)
         assert refusal.code == "invalid_api_key"
         assert headers_of(refusal) == {"WWW-Authenticate": "Bearer"}
         assert ("didn't provide" in refusal.message) == (not authorization)
         assert len(refusal.message) < 200
     with pytest.raises(Unauthorized):
-        await tenants.require_admin(authorization)
+        await authentication.require_admin(authorization)
 
 
-async def test_revoked_keys_and_changed_tenants_count_at_once(tenants: Tenants) -> None:
+async def test_revoked_keys_and_changed_tenants_count_at_once(
+    tenants: Tenants, authentication: Authentication
+) -> None:
     await tenants.create("acme")
     await tenants.create("globex")
     key, kept = await tenants.issue_key("acme"), await tenants.issue_key("acme")
     header = f"Bearer {key.key}"
-    await tenants.authenticate(header, None)
-    await tenants.authenticate(f"Bearer {SERVICE}", "acme")
+    await authentication.authenticate(header, None)
+    await authentication.authenticate(f"Bearer {SERVICE}", "acme")
     await tenants.update("acme", weight=3.0)
-    assert (await tenants.authenticate(header, None)).weight == 3.0
-    assert (await tenants.authenticate(f"Bearer {SERVICE}", "acme")).weight == 3.0
+    assert (await authentication.authenticate(header, None)).weight == 3.0
+    assert (await authentication.authenticate(f"Bearer {SERVICE}", "acme")).weight == 3.0
 
     for tenant, id in (
         ("globex", key.id),
@@ -268,36 +289,40 @@ async def test_revoked_keys_and_changed_tenants_count_at_once(tenants: Tenants) 
     ):
         with pytest.raises(NotFound):
             await tenants.revoke(tenant, id)
-    await tenants.authenticate(header, None)
+    await authentication.authenticate(header, None)
     await tenants.revoke("acme", key.id)
-    await refused(tenants, Unauthorized, header)
-    await tenants.authenticate(f"Bearer {kept.key}", None)
+    await refused(authentication, Unauthorized, header)
+    await authentication.authenticate(f"Bearer {kept.key}", None)
     assert [info.id for info in await tenants.keys("acme")] == [kept.id]
 
 
-async def test_a_key_that_is_checked_while_it_is_revoked_does_not_come_back(tenants: Tenants) -> None:
+async def test_a_key_that_is_checked_while_it_is_revoked_does_not_come_back(
+    tenants: Tenants, authentication: Authentication
+) -> None:
     await tenants.create("acme")
     for turns in range(30):
         key = await tenants.issue_key("acme")
         header = f"Bearer {key.key}"
         checks = []
         for _ in range(3):
-            checks.append(asyncio.create_task(tenants.authenticate(header, None)))
+            checks.append(asyncio.create_task(authentication.authenticate(header, None)))
             for _ in range(turns):
                 await asyncio.sleep(0)
         revoking = asyncio.create_task(tenants.revoke("acme", key.id))
         for _ in range(3):
             for _ in range(turns):
                 await asyncio.sleep(0)
-            checks.append(asyncio.create_task(tenants.authenticate(header, None)))
+            checks.append(asyncio.create_task(authentication.authenticate(header, None)))
         await revoking
-        await refused(tenants, Unauthorized, header)
+        await refused(authentication, Unauthorized, header)
         for outcome in await asyncio.gather(*checks, return_exceptions=True):
             assert isinstance(outcome, Tenant | Unauthorized)
-        await refused(tenants, Unauthorized, header)
+        await refused(authentication, Unauthorized, header)
 
 
-async def test_deleting_a_tenant_takes_everything_of_its_own(tenants: Tenants, database: Database) -> None:
+async def test_deleting_a_tenant_takes_everything_of_its_own(
+    tenants: Tenants, authentication: Authentication, database: Database
+) -> None:
     catalog = Catalog(database, path_of)
     before = await tenants.create("acme")
     await tenants.create("globex")
@@ -307,13 +332,13 @@ async def test_deleting_a_tenant_takes_everything_of_its_own(tenants: Tenants, d
     await link(catalog, "acme", "own", 3)
     ours, theirs = await tenants.issue_key("acme"), await tenants.issue_key("globex")
     for header, customer in ((f"Bearer {ours.key}", None), (f"Bearer {SERVICE}", "acme")):
-        await tenants.authenticate(header, customer)
+        await authentication.authenticate(header, customer)
 
     assert await tenants.delete("acme") == {digest(1), digest(2), digest(3)}
     assert await catalog.linked_digests() == {digest(1)}
-    await refused(tenants, Unauthorized, f"Bearer {ours.key}")
-    assert (await refused(tenants, Forbidden, f"Bearer {SERVICE}", "acme")).code == "unknown_customer"
-    assert (await tenants.authenticate(f"Bearer {theirs.key}", None)).id == "globex"
+    await refused(authentication, Unauthorized, f"Bearer {ours.key}")
+    assert (await refused(authentication, Forbidden, f"Bearer {SERVICE}", "acme")).code == "unknown_customer"
+    assert (await authentication.authenticate(f"Bearer {theirs.key}", None)).id == "globex"
     for call in (
         tenants.get("acme"),
         tenants.delete("acme"),
@@ -329,29 +354,29 @@ async def test_deleting_a_tenant_takes_everything_of_its_own(tenants: Tenants, d
 
     again = await tenants.create("acme")
     assert await catalog.adapters("acme") == []
-    await refused(tenants, Unauthorized, f"Bearer {ours.key}")
+    await refused(authentication, Unauthorized, f"Bearer {ours.key}")
     assert again.cache_salt != before.cache_salt
 
 
 async def test_known_keys_are_not_looked_up_again(
-    tenants: Tenants, database: Database, monkeypatch: pytest.MonkeyPatch
+    tenants: Tenants, authentication: Authentication, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await tenants.create("acme")
     key = await tenants.issue_key("acme")
     headers = [(f"Bearer {key.key}", None), (f"Bearer {SERVICE}", "acme")]
-    first = [await tenants.authenticate(*header) for header in headers]
+    first = [await authentication.authenticate(*header) for header in headers]
 
     def unreachable() -> object:
         raise AssertionError("the database was asked")
 
     monkeypatch.setattr(database, "read", unreachable)
-    assert [await tenants.authenticate(*header) for header in headers] == first
+    assert [await authentication.authenticate(*header) for header in headers] == first
     # What cannot be a key is refused without asking either.
-    await refused(tenants, Unauthorized, "Bearer garbage")
+    await refused(authentication, Unauthorized, "Bearer garbage")
 
 
 async def test_the_first_start_makes_an_admin_key_and_shows_it_once(database: Database) -> None:
-    first = Tenants(database, admin_key=None, service_key=SERVICE)
+    first = Authentication(database, admin_key=None, service_key=SERVICE)
     made = await first.open()
     assert made is not None
     assert len(made) > 43
@@ -359,26 +384,26 @@ async def test_the_first_start_makes_an_admin_key_and_shows_it_once(database: Da
     async with database.read() as session:
         assert made not in {row.value for row in await session.scalars(select(MetaRow))}
 
-    second = Tenants(database, admin_key=None, service_key=None)
+    second = Authentication(database, admin_key=None, service_key=None)
     assert await second.open() is None
     await second.require_admin(f"Bearer {made}")
     await refused(second, Forbidden, f"Bearer {made}")
 
-    configured = Tenants(database, admin_key=ADMIN, service_key=None)
+    configured = Authentication(database, admin_key=ADMIN, service_key=None)
     assert await configured.open() is None
     await configured.require_admin(f"Bearer {ADMIN}")
     with pytest.raises(Unauthorized):
         await configured.require_admin(f"Bearer {made}")
 
     with pytest.raises(ValueError, match="service_key is the admin key"):
-        await Tenants(database, admin_key=None, service_key=made).open()
+        await Authentication(database, admin_key=None, service_key=made).open()
 
 
 async def test_without_a_configured_service_key_there_is_none(database: Database) -> None:
-    tenants = Tenants(database, admin_key=ADMIN, service_key=None)
-    await tenants.open()
-    await tenants.create("acme")
-    await refused(tenants, Unauthorized, f"Bearer {SERVICE}", "acme")
+    authentication = Authentication(database, admin_key=ADMIN, service_key=None)
+    await authentication.open()
+    await Tenants(database).create("acme")
+    await refused(authentication, Unauthorized, f"Bearer {SERVICE}", "acme")
 
 
 @pytest.mark.parametrize(
@@ -395,6 +420,6 @@ async def test_without_a_configured_service_key_there_is_none(database: Database
 )
 def test_keys_that_cannot_be_configured(admin: str | None, service: str | None, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint) as refusal:
-        Tenants(Database("sqlite:///unused.db"), admin_key=admin, service_key=service)
+        Authentication(Database("sqlite:///unused.db"), admin_key=admin, service_key=service)
     for key in (admin, service):
         assert not key or key not in str(refusal.value)

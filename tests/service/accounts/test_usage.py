@@ -23,7 +23,7 @@ from sqlalchemy import func, select
 from adapters.database.database import Database
 from adapters.database.rows import UsageRow
 from server.accounts import usage as module
-from server.accounts.usage import SUMS, Question, Recorder, Usage, added_up, roll_up, usage
+from server.accounts.usage import SUMS, Question, Usage, UsageWriter, added_up, roll_up, usage
 from server.app import drain
 from server.errors import Unprocessable
 from server.settings import Price
@@ -59,10 +59,10 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 async def write(database: Database, *records: Usage) -> None:
-    recorder = Recorder(database, keep_days=90)
+    usage_writer = UsageWriter(database, keep_days=90)
     for record in records:
-        recorder.record(record)
-    await recorder.stop()
+        usage_writer.record(record)
+    await usage_writer.stop()
 
 
 def totals(records: list[Usage]) -> dict[str, float]:
@@ -129,7 +129,7 @@ async def test_sums_by_every_group(database: Database) -> None:
 
 
 async def test_too_many_groups_are_refused(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_GROUPS", 1)
+    monkeypatch.setattr(module, "MAX_GROUPS", 1)
     await write(database, ONE, replace(ONE, tenant="globex"))
     with pytest.raises(Unprocessable, match="more than 1 groups"):
         await usage(database, Question(by=("tenant",)))
@@ -165,18 +165,18 @@ async def test_old_days_are_rolled_up_once_and_no_sum_changes(database: Database
     assert not await roll_up(database, NOON + timedelta(days=2))
 
 
-# --- the recorder -----------------------------------------------------------------------------------
+# --- the writer -------------------------------------------------------------------------------------
 
 
 async def test_records_are_written_within_a_second_or_so(database: Database) -> None:
-    recorder = Recorder(database, keep_days=10**4)
-    recorder.start()
-    recorder.record(ONE)
+    usage_writer = UsageWriter(database, keep_days=10**4)
+    usage_writer.start()
+    usage_writer.record(ONE)
     async with asyncio.timeout(3):
         while (await usage(database, Question()))[0]["requests"] == 0:
             await asyncio.sleep(0.05)
-    recorder.record(ONE)
-    await recorder.stop()
+    usage_writer.record(ONE)
+    await usage_writer.stop()
     assert (await usage(database, Question()))[0]["requests"] == 2
 
 
@@ -187,23 +187,23 @@ async def test_a_record_waits_for_less_than_a_second_even_where_writes_take_long
     working = database.append
     came: dict[str, float] = {}
     waited: list[float] = []
-    recorder = Recorder(database, keep_days=10**4)
+    usage_writer = UsageWriter(database, keep_days=10**4)
 
     @asynccontextmanager
     async def slow() -> AsyncIterator[Any]:
         async with working() as session:
             await asyncio.sleep(0.25)
             yield session
-        waiting = {record.request_id for record in recorder._waiting}
+        waiting = {record.request_id for record in usage_writer._waiting}
         waited.extend(time.monotonic() - came.pop(id_) for id_ in came.keys() - waiting)
 
     monkeypatch.setattr(database, "append", slow)
-    recorder.start()
+    usage_writer.start()
     for number in range(60):
         came[f"r{number}"] = time.monotonic()
-        recorder.record(replace(ONE, request_id=f"r{number}"))
+        usage_writer.record(replace(ONE, request_id=f"r{number}"))
         await asyncio.sleep(0.05)
-    await recorder.stop()
+    await usage_writer.stop()
     assert (await usage(database, Question()))[0]["requests"] == len(waited) == 60
     assert 0.25 <= max(waited) < 1.0
 
@@ -211,8 +211,8 @@ async def test_a_record_waits_for_less_than_a_second_even_where_writes_take_long
 async def test_what_cannot_be_written_waits_added_up_and_nothing_is_lost(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MOST_WAITING", 10)
-    recorder = Recorder(database, keep_days=90)
+    monkeypatch.setattr(module, "MAX_WAITING", 10)
+    usage_writer = UsageWriter(database, keep_days=90)
     working = database.append
 
     def broken() -> Any:
@@ -220,27 +220,27 @@ async def test_what_cannot_be_written_waits_added_up_and_nothing_is_lost(
 
     monkeypatch.setattr(database, "append", broken)
     for number in range(100):
-        recorder.record(replace(ONE, request_id=f"r{number}"))
+        usage_writer.record(replace(ONE, request_id=f"r{number}"))
         if number % 7 == 0:
             with pytest.raises(OSError):
-                await recorder.flush()
-    assert len(recorder._waiting) <= 11
+                await usage_writer.flush()
+    assert len(usage_writer._waiting) <= 11
     monkeypatch.setattr(database, "append", working)
-    await recorder.flush()
+    await usage_writer.flush()
     (row,) = await usage(database, Question())
     assert (row["requests"], row["prompt_tokens"]) == (100, 300)
 
 
 async def test_a_flush_that_is_cancelled_anywhere_counts_everything_once(database: Database) -> None:
-    recorder = Recorder(database, keep_days=90)
+    usage_writer = UsageWriter(database, keep_days=90)
     for turns in range(40):
-        recorder.record(ONE)
-        task = asyncio.create_task(recorder.flush())
+        usage_writer.record(ONE)
+        task = asyncio.create_task(usage_writer.flush())
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])
-    await recorder.stop()
+    await usage_writer.stop()
     assert (await usage(database, Question()))[0]["requests"] == 40
 
 
@@ -307,7 +307,7 @@ async def test_a_row_says_who_what_and_how_long(site: Site) -> None:
     await site.chat(key, "hi", max_tokens=5)
     await site.chat(key, "hi", model=tiny.NAME, max_tokens=5)
     await site.chat(key, "hi", model="nobody")
-    await site.services.recorder.flush()
+    await site.services.usage_writer.flush()
     async with site.services.database.read() as session:
         rows = list(await session.scalars(select(UsageRow).order_by(UsageRow.id)))
     assert [(row.adapter, row.version, row.cost) for row in rows] == [

@@ -151,7 +151,7 @@ async def test_a_change_that_fails_leaves_no_entry(kind: str, tmp_path: Path) ->
     async with empty(kind, tmp_path) as url:
         database = Database(url)
         await database.open()
-        tenants = Tenants(database, admin_key=ADMIN_KEY, service_key=None)
+        tenants = Tenants(database)
         await tenants.create("acme")
         with pytest.raises(Conflict):
             await tenants.create("acme")
@@ -168,7 +168,7 @@ async def test_times_at_the_ends_of_the_calendar_are_times(kind: str, tmp_path: 
     async with empty(kind, tmp_path) as url:
         database = Database(url)
         await database.open()
-        tenants = Tenants(database, admin_key=ADMIN_KEY, service_key=None)
+        tenants = Tenants(database)
         await tenants.create("acme")
         assert len(await entries(database, Search(start=first, end=last), 10)) == 1
         assert await entries(database, Search(end=first), 10) == []

@@ -62,7 +62,7 @@ async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[s
     """A database with three tenants."""
     async with empty(request.param, tmp_path) as url:
         database = await opened(url)
-        tenants = Tenants(database, admin_key=None, service_key=None)
+        tenants = Tenants(database)
         for id in TENANTS:
             await tenants.create(id)
         await database.close()
@@ -405,7 +405,7 @@ async def test_an_answer_is_never_older_than_the_last_update_that_returned(catal
 async def test_deleting_a_tenant_empties_the_cache(catalog: Catalog, database: Database) -> None:
     await link(catalog, "acme", "support")
     await catalog.resolve("acme", "support")
-    await Tenants(database, admin_key=None, service_key=None).delete("acme")
+    await Tenants(database).delete("acme")
     await not_found(catalog, "acme", "support")
 
 

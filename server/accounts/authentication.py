@@ -1,0 +1,173 @@
+"""Who is asking: keys and customer tags to tenants.
+
+    Authorization: Bearer <tenant key>                                   that key's tenant
+    Authorization: Bearer <service key>   X-Customer-ID: <tenant>        the tenant that a gateway names
+    Authorization: Bearer <admin key>                                    the admin API, and only that
+
+No message repeats a key or says whether one nearly matched; digests are compared in constant time.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+from dataclasses import replace
+
+from sqlalchemy import select
+
+from adapters.database.cache import ReadCache
+from adapters.database.database import Database
+from adapters.database.rows import KeyRow, MetaRow, TenantRow
+from server.accounts.keys import KeyScope, digest_of, key_info
+from server.accounts.tenants import Tenant, Tenants, tenant_of
+from server.errors import BadRequest, Forbidden, NotFound, Unauthorized
+
+# The database's row that has the digest of the admin key that was made here.
+ADMIN_KEY_ROW = "admin_key_sha256"
+# Characters of keys from the settings.
+MIN_KEY_LENGTH = 16
+MAX_KEY_LENGTH = 512
+# Keys and customers of which the tenant is kept in memory.
+CACHED_TENANTS = 16_384
+
+BEARER = re.compile(rf"bearer +([\x21-\x7e]{{1,{MAX_KEY_LENGTH}}})", re.ASCII | re.IGNORECASE)
+TENANT_KEY = re.compile(r"lp-[A-Za-z0-9_-]{43}", re.ASCII)
+
+NO_KEY = (
+    "You didn't provide an API key. You need to provide your API key in an Authorization header"
+    " using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+)
+WRONG_KEY = "Incorrect API key provided."
+
+
+class Authentication:
+    """Tells from a request's headers who makes it. ``open`` before anything else.
+
+    ``admin_key`` and ``service_key`` are the settings'; without ``admin_key`` the one in the database counts.
+    ValueError for keys that are too short, cannot be sent in a header, or are the same.
+    """
+
+    def __init__(self, database: Database, *, admin_key: str | None, service_key: str | None) -> None:
+        for name, key in (("admin_key", admin_key), ("service_key", service_key)):
+            if key is not None:
+                _check_configured(name, key)
+        if admin_key is not None and admin_key == service_key:
+            raise ValueError("admin_key and service_key must differ: one may not run what the other may")
+        self._database = database
+        self._tenants = Tenants(database)
+        self._configured = admin_key is not None
+        self._admin = digest_of(admin_key) if admin_key is not None else None
+        self._service = digest_of(service_key) if service_key is not None else None
+        self._by_key: ReadCache[str, Tenant] = ReadCache(database, CACHED_TENANTS)
+        self._by_id: ReadCache[str, Tenant] = ReadCache(database, CACHED_TENANTS)
+
+    async def open(self) -> str | None:
+        """Makes the admin key where none is configured or stored, and returns it: the only time it is
+        shown. ValueError if the stored one is the service key."""
+        if self._configured:
+            return None
+        async with self._database.read() as session:
+            stored = await session.get(MetaRow, ADMIN_KEY_ROW)
+        made = None
+        if stored is None:
+            made = f"lp-admin-{secrets.token_urlsafe(32)}"
+            stored = MetaRow(key=ADMIN_KEY_ROW, value=digest_of(made))
+            async with self._database.write() as session:
+                session.add(stored)
+        if self._is(stored.value, self._service):
+            raise ValueError("service_key is the admin key of this database; choose another")
+        self._admin = stored.value
+        return made
+
+    async def authenticate(
+        self, authorization: str | None, customer: str | None, scope: KeyScope = "inference"
+    ) -> Tenant:
+        """Who makes this request, from ``Authorization`` and ``X-Customer-ID``, and may: has ``scope``.
+
+        Unauthorized without a known key; BadRequest (``customer_required``) for the service key alone;
+        Forbidden for the admin key, for an unknown customer (``unknown_customer``), for a tenant key
+        beside another customer (``customer_mismatch``) and for a key that is for something else
+        (``scope_missing``): the service key is for inference only.
+        """
+        key = _bearer(authorization)
+        digest = digest_of(key)
+        if self._is(digest, self._admin):
+            raise Forbidden("Admin keys cannot run inference. Use a key of a tenant.")
+        if self._is(digest, self._service):
+            if scope != "inference":
+                raise Forbidden(f"A service key does not have the scope `{scope}`.", code="scope_missing")
+            return await self._customer(customer)
+        tenant = await self._holder(key)
+        if customer and customer != tenant.id:
+            raise Forbidden(
+                "X-Customer-ID names another customer than the one this key belongs to.",
+                code="customer_mismatch",
+                param="X-Customer-ID",
+            )
+        assert tenant.key is not None
+        tenant.key.check(scope)
+        return tenant
+
+    async def require_admin(self, authorization: str | None) -> None:
+        """Unauthorized without a known key, Forbidden for one that is not the admin's."""
+        key = _bearer(authorization)
+        digest = digest_of(key)
+        if self._is(digest, self._admin):
+            return
+        if not self._is(digest, self._service):
+            await self._holder(key)
+        raise Forbidden("This key cannot administer. Use the admin key.")
+
+    @staticmethod
+    def _is(digest: str, known: str | None) -> bool:
+        return known is not None and hmac.compare_digest(digest, known)
+
+    async def _customer(self, customer: str | None) -> Tenant:
+        if not customer:
+            raise BadRequest(
+                "A service key needs the header X-Customer-ID with the customer's tenant id.",
+                code="customer_required",
+                param="X-Customer-ID",
+            )
+        try:
+            return await self._by_id.get(customer, lambda: self._tenants.get(customer))
+        except NotFound:
+            raise Forbidden(
+                "The customer in X-Customer-ID is not known here.",
+                code="unknown_customer",
+                param="X-Customer-ID",
+            ) from None
+
+    async def _holder(self, key: str) -> Tenant:
+        """The tenant that ``key`` was issued to; Unauthorized."""
+        if not TENANT_KEY.fullmatch(key):
+            raise Unauthorized(WRONG_KEY)
+        digest = digest_of(key)
+        return await self._by_key.get(digest, lambda: self._look_up(digest))
+
+    async def _look_up(self, digest: str) -> Tenant:
+        query = select(TenantRow, KeyRow).join(KeyRow, KeyRow.tenant == TenantRow.id)
+        async with self._database.read() as session:
+            found = (await session.execute(query.where(KeyRow.digest == digest))).one_or_none()
+        if found is None or not self._is(digest, found[1].digest):
+            raise Unauthorized(WRONG_KEY)
+        return replace(tenant_of(found[0]), key=key_info(found[1]))
+
+
+def _bearer(authorization: str | None) -> str:
+    """The key in an ``Authorization`` header; Unauthorized."""
+    if not authorization:
+        raise Unauthorized(NO_KEY)
+    # The length is looked at first: the header comes from anybody.
+    found = BEARER.fullmatch(authorization) if len(authorization) <= 2 * MAX_KEY_LENGTH else None
+    if found is None:
+        raise Unauthorized(WRONG_KEY)
+    return found[1]
+
+
+def _check_configured(name: str, key: str) -> None:
+    if len(key) < MIN_KEY_LENGTH:
+        raise ValueError(f"{name} must have at least {MIN_KEY_LENGTH} characters")
+    if not BEARER.fullmatch(f"Bearer {key}"):
+        raise ValueError(f"{name} must be at most {MAX_KEY_LENGTH} printable ASCII characters without spaces")
