@@ -26,6 +26,8 @@ from adapters import errors as adapter_errors
 
 
 class ServerError(Exception):
+    """``code`` is for programs, ``param`` the field at fault, ``retry_after`` in seconds."""
+
     code = "internal_error"
 
     def __init__(
@@ -45,50 +47,74 @@ class ServerError(Exception):
 
 
 class BadRequest(ServerError):
+    """The body or a header is wrong."""
+
     code = "invalid_request"
 
 
 class Unauthorized(ServerError):
+    """There is no key, or a wrong one."""
+
     code = "invalid_api_key"
 
 
 class Forbidden(ServerError):
+    """The key is good, but not for this."""
+
     code = "permission_denied"
 
 
 class NotFound(ServerError):
+    """There is no such thing, or it is another tenant's."""
+
     code = "not_found"
 
 
 class ModelNotFound(NotFound):
+    """The tenant has no adapter of this name."""
+
     code = "model_not_found"
 
 
 class RequestTimeout(ServerError):
+    """The body did not come in time."""
+
     code = "request_timeout"
 
 
 class UnsupportedEncoding(ServerError):
+    """The body is compressed."""
+
     code = "unsupported_encoding"
 
 
 class Conflict(ServerError):
+    """It is there already, or is needed."""
+
     code = "conflict"
 
 
 class Unprocessable(ServerError):
+    """The body can be read, but what it asks for cannot be done."""
+
     code = "unprocessable"
 
 
 class TooManyRequests(ServerError):
+    """The tenant has too much under way or used; ``retry_after`` says when to come back."""
+
     code = "rate_limit_exceeded"
 
 
 class Unavailable(ServerError):
+    """The server cannot answer now; ``retry_after`` says when to come back."""
+
     code = "server_overloaded"
 
 
 class Internal(ServerError):
+    """A defect of the server."""
+
     code = "internal_error"
 
 
@@ -128,6 +154,7 @@ def status_of(error: Exception) -> tuple[int, str]:
 
 
 def envelope(message: str, type_: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error body; the texts are cut to ``LONGEST_TEXT`` characters."""
     shown = None if param is None else _shown(param)
     return {"error": {"message": _shown(message), "type": type_, "param": shown, "code": code}}
 

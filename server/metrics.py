@@ -141,6 +141,7 @@ class Metrics:
         return OTHER
 
     def queued(self, tenant: str, seconds: float) -> None:
+        """A request left the queue after ``seconds``."""
         self._queue.labels(self.label(tenant)).observe(seconds)
 
     def token_times(self, tenant: str) -> TokenTimes:
@@ -160,24 +161,31 @@ class Metrics:
         self._output_tokens.labels(label).inc(output)
 
     def staged(self, seconds: float) -> None:
+        """A load from disk into host memory took ``seconds``."""
         self._stage.observe(seconds)
 
     def activated(self, seconds: float) -> None:
+        """A copy into a slot took ``seconds``."""
         self._activate.observe(seconds)
 
     def evicted(self, tier: Literal["gpu", "host"]) -> None:
+        """An adapter had to leave ``tier``."""
         self._evictions.labels(tier).inc()
 
     def preempted(self, tenant: str) -> None:
+        """An answer of ``tenant`` was put aside for another adapter."""
         self._preemptions.labels(self.label(tenant)).inc()
 
     def budget(self, tenant: str, kind: str) -> None:
+        """A request went beyond a budget: ``kind`` is ``soft`` or ``hard``."""
         self._budgets.labels(self.label(tenant), kind).inc()
 
     def verified(self, result: Literal["matches", "differs", "not_possible"]) -> None:
+        """Golden probes were held against this engine."""
         self._verified.labels(result).inc()
 
     def load_failed(self, step: Literal["stage", "activate"]) -> None:
+        """A load failed at ``step``."""
         self._failures.labels(step).inc()
 
     def render(self, now: Gauges | None = None) -> bytes:
@@ -208,6 +216,7 @@ class _State(Collector):
         return iter(())
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
+        """The gauges of the state given to ``render``."""
         now = self.now
         if now is None:
             return
