@@ -14,7 +14,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install runtime demo quick test check bench fuzz clean help
+.PHONY: install runtime demo quick test check bench attack fuzz clean help
 
 install: $(STAMP) ## Make .venv with everything pinned (about two minutes; a second time nothing)
 
@@ -60,6 +60,9 @@ check: $(STAMP) ## Lint, formatting, types, and which module may import which
 bench: $(STAMP) ## Measure against bare vLLM, about 45 minutes; SCENARIO=storm for one, RUNS=1, QUICK=1, MINUTES=10
 	$(PY) -m tests.bench $(SCENARIO) $(if $(RUNS),--runs $(RUNS)) $(if $(filter-out 0,$(QUICK)),--quick) \
 		$(if $(MINUTES),--minutes $(MINUTES))
+
+attack: $(STAMP) ## Send every hostile input beside a customer who must not notice, 12 minutes; KIND="many items"
+	$(PY) -m tests.bench.attack $(if $(KIND),"$(KIND)")
 
 fuzz: $(STAMP) ## Parsers of uploads, four minutes; then the API, two hours; COUNT=200000, SEED=0, CASES=2000
 	$(PY) -m tests.fuzz $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED))

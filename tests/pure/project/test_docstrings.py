@@ -13,11 +13,11 @@ MOST_WITHOUT = 1 / 5
 def public(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, bool]]:
     """(name, whether it has a docstring) of every function, class and method without a leading underscore."""
     for node in body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            if not node.name.startswith("_"):
-                yield prefix + node.name, ast.get_docstring(node) is not None
-                if isinstance(node, ast.ClassDef):
-                    yield from public(node.body, f"{prefix}{node.name}.")
+        defined = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if defined and not node.name.startswith("_"):
+            yield prefix + node.name, ast.get_docstring(node) is not None
+            if isinstance(node, ast.ClassDef):
+                yield from public(node.body, f"{prefix}{node.name}.")
 
 
 def test_most_public_definitions_have_a_docstring() -> None:
