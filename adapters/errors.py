@@ -118,6 +118,14 @@ CURES: dict[str, str] = {
         "Use 1 to 128 letters, digits, '.', '_' or '-', with a letter or digit first;"
         " not `default`, and not the base model's name."
     ),
+    "adapter_implausible": (
+        "No training makes one like this: upload the config and the weights of the same run, with the"
+        " lora_alpha of that run. An operator who means it says allow_implausible=true."
+    ),
+    "config_unknown_field": (
+        "It may change what the adapter does, and is not served. If it does not matter, name it in the"
+        " upload: ignore_fields=<name>,<name>."
+    ),
     "adapter_no_effect": (
         "It would answer as the base does, as an untrained one would. Upload a trained one, or say"
         " allow_no_effect=true."

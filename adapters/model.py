@@ -106,6 +106,8 @@ class Manifest:
     engine has been asked.
     ``golden`` is how it compares with the training side, see
     ``adapters.inspection.golden``; None without that.
+    ``implausible`` says why the size would have been refused, and ``ignored_fields`` names the unknown fields
+    of the config that have a meaning, where the upload waived these checks (``Waivers``).
     """
 
     rank: int
@@ -123,6 +125,8 @@ class Manifest:
     original_digest: str | None = None
     probe: Mapping[str, Any] | None = None
     golden: Mapping[str, Any] | None = None
+    implausible: str | None = None
+    ignored_fields: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The report of the version: counts instead of 200 module names."""
@@ -133,7 +137,24 @@ class Manifest:
         report["coverage"] = [row.as_json() for row in self.coverage]
         report["warnings"] = list(self.warnings)
         report["conversions"] = list(self.conversions)
+        report["ignored_fields"] = list(self.ignored_fields)
         return report
+
+
+@dataclass(frozen=True, slots=True)
+class Waivers:
+    """What whoever uploads an adapter accepts, though it would be refused otherwise.
+
+    ``no_effect``: it answers as the base does. ``implausible``: it is larger than training makes one; for
+    operators alone, since it may overflow. ``fields``: names of fields of its config that nobody knows here.
+    """
+
+    no_effect: bool = False
+    implausible: bool = False
+    fields: tuple[str, ...] = ()
+
+
+NOTHING_WAIVED = Waivers()
 
 
 def ranges(numbers: Iterable[int]) -> str:

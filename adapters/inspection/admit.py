@@ -8,7 +8,7 @@ from typing import Any
 
 from adapters.inspection.convert import Conversion, plan
 from adapters.inspection.inspect import inspect
-from adapters.model import BaseModel, Manifest
+from adapters.model import NOTHING_WAIVED, BaseModel, Manifest, Waivers
 
 
 def admit(
@@ -18,7 +18,7 @@ def admit(
     original_digest: str | None = None,
     serving_dtype: str | None = None,
     into: Path | None = None,
-    allow_no_effect: bool = False,
+    waived: Waivers = NOTHING_WAIVED,
 ) -> Manifest:
     """The manifest of the adapter in ``folder``, whose ``conversions`` say what was rewritten, if anything.
 
@@ -27,7 +27,7 @@ def admit(
     arguments are those of ``inspect``. Synchronous: call it in a thread. Raises AdapterRejected, and OSError
     when the disk fails; the caller then throws away what is in ``into``, or in ``folder``.
     """
-    options: Any = {"serving_dtype": serving_dtype, "allow_no_effect": allow_no_effect}
+    options: Any = {"serving_dtype": serving_dtype, "waived": waived}
     found = plan(folder, base)
     if not isinstance(found, Conversion):
         return inspect(folder, base, upload=found, **options)

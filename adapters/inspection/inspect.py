@@ -20,12 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adapters.errors import AdapterRejected, fault
+from adapters.inspection.magnitude import implausible
 from adapters.inspection.module_names import kind_of, layer_of, leaf, template
-from adapters.inspection.peft_config import PeftConfig, check_base, read_config
+from adapters.inspection.peft_config import PeftConfig, check_base, check_unknown_fields, read_config
 from adapters.inspection.safetensors_header import TensorHeader, read_header
 from adapters.inspection.strict_json import show
 from adapters.inspection.tensor_stats import TORCH_DTYPES, extremes, one_thread, product_norm
-from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, Coverage, Manifest
+from adapters.model import CONFIG_FILE, NOTHING_WAIVED, WEIGHTS_FILE, BaseModel, Coverage, Manifest, Waivers
 
 PREFIX = "base_model.model."
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -85,14 +86,14 @@ def inspect(
     *,
     upload: Upload | None = None,
     serving_dtype: str | None = None,
-    allow_no_effect: bool = False,
+    waived: Waivers = NOTHING_WAIVED,
 ) -> Manifest:
     """The manifest of the adapter in ``folder``, if ``base`` serves it as PEFT would.
 
     ``upload`` is what ``read_upload`` returned for the same folder, for a caller that has it already.
     ``serving_dtype`` is the type the engine casts adapters to (``float32``, ``float16``, ``bfloat16``); the
-    values are judged after that cast, or in the file's own type without it. ``allow_no_effect`` accepts an
-    adapter whose matrices all come to zero.
+    values are judged after that cast, or in the file's own type without it. ``waived`` are checks that
+    the upload does without.
     Synchronous: reads the whole weights file, so call it in a thread. Raises AdapterRejected, and OSError
     when the disk fails.
     """
@@ -101,14 +102,22 @@ def inspect(
     upload = upload or read_upload(folder, base)
     config = upload.config
     check_base(config, base)
+    ignored = check_unknown_fields(config, waived.fields)
     pairs = check_tensors(upload.tensors, config, base)
     with one_thread():
-        norms = _norms(folder / WEIGHTS_FILE, pairs, config, serving_dtype)
-    if not (allow_no_effect or any(norms.values())):
+        norms, too_large = _sizes(folder / WEIGHTS_FILE, pairs, config, base, serving_dtype)
+    if too_large is not None and not waived.implausible:
+        raise _refuse("adapter_implausible", f"{too_large}.")
+    if not (waived.no_effect or any(norms.values())):
         raise _refuse(
             "adapter_no_effect", f"in each of its {len(pairs)} modules lora_B times lora_A is zero."
         )
     warnings = config.warnings(base, pairs)
+    if ignored:
+        names = ", ".join(show(name) for name in ignored[:5])
+        warnings.append(f"{CONFIG_FILE} has fields that the upload says do not matter: {names}")
+    if too_large is not None:
+        warnings.append(f"implausibly large, and accepted as the upload said: {too_large}")
     idle = [module for module, norm in norms.items() if norm == 0]
     if idle:
         warnings.append(
@@ -126,6 +135,8 @@ def inspect(
         base_model=config.base_model_name_or_path or None,
         coverage=_coverage(norms, config, base),
         warnings=tuple(warnings),
+        implausible=too_large,
+        ignored_fields=ignored,
     )
 
 
@@ -270,15 +281,16 @@ def _check_rank(module: str, pair: Pair, config: PeftConfig) -> None:
             )
 
 
-def _norms(
-    path: Path, pairs: Mapping[str, Pair], config: PeftConfig, serving_dtype: str | None
-) -> dict[str, float]:
-    """Module -> Frobenius norm of what is added to its weight, as served.
+def _sizes(
+    path: Path, pairs: Mapping[str, Pair], config: PeftConfig, base: BaseModel, serving_dtype: str | None
+) -> tuple[dict[str, float], str | None]:
+    """Module -> Frobenius norm of what is added to its weight, as served; and why one of them is implausible.
 
     Refuses what is not finite as served. As vLLM does it: cast to the engine's type, then lora_B times the
     scaling in that type. At most one pair is in memory.
     """
-    norms = {}
+    norms: dict[str, float] = {}
+    why: str | None = None
     try:
         with safe_open(path, framework="pt") as file:
             for module, pair in pairs.items():
@@ -287,9 +299,12 @@ def _norms(
                     pair.b_name, file.get_tensor(pair.b_name), config.scaling_of(module), serving_dtype
                 )
                 norms[module] = product_norm(a, b)
+                found = None if why else implausible(a, b, base.modules[module], norms[module])
+                if found is not None:
+                    why = f"what it adds to {show(module)} {found}"
     except SafetensorError as error:
         raise _refuse("weights_invalid", f"safetensors cannot read it: {error}.") from None
-    return norms
+    return norms, why
 
 
 def _served(name: str, tensor: torch.Tensor, factor: float, serving_dtype: str | None) -> torch.Tensor:

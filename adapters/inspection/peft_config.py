@@ -86,6 +86,7 @@ HARMLESS = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
+        "unsloth_fixed",
         "velora_config",
     }
 )
@@ -125,7 +126,6 @@ class PeftConfig(pydantic.BaseModel):
         """What is served as it stands but may not be what was meant; ``adapted`` are the module names."""
         found = {suffix for module in adapted for suffix in suffixes(module)}
         return [
-            *self._unknown_fields(),
             *self._other_base(base),
             *self._other_task(base),
             *self._risky_init(),
@@ -158,11 +158,6 @@ class PeftConfig(pydantic.BaseModel):
                     f"it targets {_some(missing)}, which have no tensors, and with init_lora_weights=False"
                     " PEFT fills those at random.",
                 )
-
-    def _unknown_fields(self) -> Iterable[str]:
-        unknown = sorted((self.model_extra or {}).keys() - HARMLESS - REFUSED.keys())
-        if unknown:
-            yield f"{CONFIG_FILE} has fields that PEFT's LoRA does not know, ignored: {_some(unknown)}"
 
     def _other_base(self, base: BaseModel) -> Iterable[str]:
         named = self.base_model_name_or_path
@@ -226,7 +221,10 @@ class PeftConfig(pydantic.BaseModel):
 
 
 def read_config(path: Path, base: BaseModel) -> PeftConfig:
-    """The adapter's configuration; raises AdapterRejected for what ``base`` cannot serve faithfully."""
+    """The adapter's configuration; raises AdapterRejected for what ``base`` cannot serve faithfully.
+
+    Says nothing about unknown fields: that is ``check_unknown_fields``.
+    """
     return parse_config(load_fields(path), base)
 
 
@@ -239,6 +237,29 @@ def parse_config(fields: Mapping[str, Any], base: BaseModel) -> PeftConfig:
     _check_max_rank(config, base)
     _check_patterns(config, base)
     return config
+
+
+def check_unknown_fields(config: PeftConfig, ignored: Collection[str] = ()) -> tuple[str, ...]:
+    """The fields that PEFT's LoRA does not know and that say something, each of them in ``ignored``.
+
+    Other tools write fields of their own, and one of them may change the forward pass (an invocation string,
+    a variant of LoRA). null, false, {} and [] say nothing. Raises AdapterRejected (``config_unknown_field``)
+    for one that is not in ``ignored``.
+    """
+    unknown = {
+        name: value
+        for name, value in (config.model_extra or {}).items()
+        if name not in HARMLESS and name not in REFUSED and not _says_nothing(value)
+    }
+    refused = sorted(unknown.keys() - set(ignored))
+    if refused:
+        shown = ", ".join(f"{show(name)}: {show(unknown[name])}" for name in refused[:3])
+        raise _refuse("config_unknown_field", f"PEFT's LoRA does not know {_some(refused)} ({shown}).")
+    return tuple(sorted(unknown))
+
+
+def _says_nothing(value: Any) -> bool:
+    return value is None or value is False or value == {} or value == []
 
 
 def check_base(config: PeftConfig, base: BaseModel) -> None:

@@ -47,6 +47,33 @@ def product_norm(a: torch.Tensor, b: torch.Tensor) -> float:
     return 0.0 if norm <= _NOTHING * largest else norm
 
 
+def spectral_norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest singular value of ``b @ a``, for a (rank, in) and b (out, rank).
+
+    With AAᵀ = SSᵀ it is the root of the largest eigenvalue of Sᵀ(BᵀB)S: matrices of (rank, rank) only.
+    """
+    values, vectors = torch.linalg.eigh(_gram(a))
+    root = vectors * values.clamp(min=0).sqrt()
+    largest: float = torch.linalg.eigvalsh(root.T @ _gram(b.T) @ root)[-1].clamp(min=0).sqrt().item()
+    return largest
+
+
+def largest_row(matrix: torch.Tensor) -> float:
+    """The Euclidean length of the longest row."""
+    lengths = [row.double().norm().item() for row in matrix]
+    return max(lengths, default=0.0)
+
+
+def largest_product_row(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The Euclidean length of the longest row of ``b @ a``: that of row i is √(b_i AAᵀ b_iᵀ)."""
+    of_a, longest = _gram(a), 0.0
+    step = max(1, _PART // b.shape[1])
+    for at in range(0, b.shape[0], step):
+        rows = b[at : at + step].double()
+        longest = max(longest, ((rows @ of_a) * rows).sum(1).max().item())
+    return float(max(longest, 0.0) ** 0.5)
+
+
 def _gram(rows: torch.Tensor) -> torch.Tensor:
     """(rank, rank) in float64: every row times every row."""
     rank, length = rows.shape

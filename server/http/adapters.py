@@ -9,13 +9,13 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple, Self
 
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Header, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from adapters.database.rows import MAX_INTEGER
-from adapters.model import Adapter, Quota, Tier, Version
+from adapters.model import Adapter, Quota, Tier, Version, Waivers
 from adapters.split import WHOLE
 from server.accounts.tenants import Tenant
 from server.errors import Unprocessable
@@ -58,15 +58,20 @@ AdapterChangeBody = Annotated[AdapterChange, body_as(AdapterChange)]
 class UploadOptions(NamedTuple):
     """``key`` is the client's Idempotency-Key."""
 
-    allow_no_effect: bool = False
+    waived: Waivers
     key: str | None = None
 
 
 def _upload_options(
     allow_no_effect: bool = False,
+    allow_implausible: bool = False,
+    ignore_fields: Annotated[str, Query(max_length=4096)] = "",
     idempotency_key: Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")] = None,
 ) -> UploadOptions:
-    return UploadOptions(allow_no_effect, idempotency_key)
+    """``ignore_fields``: names from the adapter's config, separated by commas."""
+    fields = {name for part in ignore_fields.split(",") if (name := part.strip())}
+    waived = Waivers(allow_no_effect, allow_implausible, tuple(sorted(fields)))
+    return UploadOptions(waived, idempotency_key)
 
 
 UploadOptionsOf = Annotated[UploadOptions, Depends(_upload_options)]
@@ -105,7 +110,7 @@ async def receive_version(
         tenant.id,
         name,
         files,
-        allow_no_effect=options.allow_no_effect,
+        waived=options.waived,
         key=options.key,
         quota=quota,
     )

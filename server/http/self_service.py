@@ -35,6 +35,8 @@ async def get_adapter(owner: AdapterOwner, name: str, services: ServicesOf) -> d
 async def create_version(
     owner: AdapterOwner, name: str, request: Request, options: UploadOptionsOf
 ) -> JSONResponse:
+    if options.waived.implausible:
+        raise Forbidden("Only the operator can accept an implausible adapter.", param="allow_implausible")
     limits = owner.limits
     quota = Quota(limits.max_adapters, limits.max_storage_bytes) if limits else None
     # Nothing is imported by URL: what the operator lets the server read may be another customer's.

@@ -18,7 +18,7 @@ from typing import Any
 from adapters.errors import AdapterError
 from adapters.inspection.admit import admit
 from adapters.inspection.golden import Golden, take
-from adapters.model import Adapter, Manifest, Quota, Version
+from adapters.model import NOTHING_WAIVED, Adapter, Manifest, Quota, Version, Waivers
 from adapters.store.blobs import BlobStore, Incoming
 from adapters.store.catalog import Catalog
 from adapters.store.idempotency import Receipts
@@ -66,16 +66,34 @@ async def publish(
     name: str,
     files: AsyncIterator[tuple[str, bytes]],
     *,
-    allow_no_effect: bool = False,
+    waived: Waivers = NOTHING_WAIVED,
     key: str | None = None,
     quota: Quota | None = None,
 ) -> Published:
     """Receives ``files`` as (file name, bytes) pieces and makes them the live version of ``name``.
 
     When it returns, the files and the row are on disk. Raises an AdapterError or ServerError, with nothing
-    kept. ``allow_no_effect`` takes one that answers as the base does. An upload repeated with its ``key`` is
-    answered as before.
+    kept, and logs one line that names the adapter. ``waived`` are checks that the upload does without.
+    An upload repeated with its ``key`` is answered as before.
     """
+    try:
+        return await _publish(service, tenant, name, files, waived, key, quota)
+    except (AdapterError, ServerError) as exc:
+        about = {"tenant": tenant, "adapter": name[:128], "code": exc.code}
+        upload = f"{tenant}/{name[:128]}"
+        logger.warning("upload of %r refused, %s: %s", upload, exc.code, exc.message, extra=about)
+        raise
+
+
+async def _publish(
+    service: Publishing,
+    tenant: str,
+    name: str,
+    files: AsyncIterator[tuple[str, bytes]],
+    waived: Waivers,
+    key: str | None,
+    quota: Quota | None,
+) -> Published:
     service.catalog.check_name(name)
     if quota is not None:
         await service.catalog.check_quota(tenant, name, quota)
@@ -83,7 +101,7 @@ async def publish(
         async for filename, chunk in files:
             await incoming.write(filename, chunk)
         uploaded = await incoming.finish()
-        async with service.receipts.once(tenant, key, name, uploaded, allow_no_effect) as receipt:
+        async with service.receipts.once(tenant, key, name, uploaded, *_asked(waived)) as receipt:
             if receipt is not None and receipt.answer is not None:
                 return Published(receipt.answer)
             golden = await incoming.examine(take)
@@ -93,11 +111,11 @@ async def publish(
                     base=service.engine.base,
                     original_digest=uploaded,
                     serving_dtype=service.engine.lora_dtype,
-                    allow_no_effect=allow_no_effect,
+                    waived=waived,
                 )
             )
             async with _committed(service, incoming, tenant, name, manifest) as candidate:
-                manifest = await _probed(service, candidate, manifest, golden, allow_no_effect)
+                manifest = await _probed(service, candidate, manifest, golden, waived)
                 link = service.catalog.link(
                     tenant,
                     name,
@@ -112,18 +130,27 @@ async def publish(
     return Published(adapter.upload_as_json(version.number), await _make_room(service, adapter))
 
 
+def _asked(waived: Waivers) -> tuple[object, ...]:
+    """What of ``waived`` tells two uploads with one idempotency key apart.
+
+    The first alone where nothing else is waived: receipts that an earlier release kept stay valid.
+    """
+    more = (waived.implausible, waived.fields)
+    return (waived.no_effect, *more) if any(more) else (waived.no_effect,)
+
+
 async def _probed(
-    service: Publishing, candidate: Version, manifest: Manifest, golden: Golden | None, allow_no_effect: bool
+    service: Publishing, candidate: Version, manifest: Manifest, golden: Golden | None, waived: Waivers
 ) -> Manifest:
     """``manifest`` with what the engine showed; AdapterRejected if that is not what was trained."""
     known = await service.catalog.probe_of(candidate.digest)
     probe = await service.prober.probe(candidate, known)
-    if not (probe["effect"] or allow_no_effect):
+    if not (probe["effect"] or waived.no_effect):
         raise no_effect(manifest, probe)
     agreement = await service.prober.check(candidate, golden) if golden is not None else None
     return replace(
         manifest,
-        probe=probe | {"no_effect_allowed": allow_no_effect},
+        probe=probe | {"no_effect_allowed": waived.no_effect},
         golden=agreement.agreed() | service.prober.here if agreement is not None else None,
     )
 

@@ -27,7 +27,16 @@ from adapters.inspection import peft_config, safetensors_header, strict_json
 from adapters.inspection.inspect import inspect
 from adapters.inspection.peft_config import PeftConfig, read_config
 from adapters.inspection.safetensors_header import MAX_HEADER_BYTES, read_header
-from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, Coverage, Manifest, ModuleShape, ranges
+from adapters.model import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    BaseModel,
+    Coverage,
+    Manifest,
+    ModuleShape,
+    Waivers,
+    ranges,
+)
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -225,9 +234,9 @@ def cancel(tensors: Tensors) -> None:
 
 
 WARNINGS: dict[str, tuple[Callable[[Config, Tensors], Any], list[str]]] = {
-    "unknown field": (
-        lambda c, t: c.update(use_zora=True, unsloth_fixed=True),
-        ["'unsloth_fixed', 'use_zora'"],
+    "unknown field that the upload waives": (
+        lambda c, t: c.update(use_zora=True, nextgen_config={"x": 1}),
+        ["'nextgen_config', 'use_zora'"],
     ),
     "other base": (
         lambda c, t: c.update(base_model_name_or_path="/models/other-llama/"),
@@ -258,7 +267,8 @@ def test_doubts_are_warnings(name: str, good: Path, base: BaseModel, tmp_path: P
     change, fragments = WARNINGS[name]
     config, tensors = read(good)
     change(config, tensors)
-    (warning,) = inspect(write(tmp_path, config, tensors), base).warnings
+    waived = Waivers(fields=("nextgen_config", "use_zora"))
+    (warning,) = inspect(write(tmp_path, config, tensors), base, waived=waived).warnings
     assert all(fragment in warning for fragment in fragments), warning
 
 
@@ -295,6 +305,86 @@ def test_another_fingerprint_is_refused_unless_it_is_meant(
     other = dataclasses.replace(base, fingerprint="bb")
     with pytest.raises(AdapterRejected, match=r"'aa'.*'bb'"):
         inspect(folder, other)
+
+
+# Which fields PEFT's LoraConfig had, by the release that added them; values as save_pretrained writes them.
+PEFT_RELEASES: list[tuple[str, Config]] = [
+    ("0.2", {"enable_lora": None, "merge_weights": False}),
+    (
+        "0.5",
+        {
+            "auto_mapping": None,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "layers_pattern": None,
+            "layers_to_transform": None,
+            "lora_dropout": 0.05,
+            "modules_to_save": None,
+            "revision": None,
+        },
+    ),
+    ("0.6", {"alpha_pattern": {}, "rank_pattern": {}}),
+    ("0.7", {"loftq_config": {}, "megatron_config": None, "megatron_core": "megatron.core"}),
+    ("0.8", {"use_rslora": False}),
+    ("0.9", {"use_dora": False}),
+    ("0.10", {"layer_replication": None}),
+    ("0.14", {"eva_config": None, "exclude_modules": None, "lora_bias": False}),
+    ("0.15", {"corda_config": None, "trainable_token_indices": None}),
+    ("0.16", {"qalora_group_size": 16, "use_qalora": False}),
+    ("0.17", {"target_parameters": None}),
+    (
+        "0.18",
+        {
+            "alora_invocation_tokens": None,
+            "arrow_config": None,
+            "ensure_weight_tying": False,
+            "peft_version": "0.18.0",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("release", [release for release, _ in PEFT_RELEASES])
+def test_a_config_of_every_release_of_peft_is_served(
+    release: str, good: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    config, tensors = read(good)
+    kept = ("r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path", "task_type")
+    fields = {name: config[name] for name in kept}
+    for added, more in PEFT_RELEASES:
+        fields |= more
+        if added == release:
+            break
+    assert inspect(write(tmp_path, fields, tensors), base).warnings == ()
+
+
+def test_every_field_of_the_installed_peft_with_its_default_is_served(
+    good: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    config, tensors = read(good)
+    defaults = json.loads(json.dumps(LoraConfig().to_dict(), default=list))
+    fields = defaults | {name: config[name] for name in ("r", "lora_alpha", "target_modules")}
+    fields |= {"task_type": "CAUSAL_LM", "a_flag": False, "a_list": [], "a_dict": {}, "nothing": None}
+    assert inspect(write(tmp_path, fields, tensors), base).warnings == ()
+
+
+def test_an_unknown_field_and_a_size_can_be_waived(good: Path, base: BaseModel, tmp_path: Path) -> None:
+    config, tensors = read(good)
+    config |= {"lora_alpha": 1e6, "invocation_string": "go", "gate": 0.5}
+    folder = write(tmp_path, config, tensors)
+    with pytest.raises(AdapterRejected, match="'gate'") as caught:
+        inspect(folder, base, waived=Waivers(implausible=True, fields=("invocation_string",)))
+    assert caught.value.code == "config_unknown_field"
+    named = ("gate", "invocation_string", "not there")
+    with pytest.raises(AdapterRejected, match="spectral norm"):
+        inspect(folder, base, waived=Waivers(fields=named))
+    manifest = inspect(folder, base, waived=Waivers(implausible=True, fields=named))
+    assert manifest.ignored_fields == ("gate", "invocation_string")
+    assert manifest.implausible is not None
+    assert "spectral norm" in manifest.implausible
+    assert inspect(good, base).implausible is None
 
 
 # --- what is refused ------------------------------------------------------------------------------------
@@ -398,7 +488,38 @@ def declare(config: Config, _: Tensors) -> None:
     config["base_model_fingerprint"] = "aa"
 
 
+def grown(factor: float, name: str) -> Callable[[Config, Tensors], Any]:
+    """Multiplies one tensor: a finite one, in a float32 file."""
+    return lambda _, tensors: tensors.update({name: tensors[name] * factor})
+
+
 BAD: dict[str, Bad] = {
+    # larger than any training makes one
+    "alpha 1e38": field("adapter_implausible", "lora_alpha", 1e38, "spectral norm"),
+    "alpha 1e6": field("adapter_implausible", "lora_alpha", 1e6, "spectral norm"),
+    "alpha of one module": Bad(
+        "adapter_implausible", ("k_proj",), lambda c, t: c.update(alpha_pattern={"k_proj": 1e7})
+    ),
+    "lora_B near float32's end": Bad("adapter_implausible", (Q0, "spectral norm"), grown(1e36, B0)),
+    "lora_A that overflows, lora_B that undoes it": Bad(
+        "adapter_implausible",
+        ("row of lora_A", "float32"),
+        lambda c, t: [grown(1e38, A0)(c, t), grown(1e-37, B0)(c, t)],
+    ),
+    "too large for float16 alone": Bad(
+        "adapter_implausible",
+        ("row of lora_A", "float16"),
+        lambda c, t: [grown(2000, A0)(c, t), grown(1e-3, B0)(c, t)],
+        serving_dtype="float16",
+    ),
+    # fields that PEFT does not know
+    "an invocation string": field(
+        "config_unknown_field", "invocation_string", "<|start|>assistant", "ignore_fields"
+    ),
+    "another tool's flag": field("config_unknown_field", "use_nextgen_lora", True),
+    "another tool's config": field("config_unknown_field", "nextgen_config", {"gate": 1}, "gate"),
+    "a zero that PEFT does not know": field("config_unknown_field", "shared_scale", 0),
+    "merged projections of an early PEFT": field("config_unknown_field", "enable_lora", [True, False]),
     # the config as a file
     "no config": Bad("config_invalid", ("missing",), damage=lambda f: (f / CONFIG_FILE).unlink()),
     "empty config": Bad("config_invalid", ("not valid JSON",), damage=text(lambda t: "")),
@@ -755,7 +876,9 @@ def test_every_code_of_an_inspection_has_a_case() -> None:
 
 def test_every_field_of_peft_is_decided_on() -> None:
     ours = {"base_model_fingerprint"}
-    known = (PeftConfig.model_fields.keys() - ours) | peft_config.REFUSED.keys() | peft_config.HARMLESS
+    others = {"unsloth_fixed"}
+    harmless = peft_config.HARMLESS - others
+    known = (PeftConfig.model_fields.keys() - ours) | peft_config.REFUSED.keys() | harmless
     assert {field.name for field in dataclasses.fields(LoraConfig)} == known
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from adapters.inspection import tensor_stats as values
-from adapters.inspection.tensor_stats import extremes, one_thread, product_norm
+from adapters.inspection.tensor_stats import (
+    extremes,
+    largest_product_row,
+    largest_row,
+    one_thread,
+    product_norm,
+    spectral_norm,
+)
 
 
 @pytest.mark.parametrize("part", [1, 7, 64, 1 << 20])
@@ -19,6 +26,22 @@ def test_the_norm_is_that_of_the_product(
     a = torch.randn(5, 33, generator=generator).to(dtype)
     b = torch.randn(21, 5, generator=generator).to(dtype)
     assert product_norm(a, b) == pytest.approx((b.double() @ a.double()).norm().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("part", [1, 7, 1 << 20])
+@pytest.mark.parametrize("rank", [1, 5, 40])
+def test_spectral_norm_and_longest_rows_are_those_of_the_product(
+    part: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(values, "_PART", part)
+    generator = torch.Generator().manual_seed(rank)
+    a, b = torch.randn(rank, 33, generator=generator), torch.randn(21, rank, generator=generator)
+    a[0] *= 100  # far from evenly spread
+    product = b.double() @ a.double()
+    assert spectral_norm(a, b) == pytest.approx(torch.linalg.matrix_norm(product, 2).item(), rel=1e-6)
+    assert largest_product_row(a, b) == pytest.approx(product.norm(dim=1).max().item(), rel=1e-6)
+    assert largest_row(a) == pytest.approx(a.double().norm(dim=1).max().item(), rel=1e-9)
+    assert spectral_norm(torch.cat([a, a]), torch.cat([b, -b], 1)) < 1e-3 * spectral_norm(a, b)
 
 
 def test_what_cancels_out_is_nothing_and_what_is_small_is_not() -> None:
