@@ -11,11 +11,11 @@ from email.message import Message
 from pathlib import Path
 
 from fastapi import Request
+from multipart import MultipartError, MultipartSegment, PushMultipartParser, StrictParserError
 
 from adapters.store.archives import unpacked
 from server.errors import BadRequest
 from server.http.bodies import json_object, limited_body
-from server.http.multipart import boundary_of, parts
 from server.publishing.fetch import imported
 
 ARCHIVE = "archive"
@@ -32,6 +32,9 @@ ARCHIVE_TYPES = frozenset(
 )
 # Multipart boundaries and part headers around the files.
 _ROOM = 64 << 10
+_MAX_HEADER = 8 << 10
+_MAX_BOUNDARY = 70  # RFC 2046
+_MAX_PARTS = 64
 
 Files = AsyncIterator[tuple[str, bytes]]
 
@@ -76,3 +79,63 @@ async def _only_archive(first: bytes, fields: Files) -> AsyncIterator[bytes]:
         if name != ARCHIVE or not piece:  # every part begins with an empty piece
             raise BadRequest(f"Send one part named `{ARCHIVE}` and nothing else, or the adapter's files.")
         yield piece
+
+
+def boundary_of(content_type: str | None) -> bytes:
+    """The boundary of a multipart/form-data header. Raises BadRequest for anything else."""
+    header = Message()
+    header["content-type"] = content_type or ""
+    boundary = header.get_param("boundary")
+    is_form = header.get_content_type() == "multipart/form-data"
+    if not is_form or not isinstance(boundary, str) or not 1 <= len(boundary) <= _MAX_BOUNDARY:
+        raise BadRequest(
+            "Send the files as multipart/form-data, in fields named adapter_config.json and"
+            " adapter_model.safetensors, or as a tar or zip in a field named archive."
+        )
+    return boundary.encode("latin-1", "replace")
+
+
+async def parts(body: AsyncIterator[bytes], boundary: bytes) -> AsyncIterator[tuple[str, bytes]]:
+    """(field name, bytes) for every piece of every part, in order; each part begins with an empty piece.
+
+    Raises BadRequest when the body is not well-formed or ends too early. What follows its end is ignored.
+    """
+    ended = False
+    field = ""
+    try:
+        parser = PushMultipartParser(
+            boundary, max_header_size=_MAX_HEADER, max_segment_count=_MAX_PARTS, strict=True
+        )
+        async for chunk in body:
+            if ended or not chunk:
+                continue
+            try:
+                for event in parser.parse(chunk):
+                    if isinstance(event, MultipartSegment):
+                        field = _field_of(event)
+                        yield field, b""
+                    elif event:
+                        yield field, bytes(event)
+            except StrictParserError:
+                ended = _has_ended(parser)
+                if not ended:
+                    raise
+    except MultipartError as exc:
+        raise BadRequest(f"The multipart body is malformed: {exc}", code="multipart_invalid") from exc
+    if not _has_ended(parser):
+        raise BadRequest("The upload broke off before its end; send it again.", code="upload_incomplete")
+
+
+def _field_of(part: MultipartSegment) -> str:
+    if not part.name:
+        raise BadRequest("A part of the upload has no field name.", code="multipart_invalid")
+    return str(part.name)
+
+
+def _has_ended(parser: PushMultipartParser) -> bool:
+    """Whether the form is complete. The parser is closed afterwards."""
+    try:
+        parser.close()
+    except MultipartError:
+        return False
+    return True

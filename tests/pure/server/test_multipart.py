@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import BadRequest
-from server.http.multipart import boundary_of, parts
+from server.http.uploads import boundary_of, parts
 
 FORM = (
     b'--xyz\r\nContent-Disposition: form-data; name="first"; filename="a.json"\r\n'
@@ -49,6 +49,19 @@ async def test_parts_come_whole_and_in_order() -> None:
 @given(st.lists(st.integers(0, len(FORM)), max_size=8))
 async def test_where_it_is_cut_does_not_matter(cuts: list[int]) -> None:
     assert await read(FORM, cuts) == MEANT
+
+
+@pytest.mark.parametrize("after", [b"\r\n", b"an epilogue", b"\r\n--xyz\r\n", b"--xyz--\r\n"])
+async def test_what_follows_the_end_is_ignored(after: bytes) -> None:
+    for cut in range(len(FORM) - 4, len(FORM) + len(after)):
+        assert await read(FORM + after, [cut]) == MEANT
+
+
+async def test_parts_without_end_are_refused() -> None:
+    part = b'--xyz\r\nContent-Disposition: form-data; name="a"\r\n\r\n\r\n'
+    with pytest.raises(BadRequest) as refused:
+        await read(part * 1000 + b"--xyz--")
+    assert refused.value.code == "multipart_invalid"
 
 
 async def test_what_httpx_sends_is_read() -> None:
