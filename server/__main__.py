@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ValidationError
-from rich.console import Console
-from rich.markup import escape
 
+from adapters.model import PROBES_FILE
 from server import __version__
-from server.cli import commands
-from server.settings import Settings
+from server.cli import reports
+from server.cli.adapters import adapters
+from server.cli.command import say
+from server.cli.keys import keys
+from server.cli.tenants import tenants
+
+if TYPE_CHECKING:
+    from server.settings import Settings
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 probes = typer.Typer(no_args_is_help=True, help="What an adapter is checked against.")
 cli.add_typer(probes, name="probes")
-console = Console(stderr=True)
 
 
 @cli.command()
@@ -76,14 +80,20 @@ def merge(
 def make_probes(
     base: Annotated[Path, typer.Option(help="Folder of the base model.")],
     adapter: Annotated[Path, typer.Option(help="Folder that PEFT's save_pretrained wrote.")],
-    out: Annotated[Path, typer.Option(help="File to be written.")] = Path("probes.json"),
+    out: Annotated[
+        Path | None, typer.Option(help="File to be written; where `adapters push` looks if not given.")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; several times for several.")] = None,
     tolerance: Annotated[float, typer.Option(help="Largest difference in a log-probability.")] = 0.5,
 ) -> None:
     """Write what base + PEFT say, in float32, for the server to check an upload against."""
     from server.cli import offline
 
-    raise SystemExit(offline.make_probes(base, adapter, out, prompts=prompt or [], tolerance=tolerance))
+    raise SystemExit(
+        offline.make_probes(
+            base, adapter, out or adapter / PROBES_FILE, prompts=prompt or [], tolerance=tolerance
+        )
+    )
 
 
 @cli.command()
@@ -92,33 +102,37 @@ def version() -> None:
     print(__version__)
 
 
-commands.add_to(cli)
+cli.add_typer(tenants, name="tenants")
+cli.add_typer(keys, name="keys")
+cli.add_typer(adapters, name="adapters")
+reports.add_to(cli)
 
 
-def _warn_of_strangers() -> None:
+def _warn_of_strangers(known: Iterable[str]) -> None:
     """A misspelt variable would otherwise be a setting that silently stays at its default."""
-    known = {f"LORAPLEX_{name.upper()}" for name in [*Settings.model_fields, "cache", "url"]}
+    variables = {f"LORAPLEX_{name.upper()}" for name in [*known, "cache", "url"]}
     for name in os.environ:
-        if name.startswith("LORAPLEX_") and name not in known:
-            close = get_close_matches(name, known, n=1)
+        if name.startswith("LORAPLEX_") and name not in variables:
+            close = get_close_matches(name, variables, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            console.print(f"[yellow]{name} is not a setting[/yellow]{hint}")
+            say("yellow", f"{name} is not a setting{hint}", "")
 
 
 def _settings(config: Path | None) -> Settings:
-    _warn_of_strangers()
+    from pydantic import ValidationError
+
+    from server.settings import Settings
+
+    _warn_of_strangers(Settings.model_fields)
     try:
         return Settings.load(config)
-    except FileNotFoundError as exc:
-        console.print(f"[red]{exc}[/red]")
-        raise SystemExit(2) from exc
     except ValidationError as exc:
         for error in exc.errors():
             name = "_".join(str(part) for part in error["loc"]).upper()
-            console.print(f"[red]{f'LORAPLEX_{name}' if name else 'settings'}[/red]: {error['msg']}")
+            say("red", f"{f'LORAPLEX_{name}' if name else 'settings'}:", error["msg"])
         raise SystemExit(2) from exc
-    except ValueError as exc:
-        console.print(f"[red]{escape(str(exc))}[/red]")
+    except (FileNotFoundError, ValueError) as exc:
+        say("red", str(exc), "")
         raise SystemExit(2) from exc
 
 

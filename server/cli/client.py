@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import IO, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote
 
-import httpx
+if TYPE_CHECKING:
+    import httpx  # imported by who makes a client: it takes as long as all the rest of a command
 
 ADMIN = "/admin/v1"
 # An upload is answered when the engine has tried the adapter, which waits for what runs.
@@ -21,10 +22,12 @@ class RemoteError(Exception):
         self.code = code
 
 
-class Remote:
+class AdminClient:
     """One server and the key it is asked with. Every call raises RemoteError for all but success."""
 
     def __init__(self, url: str, key: str, transport: httpx.BaseTransport | None = None) -> None:
+        import httpx
+
         self.url = url
         try:
             self._http = httpx.Client(
@@ -36,9 +39,11 @@ class Remote:
             raise RemoteError("key_invalid", "A key has ASCII characters only.") from exc
 
     def close(self) -> None:
+        """Closes the connections."""
         self._http.close()
 
     def get(self, *path: str | int, **query: str | int | None) -> Any:
+        """The answer's document; ``path`` is below ``/admin/v1``, in parts that are quoted here."""
         asked = {name: value for name, value in query.items() if value is not None}
         return self._ask("GET", path, params=asked).json()
 
@@ -56,6 +61,7 @@ class Remote:
         return self._ask("POST", path, files=files, timeout=_UPLOAD_SECONDS).json()
 
     def metrics(self) -> str:
+        """The page that Prometheus reads."""
         return self._send("GET", "/metrics").text
 
     def _ask(self, method: str, path: tuple[str | int, ...], **options: Any) -> httpx.Response:
@@ -68,6 +74,8 @@ class Remote:
         return answer
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        import httpx
+
         try:
             answer = self._http.request(method, path, **options)
         except httpx.HTTPError as exc:
@@ -87,6 +95,8 @@ class Remote:
         )
 
     def _unanswered(self, exc: httpx.HTTPError) -> NoReturn:
+        import httpx
+
         if isinstance(exc, httpx.UnsupportedProtocol):
             raise RemoteError("url_invalid", f"{self.url} must begin with http:// or https://.") from exc
         if isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout):

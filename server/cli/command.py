@@ -1,6 +1,6 @@
 """What every command that talks to a running server has in common.
 
-A command is a function from a ``Remote`` and its arguments to (document, what to show): people see the
+A command is a function from a client and its arguments to (document, what to show): people see the
 second, ``--json`` prints the first. It ends with 1 and ``code: message`` when the server refuses.
 """
 
@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from typer.core import TyperCommand
 
-from server.cli.client import Remote, RemoteError
+from server.cli.arguments import Name, Tenant
+from server.cli.client import AdminClient, RemoteError
 from server.cli.tables import Shown
 
-err = Console(stderr=True)
 Url = Annotated[str, typer.Option("--url", envvar="LORAPLEX_URL", help="Where the server is.")]
 Key = Annotated[
     str, typer.Option("--key", envvar="LORAPLEX_ADMIN_KEY", help="The admin key.", show_default=False)
@@ -32,43 +31,97 @@ LOCAL = "http://127.0.0.1:8000"
 _COMMON = {"url": (Url, LOCAL), "key": (Key, ""), "as_json": (Json, False)}
 
 
-def command(group: typer.Typer, name: str | None = None) -> Callable[[Command], Command]:
-    """Adds ``run`` to ``group``, with the options that say which server and how to print."""
+def command(
+    group: typer.Typer, name: str | None = None, *, fields: Callable[..., dict[str, Any]] | None = None
+) -> Callable[[Command], Command]:
+    """Adds a function to ``group``, with the options that say which server and how to print.
+
+    ``fields`` has options of its own, and what it returns goes to the function's argument of that name.
+    """
 
     def register(run: Command) -> Command:
+        own = _parameters(run)
+        more = _parameters(fields) if fields else []
+        names = [parameter.name for parameter in more]
+
         @functools.wraps(run)
         def wrapped(*, url: str, key: str, as_json: bool, **given: Any) -> None:
+            if fields is not None:
+                given["fields"] = fields(**{name: given.pop(name) for name in names})
             with connected(url, key) as server:
                 document, shown = run(server, **given)
             if as_json:
                 print(json.dumps(document, indent=2))
             else:
+                from rich.console import Console
+
                 Console().print(shown)
 
-        signature = inspect.signature(run, eval_str=True)
-        own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "server"]
-        added = [
-            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=a, default=d)
-            for n, (a, d) in _COMMON.items()
-        ]
-        wrapped.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-        group.command(name)(wrapped)
+        added = [_keyword(n, annotation=a, default=d) for n, (a, d) in _COMMON.items()]
+        wrapped.__signature__ = inspect.Signature([*own, *more, *added])  # type: ignore[attr-defined]
+        leading = [p.name for p in own if p.annotation in (Tenant, Name)]
+        group.command(name, cls=_named_first(leading))(wrapped)
         return run
 
     return register
 
 
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """What the command line gives to ``function``."""
+    signature = inspect.signature(function, eval_str=True)
+    own = (p for p in signature.parameters.values() if p.name not in ("server", "fields"))
+    return [p.replace(kind=p.KEYWORD_ONLY) for p in own]
+
+
+def _keyword(name: str, **of: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, **of)
+
+
+def _named_first(names: list[str]) -> type[TyperCommand]:
+    """Commands whose first arguments are ``names``, where ``--tenant acme`` says the same as ``acme``."""
+
+    class NamedFirst(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            found: dict[str, str] = {}
+            rest = iter(args)
+            others = []
+            for word in rest:
+                option, is_joined, value = word.partition("=")
+                if option.startswith("--") and option[2:] in names:
+                    found[option[2:]] = value if is_joined else next(rest, "")
+                else:
+                    others.append(word)
+            for place, name in enumerate(names):
+                if name in found and not any(word.startswith("-") for word in others[:place]):
+                    others.insert(place, found[name])
+            return super().parse_args(ctx, others)
+
+    return NamedFirst
+
+
+def say(style: str, word: str, text: str) -> None:
+    """One line on standard error: ``word`` in a colour, then ``text`` as it is."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console(stderr=True).print(f"[{style}]{escape(word)}[/{style}] {escape(text)}", soft_wrap=True)
+
+
 @contextmanager
-def connected(url: str, key: str) -> Iterator[Remote]:
-    """A Remote; whatever it refuses is printed, and ends the program with 1."""
+def connected(url: str, key: str) -> Iterator[AdminClient]:
+    """A client; whatever it refuses is printed, and ends the program with 1."""
     try:
         if not key:
             raise RemoteError("no_key", "Give the admin key with LORAPLEX_ADMIN_KEY or --key.")
-        server = Remote(url, key)
+        server = AdminClient(url, key)
         try:
             yield server
         finally:
             server.close()
     except RemoteError as exc:
-        err.print(f"[red]{escape(exc.code)}[/red]: {escape(str(exc))}", soft_wrap=True)
+        from rich.console import Console
+        from rich.markup import escape
+
+        text = f"[red]{escape(exc.code)}[/red]: {escape(str(exc))}"
+        Console(stderr=True).print(text, soft_wrap=True)
         raise SystemExit(1) from exc

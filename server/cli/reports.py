@@ -7,10 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from server.cli import tables as show
-from server.cli.client import Remote
+from server.cli.client import AdminClient
 from server.cli.command import LOCAL, Key, Url, command, connected
 from server.cli.tables import Shown
-from server.cli.top import view, watch
 
 OfTenant = Annotated[str | None, typer.Option("--tenant", help="Of this customer only.")]
 From = Annotated[str | None, typer.Option("--from", help="ISO 8601; UTC where it has no zone.")]
@@ -18,6 +17,7 @@ To = Annotated[str | None, typer.Option("--to", help="The first moment that does
 
 
 def add_to(cli: typer.Typer) -> None:
+    """Adds these commands to the command line."""
     command(cli, "usage")(usage)
     command(cli, "audit")(audit)
     command(cli, "residency")(residency)
@@ -25,7 +25,7 @@ def add_to(cli: typer.Typer) -> None:
 
 
 def usage(
-    server: Remote,
+    server: AdminClient,
     tenant: OfTenant = None,
     adapter: Annotated[str | None, typer.Option(help="Of this adapter only.")] = None,
     by: Annotated[
@@ -46,7 +46,7 @@ def _tokens(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def audit(
-    server: Remote,
+    server: AdminClient,
     tenant: OfTenant = None,
     actor: Annotated[str | None, typer.Option(help="Changes by this one only.")] = None,
     action: Annotated[str | None, typer.Option(help="Changes of this kind only.")] = None,
@@ -62,8 +62,10 @@ def audit(
     return document, show.rows([{name: entry[name] for name in shown} for entry in document["data"]])
 
 
-def residency(server: Remote) -> Shown:
+def residency(server: AdminClient) -> Shown:
     """Slots, host memory and queues as they are now."""
+    from server.cli.top import view
+
     document = server.get("residency")
     return document, view(document)
 
@@ -75,5 +77,7 @@ def top(
     count: Annotated[int | None, typer.Option(min=1, help="Looks; until Ctrl-C if not given.")] = None,
 ) -> None:
     """Watch slots, queues and tokens per second."""
+    from server.cli.top import watch
+
     with connected(url, key) as server:
         watch(server, interval=interval, count=count)

@@ -6,19 +6,20 @@ Everything here is (document, what to show), or a part of the latter.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from rich.console import RenderableType
-from rich.filesize import decimal
-from rich.markup import escape
-from rich.table import Table
+if TYPE_CHECKING:  # rich takes longer to import than a command that does not need it takes in all
+    from rich.console import RenderableType
+    from rich.table import Table
 
-Shown = tuple[Any, RenderableType]
+Shown = tuple[Any, Any]  # a document, and what rich prints of it
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
     """Numbers to the right; None is a dash and a truth a word."""
+    from rich.table import Table
+
     cells = [list(row) for row in rows]
     made = Table(box=None, header_style="bold", pad_edge=False)
     for index, heading in enumerate(headings):
@@ -39,6 +40,8 @@ def rows(documents: list[dict[str, Any]]) -> RenderableType:
 
 def fields(document: dict[str, Any]) -> Shown:
     """A document as names and values."""
+    from rich.table import Table
+
     made = Table(box=None, show_header=False, pad_edge=False)
     made.add_column(style="bold")
     made.add_column(overflow="fold")
@@ -55,6 +58,8 @@ def _field(name: str, value: Any) -> Any:
 
 
 def _cell(value: Any) -> str:
+    from rich.markup import escape
+
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -71,6 +76,8 @@ def when(timestamp: str) -> str:
 
 
 def size(count: int | None) -> str | None:
+    from rich.filesize import decimal
+
     return None if count is None else decimal(count)
 
 
@@ -95,7 +102,11 @@ def adapter_cells(adapter: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def adapter(document: dict[str, Any]) -> Shown:
-    rows = []
+    """An adapter's versions, one in a row, then what their reports say."""
+    from rich.console import Group
+    from rich.markup import escape
+
+    rows, notes = [], []
     for version in document["versions"]:
         number, report = version["version"], version["report"]
         live = "live" if number == document["live"] else ""
@@ -105,12 +116,25 @@ def adapter(document: dict[str, Any]) -> Shown:
         rows.append(
             (number, live, version["tier"], *weights, version["digest"][:12], when(version["created_at"]))
         )
+        notes += [escape(f"version {number}: {note}") for note in _notes(report)]
     made = table(("version", "", "tier", "rank", "size", "digest", "since"), rows)
     marks = ", ".join(mark for mark in ("default", "pinned") if document[mark])
     made.title = escape(f"{document['tenant']}/{document['name']}") + (f" ({marks})" if marks else "")
     made.title_justify = "left"
-    return document, made
+    return document, Group(made, *notes)
+
+
+def _notes(report: dict[str, Any]) -> Iterator[str]:
+    """What a version's report says in words and numbers."""
+    for kind in ("conversions", "warnings"):
+        yield from (f"{kind.removesuffix('s')}: {text}" for text in report.get(kind) or ())
+    for kind in ("probe", "golden"):
+        if found := report.get(kind):
+            values = (f"{name} {_cell(_field(name, value))}" for name, value in found.items())
+            yield f"{kind}: {', '.join(values)}"
 
 
 def gone(what: str) -> Shown:
+    from rich.markup import escape
+
     return {"deleted": what}, f"deleted {escape(what)}"

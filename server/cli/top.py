@@ -10,13 +10,13 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
 from server.cli import tables as show
-from server.cli.client import Remote
+from server.cli.client import AdminClient
 from server.metrics import OUTPUT_TOKENS, by_tenant
 
 Tokens = Mapping[str, float]  # by tenant
 
 
-def watch(server: Remote, *, interval: float, count: int | None) -> None:
+def watch(server: AdminClient, *, interval: float, count: int | None) -> None:
     """Shows ``view`` every ``interval`` seconds, ``count`` times or until Ctrl-C. Raises RemoteError."""
     before: tuple[float, Tokens] | None = None
     with Live(console=Console(), auto_refresh=False) as live:

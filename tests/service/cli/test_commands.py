@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -228,7 +230,7 @@ async def test_a_name_is_divided_between_versions(site: Site) -> None:
     divided = await document(site, "adapters", "canary", "acme", "a", "1=90", "2=10")
     assert divided["split"] == {"1": 90, "2": 10}
     rows = await shown(site, "adapters", "show", "acme", "a")
-    assert [row[:2] for row in rows[2:]] == [["1", "90 %"], ["2", "10 %"]]
+    assert [row[:2] for row in rows[2:4]] == [["1", "90 %"], ["2", "10 %"]]
     assert (await document(site, "adapters", "canary", "acme", "a", "--off"))["split"] is None
     assert "100" in await refusal(site, "adapters", "canary", "acme", "a", "1=90")
     for wrong in (["1"], ["1=x"], ["a=1"], [], ["1=100", "--off"]):
@@ -349,7 +351,7 @@ async def test_no_server_is_explained(site: Site) -> None:
     ],
 )
 def test_another_server_is_not_taken_for_this_one(answer: httpx.Response, code: str) -> None:
-    server = remote.Remote("http://x", "k", httpx.MockTransport(lambda _: answer))
+    server = remote.AdminClient("http://x", "k", httpx.MockTransport(lambda _: answer))
     with pytest.raises(remote.RemoteError) as refused:
         server.get("tenants")
     assert refused.value.code == code
@@ -363,7 +365,56 @@ def test_a_broken_connection_is_named(raised: Exception, code: str) -> None:
     def broken(_: httpx.Request) -> httpx.Response:
         raise raised
 
-    server = remote.Remote("http://x", "k", httpx.MockTransport(broken))
+    server = remote.AdminClient("http://x", "k", httpx.MockTransport(broken))
     with pytest.raises(remote.RemoteError) as refused:
         server.delete("tenants", "acme")
     assert refused.value.code == code
+
+
+# --- start ------------------------------------------------------------------------------------------
+
+
+async def test_names_may_be_given_as_options_too(site: Site) -> None:
+    await site.tenant("acme", {"a": tiny.adapter(1)})
+    listed = await document(site, "adapters", "list", "acme")
+    for words in (["--tenant", "acme"], ["--tenant=acme"]):
+        assert await document(site, "adapters", "list", *words) == listed
+    shown = await document(site, "adapters", "show", "acme", "a")
+    for words in (["--tenant", "acme", "a"], ["--name", "a", "acme"], ["--name=a", "--tenant=acme"]):
+        assert await document(site, "adapters", "show", *words) == shown
+    folder = str(tiny.adapter(1))
+    for words in ([folder, "--tenant", "acme", "--name", "b"], ["acme", "b", folder]):
+        assert (await document(site, "adapters", "push", *words))["adapter"] == "b"
+    missing = await run(site, "adapters", "list", "--tenant")
+    assert missing.exit_code in (1, 2)
+
+
+async def test_show_says_what_the_report_says(site: Site) -> None:
+    await site.tenant("acme", {"a": tiny.adapter(1)})
+    report = (await document(site, "adapters", "show", "acme", "a"))["versions"][0]["report"]
+    assert report["probe"]
+    text = (await run(site, "adapters", "show", "acme", "a")).stdout
+    assert "version 1: probe: " in text
+    for name in report["probe"]:
+        assert name in text
+
+
+@pytest.mark.parametrize("words", [["version"], ["--help"], ["adapters", "--help"], ["serve", "--help"]])
+def test_what_needs_no_server_imports_none(words: list[str]) -> None:
+    """Deterministic, where seconds are not: the imports are what ``version`` waited for."""
+    slow = (
+        "vllm",
+        "torch",
+        "server.settings",
+        "httpx",
+        "sqlalchemy",
+        "prometheus_client",
+        "fastapi",
+    )
+    script = (
+        "import sys\nfrom server.__main__ import cli\n"
+        f"try: cli({words!r})\nexcept SystemExit: pass\n"
+        f"print([name for name in {slow!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"

@@ -1,0 +1,182 @@
+"""``loraplex adapters``: customers' adapters and their versions."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+
+from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
+from server.cli import tables as show
+from server.cli.arguments import Name, Tenant, Yes, confirm
+from server.cli.client import AdminClient, RemoteError
+from server.cli.command import command, say
+from server.cli.tables import Shown
+
+Number = Annotated[int, typer.Argument(help="The version's number.", show_default=False)]
+
+adapters = typer.Typer(no_args_is_help=True, help="Their adapters.")
+
+
+@command(adapters, "list")
+def list_adapters(server: AdminClient, tenant: Tenant) -> Shown:
+    """A customer's adapters."""
+    document = server.get("tenants", tenant, "adapters")
+    headings = ("adapter", "live", "versions", "tier", "default", "pinned", "rank", "since")
+    return document, show.table(headings, map(show.adapter_cells, document["data"]))
+
+
+@command(adapters, "show")
+def show_adapter(server: AdminClient, tenant: Tenant, name: Name) -> Shown:
+    """An adapter's versions, with what their probes and inspections said."""
+    return show.adapter(server.get("tenants", tenant, "adapters", name))
+
+
+@command(adapters, "push")
+def push(
+    server: AdminClient,
+    tenant: Tenant,
+    name: Name,
+    folder: Annotated[Path, typer.Argument(help="What PEFT's save_pretrained wrote.", show_default=False)],
+) -> Shown:
+    """Upload a folder as the next version, and make it live."""
+    document = _push(server, folder, tenant, name)
+    report = document["report"]
+    for note in report.get("conversions", ()):
+        say("cyan", "converted", str(note))
+    for warning in report.get("warnings", ()):
+        say("yellow", "warning", str(warning))
+    return document, show.table(
+        ("adapter", "version", "live", "rank", "size", "digest"),
+        [
+            (
+                name, document["version"], document["live"], report.get("rank"),
+                show.size(report.get("size_bytes")), document["digest"][:12],
+            )
+        ],
+    )  # fmt: skip
+
+
+def _push(server: AdminClient, folder: Path, tenant: str, name: str) -> Any:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress, ExitStack() as stack:
+        files: dict[str, IO[bytes]] = {}
+        try:
+            for file in (CONFIG_FILE, WEIGHTS_FILE, INITIAL_FILE, PROBES_FILE):
+                if file in (CONFIG_FILE, WEIGHTS_FILE) or (folder / file).exists():
+                    opened = progress.open(folder / file, "rb", description=file)
+                    files[file] = stack.enter_context(opened)
+        except OSError as exc:
+            reason = f"{folder} is not an adapter's folder: {exc.strerror or exc}: {exc.filename}"
+            raise RemoteError("no_adapter", reason) from exc
+        return server.upload("tenants", tenant, "adapters", name, "versions", files=files)
+
+
+@command(adapters, "live")
+def make_live(server: AdminClient, tenant: Tenant, name: Name, version: Number) -> Shown:
+    """Answer with this version from now on."""
+    return _change(server, tenant, name, live=version)
+
+
+@command(adapters, "rollback")
+def rollback(server: AdminClient, tenant: Tenant, name: Name) -> Shown:
+    """Answer with the version before the live one."""
+    found = server.get("tenants", tenant, "adapters", name)
+    live = found["live"] or 0
+    before = [v["version"] for v in found["versions"] if v["version"] < live]
+    if not before:
+        raise RemoteError("no_version", f"{name} has no version before {found['live']}; see `adapters show`.")
+    return _change(server, tenant, name, live=max(before))
+
+
+@command(adapters, "canary")
+def canary(
+    server: AdminClient,
+    tenant: Tenant,
+    name: Name,
+    shares: Annotated[
+        list[str] | None,
+        typer.Argument(help="One for each; 100 in all.", metavar="VERSION=PERCENT", show_default=False),
+    ] = None,
+    off: Annotated[bool, typer.Option("--off", help="The live version answers alone again.")] = False,
+) -> Shown:
+    """Divide an adapter's requests between versions."""
+    if off == bool(shares):
+        raise typer.BadParameter("give shares such as 3=90 4=10, or --off", param_hint="VERSION=PERCENT")
+    return _change(server, tenant, name, split=None if off else dict(map(_share, shares or ())))
+
+
+@command(adapters, "verify")
+def verify(
+    server: AdminClient,
+    tenant: Tenant,
+    name: Name,
+    version: Annotated[int | None, typer.Option(help="Another one than the live.")] = None,
+) -> Shown:
+    """Check a version against the probes that came with it."""
+    query = {} if version is None else {"version": version}
+    return show.fields(server.post("tenants", tenant, "adapters", name, "verify", body={}, **query))
+
+
+@command(adapters, "default")
+def make_default(server: AdminClient, tenant: Tenant, name: Name) -> Shown:
+    """Answer requests that name no model."""
+    return _change(server, tenant, name, default=True)
+
+
+@command(adapters, "warm")
+def warm(
+    server: AdminClient,
+    tenant: Tenant,
+    name: Name,
+    version: Annotated[int | None, typer.Option(help="Another one than the live.")] = None,
+    slot: Annotated[bool, typer.Option("--slot", help="Into a GPU slot too.")] = False,
+) -> Shown:
+    """Load a version before its first request; ends when it is there."""
+    body = {"version": version, "slot": slot}
+    return show.fields(server.post("tenants", tenant, "adapters", name, "warm", body=body))
+
+
+@command(adapters, "pin")
+def pin(server: AdminClient, tenant: Tenant, name: Name) -> Shown:
+    """Keep the live version in memory."""
+    return _change(server, tenant, name, pinned=True)
+
+
+@command(adapters, "unpin")
+def unpin(server: AdminClient, tenant: Tenant, name: Name) -> Shown:
+    """Let it make room for others again."""
+    return _change(server, tenant, name, pinned=False)
+
+
+@command(adapters, "delete")
+def delete_adapter(server: AdminClient, tenant: Tenant, name: Name, yes: Yes = False) -> Shown:
+    """Remove an adapter with all versions."""
+    confirm(yes, f"Delete {tenant}'s {name} with all versions?")
+    server.delete("tenants", tenant, "adapters", name)
+    return show.gone(name)
+
+
+@command(adapters, "delete-version")
+def delete_version(
+    server: AdminClient, tenant: Tenant, name: Name, version: Number, yes: Yes = False
+) -> Shown:
+    """Remove one version."""
+    confirm(yes, f"Delete version {version} of {tenant}'s {name}?")
+    server.delete("tenants", tenant, "adapters", name, "versions", version)
+    return show.gone(f"{name}@{version}")
+
+
+def _change(server: AdminClient, tenant: str, name: str, **changes: Any) -> Shown:
+    return show.adapter(server.patch("tenants", tenant, "adapters", name, body=changes))
+
+
+def _share(text: str) -> tuple[str, int]:
+    version, _, percent = text.partition("=")
+    if not (version.isdecimal() and percent.isdecimal()):
+        raise typer.BadParameter(f"{text!r} is not like 3=90", param_hint="VERSION=PERCENT")
+    return version, int(percent)

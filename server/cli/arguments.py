@@ -1,0 +1,31 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Tenant = Annotated[str, typer.Argument(help="The customer's id; also --tenant.", show_default=False)]
+Name = Annotated[str, typer.Argument(help="The adapter's name; also --name.", show_default=False)]
+Document = Annotated[str | None, typer.Option(help="A JSON object, as the API takes it.", metavar="JSON")]
+
+
+def confirm(yes: bool, question: str) -> None:
+    """Asks, unless ``yes``; ends the program where the answer is no."""
+    if not yes:
+        typer.confirm(question, abort=True, err=True)
+
+
+def json_objects(**texts: str | None) -> dict[str, Any]:
+    """The JSON objects among ``texts`` that were given; BadParameter for one that is none."""
+    found = {}
+    for field, text in texts.items():
+        if text is not None:
+            try:
+                found[field] = json.loads(text)
+            except ValueError as exc:
+                raise typer.BadParameter(f"not JSON: {exc}", param_hint=f"--{field}") from exc
+    return found

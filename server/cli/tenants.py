@@ -1,0 +1,86 @@
+"""``loraplex tenants``: a running server's customers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from server.cli import tables as show
+from server.cli.arguments import Document, Tenant, Yes, confirm, json_objects
+from server.cli.client import AdminClient
+from server.cli.command import command
+from server.cli.tables import Shown
+
+Limit = Annotated[
+    str | None, typer.Option(help="A number; `none` for the server's own.", metavar="NUMBER|none")
+]
+
+tenants = typer.Typer(no_args_is_help=True, help="Customers of a running server.")
+
+
+@command(tenants, "list")
+def list_tenants(server: AdminClient) -> Shown:
+    """All of them."""
+    document = server.get("tenants")
+    headings = ("tenant", "name", "weight", "base", "max queued", "max running", "since")
+    return document, show.table(headings, map(show.tenant_cells, document["data"]))
+
+
+@command(tenants, "show")
+def show_tenant(server: AdminClient, tenant: Tenant) -> Shown:
+    """One of them."""
+    return show.fields(server.get("tenants", tenant))
+
+
+def _fields(
+    name: Annotated[str | None, typer.Option(help="For people.")] = None,
+    weight: Annotated[float | None, typer.Option(help="Share of the engine, beside others' 1.")] = None,
+    priority: Annotated[
+        str | None, typer.Option(help="interactive, standard or batch.", show_default=False)
+    ] = None,
+    base: Annotated[
+        bool | None, typer.Option("--base/--no-base", help="Whether the base model may be asked.")
+    ] = None,
+    max_queued: Limit = None,
+    max_running: Limit = None,
+    limits: Document = None,
+    budgets: Document = None,
+) -> dict[str, Any]:
+    """The fields of a customer that were given."""
+    given = {"name": name, "weight": weight, "priority": priority, "base_allowed": base}
+    bounds = {"max_queued": max_queued, "max_running": max_running}
+    return _changes(given, bounds) | json_objects(limits=limits, budgets=budgets)
+
+
+@command(tenants, "create", fields=_fields)
+def create_tenant(server: AdminClient, tenant: Tenant, fields: dict[str, Any]) -> Shown:
+    """Make a customer, who can do nothing without a key."""
+    return show.fields(server.post("tenants", body={"id": tenant} | fields))
+
+
+@command(tenants, "set", fields=_fields)
+def set_tenant(server: AdminClient, tenant: Tenant, fields: dict[str, Any]) -> Shown:
+    """Change what is named; everything else stays."""
+    return show.fields(server.patch("tenants", tenant, body=fields))
+
+
+@command(tenants, "delete")
+def delete_tenant(server: AdminClient, tenant: Tenant, yes: Yes = False) -> Shown:
+    """Remove a customer with all keys and adapters."""
+    confirm(yes, f"Delete {tenant} with all keys and adapters?")
+    server.delete("tenants", tenant)
+    return show.gone(tenant)
+
+
+def _changes(given: dict[str, Any], bounds: dict[str, str | None]) -> dict[str, Any]:
+    """The fields that were given. A bound is a number, or ``none``."""
+    changes: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+    for field, text in bounds.items():
+        if text is not None:
+            try:
+                changes[field] = None if text == "none" else int(text)
+            except ValueError as exc:
+                option = f"--{field.replace('_', '-')}"
+                raise typer.BadParameter(f"{text!r} is neither a number nor none", param_hint=option) from exc
+    return changes
