@@ -28,7 +28,8 @@ from server.http.middleware import RequestContext, install_error_handlers
 from server.http.openapi import document
 from server.http.services import Services
 from server.inference.completion import Completions
-from server.inference.fields import DEFAULT_MODEL
+from server.inference.dialects.base import DEFAULT_MODEL
+from server.inference.dialects.registry import DIALECTS
 from server.limits.quotas import Quotas
 from server.limits.redis import RedisLedger
 from server.metrics import Metrics
@@ -43,10 +44,14 @@ logger = logging.getLogger(__name__)
 StartEngine = Callable[[Settings], Awaitable[Engine]]
 
 
+async def _start_engine(settings: Settings) -> Engine:
+    return await Engine.start(settings, DIALECTS)
+
+
 def create_app(
     settings: Settings,
     *,
-    start_engine: StartEngine = Engine.start,
+    start_engine: StartEngine = _start_engine,
     on_death: Callable[[EngineDied], None] = lambda _: None,
 ) -> FastAPI:
     """The whole service. ``on_death`` is called once if the engine process goes away."""

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 
 from server.errors import ServerError
 
-Kind = Literal["chat", "completion", "responses", "messages", "embedding"]
-TokenKind = Literal["tokenize", "detokenize", "count_tokens"]
+# The name of a dialect: "chat", "completion", "responses", …; see ``server.inference.dialects.registry``.
+Kind = str
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,10 @@ class PageResult:
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """A load that has left its staging thread; ``size_bytes`` of host memory if ``error`` is None."""
+    """A load that has left its staging thread; ``size_bytes`` of host memory if ``error`` is None.
+
+    With several workers ``size_bytes`` is their sum: each keeps a copy, in the memory of one host.
+    """
 
     load_id: int
     error: str | None
@@ -89,7 +92,8 @@ class Call:
     ``model`` is the engine's name for what answers, ``public_model`` the name shown in the answer.
     ``cache_salt`` separates tenants in the prefix cache (at most 128 characters, none of ``@ / \\``).
     ``resumable`` is what ``Engine.resumable`` says of its request. ``sent`` holds what the engine was asked
-    for, as vLLM's core knows it; see ``Engine.pause``.
+    for, as vLLM's core knows it; see ``Engine.pause``. ``failure`` is why the engine ended it, where that is
+    known better than vLLM tells it.
     """
 
     id: str
@@ -104,15 +108,30 @@ class Call:
     sent: list[Any] = field(default_factory=list)
     paused: bool = False
     aborted: bool = False
-    broken: str | None = None
+    failure: ServerError | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Either ``body`` (a JSON document) or ``stream`` (SSE chunks, which must be closed)."""
+    """Either ``body`` (a JSON document) or ``stream`` (server-sent events).
+
+    The stream must be closed. It raises ServerError or EngineDied where the answer breaks off.
+    """
 
     body: dict[str, Any] | None = None
     stream: AsyncIterator[str] | None = None
+
+
+class Dialect(Protocol):
+    """One API surface, as far as the engine needs it; see ``server.inference.dialects.base.Dialect``."""
+
+    @property
+    def asks_while_streaming(self) -> bool: ...
+    def request_model(self, body: dict[str, Any]) -> str: ...
+    def request_id(self, call: Call) -> str | None: ...
+    async def call(self, serving: Any, request: Any) -> Any: ...
+    def document(self, call: Call, result: Any) -> dict[str, Any]: ...
+    def events(self, call: Call, result: AsyncIterator[Any]) -> AsyncIterator[str]: ...
 
 
 class RunsCalls(Protocol):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,12 @@ from server.engine import contract, serving
 from server.engine.calls import (
     Answer,
     Call,
+    Dialect,
     Kind,
     PageOp,
     PageReport,
     PageResult,
     StageResult,
-    TokenKind,
     WorkerReport,
     current_call,
 )
@@ -55,6 +55,7 @@ class Engine:
         capacity: Capacity,
         max_running: int,
         max_model_len: int,
+        dialects: Mapping[Kind, Dialect],
     ) -> None:
         self.base = base
         self.capacity = capacity
@@ -62,13 +63,16 @@ class Engine:
         self.max_model_len = max_model_len
         self._llm = llm
         self._state = state
+        self._dialects = dialects
         self._loads: dict[int, PageOp] = {}
         self._half_staged: dict[int, list[StageResult]] = {}
         self._workers = 1
 
     @classmethod
-    async def start(cls, settings: Settings) -> Engine:
+    async def start(cls, settings: Settings, dialects: Mapping[Kind, Dialect]) -> Engine:
         """Loads the base model; takes from half a minute (small, CPU) to many minutes (70B).
+
+        ``dialects`` are the API surfaces that it will be asked in.
 
         Raises ValueError for engine arguments that vLLM does not know or cannot combine, and for slots that
         are "auto" where their number cannot be told; ContractBroken for a vLLM that this program cannot use.
@@ -113,6 +117,7 @@ class Engine:
                 arguments.capacity_of(slots, base, described, config.lora_config.lora_dtype.itemsize),
                 max_running=config.scheduler_config.max_num_seqs,
                 max_model_len=config.model_config.max_model_len,
+                dialects=dialects,
             )
         except BaseException:
             llm.shutdown()
@@ -183,12 +188,12 @@ class Engine:
             in_step_loads=sum(r["in_step_loads"] for r in reports),
         )
 
-    def parse(self, kind: Kind | TokenKind, body: dict[str, Any]) -> Any:
+    def parse(self, kind: Kind, body: dict[str, Any]) -> Any:
         """``body`` as vLLM's request model. Raises BadRequest naming the field that is wrong."""
         from vllm.exceptions import VLLMValidationError
 
         try:
-            return serving.request_model(kind, body).model_validate(body)
+            return serving.resolve(self._dialects[kind].request_model(body)).model_validate(body)
         except ValidationError as exc:
             raise invalid_request(exc) from exc
         except VLLMValidationError as exc:
@@ -211,7 +216,7 @@ class Engine:
             and (getattr(request, "seed", None) is None or request.temperature == 0)
         )
 
-    def count_prompt(self, text: str) -> int:
+    def estimate_prompt_tokens(self, text: str) -> int:
         """A quick estimate of a prompt's tokens, at least 1; the true number comes with the first token."""
         return max(1, len(text) // 4)
 
@@ -220,62 +225,34 @@ class Engine:
 
         Raises BadRequest (and its kin) for what vLLM refuses, EngineDied when the engine is gone.
         """
+        dialect = self._dialects[call.kind]
         request.model = call.model
         request.cache_salt = call.cache_salt
-        if call.kind != "messages":  # see ``chat_for_messages``
-            request.request_id = f"resp_{call.id}" if call.kind == "responses" else call.id
-        state = self._state
+        if (request_id := dialect.request_id(call)) is not None:
+            request.request_id = request_id
         token = current_call.set(call)
         try:
             with request_errors():
-                match call.kind:
-                    case "chat":
-                        result = await state.openai_serving_chat.create_chat_completion(request)
-                    case "completion":
-                        result = await state.openai_serving_completion.create_completion(request)
-                    case "responses":
-                        result = await state.openai_serving_responses.create_responses(request)
-                    case "messages":
-                        result = await state.anthropic_serving_messages.create_messages(request)
-                    case "embedding":
-                        result = await state.serving_embedding(request)
+                result = await dialect.call(self._state, request)
         finally:
             current_call.reset(token)
-        serving.raise_if_error(result)
-        if hasattr(result, "model_dump"):
-            return Answer(body=serving.document(call, call.kind, result))
-        if call.kind == "embedding":
-            if call.aborted:  # vLLM's answer is then an empty vector
-                raise Unavailable("The server is shutting down.", code="shutting_down", retry_after=5)
-            return Answer(body=serving.embeddings_of(result))
-        if call.kind == "responses":
-            result = serving.errors_as_events(
-                serving.response_events(call, serving.in_call_context(call, result))
-            )
-        elif call.kind == "messages":
-            result = serving.errors_as_events(serving.message_events(call, result))
-        return Answer(stream=result)
+        serving.raise_if_error(call, result)
+        if not hasattr(result, "__aiter__"):
+            return Answer(body=dialect.document(call, result))
+        if dialect.asks_while_streaming:
+            result = serving.in_call_context(call, result)
+        return Answer(stream=serving.raise_errors(call, dialect.events(call, result)))
 
-    async def tokens(self, kind: TokenKind, request: Any) -> dict[str, Any]:
+    async def tokens(self, kind: Kind, request: Any) -> dict[str, Any]:
         """What is asked about tokens, by the base model's tokenizer and chat template: no slot is needed.
 
         Raises BadRequest for what vLLM refuses.
         """
-        if kind == "detokenize":
-            most = int(self._llm.vllm_config.model_config.get_vocab_size()) - 1
-            if max(request.tokens, default=0) > most:  # the tokenizer would leave it out silently
-                raise BadRequest(f"tokens: the vocabulary ends with {most}", param="tokens")
+        dialect = self._dialects[kind]
         request.model = self.base.name
-        tokenizer = self._state.serving_tokenization
         with request_errors():
-            match kind:
-                case "tokenize":
-                    result = await tokenizer.create_tokenize(request, None)
-                case "detokenize":
-                    result = await tokenizer.create_detokenize(request, None)
-                case "count_tokens":
-                    result = await self._state.anthropic_serving_messages.count_tokens(request)
-        serving.raise_if_error(result)
+            result = await dialect.call(self._state, request)
+        serving.raise_if_error(None, result)
         answer: dict[str, Any] = result.model_dump(exclude_none=True)
         return answer
 
@@ -304,6 +281,7 @@ class Engine:
 
     async def give_up(self, call: Call, reason: str) -> None:
         """Ends a paused call with an error that says ``reason``: status 503 if nothing was answered."""
+        call.failure = Unavailable(reason)
         await self._llm.give_up(call, reason)
 
     def poll(self, call: Call) -> None:
@@ -340,5 +318,6 @@ class Engine:
                     if errors:
                         self._loads.pop(load_id, None)
                     slowest = max(part.seconds for part in parts)
+                    size = sum(part.size_bytes for part in parts)
                     whole.append(StageResult(load_id, errors[0] if errors else None, slowest, size))
         return tuple(whole)

@@ -11,7 +11,7 @@ from server.accounts.keys import KeyScope
 from server.accounts.tenants import Tenant
 from server.http.middleware import matched_path
 from server.http.services import ServicesOf, services_of
-from server.inference.error_events import speaks_anthropic
+from server.inference.dialects.messages import speaks_anthropic
 
 
 async def tenant_of(request: Request, scope: KeyScope = "inference") -> Tenant:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,6 @@ from starlette.types import Message, Receive, Scope, Send
 from adapters.errors import AdapterNotFound
 from adapters.model import Adapter
 from server.accounts.tenants import Tenant
-from server.engine.calls import Kind, TokenKind
 from server.errors import BadRequest, ModelNotFound
 from server.http.auth import tenant_of
 from server.http.bodies import json_object
@@ -27,8 +27,9 @@ from server.inference.completion import (
     open_completion,
     resolve,
 )
+from server.inference.dialects.base import Dialect
+from server.inference.dialects.registry import ANSWERING, COUNTING
 from server.inference.embeddings import embed
-from server.inference.fields import meant
 from server.limits.permissions import may_name
 from server.scheduling.dispatcher import Lease
 
@@ -86,46 +87,6 @@ class LeasedResponse(StreamingResponse):
             self._log |= _usage(self._lease)
 
 
-@router.post("/chat/completions", summary="Chat, answered by the customer's adapter")
-async def chat_completions(request: Request) -> Response:
-    return await _complete(request, "chat")
-
-
-@router.post("/completions", summary="Text completion, by the customer's adapter")
-async def completions(request: Request) -> Response:
-    return await _complete(request, "completion")
-
-
-@router.post("/responses", summary="OpenAI's responses, without what they keep between requests")
-async def responses(request: Request) -> Response:
-    return await _complete(request, "responses")
-
-
-@router.post("/messages", summary="Anthropic's messages")
-async def messages(request: Request) -> Response:
-    return await _complete(request, "messages")
-
-
-@router.post("/embeddings", summary="OpenAI's embeddings, where the base model makes them")
-async def embeddings(request: Request) -> Response:
-    return await _complete(request, "embedding")
-
-
-@router.post("/messages/count_tokens", summary="How many tokens a message has")
-async def count_tokens(request: Request) -> dict[str, Any]:
-    return await _tokens(request, "count_tokens")
-
-
-@tokens.post("/tokenize", summary="A text's or a chat's tokens")
-async def tokenize(request: Request) -> dict[str, Any]:
-    return await _tokens(request, "tokenize")
-
-
-@tokens.post("/detokenize", summary="The text of tokens")
-async def detokenize(request: Request) -> dict[str, Any]:
-    return await _tokens(request, "detokenize")
-
-
 @router.get("/models", summary="The customer's adapters, and the base model where allowed")
 async def models(request: Request) -> dict[str, Any]:
     tenant = await tenant_of(request)
@@ -141,17 +102,14 @@ async def model(request: Request, name: str) -> dict[str, Any]:
     raise ModelNotFound(f"The model `{name}` does not exist.", param="model")
 
 
-async def _complete(request: Request, kind: Kind) -> Response:
+async def _complete(request: Request, dialect: Dialect) -> Response:
     tenant, body = await _read(request)
     services = services_of(request)
     service = services.completions
     request.state.headers = partial(service.quotas.headers, tenant)
     id_ = request.state.request_id
-    opening = (
-        embed(service, tenant, body, id_)
-        if kind == "embedding"
-        else open_completion(service, tenant, kind, body, id_)
-    )
+    use_case = embed if dialect.base == "embeddings" else open_completion
+    opening = use_case(service, tenant, dialect, body, id_)
     opened = await while_connected(request, opening, Completion.discard)
     log: dict[str, Any] = request.state.log
     log["model"] = opened.model
@@ -161,12 +119,13 @@ async def _complete(request: Request, kind: Kind) -> Response:
     return JSONResponse(opened.body)
 
 
-async def _tokens(request: Request, kind: TokenKind) -> dict[str, Any]:
+async def _tokens(request: Request, dialect: Dialect) -> dict[str, Any]:
     tenant, body = await _read(request)
     service = services_of(request).completions
-    check_base(service.engine.base, kind)
+    check_base(service.engine.base, dialect)
     await resolve(service, tenant, body.get("model"))
-    return await service.engine.tokens(kind, service.engine.parse(kind, meant(kind, body)))
+    request_ = service.engine.parse(dialect.name, dialect.allowed_fields(body))
+    return await service.engine.tokens(dialect.name, request_)
 
 
 async def _read(request: Request) -> tuple[Tenant, dict[str, Any]]:
@@ -210,3 +169,32 @@ def _usage(lease: Lease) -> dict[str, Any]:
         "prompt_tokens": lease.prompt_tokens,
         "output_tokens": lease.output_tokens,
     }
+
+
+def _answers(dialect: Dialect) -> Callable[[Request], Awaitable[Response]]:
+    """The route of a dialect that runs in the engine."""
+
+    async def route(request: Request) -> Response:
+        return await _complete(request, dialect)
+
+    return route
+
+
+def _counts(dialect: Dialect) -> Callable[[Request], Awaitable[dict[str, Any]]]:
+    """The route of a dialect that the tokenizer answers alone."""
+
+    async def route(request: Request) -> dict[str, Any]:
+        return await _tokens(request, dialect)
+
+    return route
+
+
+for _dialect in (*ANSWERING, *COUNTING):
+    _versioned = _dialect.path.startswith("/v1/")
+    (router if _versioned else tokens).add_api_route(
+        _dialect.path.removeprefix("/v1"),
+        _answers(_dialect) if _dialect in ANSWERING else _counts(_dialect),
+        methods=["POST"],
+        summary=_dialect.summary,
+        name=_dialect.operation,
+    )

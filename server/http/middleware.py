@@ -26,7 +26,7 @@ from server.errors import (
     status_of,
 )
 from server.inference.completion import new_request_id
-from server.inference.error_events import anthropic, speaks_anthropic
+from server.inference.dialects.messages import anthropic_error, speaks_anthropic
 
 logger = logging.getLogger("loraplex.access")
 T = TypeVar("T")
@@ -102,7 +102,7 @@ def _error(
     scope: Scope, body: dict[str, Any], status: int, headers: dict[str, str] | None = None
 ) -> JSONResponse:
     """OpenAI's error ``body``, as the clients of this route read it."""
-    told = anthropic(body, status) if speaks_anthropic(matched_path(scope)) else body
+    told = anthropic_error(body, status) if speaks_anthropic(matched_path(scope)) else body
     return JSONResponse(told, status, headers)
 
 

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 from fastapi import FastAPI
 
-from server.inference.error_events import speaks_anthropic
-
-Schema = dict[str, Any]
+from server.inference.dialects.messages import speaks_anthropic
+from server.inference.dialects.registry import DIALECTS
+from server.inference.dialects.schema import ANY as _ANY
+from server.inference.dialects.schema import BOOL as _BOOL
+from server.inference.dialects.schema import NUMBER as _NUMBER
+from server.inference.dialects.schema import TEXT as _TEXT
+from server.inference.dialects.schema import TOKENS as _TOKENS
+from server.inference.dialects.schema import Schema
+from server.inference.dialects.schema import object_of as _object
 
 
 def document(app: FastAPI) -> Callable[[], Schema]:
@@ -107,10 +112,6 @@ def _json(schema: Schema) -> Schema:
     return {"application/json": {"schema": schema}}
 
 
-def _object(required: str = "", /, **properties: Schema) -> Schema:
-    return {"type": "object", "required": required.split(), "properties": properties}
-
-
 def _closed(required: str = "", /, **properties: Schema) -> Schema:
     return _object(required, **properties) | {"additionalProperties": False}
 
@@ -138,105 +139,11 @@ _MEANS = {
     "503": "The server cannot answer now.",
     "507": "The disk is full.",
 }
-_TEXT: Schema = {"type": "string"}
-_BOOL: Schema = {"type": "boolean"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
-_NUMBER: Schema = {"type": "number"}
-_ANY: Schema = {"type": "object"}
-_MODEL = _TEXT | {"description": "An adapter's name, `name@3`, the base model's name, or `default`."}
-_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
-_TURNS = {
-    "type": "array",
-    "minItems": 1,
-    "items": _object("role content", role={"enum": ["system", "user", "assistant"]}, content=_TEXT),
-}
-_SAMPLED = {
-    "temperature": _NUMBER | {"minimum": 0, "maximum": 2},
-    "top_p": _NUMBER | {"exclusiveMinimum": 0, "maximum": 1},
-    "stream": _BOOL,
-}
-_LIMIT = {"type": "integer", "minimum": 1, "maximum": 2**31 - 1}
-_OPENAI = {
-    "model": _MODEL,
-    **_SAMPLED,
-    "max_tokens": _LIMIT,
-    "n": {"type": "integer", "minimum": 1},
-    "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 16}]},
-    "seed": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
-    "presence_penalty": _NUMBER | {"minimum": -2, "maximum": 2},
-    "frequency_penalty": _NUMBER | {"minimum": -2, "maximum": 2},
-    "logit_bias": {"type": "object", "additionalProperties": _NUMBER | {"minimum": -100, "maximum": 100}},
-    "stream_options": _object(include_usage=_BOOL),
-    "user": _TEXT,
-}
-_ANTHROPIC = {"model": _MODEL, "messages": _TURNS, "system": _TEXT, "tools": {"type": "array", "items": _ANY}}
-# The fields that matter; ``server.inference.fields`` has all of them, and the vendors say what they mean.
-_BODIES: dict[str, Schema] = {
-    "/v1/chat/completions": _object(
-        "messages",
-        **_OPENAI,
-        messages=_TURNS,
-        max_completion_tokens=_LIMIT,
-        logprobs=_BOOL,
-        top_logprobs={"type": "integer", "minimum": 0},
-        tools={"type": "array", "items": _ANY},
-        response_format=_object("type", type={"enum": ["text", "json_object", "json_schema"]}),
-    ),
-    "/v1/completions": _object(
-        "prompt",
-        **_OPENAI,
-        prompt={"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}, _TOKENS]},
-        logprobs={"type": "integer", "minimum": 0},
-        echo=_BOOL,
-    ),
-    "/v1/responses": _object(
-        "input",
-        model=_MODEL,
-        **_SAMPLED,
-        input={"anyOf": [_TEXT, _TURNS]},
-        instructions=_TEXT,
-        max_output_tokens=_LIMIT,
-        store={"const": False},
-        text=_ANY,
-        tools={"type": "array", "items": _ANY},
-    ),
-    "/v1/messages": _object(
-        "messages max_tokens",
-        **_ANTHROPIC,
-        **_SAMPLED,
-        max_tokens=_LIMIT,
-        stop_sequences={"type": "array", "items": _TEXT, "maxItems": 16},
-        top_k={"type": "integer", "minimum": 0},
-    ),
-    "/v1/embeddings": _object(
-        "input",
-        model=_MODEL,
-        input={
-            "anyOf": [
-                _TEXT,
-                {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 2048},
-                _TOKENS,
-                {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": 2048},
-            ]
-        },
-        dimensions={"type": "integer", "minimum": 1},
-        encoding_format={"enum": ["float", "base64"]},
-        user=_TEXT,
-    ),
-    "/v1/messages/count_tokens": _object("messages", **_ANTHROPIC),
-    "/tokenize": _object(
-        model=_MODEL,
-        prompt=_TEXT,
-        messages=_TURNS,
-        add_special_tokens=_BOOL,
-        return_token_strs=_BOOL,
-    )
-    | {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]},
-    "/detokenize": _object("tokens", model=_MODEL, tokens=_TOKENS),
-}
+_BODIES = {dialect.path: dialect.body for dialect in DIALECTS.values()}
+_STREAMS = {dialect.path for dialect in DIALECTS.values() if dialect.streams}
 # Of a stream, each event.
 _EVENT = _object("data", event=_TEXT, data=_TEXT)
-_STREAMS = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
 _FILE = {"type": "string", "format": "binary"}
 _UPLOAD = {
     "multipart/form-data": {

@@ -8,9 +8,8 @@ stream carries its lease and gives it back when it is closed, even if nobody eve
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,34 +18,20 @@ from adapters.errors import AdapterError, AdapterNotFound
 from adapters.model import BaseModel, Version
 from adapters.store.catalog import Catalog
 from server.accounts.tenants import Tenant
-from server.engine.calls import Answer, Call, EngineDied, InFlight, Kind, TokenKind
+from server.engine.calls import Call, EngineDied, InFlight
 from server.engine.engine import Engine
-from server.engine.errors import FAILED, from_vllm
-from server.engine.serving import BROKEN
 from server.errors import (
     BadRequest,
-    Internal,
     ModelNotFound,
     ServerError,
     TooManyRequests,
     Unavailable,
 )
-from server.inference.error_events import error_event
-from server.inference.fields import DEFAULT_MODEL, meant
+from server.inference.dialects.base import DEFAULT_MODEL, Dialect
 from server.limits.quotas import Quotas
 from server.limits.reservation import Reservation
 from server.metrics import Metrics, Outcome
 from server.scheduling.dispatcher import Dispatcher, Lease
-
-# Where a request says how many tokens it wants, in the order in which these are looked at.
-_MOST: Mapping[Kind, tuple[str, ...]] = {
-    "chat": ("max_completion_tokens", "max_tokens"),
-    "completion": ("max_tokens",),
-    "responses": ("max_output_tokens",),
-    "messages": ("max_tokens",),
-}
-# Tokens of a completion that asks for no number, which is OpenAI's rule and vLLM's.
-DEFAULT_COMPLETION = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +60,7 @@ class Completion:
 
 
 async def open_completion(
-    service: Completions, tenant: Tenant, kind: Kind, body: dict[str, Any], request_id: str
+    service: Completions, tenant: Tenant, dialect: Dialect, body: dict[str, Any], request_id: str
 ) -> Completion:
     """Answers ``body`` for ``tenant``, or opens the stream that will.
 
@@ -83,19 +68,20 @@ async def open_completion(
     engine and gives its place back.
     """
     with counted_refusals(service, tenant):
-        check_base(service.engine.base, kind)
-        version, public, reservation = await named(service, tenant, kind, body, request_id)
+        check_base(service.engine.base, dialect)
+        version, public, reservation = await resolve_allowed(service, tenant, dialect, body, request_id)
         text = _prompt_text(body)
-        most_prompt = most_tokens(text, body.get("tools"))
-        elastic = all(body.get(param) is None for param in _MOST[kind])
-        body = _bounded(service, reservation, kind, body, most_prompt)
-        request = service.engine.parse(kind, meant(kind, body))
-        sequences, max_tokens = _size(service.engine, kind, body, request)
+        most_prompt = prompt_tokens_bound(text, body.get("tools"))
+        elastic = all(body.get(param) is None for param in dialect.max_tokens_fields)
+        fields = dialect.allowed_fields(body)
+        fields = with_token_limit(service, reservation, dialect, fields, most_prompt)
+        request = service.engine.parse(dialect.name, fields)
+        sequences, max_tokens = sequences_and_tokens(service.engine, dialect, fields, request)
         resumable = service.engine.resumable(request)
         room = max(1, service.engine.max_model_len - most_prompt)
-        prompt_tokens = service.engine.count_prompt(text)
+        prompt_tokens = service.engine.estimate_prompt_tokens(text)
         await reservation.reserve(most_prompt, sequences * min(max_tokens, room), elastic=elastic)
-        lease = await leased(
+        lease = await acquire_lease(
             service,
             tenant,
             version,
@@ -107,7 +93,7 @@ async def open_completion(
         )
     call = Call(
         id=request_id,
-        kind=kind,
+        kind=dialect.name,
         model=version.key if version else service.engine.base.name,
         public_model=public,
         cache_salt=tenant.cache_salt,
@@ -115,19 +101,18 @@ async def open_completion(
         admission=lease.admission,
         resumable=resumable,
     )
-    return await _run(service.engine, lease, call, request)
+    return await _run(service.engine, dialect, lease, call, request)
 
 
-async def _run(engine: Engine, lease: Lease, call: Call, request: Any) -> Completion:
+async def _run(engine: Engine, dialect: Dialect, lease: Lease, call: Call, request: Any) -> Completion:
     """From here on the lease is ours, so every way out either returns it in the completion or closes it."""
     lease.streamed = bool(request.stream)
     lease.work = InFlight(engine, call)
     async with closed_on_failure(lease):
         answer = await engine.answer(call, request)
         if answer.stream is not None:
-            return Completion(
-                call.public_model, lease, stream=await LeasedStream.opened(answer, lease, call.kind)
-            )
+            stream = await LeasedStream.opened(answer.stream, lease, dialect)
+            return Completion(call.public_model, lease, stream=stream)
     await lease.close("completed")
     return Completion(call.public_model, lease, body=answer.body)
 
@@ -145,7 +130,7 @@ def counted_refusals(service: Completions, tenant: Tenant) -> Iterator[None]:
         raise
 
 
-async def leased(
+async def acquire_lease(
     service: Completions,
     tenant: Tenant,
     version: Version | None,
@@ -188,53 +173,56 @@ async def closed_on_failure(lease: Lease) -> AsyncIterator[None]:
         raise
     except EngineDied as exc:
         await lease.close("failed")
-        raise Unavailable("The engine has stopped; the server is restarting.", code="engine_stopped") from exc
+        raise engine_stopped() from exc
     except BaseException as exc:
         await lease.close(_outcome_of(exc))
         raise
 
 
+def engine_stopped() -> Unavailable:
+    """What a request is told whose engine is gone."""
+    return Unavailable("The engine has stopped; the server is restarting.", code="engine_stopped")
+
+
 class LeasedStream:
     """SSE chunks, and the lease that they are produced with. ``aclose`` is idempotent and always needed."""
 
-    def __init__(self, chunks: AsyncIterator[str], first: str | None, lease: Lease, kind: Kind) -> None:
+    def __init__(self, chunks: AsyncIterator[str], first: str | None, lease: Lease, dialect: Dialect) -> None:
         self._chunks = chunks
         self._first = first
         self._lease = lease
-        self._kind = kind
+        self._dialect = dialect
         self._outcome: Outcome = "disconnected"
 
     @classmethod
-    async def opened(cls, answer: Answer, lease: Lease, kind: Kind) -> LeasedStream:
+    async def opened(cls, chunks: AsyncIterator[str], lease: Lease, dialect: Dialect) -> LeasedStream:
         """Waits for the first chunk, so that a request which fails at once gets a status, not a stream."""
-        assert answer.stream is not None
-        first = await anext(answer.stream, None)
-        if first is not None and (error := _error_in(first)) is not None:
-            raise (lease.admission and lease.admission.refused) or error
-        return cls(answer.stream, first, lease, kind)
+        return cls(chunks, await anext(chunks, None), lease, dialect)
 
     async def __aiter__(self) -> AsyncIterator[str]:
+        """The chunks; an error becomes the last one, as clients of this dialect expect it."""
         number = 0
-        if self._first is not None:
-            yield self._first
-        async for chunk in self._chunks:
-            number += 1
-            error = _error_in(chunk)
-            if error is not None:
-                self._outcome = "failed"
-                yield error_event(self._kind, error, number)
-            else:
+        try:
+            if self._first is not None:
+                number = 1
+                yield self._first
+            async for chunk in self._chunks:
+                number += 1
                 yield chunk
-        if self._outcome != "failed":
+        except (ServerError, EngineDied) as exc:
+            self._outcome = "failed"
+            error = engine_stopped() if isinstance(exc, EngineDied) else exc
+            yield self._dialect.error_event(error, number)
+        else:
             self._outcome = "completed"
 
     async def aclose(self) -> None:
         await self._lease.close(self._outcome)
 
 
-def check_base(base: BaseModel, kind: Kind | TokenKind) -> None:
-    """BadRequest (``not_supported_by_base``) for a kind of answer that the base model does not give."""
-    if kind in ("tokenize", "detokenize") or base.pooling == (kind == "embedding"):
+def check_base(base: BaseModel, dialect: Dialect) -> None:
+    """BadRequest (``not_supported_by_base``) for a dialect that the base model cannot answer in."""
+    if dialect.base == "any" or base.pooling == (dialect.base == "embeddings"):
         return
     cure = (
         "makes embeddings and no text; call /v1/embeddings."
@@ -244,13 +232,13 @@ def check_base(base: BaseModel, kind: Kind | TokenKind) -> None:
     raise BadRequest(f"The base model that is served here {cure}", code="not_supported_by_base")
 
 
-async def named(
-    service: Completions, tenant: Tenant, kind: Kind, body: dict[str, Any], request_id: str
+async def resolve_allowed(
+    service: Completions, tenant: Tenant, dialect: Dialect, body: dict[str, Any], request_id: str
 ) -> tuple[Version | None, str, Reservation]:
     """As ``resolve``, with a reservation, if the tenant may use it; see ``Quotas.open``."""
     unit = body.get("user") or request_id
     version, public = await resolve(service, tenant, body.get("model"), str(unit))
-    reservation = await service.quotas.open(tenant, version, endpoint=kind, request_id=request_id)
+    reservation = await service.quotas.open(tenant, version, endpoint=dialect.name, request_id=request_id)
     return version, public, reservation
 
 
@@ -270,43 +258,38 @@ async def resolve(
     return version, model if by_name and model is not None else version.adapter
 
 
-def _size(engine: Engine, kind: Kind, body: dict[str, Any], request: Any) -> tuple[int, int]:
-    """(sequences, most output tokens of each). Raises BadRequest when it can never fit."""
-    if kind in ("responses", "messages"):
-        limit = request.max_output_tokens if kind == "responses" else request.max_tokens
-        return 1, _within(limit, engine.max_model_len)
-    prompts = 1
-    if kind == "completion" and isinstance(request.prompt, list) and request.prompt:
-        nested = not isinstance(request.prompt[0], int)
-        prompts = len(request.prompt) if nested else 1
-    sequences = (request.n or 1) * prompts
+def sequences_and_tokens(
+    engine: Engine, dialect: Dialect, body: dict[str, Any], request: Any
+) -> tuple[int, int]:
+    """(sequences, most output tokens of each). BadRequest for more sequences than can ever run at once."""
+    sequences, limit = dialect.sizes(body, request)
     if not 1 <= sequences <= engine.max_running:
         raise BadRequest(f"n times the number of prompts must be from 1 to {engine.max_running}", param="n")
-    # From the body where it can be: reading chat's deprecated max_tokens warns on every request.
-    chat = kind == "chat"
-    limit = (body.get("max_completion_tokens") or body.get("max_tokens")) if chat else request.max_tokens
-    return sequences, _within(limit, engine.max_model_len)
+    most = engine.max_model_len
+    return sequences, most if limit is None else max(1, min(limit, most))
 
 
-def _within(limit: int | None, most: int) -> int:
-    return most if limit is None else max(1, min(limit, most))
-
-
-def _bounded(
-    service: Completions, reservation: Reservation, kind: Kind, body: dict[str, Any], prompt_tokens: int
+def with_token_limit(
+    service: Completions,
+    reservation: Reservation,
+    dialect: Dialect,
+    body: dict[str, Any],
+    prompt_tokens: int,
 ) -> dict[str, Any]:
-    """``body`` asking for as many tokens as limits leave, where it does not say. BadRequest for too many."""
-    for param in _MOST[kind]:
+    """``body`` asking for as many tokens as limits leave, where it does not say how many.
+
+    Raises BadRequest where it asks for more than the tenant's limit of one answer.
+    """
+    for param in dialect.max_tokens_fields:
         asked = body.get(param)
         if asked is not None:
-            if isinstance(asked, int):
-                reservation.check_max_tokens(asked, param)
+            reservation.check_max_tokens(asked, param)
             return body
     n = body.get("n")
     most = reservation.max_output(prompt_tokens, n if isinstance(n, int) and n > 1 else 1)
     if most is None or prompt_tokens + most >= service.engine.max_model_len:
         return body
-    return body | {_MOST[kind][0]: min(most, DEFAULT_COMPLETION) if kind == "completion" else most}
+    return body | {dialect.max_tokens_fields[0]: min(most, dialect.default_max_tokens or most)}
 
 
 def _prompt_text(body: dict[str, Any]) -> str:
@@ -315,7 +298,7 @@ def _prompt_text(body: dict[str, Any]) -> str:
     return "".join(str(body[name]) for name in fields if body.get(name))
 
 
-def most_tokens(text: str, tools: Any = None) -> int:
+def prompt_tokens_bound(text: str, tools: Any = None) -> int:
     """A high estimate of the prompt's tokens, to be reserved until the engine has counted them.
 
     Ordinary text of any language has three bytes or more to a token, token ids with their commas too. For
@@ -323,18 +306,6 @@ def most_tokens(text: str, tools: Any = None) -> int:
     """
     whole = text + str(tools or "")
     return len(whole.encode("utf-8", "surrogatepass")) // 3 + 1
-
-
-def _error_in(chunk: str) -> ServerError | None:
-    """vLLM reports an error in a stream as an event of its own, with a number for a code."""
-    if not chunk.startswith(BROKEN):
-        return None
-    try:
-        error = json.loads(chunk.removeprefix("data: "))["error"]
-        status, message = int(error["code"]), str(error["message"])
-    except (ValueError, KeyError, TypeError):
-        return Internal(FAILED)
-    return from_vllm(message, status, error.get("param"))
 
 
 def _outcome_of(exc: BaseException) -> Outcome:

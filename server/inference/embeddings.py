@@ -16,37 +16,38 @@ from server.errors import BadRequest, Internal
 from server.inference.completion import (
     Completion,
     Completions,
+    acquire_lease,
     check_base,
     closed_on_failure,
     counted_refusals,
-    leased,
-    most_tokens,
-    named,
+    prompt_tokens_bound,
+    resolve_allowed,
 )
-from server.inference.fields import meant
+from server.inference.dialects.base import Dialect
+from server.inference.dialects.embeddings import MAX_INPUTS
 
-# OpenAI's.
-MAX_INPUTS = 2048
 # A request takes at most one in so many of the engine's places.
 _SHARE = 4
 _ENCODINGS = ("float", "base64")
 
 
-async def embed(service: Completions, tenant: Tenant, body: dict[str, Any], request_id: str) -> Completion:
+async def embed(
+    service: Completions, tenant: Tenant, dialect: Dialect, body: dict[str, Any], request_id: str
+) -> Completion:
     """Answers ``body`` for ``tenant`` with a document; raises and may be cancelled as ``open_completion``."""
     engine = service.engine
     with counted_refusals(service, tenant):
-        check_base(engine.base, "embedding")
-        version, public, reservation = await named(service, tenant, "embedding", body, request_id)
-        request = engine.parse("embedding", meant("embedding", body))
+        check_base(engine.base, dialect)
+        version, public, reservation = await resolve_allowed(service, tenant, dialect, body, request_id)
+        request = engine.parse(dialect.name, dialect.allowed_fields(body))
         if request.encoding_format not in _ENCODINGS:
             raise BadRequest("encoding_format must be float or base64", param="encoding_format")
         inputs = _inputs(request.input)
         text = str(body["input"])
         places = min(len(inputs), max(1, engine.max_running // _SHARE))
-        prompt_tokens = engine.count_prompt(text)
-        await reservation.reserve(most_tokens(text), 0)
-        lease = await leased(
+        prompt_tokens = engine.estimate_prompt_tokens(text)
+        await reservation.reserve(prompt_tokens_bound(text), 0)
+        lease = await acquire_lease(
             service,
             tenant,
             version,
@@ -60,7 +61,7 @@ async def embed(service: Completions, tenant: Tenant, body: dict[str, Any], requ
         for at in range(0, len(inputs), places):
             call = Call(
                 id=f"{request_id}-{at}",
-                kind="embedding",
+                kind=dialect.name,
                 model=version.key if version else engine.base.name,
                 public_model=public,
                 cache_salt=tenant.cache_salt,

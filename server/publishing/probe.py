@@ -114,7 +114,7 @@ class Prober:
         lease = await self._dispatcher.submit(
             TENANT,
             version,
-            prompt_tokens=self._engine.count_prompt("".join(map(str, bodies))),
+            prompt_tokens=self._engine.estimate_prompt_tokens("".join(map(str, bodies))),
             max_tokens=len(bodies),
         )
         try:

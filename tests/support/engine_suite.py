@@ -202,8 +202,8 @@ class EngineSuite:
         assert engine.lora_dtype in ("float32", "float16", "bfloat16")
         assert engine.max_logprobs >= 1
         assert engine.version
-        assert engine.count_prompt("") >= 1
-        assert engine.count_prompt("word " * 100) > 50
+        assert engine.estimate_prompt_tokens("") >= 1
+        assert engine.estimate_prompt_tokens("word " * 100) > 50
 
     # --- paging ----------------------------------------------------------------------------------
 
@@ -535,11 +535,8 @@ class EngineSuite:
             engine.poll(made)
         assert await engine.pause(made)
         await engine.give_up(made, "it is gone")
-        if stream:
-            assert "it is gone" in str(await reading)
-        else:
-            with pytest.raises(Unavailable, match="it is gone"):
-                await reading
+        with pytest.raises(Unavailable, match="it is gone"):
+            await reading
 
     # --- endings ---------------------------------------------------------------------------------
 

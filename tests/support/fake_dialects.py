@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from server.engine.calls import Call
-from server.engine.serving import BROKEN, message_events, until_broken
+from server.engine.serving import BROKEN, until_broken
+from server.inference.dialects.messages import Messages
 
 
 def as_chat(request: Any) -> Any:
@@ -48,7 +49,7 @@ async def stream(call: Call, chat: AsyncIterator[str]) -> AsyncIterator[str]:
 
     if call.kind == "messages":
         converter = AnthropicServingMessages.message_stream_converter
-        async for event in message_events(call, converter(None, until_broken(call, chat))):
+        async for event in Messages().events(call, converter(None, until_broken(call, chat))):
             yield event
         return
     number = 0

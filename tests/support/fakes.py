@@ -29,17 +29,19 @@ from server.engine.calls import (
     Answer,
     Call,
     EngineDied,
+    Kind,
     PageOp,
     PageReport,
     PageResult,
     StageResult,
-    TokenKind,
     WorkerReport,
 )
 from server.engine.engine import Engine
 from server.engine.errors import from_vllm, request_errors
+from server.engine.serving import raise_errors
 from server.engine.sizing import Capacity
 from server.errors import BadRequest, TooManyRequests, Unavailable
+from server.inference.dialects.registry import DIALECTS
 from tests.support import fake_dialects, fake_embeddings
 
 BASE_NAME = "base"
@@ -126,7 +128,7 @@ class FakeEngine:
     max_logprobs = 20
     version = "fake 1"
     parse = Engine.parse
-    count_prompt = Engine.count_prompt
+    estimate_prompt_tokens = Engine.estimate_prompt_tokens
     resumable = Engine.resumable
 
     def __init__(
@@ -141,6 +143,7 @@ class FakeEngine:
         read: Callable[[Path], int] = read_adapter,
     ) -> None:
         self.base = base
+        self._dialects = DIALECTS
         self.capacity = Capacity(gpu_slots, host_slots, slot_bytes=1 << 20, entry_bytes=1 << 19)
         self.max_running = max_running
         self.max_model_len = max_model_len
@@ -224,10 +227,12 @@ class FakeEngine:
         if request.stream:
             events = self._completion_events if call.kind == "completion" else self._chat_events
             if call.kind == "responses":
-                return Answer(stream=fake_dialects.stream(call, self._sse(run, events, True)))
+                chunks = fake_dialects.stream(call, self._sse(run, events, True))
+                return Answer(stream=raise_errors(call, chunks))
             include_usage = bool(request.stream_options and request.stream_options.include_usage)
             chunks = self._sse(run, events, include_usage)
-            return Answer(stream=fake_dialects.stream(call, chunks) if call.kind == "messages" else chunks)
+            chunks = fake_dialects.stream(call, chunks) if call.kind == "messages" else chunks
+            return Answer(stream=raise_errors(call, chunks))
         async for i in self._produce(run):
             del i
             if self.break_streams and self._due_to_break(run):
@@ -238,7 +243,7 @@ class FakeEngine:
             body=body if call.kind in ("chat", "completion") else fake_dialects.document(call, body)
         )
 
-    async def tokens(self, kind: TokenKind, request: Any) -> dict[str, Any]:
+    async def tokens(self, kind: Kind, request: Any) -> dict[str, Any]:
         self._alive()
         if kind == "detokenize":
             if max(request.tokens, default=0) >= len(self._words):

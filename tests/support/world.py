@@ -20,6 +20,7 @@ from adapters.model import BaseModel, ModuleShape, Version
 from server.accounts.tenants import Tenant
 from server.engine.calls import EngineDied, PageOp, PageReport
 from server.inference.completion import Completion, Completions, open_completion
+from server.inference.dialects.registry import DIALECTS
 from server.inference.embeddings import embed
 from server.metrics import Metrics
 from server.scheduling.dispatcher import Dispatcher
@@ -110,9 +111,11 @@ class World:
         """A streamed completion unless ``stream`` says otherwise; of an embedding model, three embeddings."""
         asker = tenant(who) if isinstance(who, str) else who
         if self.base.pooling:
-            return await embed(self.service, asker, {"input": ["hello"] * 3}, f"r{next(self._ids)}")
+            given = {"input": ["hello"] * 3}
+            return await embed(self.service, asker, DIALECTS["embedding"], given, f"r{next(self._ids)}")
         body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "stream": True, "n": n}
-        return await open_completion(self.service, asker, "chat", {**body, **fields}, f"r{id(body)}")
+        chat = DIALECTS["chat"]
+        return await open_completion(self.service, asker, chat, {**body, **fields}, f"r{id(body)}")
 
     async def ask(self, who: str | Tenant, **fields: Any) -> str:
         """All chunks of the answer, or its document, as the routes read them."""

@@ -14,7 +14,7 @@ import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from server.inference.fields import ALLOWED, DROPPED
+from server.inference.dialects.registry import DIALECTS
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
 from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
@@ -219,8 +219,9 @@ async def test_a_revoked_key_is_refused_at_once(site: Site) -> None:
 
 # --- what is refused --------------------------------------------------------------------------------
 
-CHAT_EXTRAS = ChatCompletionRequest.model_fields.keys() - ALLOWED["chat"] - DROPPED["chat"]
-TEXT_EXTRAS = CompletionRequest.model_fields.keys() - ALLOWED["completion"] - DROPPED["completion"]
+CHAT_SURFACE, TEXT_SURFACE = DIALECTS["chat"], DIALECTS["completion"]
+CHAT_EXTRAS = ChatCompletionRequest.model_fields.keys() - CHAT_SURFACE.accepted - CHAT_SURFACE.ignored
+TEXT_EXTRAS = CompletionRequest.model_fields.keys() - TEXT_SURFACE.accepted - TEXT_SURFACE.ignored
 EXTRAS = [
     *(("chat", name) for name in (*sorted(CHAT_EXTRAS), "lora_path", "prompt", "functions")),
     *(("text", name) for name in (*sorted(TEXT_EXTRAS), "messages")),
@@ -246,7 +247,7 @@ async def test_every_field_that_is_not_meant_is_refused_by_name(site: Site) -> N
 
 async def test_fields_about_openais_own_service_are_dropped(site: Site) -> None:
     key = await site.tenant("acme", {"a": tiny.adapter(1)})
-    dropped = dict.fromkeys(DROPPED["chat"], "x") | {"stream_options": {"include_obfuscation": False}}
+    dropped = dict.fromkeys(CHAT_SURFACE.ignored, "x") | {"stream_options": {"include_obfuscation": False}}
     answered = await site.http.post(CHAT_URL, json={**CHAT, **dropped, "stream": True}, headers=bearer(key))
     assert answered.status_code == 200
 

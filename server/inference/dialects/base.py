@@ -1,0 +1,157 @@
+"""What one API surface is: a ``Dialect``, one file each, all of them listed in ``registry``.
+
+A field that is silently ignored changes the meaning of a request, and vLLM's own extras are the operator's
+business: so a dialect names every field that it accepts, and refuses all others by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any, ClassVar, Literal
+
+from adapters.errors import AdapterError
+from server.engine.calls import Call, Kind
+from server.errors import BadRequest, ServerError, body_of
+from server.inference.dialects.schema import Schema
+
+DEFAULT_MODEL = "default"
+
+# What says something about OpenAI's own service and not about the answer.
+OPENAI_SERVICE = frozenset(
+    {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store"}
+)  # fmt: skip
+# Sampling, which chat and completions share.
+OPENAI_SAMPLING = frozenset(
+    {
+        "model", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n", "presence_penalty", "seed",
+        "stop", "stream", "stream_options", "temperature", "top_p", "user",
+    }
+)  # fmt: skip
+RESPONSE_FORMATS = frozenset({"text", "json_object", "json_schema"})
+# vLLM's own fields of an answer, which are null unless one of its extras was asked for.
+_VLLM_FIELDS = (
+    "kv_transfer_params", "ec_transfer_params", "prompt_token_ids", "prompt_logprobs", "metrics",
+    "input_messages", "output_messages",
+)  # fmt: skip
+# A number is a JSON number and nothing that could be read as one, in every dialect.
+INTEGERS = frozenset(
+    {
+        "dimensions", "max_completion_tokens", "max_output_tokens", "max_tokens", "max_tool_calls", "n",
+        "seed", "top_k", "top_logprobs",
+    }
+)  # fmt: skip
+_NUMBERS = frozenset({"frequency_penalty", "presence_penalty", "temperature", "top_p"})
+_JSON_TYPES = {str: "a string", bool: "a boolean", float: "a decimal", int: "an integer", list: "an array"}
+
+
+class Dialect:
+    """One API surface: what it accepts, how vLLM is asked, and how its answers and errors look.
+
+    ``base`` is the kind of base model that can answer. ``request_model`` and ``call`` name things of vLLM by
+    the names that vLLM gives them; the engine resolves them, since it alone imports vLLM.
+    """
+
+    name: ClassVar[Kind]
+    path: ClassVar[str]
+    operation: ClassVar[str]
+    """The operation's name in the OpenAPI document."""
+    summary: ClassVar[str]
+    body: ClassVar[Schema]
+    """The OpenAPI schema of the fields that matter; the vendors say what all of them mean."""
+    accepted: ClassVar[frozenset[str]]
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    stream_options: ClassVar[frozenset[str]] = frozenset()
+    max_tokens_fields: ClassVar[tuple[str, ...]] = ()
+    """Where a request says how many tokens it wants, in the order in which these are looked at."""
+    default_max_tokens: ClassVar[int | None] = None
+    """Tokens of an answer that asks for no number; None for as many as fit."""
+    base: ClassVar[Literal["text", "embeddings", "any"]] = "text"
+    streams: ClassVar[bool] = True
+    asks_while_streaming: ClassVar[bool] = False
+    """Whether vLLM may ask the engine for more while a stream runs."""
+    integers: ClassVar[frozenset[str]] = INTEGERS
+
+    def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
+        """``body`` without what this dialect ignores.
+
+        Raises BadRequest naming the first field that the dialect does not know, or whose number is none.
+        """
+        for name, value in body.items():
+            if name not in self.accepted and name not in self.ignored:
+                raise unknown_field(name)
+            if value is not None and name not in self.ignored:
+                self._check_number(name, value)
+        kept = {name: value for name, value in body.items() if name not in self.ignored}
+        options = kept.get("stream_options")
+        if isinstance(options, dict):
+            for name in options:
+                if name not in self.stream_options:
+                    raise unknown_field(f"stream_options.{name}")
+            kept["stream_options"] = {k: v for k, v in options.items() if k != "include_obfuscation"}
+        return kept | {"model": body.get("model") or DEFAULT_MODEL}
+
+    def _check_number(self, name: str, value: Any) -> None:
+        integer = name in self.integers
+        if not integer and name not in _NUMBERS:
+            return
+        if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
+            wanted = "an integer" if integer else "a number"
+            given = _JSON_TYPES.get(type(value), "an object")
+            raise BadRequest(f"{name}: expected {wanted}, but got {given} instead", param=name)
+
+    def request_model(self, body: dict[str, Any]) -> str:
+        """Where vLLM's request model for ``body`` is: ``module:class``."""
+        raise NotImplementedError
+
+    def sizes(self, body: dict[str, Any], request: Any) -> tuple[int, int | None]:
+        """(sequences, output tokens that each asks for or None) of ``request``, parsed from ``body``."""
+        return 1, getattr(request, self.max_tokens_fields[0]) if self.max_tokens_fields else 0
+
+    def request_id(self, call: Call) -> str | None:
+        """The id that vLLM's request gets; None where the request has no place for one."""
+        return call.id
+
+    async def call(self, serving: Any, request: Any) -> Any:
+        """What vLLM answers to ``request``; ``serving`` holds its serving objects, by its own names."""
+        raise NotImplementedError
+
+    def document(self, call: Call, result: Any) -> dict[str, Any]:
+        """vLLM's response object as the JSON that a customer gets."""
+        return without_extras(result.model_dump())
+
+    def events(self, call: Call, result: AsyncIterator[Any]) -> AsyncIterator[str]:
+        """vLLM's stream as the server-sent events that a customer gets."""
+        return result
+
+    def error_event(self, error: ServerError | AdapterError, number: int) -> str:
+        """What ends a stream that breaks with ``error``, after ``number`` events."""
+        return f"data: {json.dumps(body_of(error))}\n\ndata: [DONE]\n\n"
+
+
+class OpenAIText(Dialect):
+    """What OpenAI's chat and completions have in common."""
+
+    ignored = OPENAI_SERVICE
+    stream_options = frozenset({"include_usage", "include_obfuscation"})
+
+    def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
+        kept = super().allowed_fields(body)
+        wanted = kept.get("response_format")
+        if isinstance(wanted, dict) and str(wanted.get("type")) not in RESPONSE_FORMATS:
+            formats = ", ".join(sorted(RESPONSE_FORMATS))
+            raise BadRequest(f"response_format.type must be one of {formats}", param="response_format")
+        return kept
+
+
+def unknown_field(param: str) -> BadRequest:
+    """The refusal of a field that is no part of the API."""
+    return BadRequest(f"Unrecognized request argument supplied: {param}", code="unknown_field", param=param)
+
+
+def without_extras(body: dict[str, Any]) -> dict[str, Any]:
+    """``body`` without those of vLLM's own fields that are null."""
+    for name in _VLLM_FIELDS:
+        if body.get(name) is None:
+            body.pop(name, None)
+    return body

@@ -1,0 +1,51 @@
+"""OpenAI's ``/v1/embeddings``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.engine.calls import Call
+from server.engine.serving import embeddings_of
+from server.errors import Unavailable
+from server.inference.dialects.base import Dialect
+from server.inference.dialects.schema import MODEL, TEXT, TOKENS, object_of
+
+# OpenAI's.
+MAX_INPUTS = 2048
+
+
+class Embeddings(Dialect):
+    name = "embedding"
+    path = "/v1/embeddings"
+    operation = "embeddings"
+    summary = "OpenAI's embeddings, where the base model makes them"
+    accepted = frozenset({"model", "dimensions", "encoding_format", "input", "user"})
+    base = "embeddings"
+    streams = False
+    body = object_of(
+        "input",
+        model=MODEL,
+        input={
+            "anyOf": [
+                TEXT,
+                {"type": "array", "items": TEXT, "minItems": 1, "maxItems": MAX_INPUTS},
+                TOKENS,
+                {"type": "array", "items": TOKENS, "minItems": 1, "maxItems": MAX_INPUTS},
+            ]
+        },
+        dimensions={"type": "integer", "minimum": 1},
+        encoding_format={"enum": ["float", "base64"]},
+        user=TEXT,
+    )
+
+    def request_model(self, body: dict[str, Any]) -> str:
+        return "vllm.entrypoints.pooling.embed.protocol:EmbeddingCompletionRequest"
+
+    async def call(self, serving: Any, request: Any) -> Any:
+        return await serving.serving_embedding(request)
+
+    def document(self, call: Call, result: Any) -> dict[str, Any]:
+        """vLLM's answer, which is plain data. Unavailable if it was aborted: it is an empty vector then."""
+        if call.aborted:
+            raise Unavailable("The server is shutting down.", code="shutting_down", retry_after=5)
+        return embeddings_of(result)

@@ -1,0 +1,85 @@
+"""What is asked about tokens, by the base model's tokenizer and chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.engine.calls import Call
+from server.errors import BadRequest
+from server.inference.dialects.base import Dialect
+from server.inference.dialects.messages import PROMPT_BODY, PROMPT_FIELDS, SERVICE_FIELDS
+from server.inference.dialects.schema import BOOL, MODEL, TEXT, TOKENS, TURNS, object_of
+
+
+class _Tokens(Dialect):
+    """Answers with a document, and needs no slot."""
+
+    streams = False
+
+    def document(self, call: Call, result: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = result.model_dump(exclude_none=True)
+        return answer
+
+
+class Tokenize(_Tokens):
+    name = "tokenize"
+    path = "/tokenize"
+    operation = "tokenize"
+    summary = "A text's or a chat's tokens"
+    accepted = frozenset(
+        {
+            "model", "prompt", "messages", "tools", "add_generation_prompt", "add_special_tokens",
+            "continue_final_message", "return_token_strs",
+        }
+    )  # fmt: skip
+    base = "any"
+    body = object_of(
+        model=MODEL,
+        prompt=TEXT,
+        messages=TURNS,
+        add_special_tokens=BOOL,
+        return_token_strs=BOOL,
+    ) | {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
+
+    def request_model(self, body: dict[str, Any]) -> str:
+        form = "TokenizeChatRequest" if "messages" in body else "TokenizeCompletionRequest"
+        return f"vllm.entrypoints.serve.tokenize.protocol:{form}"
+
+    async def call(self, serving: Any, request: Any) -> Any:
+        return await serving.serving_tokenization.create_tokenize(request, None)
+
+
+class Detokenize(_Tokens):
+    name = "detokenize"
+    path = "/detokenize"
+    operation = "detokenize"
+    summary = "The text of tokens"
+    accepted = frozenset({"model", "tokens"})
+    base = "any"
+    body = object_of("tokens", model=MODEL, tokens=TOKENS)
+
+    def request_model(self, body: dict[str, Any]) -> str:
+        return "vllm.entrypoints.serve.tokenize.protocol:DetokenizeRequest"
+
+    async def call(self, serving: Any, request: Any) -> Any:
+        """BadRequest for an id beyond the vocabulary, which the tokenizer would leave out silently."""
+        last = int(serving.vllm_config.model_config.get_vocab_size()) - 1
+        if max(request.tokens, default=0) > last:
+            raise BadRequest(f"tokens: the vocabulary ends with {last}", param="tokens")
+        return await serving.serving_tokenization.create_detokenize(request, None)
+
+
+class CountTokens(_Tokens):
+    name = "count_tokens"
+    path = "/v1/messages/count_tokens"
+    operation = "count_tokens"
+    summary = "How many tokens a message has"
+    accepted = PROMPT_FIELDS
+    ignored = SERVICE_FIELDS
+    body = object_of("messages", **PROMPT_BODY)
+
+    def request_model(self, body: dict[str, Any]) -> str:
+        return "vllm.entrypoints.anthropic.protocol:AnthropicCountTokensRequest"
+
+    async def call(self, serving: Any, request: Any) -> Any:
+        return await serving.anthropic_serving_messages.count_tokens(request)
