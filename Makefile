@@ -14,7 +14,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install runtime demo quick test check bench attack fuzz clean help
+.PHONY: install runtime demo quick test check bench attack chaos fuzz clean help
 
 install: $(STAMP) ## Make .venv with everything pinned (about two minutes; a second time nothing)
 
@@ -63,6 +63,9 @@ bench: $(STAMP) ## Measure against bare vLLM, about 45 minutes; SCENARIO=storm f
 
 attack: $(STAMP) ## Send every hostile input beside a customer who must not notice, 12 minutes; KIND="many items"
 	$(PY) -m tests.bench.attack $(if $(KIND),"$(KIND)")
+
+chaos: $(STAMP) ## Make faults under load and look for what is lost, 12 minutes; FAULT="SIGKILL for the server"
+	$(PY) -m tests.bench.chaos $(if $(FAULT),"$(FAULT)")
 
 fuzz: $(STAMP) ## Parsers of uploads, four minutes; then the API, two hours; COUNT=200000, SEED=0, CASES=2000
 	$(PY) -m tests.fuzz $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED))

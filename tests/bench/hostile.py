@@ -308,7 +308,7 @@ class Kind:
 REFUSED = frozenset({"400", "413", "429", "431"})
 KINDS = [
     Kind("adapters of NaN", adapters_of_nan, frozenset({"upload 422"})),
-    Kind("trailers without end", endless_trailers, REFUSED | {"closed"}),
+    Kind("trailers without end", endless_trailers, REFUSED | {"401", "closed"}),
     Kind("many items", bodies_of_many_items, REFUSED),
     Kind("no text", bodies_that_are_no_text, REFUSED),
     Kind("patterns", patterns, REFUSED | {"200"}),
