@@ -93,6 +93,14 @@ CURES: dict[str, str] = {
     "module_unknown": "Retrain on the base model that is served here, with target_modules that it has.",
     "module_fused": "Export the adapter with the parts split as the checkpoint names them.",
     "shape_mismatch": "Retrain on the base model that is served here; this one was trained on another.",
+    "tensor_empty": (
+        "DeepSpeed's ZeRO-3 leaves such behind: save with stage3_gather_16bit_weights_on_model_save=true, or"
+        " gather the parameters before save_pretrained."
+    ),
+    "module_prefixed": (
+        "It was trained on the multimodal model around this one. Train on the text model that is served here,"
+        " or, if its weights are the same, take 'language_model.' out of the tensors' names."
+    ),
     "target_mismatch": (
         "Upload the config and the weights of the same training run: PEFT would ignore these tensors."
     ),
@@ -112,7 +120,7 @@ CURES: dict[str, str] = {
     ),
     "archive_invalid": (
         "Send a tar, tar.gz or zip of the adapter's folder, with adapter_config.json and"
-        " adapter_model.safetensors once each, and no links."
+        " adapter_model.safetensors once each, neither of them a link."
     ),
     "name_invalid": (
         "Use 1 to 128 letters, digits, '.', '_' or '-', with a letter or digit first;"

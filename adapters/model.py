@@ -128,6 +128,12 @@ class Manifest:
     implausible: str | None = None
     ignored_fields: tuple[str, ...] = ()
 
+    @property
+    def waived(self) -> dict[str, Any]:
+        """The checks that the upload went without, for the audit."""
+        found = {"implausible": self.implausible, "ignored_fields": list(self.ignored_fields)}
+        return {name: value for name, value in found.items() if value}
+
     def as_json(self) -> dict[str, Any]:
         """The report of the version: counts instead of 200 module names."""
         report = asdict(self)

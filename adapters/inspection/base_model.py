@@ -98,7 +98,10 @@ def fingerprint(model_dir: Path) -> str | None:
     digest = hashlib.sha256("".join(f"{name} {shapes[name]}\n" for name in names).encode())
     for name in (names[0], names[len(names) // 2], names[-1]):
         with safe_open(files[name], framework="pt") as weights:
-            first = weights.get_slice(name)[: 1 if len(shapes[name]) > 1 else _SAMPLE]
+            if shapes[name]:
+                first = weights.get_slice(name)[: 1 if len(shapes[name]) > 1 else _SAMPLE]
+            else:  # a scalar, as a quantized checkpoint has for its scales: it cannot be sliced
+                first = weights.get_tensor(name)
         values = first.flatten()[:_SAMPLE].to(torch.bfloat16)
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -31,6 +31,7 @@ from adapters.model import CONFIG_FILE, NOTHING_WAIVED, WEIGHTS_FILE, BaseModel,
 PREFIX = "base_model.model."
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
+_MISTRAL_FINETUNE = re.compile(r"(?:.+\.)?layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123])")
 _LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 # A part of a tensor's name -> (code, what such a tensor is). The first that occurs explains the refusal.
@@ -113,6 +114,9 @@ def inspect(
             "adapter_no_effect", f"in each of its {len(pairs)} modules lora_B times lora_A is zero."
         )
     warnings = config.warnings(base, pairs)
+    beside = [name for name in PICKLES if (folder / name).exists()]
+    if beside:
+        warnings.append(ignored_pickles(beside))
     if ignored:
         names = ", ".join(show(name) for name in ignored[:5])
         warnings.append(f"{CONFIG_FILE} has fields that the upload says do not matter: {names}")
@@ -138,6 +142,11 @@ def inspect(
         implausible=too_large,
         ignored_fields=ignored,
     )
+
+
+def ignored_pickles(names: Iterable[str]) -> str:
+    """The warning about pickled weights beside the safetensors file."""
+    return f"{', '.join(names)} beside {WEIGHTS_FILE} was ignored: pickled weights are never opened"
 
 
 def check_tensors(
@@ -185,8 +194,10 @@ def _refuse(code: str, message: str) -> AdapterRejected:
 
 
 def refuse_pickles(folder: Path) -> None:
+    """AdapterRejected (``weights_not_safetensors``) where pickles are all there is; beside safetensors they
+    are not looked at."""
     for name in PICKLES:
-        if (folder / name).exists():
+        if (folder / name).exists() and not (folder / WEIGHTS_FILE).exists():
             raise fault("weights_not_safetensors", f"The adapter holds {name}, a pickle.", param=name)
 
 
@@ -233,7 +244,20 @@ def check_module(module: str, base: BaseModel) -> None:
     for fused, parts in base.fused.items():
         if module == fused or module.endswith(f".{fused}"):
             raise _refuse("module_fused", f"{show(module)} is fused; {base.name} has {', '.join(parts)}.")
+    _explain_foreign_names(module, base)
     raise _refuse("module_unknown", f"{base.name} has no module {show(module)}{_hint(module, base)}.")
+
+
+def _explain_foreign_names(module: str, base: BaseModel) -> None:
+    """Refuses names of which the tool or the model is known, with that as the reason."""
+    if _MISTRAL_FINETUNE.fullmatch(module):
+        raise _refuse(
+            "tensor_unknown", f"{show(module)} is a module as mistral-finetune names it, and not PEFT."
+        )
+    parts = module.split(".")
+    plain = ".".join(part for part in parts if part != "language_model")
+    if "language_model" in parts and {plain, f"model.{plain}"} & base.modules.keys():
+        raise _refuse("module_prefixed", f"{base.name} has {show(plain)}, and no {show(module)}.")
 
 
 def _hint(module: str, base: BaseModel) -> str:
@@ -256,6 +280,9 @@ def _hint(module: str, base: BaseModel) -> str:
 
 def _check_shape(module: str, pair: Pair, base: BaseModel) -> None:
     shape = base.modules[module]
+    for name, tensor in ((pair.a_name, pair.a), (pair.b_name, pair.b)):
+        if 0 in tensor.shape:
+            raise _refuse("tensor_empty", f"tensor {show(name)} has the shape {tensor.shape}: no numbers.")
     for name, tensor, fixed, size in (
         (pair.a_name, pair.a, 1, shape.in_features),
         (pair.b_name, pair.b, 0, shape.out_features),

@@ -1,7 +1,8 @@
 """An adapter's folder as one tar, tar.gz or zip: its known files in pieces, and nothing unpacked.
 
 The archive is kept in a file without a name until it is read, so that a crash leaves nothing. Other files in
-it are passed over; links, paths that lead out, and whatever would fill memory or disk are refused.
+it are passed over; a link under a known file's name, paths that lead out, and whatever would fill memory or
+disk are refused.
 """
 
 from __future__ import annotations
@@ -60,21 +61,52 @@ async def unpacked(
 
 
 def read(file: IO[bytes], *, max_bytes: int) -> Iterator[tuple[str, bytes]]:
-    """``unpacked``, of an open file and at once."""
+    """``unpacked``, of an open file and at once.
+
+    The archive is read twice: the first time to find the adapter's folder, see ``_chosen``. Of pickled
+    weights beside the safetensors file comes the name alone, with an empty piece.
+    """
     magic = file.read(2)
-    file.seek(0)
-    seen: set[str] = set()
+
+    def entries() -> Iterator[tuple[str, IO[bytes]]]:
+        file.seek(0)
+        return _zip(file) if magic == b"PK" else _tar(file, magic == b"\x1f\x8b", max_bytes)
+
     try:
-        for path, opened in _zip(file) if magic == b"PK" else _tar(file, magic == b"\x1f\x8b", max_bytes):
+        chosen = _chosen([path for path, _ in entries()])
+        for path, opened in entries():
+            if path not in chosen:
+                continue
             name = path.rpartition("/")[2]
-            if name in seen:
-                raise _refuse(f"it holds {name} twice")
-            seen.add(name)
             yield name, b""
+            if name in PICKLES:
+                continue
             while piece := opened.read(_BLOCK):
                 yield name, piece
     except _UNREADABLE as error:
         raise _refuse(f"it cannot be read as a tar, tar.gz or zip ({type(error).__name__})") from error
+
+
+def _chosen(paths: list[str]) -> set[str]:
+    """Of the ``paths`` of known files, those of the adapter: of each name the one nearest to the top.
+
+    A trainer keeps ``checkpoint-500/adapter_config.json`` below the finished adapter. Raises AdapterRejected
+    (``archive_invalid``) where two of a name are equally near.
+    """
+    chosen: dict[str, str] = {}
+    for path in sorted(paths, key=lambda path: path.count("/")):
+        name = path.rpartition("/")[2]
+        if name in chosen and chosen[name].count("/") == path.count("/"):
+            raise _refuse(f"it holds {name} twice")
+        chosen.setdefault(name, path)
+    folders = {chosen[name].rpartition("/")[0] for name in (CONFIG_FILE, WEIGHTS_FILE) if name in chosen}
+    if len(folders) > 1 and len(paths) > len(chosen):
+        raise _refuse("the config and the weights nearest to its top lie in different folders")
+    pickles = sorted(chosen.keys() & set(PICKLES))
+    if pickles and WEIGHTS_FILE not in chosen:
+        what = f"The archive holds {pickles[0]}, a pickle."
+        raise fault("weights_not_safetensors", what, param=pickles[0])
+    return set(chosen.values())
 
 
 def _without_name(folder: Path) -> IO[bytes]:
@@ -113,6 +145,8 @@ def _tar(file: IO[bytes], compressed: bool, max_bytes: int) -> Iterator[tuple[st
             if member.isdir():
                 continue
             if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
+                if not wanted:
+                    continue  # a log folder's `latest`, say
                 raise _refuse(f"{show(member.name)} is a link, a device or another special file")
             opened = archive.extractfile(member) if wanted else None
             if opened is not None:
@@ -152,7 +186,7 @@ def _zip(file: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
         for count, info in enumerate(archive.infolist(), 1):
             wanted = _is_wanted(info.orig_filename, count)
             kind = info.external_attr >> 28  # of the mode that Unix keeps there
-            if kind not in (0, 4, 8):
+            if wanted and kind not in (0, 4, 8):
                 raise _refuse(f"{show(info.filename)} is a link, a device or another special file")
             if wanted and not info.is_dir():
                 with archive.open(info) as opened:

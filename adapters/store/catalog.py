@@ -148,12 +148,8 @@ class Catalog:
                 "version.create",
                 tenant,
                 f"{adapter}@{version.number}",
-                after={
-                    "digest": digest,
-                    "live": row.live,
-                    "size_bytes": manifest.size_bytes,
-                    **_waived(manifest),
-                },
+                after={"digest": digest, "live": row.live, "size_bytes": manifest.size_bytes}
+                | manifest.waived,
             )
             linked = await self._one(session, tenant, adapter)
             if receipt is not None:
@@ -423,12 +419,6 @@ class Catalog:
 def _no_version(name: str, number: int | None, param: str | None) -> AdapterNotFound:
     message = f"The adapter `{name}` has no version {number}."
     return AdapterNotFound(message, code="version_not_found", param=param)
-
-
-def _waived(manifest: Manifest) -> dict[str, Any]:
-    """The checks that the upload went without, for the audit."""
-    found = {"implausible": manifest.implausible, "ignored_fields": list(manifest.ignored_fields)}
-    return {name: value for name, value in found.items() if value}
 
 
 def _state(row: AdapterRow) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from adapters.errors import AdapterError
 from adapters.inspection.admit import admit
 from adapters.inspection.golden import Golden, take
+from adapters.inspection.inspect import PICKLES, ignored_pickles
 from adapters.model import NOTHING_WAIVED, Adapter, Manifest, Quota, Version, Waivers
 from adapters.store.blobs import BlobStore, Incoming
 from adapters.store.catalog import Catalog
@@ -98,8 +99,12 @@ async def _publish(
     if quota is not None:
         await service.catalog.check_quota(tenant, name, quota)
     async with service.blobs.receive() as incoming:
+        pickles: set[str] = set()
         async for filename, chunk in files:
-            await incoming.write(filename, chunk)
+            if filename in PICKLES and not chunk:  # an archive says that it has one beside the weights
+                pickles.add(filename)
+            else:
+                await incoming.write(filename, chunk)
         uploaded = await incoming.finish()
         async with service.receipts.once(tenant, key, name, uploaded, *_asked(waived)) as receipt:
             if receipt is not None and receipt.answer is not None:
@@ -114,6 +119,9 @@ async def _publish(
                     waived=waived,
                 )
             )
+            if pickles:
+                warning = ignored_pickles(sorted(pickles))
+                manifest = replace(manifest, warnings=(*manifest.warnings, warning))
             async with _committed(service, incoming, tenant, name, manifest) as candidate:
                 manifest = await _probed(service, candidate, manifest, golden, waived)
                 link = service.catalog.link(

@@ -307,6 +307,16 @@ def test_another_fingerprint_is_refused_unless_it_is_meant(
         inspect(folder, other)
 
 
+def test_pickles_beside_the_weights_are_not_looked_at(good: Path, base: BaseModel, tmp_path: Path) -> None:
+    folder = write(tmp_path, *read(good))
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    (warning,) = inspect(folder, base).warnings
+    assert (
+        warning == "adapter_model.bin beside adapter_model.safetensors was ignored: pickled weights are"
+        " never opened"
+    )
+
+
 # Which fields PEFT's LoraConfig had, by the release that added them; values as save_pretrained writes them.
 PEFT_RELEASES: list[tuple[str, Config]] = [
     ("0.2", {"enable_lora": None, "merge_weights": False}),
@@ -511,6 +521,28 @@ BAD: dict[str, Bad] = {
         ("row of lora_A", "float16"),
         lambda c, t: [grown(2000, A0)(c, t), grown(1e-3, B0)(c, t)],
         serving_dtype="float16",
+    ),
+    # what another tool leaves behind
+    "ZeRO-3 without gathering": Bad("tensor_empty", ("(0,)", "ZeRO-3"), tensor(A0, lambda t: torch.zeros(0))),
+    "ZeRO-3, of rank 0": Bad("tensor_empty", ("(4, 0)", "gather"), tensor(A0, lambda t: torch.zeros(4, 0))),
+    "names of mistral-finetune": Bad(
+        "tensor_unknown", ("attention.wq", "mistral-finetune"), rename("self_attn.q_proj", "attention.wq")
+    ),
+    "names of mistral-finetune's MLP": Bad(
+        "tensor_unknown", ("mistral-finetune",), rename("self_attn.k_proj", "feed_forward.w1")
+    ),
+    "a multimodal model's names": Bad(
+        "module_prefixed",
+        ("has 'model.layers.0", "language_model"),
+        rename("model.layers", "model.language_model.layers"),
+    ),
+    "an older multimodal model's names": Bad(
+        "module_prefixed",
+        ("language_model",),
+        rename("model.model.layers", "model.language_model.model.layers"),
+    ),
+    "another multimodal model's names": Bad(
+        "module_prefixed", ("language_model",), rename("model.model.layers", "model.language_model.layers")
     ),
     # fields that PEFT does not know
     "an invocation string": field(
@@ -783,7 +815,7 @@ BAD: dict[str, Bad] = {
         "module_unknown", ("q_projj", "did you mean q_proj?"), rename("q_proj", "q_projj")
     ),
     "another prefix": Bad(
-        "module_unknown",
+        "module_prefixed",
         ("'language_model.layers.0.", f"did you mean '{Q0.replace('q_', 'k_')}'"),
         rename("base_model.model.model.", "base_model.model.language_model."),
     ),

@@ -63,6 +63,12 @@ def unpack(archive: bytes, max_bytes: int = MAX) -> dict[str, bytes]:
     return got
 
 
+def special(name: str, mode: int) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = mode << 16
+    return info
+
+
 BOTH = [entry(name, content) for name, content in FILES.items()]
 BESIDE = [entry("README.md", b"about"), entry("tokenizer.json", b"{}"), entry("optimizer.safetensors", b"x")]
 IN_A_FOLDER = [
@@ -79,6 +85,22 @@ GOOD: dict[str, bytes] = {
     "zip": zipped(*FILES.items()),
     "zip, deflated": zipped(*FILES.items(), compression=zipfile.ZIP_DEFLATED),
     "zip of a folder": zipped(("run/", b""), *((f"run/{name}", content) for name, content in FILES.items())),
+    "with the checkpoints of its training": tar(
+        *[entry(f"checkpoint-{n}/{name}", b"older") for n in (100, 500) for name in FILES], *BOTH
+    ),
+    "with the checkpoints below a folder": zipped(
+        *((f"run/checkpoint-500/{name}", b"older") for name in FILES),
+        *((f"run/{name}", content) for name, content in FILES.items()),
+    ),
+    "with a link of a log": tar(
+        entry("wandb/latest-run", type=tarfile.SYMTYPE, linkname="run-20260101"), *BOTH
+    ),
+    "with a hard link and a pipe": tar(
+        *BOTH,
+        entry("copy", type=tarfile.LNKTYPE, linkname=CONFIG_FILE),
+        entry("p", type=tarfile.FIFOTYPE),
+    ),
+    "with a link in a zip": zipped(*FILES.items(), (special("latest", stat.S_IFLNK | 0o777), b"x")),
     "zip of a Mac": zipped(*FILES.items(), (f"__MACOSX/._{CONFIG_FILE}", b"\0")),
 }
 
@@ -86,12 +108,6 @@ GOOD: dict[str, bytes] = {
 @pytest.mark.parametrize("kind", GOOD)
 def test_the_known_files_are_read(kind: str) -> None:
     assert unpack(GOOD[kind]) == FILES
-
-
-def special(name: str, mode: int) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo(name)
-    info.external_attr = mode << 16
-    return info
 
 
 def claims(entries: int, listing: int) -> bytes:
@@ -131,8 +147,9 @@ BAD: dict[str, bytes] = {
     "an encrypted zip": encrypted(),
     "a tar of many": tar(*[entry(f"f{i}") for i in range(MAX_ENTRIES + 1)]),
     "a file twice": tar(*BOTH, BOTH[0]),
-    "a file in two folders": tar(*BOTH, entry(f"checkpoint-100/{WEIGHTS_FILE}", b"x")),
-    "a file twice in a zip": zipped(*FILES.items(), (f"x/{CONFIG_FILE}", b"{}")),
+    "a file in two folders": tar(*IN_A_FOLDER, entry(f"./other/{WEIGHTS_FILE}", b"x")),
+    "a file twice in a zip": zipped((f"y/{CONFIG_FILE}", b"{}"), (f"x/{CONFIG_FILE}", b"{}")),
+    "two runs mixed": tar(BOTH[0], *[entry(f"{n}/{WEIGHTS_FILE}", b"x") for n in ("a", "a/b")]),
     "an absolute path": tar(entry(f"/{CONFIG_FILE}", b"{}")),
     "an absolute path beside": tar(*BOTH, entry("/etc/passwd", b"x")),
     "a path out": tar(entry(f"../{CONFIG_FILE}", b"{}")),
@@ -141,9 +158,9 @@ BAD: dict[str, bytes] = {
     "a drive": tar(entry("C:x", b"x")),
     "a path out of a zip": zipped((f"../{CONFIG_FILE}", b"{}")),
     "a symbolic link": tar(entry(CONFIG_FILE, type=tarfile.SYMTYPE, linkname="/etc/passwd")),
-    "a hard link": tar(*BOTH, entry("x", type=tarfile.LNKTYPE, linkname=CONFIG_FILE)),
+    "a hard link": tar(BOTH[0], entry(WEIGHTS_FILE, type=tarfile.LNKTYPE, linkname=CONFIG_FILE)),
     "a device": tar(entry(WEIGHTS_FILE, type=tarfile.CHRTYPE)),
-    "a pipe": tar(*BOTH, entry("p", type=tarfile.FIFOTYPE)),
+    "a pipe": tar(BOTH[0], entry(WEIGHTS_FILE, type=tarfile.FIFOTYPE)),
     "a link in a zip": zipped((special(CONFIG_FILE, stat.S_IFLNK | 0o777), b"/etc/passwd")),
     "a header without end": long_header(),
     "the same in gzip": gzip.compress(long_header()),
@@ -234,7 +251,7 @@ HOSTILE: dict[str, tuple[int, str, Callable[[], dict[str, Any]]]] = {
     "with a pickle": (
         422,
         "weights_not_safetensors",
-        lambda: raw(tar(entry("adapter_model.bin", b"\x80"), *BOTH)),
+        lambda: raw(tar(entry("adapter_model.bin", b"\x80"), BOTH[0])),
     ),
     "a link": (422, "archive_invalid", lambda: raw(BAD["a symbolic link"])),
     "a bomb": (413, "upload_too_large", lambda: raw(zeros(WEIGHTS_FILE, 50 << 20))),
@@ -257,6 +274,16 @@ async def test_nothing_of_a_refused_archive_is_kept(site: Site, tmp_path: Path, 
     answered: httpx.Response = await site.admin.post(URL, **make())
     assert (answered.status_code, answered.json()["error"]["code"]) == (status, code), answered.text
     assert list((tmp_path / "quarantine").iterdir()) == list((tmp_path / "blobs").iterdir()) == []
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_a_pickle_beside_the_weights_is_ignored_and_said(site: Site, first: bool) -> None:
+    files = [entry(name, (tiny.adapter(1) / name).read_bytes()) for name in FILES]
+    pickle = [entry("adapter_model.bin", b"\x80\x04.")]
+    made = await site.admin.post(URL, **raw(tar(*(pickle + files if first else files + pickle))))
+    assert made.status_code == 201, made.text
+    (warning,) = made.json()["report"]["warnings"]
+    assert warning.startswith("adapter_model.bin beside")
 
 
 async def test_an_archive_that_breaks_off_is_said_to(site: Site, tmp_path: Path) -> None:
