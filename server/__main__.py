@@ -33,7 +33,12 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
 ) -> None:
     """Serve the base model and its adapters."""
-    raise SystemExit(_serve(_settings(config)))
+    settings = _settings(config)
+    # Before anything is touched; what a hub's id names is known only when it is loaded.
+    if settings.model.startswith(("/", "./", "../")) and not Path(settings.model).exists():
+        say("red", "LORAPLEX_MODEL:", f"there is no {settings.model}")
+        raise SystemExit(3)
+    raise SystemExit(_serve(settings))
 
 
 @cli.command()
@@ -94,6 +99,16 @@ def make_probes(
             base, adapter, out or adapter / PROBES_FILE, prompts=prompt or [], tolerance=tolerance
         )
     )
+
+
+@cli.command()
+def adopt(
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+) -> None:
+    """Join a data folder to another or a restored database, with the server stopped; removes nothing."""
+    from server.cli import data
+
+    raise SystemExit(data.adopt(_settings(config)))
 
 
 @cli.command()

@@ -17,6 +17,7 @@ from adapters.database.database import Database
 from adapters.store.blobs import BlobStore
 from adapters.store.catalog import Catalog
 from adapters.store.idempotency import Receipts
+from adapters.store.ownership import FolderLock, Ownership
 from server import __version__
 from server.accounts.authentication import Authentication
 from server.accounts.tenants import Tenants
@@ -40,6 +41,8 @@ from server.scheduling.nouns import Capacity
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+REMEMBER_INTERVAL_S = 5.0
 
 StartEngine = Callable[[Settings], Awaitable[Engine]]
 
@@ -90,23 +93,33 @@ async def _start(
     on_death: Callable[[EngineDied], None],
     stack: AsyncExitStack,
 ) -> Services:
-    """Cheap things first: a wrong database URL should not cost a model load."""
+    """Cheap things first: a wrong database URL should not cost a model load.
+
+    Nothing is touched before this process owns the data folder, and no adapter where the database is wrong.
+    """
+    lock = await asyncio.to_thread(FolderLock(settings.data_dir).acquire)
+    stack.callback(lock.release)
     database = Database(settings.database_url)
     stack.push_async_callback(database.close)
     await database.open()
     blobs = BlobStore(settings.data_dir.absolute(), max_bytes=settings.max_upload_bytes)
     await blobs.open()
     catalog = Catalog(database, blobs.path, reserved={DEFAULT_MODEL, settings.served_model_name})
-    removed = await blobs.sweep(await catalog.linked_digests())
+    ownership = Ownership(blobs, database)
+    await ownership.verify()
+    removed = await blobs.sweep(await catalog.linked_digests() | ownership.kept)
     if removed:
-        logger.info("removed %d blobs that nothing links to", len(removed))
+        logger.info("removed %d blobs that nothing links to: %s", len(removed), ", ".join(removed))
     authentication = await _authentication(settings, database)
     shared = await _redis_ledger(settings, stack)
     usage_writer = UsageWriter(database, keep_days=settings.keep_usage_days)
     usage_writer.start()
     stack.push_async_callback(usage_writer.stop)
+    stack.push_async_callback(_remember, ownership)
     watching = asyncio.create_task(database.watch(), name="loraplex-watch")
     stack.push_async_callback(_cancel, watching)
+    remembering = asyncio.create_task(_remember_forever(ownership), name="loraplex-remember")
+    stack.push_async_callback(_cancel, remembering)
 
     engine = await start_engine(settings)
     stack.push_async_callback(engine.stop)
@@ -172,6 +185,20 @@ async def _redis_ledger(settings: Settings, stack: AsyncExitStack) -> RedisLedge
     await shared.open()
     stack.push_async_callback(shared.stop)
     return shared
+
+
+async def _remember_forever(ownership: Ownership) -> None:
+    while True:
+        await asyncio.sleep(REMEMBER_INTERVAL_S)
+        await _remember(ownership)
+
+
+async def _remember(ownership: Ownership) -> None:
+    """Lets the data folder know how far its database has come; see ``adapters.store.ownership``."""
+    try:
+        await ownership.remember()
+    except Exception as exc:  # a database or a disk that fails shows where it is needed
+        logger.warning("the data folder cannot note what the database has seen: %s", exc)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

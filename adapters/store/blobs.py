@@ -5,7 +5,8 @@
 
 ``digest`` is the SHA-256 over the lines ``name size sha256`` of the files, in the order of their
 names. A folder enters ``blobs`` and leaves it by one rename, so it is whole or not there. Whatever a
-crash leaves behind is in quarantine, or linked by no row of the catalog: ``sweep`` removes both.
+crash leaves behind is in quarantine, or linked by no row of the catalog: ``sweep`` removes the former, and
+the latter once it is a day old.
 
 All I/O runs in worker threads. A cancelled call waits for its thread before it raises, so nothing is
 written after the folder is gone.
@@ -21,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,7 +41,10 @@ logger = logging.getLogger(__name__)
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 # May be uploaded, but are used up by the conversion and the probe and never committed.
 _PASSING_FILES = (INITIAL_FILE, PROBES_FILE)
+# A blob without a row stays for so long, in seconds: the row may only be missing because of a mistake.
+SWEEP_AGE_S = 86_400.0
 _BLOCK = 1 << 20
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _PROBE = ".probe-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -50,7 +55,7 @@ T = TypeVar("T")
 class BlobStore:
     """The folders under ``root``; ``max_bytes`` bounds one upload, both files together.
 
-    One process owns a root: ``sweep`` takes everything in quarantine for abandoned.
+    One process owns a root (``ownership``): ``sweep`` takes everything in quarantine for abandoned.
     """
 
     def __init__(self, root: Path, *, max_bytes: int) -> None:
@@ -74,7 +79,7 @@ class BlobStore:
 
     def path(self, digest: str) -> Path:
         """The absolute folder of ``digest``, there or not; ValueError for anything but a SHA-256."""
-        if re.fullmatch(r"[0-9a-f]{64}", digest) is None:
+        if _DIGEST.fullmatch(digest) is None:
             raise ValueError(f"not a digest: {digest!r}")
         return self.blobs / digest
 
@@ -84,9 +89,16 @@ class BlobStore:
         async with self._lock(digest):
             await run_in_thread(self._remove, path)
 
-    async def sweep(self, linked: Collection[str]) -> list[str]:
-        """At start-up: empties quarantine, removes blobs that are not ``linked``, and returns their names."""
-        return await run_in_thread(self._sweep, frozenset(linked))
+    async def digests(self) -> set[str]:
+        """The names of all blobs, whole or not."""
+        return await run_in_thread(self._digests)
+
+    async def sweep(self, linked: Collection[str], *, older_than: float = SWEEP_AGE_S) -> list[str]:
+        """At start-up: empties quarantine, and removes blobs that are not ``linked``. Returns their names.
+
+        Only blobs whose files were written more than ``older_than`` seconds ago.
+        """
+        return await run_in_thread(self._sweep, frozenset(linked), older_than)
 
     async def check(self) -> None:
         """Whether an upload could be written now; raises StorageFull, or the OSError that says why not."""
@@ -117,7 +129,12 @@ class BlobStore:
                 shutil.rmtree(moved, ignore_errors=True)
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _sweep(self, linked: frozenset[str]) -> list[str]:
+    def _digests(self) -> set[str]:
+        with disk_errors("listing the adapter store"):
+            return {path.name for path in self.blobs.iterdir() if _DIGEST.fullmatch(path.name)}
+
+    def _sweep(self, linked: frozenset[str], older_than: float) -> list[str]:
+        written_before = time.time() - older_than
         with disk_errors("sweeping the adapter store"):
             for folder in self.quarantine.iterdir():
                 _discard(folder)
@@ -125,7 +142,11 @@ class BlobStore:
             for path in sorted(self.blobs.iterdir()):
                 if path.name.startswith(_PROBE):
                     _discard(path)
-                elif re.fullmatch(r"[0-9a-f]{64}", path.name) and path.name not in linked:
+                elif (
+                    _DIGEST.fullmatch(path.name)
+                    and path.name not in linked
+                    and path.stat().st_mtime <= written_before
+                ):
                     self._remove(path)
                     removed.append(path.name)
             return removed

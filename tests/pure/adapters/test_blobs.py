@@ -402,7 +402,7 @@ async def test_a_removal_cut_short_leaves_no_half_blob(
         await store.remove(digest_of())
     assert not path.exists()
     assert len(quarantined(store)) == 1
-    assert await store.sweep([]) == []
+    assert await store.sweep([], older_than=0) == []
     assert_consistent(store)
 
 
@@ -418,11 +418,11 @@ async def test_sweep_keeps_what_is_linked_and_tells_what_it_removed(store: BlobS
     (store.quarantine / "stray").write_text("a file")
     (store.blobs / ".probe-0").mkdir()
     (store.blobs / "README").write_text("not ours")
-    assert await store.sweep([kept.name]) == [stale.name]
+    assert await store.sweep([kept.name], older_than=0) == [stale.name]
     assert quarantined(store) == []
     assert sorted(committed(store)) == sorted([kept.name, "README"])
     assert_whole(kept)
-    assert await store.sweep([kept.name]) == []
+    assert await store.sweep([kept.name], older_than=0) == []
     await abandoned.__aexit__(None, None, None)
     assert open_files(store) == []
 
@@ -559,7 +559,7 @@ async def test_an_upload_that_crashes_at_any_step_can_be_repeated(
             full = code in (errno.ENOSPC, errno.EDQUOT)
             assert isinstance(caught, StorageFull if full else StorageFailed)
             assert caught.__cause__.__notes__[0].startswith("while ")
-        await store.sweep([digest_of()])
+        await store.sweep([digest_of()], older_than=0)
         assert quarantined(store) == []
         assert set(committed(store)) <= {digest_of()}
         if not damaged:
@@ -584,7 +584,7 @@ async def test_an_upload_that_crashes_empties_its_quarantine_at_once(
 
     async def check(caught: BaseException | None) -> None:
         assert_consistent(store)
-        await store.sweep([])
+        await store.sweep([], older_than=0)
 
     await crash_at_every_step(
         monkeypatch,
@@ -601,7 +601,7 @@ async def test_a_removal_that_crashes_at_any_step_takes_all_or_nothing(
     async def check(caught: BaseException | None) -> None:
         if committed(store):
             assert_whole(store.path(digest_of()))
-        await store.sweep([])
+        await store.sweep([], older_than=0)
         assert committed(store) == quarantined(store) == []
         await upload(store)
 
@@ -674,7 +674,7 @@ async def test_a_crash_of_the_machine_leaves_work_for_the_sweep_only(
         await after.open()
         for name in committed(after):
             assert_whole(after.path(name))
-        await after.sweep([])
+        await after.sweep([], older_than=0)
         assert committed(after) == quarantined(after) == []
         if not failing.failed:
             return

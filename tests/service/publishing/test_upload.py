@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -296,11 +297,14 @@ async def test_what_was_acknowledged_is_served_after_a_restart(tmp_path: Path) -
         await site.admin.patch("/admin/v1/tenants/acme/adapters/b", json={"default": True, "pinned": True})
         shown = (await site.admin.get("/admin/v1/tenants/acme/adapters")).json()
         before = [await site.chat(key, "hi", model=model) for model in ("a", "a@1", "default")]
-    orphan = tmp_path / "blobs" / ("0" * 64)
+    orphan, recent = (tmp_path / "blobs" / (digit * 64) for digit in "01")
     orphan.mkdir()
+    recent.mkdir()
+    os.utime(orphan, times=(0, time.time() - 90_000))
     (tmp_path / "quarantine" / "left-behind").mkdir()
     async with fake_site(tmp_path) as site:
         assert not orphan.exists()
+        assert recent.exists(), "its row may only be missing by mistake"
         assert list((tmp_path / "quarantine").iterdir()) == []
         after = [await site.chat(key, "hi", model=model) for model in ("a", "a@1", "default")]
         assert [one.json()["choices"] for one in after] == [one.json()["choices"] for one in before]

@@ -101,7 +101,7 @@ async def restarted(folder: Path) -> State:
         await blobs.open()
         catalog = Catalog(database, blobs.path)
         linked = await catalog.linked_digests()
-        await blobs.sweep(linked)
+        await blobs.sweep(linked, older_than=0)
         assert {path.name for path in blobs.blobs.iterdir()} == linked
         assert all(digest_of(path) == path.name for path in blobs.blobs.iterdir())
         assert list(blobs.quarantine.iterdir()) == []

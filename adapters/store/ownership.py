@@ -1,0 +1,217 @@
+"""One process owns a data folder, and the folder and its database know each other.
+
+    <root>/.lock                locked by the process that owns the folder, whose id it holds
+    <root>/installation.json    {"id", "audit", "kept"}
+
+``id`` is also in the database's ``meta``. ``audit`` is the last entry of the audit that this folder has seen:
+a database whose audit ends before it is an older one, restored. Either would have no rows for blobs that are
+in use, and a start that took it for the right one would clear away everybody's adapters. ``kept`` are blobs
+that had no row when the two were joined; no sweep removes them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from sqlalchemy import func, select
+
+from adapters.database.database import Database
+from adapters.database.rows import AuditRow, MetaRow, VersionRow
+from adapters.files import sync_path
+from adapters.store.blobs import BlobStore
+from adapters.tasks import run_in_thread
+
+LOCK_FILE = ".lock"
+INSTALLATION_FILE = "installation.json"
+META_KEY = "installation"
+_ADOPT = (
+    "If that is meant, run `loraplex adopt` with the same settings; it joins the two and removes nothing."
+)
+
+# The lock is the process's own: a second one on the same folder within it would be granted.
+_locked: set[Path] = set()
+
+
+class FolderInUse(OSError):
+    """Another running server owns the data folder."""
+
+
+class WrongDatabase(ValueError):
+    """The database is not the one that belongs to the data folder, or an older copy of it."""
+
+
+class FolderLock:
+    """``acquire`` before the folder is touched, ``release`` when nothing writes to it any more.
+
+    The end of the process releases it too. It is a POSIX lock, which belongs to a process and not to the
+    children that it forks: an engine that survives the server does not keep the next server out.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self._descriptor = -1
+
+    def acquire(self) -> Self:
+        """Raises FolderInUse if a server runs on the folder, OSError if it cannot be written."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        if self.root in _locked:
+            raise self._in_use(str(os.getpid()))
+        descriptor = os.open(self.root / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(descriptor, 20).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise self._in_use(owner or "unknown") from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        self._descriptor = descriptor
+        _locked.add(self.root)
+        return self
+
+    def release(self) -> None:
+        """May be repeated."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            _locked.discard(self.root)
+
+    def _in_use(self, owner: str) -> FolderInUse:
+        return FolderInUse(
+            f"the data folder {self.root} belongs to a server that is running (process {owner}). Stop that"
+            " one, or give this one a folder of its own with LORAPLEX_DATA_DIR."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """What ``installation.json`` holds."""
+
+    id: str
+    audit: int
+    kept: tuple[str, ...] = ()
+
+
+class Ownership:
+    """The bond between the folder of ``blobs`` and ``database``; made while the folder is locked."""
+
+    def __init__(self, blobs: BlobStore, database: Database) -> None:
+        self._blobs = blobs
+        self._database = database
+        self._path = blobs.root / INSTALLATION_FILE
+        self._mark = _Mark("", 0)
+        self._generation = -1
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Digests of blobs that no sweep may remove."""
+        return frozenset(self._mark.kept)
+
+    async def verify(self) -> None:
+        """Raises WrongDatabase unless folder and database belong together; changes nothing then.
+
+        Where one of them has no id yet, as after an upgrade, they are joined if what they hold fits.
+        """
+        mark = await run_in_thread(self._read)
+        known = await self._known()
+        if mark is None:
+            await self._check_contents()
+            await self._join(known)
+            return
+        if mark.id != known:
+            raise WrongDatabase(
+                f"the database is not the one that the data folder {self._blobs.root} was used with: "
+                + ("it is a new one" if known is None else f"its id is {known}, the folder's is {mark.id}")
+                + f". No adapter was touched. Set LORAPLEX_DATABASE_URL to the right one. {_ADOPT}"
+            )
+        if (last := await self._last_audit()) < mark.audit:
+            raise WrongDatabase(
+                f"the database is older than the data folder {self._blobs.root}: its audit ends with entry"
+                f" {last}, and the folder has seen entry {mark.audit}. No adapter was touched. {_ADOPT}"
+            )
+        self._mark = mark
+
+    async def adopt(self) -> int:
+        """Joins folder and database whatever they hold; returns how many blobs without a row are kept."""
+        await self._join(await self._known())
+        return len(self._mark.kept)
+
+    async def remember(self) -> None:
+        """Notes the audit's last entry in the folder, if anything was written since the last call."""
+        generation = self._database.generation
+        if generation != self._generation:
+            last = await self._last_audit()
+            if last > self._mark.audit:
+                await self._keep(_Mark(self._mark.id, last, self._mark.kept))
+            self._generation = generation
+
+    async def _check_contents(self) -> None:
+        linked, present = await self._linked(), await self._blobs.digests()
+        if linked and not linked & present:
+            raise WrongDatabase(
+                f"the database has {len(linked)} adapters' files on record, and none of them is in the data"
+                f" folder {self._blobs.root}. No adapter was touched. Set LORAPLEX_DATA_DIR to the folder"
+                f" that holds them. {_ADOPT}"
+            )
+        if present and not linked:
+            raise WrongDatabase(
+                f"the data folder {self._blobs.root} holds {len(present)} adapters' files, and the database"
+                " has none on record. No adapter was touched. Set LORAPLEX_DATABASE_URL to the right one."
+                f" {_ADOPT}"
+            )
+
+    async def _join(self, known: str | None) -> None:
+        """The database first: a folder that names a database without an id would be refused."""
+        if known is None:
+            known = uuid.uuid4().hex
+            async with self._database.append() as session:
+                session.add(MetaRow(key=META_KEY, value=known))
+        kept = await self._blobs.digests() - await self._linked()
+        await self._keep(_Mark(known, await self._last_audit(), tuple(sorted(kept))))
+
+    async def _keep(self, mark: _Mark) -> None:
+        await run_in_thread(self._write, mark)
+        self._mark = mark
+
+    async def _known(self) -> str | None:
+        async with self._database.read() as session:
+            return await session.scalar(select(MetaRow.value).where(MetaRow.key == META_KEY))
+
+    async def _last_audit(self) -> int:
+        async with self._database.read() as session:
+            return await session.scalar(select(func.max(AuditRow.id))) or 0
+
+    async def _linked(self) -> set[str]:
+        async with self._database.read() as session:
+            return set(await session.scalars(select(VersionRow.digest).distinct()))
+
+    def _read(self) -> _Mark | None:
+        try:
+            found: dict[str, Any] = json.loads(self._path.read_bytes())
+            return _Mark(str(found["id"]), int(found["audit"]), tuple(found["kept"]))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise WrongDatabase(
+                f"{self._path} is damaged ({error}), so that nothing says which database belongs to the"
+                f" folder. No adapter was touched. {_ADOPT}"
+            ) from error
+
+    def _write(self, mark: _Mark) -> None:
+        """By a rename: a crash leaves the old file or the new one."""
+        partial = self._path.with_suffix(".part")
+        with partial.open("w") as file:
+            json.dump(asdict(mark), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self._path)
+        sync_path(self._path.parent)

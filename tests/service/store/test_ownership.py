@@ -1,0 +1,259 @@
+"""One process owns a data folder, and no start with a wrong database touches an adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from adapters.database import audit
+from adapters.store.blobs import BlobStore
+from adapters.store.ownership import INSTALLATION_FILE, FolderInUse, FolderLock, Ownership, WrongDatabase
+from server.app import create_app
+from server.cli import data
+from server.settings import Settings
+from tests.support import tiny
+from tests.support.databases import KINDS, opened
+from tests.support.tiny import fake_site, settings
+
+DB = "loraplex.db"
+
+
+def blobs_in(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "blobs").iterdir()}
+
+
+def grow_old(folder: Path) -> None:
+    """Lets all blobs be old enough for the sweep."""
+    for path in (folder / "blobs").iterdir():
+        os.utime(path, times=(0, time.time() - 90_000))
+
+
+def set_aside(folder: Path, name: str = DB) -> Path:
+    """Copies the database out of the folder, whole."""
+    copy = folder.parent / f"{folder.name}-{name}"
+    with sqlite3.connect(folder / DB) as source, sqlite3.connect(copy) as target:
+        source.backup(target)
+    return copy
+
+
+def put_back(copy: Path, folder: Path) -> None:
+    for path in folder.glob(f"{DB}*"):
+        path.unlink()
+    shutil.copyfile(copy, folder / DB)
+
+
+async def filled(folder: Path) -> set[str]:
+    """Two adapters of one tenant; their blobs are old."""
+    async with fake_site(folder) as site:
+        await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)})
+    grow_old(folder)
+    return blobs_in(folder)
+
+
+async def refused(folder: Path, **changes: object) -> None:
+    """A start on ``folder`` fails before the engine."""
+
+    async def start(_: Settings) -> NoReturn:
+        raise AssertionError("the engine was started")
+
+    app = create_app(settings(folder, **changes), start_engine=start)
+    with pytest.raises((WrongDatabase, FolderInUse)):
+        async with app.router.lifespan_context(app):
+            pass
+
+
+async def test_a_new_empty_database_is_refused_and_deletes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "data"
+    before = await filled(folder)
+    url = f"sqlite+aiosqlite:///{tmp_path / 'other.db'}"
+    await refused(folder, database_url=url)
+    assert "the database is not the one" in caplog.text
+    assert "it is a new one" in caplog.text
+    assert "loraplex adopt" in caplog.text
+    assert blobs_in(folder) == before
+    async with fake_site(folder) as site:
+        assert len((await site.admin.get("/admin/v1/tenants/acme/adapters")).json()["data"]) == 2
+
+
+async def test_a_database_of_another_installation_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    before = await filled(one)
+    await filled(other)
+    await refused(one, database_url=f"sqlite+aiosqlite:///{other / DB}")
+    assert "the folder's is" in caplog.text
+    assert blobs_in(one) == before
+
+
+async def test_an_older_database_is_refused_until_it_is_adopted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "data"
+    await filled(folder)
+    copy = set_aside(folder)
+    async with fake_site(folder) as site:
+        assert (await site.upload("acme", "c", tiny.adapter(3))).status_code == 201
+    grow_old(folder)
+    before = blobs_in(folder)
+    assert len(before) == 3
+    put_back(copy, folder)
+    await refused(folder)
+    assert "the database is older" in caplog.text
+    assert blobs_in(folder) == before
+
+    assert await asyncio.to_thread(data.adopt, settings(folder)) == 0
+    for _ in range(2):
+        async with fake_site(folder) as site:
+            shown = (await site.admin.get("/admin/v1/tenants/acme/adapters")).json()["data"]
+            assert [adapter["name"] for adapter in shown] == ["a", "b"]
+        grow_old(folder)
+        assert blobs_in(folder) == before, "what had no row when it was adopted stays"
+
+
+async def test_the_same_database_from_a_copy_is_the_right_one(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    await filled(folder)
+    put_back(set_aside(folder), folder)
+    async with fake_site(folder):
+        pass
+
+
+async def test_an_installation_from_before_ids_is_joined(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    before = await filled(folder)
+    forget(folder)
+    orphan = folder / "blobs" / ("0" * 64)
+    orphan.mkdir()
+    grow_old(folder)
+    async with fake_site(folder):
+        pass
+    assert blobs_in(folder) == before | {orphan.name}, "nothing goes on the day of the upgrade"
+    mark = json.loads((folder / INSTALLATION_FILE).read_bytes())
+    assert mark["kept"] == [orphan.name]
+    assert mark["audit"] > 0
+
+
+async def test_an_installation_from_before_ids_with_another_database_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "data"
+    before = await filled(folder)
+    forget(folder)
+    await refused(folder, database_url=f"sqlite+aiosqlite:///{tmp_path / 'other.db'}")
+    assert "the database has none on record" in caplog.text
+    assert blobs_in(folder) == before
+
+
+async def test_a_folder_without_the_databases_files_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, empty = tmp_path / "data", tmp_path / "empty"
+    await filled(folder)
+    await refused(empty, database_url=f"sqlite+aiosqlite:///{folder / DB}")
+    assert "none of them is in the data folder" in caplog.text
+
+
+async def test_a_damaged_mark_is_no_reason_to_guess(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "data"
+    before = await filled(folder)
+    (folder / INSTALLATION_FILE).write_text("{")
+    await refused(folder)
+    assert "is damaged" in caplog.text
+    assert blobs_in(folder) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_folder_and_database_are_joined_on_either_database(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path) as database, opened(kind, tmp_path / "more") as other:
+        blobs = BlobStore(tmp_path / "data", max_bytes=1)
+        await blobs.open()
+        await Ownership(blobs, database).verify()
+        await Ownership(blobs, database).verify()
+        with pytest.raises(WrongDatabase, match="it is a new one"):
+            await Ownership(blobs, other).verify()
+        await Ownership(blobs, other).adopt()
+        await Ownership(blobs, other).verify()
+        with pytest.raises(WrongDatabase, match="its id is"):
+            await Ownership(blobs, database).verify()
+
+
+async def test_a_second_server_on_a_folder_touches_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "data"
+    async with fake_site(folder) as site:
+        await site.tenant("acme")
+        async with site.services.blobs.receive() as incoming:
+            await incoming.write("adapter_config.json", b"{}")
+            await refused(folder)
+            assert "belongs to a server that is running" in caplog.text
+            assert incoming.path.is_dir()
+
+
+def test_the_lock_is_the_processes_own(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path).acquire()
+    with pytest.raises(FolderInUse, match=f"process {os.getpid()}"):
+        FolderLock(tmp_path).acquire()
+    assert "FolderInUse" in acquire_elsewhere(tmp_path)
+    assert f"process {os.getpid()}" in acquire_elsewhere(tmp_path)
+    lock.release()
+    lock.release()
+    assert acquire_elsewhere(tmp_path) == "held"
+    FolderLock(tmp_path).acquire().release()
+
+
+def test_a_model_that_is_not_there_costs_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    variables = {"LORAPLEX_MODEL": str(tmp_path / "nonexistent"), "LORAPLEX_DATA_DIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-m", "server", "serve"],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "there is no" in done.stderr
+    assert not folder.exists()
+
+
+def acquire_elsewhere(folder: Path) -> str:
+    script = (
+        "import sys; from pathlib import Path; from adapters.store.ownership import FolderLock;"
+        "FolderLock(Path(sys.argv[1])).acquire(); print('held')"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
+    return done.stdout.strip() or done.stderr
+
+
+def forget(folder: Path) -> None:
+    """What a server before ids has left."""
+    (folder / INSTALLATION_FILE).unlink()
+    with sqlite3.connect(folder / DB) as database:
+        database.execute("DELETE FROM meta WHERE key = 'installation'")
+
+
+async def test_what_the_folder_has_seen_grows_with_the_audit(tmp_path: Path) -> None:
+    async with opened("sqlite", tmp_path) as database:
+        blobs = BlobStore(tmp_path / "data", max_bytes=1)
+        await blobs.open()
+        ownership = Ownership(blobs, database)
+        await ownership.verify()
+        for expected in (1, 2):
+            async with database.write() as session:
+                audit.note(session, "tenant.create", "acme")
+            await ownership.remember()
+            assert json.loads((blobs.root / INSTALLATION_FILE).read_bytes())["audit"] == expected
