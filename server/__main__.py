@@ -157,7 +157,7 @@ def _serve(settings: Settings) -> int:
     from server import logs
     from server.app import create_app, drain
     from server.engine.calls import EngineDied
-    from server.http.connection import BoundedHeads, DrainingServer
+    from server.http.connection import BoundedHeads, DrainingServer, connections_for, raise_descriptors
 
     logs.configure(settings.log_format, settings.log_level)
     # vLLM must not ask a hub about a model that is here, nor report usage.
@@ -171,6 +171,7 @@ def _serve(settings: Settings) -> int:
 
     app = create_app(settings, on_death=on_death)
     BoundedHeads.seconds = settings.client_timeout
+    BoundedHeads.limit = connections_for(raise_descriptors())
     server = DrainingServer(
         uvicorn.Config(
             app,

@@ -1,11 +1,14 @@
-"""uvicorn's HTTP protocol with the bounds on a request's head that its parser lacks, and a patient close."""
+"""uvicorn's HTTP protocol with the bounds that its parser lacks, and its server with a drain."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import heapq
 import json
 import multiprocessing
 import os
+import resource
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from types import FrameType
@@ -20,6 +23,10 @@ HEAD_BYTES = 64 << 10
 # What still comes is thrown away for so long: closing at once would overtake the answer.
 _LINGER = 0.5
 TICK_SECONDS = 0.5  # between two looks whether to leave
+# A chunk of one byte has five bytes around it; eight are no reason for suspicion yet.
+_CHUNKED = 8
+PIPELINED = 16
+STALLED_SECONDS = 5.0  # without a piece of a body, while others find no room
 
 
 class _Patient:
@@ -41,19 +48,31 @@ class _Patient:
 
 
 class BoundedHeads(HttpToolsProtocol):
-    """Answers 431 to a head beyond ``HEAD_BYTES`` and what was read with it, 408 to one that does not end.
+    """A connection whose client can take only so much memory, time and room before it has said anything.
 
-    ``seconds`` bounds the time from a head's first byte, or from the connection, to its end. A connection on
-    which a request is still being sent is closed ``_LINGER`` seconds after its answer.
+    431 for a head beyond ``HEAD_BYTES`` and what was read with it, and for as much of trailers, chunk sizes
+    and chunk extensions beyond what a body in small chunks needs; 408 for a head that does not end within
+    ``seconds`` of its first byte, or of the connection. After an answer the rest of its request has
+    ``rest_seconds``; a connection that the server closes meanwhile is closed ``_LINGER`` seconds after its
+    answer. More than ``PIPELINED`` requests ahead of their answers end the connection. At most ``limit``
+    connections are open: a new one takes the place of those that have been idle longest.
     """
 
     seconds: ClassVar[float] = 60.0
+    rest_seconds: ClassVar[float] = 60.0
+    limit: ClassVar[int] = 8192
     _late: asyncio.TimerHandle
     closed = False
+    _between = _in_head = _overrun = False
+    _received = _body = 0
+    _heard = 0.0  # when the last bytes came
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(_Patient(transport, self))  # type: ignore[arg-type]
+        self._heard = self.loop.time()
         self._begin()
+        if len(self.connections) > self.limit:
+            self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._late.cancel()
@@ -62,41 +81,99 @@ class BoundedHeads(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.closed:
             return
+        self._heard = self.loop.time()
         if self._between:
             self._begin()
-        if self._in_head:
-            self._received += len(data)
+        self._body = 0
         super().data_received(data)
-        if self._in_head and self._received > HEAD_BYTES:
+        self._received = max(0, self._received + len(data) - self._body - _CHUNKED * self._body)
+        if self._overrun:
+            self.transport.close()
+        elif not self._between and self._received > HEAD_BYTES:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "head_too_large")
 
+    def on_message_begin(self) -> None:
+        if self._between:  # the next one came along with the end of the one before
+            self._begin()
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= PIPELINED:
+            self._overrun = True
+        if self._overrun:
+            return
         self._late.cancel()
         self._in_head = False
+        self._received = 0
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._body += len(body)
+        if not self._overrun:
+            super().on_body(body)
+
     def on_message_complete(self) -> None:
+        if self._overrun:
+            return
+        self._late.cancel()
         self._between = True
+        self._received = 0
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not (self._between or self._in_head or self.transport.is_closing()):
+            self._late = self.loop.call_later(self.rest_seconds, self.transport.close)
 
     def _begin(self) -> None:
         self._between, self._in_head, self._received = False, True, 0
-        self._late = asyncio.get_running_loop().call_later(
+        self._late = self.loop.call_later(
             self.seconds, self._refuse, HTTPStatus.REQUEST_TIMEOUT, "request_timeout"
         )
 
     def _refuse(self, status: HTTPStatus, code: str) -> None:
-        """Without an answer of its own where the one before it is still being given."""
+        """Answers with ``status`` unless another answer is due or under way on this connection; closes it."""
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
+        if self._may_answer():
             body = json.dumps(envelope(f"{status.phrase}.", "invalid_request_error", code)).encode()
             head = (
                 f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
+            if self.cycle is not None:  # the app is told that nobody reads an answer of its own
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
         self.transport.close()
+
+    def _may_answer(self) -> bool:
+        cycle = self.cycle
+        if self._in_head:
+            return cycle is None or cycle.response_complete
+        return cycle is not None and not cycle.response_started and not self.pipeline
+
+    def _make_room(self) -> None:
+        """Closes a part of the idle connections, the longest idle first; where there are none, this one."""
+        now = self.loop.time()
+        idle = [
+            connection
+            for connection in self.connections
+            if isinstance(connection, BoundedHeads) and connection is not self and connection._is_idle(now)
+        ]
+        if not idle:
+            self.transport.close()
+        for connection in heapq.nsmallest(max(1, self.limit // 64), idle, key=lambda one: one._heard):
+            connection.closed = True
+            connection.transport._transport.abort()  # type: ignore[attr-defined]
+
+    def _is_idle(self, now: float) -> bool:
+        """Without a whole request, and without a piece of one for a while if it has a head."""
+        if self.closed:
+            return False  # it goes by itself
+        if self._in_head or (self._between and (self.cycle is None or self.cycle.response_complete)):
+            return True
+        return not self._between and now - self._heard > STALLED_SECONDS
 
     def close(self, transport: Any) -> None:
         """Once: what still comes of a request is thrown away for a while before ``transport`` is closed."""
@@ -107,7 +184,24 @@ class BoundedHeads(HttpToolsProtocol):
             transport.close()
         else:
             self.flow.resume_reading()
-            asyncio.get_running_loop().call_later(_LINGER, transport.close)
+            self.loop.call_later(_LINGER, transport.close)
+
+
+def connections_for(descriptors: int) -> int:
+    """How many connections a process with so many file descriptors takes.
+
+    An upload has a file beside its connection, and the engine, the database and the store need some 60.
+    """
+    return max(16, min(8192, (descriptors - 64) // 3))
+
+
+def raise_descriptors() -> int:
+    """Takes as many file descriptors as the process may have; returns their number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return hard if hard != resource.RLIM_INFINITY else 1 << 20
+    return soft
 
 
 class DrainingServer(uvicorn.Server):
