@@ -22,9 +22,11 @@ from server import __version__
 from server.accounts.authentication import Authentication
 from server.accounts.tenants import Tenants
 from server.accounts.usage import UsageWriter, spent
+from server.accounts.wrong_keys import WrongKeys
 from server.engine.calls import EngineDied
 from server.engine.engine import Engine
 from server.http import admin, inference, operations, reports, self_service
+from server.http.auth import SINGLE
 from server.http.middleware import RequestContext, install_error_handlers
 from server.http.openapi import document
 from server.http.services import Services
@@ -71,7 +73,7 @@ def create_app(
             yield
             await services.cancel_tasks()
 
-    app = FastAPI(title="Loraplex", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="Loraplex", version=__version__, lifespan=lifespan, dependencies=[SINGLE])
     app.state.settings = settings
     app.state.services = None
     app.add_middleware(RequestContext)
@@ -142,6 +144,7 @@ async def _start(
         blobs=blobs,
         tenants=Tenants(database),
         authentication=authentication,
+        wrong_keys=WrongKeys(settings.auth_failures),
         shared=shared,
         usage_writer=usage_writer,
         engine=engine,
@@ -171,6 +174,7 @@ async def _authentication(settings: Settings, database: Database) -> Authenticat
         database,
         admin_key=settings.admin_key.get_secret_value() if settings.admin_key else None,
         service_key=settings.service_key.get_secret_value() if settings.service_key else None,
+        metrics_key=settings.metrics_key.get_secret_value() if settings.metrics_key else None,
     )
     new_key = await authentication.open()
     if new_key is not None:

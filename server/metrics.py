@@ -122,6 +122,7 @@ class Metrics:
             ["result"],
             registry=r,
         )
+        self._wrong_keys = Counter("loraplex_wrong_keys", "Requests with a key that is nobody's.", registry=r)
         self._budgets = Counter(
             "loraplex_budget_requests",
             "Requests beyond a soft budget (warned) or a hard one (refused).",
@@ -179,6 +180,10 @@ class Metrics:
     def budget(self, tenant: str, kind: str) -> None:
         """A request went beyond a budget: ``kind`` is ``soft`` or ``hard``."""
         self._budgets.labels(self.label(tenant), kind).inc()
+
+    def wrong_key(self) -> None:
+        """Counts a request with a key that is nobody's."""
+        self._wrong_keys.inc()
 
     def verified(self, result: Literal["matches", "differs", "not_possible"]) -> None:
         """Golden probes were held against this engine."""

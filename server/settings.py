@@ -90,6 +90,14 @@ class Settings(BaseSettings):
     service_key: SecretStr | None = Field(
         None, description="Key of a trusted gateway, which names the customer in `X-Customer-ID`."
     )
+    metrics_key: SecretStr | None = Field(
+        None, description="Key of `/metrics`, which needs none if this is unset."
+    )
+    auth_failures: int = Field(
+        30,
+        ge=0,
+        description="Wrong keys a minute from one address; further ones get 429. 0: no bound.",
+    )
     gpu_slots: int | Literal["auto"] = Field(
         8,
         description="Adapters that can run at the same time; `auto`: as many as ADAPTER_GPU_MEMORY holds.",

@@ -3,6 +3,7 @@
     Authorization: Bearer <tenant key>                                   that key's tenant
     Authorization: Bearer <service key>   X-Customer-ID: <tenant>        the tenant that a gateway names
     Authorization: Bearer <admin key>                                    the admin API, and only that
+    Authorization: Bearer <metrics key>                                  /metrics, and only that
 
 No message repeats a key or says whether one nearly matched; digests are compared in constant time.
 """
@@ -13,6 +14,7 @@ import hmac
 import re
 import secrets
 from dataclasses import replace
+from itertools import combinations
 
 from sqlalchemy import select
 
@@ -41,24 +43,41 @@ NO_KEY = (
 WRONG_KEY = "Incorrect API key provided."
 
 
+class WrongKey(Unauthorized):
+    """A key was given, and it is nobody's."""
+
+    def __init__(self) -> None:
+        super().__init__(WRONG_KEY)
+
+
 class Authentication:
     """Tells from a request's headers who makes it. ``open`` before anything else.
 
-    ``admin_key`` and ``service_key`` are the settings'; without ``admin_key`` the one in the database counts.
+    The keys are the settings'; without ``admin_key`` the one in the database counts.
     ValueError for keys that are too short, cannot be sent in a header, or are the same.
     """
 
-    def __init__(self, database: Database, *, admin_key: str | None, service_key: str | None) -> None:
-        for name, key in (("admin_key", admin_key), ("service_key", service_key)):
-            if key is not None:
-                _check_configured(name, key)
-        if admin_key is not None and admin_key == service_key:
-            raise ValueError("admin_key and service_key must differ: one may not run what the other may")
+    def __init__(
+        self,
+        database: Database,
+        *,
+        admin_key: str | None,
+        service_key: str | None,
+        metrics_key: str | None = None,
+    ) -> None:
+        configured = {"admin_key": admin_key, "service_key": service_key, "metrics_key": metrics_key}
+        given = {name: key for name, key in configured.items() if key is not None}
+        for name, key in given.items():
+            _check_configured(name, key)
+        for (name, key), (other, same) in combinations(given.items(), 2):
+            if key == same:
+                raise ValueError(f"{name} and {other} must differ: one may not do what the other may")
         self._database = database
         self._tenants = Tenants(database)
         self._configured = admin_key is not None
         self._admin = digest_of(admin_key) if admin_key is not None else None
         self._service = digest_of(service_key) if service_key is not None else None
+        self._metrics = digest_of(metrics_key) if metrics_key is not None else None
         self._by_key: ReadCache[str, Tenant] = ReadCache(database, CACHED_TENANTS)
         self._by_id: ReadCache[str, Tenant] = ReadCache(database, CACHED_TENANTS)
 
@@ -77,6 +96,8 @@ class Authentication:
                 session.add(stored)
         if self._is(stored.value, self._service):
             raise ValueError("service_key is the admin key of this database; choose another")
+        if self._is(stored.value, self._metrics):
+            raise ValueError("metrics_key is the admin key of this database; choose another")
         self._admin = stored.value
         return made
 
@@ -119,6 +140,11 @@ class Authentication:
             await self._holder(key)
         raise Forbidden("This key cannot administer. Use the admin key.")
 
+    async def require_metrics(self, authorization: str | None) -> None:
+        """Unauthorized without the metrics key, where there is one."""
+        if self._metrics is not None and not self._is(digest_of(_bearer(authorization)), self._metrics):
+            raise WrongKey
+
     @staticmethod
     def _is(digest: str, known: str | None) -> bool:
         return known is not None and hmac.compare_digest(digest, known)
@@ -142,7 +168,7 @@ class Authentication:
     async def _holder(self, key: str) -> Tenant:
         """The tenant that ``key`` was issued to; Unauthorized."""
         if not TENANT_KEY.fullmatch(key):
-            raise Unauthorized(WRONG_KEY)
+            raise WrongKey
         digest = digest_of(key)
         return await self._by_key.get(digest, lambda: self._look_up(digest))
 
@@ -151,7 +177,7 @@ class Authentication:
         async with self._database.read() as session:
             found = (await session.execute(query.where(KeyRow.digest == digest))).one_or_none()
         if found is None or not self._is(digest, found[1].digest):
-            raise Unauthorized(WRONG_KEY)
+            raise WrongKey
         return replace(tenant_of(found[0]), key=key_info(found[1]))
 
 
@@ -162,7 +188,7 @@ def _bearer(authorization: str | None) -> str:
     # The length is looked at first: the header comes from anybody.
     found = BEARER.fullmatch(authorization) if len(authorization) <= 2 * MAX_KEY_LENGTH else None
     if found is None:
-        raise Unauthorized(WRONG_KEY)
+        raise WrongKey
     return found[1]
 
 

@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import time
+from collections.abc import Awaitable
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 
 from adapters.database.audit import ACTOR, Actor
+from server.accounts.authentication import WrongKey
 from server.accounts.keys import KeyScope
 from server.accounts.tenants import Tenant
+from server.errors import BadRequest, TooManyRequests
 from server.http.middleware import matched_path
 from server.http.services import ServicesOf, services_of
 from server.inference.dialects.messages import speaks_anthropic
+
+T = TypeVar("T")
+
+
+# Headers that decide who asks for what: of two, a proxy and this server might each read another one.
+SINGLE_HEADERS = ("Authorization", "X-Customer-ID", "X-API-Key", "Idempotency-Key", "Content-Type")
+
+
+async def single_headers(request: Request) -> None:
+    """BadRequest (``duplicate_header``) if one of ``SINGLE_HEADERS`` comes twice."""
+    for name in SINGLE_HEADERS:
+        if len(request.headers.getlist(name)) > 1:
+            raise BadRequest(f"The header {name} came more than once.", code="duplicate_header", param=name)
+
+
+async def _slowed(request: Request, check: Awaitable[T]) -> T:
+    """``check``; TooManyRequests (``too_many_wrong_keys``) instead of WrongKey for an address with many."""
+    try:
+        return await check
+    except WrongKey:
+        services = services_of(request)
+        services.metrics.wrong_key()
+        address = request.client.host if request.client else ""
+        wait = services.wrong_keys.add(address, time.monotonic())
+        if wait is None:
+            raise
+        raise TooManyRequests(
+            "Too many requests with a wrong API key came from your address.",
+            code="too_many_wrong_keys",
+            retry_after=wait,
+        ) from None
 
 
 async def tenant_of(request: Request, scope: KeyScope = "inference") -> Tenant:
@@ -21,7 +56,7 @@ async def tenant_of(request: Request, scope: KeyScope = "inference") -> Tenant:
     if authorization is None and key is not None and speaks_anthropic(matched_path(request.scope)):
         authorization = f"Bearer {key}"
     customer = request.headers.get("x-customer-id")
-    tenant = await services.authentication.authenticate(authorization, customer, scope)
+    tenant = await _slowed(request, services.authentication.authenticate(authorization, customer, scope))
     request.state.log["tenant"] = tenant.id
     if tenant.key is not None:
         services.usage_writer.used(tenant.key.id)
@@ -31,8 +66,15 @@ async def tenant_of(request: Request, scope: KeyScope = "inference") -> Tenant:
 
 async def require_admin(request: Request) -> None:
     """Raises as ``Authentication.require_admin`` unless the request has the operator's key."""
-    await services_of(request).authentication.require_admin(request.headers.get("authorization"))
+    authorization = request.headers.get("authorization")
+    await _slowed(request, services_of(request).authentication.require_admin(authorization))
     ACTOR.set(Actor("admin", request.state.request_id))
+
+
+async def require_metrics(request: Request) -> None:
+    """Unauthorized unless ``/metrics`` is open or the request has its key."""
+    authorization = request.headers.get("authorization")
+    await _slowed(request, services_of(request).authentication.require_metrics(authorization))
 
 
 async def _named_tenant(tenant: str, services: ServicesOf) -> Tenant:
@@ -48,6 +90,8 @@ async def _usage_reader(request: Request) -> Tenant:
 
 
 ADMIN = Depends(require_admin)
+METRICS = Depends(require_metrics)
+SINGLE = Depends(single_headers)
 # The tenant that the path names; NotFound where there is none.
 NamedTenant = Annotated[Tenant, Depends(_named_tenant)]
 # The tenant whose key this is, if the key may do that.

@@ -62,8 +62,11 @@ def _complete(path: str, method: str, operation: Schema) -> None:
     if path in _STREAMS:
         responses["200"]["content"]["text/event-stream"] = {"schema": _EVENT}
     if tag == "operations":
+        responses["400"] = _error("400", "Error")
         if path == "/metrics":
             responses["200"]["content"] = {"text/plain": {"schema": _TEXT}}
+            responses |= {status: _error(status, "Error") for status in ("401", "429")}
+            operation["security"] = [{}, {"key": []}]
         elif path == "/ready":
             responses["503"] = {"description": "Not ready, and why.", "content": _json(_ANY)}
         return
@@ -81,11 +84,11 @@ def _short(path: str) -> str:
 
 
 def _statuses(tag: str, path: str, arguments: bool, body: bool) -> list[str]:
-    found = ["400", "401", "403", "500"]
+    found = ["400", "401", "403", "429", "500"]
     if body:
         found += ["408", "413", "415"]
     if body and tag == "inference":
-        found += ["429", "503"]
+        found += ["503"]
     if "{" in path or tag == "inference":
         found += ["404"]
     if tag != "inference" and arguments:
@@ -134,7 +137,7 @@ _MEANS = {
     "413": "The body is too large.",
     "415": "The body is compressed.",
     "422": "It can be read, but not done.",
-    "429": "Too many requests of this customer.",
+    "429": "Too many requests of this customer, or with wrong keys from this address.",
     "500": "A defect of the server.",
     "503": "The server cannot answer now.",
     "507": "The disk is full.",

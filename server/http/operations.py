@@ -1,4 +1,4 @@
-"""``/health``, ``/ready`` and ``/metrics``: what a load balancer and a monitor ask, without a key."""
+"""``/health``, ``/ready`` and ``/metrics``: what a load balancer and a monitor ask."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from server.http.auth import METRICS
 from server.http.services import Services, ServicesOf
 from server.metrics import Metrics
 
@@ -29,7 +30,7 @@ async def ready(services: ServicesOf) -> JSONResponse:
     return JSONResponse({"status": "ready" if ok else "not ready", "checks": checks}, 200 if ok else 503)
 
 
-@router.get("/metrics")
+@router.get("/metrics", dependencies=[METRICS])
 async def metrics(services: ServicesOf) -> Response:
     versions = await services.publishing.catalog.count_versions()
     page = services.metrics.render(services.dispatcher.gauges(versions))

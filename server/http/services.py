@@ -15,6 +15,7 @@ from adapters.store.blobs import BlobStore
 from server.accounts.authentication import Authentication
 from server.accounts.tenants import Tenants
 from server.accounts.usage import UsageWriter
+from server.accounts.wrong_keys import WrongKeys
 from server.engine.engine import Engine
 from server.inference.completion import Completions
 from server.limits.redis import RedisLedger
@@ -38,6 +39,7 @@ class Services:
     blobs: BlobStore
     tenants: Tenants
     authentication: Authentication
+    wrong_keys: WrongKeys
     shared: RedisLedger | None
     usage_writer: UsageWriter
     engine: Engine
