@@ -6,6 +6,7 @@ AdapterError
 ├── UploadIncomplete       a file is missing, or the stream broke off
 ├── StorageFull            the disk has no room
 ├── StorageFailed          the disk fails otherwise
+├── StorageBusy            another process holds the database; later it goes
 ├── AdapterNotFound        no such adapter or version of this tenant
 ├── AdapterConflict        a name taken, or a version still needed
 ├── QuotaExceeded          more adapters or bytes than the tenant may have
@@ -48,6 +49,13 @@ class StorageFull(AdapterError):
 
 class StorageFailed(AdapterError):
     code = "storage_failed"
+
+
+class StorageBusy(AdapterError):
+    """Nothing was changed; ``retry_after`` is in seconds."""
+
+    code = "storage_busy"
+    retry_after = 2.0
 
 
 class AdapterNotFound(AdapterError):

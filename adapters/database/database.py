@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import PoolProxiedConnection
 
 from adapters.database.rows import MetaRow
-from adapters.errors import StorageFailed, StorageFull
+from adapters.errors import StorageBusy, StorageFailed, StorageFull
 from adapters.tasks import uninterruptible
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,11 @@ F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
 MIGRATIONS = "adapters.database:migrations"
-# How long a SQLite writer of another process (the command line) may hold us up.
-BUSY_TIMEOUT_MS = 30_000
+# How long a SQLite writer of another process (the command line, a backup) may hold up a write, and the start.
+BUSY_TIMEOUT_MS = 3_000
+OPEN_BUSY_TIMEOUT_MS = 30_000
+# How long a write waits for those before it, in seconds.
+TURN_TIMEOUT_S = 5.0
 WAL_TRIES = 200
 # Names the PostgreSQL advisory lock under which the schema is upgraded.
 UPGRADE_LOCK = 0x6C6F7261
@@ -103,7 +106,7 @@ class Database:
             await asyncio.to_thread(_create_private, Path(str(self.url.database)))
         # SQLite alters a table by dropping and refilling it, and with foreign keys on that deletes
         # every row that refers to it.
-        engine = _engine(self.url, foreign_keys=False)
+        engine = _engine(self.url, foreign_keys=False, busy_timeout_ms=OPEN_BUSY_TIMEOUT_MS)
         try:
             async with engine.execution_options(loraplex_writes=True).begin() as connection:
                 await connection.run_sync(_upgrade)
@@ -133,7 +136,8 @@ class Database:
     async def write(self) -> AsyncIterator[AsyncSession]:
         """One transaction: on disk when the block has ended, gone without trace if the block raises.
 
-        Raises StorageFull or StorageFailed where SQLite's disk is the reason.
+        Raises StorageFull or StorageFailed where SQLite's disk is the reason, StorageBusy where another
+        process holds SQLite's lock for seconds.
         Cancelled during the commit, it ends the commit first. Writes take turns, and each one empties
         the read caches, of other processes too: nothing that happens per request belongs here.
         """
@@ -150,7 +154,7 @@ class Database:
     @asynccontextmanager
     async def append(self) -> AsyncIterator[AsyncSession]:
         """As ``write``, for rows that no read cache holds anything of."""
-        async with self._turn:
+        async with self._its_turn():
             session = self._writer()
             try:
                 with _disk_errors():
@@ -161,6 +165,19 @@ class Database:
                     await uninterruptible(session.close())
                 finally:
                     self.generation += session.info.get("invalidates", False)
+
+    @asynccontextmanager
+    async def _its_turn(self) -> AsyncIterator[None]:
+        """Raises StorageBusy where the writes before it do not end: one that is locked out takes seconds."""
+        try:
+            async with asyncio.timeout(TURN_TIMEOUT_S):
+                await self._turn.acquire()
+        except TimeoutError as error:
+            raise _busy() from error
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     async def watch(self) -> None:
         """Never returns: empties the read caches when another process has written. Outages are waited out."""
@@ -198,12 +215,21 @@ def _disk_errors() -> Iterator[None]:
                 raise StorageFull(
                     "There is no room for the database. Ask the operator to free space where it lies."
                 ) from error
+            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+                raise _busy() from error
             case sqlite3.SQLITE_IOERR:
                 raise StorageFailed(
                     "The disk failed, and nothing was changed. Try again; the operator finds the reason in"
                     " the log."
                 ) from error
         raise
+
+
+def _busy() -> StorageBusy:
+    return StorageBusy(
+        "Something holds the database, and nothing was changed. Try again in some seconds, and if it stays so,"
+        " ask the operator."
+    )
 
 
 def _checked(text: str) -> URL:
@@ -220,7 +246,7 @@ def _checked(text: str) -> URL:
     return url
 
 
-def _engine(url: URL, *, foreign_keys: bool = True) -> AsyncEngine:
+def _engine(url: URL, *, foreign_keys: bool = True, busy_timeout_ms: int = BUSY_TIMEOUT_MS) -> AsyncEngine:
     if url.get_backend_name() != "sqlite":
         return create_async_engine(url, pool_pre_ping=True)
     engine = create_async_engine(url)
@@ -230,7 +256,7 @@ def _engine(url: URL, *, foreign_keys: bool = True) -> AsyncEngine:
     def connected(connection: Any, _record: Any) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        cursor.execute(f"PRAGMA busy_timeout = {busy_timeout_ms}")
         _use_wal(cursor)
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")

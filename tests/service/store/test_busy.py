@@ -1,0 +1,48 @@
+"""SQLite is held by another process: writes are told so within seconds, and everything else goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from adapters.database import database
+from tests.service.http.test_api import error
+from tests.support import tiny
+from tests.support.tiny import fake_site
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
+
+
+async def test_writes_are_refused_and_may_be_repeated_while_inference_goes_on(tmp_path: Path) -> None:
+    async with fake_site(tmp_path) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        other = sqlite3.connect(tmp_path / "loraplex.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        writes = [site.admin.post("/admin/v1/tenants", json={"id": f"t{number}"}) for number in range(6)]
+        held = asyncio.gather(*writes, site.upload("acme", "b", tiny.adapter(2)))
+        assert (await site.chat(key, "hi", model="a")).status_code == 200
+        assert (await site.admin.get("/admin/v1/tenants")).status_code == 200
+        for answer in await held:
+            error(answer, 503, "storage_busy")
+            assert int(answer.headers["Retry-After"]) >= 1
+        assert time.monotonic() - began < database.TURN_TIMEOUT_S + 5
+        other.execute("ROLLBACK")
+        other.close()
+        assert (await site.admin.post("/admin/v1/tenants", json={"id": "t0"})).status_code == 201
+        assert (await site.upload("acme", "b", tiny.adapter(2))).status_code == 201
+
+
+async def test_a_short_lock_is_waited_for(tmp_path: Path) -> None:
+    async with fake_site(tmp_path) as site:
+        other = sqlite3.connect(tmp_path / "loraplex.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        write = asyncio.create_task(site.admin.post("/admin/v1/tenants", json={"id": "acme"}))
+        await asyncio.sleep(0.5)
+        other.execute("ROLLBACK")
+        other.close()
+        assert (await write).status_code == 201
