@@ -36,6 +36,8 @@ GAP = 2.0
 MEMORY = 32.0  # MiB that the API process may keep of an attack
 QUIET = 20.0  # seconds
 PROMPTS = ("My parcel has not arrived.", "Why is the sky blue?", "Count to ten.")
+STREAM = "Once upon a time"
+EVERY = {STREAM, *PROMPTS}  # what must have been answered in peace before it can be compared
 OUT = CHECKOUT / "bench-results" / "attack.md"
 SETUP = Setup(gpu_slots=2, host_slots=4, max_num_seqs=8, max_lora_rank=16)
 
@@ -160,7 +162,7 @@ class Controls:
     async def _stream(self) -> None:
         body = {
             "model": "support",
-            "prompt": "Once upon a time",
+            "prompt": STREAM,
             "max_tokens": 40,
             "temperature": 0,
             "logit_bias": NEVER_END,
@@ -180,7 +182,7 @@ class Controls:
                             text += json.loads(line[6:])["choices"][0]["text"]
             except (httpx.HTTPError, KeyError) as exc:
                 text = repr(exc)
-            self.seen.note("the stream", text)
+            self.seen.note(STREAM, text)
 
     async def _ask(self) -> None:
         for prompt in itertools.cycle(PROMPTS):
@@ -239,6 +241,8 @@ async def measure(kinds: Sequence[Kind], quiet_seconds: float) -> list[Verdict]:
                 await asyncio.sleep(5)  # the first answers are slower
                 quiet = controls.seen = Seen()
                 await asyncio.sleep(quiet_seconds)
+                while not quiet.answers.keys() >= EVERY:
+                    await asyncio.sleep(0.1)
                 seen = controls.seen = Seen()
                 outcomes = await kind.attack(victim)
                 await asyncio.sleep(5)
@@ -257,7 +261,7 @@ def main() -> int:
     )
     names = [kind.name for kind in KINDS]
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(names)}; all if none")
-    parser.add_argument("--quiet", type=float, default=QUIET, help="seconds without an attack before each")
+    parser.add_argument("--quiet", type=float, default=QUIET, help="least seconds in peace before each")
     given = parser.parse_args()
     if unknown := set(given.kinds) - set(names):
         parser.error(f"no such kind: {', '.join(sorted(unknown))}")
