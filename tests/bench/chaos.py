@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import os
 import secrets
 import shutil
@@ -38,7 +39,7 @@ from tests.bench.servers import ENVIRONMENT, dtype_of_this_machine
 
 START = 300.0  # seconds for a server to become ready
 AGAIN = 150.0  # seconds after a fault within which there must be service
-CALM = 10.0  # seconds of load before a fault, and after it was survived
+CALM = 10.0  # seconds of load before a fault, and of answers after which it is survived
 GIVE_UP = 30.0  # seconds after which a client gives a request up, as its own timeout would
 TENANTS = ("north", "south", "east", "west")
 LIMITED = "west"  # has limits, where there is a Redis to count them in
@@ -335,11 +336,9 @@ class Row:
 
 
 def longest_pause(served: Sequence[float], start: float, end: float) -> float:
-    """The longest time without an answer between ``start`` and ``end``; inf where the last is the longest."""
-    times = [start, *(t for t in served if start <= t <= end)]
-    if end - times[-1] > GIVE_UP:
-        return float("inf")
-    return max((b - a for a, b in itertools.pairwise(times)), default=float("inf"))
+    """The longest time without an answer between ``start`` and ``end``, in seconds."""
+    times = [start, *sorted(t for t in served if start <= t <= end), end]
+    return max(b - a for a, b in itertools.pairwise(times))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -356,6 +355,24 @@ def table(rows: Sequence[Row]) -> str:
         verdict = f"missed: {'; '.join(row.misses)}" if row.misses else "met"
         lines.append(f"| {row.fault} | {'; '.join(seen) or '–'} | {row.again:.1f} s | {told} | {verdict} |")
     return "\n".join(lines)
+
+
+async def steady(service: Service, load: Load) -> bool:
+    """Wait until there were answers for ``CALM`` seconds; False if that does not come within ``AGAIN``.
+
+    A fault needs a moment to show, so nothing counts in the first ``CALM`` seconds.
+    """
+    await asyncio.sleep(CALM)
+    deadline, since = time.monotonic() + AGAIN, None
+    while (now := time.monotonic()) < deadline:
+        if await service.ready() and load.served and load.served[-1] > now - CALM / 2:
+            since = since or now
+            if now - since >= CALM:
+                return True
+        else:
+            since = None
+        await asyncio.sleep(0.5)
+    return False
 
 
 async def disturbed(base: Path, name: str) -> Row:
@@ -386,14 +403,9 @@ async def disturbed(base: Path, name: str) -> Row:
         load.outcomes.clear()
         start = time.monotonic()
         said = await FAULTS[name](service)
-        made_by = time.monotonic()
-        while time.monotonic() - made_by < AGAIN:
-            await asyncio.sleep(0.5)
-            if load.served and load.served[-1] > made_by and await service.ready():
-                break
-        await asyncio.sleep(CALM)
+        survived = await steady(service, load)
         lost = await load.lost()
-        again = longest_pause(load.served, start, time.monotonic())
+        again = longest_pause(load.served, start, time.monotonic()) if survived else math.inf
         return Row(name, said, again, load.outcomes, load.wrong, len(lost), service.ends)
     finally:
         for task in tasks:
