@@ -36,18 +36,26 @@ class AdapterRejected(AdapterError):
 
 
 class UploadTooLarge(AdapterError):
+    """The files together have more bytes than ``max_upload_bytes``."""
+
     code = "upload_too_large"
 
 
 class UploadIncomplete(AdapterError):
+    """A file is missing, or the stream broke off."""
+
     code = "upload_incomplete"
 
 
 class StorageFull(AdapterError):
+    """The disk has no room."""
+
     code = "storage_full"
 
 
 class StorageFailed(AdapterError):
+    """The disk fails otherwise."""
+
     code = "storage_failed"
 
 
@@ -59,18 +67,26 @@ class StorageBusy(AdapterError):
 
 
 class AdapterNotFound(AdapterError):
+    """The tenant has no such adapter or version."""
+
     code = "adapter_not_found"
 
 
 class AdapterConflict(AdapterError):
+    """A name is taken, or a version still needed."""
+
     code = "adapter_conflict"
 
 
 class QuotaExceeded(AdapterError):
+    """The tenant would have more adapters or bytes than it may."""
+
     code = "quota_exceeded"
 
 
 class AdapterUnavailable(AdapterError):
+    """It exists, but cannot be brought into memory now."""
+
     code = "adapter_unavailable"
 
 

@@ -134,6 +134,7 @@ class Metrics:
         r.register(self._state)
 
     def label(self, tenant: str) -> str:
+        """``tenant``, or ``other`` once there are as many labels as there may be."""
         if tenant in self._labels:
             return tenant
         if len(self._labels) < self._limit:
@@ -151,6 +152,7 @@ class Metrics:
         return TokenTimes(self._ttft.labels(label).observe, self._itl.labels(label).observe)
 
     def ended(self, tenant: str, outcome: Outcome) -> None:
+        """A request of ``tenant`` had its outcome."""
         self._requests.labels(self.label(tenant), outcome).inc()
         self.consumed(tenant, 0, 0, 0)  # a series of its own, also of those who were only refused
 
