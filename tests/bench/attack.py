@@ -39,7 +39,8 @@ PROMPTS = ("My parcel has not arrived.", "Why is the sky blue?", "Count to ten."
 STREAM = "Once upon a time"
 EVERY = {STREAM, *PROMPTS}  # what must have been answered in peace before it can be compared
 OUT = CHECKOUT / "bench-results" / "attack.md"
-SETUP = Setup(gpu_slots=2, host_slots=4, max_num_seqs=8, max_lora_rank=16)
+# In float32: in bfloat16 a batch of another size alone changes answers.
+SETUP = Setup(gpu_slots=2, host_slots=4, max_num_seqs=8, max_lora_rank=16, dtype="float32")
 
 
 class Attacked(Loraplex):
@@ -230,15 +231,15 @@ async def attacked(work: Path) -> AsyncIterator[tuple[Attacked, Victim]]:
 
 
 async def measure(kinds: Sequence[Kind], quiet_seconds: float) -> list[Verdict]:
-    """Attack with each of ``kinds`` in turn, every one on a server that has just started."""
+    """Attack with each of ``kinds`` in turn, all on one server."""
     verdicts = []
-    for kind in kinds:
-        work = Path(tempfile.mkdtemp(prefix="attack-"))
-        try:
-            async with attacked(work) as (server, victim):
-                controls = Controls(server, victim.control)
-                running = asyncio.create_task(controls.run())
-                await asyncio.sleep(5)  # the first answers are slower
+    work = Path(tempfile.mkdtemp(prefix="attack-"))
+    try:
+        async with attacked(work) as (server, victim):
+            controls = Controls(server, victim.control)
+            running = asyncio.create_task(controls.run())
+            await asyncio.sleep(5)  # the first answers are slower
+            for kind in kinds:
                 quiet = controls.seen = Seen()
                 await asyncio.sleep(quiet_seconds)
                 while not quiet.answers.keys() >= EVERY:
@@ -246,12 +247,12 @@ async def measure(kinds: Sequence[Kind], quiet_seconds: float) -> list[Verdict]:
                 seen = controls.seen = Seen()
                 outcomes = await kind.attack(victim)
                 await asyncio.sleep(5)
-                running.cancel()
-                await asyncio.gather(running, return_exceptions=True)
                 verdicts.append(verdict(kind, outcomes, quiet, seen))
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        print(table(verdicts[-1:]).splitlines()[-1], flush=True)
+                print(table(verdicts[-1:]).splitlines()[-1], flush=True)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return verdicts
 
 

@@ -35,7 +35,7 @@ import psutil
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.demo.base import BASE_NAME, CHECKOUT, cache_folder, prepare
 from server.demo.process import free_port, tail
-from tests.bench.servers import ENVIRONMENT, dtype_of_this_machine
+from tests.bench.servers import ENVIRONMENT
 
 START = 300.0  # seconds for a server to become ready
 AGAIN = 150.0  # seconds after a fault within which there must be service
@@ -96,7 +96,7 @@ class Service:
             "GPU_SLOTS": "2",
             "MAX_LORA_RANK": "16",
             "MAX_MODEL_LEN": "512",
-            "ENGINE_ARGS": json.dumps({"dtype": dtype_of_this_machine(), "max_num_seqs": 8}),
+            "ENGINE_ARGS": json.dumps({"dtype": "float32", "max_num_seqs": 8}),
             "ENGINE_STALL": "10",
             **settings,
         }
