@@ -112,6 +112,28 @@ def adopt(
 
 
 @cli.command()
+def backup(
+    folder: Annotated[Path, typer.Argument(help="Folder of the backup; only what it lacks is copied.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+) -> None:
+    """Copy the data folder and its SQLite database, while the server runs or not."""
+    from server.cli import data
+
+    raise SystemExit(data.back_up(_settings(config), folder))
+
+
+@cli.command()
+def restore(
+    folder: Annotated[Path, typer.Argument(help="Folder that `backup` wrote.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+) -> None:
+    """Copy a backup into an empty data folder, with the server stopped."""
+    from server.cli import data
+
+    raise SystemExit(data.restore(_settings(config), folder))
+
+
+@cli.command()
 def version() -> None:
     """Print the version."""
     print(__version__)

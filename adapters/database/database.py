@@ -227,9 +227,15 @@ def _disk_errors() -> Iterator[None]:
 
 def _busy() -> StorageBusy:
     return StorageBusy(
-        "Something holds the database, and nothing was changed. Try again in some seconds, and if it stays so,"
-        " ask the operator."
+        "Something holds the database, and nothing was changed. Try again in some seconds, and ask the"
+        " operator if it stays so."
     )
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite database, None for another. Raises ValueError for what ``Database`` refuses."""
+    checked = _checked(url)
+    return Path(str(checked.database)) if checked.get_backend_name() == "sqlite" else None
 
 
 def _checked(text: str) -> URL:
