@@ -33,6 +33,8 @@ from server.http.services import Services
 from server.inference.completion import Completions
 from server.inference.dialects.base import DEFAULT_MODEL
 from server.inference.dialects.registry import DIALECTS
+from server.limits.fallback import FallbackLedger
+from server.limits.ledger import Ledger
 from server.limits.quotas import Quotas
 from server.limits.redis import RedisLedger
 from server.metrics import Metrics
@@ -135,7 +137,11 @@ async def _start(
         return await spent(database, tenant, start, end)
 
     quotas = Quotas(
-        shared, record=usage_writer.record, spent=spent_so_far, prices=settings.prices, metrics=metrics
+        _ledger(settings, shared, metrics),
+        record=usage_writer.record,
+        spent=spent_so_far,
+        prices=settings.prices,
+        metrics=metrics,
     )
     prober = Prober(engine, dispatcher)
     services = Services(
@@ -182,10 +188,18 @@ async def _authentication(settings: Settings, database: Database) -> Authenticat
     return authentication
 
 
+def _ledger(settings: Settings, shared: RedisLedger | None, metrics: Metrics) -> Ledger | None:
+    if shared is None or settings.limits_fail == "closed":
+        return shared
+    return FallbackLedger(shared, on_local=metrics.limited_locally)
+
+
 async def _redis_ledger(settings: Settings, stack: AsyncExitStack) -> RedisLedger | None:
     if settings.limits_redis_url is None:
         return None
-    shared = RedisLedger(settings.limits_redis_url.get_secret_value())
+    fails_open = settings.limits_fail == "open"
+    outage = "limits hold in each process" if fails_open else "requests with limits get 503"
+    shared = RedisLedger(settings.limits_redis_url.get_secret_value(), outage=outage)
     await shared.open()
     stack.push_async_callback(shared.stop)
     return shared

@@ -123,6 +123,9 @@ class Metrics:
             registry=r,
         )
         self._wrong_keys = Counter("loraplex_wrong_keys", "Requests with a key that is nobody's.", registry=r)
+        self._local_limits = Counter(
+            "loraplex_limited_locally", "Requests whose limits were counted without Redis.", registry=r
+        )
         self._budgets = Counter(
             "loraplex_budget_requests",
             "Requests beyond a soft budget (warned) or a hard one (refused).",
@@ -182,6 +185,10 @@ class Metrics:
     def budget(self, tenant: str, kind: str) -> None:
         """A request went beyond a budget: ``kind`` is ``soft`` or ``hard``."""
         self._budgets.labels(self.label(tenant), kind).inc()
+
+    def limited_locally(self) -> None:
+        """Counts a request that was admitted while Redis did not answer."""
+        self._local_limits.inc()
 
     def wrong_key(self) -> None:
         """Counts a request with a key that is nobody's."""

@@ -84,6 +84,11 @@ class Settings(BaseSettings):
         description="Redis in which all processes with this URL count limits and budgets together;"
         " in each process's memory if unset.",
     )
+    limits_fail: Literal["closed", "open"] = Field(
+        "closed",
+        description="Without that Redis `closed` refuses requests with limits,"
+        " `open` counts in each process.",
+    )
     admin_key: SecretStr | None = Field(
         None, description="Key of the admin API. Without it the first start makes one and prints it once."
     )

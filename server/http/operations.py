@@ -44,7 +44,7 @@ async def _checks(services: Services) -> dict[str, str]:
         "database": services.database.ping,
         "store": services.blobs.check,
     }
-    if services.shared is not None:
+    if services.shared is not None and services.settings.limits_fail == "closed":
         parts["limits"] = services.shared.check
     results = {}
     for name, check in parts.items():

@@ -55,7 +55,7 @@ class RedisLedger:
     """A ``Ledger`` for all processes with this ``url``. ValueError if that is no URL of a Redis.
 
     ``clock`` replaces Redis's own clock, in tests. Days and months are those of ``wall``, which all processes
-    should agree on. ``lease`` is in seconds.
+    should agree on. ``lease`` is in seconds. ``outage`` says in the log what happens without Redis.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class RedisLedger:
         clock: Callable[[], float] | None = None,
         wall: Callable[[], datetime] = wall_now,
         lease: float = LEASE_S,
+        outage: str = "requests with limits get 503",
     ) -> None:
         try:
             pool = BlockingConnectionPool.from_url(
@@ -82,6 +83,7 @@ class RedisLedger:
         self._clock = clock
         self._wall = wall
         self._lease = lease
+        self._outage = outage
         self._entries: dict[str, Entry] = {}
         self._closed: set[str] = set()  # entries whose end Redis does not know yet
         self._remaining: dict[str, dict[str, Remaining]] = {}
@@ -117,6 +119,22 @@ class RedisLedger:
         """Raises what keeps Redis from answering."""
         async with asyncio.timeout(TIMEOUT_S):
             await self._redis.ping()
+
+    @property
+    def up(self) -> bool:
+        """Whether Redis answered when it was asked last."""
+        return self._up
+
+    def owe(self, scopes: Sequence[Scope], budget: TenantBudget) -> Entry:
+        """An entry that Redis never admitted and that has ended; what it uses is reported with ``close``."""
+        entry = Entry(scopes, budget, Amount(), closed=True, id=secrets.token_hex(12))
+        self._entries[entry.id] = entry
+        self._closed.add(entry.id)
+        return entry
+
+    def owes(self, entry: Entry) -> bool:
+        """Whether a report of ``entry`` is still to come."""
+        return entry.id in self._entries
 
     async def refresh(self, budget: TenantBudget) -> None:
         """See ``Ledger.refresh``; asks Redis each time."""
@@ -290,7 +308,7 @@ class RedisLedger:
                 if not self._up:
                     await self.check()
                     self._up = True
-                    logger.warning("Redis answers again: requests with limits are admitted")
+                    logger.warning("Redis answers again: it counts limits and budgets")
             except Exception as exc:  # a defect, too, must not end what gives places back
                 self._lost(exc)
                 await asyncio.sleep(REPORT_INTERVAL_S)
@@ -312,14 +330,14 @@ class RedisLedger:
         used, closed = entry.used, entry.closed
         await self._run("close" if closed else "renew", entry)
         entry.used -= used
-        if closed:
+        if closed and not entry.used:
             del self._entries[entry.id]
             self._closed.discard(entry.id)
 
     def _lost(self, exc: BaseException) -> None:
         if self._up:
             unexpected = None if isinstance(exc, _FAILURES) else exc
-            logger.error("Redis does not answer, requests with limits get 503: %r", exc, exc_info=unexpected)
+            logger.error("Redis does not answer, %s: %r", self._outage, exc, exc_info=unexpected)
         self._up = False
 
 

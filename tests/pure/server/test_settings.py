@@ -62,6 +62,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
     values = {
         "model": "/m", "served_model_name": "shown", "host": "0.0.0.0", "port": "0", "data_dir": "/d",
         "database_url": "postgresql+asyncpg://h/db", "limits_redis_url": "redis://h/0",
+        "limits_fail": "open",
         "admin_key": "a" * 16, "service_key": "s" * 16, "metrics_key": "m" * 16, "auth_failures": "5",
         "gpu_slots": "2", "host_slots": "5", "adapter_gpu_memory": "3000", "adapter_host_memory": "4000",
         "max_lora_rank": "16", "max_model_len": "128", "engine_args": "{}", "max_running": "3",
