@@ -45,6 +45,41 @@ OWNED_ENGINE_ARGS = {
     "lora_modules": "the admin API",
 }
 
+_NO_FRONT_END = "Loraplex has its own HTTP server, and it would do nothing"
+_TLS = "TLS ends in a proxy in front of Loraplex, and it would do nothing"
+_KV = "the KV cache would leave the engine, where nothing keeps customers apart"
+# Arguments of vLLM that do nothing here, or that would break paging or isolation; and why.
+REFUSED_ENGINE_ARGS = {
+    "ssl_keyfile": _TLS,
+    "ssl_certfile": _TLS,
+    "ssl_ca_certs": _TLS,
+    "ssl_cert_reqs": _TLS,
+    "ssl_ciphers": _TLS,
+    "enable_ssl_refresh": _TLS,
+    "api_key": "keys are those of customers, made by the admin API",
+    "allowed_origins": _NO_FRONT_END,
+    "allowed_methods": _NO_FRONT_END,
+    "allowed_headers": _NO_FRONT_END,
+    "allow_credentials": _NO_FRONT_END,
+    "root_path": _NO_FRONT_END,
+    "middleware": _NO_FRONT_END,
+    "host": "HOST is a setting of its own",
+    "port": "PORT is a setting of its own",
+    "uds": _NO_FRONT_END,
+    "uvicorn_log_level": _NO_FRONT_END,
+    "disable_uvicorn_access_log": _NO_FRONT_END,
+    "disable_fastapi_docs": _NO_FRONT_END,
+    "enable_request_id_headers": _NO_FRONT_END,
+    "sse_keep_alive_interval": _NO_FRONT_END,
+    "kv_transfer_config": _KV,
+    "kv_events_config": _KV,
+    "kv_offloading_size": _KV,
+    "kv_offloading_backend": _KV,
+    "ec_transfer_config": _KV,
+}
+# Refused above 1: adapters are paged in the first engine only.
+ONE_ENGINE_ARGS = ("data_parallel_size", "data_parallel_size_local", "api_server_count")
+
 
 class Price(BaseModel):
     """Per million tokens. ``cached`` is for prompt tokens found in the cache; ``input`` if unset."""
@@ -215,7 +250,13 @@ class Settings(BaseSettings):
         for name in args:
             if name.replace("-", "_") in OWNED_ENGINE_ARGS:
                 raise ValueError(f"{name!r} is set through {OWNED_ENGINE_ARGS[name.replace('-', '_')]}")
-        return {name.replace("-", "_"): value for name, value in args.items()}
+        given = {name.replace("-", "_"): value for name, value in args.items()}
+        for name in given.keys() & REFUSED_ENGINE_ARGS.keys():
+            raise ValueError(f"{name!r} is not accepted: {REFUSED_ENGINE_ARGS[name]}")
+        for name in ONE_ENGINE_ARGS:
+            if given.get(name) not in (None, 1):
+                raise ValueError(f"{name!r} must be 1: adapters are paged in one engine only")
+        return given
 
     @model_validator(mode="before")
     @classmethod

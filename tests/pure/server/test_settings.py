@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from server import __main__ as command_line
-from server.settings import OWNED_ENGINE_ARGS, Settings
+from server.settings import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS, Settings
 
 
 @pytest.fixture(autouse=True)
@@ -250,3 +250,20 @@ def test_settings_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_prefix_to_import_from_is_a_url(prefix: str) -> None:
     with pytest.raises(ValidationError, match="must be a URL"):
         Settings(model="m", import_prefixes=(prefix,))
+
+
+@pytest.mark.parametrize("name", REFUSED_ENGINE_ARGS)
+def test_engine_arguments_that_do_nothing_or_break_isolation_are_refused_with_the_reason(name: str) -> None:
+    for spelling in (name, name.replace("_", "-")):
+        field, message = refusal(engine_args={spelling: "x"})
+        assert field == "engine_args"
+        assert repr(name) in message
+        assert REFUSED_ENGINE_ARGS[name] in message
+
+
+@pytest.mark.parametrize("name", ONE_ENGINE_ARGS)
+def test_there_is_one_engine(name: str) -> None:
+    for value in (2, "1", 0):
+        field, message = refusal(engine_args={name: value})
+        assert (field, repr(name) in message) == ("engine_args", True)
+    assert made(engine_args={name: 1}).engine_args == {name: 1}
