@@ -26,6 +26,7 @@ import psutil
 
 from adapters.worker.cpu.onednn import make_kernels
 from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine
+from adapters.worker.not_finite import NotFiniteGuard
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class LoraplexWorker:
     """Methods are prefixed: vLLM refuses an extension that shares an attribute with its worker."""
 
     _loraplex_state: _Pager
+    _loraplex_guard: NotFiniteGuard
 
     def loraplex_open(self, gpu_slots: int, host_slots: int) -> dict[str, Any]:
         """Starts paging within these caps; returns the base model's adaptable layers, as plain data.
@@ -51,6 +53,7 @@ class LoraplexWorker:
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         self._loraplex_state = _Pager(runner.lora_manager, gpu_slots, host_slots)
         self._loraplex_state.make_kernels(runner.scheduler_config)
+        self._loraplex_guard = NotFiniteGuard(runner)
         return self._loraplex_state.describe()
 
     def loraplex_page(self, ops: list[WireOp]) -> dict[str, Any]:
@@ -66,6 +69,11 @@ class LoraplexWorker:
         """What this worker holds: ``host`` and ``slots`` by load id, ``staging``, ``in_step_loads``; and
         ``kernels``, how many of oneDNN's it has made ahead, with the tokens of a step that they reach to."""
         return self._loraplex_state.report()
+
+    def loraplex_scrub(self) -> None:
+        """Cleans the KV cache of what is not finite, where the step that made it could not do so itself."""
+        if not self._loraplex_guard.in_step:
+            self._loraplex_guard.scrub()
 
 
 class _Pager:

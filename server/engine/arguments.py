@@ -25,6 +25,7 @@ except ImportError:  # from 0.33 on
     from vllm.entrypoints.common.cli_args import make_arg_parser
 
 from adapters.model import BaseModel, ModuleShape
+from adapters.worker.cpu.executor import YieldingExecutor
 from adapters.worker.cpu.features import multiplies_bfloat16
 from server.engine import sizing
 from server.engine.layers import lora_layers
@@ -89,6 +90,15 @@ def _slot_layers(config: Any) -> list[Layer]:
     )
 
 
+def refuse_what_cannot_run(config: Any) -> None:
+    """ValueError for a model that the engine of ``config`` (VllmConfig) loads and then cannot run."""
+    if current_platform.is_cpu() and config.model_config.is_moe:
+        raise ValueError(
+            "a mixture of experts needs a GPU: with LoRA, vLLM multiplies its experts by Triton kernels,"
+            " which this CPU build does not have"
+        )
+
+
 def log_advice(config: Any) -> None:
     """What whoever operates the engine that ``config`` (VllmConfig) describes may not know."""
     bfloat16_on_cpu = current_platform.is_cpu() and str(config.model_config.dtype) == "torch.bfloat16"
@@ -136,7 +146,8 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
         given = {
             # What adapters.worker.cpu.kernels multiplies fastest.
             "lora_dtype": STR_DTYPE_TO_TORCH_DTYPE["float32"],
-            "distributed_executor_backend": "adapters.worker.cpu.executor.YieldingExecutor",
+            # As a class: vLLM looks for what it supports on it, which a name does not have.
+            "distributed_executor_backend": YieldingExecutor,
         }
     given |= settings.engine_args
     for name, value in given.items():

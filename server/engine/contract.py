@@ -57,6 +57,22 @@ USES: tuple[Use, ...] = (
     ),
     Use(
         "vllm.v1.engine.output_processor",
+        "OutputProcessor",
+        ("process_outputs(engine_core_outputs)",),
+        "wrapped, to end a request whose logits have NaN",
+    ),
+    Use("vllm.v1.engine", "EngineCoreOutput", ("request_id", "num_nans_in_logits"), "as above"),
+    Use(
+        "vllm.v1.engine.async_llm", "AsyncLLM", ("reset_prefix_cache",), "blocks that were cleaned hold zeros"
+    ),
+    Use(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        ("_get_nans_in_logits(logits)", "use_async_scheduling", "kv_caches"),
+        "wrapped, to clean the KV cache in the step that made NaN",
+    ),
+    Use(
+        "vllm.v1.engine.output_processor",
         "RequestState",
         ("request_id", "external_req_id", "queue", "detokenizer", "prompt_len", "lora_name"),
         "what has been produced is read from it, and its request renamed",

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from server.engine.calls import (
     Answer,
     Call,
     Dialect,
+    EngineDied,
     Kind,
     PageOp,
     PageReport,
@@ -40,8 +42,27 @@ from server.engine.calls import (
 )
 from server.engine.errors import engine_errors, invalid_request, message_of, request_errors
 from server.engine.sizing import Capacity
-from server.errors import BadRequest, Unavailable
+from server.errors import BadRequest, Internal, ServerError, Unavailable
 from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two attempts to empty the prefix cache, which vLLM refuses while anything runs.
+PREFIX_RESET_RETRY_S = 1.0
+
+
+FIRST_CALL = "first-token"
+
+
+class _Unmetered:
+    """A meter of what nobody pays for."""
+
+    def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None:
+        pass
+
+
+def _log_fault(model: str, reason: str) -> None:
+    logger.error("%s: %s", model, reason)
 
 
 class Engine:
@@ -67,6 +88,9 @@ class Engine:
         self._loads: dict[int, PageOp] = {}
         self._half_staged: dict[int, list[StageResult]] = {}
         self._workers = 1
+        # Told (model, reason) when a model's answer was not a number; see ``_not_finite``.
+        self.on_fault: Callable[[str, str], None] = _log_fault
+        self._scrubbing: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(cls, settings: Settings, dialects: Mapping[Kind, Dialect]) -> Engine:
@@ -83,6 +107,8 @@ class Engine:
         # Threads of a step that wait for each other by spinning take the processor from this process and
         # from loads, and then have to wait for these: with two cores every load is felt in every stream.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        # Counted in each step; see adapters.worker.not_finite.
+        os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
         os.environ.setdefault(onednn.CAPACITY, str(onednn.KERNELS))
         await asyncio.to_thread(contract.check)
         # Importing vLLM takes seconds and is not needed to read settings or to run the command line.
@@ -109,6 +135,7 @@ class Engine:
             found = await asyncio.to_thread(fingerprint, Path(settings.model))
             base = replace(base, source=settings.model, fingerprint=found, pooling=pooling)
             config = llm.vllm_config
+            arguments.refuse_what_cannot_run(config)
             arguments.log_advice(config)
             engine = cls(
                 llm,
@@ -119,19 +146,46 @@ class Engine:
                 max_model_len=config.model_config.max_model_len,
                 dialects=dialects,
             )
+            engine._workers = len(described)
+            llm.watch_for_nan(engine._not_finite)
+            engine._adapt_serving(settings.served_model_name)
+            await engine._first_token()
         except BaseException:
             llm.shutdown()
             raise
-        engine._workers = len(described)
-        state.openai_serving_models.model_name = serving.public_name(settings.served_model_name)
-        if pooling:
-            serving.embeddings_as_data(state.serving_embedding)
-            return engine
-        messages = state.anthropic_serving_messages
-        messages.create_chat_completion = serving.chat_for_messages(messages.create_chat_completion)
         return engine
 
+    def _adapt_serving(self, base_name: str) -> None:
+        """Lets vLLM's serving objects show our names and ids, and keep errors as they are."""
+        state = self._state
+        state.openai_serving_models.model_name = serving.public_name(base_name)
+        if self.base.pooling:
+            serving.embeddings_as_data(state.serving_embedding)
+            return
+        messages = state.anthropic_serving_messages
+        messages.create_chat_completion = serving.chat_for_messages(messages.create_chat_completion)
+
+    async def _first_token(self) -> None:
+        """One real token (or embedding) of the base model. ValueError with the reason where there is none.
+
+        Some models load and end the engine at their first forward pass; then nothing was ready.
+        """
+        kind = "embedding" if self.base.pooling else "completion"
+        body = {"input": "Hello"} if self.base.pooling else {"prompt": "Hello", "max_tokens": 1}
+        call = Call(FIRST_CALL, kind, self.base.name, self.base.name, FIRST_CALL, _Unmetered())
+        try:
+            await self.answer(call, self.parse(kind, {**body, "model": self.base.name}))
+        except EngineDied as exc:
+            raise ValueError(
+                f"the engine loaded {self.base.source} and ended at its first token; the log above has the"
+                " reason. A mixture of experts, or a data type without a kernel here, may need a GPU."
+            ) from exc
+        except ServerError as exc:
+            raise ValueError(f"the engine cannot answer with {self.base.source}: {exc.message}") from exc
+
     async def stop(self) -> None:
+        if self._scrubbing is not None:
+            self._scrubbing.cancel()
         await asyncio.to_thread(self._llm.shutdown, 15.0)
 
     @property
@@ -234,6 +288,10 @@ class Engine:
         try:
             with request_errors():
                 result = await dialect.call(self._state, request)
+        except ServerError:
+            if call.failure is not None:
+                raise call.failure from None
+            raise
         finally:
             current_call.reset(token)
         serving.raise_if_error(call, result)
@@ -288,6 +346,26 @@ class Engine:
         """Tells the call's meter what has been produced so far; for answers that are not streamed."""
         for request_id in call.request_ids:
             self._llm.settle(request_id, call.meter)
+
+    def _not_finite(self, call: Call) -> None:
+        """Ends ``call``, whose answer is not a number, and has the KV cache cleaned of what it wrote.
+
+        The prefix cache is emptied as soon as nothing runs: the blocks of its prompt hold zeros now.
+        """
+        if call.failure is None:
+            call.failure = Internal(
+                "The model's answer to this input is not a number.",
+                code="answer_not_finite" if call.model == self.base.name else "adapter_not_finite",
+            )
+            self.on_fault(call.model, call.failure.message)
+        if self._scrubbing is None or self._scrubbing.done():
+            self._scrubbing = asyncio.create_task(self._scrub(), name="loraplex-scrub")
+
+    async def _scrub(self) -> None:
+        with contextlib.suppress(EngineDied), engine_errors():
+            await self._llm.collective_rpc("loraplex_scrub")
+            while not await self._llm.reset_prefix_cache():
+                await asyncio.sleep(PREFIX_RESET_RETRY_S)
 
     def _remember(self, op: PageOp, *, failed: bool) -> None:
         """Keeps vLLM's table of servable names equal to what is in a slot."""

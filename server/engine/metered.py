@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import copy
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -34,12 +34,47 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._calls = weakref.WeakValueDictionary()  # by the id that ``generate`` was called with
+        self._ending: set[asyncio.Task[None]] = set()
         super().__init__(*args, **kwargs)
         statistics = self.logger_manager  # None where ENGINE_ARGS turn them off
         for one in statistics.stat_loggers if statistics else ():
             if hasattr(one, "gauge_lora_info"):
                 # It keeps a series for every set of adapters that ever ran or waited together.
                 one.gauge_lora_info = None
+
+    def watch_for_nan(self, found: Callable[[Call], None]) -> None:
+        """From now on ends calls whose logits have NaN, after telling ``found`` of each.
+
+        vLLM counts them by request and does nothing with the count.
+        """
+        process = self.output_processor.process_outputs
+
+        def look_and_process(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+            sound = [output for output in outputs if not output.num_nans_in_logits]
+            if len(sound) < len(outputs):
+                for output in outputs:
+                    if output.num_nans_in_logits:
+                        self._end_for_nan(output.request_id, found)
+            return process(sound, *args, **kwargs)
+
+        self.output_processor.process_outputs = look_and_process
+
+    def _end_for_nan(self, request_id: str, found: Callable[[Call], None]) -> None:
+        state = self.output_processor.request_states.get(request_id)
+        call = self._calls.get(state.external_req_id) if state is not None else None
+        if state is None or call is None:
+            return
+        found(call)
+        for sent, part in self._unfinished(call):
+            queue, part.queue = part.queue, None  # else the abort would replace the error
+            self.settle(part.external_req_id, call.meter)
+            if queue is not None:
+                queue.put(GracefulHTTPError(str(call.failure), HTTPStatus.INTERNAL_SERVER_ERROR))
+            self.output_processor.abort_requests([sent.request_id], True)
+        ids = [sent.request_id for sent in call.sent]
+        ending = asyncio.get_running_loop().create_task(self.engine_core.abort_requests_async(ids))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
     def __del__(self) -> None:
         """``Engine`` stops it; vLLM's own attempt at interpreter exit finds its modules gone."""

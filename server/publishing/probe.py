@@ -68,6 +68,8 @@ class Prober:
                 scores = await say(version)
         except (TimeoutError, TooManyRequests, AdapterUnavailable) as exc:
             raise AdapterUnavailable(_NO_ROOM) from exc
+        except Internal as exc:
+            raise (_not_numbers() if exc.code == "adapter_not_finite" else exc) from exc
         except BadRequest as exc:
             raise Internal(f"The engine does not take the server's own probe: {exc.message}") from exc
         if not sound(scores):
@@ -92,6 +94,8 @@ class Prober:
                     found.append(said["choices"][0]["logprobs"]["token_logprobs"][1:-1])
         except (TimeoutError, TooManyRequests, AdapterUnavailable) as exc:
             raise AdapterUnavailable(_NO_ROOM) from exc
+        except Internal as exc:
+            raise (_not_numbers() if exc.code == "adapter_not_finite" else exc) from exc
         except BadRequest as exc:
             raise fault("probes_invalid", f"The engine refuses prompt {len(found)}: {exc.message}.") from exc
         if not all(map(math.isfinite, itertools.chain(*found))):

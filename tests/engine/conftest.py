@@ -8,6 +8,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest_asyncio
 
 from server.app import create_app
 from server.demo.base import cache_folder, prepare
+from server.engine.engine import Engine
 from tests.engine.reference import Reference
 from tests.support.site import Site, engine_settings, serving
 
@@ -54,3 +56,17 @@ async def site(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
     )
     async with serving(create_app(settings)) as site:
         yield site
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def quiet(site: Site) -> AsyncIterator[Engine]:
+    """The engine while the dispatcher has given everything back and asks for nothing."""
+    engine, dispatcher = site.services.engine, site.services.dispatcher
+    for version in list(dispatcher._versions.values()):
+        dispatcher.retire(version)
+    async with asyncio.timeout(30):
+        while (report := await engine.report()).host or report.staging:
+            await asyncio.sleep(0.05)
+    await dispatcher.stop()
+    yield engine
+    dispatcher.start()

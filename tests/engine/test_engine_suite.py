@@ -18,7 +18,6 @@ from server.engine.engine import Engine
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
 from tests.support.dialect_suite import DialectSuite
 from tests.support.engine_suite import EngineSuite, MakeAdapter
-from tests.support.site import Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -32,20 +31,6 @@ def make_adapter(reference: Reference, tmp_path_factory: pytest.TempPathFactory)
         return reference.make(Spec(seed=800 + n, rank=8, targets=ATTENTION + MLP), root / str(n))
 
     return make
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def quiet(site: Site) -> AsyncIterator[Engine]:
-    """The engine while the dispatcher has given everything back and asks for nothing."""
-    engine, dispatcher = site.services.engine, site.services.dispatcher
-    for version in list(dispatcher._versions.values()):
-        dispatcher.retire(version)
-    async with asyncio.timeout(30):
-        while (report := await engine.report()).host or report.staging:
-            await asyncio.sleep(0.05)
-    await dispatcher.stop()
-    yield engine
-    dispatcher.start()
 
 
 @pytest_asyncio.fixture(loop_scope="session")

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import get_args
 
+import pytest
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from server.settings import ALLOWED_MAX_RANKS, OWNED_ENGINE_ARGS, Settings
+from adapters.worker.cpu.executor import YieldingExecutor
+from server.engine.arguments import Slots, refuse_what_cannot_run, vllm_arguments
+from server.settings import (
+    ALLOWED_MAX_RANKS,
+    ONE_ENGINE_ARGS,
+    OWNED_ENGINE_ARGS,
+    REFUSED_ENGINE_ARGS,
+    Settings,
+)
 from tests.pure.server.test_settings import refusal
 
 
@@ -22,3 +34,26 @@ def test_owned_arguments_are_arguments_of_the_engine() -> None:
 def test_ranks_are_those_that_vllm_compiles() -> None:
     assert get_args(MaxLoRARanks) == ALLOWED_MAX_RANKS
     assert refusal(max_lora_rank=24)[0] == "max_lora_rank"
+
+
+def test_refused_arguments_are_arguments_of_vllm() -> None:
+    front_end = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    known = {field.name for field in fields(AsyncEngineArgs)} | vars(front_end).keys()
+    assert {*REFUSED_ENGINE_ARGS, *ONE_ENGINE_ARGS} <= known
+
+
+def test_a_mixture_of_experts_is_refused_on_a_cpu() -> None:
+    def config(is_moe: bool) -> SimpleNamespace:
+        return SimpleNamespace(model_config=SimpleNamespace(is_moe=is_moe))
+
+    refuse_what_cannot_run(config(is_moe=False))
+    with pytest.raises(ValueError, match="mixture of experts needs a GPU"):
+        refuse_what_cannot_run(config(is_moe=True))
+
+
+def test_the_executor_is_handed_over_as_a_class() -> None:
+    """vLLM asks it what it supports, as it does for pipeline stages; a name supports nothing."""
+    settings = Settings(model="base", gpu_slots=1, max_lora_rank=8)
+    _, made = vllm_arguments(settings, Slots(1, 4))
+    assert made.distributed_executor_backend is YieldingExecutor
+    assert made.distributed_executor_backend.supports_pp

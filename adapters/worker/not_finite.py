@@ -1,0 +1,106 @@
+"""Keeps what is not a number inside the step that made it.
+
+An adapter can be finite and still overflow on some inputs. Its keys and values in the KV cache are then NaN
+or infinite, and they outlive it: a freed block is given to another request, and attention multiplies the
+positions that this one has not written yet by zero, which leaves NaN. From then on everybody's answers are
+empty.
+
+So the worker looks at every step's logits, which a NaN in the request's keys or values reaches. Where it
+finds one it replaces what is not finite in the cache before the step ends, which is before the scheduler can
+free a block. Only steps that are scheduled synchronously, as on a CPU, can be held up for that; with
+asynchronous scheduling the front end asks for it one step later (``LoraplexWorker.loraplex_scrub``).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Requests whose NaN is remembered; each is reported with its next output, so a few are enough.
+REMEMBERED = 4096
+# Bytes that are looked at in one go, so that the copy that ``isfinite`` makes stays small.
+PIECE_BYTES = 64 << 20
+
+
+class NotFiniteGuard:
+    """Watches the logits of vLLM's ``runner`` (GPUModelRunner or its CPU kind), and cleans its KV cache.
+
+    Uses of it ``_get_nans_in_logits``, which vLLM calls once a step where ``VLLM_COMPUTE_NANS_IN_LOGITS`` is
+    set, ``use_async_scheduling`` and ``kv_caches``.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._reported: OrderedDict[str, int] = OrderedDict()
+        self.in_step = hasattr(runner, "_get_nans_in_logits") and not runner.use_async_scheduling
+        if self.in_step:
+            self._count = runner._get_nans_in_logits
+            runner._get_nans_in_logits = self._count_and_scrub
+
+    def _count_and_scrub(self, logits: Any) -> dict[str, int]:
+        """vLLM's count by request id; cleans the cache where it is not zero.
+
+        A request keeps its count: of a prompt in pieces only the last one has an output to report it.
+        """
+        if not self._reported and (logits is None or not torch.isnan(logits.sum())):
+            return {}  # one pass instead of vLLM's three
+        counts: dict[str, int] = self._count(logits)
+        found = {request: count for request, count in counts.items() if count}
+        if found:
+            self._reported.update(found)
+            while len(self._reported) > REMEMBERED:
+                self._reported.popitem(last=False)
+            self.scrub()
+        if self._reported:
+            counts |= {request: self._reported[request] for request in counts if request in self._reported}
+        return counts
+
+    def scrub(self) -> int:
+        """Sets to zero what is not finite in the KV cache; returns how many numbers that were."""
+        started = time.perf_counter()
+        cleaned = sum(_scrub(piece) for cache in _tensors(self._runner.kv_caches) for piece in _pieces(cache))
+        logger.warning(
+            "cleaned %d numbers of the KV cache that were not finite, in %.0f ms",
+            cleaned,
+            1000 * (time.perf_counter() - started),
+        )
+        return cleaned
+
+
+def _tensors(caches: Any) -> Iterator[torch.Tensor]:
+    """The tensors of ``caches``, which some models nest in lists, that hold floating-point numbers."""
+    for cache in caches:
+        if isinstance(cache, torch.Tensor):
+            if cache.is_floating_point():
+                yield cache
+        elif isinstance(cache, Iterable):
+            yield from _tensors(cache)
+
+
+def _pieces(cache: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views of ``cache`` of about ``PIECE_BYTES`` each, along its longest axis."""
+    axis = max(range(cache.dim()), key=lambda i: cache.shape[i])
+    rows = max(1, cache.shape[axis] * PIECE_BYTES // max(1, cache.nbytes))
+    for start in range(0, cache.shape[axis], rows):
+        yield cache.narrow(axis, start, min(rows, cache.shape[axis] - start))
+
+
+def _scrub(piece: torch.Tensor) -> int:
+    """Sets to zero what is not finite in ``piece``; returns how many numbers that were."""
+    if piece.element_size() == 1:  # float8 has no arithmetic; its NaN is looked for in a wider type
+        bad = ~torch.isfinite(piece.to(torch.float16))
+    elif torch.isfinite(piece.sum(dtype=torch.float32)):
+        return 0
+    else:
+        bad = ~torch.isfinite(piece)
+    count = int(bad.sum())
+    if count:
+        piece.masked_fill_(bad, 0)
+    return count
