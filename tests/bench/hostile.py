@@ -11,7 +11,7 @@ import contextlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Victim:
 
 
 Outcomes = Counter[str]
-Attack = Callable[[Victim], Awaitable[Outcomes]]
+Attack = Callable[[Victim], Coroutine[None, None, Outcomes]]
 
 
 async def post(victim: Victim, path: str, **content: Any) -> str:
