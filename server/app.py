@@ -25,6 +25,7 @@ from server.accounts.usage import UsageWriter, spent
 from server.accounts.wrong_keys import WrongKeys
 from server.engine.calls import EngineDied
 from server.engine.engine import Engine
+from server.engine.restarts import Restarts
 from server.http import admin, inference, operations, reports, self_service
 from server.http.auth import SINGLE
 from server.http.middleware import RequestContext, install_error_handlers
@@ -128,7 +129,14 @@ async def _start(
     engine = await start_engine(settings)
     stack.push_async_callback(engine.stop)
     metrics = Metrics(tenants=settings.metrics_tenants)
-    dispatcher = Dispatcher(engine, _capacity(settings, engine), metrics, on_death=on_death)
+    dispatcher = Dispatcher(
+        engine,
+        _capacity(settings, engine),
+        metrics,
+        on_death=on_death,
+        stall=settings.engine_stall,
+        restarts=Restarts(settings.engine_restarts),
+    )
     dispatcher.start()
     stack.push_async_callback(dispatcher.stop)
 

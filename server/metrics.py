@@ -116,6 +116,15 @@ class Metrics:
             "loraplex_load_failures", "Loads that failed, by step.", ["step"], registry=r
         )
 
+        self._restarts = Counter(
+            "loraplex_engine_restarts",
+            "Times the engine was lost and started again.",
+            ["reason"],
+            registry=r,
+        )
+        self._plan_checks = Counter(
+            "loraplex_plan_check_failures", "Times the scheduler's check of itself failed.", registry=r
+        )
         self._verified = Counter(
             "loraplex_verified_versions",
             "Versions held against their probes.json because the engine, its dtype or the base had changed.",
@@ -201,6 +210,14 @@ class Metrics:
     def load_failed(self, step: Literal["stage", "activate"]) -> None:
         """A load failed at ``step``."""
         self._failures.labels(step).inc()
+
+    def engine_restarted(self, reason: str) -> None:
+        """The engine was lost (``reason``: "death" or "hang"), and is back."""
+        self._restarts.labels(reason).inc()
+
+    def plan_check_failed(self) -> None:
+        """The scheduler found itself in a state that cannot be."""
+        self._plan_checks.inc()
 
     def render(self, now: Gauges | None = None) -> bytes:
         """The text exposition: ours with the gauges ``now``, then what vLLM keeps in the default registry."""

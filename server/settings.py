@@ -205,6 +205,12 @@ class Settings(BaseSettings):
     keep_usage_days: int = Field(
         90, ge=1, description="Days after which usage is kept by day, no longer by request."
     )
+    engine_stall: float = Field(
+        60.0, gt=0, description="Seconds the engine may leave a call unanswered before it is started again."
+    )
+    engine_restarts: int = Field(
+        3, ge=0, description="Restarts of a lost engine within 10 minutes; one more ends the server."
+    )
     drain_timeout: float = Field(
         30.0, ge=0, description="Seconds that streams may go on after SIGTERM before they are cut."
     )

@@ -64,7 +64,11 @@ class WorkerReport:
 
 
 class EngineDied(Exception):
-    """The engine process is gone; nothing can be served until the server is started again."""
+    """The engine process is gone; nothing can be served until it is started again."""
+
+
+class EngineHung(EngineDied):
+    """The engine process is there, but does not answer."""
 
 
 class Meter(Protocol):
@@ -109,6 +113,7 @@ class Call:
     paused: bool = False
     aborted: bool = False
     failure: ServerError | None = None
+    life: int = 0  # which of the engine's lives it runs in; see ``Engine.detach``
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +170,11 @@ class InFlight:
 
     def poll(self) -> None:
         self.engine.poll(self.call)
+
+    @property
+    def paused(self) -> bool:
+        """Whether the call is out of the engine, and can be resumed."""
+        return self.call.paused
 
 
 # The call whose request vLLM's front end works on, for what vLLM calls back into.

@@ -42,6 +42,10 @@ USES: tuple[Use, ...] = (
             "collective_rpc(method, timeout, args)",
             "get_supported_tasks",
             "shutdown(timeout)",
+            "output_handler",
+            "_run_output_handler",
+            "renderer",
+            "log_stats",
             "output_processor",
             "engine_core",
             "logger_manager",
@@ -50,9 +54,25 @@ USES: tuple[Use, ...] = (
         "MeteredLLM overrides these to count, pause and resume",
     ),
     Use(
+        "vllm.v1.engine.core_client",
+        "EngineCoreClient",
+        (
+            "make_async_mp_client(vllm_config, executor_class, log_stats, renderer)",
+            "shutdown(timeout)",
+        ),
+        "a lost core is replaced by another one below the same front end",
+    ),
+    Use(
         "vllm.v1.engine.output_processor",
         "OutputProcessor",
-        ("request_states", "external_req_ids", "lora_states", "add_request", "abort_requests"),
+        (
+            "request_states",
+            "external_req_ids",
+            "lora_states",
+            "add_request",
+            "abort_requests",
+            "propagate_error(e)",
+        ),
         "a paused request is renamed in every table keyed by its id",
     ),
     Use(

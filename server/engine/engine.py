@@ -26,7 +26,7 @@ from starlette.datastructures import State
 from adapters.inspection.base_model import fingerprint
 from adapters.model import BaseModel
 from adapters.worker.cpu import onednn
-from server.engine import contract, serving
+from server.engine import contract, guard, serving
 from server.engine.calls import (
     Answer,
     Call,
@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two attempts to empty the prefix cache, which vLLM refuses while anything runs.
 PREFIX_RESET_RETRY_S = 1.0
+OPEN_TIMEOUT_S = 60.0
+ABORT_TIMEOUT_S = 5.0  # a hung engine must not keep whoever leaves it
 
 
 FIRST_CALL = "first-token"
@@ -119,6 +121,7 @@ class Engine:
 
         slots = await asyncio.to_thread(arguments.slots_of, settings)
         args, engine_args = arguments.vllm_arguments(settings, slots)
+        guard.start()
         llm = await asyncio.to_thread(MeteredLLM.from_engine_args, engine_args)
         try:
             state = State()
@@ -182,6 +185,33 @@ class Engine:
             ) from exc
         except ServerError as exc:
             raise ValueError(f"the engine cannot answer with {self.base.source}: {exc.message}") from exc
+
+    def watch(self, on_lost: Callable[[EngineDied], None]) -> None:
+        """Calls ``on_lost`` once the engine's process is found dead, before any request hears of it."""
+        self._llm.on_lost = on_lost
+
+    def detach(self, reason: str) -> None:
+        """The engine is given up, dead or hung: forgets every load, and lets go of every call.
+
+        A call that can go on exactly (see ``pause``) is paused, and resumes in the next engine; every other
+        one ends with EngineDied. Safe to call again.
+        """
+        self._loads.clear()
+        self._half_staged.clear()
+        self._state.openai_serving_models.lora_requests.clear()
+        self._llm.detach(reason)
+
+    async def kill(self) -> None:
+        """Ends the engine's processes with SIGKILL, also stopped ones."""
+        await asyncio.to_thread(self._llm.kill)
+
+    async def restart(self) -> None:
+        """Starts the engine's processes again, with the same model and no adapter. Raises what vLLM does."""
+        await self._llm.restart()
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            slots = self.capacity.gpu_slots, self.capacity.host_slots
+            await self._llm.collective_rpc("loraplex_open", args=slots)
+            await self._first_token()
 
     async def stop(self) -> None:
         if self._scrubbing is not None:
@@ -284,6 +314,7 @@ class Engine:
         request.cache_salt = call.cache_salt
         if (request_id := dialect.request_id(call)) is not None:
             request.request_id = request_id
+        call.life = self._llm.life
         token = current_call.set(call)
         try:
             with request_errors():
@@ -319,7 +350,8 @@ class Engine:
         call.aborted = True
         self.poll(call)
         with contextlib.suppress(Exception):
-            await self._llm.abort(call.request_ids)
+            async with asyncio.timeout(ABORT_TIMEOUT_S):
+                await self._llm.abort(call.request_ids)
 
     async def pause(self, call: Call) -> bool:
         """Takes what ``call`` runs out of the engine until ``resume``; its consumer notices only a wait.

@@ -15,8 +15,11 @@ from typing import Any
 
 from vllm.exceptions import GenerationError, GracefulHTTPError
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from server.engine.calls import Admission, Call, Meter, current_call
+from server.engine import guard
+from server.engine.calls import Admission, Call, EngineDied, Meter, current_call
 from server.errors import ServerError
 
 # Seconds that the front end may take to render a prompt, before a call that is to be paused is let run on.
@@ -35,7 +38,15 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._calls = weakref.WeakValueDictionary()  # by the id that ``generate`` was called with
         self._ending: set[asyncio.Task[None]] = set()
+        self._blocks = kwargs["vllm_config"].cache_config.num_gpu_blocks  # before the core has counted them
+        self._executor_class = kwargs["executor_class"]
+        self.life = 1  # counts the cores that this object has had
+        self._detached = False
+        self.on_lost: Callable[[EngineDied], None] = lambda exc: self.detach(str(exc))
         super().__init__(*args, **kwargs)
+        # vLLM's output handler would end every request here, also those that can go on.
+        self.output_processor.propagate_error = self._core_failed
+        self._note_processes()
         statistics = self.logger_manager  # None where ENGINE_ARGS turn them off
         for one in statistics.stat_loggers if statistics else ():
             if hasattr(one, "gauge_lora_info"):
@@ -118,6 +129,8 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
 
     async def _add_request(self, request: Any, prompt: Any, parent: Any, index: int, queue: Any) -> None:
         call = self._calls.get(request.external_req_id)
+        if call is not None and call.life != self.life:
+            raise EngineDeadError  # its slot was in the core before this one
         if call is not None:
             call.sent.append(request)
         if call is None or not call.paused:
@@ -163,8 +176,75 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
 
     async def resume(self, call: Call, lora_request: Any) -> None:
         call.paused = False
+        call.life = self.life
         for sent, state in self._unfinished(call):
             await self.engine_core.add_request_async(_continuation(sent, state, lora_request))
+
+    # --- another core ----------------------------------------------------------------------------
+
+    def _core_failed(self, exc: Exception) -> None:
+        self.on_lost(EngineDied(str(exc) or type(exc).__name__))
+
+    def detach(self, reason: str) -> None:
+        """Lets go of the core: pauses each call that can go on from its tokens, and ends every other one."""
+        if not self._detached:
+            self._detached = True
+            self.life += 1
+            handler: Any = self.output_handler
+            if handler is not None and handler is not asyncio.current_task():
+                handler.cancel()
+        states = self.output_processor.request_states
+        kept: set[str] = set()
+        for call in set(self._calls.values()):
+            unfinished = self._unfinished(call)
+            if not call.paused and unfinished and call.resumable:
+                call.paused = all(_can_resume(sent) for sent, _ in unfinished)
+                for sent, state in unfinished if call.paused else ():
+                    self._rename(sent, state)
+            if call.paused:
+                kept.update(sent.request_id for sent, _ in unfinished)
+        for id_ in [id_ for id_ in states if id_ not in kept]:
+            state = states[id_]
+            call_of = self._calls.get(str(state.external_req_id))
+            if call_of is not None:
+                self.settle(state.external_req_id, call_of.meter)
+            queue, state.queue = state.queue, None  # else the abort would replace the error
+            self.output_processor.abort_requests([id_], internal=True)
+            if queue is not None:
+                queue.put(EngineDeadError(reason))
+
+    def _note_processes(self) -> None:
+        """Remembers what the core has started: its children lose their parent when it dies."""
+        self._processes = self._core_processes()
+
+    def kill(self) -> None:
+        """Ends the core and all that it has started, in whatever state they are."""
+        guard.kill({**self._processes, **self._core_processes()})
+        self.engine_core.shutdown(timeout=0.0)
+
+    def _core_processes(self) -> dict[int, str]:
+        manager = getattr(self.engine_core.resources, "engine_manager", None)
+        found: dict[int, str] = {}
+        for process in getattr(manager, "processes", ()):
+            if process.pid is not None:
+                found |= {process.pid: guard.started_at(process.pid), **guard.descendants(process.pid)}
+        return found
+
+    async def restart(self) -> None:
+        """Another core, for the same front end: what waits in the output processor stays there."""
+        config = self.vllm_config
+        config.cache_config.num_gpu_blocks = self._blocks
+        self.engine_core = await asyncio.to_thread(
+            EngineCoreClient.make_async_mp_client,
+            vllm_config=config,
+            executor_class=self._executor_class,
+            log_stats=self.log_stats,
+            renderer=self.renderer,
+        )
+        self._note_processes()
+        self.output_handler = None
+        self._detached = False
+        self._run_output_handler()
 
     async def give_up(self, call: Call, reason: str) -> None:
         for sent, state in self._unfinished(call):

@@ -31,7 +31,7 @@ from server.inference.dialects.base import Dialect
 from server.inference.dialects.registry import ANSWERING, COUNTING
 from server.inference.embeddings import embed
 from server.limits.permissions import may_name
-from server.scheduling.dispatcher import Lease
+from server.scheduling.lease import Lease
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 tokens = APIRouter(tags=["inference"])

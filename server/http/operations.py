@@ -47,6 +47,9 @@ async def _checks(services: Services) -> dict[str, str]:
     if services.shared is not None and services.settings.limits_fail == "closed":
         parts["limits"] = services.shared.check
     results = {}
+    if services.dispatcher.is_restarting:
+        results["engine"] = "restarting"
+        del parts["engine"]
     for name, check in parts.items():
         try:
             async with asyncio.timeout(CHECK_SECONDS):

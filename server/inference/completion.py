@@ -31,7 +31,9 @@ from server.inference.dialects.base import DEFAULT_MODEL, Dialect
 from server.limits.quotas import Quotas
 from server.limits.reservation import Reservation
 from server.metrics import Metrics, Outcome
-from server.scheduling.dispatcher import Dispatcher, Lease
+from server.scheduling.dispatcher import Dispatcher
+from server.scheduling.lease import Lease
+from server.scheduling.refusals import engine_restarting
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +175,15 @@ async def closed_on_failure(lease: Lease) -> AsyncIterator[None]:
         raise
     except EngineDied as exc:
         await lease.close("failed")
-        raise engine_stopped() from exc
+        raise (lease.failure or engine_restarting()) from exc
+    except Exception as exc:
+        await lease.close("failed" if lease.failure else _outcome_of(exc))
+        if lease.failure is not None:  # the engine was lost: whatever vLLM made of that
+            raise lease.failure from exc
+        raise
     except BaseException as exc:
         await lease.close(_outcome_of(exc))
         raise
-
-
-def engine_stopped() -> Unavailable:
-    """What a request is told whose engine is gone."""
-    return Unavailable("The engine has stopped; the server is restarting.", code="engine_stopped")
 
 
 class LeasedStream:
@@ -211,7 +213,8 @@ class LeasedStream:
                 yield chunk
         except (ServerError, EngineDied) as exc:
             self._outcome = "failed"
-            error = engine_stopped() if isinstance(exc, EngineDied) else exc
+            died = engine_restarting() if isinstance(exc, EngineDied) else exc
+            error = self._lease.failure or died
             yield self._dialect.error_event(error, number)
         else:
             self._outcome = "completed"

@@ -18,7 +18,7 @@ from server.limits.errors import insufficient_quota, rate_limit_exceeded
 from server.limits.ledger import Entry, Ledger, Refused, TenantBudget
 from server.limits.permissions import check_max_tokens, counted_scopes, limits_of
 from server.metrics import Metrics
-from server.scheduling.dispatcher import Lease
+from server.scheduling.lease import Lease
 from server.settings import Price
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,10 @@ from adapters.inspection.logprobs import PROMPTS, Scores, Vectors, compare, fini
 from adapters.model import Manifest, Version
 from server.engine.calls import Call, EngineDied, InFlight, Kind
 from server.engine.engine import Engine
-from server.errors import BadRequest, Internal, TooManyRequests, Unavailable
-from server.scheduling.dispatcher import Dispatcher, Lease
+from server.errors import BadRequest, Internal, TooManyRequests
+from server.scheduling.dispatcher import Dispatcher
+from server.scheduling.lease import Lease
+from server.scheduling.refusals import engine_restarting
 
 TENANT = "_server"  # not a tenant's id, see adapters.model.is_tenant_id
 TIMEOUT = 120.0
@@ -125,9 +127,7 @@ class Prober:
             said = [await self._run(lease, i, kind, body) for i, body in enumerate(bodies)]
         except EngineDied as exc:
             await lease.close("failed")
-            raise Unavailable(
-                "The engine has stopped; the server is restarting.", code="engine_stopped"
-            ) from exc
+            raise (lease.failure or engine_restarting()) from exc
         except BaseException:
             await lease.close("failed")
             raise

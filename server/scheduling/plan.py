@@ -188,7 +188,7 @@ class Plan:
 
     def drain(self, now: float) -> list[Effect]:
         self._draining = True
-        self._residency.stop_prefetch()
+        self._residency.prefetch.stop()
         for request in list(self._waiting.values()):
             self._refuse(request, Refusal.DRAINING, None)
         return self._settle(now)
@@ -314,7 +314,7 @@ class Plan:
         self._effects.append(effect)
 
     def _counted(self, tenant: str) -> None:
-        self._residency.recount(tenant)
+        self._residency.indices.for_slot.rerank(tenant)
 
     # --- what is seen --------------------------------------------------------------------------------
 

@@ -120,6 +120,12 @@ class RoundRobin(Generic[Member]):
         assert tenant not in self._lines, f"something of {tenant} still waits"
         self._last.pop(tenant, None)
 
+    def forget_turns(self) -> None:
+        """Drop the memory of every turn: what was got by them is lost."""
+        self._last.clear()
+        for tenant in list(self._lines):
+            self._rank(tenant)
+
     def firsts(self) -> Iterator[Member]:
         """Each tenant's next member, in no order."""
         for line in self._lines.values():

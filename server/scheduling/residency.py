@@ -34,15 +34,6 @@ The five decisions, in the order in which the plan asks for them. The branches b
 5. preempt  Stop the requests of a slot, to resume them later, once a claim has been overdue for
             ``preempt_after``: (a) of a slot that drains, else (b) of any slot where all requests can be
             resumed. Nobody is preempted sooner than ``preempt_after`` after getting the slot.
-
-Idle ones go least recently used first. Pinned versions keep their places, with two exceptions: those of a
-single tenant do not keep the last one, and where everything is pinned an overdue claim overrides the pins.
-Prefetches never do, so pins cannot push each other in circles.
-
-Why nobody waits forever: claims get host entries by turns, so each comes first at some time, and slots at the
-latest when their tenant starves. Then a slot drains, and what runs there ends or is preempted. Only an
-overdue claim pushes out another, and never one that is overdue itself, so two cannot push each other in
-circles.
 """
 
 from __future__ import annotations
@@ -68,17 +59,12 @@ from server.scheduling.nouns import (
 )
 from server.scheduling.prefetch import Prefetch
 
-# Of ``slot_patience``: how long a version has its slot at least before its tenant's share counts against it.
-TURN = 0.25
-# Times ``slot_patience``: how long a tenant waits for its next slot before it comes before all others.
-STARVING = 3.0
-
 
 class Residency:
     """Owner of loads, slots and claims; nothing else changes them.
 
     ``emit`` gets every move in order. ``gate`` is told whether a version takes requests, after every change
-    to it. ``counter`` returns the tokens that a tenant has had; ``recount`` is called when they have changed.
+    to it. ``counter`` returns the tokens that a tenant has had: rerank ``indices.for_slot`` when they change.
     ``sweep``, ``grant``, ``stage``, ``drain`` and ``preempt`` are the decisions: each makes at most one and
     returns whether it did; the plan calls them until none does.
     """
@@ -92,8 +78,8 @@ class Residency:
         counter: Callable[[str], float],
     ) -> None:
         self.capacity = capacity
-        self._turn = TURN * capacity.slot_patience
-        self._starving_after = STARVING * capacity.slot_patience
+        self._turn = victims.TURN * capacity.slot_patience
+        self._starving_after = victims.STARVING * capacity.slot_patience
         self.next_id = first_load_id
         self._emit = emit
         self._gate = gate
@@ -160,10 +146,6 @@ class Residency:
         load.not_preemptible += 1
         load.preempting = False
 
-    def recount(self, tenant: str) -> None:
-        """The counter of ``tenant`` has changed."""
-        self.indices.for_slot.rerank(tenant)
-
     def progress(self, load: Load, tokens: int) -> None:
         """Its running requests produced ``tokens`` more."""
         load.work -= tokens
@@ -213,6 +195,8 @@ class Residency:
         self.is_blocked = False
         for load in list(self.loads.values()):
             self._vanish(load)
+        self.indices.for_host.forget_turns()
+        self.indices.for_slot.forget_turns()
 
     def engine_started(self) -> None:
         """An engine without any load is there. Pinned versions that could not be loaded are tried again."""
@@ -248,10 +232,6 @@ class Residency:
         self.prefetch.withdraw(version)
         self._index(version)
 
-    def stop_prefetch(self) -> None:
-        """Load nothing more without a request."""
-        self.prefetch.stop()
-
     def expire(self, now: float) -> None:
         """Mark the claims whose patience has ended."""
         while (version := self.indices.patient.first()) is not None and self._patience_end(version) <= now:
@@ -283,12 +263,14 @@ class Residency:
         """Decision 2: give a slot to the next that waits for one on the host."""
         version = self.indices.for_slot.next(now - self._starving_after)
         if version is not None:  # 2a
-            if not self._make_slot(now):
+            if not self._free_slot(victims.for_slot(self.indices, self.loads, self.in_slots, self.pins), now):
                 return False
             self.indices.for_slot.take(version, now)
         else:  # 2b
             version = self.prefetch.next_to_activate
-            if version is None or not self._make_quiet_slot(now):
+            if version is None or not self._free_slot(
+                victims.quiet(self.loads, self.pins, self.indices.idle_in_slot), now
+            ):
                 return False
         self._activate(self.loads[version])
         return True
@@ -301,13 +283,16 @@ class Residency:
         version = self.indices.for_host.first()
         if version is not None:  # 3a
             overdue = self.claims[version].overdue
-            if not self._make_entry(now, overdue):
+            if not self._free_entry(victims.for_entry(self.indices, self.loads, self.pins, overdue), now):
                 self.is_blocked = overdue
                 return False
             self.indices.for_host.take(version, now)
         else:  # 3b
             version = self.prefetch.next_to_stage
-            if version is None or not self._make_quiet_entry(now):
+            if version is None or not self._free_entry(
+                victims.quiet(self.loads, self.pins, self.indices.idle_on_host, self.indices.idle_in_slot),
+                now,
+            ):
                 return False
         self._start(version, now)
         return True
@@ -390,54 +375,24 @@ class Residency:
 
     # --- room ----------------------------------------------------------------------------------------
 
-    def _make_slot(self, now: float) -> bool:
-        """Room in a slot for a claim: free, idle, or drained."""
+    def _free_slot(self, victim: Load | None, now: float) -> bool:
+        """Whether a slot is free, if need be after ``victim`` has left its own."""
         if None in self.in_slots:
             return True
-        version = victims.first_idle(self.indices.idle_in_slot, self.in_slots, self.pins)
-        victim = victims.drained(self._draining_loads()) if version is None else self.loads[version]
         if victim is not None:
             self._deactivate(victim, now)
         return victim is not None
 
-    def _make_quiet_slot(self, now: float) -> bool:
-        """Room in a slot that nobody waits for and no pin keeps."""
-        if None in self.in_slots:
-            return True
-        version = victims.first_unpinned(self.indices.idle_in_slot, self.pins)
-        if version is not None:
-            self._deactivate(self.loads[version], now)
-        return version is not None
+    def _quiet_entry(self) -> Load | None:
+        return victims.quiet(self.loads, self.pins, self.indices.idle_on_host, self.indices.idle_in_slot)
 
-    def _make_entry(self, now: float, overdue: bool) -> bool:
-        """A host entry for a claim: free, idle on the host, idle in a slot; if ``overdue``, pushed out."""
+    def _free_entry(self, victim: Load | None, now: float) -> bool:
+        """Whether a host entry is free, if need be after ``victim`` has left its own."""
         if len(self.loads) < self.capacity.host_slots:
             return True
-        entries, pins = self.loads.values(), self.pins
-        version = victims.first_idle(self.indices.idle_on_host, entries, pins)
-        version = version or victims.first_idle(self.indices.idle_in_slot, entries, pins)
-        victim = None if version is None else self.loads[version]
-        if victim is None and overdue:
-            victim = self._push_out()
         if victim is not None:
             self._evict(victim, now)
         return victim is not None
-
-    def _make_quiet_entry(self, now: float) -> bool:
-        """A host entry that nobody waits for and no pin keeps."""
-        if len(self.loads) < self.capacity.host_slots:
-            return True
-        version = victims.first_unpinned(self.indices.idle_on_host, self.pins)
-        version = version or victims.first_unpinned(self.indices.idle_in_slot, self.pins)
-        if version is not None:
-            self._evict(self.loads[version], now)
-        return version is not None
-
-    def _push_out(self) -> Load | None:
-        """Whose host entry an overdue claim gets when no idle one is free to take."""
-        rankings = (self.indices.idle_on_host, self.indices.idle_in_slot, self.indices.young)
-        version = victims.to_push_out(rankings, self.loads.values(), self.pins)
-        return victims.drained(self._draining_loads()) if version is None else self.loads[version]
 
     # --- transitions ---------------------------------------------------------------------------------
 

@@ -1,12 +1,28 @@
-"""Whose place may be given away. Pure functions of loads, pins and claims, for ``residency``."""
+"""Whose place may be given away. Pure functions of loads, pins and claims, for ``residency``.
+
+Idle ones go least recently used first. Pinned versions keep their places, with two exceptions: those of a
+single tenant do not keep the last one, and where everything is pinned an overdue claim overrides the pins.
+Prefetches never do, so pins cannot push each other in circles.
+
+Why nobody waits forever: claims get host entries by turns, so each comes first at some time, and slots at the
+latest when their tenant starves. Then a slot drains, and what runs there ends or is preempted. Only an
+overdue claim pushes out another, and never one that is overdue itself, so two cannot push each other in
+circles.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+from server.scheduling.indices import Indices
 from server.scheduling.loads import Claim, Load, by_work
 from server.scheduling.nouns import State
 from server.scheduling.ranking import Ranking
+
+# Of ``slot_patience``: how long a version has its slot at least before its tenant's share counts against it.
+TURN = 0.25
+# Times ``slot_patience``: how long a tenant waits for its next slot before it comes before all others.
+STARVING = 3.0
 
 Pins = Mapping[str, str]  # version -> the tenant on whose account it is pinned
 
@@ -52,6 +68,33 @@ def to_push_out(rankings: Iterable[Ranking[str]], entries: Collection[Load], pin
     override = all(is_kept(load.version, entries, pins) for load in entries)
     found = (first_idle(candidates, entries, pins, override) for candidates in rankings)
     return next((version for version in found if version is not None), None)
+
+
+def for_slot(
+    indices: Indices, loads: Mapping[str, Load], slots: Sequence[Load | None], pins: Pins
+) -> Load | None:
+    """Whose slot a claim gets where none is free: an idle one, else a drained one."""
+    version = first_idle(indices.idle_in_slot, slots, pins)
+    return drained(loads[v] for v in indices.draining) if version is None else loads[version]
+
+
+def for_entry(indices: Indices, loads: Mapping[str, Load], pins: Pins, overdue: bool) -> Load | None:
+    """Whose host entry a claim gets where none is free: idle on the host, idle in a slot, or pushed out."""
+    entries = loads.values()
+    version = first_idle(indices.idle_on_host, entries, pins)
+    version = version or first_idle(indices.idle_in_slot, entries, pins)
+    if version is None and overdue:
+        version = to_push_out((indices.idle_on_host, indices.idle_in_slot, indices.young), entries, pins)
+        if version is None:
+            return drained(loads[v] for v in indices.draining)
+    return None if version is None else loads[version]
+
+
+def quiet(loads: Mapping[str, Load], pins: Pins, *rankings: Ranking[str]) -> Load | None:
+    """The first idle load of ``rankings`` that no pin keeps: all that a prefetch may take."""
+    found = (first_unpinned(idle, pins) for idle in rankings)
+    version = next((version for version in found if version is not None), None)
+    return None if version is None else loads[version]
 
 
 def drainable(

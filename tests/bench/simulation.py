@@ -12,6 +12,7 @@ this thread, which is all that a pure decision can take, and does not depend on 
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import itertools
 import random
@@ -107,6 +108,7 @@ class TimedPlan:
     def _timed(self, name: str, event: Callable[..., list[Effect]]) -> Callable[..., list[Effect]]:
         seconds = self.seconds[name] = array("d")
 
+        @functools.wraps(event)
         def timed(*arguments: Any) -> list[Effect]:
             began = time.thread_time()
             effects = event(*arguments)

@@ -68,6 +68,7 @@ async def server(base: Path, data: Path) -> AsyncIterator[Running]:
         "GPU_SLOTS": "2",
         "MAX_LORA_RANK": "8",
         "MAX_MODEL_LEN": "512",
+        "ENGINE_RESTARTS": "0",
         "ENGINE_ARGS": json.dumps({"max_num_seqs": 4}),
     }
     environment = os.environ | {f"LORAPLEX_{name}": value for name, value in settings.items()}

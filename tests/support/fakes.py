@@ -86,6 +86,7 @@ class Times:
     activate: float = 0.0
     step: float = 0.0
     page: float = 0.0
+    start: float = 20.0
 
 
 @dataclass
@@ -104,6 +105,7 @@ class _Run:
     aborted: bool = False
     going: asyncio.Event = field(default_factory=asyncio.Event)
     given_up: str | None = None
+    lost: EngineDied | None = None
 
     @property
     def sequences(self) -> int:
@@ -166,6 +168,11 @@ class FakeEngine:
         self._evicted_while_staging: set[int] = set()
         self._failures: Counter[tuple[str, str]] = Counter()
         self._died: EngineDied | None = None
+        self._hung = asyncio.Event()  # set while it answers
+        self._hung.set()
+        self._on_lost: Callable[[EngineDied], None] = lambda _: None
+        self.starts_fail = 0  # so many restarts fail
+        self.lives = 1
         self._words = [""]  # by token id; 0 begins every prompt
 
     # --- what tests do to it ---------------------------------------------------------------------
@@ -185,7 +192,12 @@ class FakeEngine:
         self._host.add(load_id)
 
     def die(self) -> None:
+        """Its process ends. Streams hear of it at their next token, paging at its next call."""
         self._died = EngineDied("the engine process is gone")
+
+    def hang(self) -> None:
+        """It answers nothing any more, until ``kill``."""
+        self._hung.clear()
 
     def held(self, name: str) -> bool:
         return any(self._loads[i].name == name for i in self._host)
@@ -198,8 +210,37 @@ class FakeEngine:
     async def stop(self) -> None:
         self.stopped = True
 
+    def watch(self, on_lost: Callable[[EngineDied], None]) -> None:
+        self._on_lost = on_lost
+
+    def detach(self, reason: str) -> None:
+        for run in list(self.running):
+            if run.call.resumable:
+                run.call.paused = True
+                run.going.clear()
+                self.running.remove(run)
+                self.paused.append(run)
+            else:
+                run.lost = EngineDied(reason)
+        self._host.clear()
+        self._staging.clear()
+        self._slots = [None] * len(self._slots)
+
+    async def kill(self) -> None:
+        self._died = self._died or EngineDied("it was killed")
+        self._hung.set()
+
+    async def restart(self) -> None:
+        await asyncio.sleep(self.times.start)
+        if self.starts_fail:
+            self.starts_fail -= 1
+            raise RuntimeError("it does not start")
+        self._died = None
+        self.lives += 1
+
     async def page(self, ops: Sequence[PageOp]) -> PageReport:
         self._alive()
+        await self._hung.wait()
         takes = self.times.page + self.times.activate * sum(op.verb == "activate" for op in ops)
         await asyncio.sleep(takes)
         self._alive()
@@ -208,7 +249,9 @@ class FakeEngine:
 
     async def report(self) -> WorkerReport:
         self._alive()
+        await self._hung.wait()
         await asyncio.sleep(self.times.page)
+        self._alive()
         return WorkerReport(frozenset(self._host), tuple(self._slots), frozenset(self._staging), 0)
 
     async def answer(self, call: Call, request: Any) -> Answer:
@@ -273,6 +316,7 @@ class FakeEngine:
         runs = [run for run in self.running if run.call is call]
         if not runs or not call.resumable:
             return False
+        call.paused = True
         for run in runs:
             self.running.remove(run)
             self.paused.append(run)
@@ -285,6 +329,7 @@ class FakeEngine:
         for run in [run for run in self.paused if run.call is call]:
             self.paused.remove(run)
             self.running.append(run)
+            call.paused = False
             run.load_id = self._load_of(call.model)
             run.going.set()
 
@@ -449,8 +494,12 @@ class FakeEngine:
         try:
             for i in range(run.limit):
                 await asyncio.sleep(self.times.step)
+                await self._hung.wait()
+                if self._died is not None:
+                    self._on_lost(self._died)
                 await run.going.wait()
-                self._alive()
+                if run.lost is not None:
+                    raise run.lost
                 if run.given_up is not None:
                     raise from_vllm(run.given_up, 503, None)
                 if run.aborted:

@@ -19,6 +19,7 @@ from adapters.errors import AdapterNotFound
 from adapters.model import BaseModel, ModuleShape, Version
 from server.accounts.tenants import Tenant
 from server.engine.calls import EngineDied, PageOp, PageReport
+from server.engine.restarts import Restarts
 from server.inference.completion import Completion, Completions, open_completion
 from server.inference.dialects.registry import DIALECTS
 from server.inference.embeddings import embed
@@ -71,6 +72,8 @@ class World:
     times: Times = field(default_factory=lambda: SOME_TIME)
     limits: dict[str, Any] = field(default_factory=dict)
     make_engine: Callable[..., Any] = Pager
+    restarts: int = 0
+    stall: float = 60.0
     base: BaseModel = BASE
 
     def __post_init__(self) -> None:
@@ -79,8 +82,15 @@ class World:
         self.engine = self.make_engine(self.base, **slots, times=self.times, read=lambda _: 1000)
         self.metrics = Metrics()
         self.deaths: list[EngineDied] = []
+        self.faults: list[str] = []
         self.dispatcher = Dispatcher(
-            self.engine, Capacity(**slots, **self.limits), self.metrics, on_death=self.deaths.append
+            self.engine,
+            Capacity(**slots, **self.limits),
+            self.metrics,
+            on_death=self.deaths.append,
+            stall=self.stall,
+            restarts=Restarts(self.restarts),
+            on_fault=lambda version, _: self.faults.append(version),
         )
         self.plan = self.dispatcher._plan
         self.service = Completions(self.engine, self.dispatcher, _Catalog(), self.metrics)  # type: ignore[arg-type]

@@ -62,6 +62,7 @@ ONLY_IN = {
 PURE = {
     "adapters.inspection.logprobs",
     "adapters.split",
+    "server.engine.restarts",
     "server.engine.sizing",
     "server.limits.budget",
     "server.limits.ledger",
@@ -74,6 +75,8 @@ PURE = {
     "server.scheduling.plan",
     "server.scheduling.prefetch",
     "server.scheduling.ranking",
+    "server.scheduling.reconcile",
+    "server.scheduling.event_log",
     "server.scheduling.residency",
     "server.scheduling.residency_checks",
     "server.scheduling.victims",

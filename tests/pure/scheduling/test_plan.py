@@ -976,3 +976,38 @@ def test_the_snapshot_tells_slots_tiers_and_queues() -> None:
     assert [plan.tier_of(v) for v in "abcd"] == [Tier.GPU, Tier.GPU, Tier.DISK, Tier.DISK]
     assert plan.known_versions() == {"a", "b", "c"}
     assert not seen.draining
+
+
+# --- the engine is lost ------------------------------------------------------------------------------
+
+
+def test_without_an_engine_nothing_is_decided_and_everything_keeps_its_place() -> None:
+    plan = make(gpu=2)
+    load(plan, 0.0, "a", 1)
+    run(plan, 0.0, "goes on", "a", resumable=True)
+    run(plan, 0.0, "ends", "a")
+    run(plan, 0.0, "base", None, resumable=True)
+    plan.submitted(0.0, ask("cold", "b"))
+    assert plan.engine_stopped(1.0, ["goes on", "base"]) == []
+    plan.check()
+    assert plan.tier_of("a") is Tier.DISK
+    assert plan.finished(1.0, "ends") == []
+    assert plan.submitted(1.0, ask("new", None)) == []
+    plan.check()
+    effects = plan.engine_started(2.0)
+    assert set(effects) == {Run("base"), Run("new"), Stage("b", 3), Stage("a", 4)}, "ids are burned"
+    plan.staged(2.1, 4)
+    assert plan.activated(2.2, 4) == [Run("goes on")]
+    plan.check()
+
+
+def test_waiting_has_its_time_limit_without_an_engine_too() -> None:
+    plan = make(queue_timeout=5.0)
+    run(plan, 0.0, "goes on", None, resumable=True)
+    plan.engine_stopped(1.0, ["goes on"])
+    plan.submitted(1.0, ask("waits"))
+    assert plan.next_deadline() == 3.0  # the claim's patience
+    plan.tick(3.0)
+    assert plan.next_deadline() == 6.0
+    assert plan.tick(6.0) == [Refuse("waits", Refusal.QUEUE_TIMEOUT, pytest.approx(5.0))]
+    assert plan.engine_started(7.0) == [Run("goes on")]

@@ -25,7 +25,7 @@ from server.limits.quotas import Quotas
 from server.limits.rate import LimitExceeded, RateMeter
 from server.limits.redis import TIMEOUT_S, RedisLedger
 from server.limits.reservation import Reservation
-from server.scheduling.dispatcher import Lease
+from server.scheduling.lease import Lease
 from server.settings import Price
 from tests.support import tiny
 from tests.support.services import RedisServer, redis

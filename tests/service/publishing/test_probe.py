@@ -184,7 +184,7 @@ async def test_a_probe_that_runs_too_long_ends_in_the_engine(
 
 async def test_an_engine_that_dies_meanwhile(tmp_path: Path) -> None:
     engine = FakeEngine(tiny.base(), times=Times(step=0.2))
-    async with fake_site(tmp_path, engine) as site:
+    async with fake_site(tmp_path, engine, engine_restarts=0) as site:
         await site.admin.post("/admin/v1/tenants", json={"id": "acme"})
         uploading = asyncio.create_task(site.admin.post(URL, files=files()))
         while not engine.running:

@@ -10,7 +10,7 @@ import pytest
 from adapters.errors import AdapterUnavailable
 from adapters.model import Tier
 from server.errors import TooManyRequests, Unavailable, headers_of
-from server.scheduling.dispatcher import RECONCILE_EVERY
+from server.scheduling.engine_loop import RECONCILE_EVERY
 from tests.support.clock import run
 from tests.support.fakes import Times
 from tests.support.world import World, read, tenant, version
@@ -20,6 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
 class Idle:
     """Work that does nothing."""
+
+    paused = False
 
     async def abort(self) -> None: ...
 
@@ -124,6 +126,8 @@ def test_what_was_put_aside_may_end_during_a_drain() -> None:
             await asyncio.sleep(0.5)
             cold = asyncio.create_task(world.ask("cold", max_tokens=50))
             while not world.engine.paused:
+                await asyncio.sleep(0.05)
+            while not any(run.call.model.startswith("cold") for run in world.engine.running):
                 await asyncio.sleep(0.05)
             world.dispatcher.drain()
             assert await world.dispatcher.wait_until_idle(60)

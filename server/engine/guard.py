@@ -1,0 +1,89 @@
+"""Ends the engine's processes when the process that started them is gone, however it ended.
+
+vLLM's processes outlive a parent that the kernel or SIGKILL ends, and keep its memory. So ``start`` runs this
+file as a small process of its own: it notes the parent's descendants twice a second, waits for the parent's
+end, and then kills whatever is left of them. It needs the standard library only, and ``/proc``: Linux.
+
+Neither PR_SET_PDEATHSIG nor a pipe would do: the first fires when the *thread* ends that started a process,
+the second stays open in every child that was forked.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+INTERVAL_S = 0.5
+
+
+def start() -> "subprocess.Popen[bytes] | None":
+    """Start a guard of this process; None where there is no ``/proc`` or ``pidfd_open``."""
+    if not hasattr(os, "pidfd_open") or not os.path.isdir("/proc/self/task"):
+        return None
+    command = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
+    return subprocess.Popen(  # noqa: S603  (our own file)
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def started_at(pid: int) -> str:
+    """When ``pid`` was started, in the kernel's ticks, so that a pid that was used again is told apart.
+
+    Empty if there is no such process, or only its exit status is left.
+    """
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def descendants(pid: int) -> "dict[int, str]":
+    """pid -> ``started_at`` of every process below ``pid``."""
+    found: dict[int, str] = {}
+    left = [pid]
+    while left:
+        parent = left.pop()
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{thread}/children") as file:
+                    for child in map(int, file.read().split()):
+                        found[child] = started_at(child)
+                        left.append(child)
+    return found
+
+
+def kill(processes: "dict[int, str]") -> None:
+    """SIGKILL for those that still are who they were; it ends stopped ones too."""
+    for pid, began in processes.items():
+        if pid != os.getpid() and began and started_at(pid) == began:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def main(parent: int) -> None:
+    """Watch until ``parent`` ends, then kill what it left."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    handle = os.pidfd_open(parent)
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    known: dict[int, str] = {}
+    while not poll.poll(INTERVAL_S * 1000):
+        known = {pid: began for pid, began in known.items() if started_at(pid) == began}
+        known.update(descendants(parent))
+        known.pop(os.getpid(), None)
+    for _ in range(3):  # a process may have started another meanwhile
+        for pid in list(known):
+            known.update(descendants(pid))
+        kill(known)
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(ProcessLookupError):
+        main(int(sys.argv[1]))

@@ -1,0 +1,216 @@
+"""The engine dies or hangs, and is started again. Time is virtual; the fake engine takes 20 s to start."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import pytest
+
+from adapters.model import Tier
+from server.errors import Unavailable, headers_of
+from tests.support.clock import run
+from tests.support.world import World, version
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
+
+
+def tokens(text: str) -> list[str]:
+    return re.findall(r'"content": " (\d+)"', text)
+
+
+def lose(world: World, how: str) -> None:
+    if how == "death":
+        world.engine.die()
+    else:
+        world.engine.hang()
+
+
+@pytest.mark.parametrize("how", ["death", "hang"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_can_go_on_goes_on_with_the_same_tokens(how: str, stream: bool) -> None:
+    async def scenario() -> None:
+        async with World(restarts=3, stall=5.0) as world:
+            asking = [asyncio.create_task(world.ask("acme", max_tokens=300, stream=stream)) for _ in range(2)]
+            asking.append(
+                asyncio.create_task(world.ask("acme", model="base-model", max_tokens=300, stream=stream))
+            )
+            await asyncio.sleep(2)
+            lose(world, how)
+            for text in await asyncio.gather(*asking):
+                if stream:
+                    assert tokens(text) == [str(i) for i in range(1, 300)]
+                else:
+                    assert "'completion_tokens': 300" in text
+            assert world.engine.lives == 2
+            assert world.outcomes() == {"completed": 3}
+            assert f'engine_restarts_total{{reason="{how}"}} 1.0' in world.metrics.render().decode()
+            world.check_idle()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("how", ["death", "hang"])
+def test_what_waits_keeps_its_place(how: str) -> None:
+    async def scenario() -> None:
+        async with World(max_running=1, restarts=3, stall=5.0) as world:
+            first = asyncio.create_task(world.ask("acme", max_tokens=100))
+            await asyncio.sleep(1)
+            done: list[str] = []
+
+            async def client(who: str) -> None:
+                await world.ask(who)
+                done.append(who)
+
+            waiting = []
+            for who in ("b", "c", "d"):
+                waiting.append(asyncio.create_task(client(who)))
+                await asyncio.sleep(0.05)
+            lose(world, how)
+            await asyncio.gather(first, *waiting)
+            assert done == ["b", "c", "d"]
+            world.check_idle()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("how", ["death", "hang"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_all_others_end_at_once_with_a_code(how: str, stream: bool) -> None:
+    async def scenario() -> None:
+        async with World(restarts=3, stall=5.0) as world:
+            asking = asyncio.create_task(world.ask("acme", n=2, max_tokens=2000, stream=stream))
+            await asyncio.sleep(1)
+            lose(world, how)
+            began = world.dispatcher.now()
+            if stream:
+                assert "engine_restarting" in await asking
+            else:
+                with pytest.raises(Unavailable) as refused:
+                    await asking
+                assert refused.value.code == "engine_restarting"
+                assert int(headers_of(refused.value)["Retry-After"]) >= 1
+            assert world.dispatcher.now() - began < (1 if how == "death" else 12)
+            assert world.dispatcher.is_restarting
+            assert '"acme-a"' in await world.ask("acme")
+            assert world.outcomes() == {"failed": 1, "completed": 1}
+            world.check_idle()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("how", ["death", "hang"])
+def test_time_limits_and_cancellation_hold_meanwhile(how: str) -> None:
+    async def scenario() -> None:
+        limits = {"queue_timeout": 3.0}
+        async with World(max_running=1, restarts=3, stall=60.0, limits=limits) as world:
+            running = asyncio.create_task(world.ask("acme", max_tokens=2000))
+            await asyncio.sleep(1)
+            lose(world, how)
+            leaves = asyncio.create_task(world.ask("acme"))
+            began = world.dispatcher.now()
+            with pytest.raises(Unavailable) as refused:
+                await world.ask("zeta")
+            assert refused.value.code == "queue_timeout"
+            assert world.dispatcher.now() - began == pytest.approx(3.0, abs=0.1)
+            with pytest.raises(Unavailable):
+                await leaves
+            running.cancel()
+            await asyncio.wait([running], timeout=6)
+            assert running.cancelled()
+            world.dispatcher.drain()
+            assert await world.dispatcher.wait_until_idle(1)
+
+    run(scenario())
+
+
+def test_a_hung_engine_is_noticed_when_nothing_runs() -> None:
+    async def scenario() -> None:
+        async with World(restarts=3, stall=5.0) as world:
+            await world.ask("acme")
+            world.engine.hang()
+            await asyncio.sleep(40)
+            assert world.engine.lives == 2
+            assert not world.dispatcher.is_restarting
+
+    run(scenario())
+
+
+def test_pinned_versions_are_loaded_again() -> None:
+    async def scenario() -> None:
+        async with World(restarts=3) as world:
+            world.dispatcher.pin(version("pinned"), True)
+            await asyncio.sleep(1)
+            assert world.dispatcher.tier_of(version("pinned")) is Tier.GPU
+            world.engine.die()
+            await asyncio.sleep(1)
+            assert world.dispatcher.tier_of(version("pinned")) is Tier.DISK
+            await asyncio.sleep(25)
+            assert world.dispatcher.tier_of(version("pinned")) is Tier.GPU
+
+    run(scenario())
+
+
+def test_too_many_losses_end_the_server() -> None:
+    async def scenario() -> None:
+        async with World(restarts=3) as world:
+            for _ in range(3):
+                world.engine.die()
+                await asyncio.sleep(1)
+                assert '"acme-a"' in await world.ask("acme")
+            assert world.deaths == []
+            waiting = asyncio.create_task(world.ask("acme", max_tokens=300))
+            await asyncio.sleep(1)
+            world.engine.die()
+            assert "error" in await waiting
+            assert len(world.deaths) == 1
+            with pytest.raises(Unavailable) as refused:
+                await world.ask("acme")
+            assert refused.value.code == "engine_stopped"
+
+    run(scenario())
+
+
+def test_a_start_that_fails_counts_as_a_loss() -> None:
+    async def scenario() -> None:
+        async with World(restarts=3, limits={"queue_timeout": 500.0}) as world:
+            world.engine.starts_fail = 2
+            world.engine.die()
+            await asyncio.sleep(1)
+            assert '"acme-a"' in await world.ask("acme")
+            assert world.deaths == []
+            world.engine.die()
+            await asyncio.sleep(1)
+            assert len(world.deaths) == 1
+
+    run(scenario())
+
+
+def test_a_version_that_ran_in_two_losses_in_a_row_is_named() -> None:
+    async def scenario() -> None:
+        async with World(gpu_slots=2, host_slots=4, restarts=9) as world:
+            for names in (("bad", "good"), ("bad", "other"), ("other",), ("third",)):
+                asking = [asyncio.create_task(world.ask(name, max_tokens=100)) for name in names]
+                while len(world.engine.running) < len(names):
+                    await asyncio.sleep(0.05)
+                world.engine.die()
+                await asyncio.gather(*asking)
+            assert world.faults == [version("bad").key, version("other").key]
+
+    run(scenario())
+
+
+def test_a_check_that_fails_ends_nothing() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            await world.ask("acme")
+            world.plan._sequences += 1
+            await asyncio.sleep(12)
+            world.plan._sequences -= 1
+            assert world.deaths == []
+            assert '"acme-a"' in await world.ask("acme")
+            failures = re.search(r"plan_check_failures_total (\d)", world.metrics.render().decode())
+            assert failures is not None
+            assert int(failures[1]) >= 1
+
+    run(scenario())
