@@ -237,12 +237,12 @@ def test_a_file_that_does_not_exist_is_said_in_a_line() -> None:
     assert "nowhere.yaml" in done.output
 
 
-def test_settings_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAPLEX_MODEL", "/m/tiny")
+def test_settings_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPLEX_MODEL", str(tmp_path))
     monkeypatch.setenv("LORAPLEX_ENGINE_ARGS", json.dumps({"dtype": "float32"}))
     served: list[Settings] = []
-    monkeypatch.setattr(command_line, "_serve", lambda settings: served.append(settings) or 3)
-    assert CliRunner().invoke(command_line.cli, ["serve"]).exit_code == 3
+    monkeypatch.setattr(command_line, "_serve", lambda settings: served.append(settings) or 7)
+    assert CliRunner().invoke(command_line.cli, ["serve"]).exit_code == 7
     assert served[0].engine_args == {"dtype": "float32"}
 
 
