@@ -42,6 +42,7 @@ from server.engine.calls import (
 )
 from server.engine.errors import engine_errors, invalid_request, message_of, request_errors
 from server.engine.sizing import Capacity
+from server.engine.validation import validate
 from server.errors import BadRequest, Internal, ServerError, Unavailable
 from server.settings import Settings
 
@@ -277,7 +278,7 @@ class Engine:
         from vllm.exceptions import VLLMValidationError
 
         try:
-            return serving.resolve(self._dialects[kind].request_model(body)).model_validate(body)
+            return validate(serving.resolve(self._dialects[kind].request_model(body)), body)
         except ValidationError as exc:
             raise invalid_request(exc) from exc
         except VLLMValidationError as exc:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from adapters.errors import AdapterError
 from server.engine.calls import Call, Kind
 from server.errors import BadRequest, ServerError, body_of
+from server.inference.bounds import check_sizes
 from server.inference.dialects.schema import Schema
 
 DEFAULT_MODEL = "default"
@@ -75,11 +76,14 @@ class Dialect:
     def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
         """``body`` without what this dialect ignores.
 
-        Raises BadRequest naming the first field that the dialect does not know, or whose number is none.
+        Raises BadRequest naming the first field that the dialect does not know, that has too many items, or
+        whose number is none.
         """
-        for name, value in body.items():
+        for name in body:
             if name not in self.accepted and name not in self.ignored:
                 raise unknown_field(name)
+        check_sizes(body)
+        for name, value in body.items():
             if value is not None and name not in self.ignored:
                 self._check_number(name, value)
         kept = {name: value for name, value in body.items() if name not in self.ignored}

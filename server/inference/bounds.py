@@ -1,0 +1,52 @@
+"""How many items the fields of a request may have, looked at before a model of vLLM sees them.
+
+The vendors' own bounds where they have one (tools, logit_bias, metadata), else far more than anybody sends.
+Text is bounded by the body, and all items together by ``server.http.bodies.CLIENT_JSON``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from server.errors import BadRequest
+
+MAX_ITEMS: Mapping[str, int] = {
+    "include": 64,
+    "input": 2048,
+    "messages": 2048,
+    "stop": 64,
+    "stop_sequences": 64,
+    "stop_token_ids": 1024,
+    "system": 1024,
+    "tools": 128,
+}
+MAX_MEMBERS: Mapping[str, int] = {"logit_bias": 1024, "metadata": 16, "stream_options": 16}
+MAX_PARTS = 1024
+# A list of these is one prompt, which the model's length bounds.
+_TOKENS = {int}
+_OBJECTS = frozenset({"messages", "tools"})
+
+
+def check_sizes(body: Mapping[str, Any]) -> None:
+    """Raises BadRequest naming the first field that has too many items, or items that are no objects."""
+    for name, value in body.items():
+        if isinstance(value, list):
+            _check_list(name, value)
+        elif isinstance(value, dict) and len(value) > MAX_MEMBERS.get(name, len(value)):
+            raise BadRequest(f"{name} has more than {MAX_MEMBERS[name]} members.", param=name)
+
+
+def _check_list(name: str, value: list[Any]) -> None:
+    if len(value) > MAX_ITEMS.get(name, len(value)) and set(map(type, value)) != _TOKENS:
+        raise BadRequest(f"{name} has more than {MAX_ITEMS[name]} items.", param=name)
+    for place, item in enumerate(value):
+        if isinstance(item, dict):
+            parts = item.get("content")
+            if isinstance(parts, list) and len(parts) > MAX_PARTS:
+                where = f"{name}.{place}.content"
+                raise BadRequest(f"{where} has more than {MAX_PARTS} parts.", param=where)
+        elif name in _OBJECTS:
+            raise BadRequest(f"{name}.{place} must be an object.", param=f"{name}.{place}")
+        else:
+            break  # lists of texts and tokens: the model checks them, and stops at the first that is none

@@ -1,0 +1,63 @@
+"""A wrong list costs its first wrong item, and what is valid is what vLLM's model says. No engine runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from server.engine.serving import resolve
+from server.engine.validation import validate
+from server.inference.dialects.registry import ANSWERING, COUNTING
+
+DIALECTS = {dialect.name: dialect for dialect in [*ANSWERING, *COUNTING]}
+USER = {"role": "user", "content": "hi"}
+PARTS = {"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "text", "text": "ho"}]}
+MANY = 300
+LISTS = [("chat", "messages"), ("responses", "input"), ("messages", "messages")]
+
+
+def model_of(name: str, body: dict[str, Any]) -> Any:
+    return resolve(DIALECTS[name].request_model(body))
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("chat", {"messages": [USER, PARTS, USER], "stop": ["a", "b"], "temperature": 0.5}),
+        ("chat", {"messages": [USER], "tools": [{"type": "function", "function": {"name": "f"}}]}),
+        ("completion", {"prompt": [1, 2, 3], "max_tokens": 5}),
+        ("completion", {"prompt": [[1], [2, 3]]}),
+        ("completion", {"prompt": ["a", "b"], "logit_bias": {"1": 2.0}}),
+        ("responses", {"input": "hi"}),
+        ("responses", {"input": [USER, {"role": "assistant", "content": "ho"}, USER]}),
+        ("responses", {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}]}),
+        ("messages", {"messages": [USER, PARTS], "max_tokens": 5}),
+    ],
+)
+def test_what_is_valid_stays_what_it_is(name: str, body: dict[str, Any]) -> None:
+    body |= {"model": "a"}
+    model = model_of(name, body)
+    ours, theirs = validate(model, body), model.model_validate(body)
+    assert type(ours) is type(theirs)
+    fresh = {"request_id", "created_at"}
+    assert ours.model_dump(exclude=fresh) == theirs.model_dump(exclude=fresh)
+
+
+@pytest.mark.parametrize("item", [{}, 1, None, [], "x", {"role": "user", "content": 5}, {"type": "nothing"}])
+@pytest.mark.parametrize(
+    ("name", "field"), [("chat", "messages"), ("responses", "input"), ("messages", "messages")]
+)
+def test_many_wrong_items_cost_as_much_as_one(name: str, field: str, item: Any) -> None:
+    def errors(number: int) -> list[Any]:
+        body = {"model": "a", "max_tokens": 5, field: [item] * number}
+        if name == "responses":
+            del body["max_tokens"]
+        with pytest.raises(ValidationError) as refused:
+            validate(model_of(name, body), body)
+        return refused.value.errors(include_url=False, include_context=False)
+
+    one, many = errors(1), errors(MANY)
+    assert len(many) == len(one) < 500
+    assert many[0]["loc"] == one[0]["loc"]
