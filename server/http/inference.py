@@ -46,7 +46,8 @@ class LeasedResponse(StreamingResponse):
     def __init__(
         self, stream: LeasedStream, lease: Lease, log: dict[str, Any], client_timeout: float
     ) -> None:
-        super().__init__(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
+        super().__init__(stream, media_type="text/event-stream", headers=headers | _version_header(lease))
         self._stream = stream
         self._lease = lease
         self._log = log
@@ -87,6 +88,7 @@ class LeasedResponse(StreamingResponse):
             self._log |= _usage(self._lease)
 
 
+@router.get("/models/", include_in_schema=False)
 @router.get("/models", summary="The customer's adapters, and the base model where allowed")
 async def models(request: Request) -> dict[str, Any]:
     tenant = await tenant_of(request)
@@ -116,7 +118,13 @@ async def _complete(request: Request, dialect: Dialect) -> Response:
     if opened.stream is not None:
         return LeasedResponse(opened.stream, opened.lease, log, services.settings.client_timeout)
     log |= _usage(opened.lease)
-    return JSONResponse(opened.body)
+    return JSONResponse(opened.body, headers=_version_header(opened.lease))
+
+
+def _version_header(lease: Lease) -> dict[str, str]:
+    """Which version answers, which a canary leaves open; nothing for the base."""
+    version = lease.version
+    return {"X-Loraplex-Version": f"{version.adapter}@{version.number}"} if version else {}
 
 
 async def _tokens(request: Request, dialect: Dialect) -> dict[str, Any]:

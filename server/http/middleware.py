@@ -58,6 +58,8 @@ class RequestContext:
         request_id = new_request_id()
         shown = _client_id(scope) or request_id
         log: dict[str, Any] = {"request_id": request_id}
+        if shown != request_id:
+            log["client_request_id"] = shown
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, log=log, headers=dict)
         status = 0

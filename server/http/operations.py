@@ -18,11 +18,13 @@ router = APIRouter(tags=["operations"])
 CHECK_SECONDS = 5
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> dict[str, str]:
     return {"status": "alive"}
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(services: ServicesOf) -> JSONResponse:
     checks = {"draining": "yes"} if services.draining else await _checks(services)
@@ -30,6 +32,7 @@ async def ready(services: ServicesOf) -> JSONResponse:
     return JSONResponse({"status": "ready" if ok else "not ready", "checks": checks}, 200 if ok else 503)
 
 
+@router.head("/metrics", dependencies=[METRICS], include_in_schema=False)
 @router.get("/metrics", dependencies=[METRICS])
 async def metrics(services: ServicesOf) -> Response:
     versions = await services.publishing.catalog.count_versions()

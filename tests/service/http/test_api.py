@@ -423,3 +423,21 @@ async def test_only_so_many_may_wait(narrow: Site) -> None:
     async with asyncio.timeout(10):
         while narrow.services.dispatcher.snapshot().queued:
             await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_says_which_version_gave_it(site: Site, stream: bool) -> None:
+    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+    assert (await site.upload("acme", "a", tiny.adapter(2))).status_code == 201
+    for model, version in (("a", "a@2"), ("a@1", "a@1"), (tiny.NAME, None)):
+        answer = await site.chat(key, "hi", model=model, stream=stream)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers.get("x-loraplex-version") == version
+        assert answer.headers.get("x-accel-buffering") == ("no" if stream else None)
+
+
+async def test_models_with_a_slash_are_models(site: Site) -> None:
+    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+    listed = [await site.http.get(path, headers=bearer(key)) for path in ("/v1/models", "/v1/models/")]
+    assert listed[0].json() == listed[1].json()
+    assert [answer.status_code for answer in listed] == [200, 200]

@@ -344,3 +344,10 @@ async def test_a_client_is_not_kept_waiting_by_others_that_leave(site: Site) -> 
     assert await site.services.dispatcher.wait_until_idle(10)
     now = await samples(site)
     assert value(now, "loraplex_requests_total", tenant="rude", outcome="disconnected") == 20
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+async def test_a_load_balancer_may_ask_for_the_head_alone(site: Site, path: str) -> None:
+    head, whole = await site.http.head(path), await site.http.get(path)
+    assert (head.status_code, head.content) == (whole.status_code, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
