@@ -9,6 +9,7 @@ AdapterError
 ├── StorageBusy            another process holds the database; later it goes
 ├── AdapterNotFound        no such adapter or version of this tenant
 ├── AdapterConflict        a name taken, or a version still needed
+│   └── AdapterQuarantined it harmed the server, and is out of service until an operator releases it
 ├── QuotaExceeded          more adapters or bytes than the tenant may have
 └── AdapterUnavailable     it exists, but cannot be brought into memory now
 """
@@ -76,6 +77,12 @@ class AdapterConflict(AdapterError):
     """A name is taken, or a version still needed."""
 
     code = "adapter_conflict"
+
+
+class AdapterQuarantined(AdapterConflict):
+    """A version that made NaN or was running when the engine died; the message names the reason."""
+
+    code = "adapter_quarantined"
 
 
 class QuotaExceeded(AdapterError):

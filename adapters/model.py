@@ -184,7 +184,10 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One immutable upload of one adapter. What a lease is taken on."""
+    """One immutable upload of one adapter. What a lease is taken on.
+
+    ``quarantine`` is why it is out of service, if it is: see ``adapters.store.quarantine``.
+    """
 
     tenant: str
     adapter: str
@@ -193,6 +196,7 @@ class Version:
     path: Path
     rank: int
     size_bytes: int = 0
+    quarantine: str | None = field(default=None, compare=False)
 
     @property
     def key(self) -> str:
@@ -207,6 +211,7 @@ class VersionInfo:
     version: Version
     created_at: datetime
     report: Mapping[str, Any]
+    quarantine: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

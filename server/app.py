@@ -18,6 +18,7 @@ from adapters.store.blobs import BlobStore
 from adapters.store.catalog import Catalog
 from adapters.store.idempotency import Receipts
 from adapters.store.ownership import FolderLock, Ownership
+from adapters.store.quarantine import Quarantine
 from server import __version__
 from server.accounts.authentication import Authentication
 from server.accounts.tenants import Tenants
@@ -166,12 +167,19 @@ async def _start(
         dispatcher=dispatcher,
         completions=Completions(engine, dispatcher, catalog, metrics, quotas),
         publishing=Publishing(
-            engine, dispatcher, blobs, catalog, Receipts(database), prober, settings.keep_versions
+            engine,
+            dispatcher,
+            blobs,
+            catalog,
+            Receipts(database),
+            prober,
+            Quarantine(database),
+            settings.keep_versions,
         ),
         started=int(time.time()),
     )
     for version in await catalog.pinned():
-        dispatcher.pin(version, True)
+        dispatcher.pin(version, version.quarantine is None)
     # vLLM's modules alone are some 700,000 objects that stay; to look at all of them once more would stop
     # every stream for half a second.
     gc.collect()

@@ -46,6 +46,7 @@ class Gauges:
     queued: Mapping[str, int]
     running: Mapping[str, int]
     in_step_loads: int
+    quarantined: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +267,11 @@ class _State(Collector):
             "loraplex_in_step_loads",
             "Adapters loaded inside an engine step; anything but 0 is a defect.",
             value=now.in_step_loads,
+        )
+        yield GaugeMetricFamily(
+            "loraplex_quarantined_versions",
+            "Versions that are out of service until an operator releases them.",
+            value=now.quarantined,
         )
         yield self._by_tenant("loraplex_queue_depth", "Waiting requests.", now.queued)
         yield self._by_tenant("loraplex_running", "Requests in the engine.", now.running)

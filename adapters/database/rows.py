@@ -157,6 +157,7 @@ class VersionRow(Base):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     report: Mapped[dict[str, Any]] = mapped_column(JSON)
     golden: Mapped[dict[str, Any] | None] = mapped_column(_Json, deferred=True)
+    quarantine: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 

@@ -256,8 +256,9 @@ def _explain_foreign_names(module: str, base: BaseModel) -> None:
         )
     parts = module.split(".")
     plain = ".".join(part for part in parts if part != "language_model")
-    if "language_model" in parts and {plain, f"model.{plain}"} & base.modules.keys():
-        raise _refuse("module_prefixed", f"{base.name} has {show(plain)}, and no {show(module)}.")
+    known = next((name for name in (plain, f"model.{plain}") if name in base.modules), None)
+    if "language_model" in parts and known is not None:
+        raise _refuse("module_prefixed", f"{base.name} has {show(known)}, and no {show(module)}.")
 
 
 def _hint(module: str, base: BaseModel) -> str:

@@ -28,6 +28,7 @@ from adapters.inspection.golden import Golden
 from adapters.model import Adapter, Manifest, Quota, Version, VersionInfo, is_adapter_name, is_tenant_id
 from adapters.split import WHOLE, choose
 from adapters.store.idempotency import Receipt
+from adapters.store.quarantine import in_service, refuse_quarantined_files
 
 DEFAULT = "default"
 NUMBERED = re.compile(r"([^@]+)@([1-9][0-9]{0,8})", re.ASCII)
@@ -69,10 +70,11 @@ class Catalog:
         live one of the tenant's default adapter. In a split ``unit`` chooses, see ``adapters.split``.
 
         Never older than the last write that has returned. AdapterNotFound (``model_not_found``) reads the
-        same for a name nobody has and for one that another tenant has.
+        same for a name nobody has and for one that another tenant has. AdapterQuarantined.
         """
         wanted = DEFAULT if model is None else model
         shares = await self._resolved.get((tenant, wanted), lambda: self._find(tenant, wanted))
+        shares = in_service(shares)
         return choose(shares, f"{tenant}/{shares[0][0].adapter}", unit)
 
     def check_name(self, name: str) -> None:
@@ -108,6 +110,7 @@ class Catalog:
         async with self._database.write() as session:
             if not await _lock(session, tenant):
                 raise AdapterNotFound(f"There is no tenant `{_shown(tenant)}`.", code="tenant_not_found")
+            await refuse_quarantined_files(session, tenant, digest)
             if quota is not None:
                 await _check_quota(session, tenant, adapter, quota, manifest.size_bytes)
             row = await session.get(AdapterRow, (tenant, adapter))
@@ -175,7 +178,7 @@ class Catalog:
         wanted = adapter.live if number is None else number
         for info in adapter.versions:
             if info.version.number == wanted:
-                return info.version
+                return in_service([(info.version, WHOLE)])[0][0]
         raise _no_version(name, wanted, param)
 
     async def update(self, tenant: str, name: str, **changes: Unpack[AdapterChanges]) -> Adapter:
@@ -371,7 +374,7 @@ class Catalog:
                 default=adapter.is_default,
                 pinned=adapter.pinned,
                 created_at=adapter.created_at,
-                versions=tuple(VersionInfo(self._version(v), v.created_at, v.report) for _, v in pairs),
+                versions=tuple(self._info(version) for _, version in pairs),
                 split={int(n): share for n, share in adapter.split.items()} if adapter.split else None,
                 keep_versions=adapter.keep_versions,
             )
@@ -404,6 +407,9 @@ class Catalog:
                 return found
         raise _no_version(name, number, param)
 
+    def _info(self, row: VersionRow) -> VersionInfo:
+        return VersionInfo(self._version(row), row.created_at, row.report, row.quarantine)
+
     def _version(self, row: VersionRow) -> Version:
         return Version(
             tenant=row.tenant,
@@ -413,6 +419,7 @@ class Catalog:
             path=self._path_of(row.digest),
             rank=row.rank,
             size_bytes=row.size_bytes,
+            quarantine=row.quarantine["reason"] if row.quarantine else None,
         )
 
 

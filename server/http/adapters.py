@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from fastapi import Depends, Header, Query, Request
 from fastapi.responses import JSONResponse
@@ -34,6 +34,7 @@ class AdapterChange(Body):
     pinned: bool | None = None
     split: dict[int, Annotated[int, Field(ge=1)]] | None = None
     keep_versions: int | None = Field(None, ge=0, le=MAX_INTEGER)
+    quarantined: Literal[False] | None = None
 
     @field_validator("split", mode="before")
     @classmethod
@@ -52,7 +53,14 @@ class AdapterChange(Body):
         return self
 
 
+class VersionChange(Body):
+    """Puts a version back into service."""
+
+    quarantined: Literal[False]
+
+
 AdapterChangeBody = Annotated[AdapterChange, body_as(AdapterChange)]
+VersionChangeBody = Annotated[VersionChange, body_as(VersionChange)]
 
 
 class UploadOptions(NamedTuple):
@@ -123,9 +131,19 @@ async def update(services: Services, tenant: Tenant, name: str, change: AdapterC
     if not change.model_fields_set:
         raise Unprocessable(f"Name at least one of {', '.join(AdapterChange.model_fields)}.")
     changes = change.model_dump(exclude_unset=True)
+    if changes.pop("quarantined", None) is False:
+        live = (await services.publishing.catalog.adapter(tenant.id, name)).live
+        if live is not None:
+            await services.publishing.quarantine.release(tenant.id, name, live)
     adapter = await services.publishing.catalog.update(tenant.id, name, **changes)
     move_pin(services.dispatcher, adapter)
     return as_json(adapter, services.dispatcher)
+
+
+async def release_version(services: Services, tenant: Tenant, name: str, version: int) -> dict[str, Any]:
+    """Puts a quarantined version back into service."""
+    await services.publishing.quarantine.release(tenant.id, name, version)
+    return await one(services, tenant, name)
 
 
 async def delete(services: Services, tenant: Tenant, name: str) -> None:
@@ -171,6 +189,7 @@ def as_json(adapter: Adapter, dispatcher: Dispatcher) -> dict[str, Any]:
                 "digest": info.version.digest,
                 "tier": dispatcher.tier_of(info.version),
                 "created_at": info.created_at.isoformat(),
+                "quarantine": dict(info.quarantine) if info.quarantine else None,
                 "report": dict(info.report),
             }
             for info in adapter.versions

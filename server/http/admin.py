@@ -14,7 +14,13 @@ from server.accounts.keys import DEFAULT_SCOPES, SCOPES, KeyScope
 from server.accounts.tenants import Priority
 from server.accounts.terms import Budgets, KeyLimits, TenantLimits
 from server.http import adapters
-from server.http.adapters import AdapterChange, AdapterChangeBody, UploadOptionsOf
+from server.http.adapters import (
+    AdapterChange,
+    AdapterChangeBody,
+    UploadOptionsOf,
+    VersionChange,
+    VersionChangeBody,
+)
 from server.http.auth import ADMIN, NamedTenant
 from server.http.bodies import Body, body_as, documented
 from server.http.services import ServicesOf
@@ -164,6 +170,13 @@ async def warm_adapter(
 async def delete_adapter(owner: NamedTenant, name: str, services: ServicesOf) -> Response:
     await adapters.delete(services, owner, name)
     return Response(status_code=204)
+
+
+@router.patch("/tenants/{tenant}/adapters/{name}/versions/{version}", openapi_extra=documented(VersionChange))
+async def update_version(
+    owner: NamedTenant, name: str, version: int, body: VersionChangeBody, services: ServicesOf
+) -> dict[str, Any]:
+    return await adapters.release_version(services, owner, name, version)
 
 
 @router.delete("/tenants/{tenant}/adapters/{name}/versions/{version}", status_code=204)

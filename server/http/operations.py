@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -36,7 +37,9 @@ async def ready(services: ServicesOf) -> JSONResponse:
 @router.get("/metrics", dependencies=[METRICS])
 async def metrics(services: ServicesOf) -> Response:
     versions = await services.publishing.catalog.count_versions()
-    page = services.metrics.render(services.dispatcher.gauges(versions))
+    quarantined = await services.publishing.quarantine.count()
+    gauges = replace(services.dispatcher.gauges(versions), quarantined=quarantined)
+    page = services.metrics.render(gauges)
     return Response(page, media_type=Metrics.content_type)
 
 

@@ -49,6 +49,8 @@ async def update_adapter(
 ) -> dict[str, Any]:
     if body.pinned is not None:
         raise Forbidden("Only the operator can pin an adapter.", param="pinned")
+    if body.quarantined is not None:
+        raise Forbidden("Only the operator can release an adapter.", param="quarantined")
     return await adapters.update(services, owner, name, body)
 
 

@@ -23,6 +23,7 @@ from adapters.model import NOTHING_WAIVED, Adapter, Manifest, Quota, Version, Wa
 from adapters.store.blobs import BlobStore, Incoming
 from adapters.store.catalog import Catalog
 from adapters.store.idempotency import Receipts
+from adapters.store.quarantine import Quarantine
 from adapters.tasks import uninterruptible
 from server.engine.engine import Engine
 from server.errors import ServerError, Unavailable
@@ -46,6 +47,7 @@ class Publishing:
     catalog: Catalog
     receipts: Receipts
     prober: Prober
+    quarantine: Quarantine
     keep_versions: int = 0
     # The digest of each upload from commit to link; nobody removes it.
     coming: list[str] = field(default_factory=list)
@@ -151,6 +153,7 @@ async def _probed(
     service: Publishing, candidate: Version, manifest: Manifest, golden: Golden | None, waived: Waivers
 ) -> Manifest:
     """``manifest`` with what the engine showed; AdapterRejected if that is not what was trained."""
+    await service.quarantine.check(candidate.tenant, candidate.digest)
     known = await service.catalog.probe_of(candidate.digest)
     probe = await service.prober.probe(candidate, known)
     if not (probe["effect"] or waived.no_effect):
@@ -205,6 +208,8 @@ async def verify_all(service: Publishing, metrics: Metrics) -> None:
     answering: whether to roll back the engine or the adapter is the operator's to say.
     """
     for version in await service.catalog.unverified(service.prober.here):
+        if version.quarantine is not None:
+            continue
         what = f"{version.tenant}/{version.adapter}@{version.number}"
         try:
             report = await _verified(service, version)
@@ -232,7 +237,8 @@ async def _verified(service: Publishing, version: Version) -> dict[str, Any]:
 
 def move_pin(dispatcher: Dispatcher, adapter: Adapter) -> None:
     """Pins and loads the versions of a pinned adapter that answer to its name, and lets go of all others."""
-    answering = {version.key for version, _ in adapter.shares} if adapter.pinned else set()
+    shares = adapter.shares if adapter.pinned else ()
+    answering = {version.key for version, _ in shares if version.quarantine is None}
     for key, version in {info.version.key: info.version for info in adapter.versions}.items():
         dispatcher.pin(version, key in answering)
 

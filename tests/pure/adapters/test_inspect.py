@@ -541,6 +541,11 @@ BAD: dict[str, Bad] = {
         ("language_model",),
         rename("model.model.layers", "model.language_model.model.layers"),
     ),
+    "a multimodal model's names in place of the base's": Bad(
+        "module_prefixed",
+        ("'language_model.layers.0.", f"has '{Q0.replace('q_', 'k_')}'"),
+        rename("base_model.model.model.", "base_model.model.language_model."),
+    ),
     "another multimodal model's names": Bad(
         "module_prefixed", ("language_model",), rename("model.model.layers", "model.language_model.layers")
     ),
@@ -815,9 +820,9 @@ BAD: dict[str, Bad] = {
         "module_unknown", ("q_projj", "did you mean q_proj?"), rename("q_proj", "q_projj")
     ),
     "another prefix": Bad(
-        "module_prefixed",
-        ("'language_model.layers.0.", f"did you mean '{Q0.replace('q_', 'k_')}'"),
-        rename("base_model.model.model.", "base_model.model.language_model."),
+        "module_unknown",
+        ("'text_model.layers.0.", f"did you mean '{Q0.replace('q_', 'k_')}'"),
+        rename("base_model.model.model.", "base_model.model.text_model."),
     ),
     "a prefix too many": Bad(
         "module_unknown", ("did you mean",), rename("base_model.model.", "base_model.model.base_model.model.")

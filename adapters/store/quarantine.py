@@ -1,0 +1,98 @@
+"""Versions out of service: which, why and since when.
+
+A version that made NaN, or that was running whenever the engine died, is refused until an operator releases
+it. It goes by the files: every version of the tenant with the same digest is quarantined with it, and the
+same files are not linked again, or another upload would undo it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from adapters.database.audit import note
+from adapters.database.database import Database
+from adapters.database.rows import VersionRow, now
+from adapters.errors import AdapterNotFound, AdapterQuarantined
+from adapters.model import Version
+
+Shares = tuple[tuple[Version, int], ...]
+
+
+class Quarantine:
+    """The rows that say so. Every change is in the audit."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def put(self, version: Version, reason: str) -> bool:
+        """Takes the files of ``version`` out of service for its tenant; False where they were already.
+
+        The first reason is kept: what follows may be its consequence.
+        """
+        async with self._database.write() as session:
+            rows = await _rows_of(session, version.tenant, version.digest)
+            fresh = [row for row in rows if row.quarantine is None]
+            for row in fresh:
+                row.quarantine = {"reason": reason[:500], "at": now().isoformat()}
+                target = f"{row.adapter}@{row.number}"
+                note(session, "version.quarantine", row.tenant, target, after=row.quarantine)
+        return bool(fresh)
+
+    async def check(self, tenant: str, digest: str) -> None:
+        """Raises AdapterQuarantined where the tenant has a quarantined version of these files."""
+        async with self._database.read() as session:
+            await refuse_quarantined_files(session, tenant, digest)
+
+    async def release(self, tenant: str, name: str, number: int) -> None:
+        """Puts the files of a version back into service; nothing to do where they are. AdapterNotFound."""
+        async with self._database.write() as session:
+            found = await session.get(VersionRow, (tenant, name, number))
+            if found is None:
+                message = f"The adapter `{name[:128]}` has no version {number}."
+                raise AdapterNotFound(message, code="version_not_found")
+            for row in await _rows_of(session, tenant, found.digest):
+                if row.quarantine is not None:
+                    target = f"{row.adapter}@{row.number}"
+                    note(session, "version.release", tenant, target, before=row.quarantine)
+                    row.quarantine = None
+
+    async def count(self) -> int:
+        """How many versions of all tenants are out of service."""
+        query = select(func.count()).select_from(VersionRow).where(VersionRow.quarantine.is_not(None))
+        async with self._database.read() as session:
+            return await session.scalar(query) or 0
+
+
+def in_service(shares: Sequence[tuple[Version, int]]) -> Shares:
+    """Those of ``shares`` that may answer. Raises AdapterQuarantined where none may.
+
+    In a split the others take over: the operator has said of each of them that it may answer to the name, and
+    a canary that fails must not take a part of the customer's requests with it. No version outside of the
+    split takes the place of a quarantined one: nobody has said that it may answer.
+    """
+    well = tuple((version, share) for version, share in shares if version.quarantine is None)
+    if shares and not well:
+        raise _quarantined(shares[0][0].adapter, shares[0][0].number, str(shares[0][0].quarantine))
+    return well
+
+
+async def refuse_quarantined_files(session: AsyncSession, tenant: str, digest: str) -> None:
+    """Raises AdapterQuarantined where the tenant has a quarantined version of the same files."""
+    for row in await _rows_of(session, tenant, digest):
+        if row.quarantine is not None:
+            raise _quarantined(row.adapter, row.number, row.quarantine["reason"])
+
+
+async def _rows_of(session: AsyncSession, tenant: str, digest: str) -> Sequence[VersionRow]:
+    query = select(VersionRow).where(VersionRow.tenant == tenant, VersionRow.digest == digest)
+    return (await session.scalars(query)).all()
+
+
+def _quarantined(adapter: str, number: int, reason: str) -> AdapterQuarantined:
+    return AdapterQuarantined(
+        f"Version {number} of `{adapter}` is out of service: {reason}. Upload another version, or ask the"
+        " operator to release it."
+    )

@@ -1,0 +1,153 @@
+"""A version out of service: refused, shown, audited, counted, kept over a restart, and released."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.publishing.quarantine import quarantine
+from tests.service.http.test_api import error
+from tests.service.publishing.test_upload import URL, files
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import Site, bearer
+from tests.support.tiny import fake_site
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
+
+ADAPTER = "/admin/v1/tenants/acme/adapters/a"
+
+
+def engine(step: float = 0.001) -> FakeEngine:
+    """``step`` is in seconds, for a token."""
+    return FakeEngine(tiny.base(), times=Times(step=step))
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with fake_site(tmp_path, engine()) as site:
+        await two_versions(site)
+        yield site
+
+
+async def two_versions(site: Site) -> None:
+    await site.admin.post("/admin/v1/tenants", json={"id": "acme"})
+    for seed in (1, 2):
+        assert (await site.admin.post(URL, files=files(seed))).status_code == 201
+
+
+async def key(site: Site, *scopes: str) -> dict[str, str]:
+    body = {"scopes": scopes} if scopes else {}
+    return bearer((await site.admin.post("/admin/v1/tenants/acme/keys", json=body)).json()["key"])
+
+
+async def ask(site: Site, headers: dict[str, str], model: str = "a", **more: Any) -> Any:
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4} | more
+    return await site.http.post("/v1/chat/completions", json=body, headers=headers)
+
+
+async def out(site: Site, number: int, *reasons: str) -> None:
+    version = await site.services.publishing.catalog.version("acme", "a", number)
+    for reason in reasons or ("it made NaN",):
+        await quarantine(site.services.publishing.quarantine, site.services.dispatcher, version, reason)
+
+
+async def shown(site: Site) -> dict[int, Any]:
+    versions = (await site.admin.get(ADAPTER)).json()["versions"]
+    return {version["version"]: version["quarantine"] for version in versions}
+
+
+async def test_a_quarantined_version_is_refused_with_the_reason_and_shown(site: Site) -> None:
+    headers = await key(site)
+    assert (await ask(site, headers)).status_code == 200
+    await out(site, 2, "it made NaN", "the engine died")
+    for model in ("a", "a@2"):
+        refused = error(await ask(site, headers, model), 409, "adapter_quarantined")
+        assert "it made NaN" in refused["message"]
+    assert (await ask(site, headers, "a@1")).status_code == 200
+    found = await shown(site)
+    assert found[1] is None
+    assert found[2]["reason"] == "it made NaN", "the first reason stays"
+    assert "loraplex_quarantined_versions 1.0" in (await site.http.get("/metrics")).text
+    for path in ("warm", "verify"):
+        error(await site.admin.post(f"{ADAPTER}/{path}"), 409, "adapter_quarantined")
+
+
+@pytest.mark.parametrize("url", [ADAPTER, f"{ADAPTER}/versions/2"])
+async def test_an_operator_releases_it_and_nobody_else(site: Site, url: str) -> None:
+    headers = await key(site)
+    await out(site, 2)
+    owner = await key(site, "adapters:write")
+    refused = await site.http.patch("/v1/adapters/a", json={"quarantined": False}, headers=owner)
+    error(refused, 403, "permission_denied", "quarantined")
+    assert (await site.admin.patch(url, json={"quarantined": True})).status_code == 422
+    released = await site.admin.patch(url, json={"quarantined": False})
+    assert released.status_code == 200, released.text
+    assert await shown(site) == {1: None, 2: None}
+    assert (await ask(site, headers)).status_code == 200
+    assert (await site.admin.patch(url, json={"quarantined": False})).status_code == 200, "again"
+    changes = {
+        row["action"]: row for row in (await site.admin.get("/admin/v1/audit?tenant=acme")).json()["data"]
+    }
+    assert changes["version.quarantine"]["after"]["reason"] == "it made NaN"
+    assert changes["version.release"]["before"]["reason"] == "it made NaN"
+    assert changes["version.release"]["target"] == "a@2"
+
+
+async def test_releasing_a_version_that_is_not_there(site: Site) -> None:
+    missing = await site.admin.patch(f"{ADAPTER}/versions/9", json={"quarantined": False})
+    error(missing, 404, "version_not_found")
+
+
+async def test_the_same_files_do_not_come_back_by_another_upload(site: Site) -> None:
+    await out(site, 2)
+    error(await site.admin.post(URL, files=files(2)), 409, "adapter_quarantined")
+    error(await site.admin.post(URL.replace("/a/", "/b/"), files=files(2)), 409, "adapter_quarantined")
+    assert (await site.admin.post(URL, files=files(3))).status_code == 201
+    await site.admin.post("/admin/v1/tenants", json={"id": "other"})
+    others = await site.admin.post(URL.replace("acme", "other"), files=files(2))
+    assert others.status_code == 201, "another customer learns nothing"
+
+
+async def test_a_split_goes_on_without_it(site: Site) -> None:
+    headers = await key(site)
+    await site.admin.patch(ADAPTER, json={"split": {"1": 1, "2": 99}})
+    await out(site, 2)
+    answers = [await ask(site, headers, user=f"u{n}") for n in range(8)]
+    assert {answer.status_code for answer in answers} == {200}
+    await out(site, 1)
+    error(await ask(site, headers), 409, "adapter_quarantined")
+
+
+async def test_running_requests_end_with_an_error(tmp_path: Path) -> None:
+    async with fake_site(tmp_path, engine(step=0.05)) as site:
+        await two_versions(site)
+        headers = await key(site)
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 200}
+        body |= {"model": "a", "stream": True}
+        async with site.http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
+            lines = response.aiter_lines()
+            await anext(lines)
+            await out(site, 2)
+            async with asyncio.timeout(5):
+                rest = [line async for line in lines if line.startswith("data: {")]
+        last = json.loads(rest[-1].removeprefix("data: "))
+        assert "it made NaN" in last["error"]["message"]
+
+
+async def test_a_restart_keeps_it(tmp_path: Path) -> None:
+    async with fake_site(tmp_path, engine()) as site:
+        await two_versions(site)
+        await site.admin.patch(ADAPTER, json={"pinned": True})
+        await out(site, 2)
+    async with fake_site(tmp_path, engine()) as site:
+        headers = await key(site)
+        error(await ask(site, headers), 409, "adapter_quarantined")
+        assert (await shown(site))[2]["reason"] == "it made NaN"
+        await site.admin.patch(ADAPTER, json={"quarantined": False})
+        assert (await ask(site, headers)).status_code == 200
