@@ -7,7 +7,8 @@ import logging
 
 from adapters.model import Version
 from adapters.store.quarantine import Quarantine
-from server.scheduling.dispatcher import Dispatcher, Lease
+from server.scheduling.dispatcher import Dispatcher
+from server.scheduling.lease import Lease
 
 logger = logging.getLogger(__name__)
 
