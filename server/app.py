@@ -42,6 +42,7 @@ from server.limits.redis import RedisLedger
 from server.metrics import Metrics
 from server.publishing.probe import Prober
 from server.publishing.publish import Publishing, verify_all
+from server.publishing.quarantine import quarantine_key
 from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.nouns import Capacity
 from server.settings import Settings
@@ -130,6 +131,12 @@ async def _start(
     engine = await start_engine(settings)
     stack.push_async_callback(engine.stop)
     metrics = Metrics(tenants=settings.metrics_tenants)
+
+    def on_fault(key: str, reason: str) -> None:
+        publishing = services.publishing
+        work = quarantine_key(publishing.quarantine, catalog, dispatcher, key, reason)
+        services.in_background(work)
+
     dispatcher = Dispatcher(
         engine,
         _capacity(settings, engine),
@@ -137,6 +144,7 @@ async def _start(
         on_death=on_death,
         stall=settings.engine_stall,
         restarts=Restarts(settings.engine_restarts),
+        on_fault=on_fault,
     )
     dispatcher.start()
     stack.push_async_callback(dispatcher.stop)
@@ -178,6 +186,7 @@ async def _start(
         ),
         started=int(time.time()),
     )
+    engine.on_fault = on_fault
     for version in await catalog.pinned():
         dispatcher.pin(version, version.quarantine is None)
     # vLLM's modules alone are some 700,000 objects that stay; to look at all of them once more would stop

@@ -390,7 +390,7 @@ class Engine:
                 "The model's answer to this input is not a number.",
                 code="answer_not_finite" if call.model == self.base.name else "adapter_not_finite",
             )
-            self.on_fault(call.model, call.failure.message)
+            self.on_fault(call.model, "an answer of its was not a number")
         if self._scrubbing is None or self._scrubbing.done():
             self._scrubbing = asyncio.create_task(self._scrub(), name="loraplex-scrub")
 

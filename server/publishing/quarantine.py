@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from adapters.errors import AdapterNotFound
 from adapters.model import Version
+from adapters.store.catalog import Catalog
 from adapters.store.quarantine import Quarantine
 from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.lease import Lease
@@ -32,6 +34,24 @@ async def quarantine(rows: Quarantine, dispatcher: Dispatcher, version: Version,
     message = f"The adapter is out of service: {reason}."
     await asyncio.gather(*(_end(lease, message) for lease in running), return_exceptions=True)
     dispatcher.retire(version)
+
+
+async def quarantine_key(
+    rows: Quarantine, catalog: Catalog, dispatcher: Dispatcher, key: str, reason: str
+) -> None:
+    """As ``quarantine``, for what the engine knows a version by (``Version.key``).
+
+    Nothing happens where no version has this key: the base model, a version that has been deleted, or one
+    whose upload is still being tried, which is refused by its probe.
+    """
+    tenant, slash, _ = key.partition("/")
+    try:
+        adapters = await catalog.adapters(tenant) if slash else []
+    except AdapterNotFound:  # the tenant has been deleted
+        return
+    found = [info.version for adapter in adapters for info in adapter.versions if info.version.key == key]
+    if found:
+        await quarantine(rows, dispatcher, found[-1], reason)
 
 
 async def _end(lease: Lease, message: str) -> None:

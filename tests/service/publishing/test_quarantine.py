@@ -151,3 +151,18 @@ async def test_a_restart_keeps_it(tmp_path: Path) -> None:
         assert (await shown(site))[2]["reason"] == "it made NaN"
         await site.admin.patch(ADAPTER, json={"quarantined": False})
         assert (await ask(site, headers)).status_code == 200
+
+
+async def test_a_version_whose_answer_was_no_number_is_quarantined_by_the_engine(site: Site) -> None:
+    headers = await key(site)
+    version = await site.services.publishing.catalog.version("acme", "a", 2)
+    faulty = site.services.engine.on_fault
+    faulty(version.key, "an answer of its was not a number")
+    faulty(site.services.engine.base.name, "the base is nobody's version")
+    faulty("nobody/a@0", "it is gone")
+    async with asyncio.timeout(10):
+        while (await ask(site, headers)).status_code == 200:
+            await asyncio.sleep(0.01)
+    refused = error(await ask(site, headers), 409, "adapter_quarantined")
+    assert "an answer of its was not a number" in refused["message"]
+    assert (await ask(site, headers, "a@1")).status_code == 200
