@@ -6,7 +6,7 @@ from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
@@ -25,6 +25,7 @@ from server.http.auth import ADMIN, NamedTenant
 from server.http.bodies import Body, body_as, documented
 from server.http.services import ServicesOf
 from server.publishing.publish import verify
+from server.scheduling.event_log import KEPT
 
 router = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=[ADMIN])
 
@@ -193,5 +194,7 @@ async def verify_adapter(
 
 
 @router.get("/residency")
-async def residency(services: ServicesOf) -> dict[str, Any]:
-    return asdict(services.dispatcher.snapshot())
+async def residency(services: ServicesOf, events: Annotated[int, Query(ge=0, le=KEPT)] = 0) -> dict[str, Any]:
+    """Slots, tiers and queues as they are now; with ``events``, also the scheduler's last so many events."""
+    found = asdict(services.dispatcher.snapshot())
+    return found | {"events": services.dispatcher.last_events(events)} if events else found

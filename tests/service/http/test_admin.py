@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from server.scheduling.event_log import replay
+from server.scheduling.plan import Plan
 from tests.service.http.test_api import CHAT, CHAT_URL, digest, engine_of, error
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
@@ -334,3 +337,25 @@ async def test_the_same_bytes_are_kept_for_whoever_else_has_them(site: Site, tmp
     assert await ask_first(site, key, model="b") == shared
     assert (await site.admin.delete(f"{TENANTS}/acme/adapters/b")).status_code == 204
     await eventually(site, tmp_path / "blobs" / shared)
+
+
+async def test_the_schedulers_last_events_can_be_replayed(site: Site) -> None:
+    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+    assert (await site.http.post(CHAT_URL, json=CHAT, headers=bearer(key))).status_code == 200
+    assert "events" not in (await site.admin.get("/admin/v1/residency")).json()
+    shown = (await site.admin.get("/admin/v1/residency?events=3")).json()["events"]
+    assert len(shown) == 3
+    every = (await site.admin.get("/admin/v1/residency?events=8192")).json()["events"]
+    names = [event["event"] for event in every]
+    assert {"submitted", "staged", "activated", "progressed", "finished"} <= set(names)
+    plan = Plan(site.services.dispatcher._capacity)
+    replay(plan, every)
+    now = asdict(site.services.dispatcher.snapshot())
+    assert asdict(plan.snapshot()) == now
+    for wrong in ("-1", "8193", "x"):
+        error(
+            await site.admin.get(f"/admin/v1/residency?events={wrong}"),
+            422,
+            "invalid_request",
+            "query.events",
+        )
