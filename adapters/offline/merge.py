@@ -29,7 +29,7 @@ from adapters.inspection.inspect import check_tensors
 from adapters.inspection.peft_config import read_config
 from adapters.inspection.safetensors_header import FILE_NAMES, ITEM_BYTES, read_entries, read_header
 from adapters.inspection.tensor_stats import TORCH_DTYPES
-from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, Waivers
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -39,6 +39,8 @@ _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".safetensors", ".h5", ".msgpa
 
 # Elements of a weight that are in memory at once, three times in float32.
 _ROWS = 1 << 20
+# A merged checkpoint is its owner's alone, and overflow is looked for in what comes out.
+_SIZE_WAIVED = Waivers(implausible=True)
 
 
 class MergeError(Exception):
@@ -89,7 +91,7 @@ class Merge(AbstractContextManager["Merge"]):
             raise FileExistsError(f"{self.out} is there already; name a folder that is not")
         with contextlib.ExitStack() as stack:
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="loraplex-merge-")))
-            if admit(self._adapter, self.base, into=scratch).conversions:
+            if admit(self._adapter, self.base, into=scratch, waived=_SIZE_WAIVED).conversions:
                 self._adapter = scratch
             self.partial.mkdir(parents=True)
             stack.callback(shutil.rmtree, self.partial, ignore_errors=True)

@@ -46,9 +46,6 @@ WRONG_KEY = "Incorrect API key provided."
 class WrongKey(Unauthorized):
     """A key was given, and it is nobody's."""
 
-    def __init__(self) -> None:
-        super().__init__(WRONG_KEY)
-
 
 class Authentication:
     """Tells from a request's headers who makes it. ``open`` before anything else.
@@ -143,7 +140,7 @@ class Authentication:
     async def require_metrics(self, authorization: str | None) -> None:
         """Unauthorized without the metrics key, where there is one."""
         if self._metrics is not None and not self._is(digest_of(_bearer(authorization)), self._metrics):
-            raise WrongKey
+            raise WrongKey(WRONG_KEY)
 
     @staticmethod
     def _is(digest: str, known: str | None) -> bool:
@@ -168,7 +165,7 @@ class Authentication:
     async def _holder(self, key: str) -> Tenant:
         """The tenant that ``key`` was issued to; Unauthorized."""
         if not TENANT_KEY.fullmatch(key):
-            raise WrongKey
+            raise WrongKey(WRONG_KEY)
         digest = digest_of(key)
         return await self._by_key.get(digest, lambda: self._look_up(digest))
 
@@ -177,7 +174,7 @@ class Authentication:
         async with self._database.read() as session:
             found = (await session.execute(query.where(KeyRow.digest == digest))).one_or_none()
         if found is None or not self._is(digest, found[1].digest):
-            raise WrongKey
+            raise WrongKey(WRONG_KEY)
         return replace(tenant_of(found[0]), key=key_info(found[1]))
 
 
@@ -188,7 +185,7 @@ def _bearer(authorization: str | None) -> str:
     # The length is looked at first: the header comes from anybody.
     found = BEARER.fullmatch(authorization) if len(authorization) <= 2 * MAX_KEY_LENGTH else None
     if found is None:
-        raise WrongKey
+        raise WrongKey(WRONG_KEY)
     return found[1]
 
 

@@ -36,6 +36,7 @@ ROUTES = [
     ("PATCH", "/tenants/{tenant}/adapters/{name}"),
     ("DELETE", "/tenants/{tenant}/adapters/{name}"),
     ("POST", "/tenants/{tenant}/adapters/{name}/warm"),
+    ("PATCH", "/tenants/{tenant}/adapters/{name}/versions/{version}"),
     ("DELETE", "/tenants/{tenant}/adapters/{name}/versions/{version}"),
     ("POST", "/tenants/{tenant}/adapters/{name}/verify"),
     ("GET", "/residency"),

@@ -23,7 +23,7 @@ import pytest_asyncio
 from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE
 from tests.pure.adapters.test_inspect import BAD, base, good, read, write
 from tests.support.fakes import FakeEngine, Times
-from tests.support.site import ADMIN_KEY, Site, bearer
+from tests.support.site import Site, bearer
 from tests.support.tiny import fake_site
 
 __all__ = ["base", "good"]
@@ -341,7 +341,7 @@ async def test_a_length_that_is_not_kept(scene: Scene) -> None:
     before = await scene.kept()
     whole = scene.post(files=scene.good)
     body = whole.read()
-    head = {**bearer(ADMIN_KEY), **whole.headers, "content-length": str(len(body) + 1000)}
+    head = {**whole.headers, "content-length": str(len(body) + 1000)}
     _, writer = await asyncio.open_connection("127.0.0.1", int(scene.site.url.rsplit(":", 1)[1]))
     lines = [f"POST {URL} HTTP/1.1", *(f"{name}: {value}" for name, value in head.items()), "", ""]
     writer.write("\r\n".join(lines).encode() + body[:-20])

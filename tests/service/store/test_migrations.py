@@ -478,7 +478,7 @@ async def test_sqlite_is_told_to_be_durable_and_its_files_are_private(tmp_path: 
                 path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "private").iterdir()
             }
         await database.close()
-    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
+    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 3_000}
     assert modes == {"loraplex.db": 0o600, "loraplex.db-wal": 0o600, "loraplex.db-shm": 0o600}
     assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o700
 
