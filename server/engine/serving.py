@@ -100,20 +100,24 @@ async def raise_errors(call: Call, chunks: AsyncIterator[str]) -> AsyncIterator[
                 if chunk.startswith(BROKEN):
                     raise _error_of(call, chunk)
                 yield chunk
-        except ValidationError as exc:  # of an event of vLLM's own
-            raise Internal(FAILED) from exc
+        except ValidationError as exc:  # vLLM makes no valid event of its own of some errors
+            raise (_known_error(call) or Internal(FAILED)) from exc
 
 
 def _error_of(call: Call, chunk: str) -> ServerError:
     """What ``chunk``, vLLM's error event, reports; its code is a number, the HTTP status."""
-    known = call.failure or (call.admission.refused if call.admission is not None else None)
-    if known is not None:
+    if (known := _known_error(call)) is not None:
         return known
     try:
         error = json.loads(chunk.removeprefix("data: "))["error"]
         return from_vllm(str(error["message"]), int(error["code"]), error.get("param"))
     except (ValueError, KeyError, TypeError):
         return Internal(FAILED)
+
+
+def _known_error(call: Call) -> ServerError | None:
+    """Why ``call`` ended, where we ended it ourselves."""
+    return call.failure or (call.admission.refused if call.admission is not None else None)
 
 
 async def in_call_context(call: Call, stream: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -136,6 +136,8 @@ async def test_answers_that_are_not_numbers_harm_nobody(
         folder = scaled(made, tmp_path / f"large{i}", 1e19 * (i + 1))
         folder = scaled(folder, tmp_path / f"larger{i}", 1e15, side="lora_A")
         status, body = await upload(site, "large", folder)
+        assert (status, body["error"]["code"]) == (422, "adapter_implausible"), body
+        status, body = await upload(site, "large", folder, "?allow_implausible=true")
         assert (status, body["error"]["code"]) == (422, "weights_not_finite"), body
         assert "not numbers" in body["error"]["message"]
         assert await ask_several(site, tenant) == before

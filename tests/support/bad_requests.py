@@ -108,7 +108,7 @@ BAD: list[Bad] = [
     # tokens that are none
     Bad("a token out of the vocabulary", TEXT, {"prompt": [1, 10**7]}, real=True),
     Bad("a negative token", TEXT, {"prompt": [-1]}, real=True),
-    Bad("a token beyond 64 bits", TEXT, {"prompt": [2**64]}, real=True),
+    Bad("a token beyond 64 bits", TEXT, {"prompt": [2**64]}, **INVALID_JSON),
     Bad("tokens to text beyond the vocabulary", "/detokenize", {"tokens": [2**40]}),
     Bad("a prompt that is too long", TEXT, {"prompt": "word " * 5000}),
     # structured output
