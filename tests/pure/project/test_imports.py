@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[3]
 FLOORS: list[set[str]] = [
     {"server.__main__"},
     {"server.app", "server.cli", "server.demo"},
+    {"server.fleet"},
     {"server.http"},
     {"server.inference", "server.publishing"},
     {"server.limits"},
@@ -64,6 +65,8 @@ PURE = {
     "adapters.split",
     "server.engine.restarts",
     "server.engine.sizing",
+    "server.fleet.placement",
+    "server.fleet.rendezvous",
     "server.limits.budget",
     "server.limits.ledger",
     "server.limits.permissions",
