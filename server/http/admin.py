@@ -13,7 +13,7 @@ from pydantic import Field
 from server.accounts.keys import DEFAULT_SCOPES, SCOPES, KeyScope
 from server.accounts.tenants import Priority
 from server.accounts.terms import Budgets, KeyLimits, TenantLimits
-from server.http import adapters
+from server.http import adapters, answers
 from server.http.adapters import (
     AdapterChange,
     AdapterChangeBody,
@@ -74,24 +74,24 @@ class Warm(Body):
     slot: bool = False
 
 
-@router.post("/tenants", status_code=201, openapi_extra=documented(NewTenant))
+@router.post("/tenants", status_code=201, response_model=answers.Tenant, openapi_extra=documented(NewTenant))
 async def create_tenant(
     body: Annotated[NewTenant, body_as(NewTenant)], services: ServicesOf
 ) -> dict[str, Any]:
     return (await services.tenants.create(**dict(body))).shown()
 
 
-@router.get("/tenants")
+@router.get("/tenants", response_model=answers.Tenants)
 async def list_tenants(services: ServicesOf) -> dict[str, Any]:
     return {"object": "list", "data": [t.shown() for t in await services.tenants.list()]}
 
 
-@router.get("/tenants/{tenant}")
+@router.get("/tenants/{tenant}", response_model=answers.Tenant)
 async def get_tenant(owner: NamedTenant) -> dict[str, Any]:
     return owner.shown()
 
 
-@router.patch("/tenants/{tenant}", openapi_extra=documented(TenantChange))
+@router.patch("/tenants/{tenant}", response_model=answers.Tenant, openapi_extra=documented(TenantChange))
 async def update_tenant(
     tenant: str, body: Annotated[TenantChange, body_as(TenantChange)], services: ServicesOf
 ) -> dict[str, Any]:
@@ -105,7 +105,9 @@ async def delete_tenant(owner: NamedTenant, services: ServicesOf) -> Response:
     return Response(status_code=204)
 
 
-@router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=documented(NewKey))
+@router.post(
+    "/tenants/{tenant}/keys", status_code=201, response_model=answers.NewKey, openapi_extra=documented(NewKey)
+)
 async def create_key(
     tenant: str, body: Annotated[NewKey, body_as(NewKey)], services: ServicesOf
 ) -> dict[str, Any]:
@@ -113,7 +115,12 @@ async def create_key(
     return {"id": issued.id, "key": issued.key, "name": issued.name}
 
 
-@router.post("/tenants/{tenant}/keys/{key_id}/rotate", status_code=201, openapi_extra=documented(Rotation))
+@router.post(
+    "/tenants/{tenant}/keys/{key_id}/rotate",
+    status_code=201,
+    response_model=answers.RotatedKey,
+    openapi_extra=documented(Rotation),
+)
 async def rotate_key(
     tenant: str, key_id: str, body: Annotated[Rotation, body_as(Rotation)], services: ServicesOf
 ) -> dict[str, Any]:
@@ -121,7 +128,7 @@ async def rotate_key(
     return {"id": issued.id, "key": issued.key, "name": issued.name, "replaces": old.shown()}
 
 
-@router.get("/tenants/{tenant}/keys")
+@router.get("/tenants/{tenant}/keys", response_model=answers.Keys)
 async def list_keys(tenant: str, services: ServicesOf) -> dict[str, Any]:
     return {"object": "list", "data": [key.shown() for key in await services.tenants.keys(tenant)]}
 
@@ -132,7 +139,7 @@ async def revoke_key(tenant: str, key_id: str, services: ServicesOf) -> Response
     return Response(status_code=204)
 
 
-@router.post("/tenants/{tenant}/adapters/{name}/versions", status_code=201)
+@router.post("/tenants/{tenant}/adapters/{name}/versions", status_code=201, response_model=answers.NewVersion)
 async def create_version(
     owner: NamedTenant, name: str, request: Request, services: ServicesOf, options: UploadOptionsOf
 ) -> JSONResponse:
@@ -140,24 +147,30 @@ async def create_version(
     return await adapters.receive_version(request, owner, name, options, prefixes=prefixes)
 
 
-@router.get("/tenants/{tenant}/adapters")
+@router.get("/tenants/{tenant}/adapters", response_model=answers.Adapters)
 async def list_adapters(owner: NamedTenant, services: ServicesOf) -> dict[str, Any]:
     return await adapters.listed(services, owner)
 
 
-@router.get("/tenants/{tenant}/adapters/{name}")
+@router.get("/tenants/{tenant}/adapters/{name}", response_model=answers.Adapter)
 async def get_adapter(owner: NamedTenant, name: str, services: ServicesOf) -> dict[str, Any]:
     return await adapters.one(services, owner, name)
 
 
-@router.patch("/tenants/{tenant}/adapters/{name}", openapi_extra=documented(AdapterChange))
+@router.patch(
+    "/tenants/{tenant}/adapters/{name}",
+    response_model=answers.Adapter,
+    openapi_extra=documented(AdapterChange),
+)
 async def update_adapter(
     owner: NamedTenant, name: str, body: AdapterChangeBody, services: ServicesOf
 ) -> dict[str, Any]:
     return await adapters.update(services, owner, name, body)
 
 
-@router.post("/tenants/{tenant}/adapters/{name}/warm", openapi_extra=documented(Warm))
+@router.post(
+    "/tenants/{tenant}/adapters/{name}/warm", response_model=answers.Warmed, openapi_extra=documented(Warm)
+)
 async def warm_adapter(
     owner: NamedTenant, name: str, body: Annotated[Warm, body_as(Warm)], services: ServicesOf
 ) -> dict[str, Any]:
@@ -173,7 +186,11 @@ async def delete_adapter(owner: NamedTenant, name: str, services: ServicesOf) ->
     return Response(status_code=204)
 
 
-@router.patch("/tenants/{tenant}/adapters/{name}/versions/{version}", openapi_extra=documented(VersionChange))
+@router.patch(
+    "/tenants/{tenant}/adapters/{name}/versions/{version}",
+    response_model=answers.Adapter,
+    openapi_extra=documented(VersionChange),
+)
 async def update_version(
     owner: NamedTenant, name: str, version: int, body: VersionChangeBody, services: ServicesOf
 ) -> dict[str, Any]:
@@ -186,14 +203,14 @@ async def delete_version(owner: NamedTenant, name: str, version: int, services: 
     return Response(status_code=204)
 
 
-@router.post("/tenants/{tenant}/adapters/{name}/verify")
+@router.post("/tenants/{tenant}/adapters/{name}/verify", response_model=answers.Verified)
 async def verify_adapter(
     owner: NamedTenant, name: str, services: ServicesOf, version: int | None = None
 ) -> dict[str, Any]:
     return await verify(services.publishing, owner.id, name, version)
 
 
-@router.get("/residency")
+@router.get("/residency", response_model=answers.Residency, response_model_exclude_unset=True)
 async def residency(services: ServicesOf, events: Annotated[int, Query(ge=0, le=KEPT)] = 0) -> dict[str, Any]:
     """Slots, tiers and queues as they are now; with ``events``, also the scheduler's last so many events."""
     found = asdict(services.dispatcher.snapshot())

@@ -16,6 +16,7 @@ from adapters.errors import AdapterNotFound
 from adapters.model import Adapter
 from server.accounts.tenants import Tenant
 from server.errors import BadRequest, ModelNotFound
+from server.http.answers import Model, Models
 from server.http.auth import tenant_of
 from server.http.bodies import json_object
 from server.http.middleware import while_connected
@@ -89,13 +90,20 @@ class LeasedResponse(StreamingResponse):
 
 
 @router.get("/models/", include_in_schema=False)
-@router.get("/models", summary="The customer's adapters, and the base model where allowed")
+@router.get(
+    "/models",
+    response_model=Models,
+    response_model_exclude_unset=True,
+    summary="The customer's adapters, and the base model where allowed",
+)
 async def models(request: Request) -> dict[str, Any]:
     tenant = await tenant_of(request)
     return {"object": "list", "data": await _model_cards(request, tenant)}
 
 
-@router.get("/models/{name:path}", summary="One of them")
+@router.get(
+    "/models/{name:path}", response_model=Model, response_model_exclude_unset=True, summary="One of them"
+)
 async def model(request: Request, name: str) -> dict[str, Any]:
     tenant = await tenant_of(request)
     for card in await _model_cards(request, tenant):
@@ -203,6 +211,7 @@ for _dialect in (*ANSWERING, *COUNTING):
         _dialect.path.removeprefix("/v1"),
         _answers(_dialect) if _dialect in ANSWERING else _counts(_dialect),
         methods=["POST"],
+        response_model=_dialect.answer,
         summary=_dialect.summary,
         name=_dialect.operation,
     )

@@ -9,14 +9,12 @@ import re
 from collections.abc import Callable
 
 from fastapi import FastAPI
+from pydantic.json_schema import models_json_schema
 
+from server.http.answers import AnthropicError, Error
 from server.inference.dialects.messages import speaks_anthropic
 from server.inference.dialects.registry import DIALECTS
-from server.inference.dialects.schema import ANY as _ANY
-from server.inference.dialects.schema import BOOL as _BOOL
-from server.inference.dialects.schema import NUMBER as _NUMBER
 from server.inference.dialects.schema import TEXT as _TEXT
-from server.inference.dialects.schema import TOKENS as _TOKENS
 from server.inference.dialects.schema import Schema
 from server.inference.dialects.schema import object_of as _object
 
@@ -28,11 +26,15 @@ def document(app: FastAPI) -> Callable[[], Schema]:
     def openapi() -> Schema:
         if app.openapi_schema is None:
             made = plain()
-            made["components"] = {**_COMPONENTS, "schemas": dict(_COMPONENTS["schemas"])}
+            schemas = made["components"]["schemas"]
+            for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which nobody gets
+                schemas.pop(unused, None)
+            schemas |= _ERRORS
+            made["components"]["securitySchemes"] = _SCHEMES
             for path, methods in made["paths"].items():
                 for method, operation in methods.items():
                     _complete(path, method, operation)
-                    made["components"]["schemas"] |= _definitions(operation)
+                    schemas |= _definitions(operation)
             app.openapi_schema = made
         return app.openapi_schema
 
@@ -54,9 +56,6 @@ def _complete(path: str, method: str, operation: Schema) -> None:
         operation["requestBody"] = {"required": True, "content": _json(_BODIES[path])}
     if path.endswith("/versions"):
         operation["requestBody"] = {"required": True, "content": _UPLOAD}
-    if shape := _ANSWERS.get(path if tag == "inference" else f"{method} {_short(path)}"):
-        (status,) = responses
-        responses[status]["content"] = _json({"$ref": f"#/components/schemas/{shape}"})
     if form := _OTHER_FORMS.get(_short(path)):
         responses["200"]["content"][form] = {"schema": _TEXT}
     if path in _STREAMS:
@@ -68,7 +67,7 @@ def _complete(path: str, method: str, operation: Schema) -> None:
             responses |= {status: _error(status, "Error") for status in ("401", "429")}
             operation["security"] = [{}, {"key": []}]
         elif path == "/ready":
-            responses["503"] = {"description": "Not ready, and why.", "content": _json(_ANY)}
+            responses["503"] = {"description": "Not ready, and why.", "content": responses["200"]["content"]}
         return
     body = "requestBody" in operation
     error = "AnthropicError" if speaks_anthropic(path) else "Error"
@@ -115,18 +114,6 @@ def _json(schema: Schema) -> Schema:
     return {"application/json": {"schema": schema}}
 
 
-def _closed(required: str = "", /, **properties: Schema) -> Schema:
-    return _object(required, **properties) | {"additionalProperties": False}
-
-
-def _list_of(schema: Schema) -> Schema:
-    return _object("object data", object={"const": "list"}, data={"type": "array", "items": schema})
-
-
-def _or_null(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
 _MEANS = {
     "400": "The body, a header or a value is wrong; as text where it is no HTTP request at all.",
     "401": "No key, or a wrong one.",
@@ -142,7 +129,6 @@ _MEANS = {
     "503": "The server cannot answer now.",
     "507": "The disk is full.",
 }
-_COUNT: Schema = {"type": "integer", "minimum": 0}
 _BODIES = {dialect.path: dialect.body for dialect in DIALECTS.values()}
 _STREAMS = {dialect.path for dialect in DIALECTS.values() if dialect.streams}
 # Of a stream, each event.
@@ -163,211 +149,14 @@ _UPLOAD = {
     },
     **{kind: {"schema": _FILE} for kind in ("application/x-tar", "application/gzip", "application/zip")},
     # Where the operator allows sources.
-    "application/json": {"schema": _closed("source", source=_TEXT)},
-}
-_ANSWERS = {
-    "/v1/models": "Models",
-    "/v1/models/{name}": "Model",
-    "/v1/chat/completions": "ChatCompletion",
-    "/v1/completions": "Completion",
-    "/v1/responses": "Response",
-    "/v1/messages": "Message",
-    "/v1/embeddings": "Embeddings",
-    "/v1/messages/count_tokens": "TokenCount",
-    "/tokenize": "Tokens",
-    "/detokenize": "Prompt",
-    "post /tenants": "Tenant",
-    "get /tenants": "Tenants",
-    "get /tenants/{tenant}": "Tenant",
-    "patch /tenants/{tenant}": "Tenant",
-    "post /tenants/{tenant}/keys": "NewKey",
-    "get /tenants/{tenant}/keys": "Keys",
-    "post /tenants/{tenant}/keys/{key_id}/rotate": "RotatedKey",
-    "post /adapters/{name}/versions": "NewVersion",
-    "post /adapters/{name}/warm": "Warm",
-    "post /adapters/{name}/verify": "Verified",
-    "get /adapters": "Adapters",
-    "get /adapters/{name}": "Adapter",
-    "patch /adapters/{name}": "Adapter",
-    "get /residency": "Residency",
-    "get /usage": "Usage",
-    "get /audit": "Audit",
+    "application/json": {"schema": _object("source", source=_TEXT) | {"additionalProperties": False}},
 }
 _OTHER_FORMS = {"/usage": "text/csv", "/audit": "application/jsonl"}
-_TIME = {"type": "string", "format": "date-time"}
-_TIER = {"enum": ["disk", "host", "gpu"]}
-_VERSION = {"type": "integer", "minimum": 1}
-_DIGEST = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-_PER_TENANT = {"type": "object", "additionalProperties": _NUMBER}
-_TENANT = _object(
-    "id name weight priority base_allowed max_queued max_running limits budgets created_at",
-    id=_TEXT,
-    name=_TEXT,
-    weight=_NUMBER,
-    priority={"enum": ["interactive", "standard", "batch"]},
-    base_allowed=_BOOL,
-    max_queued=_or_null(_COUNT),
-    max_running=_or_null(_COUNT),
-    limits=_ANY,
-    budgets=_ANY,
-    created_at=_TIME,
-)
-_KEY = _object(
-    "id name scopes limits created_at expires_at last_used_at",
-    id=_TEXT,
-    name=_or_null(_TEXT),
-    scopes={"type": "array", "items": {"enum": ["inference", "adapters:write", "usage:read"]}},
-    limits=_ANY,
-    created_at=_TIME,
-    expires_at=_or_null(_TIME),
-    last_used_at=_or_null(_TIME),
-)
-_NEW_KEY = {"id": _TEXT, "key": _TEXT, "name": _or_null(_TEXT)}
-_ADAPTER = _object(
-    "name tenant live default pinned split keep_versions tier created_at versions",
-    name=_TEXT,
-    tenant=_TEXT,
-    live=_or_null(_VERSION),
-    default=_BOOL,
-    pinned=_BOOL,
-    split=_or_null({"type": "object", "additionalProperties": _VERSION}),
-    keep_versions=_or_null(_COUNT),
-    tier=_TIER,
-    created_at=_TIME,
-    versions={
-        "type": "array",
-        "items": _object(
-            "version digest tier created_at report",
-            version=_VERSION,
-            digest=_DIGEST,
-            tier=_TIER,
-            created_at=_TIME,
-            report=_ANY,
-        ),
-    },
-)
-_MODEL_CARD = _object(
-    "id object created owned_by",
-    id=_TEXT,
-    object={"const": "model"},
-    created=_COUNT,
-    owned_by=_TEXT,
-    parent=_TEXT,
-)
-_OPENAI_USAGE = _object(
-    "prompt_tokens completion_tokens total_tokens",
-    prompt_tokens=_COUNT,
-    completion_tokens=_COUNT,
-    total_tokens=_COUNT,
-)
-_USAGE = _object("input_tokens output_tokens", input_tokens=_COUNT, output_tokens=_COUNT)
-
-
-def _answer(object_: str, **choice: Schema) -> Schema:
-    one = _object(
-        f"index finish_reason {' '.join(choice)}", index=_COUNT, finish_reason=_or_null(_TEXT), **choice
-    )
-    return _object(
-        "id object created model choices usage",
-        id=_TEXT,
-        object={"const": object_},
-        created=_COUNT,
-        model=_TEXT,
-        choices={"type": "array", "minItems": 1, "items": one},
-        usage=_OPENAI_USAGE,
-    )
-
-
-_COMPONENTS: Schema = {
-    "securitySchemes": {
-        "key": {"type": "http", "scheme": "bearer"},
-        "anthropic_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
-    },
-    "schemas": {
-        "Error": _closed(
-            "error",
-            error=_closed(
-                "message type param code", message=_TEXT, type=_TEXT, param=_or_null(_TEXT), code=_TEXT
-            ),
-        ),
-        "AnthropicError": _closed(
-            "type error",
-            type={"const": "error"},
-            error=_closed("type message code", type=_TEXT, message=_TEXT, code=_TEXT),
-        ),
-        "Model": _MODEL_CARD,
-        "Models": _list_of(_MODEL_CARD),
-        "ChatCompletion": _answer("chat.completion", message=_object("role content", role=_TEXT)),
-        "Completion": _answer("text_completion", text=_TEXT),
-        "Response": _object(
-            "id object created_at model status output usage",
-            id=_TEXT,
-            object={"const": "response"},
-            created_at=_COUNT,
-            model=_TEXT,
-            status={"enum": ["completed", "incomplete", "cancelled"]},
-            output={"type": "array", "items": _object("type", type=_TEXT)},
-            usage=_USAGE,
-        ),
-        "Message": _object(
-            "id type role content model usage",
-            id=_TEXT,
-            type={"const": "message"},
-            role={"const": "assistant"},
-            content={"type": "array", "items": _object("type", type=_TEXT)},
-            model=_TEXT,
-            stop_reason=_TEXT,
-            usage=_USAGE,
-        ),
-        "Embeddings": _object(
-            "object data model usage",
-            object={"const": "list"},
-            data={
-                "type": "array",
-                "items": _object(
-                    "index object embedding",
-                    index=_COUNT,
-                    object={"const": "embedding"},
-                    embedding={"anyOf": [{"type": "array", "items": _NUMBER}, _TEXT]},
-                ),
-            },
-            model=_TEXT,
-            usage=_object("prompt_tokens total_tokens", prompt_tokens=_COUNT, total_tokens=_COUNT),
-        ),
-        "TokenCount": _object("input_tokens", input_tokens=_COUNT),
-        "Tokens": _object("tokens count max_model_len", tokens=_TOKENS, count=_COUNT, max_model_len=_COUNT),
-        "Prompt": _closed("prompt", prompt=_TEXT),
-        "Tenant": _TENANT,
-        "Tenants": _list_of(_TENANT),
-        "Keys": _list_of(_KEY),
-        "NewKey": _object("id key name", **_NEW_KEY),
-        "RotatedKey": _object("id key name replaces", **_NEW_KEY, replaces=_KEY),
-        "Adapter": _ADAPTER,
-        "Adapters": _list_of(_ADAPTER),
-        "NewVersion": _object(
-            "adapter version digest live report",
-            adapter=_TEXT,
-            version=_VERSION,
-            digest=_DIGEST,
-            live=_or_null(_VERSION),
-            report=_ANY,
-        ),
-        "Warm": _object("adapter version tier", adapter=_TEXT, version=_VERSION, tier=_TIER),
-        "Verified": _ANY,
-        "Usage": _list_of(_object("requests prompt_tokens cached_tokens output_tokens")),
-        "Audit": _list_of(_object("id at actor action tenant target before after request_id"))
-        | {"required": ["object", "data", "next"]},
-        "Residency": _object(
-            "slots host queued running counters aside drains preemptions draining",
-            slots={"type": "array", "items": _object("version state running draining")},
-            host={"type": "array", "items": _object("version state tier pinned size_bytes")},
-            queued=_PER_TENANT,
-            running=_PER_TENANT,
-            counters=_PER_TENANT,
-            aside=_COUNT,
-            drains=_COUNT,
-            preemptions=_COUNT,
-            draining=_BOOL,
-        ),
-    },
+_SCHEMES: Schema = {
+    "key": {"type": "http", "scheme": "bearer"},
+    "anthropic_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
+_ERRORS: Schema = models_json_schema(
+    [(Error, "serialization"), (AnthropicError, "serialization")],
+    ref_template="#/components/schemas/{model}",
+)[1]["$defs"]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from server.http.answers import Health, Readiness
 from server.http.auth import METRICS
 from server.http.services import Services, ServicesOf
 from server.metrics import Metrics
@@ -20,13 +21,13 @@ CHECK_SECONDS = 5
 
 
 @router.head("/health", include_in_schema=False)
-@router.get("/health")
+@router.get("/health", response_model=Health)
 async def health() -> dict[str, str]:
     return {"status": "alive"}
 
 
 @router.head("/ready", include_in_schema=False)
-@router.get("/ready")
+@router.get("/ready", response_model=Readiness)
 async def ready(services: ServicesOf) -> JSONResponse:
     checks = {"draining": "yes"} if services.draining else await _checks(services)
     ok = not services.draining and set(checks.values()) == {"ok"}

@@ -19,6 +19,7 @@ from adapters.database.audit import Search, entries
 from adapters.database.database import Database
 from server.accounts.usage import GROUPS, Group, Question, usage
 from server.errors import Unprocessable
+from server.http.answers import Audit, Usage
 from server.http.auth import ADMIN, UsageReader
 from server.http.services import services_of
 
@@ -47,14 +48,22 @@ def _question(
 Asked = Annotated[Question, Depends(_question)]
 
 
-@operators.get("/usage", summary="Sums of what was used, also as CSV (`Accept: text/csv` or `format=csv`)")
+@operators.get(
+    "/usage",
+    response_model=Usage,
+    summary="Sums of what was used, also as CSV (`Accept: text/csv` or `format=csv`)",
+)
 async def all_usage(
     request: Request, asked: Asked, tenant: str | None = None, format: Format = None
 ) -> Response:
     return await answer(request, replace(asked, tenant=tenant), format)
 
 
-@operators.get("/audit", summary="Changes, oldest first; all of them as JSON lines with `format=jsonl`")
+@operators.get(
+    "/audit",
+    response_model=Audit,
+    summary="Changes, oldest first; all of them as JSON lines with `format=jsonl`",
+)
 async def audit(
     request: Request,
     tenant: str | None = None,
@@ -81,7 +90,9 @@ async def _lines(database: Database, search: Search) -> AsyncIterator[str]:
         search = replace(search, after=page[-1]["id"])
 
 
-@customers.get("/usage", summary="The customer's own; needs a key with the scope `usage:read`")
+@customers.get(
+    "/usage", response_model=Usage, summary="The customer's own; needs a key with the scope `usage:read`"
+)
 async def own_usage(request: Request, reader: UsageReader, asked: Asked, format: Format = None) -> Response:
     # What a tenant of the same name used, which is no more, is none of this one's business.
     first = max(asked.start or reader.created_at, reader.created_at)

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from adapters.model import Quota
 from server.errors import Forbidden
-from server.http import adapters
+from server.http import adapters, answers
 from server.http.adapters import AdapterChange, AdapterChangeBody, UploadOptionsOf
 from server.http.auth import AdapterOwner
 from server.http.bodies import documented
@@ -21,17 +21,22 @@ from server.http.services import ServicesOf
 router = APIRouter(prefix="/v1/adapters", tags=["self-service"])
 
 
-@router.get("")
+@router.get("", response_model=answers.Adapters)
 async def list_adapters(owner: AdapterOwner, services: ServicesOf) -> dict[str, Any]:
     return await adapters.listed(services, owner)
 
 
-@router.get("/{name}")
+@router.get("/{name}", response_model=answers.Adapter)
 async def get_adapter(owner: AdapterOwner, name: str, services: ServicesOf) -> dict[str, Any]:
     return await adapters.one(services, owner, name)
 
 
-@router.post("/{name}/versions", status_code=201, summary="Upload; 403 `quota_exceeded` beyond the quota")
+@router.post(
+    "/{name}/versions",
+    status_code=201,
+    response_model=answers.NewVersion,
+    summary="Upload; 403 `quota_exceeded` beyond the quota",
+)
 async def create_version(
     owner: AdapterOwner, name: str, request: Request, options: UploadOptionsOf
 ) -> JSONResponse:
@@ -43,7 +48,7 @@ async def create_version(
     return await adapters.receive_version(request, owner, name, options, quota=quota)
 
 
-@router.patch("/{name}", openapi_extra=documented(AdapterChange))
+@router.patch("/{name}", response_model=answers.Adapter, openapi_extra=documented(AdapterChange))
 async def update_adapter(
     owner: AdapterOwner, name: str, body: AdapterChangeBody, services: ServicesOf
 ) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from adapters.errors import AdapterError
 from server.engine.calls import Call, Kind
 from server.errors import BadRequest, ServerError, body_of
 from server.inference.bounds import check_sizes
+from server.inference.dialects.answers import Answer
 from server.inference.dialects.schema import Schema
 
 DEFAULT_MODEL = "default"
@@ -60,6 +61,8 @@ class Dialect:
     summary: ClassVar[str]
     body: ClassVar[Schema]
     """The OpenAPI schema of the fields that matter; the vendors say what all of them mean."""
+    answer: ClassVar[type[Answer]]
+    """The fields of an answer that clients rely on."""
     accepted: ClassVar[frozenset[str]]
     ignored: ClassVar[frozenset[str]] = frozenset()
     stream_options: ClassVar[frozenset[str]] = frozenset()

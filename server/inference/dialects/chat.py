@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from server.inference.dialects.answers import ChatCompletion
 from server.inference.dialects.base import OPENAI_SAMPLING, OpenAIText
 from server.inference.dialects.schema import ANY, BOOL, LIMIT, OPENAI, TURNS, object_of
 
@@ -13,6 +14,7 @@ class Chat(OpenAIText):
     path = "/v1/chat/completions"
     operation = "chat_completions"
     summary = "Chat, answered by the customer's adapter"
+    answer = ChatCompletion
     accepted = OPENAI_SAMPLING | {
         "messages", "max_completion_tokens", "parallel_tool_calls", "reasoning_effort", "response_format",
         "tool_choice", "tools", "top_logprobs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from server.inference.dialects.answers import Completion
 from server.inference.dialects.base import INTEGERS, OPENAI_SAMPLING, OpenAIText
 from server.inference.dialects.schema import BOOL, OPENAI, TEXT, TOKENS, object_of
 
@@ -13,6 +14,7 @@ class Completions(OpenAIText):
     path = "/v1/completions"
     operation = "completions"
     summary = "Text completion, by the customer's adapter"
+    answer = Completion
     accepted = OPENAI_SAMPLING | {"prompt", "echo", "suffix"}
     integers = INTEGERS | {"logprobs"}
     max_tokens_fields = ("max_tokens",)

@@ -7,6 +7,7 @@ from typing import Any
 from server.engine.calls import Call
 from server.engine.serving import embeddings_of
 from server.errors import Unavailable
+from server.inference.dialects.answers import EmbeddingList
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.schema import MODEL, TEXT, TOKENS, object_of
 
@@ -19,6 +20,7 @@ class Embeddings(Dialect):
     path = "/v1/embeddings"
     operation = "embeddings"
     summary = "OpenAI's embeddings, where the base model makes them"
+    answer = EmbeddingList
     accepted = frozenset({"model", "dimensions", "encoding_format", "input", "user"})
     base = "embeddings"
     streams = False

@@ -10,6 +10,7 @@ from adapters.errors import AdapterError
 from server.engine.calls import Call
 from server.engine.errors import FAILED
 from server.errors import Internal, ServerError, body_of, status_of
+from server.inference.dialects.answers import Message
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.schema import ANY, LIMIT, MODEL, SAMPLED, TEXT, TURNS, object_of
 
@@ -35,6 +36,7 @@ class Messages(Dialect):
     path = "/v1/messages"
     operation = "messages"
     summary = "Anthropic's messages"
+    answer = Message
     accepted = PROMPT_FIELDS | {"max_tokens", "stop_sequences", "stream", "temperature", "top_k", "top_p"}
     ignored = SERVICE_FIELDS
     max_tokens_fields = ("max_tokens",)

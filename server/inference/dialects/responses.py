@@ -12,6 +12,7 @@ from typing import Any
 from adapters.errors import AdapterError
 from server.engine.calls import Call
 from server.errors import BadRequest, ServerError, body_of
+from server.inference.dialects.answers import Response
 from server.inference.dialects.base import OPENAI_SERVICE, Dialect, without_extras
 from server.inference.dialects.schema import ANY, LIMIT, MODEL, SAMPLED, TEXT, TURNS, object_of
 
@@ -30,6 +31,7 @@ class Responses(Dialect):
     path = "/v1/responses"
     operation = "responses"
     summary = "OpenAI's responses, without what they keep between requests"
+    answer = Response
     accepted = frozenset(
         {
             "model", "include", "input", "instructions", "max_output_tokens", "max_tool_calls", "metadata",

@@ -6,6 +6,7 @@ from typing import Any
 
 from server.engine.calls import Call
 from server.errors import BadRequest
+from server.inference.dialects.answers import Prompt, TokenCount, Tokens
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.messages import PROMPT_BODY, PROMPT_FIELDS, SERVICE_FIELDS
 from server.inference.dialects.schema import BOOL, MODEL, TEXT, TOKENS, TURNS, object_of
@@ -26,6 +27,7 @@ class Tokenize(_Tokens):
     path = "/tokenize"
     operation = "tokenize"
     summary = "A text's or a chat's tokens"
+    answer = Tokens
     accepted = frozenset(
         {
             "model", "prompt", "messages", "tools", "add_generation_prompt", "add_special_tokens",
@@ -54,6 +56,7 @@ class Detokenize(_Tokens):
     path = "/detokenize"
     operation = "detokenize"
     summary = "The text of tokens"
+    answer = Prompt
     accepted = frozenset({"model", "tokens"})
     base = "any"
     body = object_of("tokens", model=MODEL, tokens=TOKENS)
@@ -74,6 +77,7 @@ class CountTokens(_Tokens):
     path = "/v1/messages/count_tokens"
     operation = "count_tokens"
     summary = "How many tokens a message has"
+    answer = TokenCount
     accepted = PROMPT_FIELDS
     ignored = SERVICE_FIELDS
     body = object_of("messages", **PROMPT_BODY)

@@ -1,0 +1,260 @@
+"""What Loraplex's own calls answer with: the models that routes name and that the OpenAPI document shows.
+
+A model lists every field of its answer, which tests hold against real ones; one that is not listed still
+passes through. What vLLM answers is in `server/inference/dialects/answers.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from adapters.model import Tier
+from server.accounts.keys import KeyScope
+from server.accounts.tenants import Priority
+from server.inference.dialects.answers import Answer, Count
+
+Number = Annotated[int, Field(ge=1, description="A version's number.")]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="SHA-256 over the version's files.")]
+# As text, since that is what it is stored and answered as.
+Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+Report = dict[str, JsonValue]
+
+
+# --- errors -----------------------------------------------------------------------------------------
+
+
+class Closed(BaseModel):
+    """A JSON object with exactly these fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorDetail(Closed):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Error(Closed):
+    """Every error, in OpenAI's shape."""
+
+    error: ErrorDetail
+
+
+class AnthropicErrorDetail(Closed):
+    type: str
+    message: str
+    code: str
+
+
+class AnthropicError(Closed):
+    """Every error of the calls that Anthropic's clients make."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+
+
+# --- tenants and keys -------------------------------------------------------------------------------
+
+
+class Tenant(Answer):
+    id: str
+    name: str
+    weight: float
+    priority: Priority
+    base_allowed: bool
+    max_queued: Count | None
+    max_running: Count | None
+    limits: dict[str, JsonValue]
+    budgets: dict[str, JsonValue]
+    created_at: Time
+
+
+class Tenants(Answer):
+    object: Literal["list"]
+    data: list[Tenant]
+
+
+class Key(Answer):
+    """A key without its secret."""
+
+    id: str
+    name: str | None
+    scopes: list[KeyScope]
+    limits: dict[str, JsonValue]
+    created_at: Time
+    expires_at: Time | None
+    last_used_at: Time | None
+
+
+class Keys(Answer):
+    object: Literal["list"]
+    data: list[Key]
+
+
+class NewKey(Answer):
+    """The only answer that shows the key."""
+
+    id: str
+    key: str
+    name: str | None
+
+
+class RotatedKey(NewKey):
+    replaces: Key
+
+
+# --- adapters ---------------------------------------------------------------------------------------
+
+
+class AdapterVersion(Answer):
+    version: Number
+    digest: Digest
+    tier: Tier
+    created_at: Time
+    quarantine: dict[str, JsonValue] | None
+    report: Report
+
+
+class Adapter(Answer):
+    name: str
+    tenant: str
+    live: Number | None
+    default: bool
+    pinned: bool
+    split: dict[int, Number] | None
+    keep_versions: Count | None
+    tier: Tier
+    created_at: Time
+    versions: list[AdapterVersion]
+
+
+class Adapters(Answer):
+    object: Literal["list"]
+    data: list[Adapter]
+
+
+class NewVersion(Answer):
+    """A version that was uploaded and accepted."""
+
+    adapter: str
+    version: Number
+    digest: Digest
+    live: Number | None
+    report: Report
+
+
+class Warmed(Answer):
+    adapter: str
+    version: Number
+    tier: Tier
+
+
+class Verified(Answer):
+    """A version held against the golden probes that it came with."""
+
+    adapter: str
+    version: Number
+    matches: bool
+    prompts: Count
+    tolerance: float
+    largest_difference: float
+    worst_prompt: Count
+    base: Annotated[str | None, Field(description="The base model's fingerprint.")]
+    dtype: str | None
+    engine: Annotated[str | None, Field(description="vLLM's version.")]
+
+
+# --- reports and operations -------------------------------------------------------------------------
+
+
+class UsageSum(Answer):
+    """Sums of one group; the names that were asked for with `by` stand beside them."""
+
+    requests: Count
+    prompt_tokens: Count
+    cached_tokens: Count
+    output_tokens: Count
+    total_tokens: Count
+    queue_seconds: float
+    first_token_seconds: float
+    seconds: float
+    cost: float
+
+
+class Usage(Answer):
+    object: Literal["list"]
+    data: list[UsageSum]
+
+
+class AuditEntry(Answer):
+    id: Count
+    at: Time
+    actor: str
+    action: str
+    tenant: str | None
+    target: str | None
+    before: JsonValue
+    after: JsonValue
+    request_id: str | None
+
+
+class Audit(Answer):
+    object: Literal["list"]
+    data: list[AuditEntry]
+    next: Annotated[Count | None, Field(description="What `after` of the next page is; null at the end.")]
+
+
+class ResidentSlot(Answer):
+    version: str | None
+    load_id: Count | None
+    state: str | None
+    running: Count
+    draining: bool
+
+
+class ResidentVersion(Answer):
+    version: str
+    load_id: Count
+    state: str
+    tier: Tier
+    pinned: bool
+    size_bytes: Count
+
+
+class Residency(Answer):
+    slots: list[ResidentSlot]
+    host: list[ResidentVersion]
+    queued: dict[str, Count]
+    running: dict[str, Count]
+    counters: dict[str, float]
+    aside: Count
+    drains: Count
+    preemptions: Count
+    draining: bool
+    events: Annotated[list[JsonValue] | None, Field(description="Only where they were asked for.")] = None
+
+
+class Health(Answer):
+    status: Literal["alive"]
+
+
+class Readiness(Answer):
+    status: Literal["ready", "not ready"]
+    checks: dict[str, str]
+
+
+class Model(Answer):
+    id: str
+    object: Literal["model"]
+    created: Count
+    owned_by: str
+    parent: Annotated[str | None, Field(description="The base model; not there on its own card.")] = None
+
+
+class Models(Answer):
+    object: Literal["list"]
+    data: list[Model]

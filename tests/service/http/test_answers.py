@@ -1,0 +1,131 @@
+"""The OpenAPI document lists every field of Loraplex's own answers, and no answer loses a field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from adapters.model import PROBES_FILE
+from server.http.answers import Residency
+from server.inference.dialects.registry import DIALECTS
+from tests.service.publishing.test_golden import trained
+from tests.service.publishing.test_upload import files
+from tests.support.site import Site, bearer
+from tests.support.tiny import fake_site
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
+
+GOOD = ("200", "201")
+TENANT = "/admin/v1/tenants/acme"
+
+
+def undocumented(document: dict[str, Any], schema: dict[str, Any], value: Any, at: str = "") -> Iterator[str]:
+    """The paths of all fields in ``value`` that ``schema`` does not name, where it names any."""
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    for part in schema.get("anyOf", []):
+        if (part.get("type") == "null") == (value is None):
+            yield from undocumented(document, part, value, at)
+    if isinstance(value, list):
+        for item in value:
+            yield from undocumented(document, schema.get("items", {}), item, f"{at}[]")
+    elif isinstance(value, dict) and (named := schema.get("properties")):
+        for name, inner in value.items():
+            if name in named:
+                yield from undocumented(document, named[name], inner, f"{at}.{name}")
+            else:
+                yield f"{at}.{name}"
+
+
+class Documented:
+    """Makes calls, and fails where an answer has a field that the document does not list."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.document = site.app.openapi()
+        self.routes: set[str] = set()
+        self.documented = {
+            f"{method.upper()} {path}"
+            for path, methods in self.document["paths"].items()
+            for method, operation in methods.items()
+            if any("application/json" in operation["responses"].get(s, {}).get("content", {}) for s in GOOD)
+        }
+
+    async def __call__(self, method: str, path: str, url: str, /, key: str = "", **options: Any) -> Any:
+        client = self.site.http if key else self.site.admin
+        answer: httpx.Response = await client.request(
+            method, url, headers=bearer(key) if key else {}, **options
+        )
+        assert answer.is_success, answer.text
+        operation = self.document["paths"][path][method.lower()]
+        schema = operation["responses"][str(answer.status_code)]["content"]["application/json"]["schema"]
+        assert list(undocumented(self.document, schema, answer.json())) == [], path
+        self.routes.add(f"{method} {path}")
+        return answer.json()
+
+
+async def test_every_field_is_documented(tmp_path: Path) -> None:
+    async with fake_site(tmp_path) as site:
+        call = Documented(site)
+        admin = "/admin/v1/tenants/{tenant}"
+        limits = {"limits": {"requests_per_minute": 1000}, "budgets": {"day": {"tokens": 100_000}}}
+        await call("POST", "/admin/v1/tenants", "/admin/v1/tenants", json={"id": "acme", **limits})
+        scopes = {"scopes": ["inference", "adapters:write", "usage:read"], "name": "mine"}
+        made = await call("POST", f"{admin}/keys", f"{TENANT}/keys", json=scopes)
+        key, old = made["key"], made["id"]
+        await call(
+            "POST",
+            f"{admin}/keys/{{key_id}}/rotate",
+            f"{TENANT}/keys/{old}/rotate",
+            json={"overlap_seconds": 60},
+        )
+        probes = json.dumps(await trained(site)).encode()
+        one = f"{admin}/adapters/{{name}}"
+        upload = {"files": {**files(1), PROBES_FILE: probes}}
+        await call("POST", f"{one}/versions", f"{TENANT}/adapters/a/versions", **upload)
+        await call("POST", "/v1/adapters/{name}/versions", "/v1/adapters/a/versions", key=key, files=files(2))
+        await call("PATCH", one, f"{TENANT}/adapters/a", json={"split": {"1": 50, "2": 50}})
+        await call("PATCH", "/v1/adapters/{name}", "/v1/adapters/a", key=key, json={"default": True})
+        await call("POST", f"{one}/warm", f"{TENANT}/adapters/a/warm", json={"version": 1, "slot": True})
+        await call("POST", f"{one}/verify", f"{TENANT}/adapters/a/verify?version=1")
+        assert (await site.chat(key, "hi", model="a", max_tokens=1)).status_code == 200
+        await call("GET", "/admin/v1/tenants", "/admin/v1/tenants")
+        for path in ("", "/keys", "/adapters"):
+            await call("GET", f"{admin}{path}", f"{TENANT}{path}")
+        await call("PATCH", admin, TENANT, json={"weight": 2})
+        await call("GET", one, f"{TENANT}/adapters/a")
+        await call("GET", "/v1/adapters/{name}", "/v1/adapters/a", key=key)
+        await call(
+            "PATCH",
+            f"{one}/versions/{{version}}",
+            f"{TENANT}/adapters/a/versions/1",
+            json={"quarantined": False},
+        )
+        await call("GET", "/admin/v1/residency", "/admin/v1/residency?events=5")
+        for path in ("/usage", "/audit", "/residency"):
+            await call("GET", f"/admin/v1{path}", f"/admin/v1{path}")
+        for path in ("/v1/usage", "/v1/adapters", "/v1/models"):
+            await call("GET", path, path, key=key)
+        await call("GET", "/v1/models/{name}", "/v1/models/a", key=key)
+        await call("GET", "/health", "/health")
+        await call("GET", "/ready", "/ready")
+    vendors = {f"POST {dialect.path}" for dialect in DIALECTS.values()}
+    assert call.documented - call.routes == vendors, "each call is tried here"
+
+
+def test_a_field_that_is_not_listed_passes_through() -> None:
+    whole = {name: {} for name in ("queued", "running", "counters")} | {
+        "slots": [], "host": [], "aside": 0, "drains": 0, "preemptions": 0, "draining": False, "new": [1],
+    }  # fmt: skip
+    assert Residency.model_validate(whole).model_dump(exclude_unset=True) == whole
+
+
+def test_what_is_not_listed_is_found() -> None:
+    document = {"components": {"schemas": {"One": {"properties": {"a": {"type": "integer"}}}}}}
+    schema = {"properties": {"data": {"items": {"$ref": "#/components/schemas/One"}}}}
+    assert list(undocumented(document, schema, {"data": [{"a": 1, "b": 2}], "c": 3})) == [".data[].b", ".c"]
