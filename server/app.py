@@ -35,6 +35,7 @@ from server.http.services import Services
 from server.inference.completion import Completions
 from server.inference.dialects.base import DEFAULT_MODEL
 from server.inference.dialects.registry import DIALECTS
+from server.inference.local import LocalAnswers
 from server.limits.fallback import FallbackLedger
 from server.limits.ledger import Ledger
 from server.limits.quotas import Quotas
@@ -173,7 +174,7 @@ async def _start(
         engine=engine,
         metrics=metrics,
         dispatcher=dispatcher,
-        completions=Completions(engine, dispatcher, catalog, metrics, quotas),
+        completions=Completions(LocalAnswers(engine, dispatcher, metrics), catalog, metrics, quotas),
         publishing=Publishing(
             engine,
             dispatcher,

@@ -6,7 +6,7 @@ The scheduler, the use cases and the fake engine of the tests all speak in these
 from __future__ import annotations
 
 import contextvars
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -89,6 +89,27 @@ class Admission(Protocol):
     async def settle(self) -> int | None: ...
 
 
+class Relay(Protocol):
+    """Where an answer goes that another process hands on, and what that one must know to go on elsewhere.
+
+    ``said`` are the tokens that another engine has produced for this call, of a prompt of which ``cached``
+    tokens were in its prefix cache; all that they say has been handed on. The engine goes on behind them: its
+    first output stands for them.
+    """
+
+    said: Sequence[int]
+    cached: int
+
+    def begins(self, movable: bool) -> None:
+        """The engine has the call; ``movable`` if another engine could go on from its tokens exactly."""
+
+    def produced(self, token_ids: Sequence[int], prompt_tokens: int, cached_tokens: int) -> None:
+        """One output of the engine, before it becomes chunks."""
+
+    async def flush(self) -> None:
+        """All chunks of what was ``produced`` are out; not called after the last output."""
+
+
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class Call:
     """One admitted request on its way through the engine.
@@ -114,6 +135,8 @@ class Call:
     aborted: bool = False
     failure: ServerError | None = None
     life: int = 0  # which of the engine's lives it runs in; see ``Engine.detach``
+    relay: Relay | None = None
+    replaying: bool = False  # paused until what its relay has said is taken
 
 
 @dataclass(frozen=True, slots=True)

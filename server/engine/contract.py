@@ -82,6 +82,21 @@ USES: tuple[Use, ...] = (
         "wrapped, to end a request whose logits have NaN",
     ),
     Use("vllm.v1.engine", "EngineCoreOutput", ("request_id", "num_nans_in_logits"), "as above"),
+    # server/engine/replay.py
+    Use(
+        "vllm.v1.engine",
+        "EngineCoreOutput",
+        ("new_token_ids", "new_logprobs", "prefill_stats"),
+        "what another replica has produced is shown to the output processor as one output",
+    ),
+    Use("vllm.v1.metrics.stats", "PrefillStats", ("num_cached_tokens",), "as above"),
+    Use(
+        "vllm.v1.outputs",
+        "LogprobsLists",
+        ("logprob_token_ids", "logprobs", "sampled_token_ranks"),
+        "as above",
+    ),
+    Use("vllm.v1.metrics.stats", "RequestStateStats", ("first_token_ts", "last_token_ts"), "as above"),
     Use(
         "vllm.v1.engine.async_llm", "AsyncLLM", ("reset_prefix_cache",), "blocks that were cleaned hold zeros"
     ),

@@ -301,10 +301,6 @@ class Engine:
             and (getattr(request, "seed", None) is None or request.temperature == 0)
         )
 
-    def estimate_prompt_tokens(self, text: str) -> int:
-        """A quick estimate of a prompt's tokens, at least 1; the true number comes with the first token."""
-        return max(1, len(text) // 4)
-
     async def answer(self, call: Call, request: Any) -> Answer:
         """vLLM's answer to ``request``. The caller closes the stream, or calls ``abort`` if it gives up.
 
@@ -358,8 +354,8 @@ class Engine:
         """Takes what ``call`` runs out of the engine until ``resume``; its consumer notices only a wait.
 
         When it returns, nothing of the call uses its adapter any more, so the slot may be emptied. False, and
-        nothing happens, if the call could not go on exactly as it would have (see ``_can_resume``) or has
-        nothing left to produce.
+        nothing happens, if the call could not go on exactly as it would have (see ``replay.can_resume``) or
+        has nothing left to produce.
         """
         with engine_errors():
             return bool(await self._llm.pause(call))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
@@ -18,9 +18,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from server.engine import guard
-from server.engine.calls import Admission, Call, EngineDied, Meter, current_call
-from server.errors import ServerError
+from server.engine import guard, replay
+from server.engine.calls import Admission, Call, EngineDied, Meter, Relay, current_call
+from server.errors import ServerError, Unavailable
 
 # Seconds that the front end may take to render a prompt, before a call that is to be paused is let run on.
 RENDER_TIMEOUT_S = 30.0
@@ -107,7 +107,10 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
         self, call: Call, part: str, prompt: Any, stream: AsyncIterator[Any], sampling_params: Any = None
     ) -> AsyncIterator[Any]:
         """``stream``, metered, and where tokens are limited admitted by what it may come to."""
-        metered = self._metered(stream, call.meter, part)
+        if call.relay is None or sampling_params is None:
+            metered = self._metered(stream, call.meter, part)
+        else:
+            metered = self._relayed(stream, call, call.relay, part)
         if call.admission is None:
             return metered
         given = sampling_params
@@ -127,16 +130,52 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
             meter.progressed(part, prompt, produced, output.num_cached_tokens or 0)
             yield output
 
+    async def _relayed(
+        self, stream: AsyncIterator[Any], call: Call, relay: Relay, part: str
+    ) -> AsyncIterator[Any]:
+        """``stream``, metered and told to ``relay``; goes on in the core once what it has said is taken."""
+        produced = 0
+        async for output in stream:
+            ids = [token for completion in output.outputs for token in completion.token_ids]
+            produced += len(ids)
+            prompt, cached = len(output.prompt_token_ids or ()), output.num_cached_tokens or 0
+            call.meter.progressed(part, prompt, produced, cached)
+            relay.produced(ids, prompt, cached)
+            yield output
+            if not output.finished:
+                await relay.flush()
+            if call.replaying:
+                call.replaying = False
+                ((sent, _),) = self._unfinished(call) or [(None, None)]
+                await self.resume(call, sent.lora_request if sent is not None else None)
+
     async def _add_request(self, request: Any, prompt: Any, parent: Any, index: int, queue: Any) -> None:
         call = self._calls.get(request.external_req_id)
         if call is not None and call.life != self.life:
             raise EngineDeadError  # its slot was in the core before this one
         if call is not None:
             call.sent.append(request)
+            if call.relay is not None:
+                call.relay.begins(call.resumable and len(call.sent) == 1 and replay.possible(request))
+                if call.relay.said:
+                    self._replay(call, call.relay, request, prompt, queue)
+                    return
         if call is None or not call.paused:
             await super()._add_request(request, prompt, parent, index, queue)
         else:
             self.output_processor.add_request(request, prompt, parent, index, queue)
+
+    def _replay(self, call: Call, relay: Relay, request: Any, prompt: Any, queue: Any) -> None:
+        """Begins with tokens that another engine has produced, as one output; see ``_relayed``."""
+        if not (call.resumable and len(call.sent) == 1 and replay.possible(request)):
+            call.failure = Unavailable("The answer cannot go on at another replica.", code="replica_lost")
+            raise GracefulHTTPError(str(call.failure), HTTPStatus.SERVICE_UNAVAILABLE)
+        call.paused = call.replaying = True
+        self.output_processor.add_request(request, prompt, None, 0, queue)
+        state = self.output_processor.request_states[request.request_id]
+        self.output_processor.process_outputs([replay.output_of(request, relay.said, relay.cached)])
+        if state.stats is not None:  # or vLLM's statistics take the first step here for a very long one
+            state.stats.first_token_ts = state.stats.last_token_ts = time.monotonic()
 
     def _unfinished(self, call: Call) -> list[tuple[Any, Any]]:
         """(what was sent, what its output processor holds) for each part that goes on."""
@@ -150,9 +189,9 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
                 while not call.sent and not call.aborted:
                     await asyncio.sleep(0.005)
         unfinished = self._unfinished(call)
-        if not unfinished or not call.resumable or not all(_can_resume(sent) for sent, _ in unfinished):
+        if not unfinished or not call.resumable or not all(replay.can_resume(sent) for sent, _ in unfinished):
             return False
-        call.paused = True
+        call.paused, call.replaying = True, False
         left = [sent.request_id for sent, _ in unfinished]
         for sent, state in unfinished:
             self._rename(sent, state)
@@ -178,7 +217,7 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
         call.paused = False
         call.life = self.life
         for sent, state in self._unfinished(call):
-            await self.engine_core.add_request_async(_continuation(sent, state, lora_request))
+            await self.engine_core.add_request_async(replay.continuation(sent, state, lora_request))
 
     # --- another core ----------------------------------------------------------------------------
 
@@ -198,9 +237,10 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
         for call in set(self._calls.values()):
             unfinished = self._unfinished(call)
             if not call.paused and unfinished and call.resumable:
-                call.paused = all(_can_resume(sent) for sent, _ in unfinished)
+                call.paused = all(replay.can_resume(sent) for sent, _ in unfinished)
                 for sent, state in unfinished if call.paused else ():
                     self._rename(sent, state)
+            call.replaying = False
             if call.paused:
                 kept.update(sent.request_id for sent, _ in unfinished)
         for id_ in [id_ for id_ in states if id_ not in kept]:
@@ -305,40 +345,3 @@ async def admitted_stream(
         sampling_params.max_tokens = min(sampling_params.max_tokens, most)
     async for output in stream:
         yield output
-
-
-def _can_resume(sent: Any) -> bool:
-    """Whether a request that is begun anew from its prompt and its answer so far goes on as it would have.
-
-    Not so where the core keeps more than tokens: a grammar's state, a random generator's, or counts of the
-    answer's own tokens, which would then be the prompt's.
-    """
-    params = sent.sampling_params
-    return (
-        params is not None
-        and params.n == 1
-        and params.structured_outputs is None
-        and params.presence_penalty == params.frequency_penalty == 0
-        and (params.seed is None or params.sampling_type == params.sampling_type.GREEDY)
-        and getattr(params, "thinking_token_budget", None) is None
-        and getattr(params, "repetition_detection", None) is None
-        and not params.bad_words
-        and not params.extra_args
-        and sent.prompt_embeds is None
-    )
-
-
-def _continuation(sent: Any, state: Any, lora_request: Any) -> Any:
-    """``sent`` with what was answered so far as part of its prompt."""
-    said = list(state.detokenizer.output_token_ids)
-    params = sent.sampling_params.clone()
-    params.max_tokens -= len(said)
-    params.min_tokens = max(0, params.min_tokens - len(said))
-    if said:  # log-probabilities of the prompt came with the first token
-        params.prompt_logprobs = None
-        params.skip_reading_prefix_cache = False
-    more = copy.copy(sent)
-    more.prompt_token_ids = [*sent.prompt_token_ids, *said]
-    more.sampling_params = params
-    more.lora_request = lora_request
-    return more

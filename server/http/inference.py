@@ -138,10 +138,9 @@ def _version_header(lease: Lease) -> dict[str, str]:
 async def _tokens(request: Request, dialect: Dialect) -> dict[str, Any]:
     tenant, body = await _read(request)
     service = services_of(request).completions
-    check_base(service.engine.base, dialect)
+    check_base(service.answers.base, dialect)
     await resolve(service, tenant, body.get("model"))
-    request_ = service.engine.parse(dialect.name, dialect.allowed_fields(body))
-    return await service.engine.tokens(dialect.name, request_)
+    return await service.answers.tokens(dialect, dialect.allowed_fields(body))
 
 
 async def _read(request: Request) -> tuple[Tenant, dict[str, Any]]:
@@ -155,7 +154,7 @@ async def _read(request: Request) -> tuple[Tenant, dict[str, Any]]:
 
 async def _model_cards(request: Request, tenant: Tenant) -> list[dict[str, Any]]:
     services = services_of(request)
-    base = services.engine.base.name
+    base = services.completions.answers.base.name
     try:
         adapters = await services.completions.catalog.adapters(tenant.id)
     except AdapterNotFound:

@@ -12,14 +12,13 @@ import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from adapters.errors import AdapterError, AdapterNotFound
 from adapters.model import BaseModel, Version
 from adapters.store.catalog import Catalog
 from server.accounts.tenants import Tenant
-from server.engine.calls import Call, EngineDied, InFlight
-from server.engine.engine import Engine
+from server.engine.calls import EngineDied, Relay
 from server.errors import (
     BadRequest,
     ModelNotFound,
@@ -31,20 +30,74 @@ from server.inference.dialects.base import DEFAULT_MODEL, Dialect
 from server.limits.quotas import Quotas
 from server.limits.reservation import Reservation
 from server.metrics import Metrics, Outcome
-from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.lease import Lease
 from server.scheduling.refusals import engine_restarting
+
+
+class Answers(Protocol):
+    """Who answers once a request is named and limited: this process's engine, or a replica's.
+
+    See ``server.inference.local`` and ``server.fleet.remote``.
+    """
+
+    @property
+    def base(self) -> BaseModel: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    async def open(self, order: Order) -> Completion:
+        """Reserves, waits for a turn and answers, or opens the stream; raises as ``open_completion``."""
+
+    async def tokens(self, dialect: Dialect, fields: dict[str, Any]) -> dict[str, Any]:
+        """What the tokenizer says of ``fields``. BadRequest for what it refuses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completions:
     """What a completion needs; made once by ``create_app``."""
 
-    engine: Engine
-    dispatcher: Dispatcher
+    answers: Answers
     catalog: Catalog
     metrics: Metrics
     quotas: Quotas = field(default_factory=Quotas)
+
+
+class Reserved(Protocol):
+    """What was reserved for a request; see ``server.limits.reservation.Reservation``."""
+
+    refused: ServerError | None
+
+    @property
+    def limits_tokens(self) -> bool: ...
+    async def reserve(self, prompt_tokens: int, output_tokens: int, *, elastic: bool = False) -> None: ...
+    def asks(self, prompt_tokens: int, output_tokens: int, sequences: int) -> None: ...
+    async def settle(self) -> int | None: ...
+    def withdraw(self) -> None: ...
+    def progressed(self, lease: Lease) -> None: ...
+    def closed(self, lease: Lease) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A request that has its name and its limits, and is to be answered: what crosses to a replica.
+
+    ``version`` is None for the base, ``public_model`` what the answer shows. ``prompt_bound`` is a high
+    estimate of the prompt's tokens and ``prompt_tokens`` a likely one. ``elastic`` if the request does not
+    say how long its answer is to be. ``relay`` is set where the answer goes to another process.
+    """
+
+    id: str
+    tenant: Tenant
+    dialect: Dialect
+    fields: dict[str, Any]
+    version: Version | None
+    public_model: str
+    reservation: Reserved
+    prompt_bound: int
+    prompt_tokens: int
+    elastic: bool
+    relay: Relay | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,100 +122,40 @@ async def open_completion(
     Raises a ServerError or AdapterError before anything was answered. Cancelling it ends the request in the
     engine and gives its place back.
     """
-    with counted_refusals(service, tenant):
-        check_base(service.engine.base, dialect)
+    with counted_refusals(service.metrics, tenant):
+        check_base(service.answers.base, dialect)
         version, public, reservation = await resolve_allowed(service, tenant, dialect, body, request_id)
         text = _prompt_text(body)
         most_prompt = prompt_tokens_bound(text, body.get("tools"))
         elastic = all(body.get(param) is None for param in dialect.max_tokens_fields)
         fields = dialect.allowed_fields(body)
         fields = with_token_limit(service, reservation, dialect, fields, most_prompt)
-        request = service.engine.parse(dialect.name, fields)
-        sequences, max_tokens = sequences_and_tokens(service.engine, dialect, fields, request)
-        resumable = service.engine.resumable(request)
-        room = max(1, service.engine.max_model_len - most_prompt)
-        prompt_tokens = service.engine.estimate_prompt_tokens(text)
-        await reservation.reserve(most_prompt, sequences * min(max_tokens, room), elastic=elastic)
-        lease = await acquire_lease(
-            service,
-            tenant,
-            version,
-            reservation,
-            prompt_tokens=prompt_tokens,
-            max_tokens=max_tokens,
-            sequences=sequences,
-            resumable=resumable,
-        )
-    call = Call(
+    order = Order(
         id=request_id,
-        kind=dialect.name,
-        model=version.key if version else service.engine.base.name,
+        tenant=tenant,
+        dialect=dialect,
+        fields=fields,
+        version=version,
         public_model=public,
-        cache_salt=tenant.cache_salt,
-        meter=lease,
-        admission=lease.admission,
-        resumable=resumable,
+        reservation=reservation,
+        prompt_bound=most_prompt,
+        prompt_tokens=estimate_prompt_tokens(text),
+        elastic=elastic,
     )
-    return await _run(service.engine, dialect, lease, call, request)
-
-
-async def _run(engine: Engine, dialect: Dialect, lease: Lease, call: Call, request: Any) -> Completion:
-    """From here on the lease is ours, so every way out either returns it in the completion or closes it."""
-    lease.streamed = bool(request.stream)
-    lease.work = InFlight(engine, call)
-    async with closed_on_failure(lease):
-        answer = await engine.answer(call, request)
-        if answer.stream is not None:
-            stream = await LeasedStream.opened(answer.stream, lease, dialect)
-            return Completion(call.public_model, lease, stream=stream)
-    await lease.close("completed")
-    return Completion(call.public_model, lease, body=answer.body)
+    return await service.answers.open(order)
 
 
 @contextmanager
-def counted_refusals(service: Completions, tenant: Tenant) -> Iterator[None]:
+def counted_refusals(metrics: Metrics, tenant: Tenant) -> Iterator[None]:
     """Counts what ends before it has a lease."""
     try:
         yield
     except (ServerError, AdapterError) as exc:
-        service.metrics.ended(tenant.id, _outcome_of(exc))
+        metrics.ended(tenant.id, _outcome_of(exc))
         raise
     except asyncio.CancelledError:
-        service.metrics.ended(tenant.id, "disconnected")
+        metrics.ended(tenant.id, "disconnected")
         raise
-
-
-async def acquire_lease(
-    service: Completions,
-    tenant: Tenant,
-    version: Version | None,
-    reservation: Reservation,
-    *,
-    prompt_tokens: int,
-    max_tokens: int,
-    sequences: int,
-    resumable: bool = False,
-) -> Lease:
-    """Waits for its turn; see ``Dispatcher.submit``. The lease then tells ``reservation`` what it uses."""
-    try:
-        lease = await service.dispatcher.submit(
-            tenant.id,
-            version,
-            prompt_tokens=prompt_tokens,
-            max_tokens=max_tokens,
-            sequences=sequences,
-            weight=tenant.share,
-            max_queued=tenant.max_queued,
-            max_running=tenant.max_running,
-            resumable=resumable,
-        )
-    except BaseException:
-        reservation.withdraw()
-        raise
-    lease.account = reservation
-    if reservation.limits_tokens:
-        lease.admission = reservation
-    return lease
 
 
 @asynccontextmanager
@@ -251,7 +244,7 @@ async def resolve(
     """(version, public name); the version is None for the base model. ``unit`` chooses in a split."""
     if model is not None and not isinstance(model, str):
         raise BadRequest("model must be a string", param="model")
-    if model == service.engine.base.name and tenant.base_allowed:
+    if model == service.answers.base.name and tenant.base_allowed:
         return None, model
     try:
         version = await service.catalog.resolve(tenant.id, model, unit)
@@ -259,17 +252,6 @@ async def resolve(
         raise ModelNotFound(exc.message, param="model") from exc
     by_name = model is not None and model != DEFAULT_MODEL
     return version, model if by_name and model is not None else version.adapter
-
-
-def sequences_and_tokens(
-    engine: Engine, dialect: Dialect, body: dict[str, Any], request: Any
-) -> tuple[int, int]:
-    """(sequences, most output tokens of each). BadRequest for more sequences than can ever run at once."""
-    sequences, limit = dialect.sizes(body, request)
-    if not 1 <= sequences <= engine.max_running:
-        raise BadRequest(f"n times the number of prompts must be from 1 to {engine.max_running}", param="n")
-    most = engine.max_model_len
-    return sequences, most if limit is None else max(1, min(limit, most))
 
 
 def with_token_limit(
@@ -290,7 +272,7 @@ def with_token_limit(
             return body
     n = body.get("n")
     most = reservation.max_output(prompt_tokens, n if isinstance(n, int) and n > 1 else 1)
-    if most is None or prompt_tokens + most >= service.engine.max_model_len:
+    if most is None or prompt_tokens + most >= service.answers.max_model_len:
         return body
     return body | {dialect.max_tokens_fields[0]: min(most, dialect.default_max_tokens or most)}
 
@@ -309,6 +291,11 @@ def prompt_tokens_bound(text: str, tools: Any = None) -> int:
     """
     whole = text + str(tools or "")
     return len(whole.encode("utf-8", "surrogatepass")) // 3 + 1
+
+
+def estimate_prompt_tokens(text: str) -> int:
+    """A quick estimate of a prompt's tokens, at least 1; the true number comes with the first token."""
+    return max(1, len(text) // 4)
 
 
 def _outcome_of(exc: BaseException) -> Outcome:

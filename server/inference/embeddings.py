@@ -1,4 +1,4 @@
-"""The use case: embeddings, where the base model makes them; admitted as completions are.
+"""Embeddings, where the base model makes them: naming and limits as for completions, and what is their own.
 
 A long list of inputs is embedded a few at a time under one lease, so that it leaves places to others.
 """
@@ -11,15 +11,14 @@ from array import array
 from typing import Any
 
 from server.accounts.tenants import Tenant
-from server.engine.calls import Call, InFlight
 from server.errors import BadRequest, Internal
 from server.inference.completion import (
     Completion,
     Completions,
-    acquire_lease,
+    Order,
     check_base,
-    closed_on_failure,
     counted_refusals,
+    estimate_prompt_tokens,
     prompt_tokens_bound,
     resolve_allowed,
 )
@@ -35,58 +34,44 @@ async def embed(
     service: Completions, tenant: Tenant, dialect: Dialect, body: dict[str, Any], request_id: str
 ) -> Completion:
     """Answers ``body`` for ``tenant`` with a document; raises and may be cancelled as ``open_completion``."""
-    engine = service.engine
-    with counted_refusals(service, tenant):
-        check_base(engine.base, dialect)
+    with counted_refusals(service.metrics, tenant):
+        check_base(service.answers.base, dialect)
         version, public, reservation = await resolve_allowed(service, tenant, dialect, body, request_id)
-        request = engine.parse(dialect.name, dialect.allowed_fields(body))
-        if request.encoding_format not in _ENCODINGS:
-            raise BadRequest("encoding_format must be float or base64", param="encoding_format")
-        inputs = _inputs(request.input)
-        text = str(body["input"])
-        places = min(len(inputs), max(1, engine.max_running // _SHARE))
-        prompt_tokens = engine.estimate_prompt_tokens(text)
-        await reservation.reserve(prompt_tokens_bound(text), 0)
-        lease = await acquire_lease(
-            service,
-            tenant,
-            version,
-            reservation,
-            prompt_tokens=prompt_tokens,
-            max_tokens=1,
-            sequences=places,
-        )
-    parts = []
-    async with closed_on_failure(lease):
-        for at in range(0, len(inputs), places):
-            call = Call(
-                id=f"{request_id}-{at}",
-                kind=dialect.name,
-                model=version.key if version else engine.base.name,
-                public_model=public,
-                cache_salt=tenant.cache_salt,
-                meter=lease,
-                admission=lease.admission,
-            )
-            lease.work = InFlight(engine, call)
-            some = request.model_copy(update={"input": inputs[at : at + places]})
-            answer = await engine.answer(call, some)
-            assert answer.body is not None
-            parts.append(answer.body)
-        whole = _joined(parts)
-    await lease.close("completed")
-    return Completion(public, lease, body=whole)
+        fields = dialect.allowed_fields(body)
+        text = str(body.get("input", ""))
+    order = Order(
+        id=request_id,
+        tenant=tenant,
+        dialect=dialect,
+        fields=fields,
+        version=version,
+        public_model=public,
+        reservation=reservation,
+        prompt_bound=prompt_tokens_bound(text),
+        prompt_tokens=estimate_prompt_tokens(text),
+        elastic=False,
+    )
+    return await service.answers.open(order)
 
 
-def _inputs(given: Any) -> list[str | list[int]]:
-    """Each a text or the ids of its tokens. BadRequest for none, or more than ``MAX_INPUTS``."""
+def inputs_of(request: Any) -> list[str | list[int]]:
+    """Each a text or the ids of its tokens. BadRequest for none, more than ``MAX_INPUTS``, or an encoding
+    that is unknown."""
+    if request.encoding_format not in _ENCODINGS:
+        raise BadRequest("encoding_format must be float or base64", param="encoding_format")
+    given = request.input
     inputs = given if isinstance(given, list) and not (given and isinstance(given[0], int)) else [given]
     if not 1 <= len(inputs) <= MAX_INPUTS:
         raise BadRequest(f"input must be 1 to {MAX_INPUTS} texts or lists of tokens", param="input")
     return inputs
 
 
-def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def places_of(inputs: list[str | list[int]], max_running: int) -> int:
+    """How many of ``inputs`` run at the same time."""
+    return min(len(inputs), max(1, max_running // _SHARE))
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """One document, in the order of the inputs. Internal if an embedding is not of numbers."""
     data = [one for part in parts for one in part["data"]]
     if not all(_finite(one["embedding"]) for one in data):

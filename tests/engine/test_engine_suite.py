@@ -18,6 +18,7 @@ from server.engine.engine import Engine
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
 from tests.support.dialect_suite import DialectSuite
 from tests.support.engine_suite import EngineSuite, MakeAdapter
+from tests.support.relay_suite import RelaySuite
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -48,4 +49,8 @@ class TestEngine(EngineSuite):
 
 
 class TestDialects(DialectSuite):
+    pass
+
+
+class TestRelays(RelaySuite):
     pass

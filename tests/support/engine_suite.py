@@ -202,8 +202,6 @@ class EngineSuite:
         assert engine.lora_dtype in ("float32", "float16", "bfloat16")
         assert engine.max_logprobs >= 1
         assert engine.version
-        assert engine.estimate_prompt_tokens("") >= 1
-        assert engine.estimate_prompt_tokens("word " * 100) > 50
 
     # --- paging ----------------------------------------------------------------------------------
 

@@ -130,7 +130,6 @@ class FakeEngine:
     max_logprobs = 20
     version = "fake 1"
     parse = Engine.parse
-    estimate_prompt_tokens = Engine.estimate_prompt_tokens
     resumable = Engine.resumable
 
     def __init__(
@@ -481,8 +480,8 @@ class FakeEngine:
             )
         return tokens
 
-    async def _produce(self, run: _Run) -> AsyncIterator[int]:
-        """Token numbers, one step each; ends early when the call is aborted."""
+    async def _produce(self, run: _Run, said: int = 0) -> AsyncIterator[int]:
+        """Token numbers, one step each beyond the first ``said``; ends early when the call is aborted."""
         if run.call.admission is not None:
             most = await run.call.admission.settle()
             run.limit = run.limit if most is None else min(run.limit, most)
@@ -493,7 +492,8 @@ class FakeEngine:
             self._violated(f"{self.most_running} sequences run at once")
         try:
             for i in range(run.limit):
-                await asyncio.sleep(self.times.step)
+                if i >= said:
+                    await asyncio.sleep(self.times.step)
                 await self._hung.wait()
                 if self._died is not None:
                     self._on_lost(self._died)
@@ -518,10 +518,24 @@ class FakeEngine:
     async def _sse(
         self, run: _Run, events: Callable[[_Run, int], list[dict[str, Any]]], include_usage: bool
     ) -> AsyncIterator[str]:
-        last = -1
+        last, relay = -1, run.call.relay
+        said = 0 if relay is None else len(relay.said)
+        if relay is not None:
+            movable = run.call.resumable and run.sequences == 1
+            relay.begins(movable)
+            if said and not movable:
+                run.call.failure = Unavailable("it cannot go on", code="replica_lost")
+                yield _error_event("it cannot go on", 503)
+                return
         try:
-            async for i in self._produce(run):
+            async for i in self._produce(run, said):
                 run.settle()
+                if relay is not None and i >= said:
+                    if i:
+                        await relay.flush()
+                    relay.produced([i], sum(run.prompts), 0)
+                elif relay is not None and i == 0:  # what was said comes as one output
+                    relay.produced(relay.said, sum(run.prompts), relay.cached)
                 if self.break_streams and self._due_to_break(run):
                     yield _error_event("it broke", self.break_streams[0])
                     yield "data: [DONE]\n\n"

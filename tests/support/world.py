@@ -23,6 +23,7 @@ from server.engine.restarts import Restarts
 from server.inference.completion import Completion, Completions, open_completion
 from server.inference.dialects.registry import DIALECTS
 from server.inference.embeddings import embed
+from server.inference.local import LocalAnswers
 from server.metrics import Metrics
 from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.nouns import Capacity
@@ -93,7 +94,8 @@ class World:
             on_fault=lambda version, _: self.faults.append(version),
         )
         self.plan = self.dispatcher._plan
-        self.service = Completions(self.engine, self.dispatcher, _Catalog(), self.metrics)  # type: ignore[arg-type]
+        answers = LocalAnswers(self.engine, self.dispatcher, self.metrics)
+        self.service = Completions(answers, _Catalog(), self.metrics)  # type: ignore[arg-type]
 
     async def __aenter__(self) -> Self:
         self.dispatcher.start()

@@ -94,7 +94,7 @@ async def test_a_defect_is_a_500_like_every_other_error(
 ) -> None:
     key = await site.tenant("acme", {"a": tiny.adapter(1)})
     services = site.services
-    broken = Completions(None, services.dispatcher, services.completions.catalog, services.metrics)  # type: ignore[arg-type]
+    broken = Completions(None, services.completions.catalog, services.metrics)  # type: ignore[arg-type]
     monkeypatch.setattr(services, "completions", broken)
     with caplog.at_level(logging.INFO):
         response = await site.http.post(CHAT_URL, json=CHAT, headers={**bearer(key), "X-Request-Id": "mine"})

@@ -10,6 +10,7 @@ from tests.support import tiny
 from tests.support.dialect_suite import DialectSuite
 from tests.support.engine_suite import EngineSuite, MakeAdapter, call, stage, then
 from tests.support.fakes import FakeEngine, Times
+from tests.support.relay_suite import RelaySuite
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
@@ -31,6 +32,10 @@ class TestFakeEngine(EngineSuite):
 
 
 class TestFakeDialects(DialectSuite):
+    pass
+
+
+class TestFakeRelays(RelaySuite):
     pass
 
 

@@ -111,9 +111,7 @@ class Ledger:
             metrics=world.metrics,
             wall=self.now,
         )
-        world.service = Completions(
-            world.engine, world.dispatcher, world.service.catalog, world.metrics, quotas
-        )
+        world.service = Completions(world.service.answers, world.service.catalog, world.metrics, quotas)
 
 
 def acme(**budgets: dict[str, Any]) -> Any:

@@ -143,7 +143,7 @@ def test_durations_read_like_openais(seconds: float, text: str) -> None:
 def limited(world: World, **limits: Any) -> Any:
     """A tenant with these limits, on a world whose quotas go by the loop's clock."""
     quotas = Quotas(MemoryLedger(clock=lambda: asyncio.get_running_loop().time()))
-    world.service = Completions(world.engine, world.dispatcher, world.service.catalog, world.metrics, quotas)
+    world.service = Completions(world.service.answers, world.service.catalog, world.metrics, quotas)
     return tenant("acme", limits=TenantLimits(**limits))
 
 
