@@ -10,10 +10,12 @@ being loaded there), else where rendezvous hashing puts it, so that gateways tha
 several replicas of one kind the hash decides too, not the load: traffic collects on few homes.
 
 Loads are bounded (Mirrokni, Thorup and Zadimoghaddam, "Consistent hashing with bounded loads", 2018): a
-replica that would have more than ``slack`` times its share of everything under way comes after all that would
-not. That is how a hot adapter gets a second home, the next in its hash's order. When it cools down the first
-home has room again and gets all of it, and the second one's engine lets it go as the least recently used:
-cold homes are given up.
+replica with more than ``slack`` times its share of everything under way comes after all others that hold the
+version. Where none of those has room, a hot version gets another home, the next in its hash's order:
+``moves`` has it loaded before anybody waits for it, and with ``most`` times the share at each of its homes a
+request goes elsewhere at once. Moving a version that is not hot would cost a load and take one request away.
+When a version cools down, its first home has room again and gets all of it, and the other engine lets it go
+as the least recently used: cold homes are given up.
 
 What a replica reports is up to a beat old. Its load is what it reported, and what this gateway has sent or
 seen end since; a version sent there counts as being there until reports can be expected to know better.
@@ -28,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from heapq import nlargest
@@ -43,15 +45,19 @@ HALF_LIFE_S = 30.0  # after which a request counts half as demand
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """``slack`` bounds a replica's load, as a multiple of its share of everything under way.
+    """``slack`` and ``most`` bound a replica's load, as multiples of its share of everything under way; past
+    the first, others that hold a version are preferred, past the second, all others with room are.
 
     Below ``calm``, a part of what it can run at once, a replica has room whatever its share is: with few
-    requests under way, being one above the mean is no reason for a load. ``stale`` and ``loading`` are
-    seconds: how long a replica may be silent, and how long after a request was sent there a version counts as
-    being loaded. ``moves`` bounds the loads without a request, for each replica and call.
+    requests under way, being one above the mean is no reason for a load. ``hot`` is the demand, in requests
+    that count half after ``HALF_LIFE_S``, from which a version is worth another home. ``stale`` and
+    ``loading`` are seconds: how long a replica may be silent, and how long after a request was sent there a
+    version counts as being loaded. ``moves`` bounds the loads without a request, for each replica and call.
     """
 
     slack: float = 1.25
+    most: float = 2.0
+    hot: float = 8.0
     calm: float = 0.125
     stale: float = 6.0
     loading: float = 6.0
@@ -126,6 +132,15 @@ class _Replica:
         """Whether there is a slot that nothing runs in."""
         return max(self.report.busy_slots, len(self.versions)) < self.report.gpu_slots
 
+    @property
+    def part(self) -> float:
+        """Its load, as a part of what it can run at once."""
+        return self.load / max(1, self.report.max_running)
+
+    def takes(self, bound: float) -> bool:
+        """Whether one more stays within ``bound``, a part of what it can run at once."""
+        return self.load + 1 <= max(1.0, bound * self.report.max_running)
+
     def tier(self, version: str, now: float, loading: float) -> _Where:
         """Where ``version`` is as far as this replica is concerned."""
         where = self.where.get(version)
@@ -148,9 +163,21 @@ class Placement:
 
     def __init__(self, rules: Rules | None = None, *, base: str | None = None) -> None:
         self.rules = rules or Rules()
-        self.base = base
+        self._base = base
+        self._able_now: list[_Replica] = []
+        self._able_until = -math.inf
         self._replicas: dict[str, _Replica] = {}
         self._asked: OrderedDict[str, tuple[float, float]] = OrderedDict()  # version -> demand, as of when
+
+    @property
+    def base(self) -> str | None:
+        """Replicas of another base model get nothing; None leaves the choice to the most."""
+        return self._base
+
+    @base.setter
+    def base(self, base: str | None) -> None:
+        self._base = base
+        self._changed()
 
     def __repr__(self) -> str:
         shown = (
@@ -169,6 +196,7 @@ class Placement:
             known = self._replicas[report.replica] = _Replica(report, now, hashed(report.replica))
         elif report.number == known.report.number:
             return
+        self._changed()
         known.report, known.heard, known.lost = report, now, False
         known.own_at_beat = known.own
         known.where = dict.fromkeys(report.in_host, _Where.HOST) | dict.fromkeys(report.in_slots, _Where.SLOT)
@@ -179,10 +207,12 @@ class Placement:
         """It could not be reached: it gets nothing until it is heard of again."""
         if replica in self._replicas:
             self._replicas[replica].lost = True
+            self._changed()
 
     def forget(self, replica: str) -> None:
         """It is gone for good."""
         self._replicas.pop(replica, None)
+        self._changed()
 
     def sent(self, now: float, version: str | None, replica: str, sequences: int = 1) -> None:
         """A request goes to ``replica``. Tell ``ended`` of it once, with the same arguments."""
@@ -225,14 +255,18 @@ class Placement:
         able = self._able(now, like)
         if version is None:
             return [each.report.replica for each in sorted(able, key=_by_load)]
-        bound = self._bound(able)
+        soft, hard = self._bounds(able)
         key = hashed(version)
 
-        def rank(replica: _Replica) -> tuple[bool, float, float]:
+        def rank(replica: _Replica) -> tuple[int, float, float]:
             tier = replica.tier(version, now, self.rules.loading)
-            if self._has_room(replica, bound, tier):
-                return False, tier, -replica.score(key)
-            return True, replica.load / replica.report.max_running, tier
+            held = tier is not _Where.ELSEWHERE
+            slot = tier is _Where.SLOT or replica.has_slot
+            if slot and replica.takes(soft):
+                return (0 if held else 2), tier, -replica.score(key)
+            if held and replica.takes(hard):
+                return (1 if slot else 3), replica.part, -replica.score(key)
+            return 4, replica.part, tier
 
         return [each.report.replica for each in sorted(able, key=rank)]
 
@@ -246,21 +280,26 @@ class Placement:
         ]
 
     def moves(self, now: float) -> list[Move]:
-        """What to load where, so that replicas with less than their share get more of it.
+        """What to load where without a request, the most wanted first. To be asked about once a second.
 
-        A version that is held elsewhere and belongs to such a replica rather than to its homes. Once it is
-        there, the hash's order sends its requests there and the old home gives it up. The most wanted first.
+        A version all of whose homes are at their bound gets another one. A replica with less than its share
+        gets versions that belong to it rather than to their homes; once they are there, the hash's order
+        sends their requests there, and the old homes give them up.
         """
         able = self._able(now)
-        share = sum(each.load for each in able) / max(1, sum(each.report.max_running for each in able))
-        idle = [each for each in able if each.load * self.rules.slack < share * each.report.max_running]
-        left = {each.report.replica: self.rules.moves for each in idle if each.has_slot}
+        soft, _ = self._bounds(able)
+        share = _part(able)
+        left = {each: self.rules.moves for each in able if each.has_slot and each.part <= share}
         found: list[Move] = []
-        for version in self._wanted(now) if left else ():
-            target = self._better_home(version, now, able, idle)
-            if target is not None and left.get(target.report.replica, 0):
-                left[target.report.replica] -= 1
+        for version, demand in self._wanted(now):
+            target = self._new_home(version, demand, now, able, list(left), soft)
+            if target is not None:
                 found.append(Move(version, target.report.replica))
+                left[target] -= 1
+                if not left[target]:
+                    del left[target]
+            if not left:
+                break
         return found
 
     def pins(self, versions: Iterable[str], now: float) -> Mapping[str, list[str]]:
@@ -285,55 +324,76 @@ class Placement:
     # --- decisions -------------------------------------------------------------------------------------
 
     def _able(self, now: float, like: str | None = None) -> list[_Replica]:
-        known = self._replicas.get(like) if like is not None else None
-        if like is not None and known is None:
-            return []
+        """Those that may be sent something, by name."""
+        if now > self._able_until:
+            self._able_now = self._find_able(now)
+            heard = min((each.heard for each in self._able_now), default=math.inf)
+            self._able_until = heard + self.rules.stale
+        if like is None:
+            return self._able_now
+        known = self._replicas.get(like)
+        kind = None if known is None else known.report.kind
+        return [each for each in self._able_now if each.report.kind == kind]
+
+    def _find_able(self, now: float) -> list[_Replica]:
         able = [
             replica
             for _, replica in sorted(self._replicas.items())
-            if replica.report.state == READY
-            and not replica.lost
-            and now - replica.heard <= self.rules.stale
-            and (known is None or replica.report.kind == known.report.kind)
+            if replica.report.state == READY and not replica.lost and now <= replica.heard + self.rules.stale
         ]
-        base = self.base
+        base = self._base
         if base is None and able:
             count = Counter(replica.report.base for replica in able)
             base = min(count, key=lambda each: (-count[each], each))
         return [replica for replica in able if replica.report.base == base]
 
-    def _bound(self, able: Collection[_Replica]) -> float:
-        """The most that a replica may have under way, as a part of what it can run at once."""
-        load = sum(replica.load for replica in able) + 1
-        room = max(1, sum(replica.report.max_running for replica in able))
-        return max(self.rules.slack * load / room, self.rules.calm)
+    def _changed(self) -> None:
+        """Who may be sent something has to be found anew."""
+        self._able_until = -math.inf
 
-    def _has_room(self, replica: _Replica, bound: float, tier: _Where) -> bool:
-        if tier is not _Where.SLOT and not replica.has_slot:
-            return False
-        return replica.load + 1 <= max(1.0, bound * replica.report.max_running)
+    def _bounds(self, able: Collection[_Replica]) -> tuple[float, float]:
+        """The most that a replica may have under way, as a part of what it can run at once: before others
+        that hold a version come first, and before others come first that would have to load it.
+        """
+        share, rules = _part(able, 1), self.rules
+        return max(rules.slack * share, rules.calm), max(rules.most * share, rules.calm)
 
-    def _wanted(self, now: float) -> Iterator[str]:
-        """What was asked for lately, the most wanted first."""
+    def _wanted(self, now: float) -> list[tuple[str, float]]:
+        """What was asked for lately with its demand, the most wanted first."""
         demand = {version: part * _decay(now - since) for version, (part, since) in self._asked.items()}
-        yield from nlargest(LOOK_AT, demand, key=demand.__getitem__)
+        return nlargest(LOOK_AT, demand.items(), key=lambda item: item[1])
 
-    def _better_home(
-        self, version: str, now: float, able: Collection[_Replica], idle: Collection[_Replica]
+    def _new_home(
+        self,
+        version: str,
+        demand: float,
+        now: float,
+        able: Collection[_Replica],
+        targets: Collection[_Replica],
+        soft: float,
     ) -> _Replica | None:
-        """Of the ``idle``, the one to which ``version`` belongs more than to any that holds it."""
-        homes = [each for each in able if each.tier(version, now, self.rules.loading) is not _Where.ELSEWHERE]
-        if not homes:
+        """Of ``targets``, the one to which ``version`` belongs most, if it should be loaded there."""
+        loading = self.rules.loading
+        homes = [each for each in able if each.tier(version, now, loading) is not _Where.ELSEWHERE]
+        others = [each for each in targets if each not in homes]
+        if not homes or not others:
             return None
         key = hashed(version)
-        best = max((each for each in idle), key=lambda each: each.score(key), default=None)
-        if best is None or best in homes or any(each.score(key) > best.score(key) for each in homes):
-            return None
-        return best
+        best = max(others, key=lambda each: each.score(key))
+        crowded = demand >= self.rules.hot and not any(each.takes(soft) for each in homes)
+        idle = best.part * self.rules.slack < _part(able)
+        belongs = idle and all(best.score(key) > each.score(key) for each in homes)
+        return best if crowded or belongs else None
 
 
 def _by_load(replica: _Replica) -> tuple[float, str]:
-    return replica.load / max(1, replica.report.max_running), replica.report.replica
+    return replica.part, replica.report.replica
+
+
+def _part(replicas: Collection[_Replica], more: int = 0) -> float:
+    """All that is under way, and so many sequences more, as a part of what can run at once."""
+    room = sum(each.report.max_running for each in replicas)
+    return (sum(each.load for each in replicas) + more) / max(1, room)
 
 
 def _decay(seconds: float) -> float:

@@ -4,6 +4,7 @@ from tests.bench.scenario import Scenario, Simulation
 from tests.bench.scenarios import (
     churn,
     cold,
+    fleet_simulation,
     hog,
     limited,
     noisy,
@@ -33,6 +34,8 @@ SCENARIOS: dict[str, Scenario | Simulation] = {
         residency,
         overload,
         limited,
+        fleet_simulation,
     )
 }
-FULL_RUN = tuple(name for name in SCENARIOS if name not in ("replay", "residency", "overload", "limited"))
+_ALONE = ("replay", "residency", "overload", "limited", "fleet-simulation")
+FULL_RUN = tuple(name for name in SCENARIOS if name not in _ALONE)

@@ -116,7 +116,7 @@ def test_a_hot_version_gets_a_second_home_and_gives_it_up() -> None:
     for _ in range(8):  # as many as a replica takes in any case
         assert fleet.order()[0] == first
         fleet.placement.sent(0.0, V, first)
-    assert fleet.order()[:2][0] == second
+    assert fleet.order()[0] == second, "at once: it would have more than twice its share"
     fleet.placement.sent(0.0, V, second)
     assert fleet.placement.homes(V, 0.0) == sorted((first, second))
     fleet.says(second, in_slots=[V])
@@ -125,12 +125,38 @@ def test_a_hot_version_gets_a_second_home_and_gives_it_up() -> None:
     assert fleet.order()[:2] == [first, second]
 
 
-def test_the_bound_follows_the_load() -> None:
-    fleet = Fleet("a", "b", "c", "d", running=40)
+def test_a_second_home_is_loaded_before_anybody_waits_for_it() -> None:
+    fleet = Fleet("a", "b", "c", "d", running=24)
+    first, second = fleet.order()[:2]
+    fleet.says(first, in_slots=[V], running=24)
+    while not (moves := fleet.placement.moves(0.0)):
+        fleet.placement.sent(0.0, V, first)
+    assert fleet.order()[0] == first, "not twice its share"
+    assert moves == [Move(V, second)]
+    fleet.says(second, in_slots=[V], running=24)
+    assert fleet.order()[0] == second
+    assert fleet.placement.moves(0.0) == []
+
+
+def test_a_version_that_is_not_hot_is_left_where_it_is() -> None:
+    fleet = Fleet("a", "b", "c", "d", running=24)
     first = fleet.order()[0]
-    fleet.says(first, in_slots=[V], running=49)
+    fleet.placement.sent(0.0, V, first)
+    fleet.says(first, in_slots=[V], running=40)
     assert fleet.order()[0] == first
+    assert fleet.placement.moves(0.0) == []
+
+
+def test_the_bounds_follow_the_load() -> None:
+    fleet = Fleet("a", "b", "c", "d", running=20)
+    first, second = fleet.order()[:2]
+    fleet.says(first, in_slots=[V], running=30)
+    assert fleet.order()[0] == first, "nobody else holds it"
+    fleet.says(second, in_host=[V])
+    assert fleet.order()[:2] == [second, first]
+    fleet.says(second, in_host=[])
     fleet.says(first, running=60)
+    assert fleet.order()[0] == second
     assert fleet.order()[-1] == first
 
 
