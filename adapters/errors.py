@@ -9,9 +9,11 @@ AdapterError
 ├── StorageBusy            another process holds the database; later it goes
 ├── AdapterNotFound        no such adapter or version of this tenant
 ├── AdapterConflict        a name taken, or a version still needed
-│   └── AdapterQuarantined it harmed the server, and is out of service until an operator releases it
+│   ├── AdapterQuarantined it harmed the server, and is out of service until an operator releases it
+│   └── AdapterUnfit       the engine that runs now cannot serve it faithfully
 ├── QuotaExceeded          more adapters or bytes than the tenant may have
 └── AdapterUnavailable     it exists, but cannot be brought into memory now
+    └── AdapterDamaged     its files are not those that were uploaded
 """
 
 from __future__ import annotations
@@ -85,6 +87,12 @@ class AdapterQuarantined(AdapterConflict):
     code = "adapter_quarantined"
 
 
+class AdapterUnfit(AdapterConflict):
+    """Fine when it was uploaded, and not what the engine of now can serve; the message says why."""
+
+    code = "adapter_unfit"
+
+
 class QuotaExceeded(AdapterError):
     """The tenant would have more adapters or bytes than it may."""
 
@@ -95,6 +103,13 @@ class AdapterUnavailable(AdapterError):
     """It exists, but cannot be brought into memory now."""
 
     code = "adapter_unavailable"
+
+
+class AdapterDamaged(AdapterUnavailable):
+    """Its files are gone, cannot be read, or have changed on the disk."""
+
+    code = "adapter_damaged"
+    retry_after = 60.0
 
 
 # code -> what to do about it. Every refusal of an upload names one of these.

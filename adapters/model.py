@@ -186,7 +186,8 @@ class Quota:
 class Version:
     """One immutable upload of one adapter. What a lease is taken on.
 
-    ``quarantine`` is why it is out of service, if it is: see ``adapters.store.quarantine``.
+    ``quarantine`` is why it is out of service, if it is: see ``adapters.store.quarantine``. ``base`` is the
+    fingerprint of the base model that it was tried on when it was uploaded, where that is known.
     """
 
     tenant: str
@@ -197,6 +198,7 @@ class Version:
     rank: int
     size_bytes: int = 0
     quarantine: str | None = field(default=None, compare=False)
+    base: str | None = field(default=None, compare=False)
 
     @property
     def key(self) -> str:

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from adapters.database.database import Database
 from adapters.store.blobs import BlobStore
 from adapters.store.catalog import Catalog
+from adapters.store.fitness import Fitness, Serving
 from adapters.store.idempotency import Receipts
 from adapters.store.ownership import FolderLock, Ownership
 from adapters.store.quarantine import Quarantine
@@ -41,6 +42,7 @@ from server.limits.ledger import Ledger
 from server.limits.quotas import Quotas
 from server.limits.redis import RedisLedger
 from server.metrics import Metrics
+from server.publishing import truth
 from server.publishing.probe import Prober
 from server.publishing.publish import Publishing, verify_all
 from server.publishing.quarantine import quarantine_key
@@ -112,7 +114,13 @@ async def _start(
     await database.open()
     blobs = BlobStore(settings.data_dir.absolute(), max_bytes=settings.max_upload_bytes)
     await blobs.open()
-    catalog = Catalog(database, blobs.path, reserved={DEFAULT_MODEL, settings.served_model_name})
+    fitness = Fitness(blobs)
+    catalog = Catalog(
+        database,
+        blobs.path,
+        reserved={DEFAULT_MODEL, settings.served_model_name},
+        problem=fitness.problem,
+    )
     ownership = Ownership(blobs, database)
     await ownership.verify()
     removed = await blobs.sweep(await catalog.linked_digests() | ownership.kept)
@@ -132,6 +140,8 @@ async def _start(
     engine = await start_engine(settings)
     stack.push_async_callback(engine.stop)
     metrics = Metrics(tenants=settings.metrics_tenants)
+    await fitness.open(Serving(engine.base, engine.lora_dtype, __version__, settings.same_bases))
+    stack.push_async_callback(fitness.save)
 
     def on_fault(key: str, reason: str) -> None:
         publishing = services.publishing
@@ -146,6 +156,7 @@ async def _start(
         stall=settings.engine_stall,
         restarts=Restarts(settings.engine_restarts),
         on_fault=on_fault,
+        preparation=fitness,
     )
     dispatcher.start()
     stack.push_async_callback(dispatcher.stop)
@@ -183,13 +194,15 @@ async def _start(
             Receipts(database),
             prober,
             Quarantine(database),
+            fitness,
             settings.keep_versions,
         ),
         started=int(time.time()),
     )
     engine.on_fault = on_fault
+    await _hold_all(services, fitness, stack)
     for version in await catalog.pinned():
-        dispatcher.pin(version, version.quarantine is None)
+        dispatcher.pin(version, version.quarantine is None and fitness.problem(version) is None)
     # vLLM's modules alone are some 700,000 objects that stay; to look at all of them once more would stop
     # every stream for half a second.
     gc.collect()
@@ -198,6 +211,18 @@ async def _start(
     logger.info("ready: %s; %s", engine.base.name, sized)
     services.in_background(verify_all(services.publishing, metrics))
     return services
+
+
+async def _hold_all(services: Services, fitness: Fitness, stack: AsyncExitStack) -> None:
+    """Versions against the engine of now; for ``truth.START_S`` seconds, and then beside the requests."""
+    database, path_of = services.database, services.blobs.path
+    holding = services.in_background(truth.hold_all(fitness, database, path_of))
+    await asyncio.wait([holding], timeout=truth.START_S)
+    forever = [truth.look_again(fitness, database)]
+    if (rate := services.settings.scrub_rate) > 0:
+        forever.append(truth.scrub(fitness, database, path_of, rate))
+    for work in forever:
+        stack.push_async_callback(_cancel, asyncio.create_task(work))
 
 
 async def _authentication(settings: Settings, database: Database) -> Authentication:

@@ -47,6 +47,8 @@ class Gauges:
     running: Mapping[str, int]
     in_step_loads: int
     quarantined: int = 0
+    unfit: int = 0
+    damaged: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +275,14 @@ class _State(Collector):
             "Versions that are out of service until an operator releases them.",
             value=now.quarantined,
         )
+        unserved = GaugeMetricFamily(
+            "loraplex_unserved_versions",
+            "Versions that this engine does not serve (unfit), or whose files are not whole (damaged).",
+            labels=["reason"],
+        )
+        unserved.add_metric(["unfit"], now.unfit)
+        unserved.add_metric(["damaged"], now.damaged)
+        yield unserved
         yield self._by_tenant("loraplex_queue_depth", "Waiting requests.", now.queued)
         yield self._by_tenant("loraplex_running", "Requests in the engine.", now.running)
 

@@ -182,6 +182,16 @@ class Settings(BaseSettings):
     max_queued: int = Field(256, ge=1, description="Waiting requests per tenant; one more gets 429.")
     queue_timeout: float = Field(60.0, gt=0, description="Seconds a request may wait; then it gets 503.")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest upload, both files together, in bytes.")
+    same_bases: tuple[str, ...] = Field(
+        (),
+        description="Fingerprints of base models that this one stands in for, as the same one quantized;"
+        " adapters for them are served. A JSON list.",
+    )
+    scrub_rate: ByteSize = Field(
+        ByteSize(1 << 20),
+        ge=0,
+        description="Bytes of stored adapters read again each second, to notice a failing disk; 0: none.",
+    )
     keep_versions: int = Field(
         0, ge=0, description="Versions of an adapter that an upload leaves, beside those that answer; 0: all."
     )

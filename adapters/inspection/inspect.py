@@ -164,6 +164,21 @@ def check_tensors(
     return pairs
 
 
+def check_fit(folder: Path, base: BaseModel, *, serving_dtype: str | None = None) -> None:
+    """Raises AdapterRejected where ``base`` would not serve the adapter in ``folder`` as PEFT does.
+
+    For one that was inspected before, perhaps for another engine: only what an engine decides is looked at.
+    Reads the config and the header; with ``serving_dtype`` the values too, as that type may not hold them.
+    Synchronous. Raises OSError when the disk fails.
+    """
+    upload = read_upload(folder, base)
+    check_base(upload.config, base)
+    pairs = check_tensors(upload.tensors, upload.config, base)
+    if serving_dtype is not None:
+        with one_thread():
+            _sizes(folder / WEIGHTS_FILE, pairs, upload.config, base, serving_dtype)
+
+
 def _coverage(norms: Mapping[str, float], config: PeftConfig, base: BaseModel) -> tuple[Coverage, ...]:
     available: dict[str, int] = defaultdict(int)
     for module in base.modules:

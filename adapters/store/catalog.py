@@ -23,12 +23,13 @@ from adapters.database.audit import note
 from adapters.database.cache import ReadCache
 from adapters.database.database import Database
 from adapters.database.rows import MAX_INTEGER, AdapterRow, TenantRow, VersionRow, now
-from adapters.errors import AdapterConflict, AdapterNotFound, QuotaExceeded, fault
+from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, QuotaExceeded, fault
 from adapters.inspection.golden import Golden
 from adapters.model import Adapter, Manifest, Quota, Version, VersionInfo, is_adapter_name, is_tenant_id
 from adapters.split import WHOLE, choose
 from adapters.store.idempotency import Receipt
 from adapters.store.quarantine import in_service, refuse_quarantined_files
+from adapters.store.versions import linked_digests, version_of
 
 DEFAULT = "default"
 NUMBERED = re.compile(r"([^@]+)@([1-9][0-9]{0,8})", re.ASCII)
@@ -53,16 +54,23 @@ class AdapterChanges(TypedDict, total=False):
 
 class Catalog:
     """``path_of`` turns a digest into the folder of its files; ``reserved`` are names no adapter may take.
+    ``problem`` says why a version cannot be served now, if it cannot.
 
     What a ``tenant`` argument names need not exist: such a tenant has no adapters.
     """
 
     def __init__(
-        self, database: Database, path_of: Callable[[str], Path], *, reserved: Collection[str] = ()
+        self,
+        database: Database,
+        path_of: Callable[[str], Path],
+        *,
+        reserved: Collection[str] = (),
+        problem: Callable[[Version], AdapterError | None] = lambda _: None,
     ) -> None:
         self._database = database
         self._path_of = path_of
         self._reserved = frozenset(reserved) | {DEFAULT}
+        self._problem = problem
         self._resolved: ReadCache[tuple[str, str], Shares] = ReadCache(database, RESOLVED)
 
     async def resolve(self, tenant: str, model: str | None, unit: str = "") -> Version:
@@ -70,11 +78,11 @@ class Catalog:
         live one of the tenant's default adapter. In a split ``unit`` chooses, see ``adapters.split``.
 
         Never older than the last write that has returned. AdapterNotFound (``model_not_found``) reads the
-        same for a name nobody has and for one that another tenant has. AdapterQuarantined.
+        same for a name nobody has and for one that another tenant has. AdapterQuarantined, AdapterUnfit.
         """
         wanted = DEFAULT if model is None else model
         shares = await self._resolved.get((tenant, wanted), lambda: self._find(tenant, wanted))
-        shares = in_service(shares)
+        shares = in_service(shares, self._problem)
         return choose(shares, f"{tenant}/{shares[0][0].adapter}", unit)
 
     def check_name(self, name: str) -> None:
@@ -178,7 +186,7 @@ class Catalog:
         wanted = adapter.live if number is None else number
         for info in adapter.versions:
             if info.version.number == wanted:
-                return in_service([(info.version, WHOLE)])[0][0]
+                return in_service([(info.version, WHOLE)], self._problem)[0][0]
         raise _no_version(name, wanted, param)
 
     async def update(self, tenant: str, name: str, **changes: Unpack[AdapterChanges]) -> Adapter:
@@ -266,8 +274,7 @@ class Catalog:
         return gone
 
     async def linked_digests(self) -> set[str]:
-        async with self._database.read() as session:
-            return set(await session.scalars(select(VersionRow.digest).distinct()))
+        return await linked_digests(self._database)
 
     async def is_linked(self, digest: str) -> bool:
         """Whether any version of any tenant has these files."""
@@ -411,16 +418,7 @@ class Catalog:
         return VersionInfo(self._version(row), row.created_at, row.report, row.quarantine)
 
     def _version(self, row: VersionRow) -> Version:
-        return Version(
-            tenant=row.tenant,
-            adapter=row.adapter,
-            number=row.number,
-            digest=row.digest,
-            path=self._path_of(row.digest),
-            rank=row.rank,
-            size_bytes=row.size_bytes,
-            quarantine=row.quarantine["reason"] if row.quarantine else None,
-        )
+        return version_of(row, self._path_of)
 
 
 def _no_version(name: str, number: int | None, param: str | None) -> AdapterNotFound:

@@ -7,7 +7,7 @@ same files are not linked again, or another upload would undo it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from adapters.database.audit import note
 from adapters.database.database import Database
 from adapters.database.rows import VersionRow, now
-from adapters.errors import AdapterNotFound, AdapterQuarantined
+from adapters.errors import AdapterError, AdapterNotFound, AdapterQuarantined
 from adapters.model import Version
 
 Shares = tuple[tuple[Version, int], ...]
@@ -66,16 +66,22 @@ class Quarantine:
             return await session.scalar(query) or 0
 
 
-def in_service(shares: Sequence[tuple[Version, int]]) -> Shares:
-    """Those of ``shares`` that may answer. Raises AdapterQuarantined where none may.
+def in_service(
+    shares: Sequence[tuple[Version, int]],
+    problem: Callable[[Version], AdapterError | None] = lambda _: None,
+) -> Shares:
+    """Those of ``shares`` that may answer. Where none may: AdapterQuarantined, or what ``problem`` says.
 
     In a split the others take over: the operator has said of each of them that it may answer to the name, and
     a canary that fails must not take a part of the customer's requests with it. No version outside of the
     split takes the place of a quarantined one: nobody has said that it may answer.
     """
-    well = tuple((version, share) for version, share in shares if version.quarantine is None)
-    if shares and not well:
+    released = [(version, share) for version, share in shares if version.quarantine is None]
+    if shares and not released:
         raise _quarantined(shares[0][0].adapter, shares[0][0].number, str(shares[0][0].quarantine))
+    well = tuple((version, share) for version, share in released if problem(version) is None)
+    if not well and released and (why := problem(released[0][0])) is not None:
+        raise why
     return well
 
 

@@ -17,13 +17,13 @@ from pydantic_core import PydanticCustomError
 from adapters.database.rows import MAX_INTEGER
 from adapters.model import Adapter, Quota, Tier, Version, Waivers
 from adapters.split import WHOLE
+from adapters.store.fitness import Fitness
 from server.accounts.tenants import Tenant
 from server.errors import Unprocessable
 from server.http.bodies import Body, body_as
 from server.http.services import Services, services_of
 from server.http.uploads import files_of
 from server.publishing.publish import move_pin, publish, unpublish
-from server.scheduling.dispatcher import Dispatcher
 
 
 class AdapterChange(Body):
@@ -88,12 +88,12 @@ UploadOptionsOf = Annotated[UploadOptions, Depends(_upload_options)]
 async def listed(services: Services, tenant: Tenant) -> dict[str, Any]:
     """All adapters of ``tenant``."""
     adapters = await services.publishing.catalog.adapters(tenant.id)
-    return {"object": "list", "data": [as_json(adapter, services.dispatcher) for adapter in adapters]}
+    return {"object": "list", "data": [as_json(adapter, services) for adapter in adapters]}
 
 
 async def one(services: Services, tenant: Tenant, name: str) -> dict[str, Any]:
     """The adapter ``name`` of ``tenant``."""
-    return as_json(await services.publishing.catalog.adapter(tenant.id, name), services.dispatcher)
+    return as_json(await services.publishing.catalog.adapter(tenant.id, name), services)
 
 
 async def receive_version(
@@ -137,7 +137,7 @@ async def update(services: Services, tenant: Tenant, name: str, change: AdapterC
             await services.publishing.quarantine.release(tenant.id, name, live)
     adapter = await services.publishing.catalog.update(tenant.id, name, **changes)
     move_pin(services.dispatcher, adapter)
-    return as_json(adapter, services.dispatcher)
+    return as_json(adapter, services)
 
 
 async def release_version(services: Services, tenant: Tenant, name: str, version: int) -> dict[str, Any]:
@@ -170,9 +170,10 @@ def _free(services: Services, versions: Sequence[Version]) -> None:
         services.in_background(unpublish(services.publishing, list(versions)))
 
 
-def as_json(adapter: Adapter, dispatcher: Dispatcher) -> dict[str, Any]:
+def as_json(adapter: Adapter, services: Services) -> dict[str, Any]:
     """The adapter as both APIs show it, with the tiers that its versions are in now."""
-    live = adapter.live_version
+    live, dispatcher = adapter.live_version, services.dispatcher
+    fitness = services.publishing.fitness
     return {
         "name": adapter.name,
         "tenant": adapter.tenant,
@@ -190,8 +191,18 @@ def as_json(adapter: Adapter, dispatcher: Dispatcher) -> dict[str, Any]:
                 "tier": dispatcher.tier_of(info.version),
                 "created_at": info.created_at.isoformat(),
                 "quarantine": dict(info.quarantine) if info.quarantine else None,
+                "problem": _problem(fitness, info.version),
                 "report": dict(info.report),
             }
             for info in adapter.versions
         ],
     }
+
+
+def _problem(fitness: Fitness, version: Version) -> dict[str, str] | None:
+    """Why a version is not loaded any more, although nobody has taken it out of service."""
+    if (unfit := fitness.problem(version)) is not None:
+        return {"code": unfit.code, "message": unfit.message}
+    if (damaged := fitness.damage(version)) is not None:
+        return {"code": damaged.code, "message": damaged.message}
+    return None

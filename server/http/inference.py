@@ -159,7 +159,8 @@ async def _model_cards(request: Request, tenant: Tenant) -> list[dict[str, Any]]
         adapters = await services.completions.catalog.adapters(tenant.id)
     except AdapterNotFound:
         adapters = []
-    live = [adapter for adapter in adapters if adapter.live is not None]
+    problem = services.publishing.fitness.problem
+    live = [a for a in adapters if a.shares and any(problem(version) is None for version, _ in a.shares)]
     cards = [_card(adapter, base) for adapter in live if may_name(tenant, adapter.name)]
     if tenant.base_allowed and may_name(tenant, None):
         cards.append({"id": base, "object": "model", "created": services.started, "owned_by": "loraplex"})

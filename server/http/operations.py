@@ -9,6 +9,7 @@ from dataclasses import replace
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from adapters.store.versions import count_of
 from server.http.answers import Health, Readiness
 from server.http.auth import METRICS
 from server.http.services import Services, ServicesOf
@@ -39,7 +40,13 @@ async def ready(services: ServicesOf) -> JSONResponse:
 async def metrics(services: ServicesOf) -> Response:
     versions = await services.publishing.catalog.count_versions()
     quarantined = await services.publishing.quarantine.count()
-    gauges = replace(services.dispatcher.gauges(versions), quarantined=quarantined)
+    fitness, database = services.publishing.fitness, services.database
+    gauges = replace(
+        services.dispatcher.gauges(versions),
+        quarantined=quarantined,
+        unfit=await count_of(database, fitness.unfit, fitness.bases),
+        damaged=await count_of(database, fitness.damaged),
+    )
     page = services.metrics.render(gauges)
     return Response(page, media_type=Metrics.content_type)
 

@@ -51,11 +51,12 @@ class Services:
     draining: bool = False
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Lets ``work`` go on after the answer; ``cancel_tasks`` ends what is left when the server stops."""
         task = asyncio.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+        return task
 
     async def cancel_tasks(self) -> None:
         """Ends the background work and waits until it has ended."""

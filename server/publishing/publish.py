@@ -22,6 +22,7 @@ from adapters.inspection.inspect import PICKLES, ignored_pickles
 from adapters.model import NOTHING_WAIVED, Adapter, Manifest, Quota, Version, Waivers
 from adapters.store.blobs import BlobStore, Incoming
 from adapters.store.catalog import Catalog
+from adapters.store.fitness import Fitness
 from adapters.store.idempotency import Receipts
 from adapters.store.quarantine import Quarantine
 from adapters.tasks import uninterruptible
@@ -48,6 +49,7 @@ class Publishing:
     receipts: Receipts
     prober: Prober
     quarantine: Quarantine
+    fitness: Fitness
     keep_versions: int = 0
     # The digest of each upload from commit to link; nobody removes it.
     coming: list[str] = field(default_factory=list)
@@ -187,6 +189,7 @@ async def _committed(
         service.coming.append(digest)
     try:
         await incoming.commit()
+        service.fitness.admitted(digest)
         yield candidate
     except BaseException:
         service.coming.remove(digest)
@@ -262,3 +265,4 @@ async def remove_unlinked(service: Publishing, digests: set[str]) -> None:
         for digest in digests:
             if digest not in service.coming and not await service.catalog.is_linked(digest):
                 await service.blobs.remove(digest)
+                service.fitness.forget(digest)

@@ -16,7 +16,9 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Collection, Coroutine, Sequence
+from typing import Protocol
 
+from adapters.errors import AdapterError, AdapterUnavailable
 from adapters.model import Tier, Version
 from server.engine.calls import EngineDied, PageOp
 from server.engine.restarts import Restarts
@@ -32,6 +34,7 @@ from server.scheduling.nouns import (
     Effect,
     Evict,
     Preempt,
+    Refusal,
     Refuse,
     Run,
     Snapshot,
@@ -45,12 +48,23 @@ logger = logging.getLogger(__name__)
 METER_POLL = 0.25
 
 
+class Preparation(Protocol):
+    """What comes before an engine reads a version."""
+
+    def is_ready(self, version: Version) -> bool:
+        """Whether there is nothing to do. Called on the event loop: cheap."""
+
+    async def prepare(self, version: Version) -> None:
+        """Does it. Raises the AdapterError that whoever waits for the version is told."""
+
+
 class Dispatcher(EngineLoop):
     """Owns the plan. ``start`` before the first request, ``stop`` after the last.
 
     ``stall`` is how long the engine may leave a call unanswered, in seconds, before it counts as hung.
     ``restarts`` decides whether a lost engine is started again; if not, ``on_death`` is called once.
     ``on_fault`` is called with a version's key and a reason, for a version that ran in two losses in a row.
+    ``preparation`` is done beside the engine, before it is asked to stage a version.
     """
 
     def __init__(
@@ -63,8 +77,12 @@ class Dispatcher(EngineLoop):
         stall: float = 60.0,
         restarts: Restarts | None = None,
         on_fault: Callable[[str, str], None] = lambda _version, _reason: None,
+        preparation: Preparation | None = None,
     ) -> None:
         super().__init__(pager, capacity, metrics, on_death, stall, restarts or Restarts(0), on_fault)
+        self._preparation = preparation
+        self._preparing: set[int] = set()  # loads that the engine has not heard of yet
+        self._unprepared: AdapterError | None = None  # why, while the plan is told that a load failed
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._leases: dict[str, Lease] = {}
         self._warming: dict[str, set[asyncio.Future[None]]] = {}
@@ -232,7 +250,12 @@ class Dispatcher(EngineLoop):
                 case Stage(version=key, load_id=load_id):
                     version = self._versions[key]
                     self._staging.add(load_id)
-                    self._page(PageOp("stage", load_id, key, str(version.path)))
+                    op = PageOp("stage", load_id, key, str(version.path))
+                    if self._preparation is None or self._preparation.is_ready(version):
+                        self._page(op)
+                    else:
+                        self._preparing.add(load_id)
+                        self.spawn(self._stage_prepared(self._preparation, version, op))
                 case Activate(load_id=load_id):
                     self._page(PageOp("activate", load_id))
                 case Deactivate(load_id=load_id):
@@ -241,7 +264,10 @@ class Dispatcher(EngineLoop):
                 case Evict(load_id=load_id):
                     self.metrics.evicted("host")
                     self._staging.discard(load_id)
-                    self._page(PageOp("evict", load_id))
+                    if load_id in self._preparing:
+                        self._preparing.discard(load_id)
+                    else:
+                        self._page(PageOp("evict", load_id))
                 case Run(id=id_) if id_ in self._waiting:
                     granted = self._waiting.pop(id_)
                     if not granted.done():  # a cancelled wait gives its place back by itself
@@ -253,11 +279,9 @@ class Dispatcher(EngineLoop):
                 case Refuse(id=id_) if id_ in self._waiting:
                     granted = self._waiting.pop(id_)
                     if not granted.done():
-                        granted.set_exception(
-                            self._died_error() or error_of(effect.reason, effect.retry_after)
-                        )
+                        granted.set_exception(self._error_of(effect.reason, effect.retry_after))
                 case Refuse(id=id_):
-                    self.spawn(self._fail_preempted(self._leases[id_], str(error_of(effect.reason))))
+                    self.spawn(self._fail_preempted(self._leases[id_], str(self._error_of(effect.reason))))
                 case Warmed(version=key, refusal=refusal):
                     for warmed in self._warming.pop(key, ()):
                         if warmed.done():
@@ -265,7 +289,36 @@ class Dispatcher(EngineLoop):
                         if refusal is None:
                             warmed.set_result(None)
                         else:
-                            warmed.set_exception(error_of(refusal))
+                            warmed.set_exception(self._error_of(refusal))
+
+    def _error_of(self, reason: Refusal, retry_after: float | None = None) -> Exception:
+        if self._unprepared is not None and reason is Refusal.ADAPTER_UNAVAILABLE:
+            return self._unprepared
+        return self._died_error() or error_of(reason, retry_after)
+
+    async def _stage_prepared(self, preparation: Preparation, version: Version, op: PageOp) -> None:
+        """Stages once all is prepared; not if the load was given up, or the engine lost, meanwhile."""
+        failure: AdapterError | None = None
+        try:
+            await preparation.prepare(version)
+        except AdapterError as exc:
+            failure = exc
+        except Exception as exc:
+            logger.exception("%s could not be prepared", version.key)
+            failure = AdapterUnavailable(f"The adapter could not be loaded: {type(exc).__name__}.")
+        if op.load_id not in self._staging or op.load_id not in self._preparing:
+            self._preparing.discard(op.load_id)
+            return
+        self._preparing.discard(op.load_id)
+        if failure is None:
+            self._page(op)
+            return
+        self._staging.discard(op.load_id)
+        self._unprepared = failure
+        try:
+            self._failed("stage", op.load_id, failure.message)
+        finally:
+            self._unprepared = None
 
     async def _preempt(self, lease: Lease) -> None:
         losses = self._losses

@@ -70,6 +70,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "max_queued": "9", "queue_timeout": "1.5", "engine_stall": "30.0", "engine_restarts": "2",
         "max_upload_bytes": "100", "max_body_bytes": "2000",
         "client_timeout": "5.0", "prices": "{}", "keep_usage_days": "30", "keep_versions": "7",
+        "same_bases": '["abc"]', "scrub_rate": "1000",
         "import_prefixes": '["https://models.example/a/"]',
         "drain_timeout": "0.0", "metrics_tenants": "0", "log_format": "text", "log_level": "debug",
     }  # fmt: skip
@@ -82,7 +83,8 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         assert shown[secret].get_secret_value() == values[secret]
         assert values[secret] not in repr(settings)
         del shown[secret], values[secret]
-    assert shown.pop("import_prefixes") == tuple(json.loads(values.pop("import_prefixes")))
+    for several in ("import_prefixes", "same_bases"):
+        assert shown.pop(several) == tuple(json.loads(values.pop(several)))
     assert {name: str(value) for name, value in shown.items()} == values
 
 

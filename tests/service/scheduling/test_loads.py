@@ -63,7 +63,7 @@ async def test_an_adapter_whose_files_are_gone_works_once_they_are_back(site: Si
     away = version.path.with_name("away")
     version.path.rename(away)
     for _ in range(2):
-        error(await site.chat(key, "hi"), 503, "adapter_unavailable")
+        error(await site.chat(key, "hi"), 503, "adapter_damaged")
     away.rename(version.path)
     assert (await site.chat(key, "hi")).status_code == 200
 

@@ -1,0 +1,94 @@
+"""All versions of all tenants, for whoever looks at every one of them: at a start, in a check."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Collection
+from pathlib import Path
+
+from sqlalchemy import func, select, tuple_
+
+from adapters.database.database import Database
+from adapters.database.rows import AdapterRow, VersionRow
+from adapters.model import Version
+
+_PAGE = 500
+
+
+def version_of(row: VersionRow, path_of: Callable[[str], Path]) -> Version:
+    return Version(
+        tenant=row.tenant,
+        adapter=row.adapter,
+        number=row.number,
+        digest=row.digest,
+        path=path_of(row.digest),
+        rank=row.rank,
+        size_bytes=row.size_bytes,
+        quarantine=row.quarantine["reason"] if row.quarantine else None,
+        base=(row.report.get("probe") or {}).get("base"),
+    )
+
+
+async def linked_digests(database: Database) -> set[str]:
+    """The files that some version of some tenant has."""
+    async with database.read() as session:
+        return set(await session.scalars(select(VersionRow.digest).distinct()))
+
+
+async def versions_of(database: Database, digests: Collection[str]) -> dict[str, list[str]]:
+    """Digest -> the names ``tenant/adapter@number`` of the versions that have these files."""
+    found: dict[str, list[str]] = {digest: [] for digest in digests}
+    wanted = sorted(found)
+    for start in range(0, len(wanted), _PAGE):
+        query = select(VersionRow.digest, VersionRow.tenant, VersionRow.adapter, VersionRow.number).where(
+            VersionRow.digest.in_(wanted[start : start + _PAGE])
+        )
+        async with database.read() as session:
+            for digest, tenant, adapter, number in (await session.execute(query)).all():
+                found[digest].append(f"{tenant}/{adapter}@{number}")
+    return found
+
+
+async def count_of(database: Database, digests: Collection[str], bases: Collection[str] = ()) -> int:
+    """How many versions have these files, or were uploaded for another base model than ``bases``, if any."""
+    with_files = await versions_of(database, digests) if digests else {}
+    count = sum(map(len, with_files.values()))
+    if not bases:
+        return count
+    base = VersionRow.report["probe"]["base"].as_string()
+    others = select(VersionRow.digest).where(base.not_in(bases))
+    async with database.read() as session:
+        return count + sum(digest not in with_files for digest in await session.scalars(others))
+
+
+async def every(database: Database, path_of: Callable[[str], Path]) -> AsyncIterator[Version]:
+    """Every version, those that answer to a bare name first; in pages, so others have their turn.
+
+    One that is linked or deleted meanwhile may be among them or not. Reports are not read, nor quarantine.
+    """
+    for answering in (True, False):
+        last = ("", "", 0)
+        while True:
+            found = await _page(database, answering, last)
+            for tenant, adapter, number, digest, rank, base in found:
+                yield Version(tenant, adapter, number, digest, path_of(digest), rank, base=base)
+                last = (tenant, adapter, number)
+            if len(found) < _PAGE:
+                break
+
+
+async def _page(
+    database: Database, answering: bool, last: tuple[str, str, int]
+) -> list[tuple[str, str, int, str, int, str | None]]:
+    live = AdapterRow.live == VersionRow.number
+    where = live | AdapterRow.split.is_not(None)
+    place = (VersionRow.tenant, VersionRow.adapter, VersionRow.number)
+    query = (
+        select(*place, VersionRow.digest, VersionRow.rank, VersionRow.report["probe"]["base"].as_string())
+        .join(AdapterRow, (AdapterRow.tenant == VersionRow.tenant) & (AdapterRow.name == VersionRow.adapter))
+        .where(func.coalesce(where, False).is_(answering))
+        .where(tuple_(*place) > last)
+        .order_by(*place)
+        .limit(_PAGE)
+    )
+    async with database.read() as session:
+        return [tuple(row) for row in (await session.execute(query)).all()]
