@@ -111,9 +111,12 @@ async def _start(
     stack.callback(lock.release)
     database = Database(settings.database_url)
     stack.push_async_callback(database.close)
-    await database.open()
     blobs = BlobStore(settings.data_dir.absolute(), max_bytes=settings.max_upload_bytes)
+    ownership = Ownership(blobs, database)
+    await ownership.verify()
+    await database.open()
     await blobs.open()
+    await ownership.join()
     fitness = Fitness(blobs)
     catalog = Catalog(
         database,
@@ -121,8 +124,6 @@ async def _start(
         reserved={DEFAULT_MODEL, settings.served_model_name},
         problem=fitness.problem,
     )
-    ownership = Ownership(blobs, database)
-    await ownership.verify()
     removed = await blobs.sweep(await catalog.linked_digests() | ownership.kept)
     if removed:
         logger.info("removed %d blobs that nothing links to: %s", len(removed), ", ".join(removed))

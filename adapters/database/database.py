@@ -302,19 +302,36 @@ def _upgrade(connection: Connection) -> None:
     sqlite = connection.dialect.name == "sqlite"
     if not sqlite:
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": UPGRADE_LOCK})
-    config = Config()
-    config.set_main_option("script_location", MIGRATIONS)
+    check_revision(connection)
+    config = _config()
     config.attributes["connection"] = connection
-    scripts = ScriptDirectory.from_config(config)
-    for revision in MigrationContext.configure(connection).get_current_heads():
-        try:
-            scripts.get_revision(revision)
-        except CommandError:
-            raise SchemaTooNew(
-                f"The database {connection.engine.url.render_as_string()} was last used by a newer version"
-                f" (its schema is {revision}, this program knows up to {scripts.get_current_head()})."
-                " Start that version, or restore a backup."
-            ) from None
     command.upgrade(config, "head")
     if sqlite and (broken := connection.exec_driver_sql("PRAGMA foreign_key_check").all()):
         raise RuntimeError(f"after the upgrade {len(broken)} rows refer to nothing; it was rolled back")
+
+
+def check_revision(connection: Connection) -> str | None:
+    """The schema's revision, None where there is none yet; SchemaTooNew if this program does not know it."""
+    scripts = ScriptDirectory.from_config(_config())
+    found = None
+    for found in MigrationContext.configure(connection).get_current_heads():
+        try:
+            scripts.get_revision(found)
+        except CommandError:
+            raise SchemaTooNew(
+                f"The database {connection.engine.url.render_as_string()} was last used by a newer version"
+                f" (its schema is {found}, this program knows up to {scripts.get_current_head()})."
+                " Start that version, or restore a backup."
+            ) from None
+    return found
+
+
+def newest_revision() -> str:
+    """The schema's revision after ``Database.open``."""
+    return str(ScriptDirectory.from_config(_config()).get_current_head())
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", MIGRATIONS)
+    return config

@@ -131,6 +131,8 @@ class BlobStore:
 
     def _digests(self) -> set[str]:
         with disk_errors("listing the adapter store"):
+            if not self.blobs.exists():
+                return set()
             return {path.name for path in self.blobs.iterdir() if _DIGEST.fullmatch(path.name)}
 
     def _sweep(self, linked: frozenset[str], older_than: float) -> list[str]:

@@ -22,9 +22,11 @@ from typing import Any, Self
 from sqlalchemy import func, select
 
 from adapters.database.database import Database
-from adapters.database.rows import AuditRow, MetaRow, VersionRow
+from adapters.database.glance import glance
+from adapters.database.rows import AuditRow, MetaRow
 from adapters.files import sync_path
 from adapters.store.blobs import BlobStore
+from adapters.store.versions import linked_digests
 from adapters.tasks import run_in_thread
 
 LOCK_FILE = ".lock"
@@ -117,28 +119,32 @@ class Ownership:
         return frozenset(self._mark.kept)
 
     async def verify(self) -> None:
-        """Raises WrongDatabase unless folder and database belong together; changes nothing then.
+        """Before either is opened: raises WrongDatabase unless folder and database belong together.
 
-        Where one of them has no id yet, as after an upgrade, they are joined if what they hold fits.
+        Nothing is touched: no table is made or upgraded, no folder made. Raises SchemaTooNew too.
         """
+        seen = await glance(self._database.url, META_KEY)
         mark = await run_in_thread(self._read)
-        known = await self._known()
         if mark is None:
-            await self._check_contents()
-            await self._join(known)
+            await self._check_contents(seen.linked)
             return
-        if mark.id != known:
+        if mark.id != (known := seen.installation):
             raise WrongDatabase(
                 f"the database is not the one that the data folder {self._blobs.root} was used with: "
                 + ("it is a new one" if known is None else f"its id is {known}, the folder's is {mark.id}")
                 + f". No adapter was touched. Set LORAPLEX_DATABASE_URL to the right one. {_ADOPT}"
             )
-        if (last := await self._last_audit()) < mark.audit:
+        if (last := seen.audit) < mark.audit:
             raise WrongDatabase(
                 f"the database is older than the data folder {self._blobs.root}: its audit ends with entry"
                 f" {last}, and the folder has seen entry {mark.audit}. No adapter was touched. {_ADOPT}"
             )
         self._mark = mark
+
+    async def join(self) -> None:
+        """After ``verify``, when both are open: gives an id to what has none yet, as after an upgrade."""
+        if not self._mark.id:
+            await self._join(await self._known())
 
     async def adopt(self) -> int:
         """Joins folder and database whatever they hold; returns how many blobs without a row are kept."""
@@ -154,8 +160,8 @@ class Ownership:
                 await self._keep(_Mark(self._mark.id, last, self._mark.kept))
             self._generation = generation
 
-    async def _check_contents(self) -> None:
-        linked, present = await self._linked(), await self._blobs.digests()
+    async def _check_contents(self, linked: frozenset[str]) -> None:
+        present = await self._blobs.digests()
         if linked and not linked & present:
             raise WrongDatabase(
                 f"the database has {len(linked)} adapters' files on record, and none of them is in the data"
@@ -175,7 +181,7 @@ class Ownership:
             known = uuid.uuid4().hex
             async with self._database.append() as session:
                 session.add(MetaRow(key=META_KEY, value=known))
-        kept = await self._blobs.digests() - await self._linked()
+        kept = await self._blobs.digests() - await linked_digests(self._database)
         await self._keep(_Mark(known, await self._last_audit(), tuple(sorted(kept))))
 
     async def _keep(self, mark: _Mark) -> None:
@@ -189,10 +195,6 @@ class Ownership:
     async def _last_audit(self) -> int:
         async with self._database.read() as session:
             return await session.scalar(select(func.max(AuditRow.id))) or 0
-
-    async def _linked(self) -> set[str]:
-        async with self._database.read() as session:
-            return set(await session.scalars(select(VersionRow.digest).distinct()))
 
     def _read(self) -> _Mark | None:
         try:

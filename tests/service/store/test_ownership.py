@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine
 
 from adapters.database import audit
+from adapters.database.database import MIGRATIONS, SchemaTooNew
 from adapters.store.blobs import BlobStore
 from adapters.store.ownership import INSTALLATION_FILE, FolderInUse, FolderLock, Ownership, WrongDatabase
 from server.app import create_app
@@ -67,7 +71,7 @@ async def refused(folder: Path, **changes: object) -> None:
         raise AssertionError("the engine was started")
 
     app = create_app(settings(folder, **changes), start_engine=start)
-    with pytest.raises((WrongDatabase, FolderInUse)):
+    with pytest.raises((WrongDatabase, FolderInUse, SchemaTooNew)):
         async with app.router.lifespan_context(app):
             pass
 
@@ -175,13 +179,64 @@ async def test_a_damaged_mark_is_no_reason_to_guess(tmp_path: Path, caplog: pyte
     assert blobs_in(folder) == before
 
 
+@pytest.mark.parametrize("revision", ["0001", "0003"])
+async def test_an_older_release_s_database_is_refused_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, revision: str
+) -> None:
+    """It would be upgraded in its place, and no longer be what it was restored as."""
+    folder = tmp_path / "data"
+    await filled(folder)
+    old = tmp_path / "old.db"
+    await asyncio.to_thread(make_old, old, revision)
+    before, names = old.read_bytes(), sorted(path.name for path in tmp_path.iterdir())
+    await refused(folder, database_url=f"sqlite+aiosqlite:///{old}")
+    assert "it is a new one" in caplog.text
+    assert old.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+async def test_a_database_that_is_refused_is_not_made(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    await filled(folder)
+    absent = tmp_path / "deep" / "absent.db"
+    await refused(folder, database_url=f"sqlite+aiosqlite:///{absent}")
+    assert not absent.parent.exists()
+
+
+async def test_a_database_of_a_newer_release_is_refused_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "data"
+    await filled(folder)
+    with sqlite3.connect(folder / DB) as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+        database.execute("PRAGMA journal_mode = DELETE")
+    before = (folder / DB).read_bytes()
+    await refused(folder)
+    assert "last used by a newer version" in caplog.text
+    assert (folder / DB).read_bytes() == before
+
+
+def make_old(path: Path, revision: str) -> None:
+    """The database of an earlier release, with a tenant."""
+    config = Config()
+    config.set_main_option("script_location", MIGRATIONS)
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+    engine.dispose()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 async def test_folder_and_database_are_joined_on_either_database(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path) as database, opened(kind, tmp_path / "more") as other:
         blobs = BlobStore(tmp_path / "data", max_bytes=1)
         await blobs.open()
-        await Ownership(blobs, database).verify()
-        await Ownership(blobs, database).verify()
+        for _ in range(2):
+            ownership = Ownership(blobs, database)
+            await ownership.verify()
+            await ownership.join()
         with pytest.raises(WrongDatabase, match="it is a new one"):
             await Ownership(blobs, other).verify()
         await Ownership(blobs, other).adopt()
@@ -252,6 +307,7 @@ async def test_what_the_folder_has_seen_grows_with_the_audit(tmp_path: Path) -> 
         await blobs.open()
         ownership = Ownership(blobs, database)
         await ownership.verify()
+        await ownership.join()
         for expected in (1, 2):
             async with database.write() as session:
                 audit.note(session, "tenant.create", "acme")

@@ -1,0 +1,76 @@
+"""A database looked at before anything in it is touched: whose it is, how far it has come, which schema."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from sqlalchemy import URL, Connection, create_engine, func, inspect, select
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from adapters.database.database import check_revision
+from adapters.database.rows import AuditRow, MetaRow, VersionRow
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """``revision`` is the schema's, None where there is none yet; ``installation`` the id in ``meta``.
+
+    ``audit`` is the audit's last entry, 0 without one; ``linked`` are the files that versions have.
+    """
+
+    revision: str | None = None
+    installation: str | None = None
+    audit: int = 0
+    linked: frozenset[str] = frozenset()
+
+
+async def glance(url: URL, installation_key: str) -> Glance:
+    """What the database at ``url`` holds; a SQLite file that is not there is not made.
+
+    Raises SchemaTooNew where the schema is beyond this program, ValueError where the file is no database,
+    and SQLAlchemy's errors where nothing answers.
+    """
+    if url.get_backend_name() == "sqlite":
+        return await asyncio.to_thread(_file, Path(str(url.database)), installation_key)
+    engine = create_async_engine(url, poolclass=NullPool)
+    try:
+        async with engine.connect() as connection:
+            return await connection.run_sync(_look, installation_key)
+    finally:
+        await engine.dispose()
+
+
+def _file(path: Path, installation_key: str) -> Glance:
+    if not path.exists() or not path.stat().st_size:
+        return Glance()
+    uri = f"file:{quote(str(path.absolute()))}?mode=ro"
+    engine = create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True), poolclass=NullPool)
+    try:
+        with engine.connect() as connection:
+            return _look(connection, installation_key)
+    except DatabaseError as error:
+        if "not a database" in str(error):
+            raise ValueError(f"{path} is not a SQLite database") from error
+        raise
+    finally:
+        engine.dispose()
+
+
+def _look(connection: Connection, installation_key: str) -> Glance:
+    revision = check_revision(connection)
+    tables = set(inspect(connection).get_table_names())
+    installation, audit, linked = None, 0, frozenset[str]()
+    if MetaRow.__tablename__ in tables:
+        query = select(MetaRow.value).where(MetaRow.key == installation_key)
+        installation = connection.scalar(query)
+    if AuditRow.__tablename__ in tables:
+        audit = connection.scalar(select(func.max(AuditRow.id))) or 0
+    if VersionRow.__tablename__ in tables:
+        linked = frozenset(connection.scalars(select(VersionRow.digest).distinct()))
+    return Glance(revision, installation, audit, linked)
