@@ -116,6 +116,7 @@ class AdapterVersion(Answer):
     tier: Tier
     created_at: Time
     quarantine: dict[str, JsonValue] | None
+    problem: dict[str, str] | None
     report: Report
 
 
