@@ -28,7 +28,7 @@ from server.accounts.wrong_keys import WrongKeys
 from server.engine.calls import EngineDied
 from server.engine.engine import Engine
 from server.engine.restarts import Restarts
-from server.http import admin, inference, operations, reports, self_service
+from server.http import account, admin, inference, observation, operations, reports, self_service
 from server.http.auth import SINGLE
 from server.http.middleware import RequestContext, install_error_handlers
 from server.http.openapi import document
@@ -89,8 +89,10 @@ def create_app(
     app.include_router(inference.router)
     app.include_router(inference.tokens)
     app.include_router(admin.router)
+    app.include_router(observation.router)
     app.include_router(reports.operators)
     app.include_router(reports.customers)
+    app.include_router(account.router)
     app.include_router(self_service.router)
     app.include_router(operations.router)
     app.openapi = document(app)  # type: ignore[method-assign]
@@ -169,6 +171,7 @@ async def _start(
     quotas = Quotas(
         _ledger(settings, shared, metrics),
         record=usage_writer.record,
+        record_refused=usage_writer.refused,
         spent=spent_so_far,
         prices=settings.prices,
         metrics=metrics,

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import logging
 import logging.config
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Literal
 
 from pythonjsonlogger.core import RESERVED_ATTRS
+
+
+@dataclass(frozen=True, slots=True)
+class RequestIds:
+    """How a request is known: ``own`` is the server's id, ``client`` the one that its client gave it."""
+
+    own: str
+    client: str | None = None
+
+
+# Set for everything that is done for a request.
+REQUEST: ContextVar[RequestIds | None] = ContextVar("request", default=None)
 
 
 class _NotTwice(logging.Filter):

@@ -5,6 +5,7 @@ Order of precedence: arguments, ``LORAPLEX_*`` variables, the YAML file, the def
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -24,7 +25,7 @@ from pydantic_settings import (
     SettingsConfigDict,
     YamlConfigSettingsSource,
 )
-from sqlalchemy import URL
+from sqlalchemy import URL, make_url
 
 # The sizes that vLLM compiles its LoRA kernels for (vllm.config.lora.MaxLoRARanks).
 ALLOWED_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -79,6 +80,22 @@ REFUSED_ENGINE_ARGS = {
 }
 # Refused above 1: adapters are paged in the first engine only.
 ONE_ENGINE_ARGS = ("data_parallel_size", "data_parallel_size_local", "api_server_count")
+
+
+MASK = "**********"
+_SECRET = re.compile(r"key$|token$|secret|password|credential", re.IGNORECASE)
+_USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+def _masked(name: str, value: Any) -> Any:
+    """``value`` without what its name, or a URL in it, says is secret."""
+    if isinstance(value, dict):
+        return {key: _masked(str(key), inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_masked(name, inner) for inner in value]
+    if isinstance(value, str) and value:
+        return MASK if _SECRET.search(name) else _USER_INFO.sub(MASK, value)
+    return value
 
 
 class Price(BaseModel):
@@ -299,6 +316,14 @@ class Settings(BaseSettings):
                 " an adapter in a slot stays in host memory"
             )
         return self
+
+    def shown(self) -> dict[str, Any]:
+        """All of it as JSON for operators, without keys and passwords."""
+        values = self.model_dump(mode="json")
+        url = make_url(self.database_url)
+        return {name: _masked(name, value) for name, value in values.items()} | {
+            "database_url": url.render_as_string(hide_password=True)
+        }
 
     @classmethod
     def load(cls, config: Path | None = None, **overrides: Any) -> Settings:

@@ -60,7 +60,8 @@ def note(
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Entries of ``start`` <= at < ``end`` with an id above ``after``; None is any."""
+    """Entries of ``start`` <= at < ``end``; None is any. ``after`` is the last id of the page before, 0 for
+    the first page."""
 
     tenant: str | None = None
     actor: str | None = None
@@ -70,9 +71,13 @@ class Search:
     after: int = 0
 
 
-async def entries(database: Database, search: Search, most: int) -> list[dict[str, Any]]:
-    """As JSON, oldest first."""
-    query = select(AuditRow).where(AuditRow.id > search.after).order_by(AuditRow.id).limit(most)
+async def entries(
+    database: Database, search: Search, most: int, *, newest: bool = False
+) -> list[dict[str, Any]]:
+    """As JSON, oldest or newest first."""
+    query = select(AuditRow).order_by(AuditRow.id.desc() if newest else AuditRow.id).limit(most)
+    if search.after:
+        query = query.where(AuditRow.id < search.after if newest else AuditRow.id > search.after)
     query = matching(query, AuditRow, search, "tenant", "actor", "action")
     names = ("id", "actor", "action", "tenant", "target", "before", "after", "request_id")
     async with database.read() as session:

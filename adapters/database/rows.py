@@ -2,7 +2,8 @@
 
 tenants ──< keys
    ├─────< adapters ──< versions          meta: key -> value
-   └─────< uploads
+   ├─────< uploads
+   └─────< upload_jobs                   admin_keys: people who operate
 usage, audit: what happened; they outlive whom it happened to
 """
 
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 from sqlalchemy import (
     JSON,
     BigInteger,
+    ColumnElement,
     DateTime,
     Dialect,
     Double,
@@ -23,8 +25,11 @@ from sqlalchemy import (
     Integer,
     MetaData,
     Select,
+    SQLColumnExpression,
     String,
     Text,
+    false,
+    func,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -96,6 +101,7 @@ class TenantRow(Base):
     priority: Mapped[str] = mapped_column(String(16), default="standard", server_default="standard")
     limits: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     budgets: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    suspended: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
 class KeyRow(Base):
@@ -158,6 +164,8 @@ class VersionRow(Base):
     report: Mapped[dict[str, Any]] = mapped_column(JSON)
     golden: Mapped[dict[str, Any] | None] = mapped_column(_Json, deferred=True)
     quarantine: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    note: Mapped[str | None] = mapped_column(String(500))
+    uploader: Mapped[str | None] = mapped_column(String(64))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
@@ -173,15 +181,56 @@ class UploadRow(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
 
 
+class UploadJobRow(Base):
+    """An upload that is answered later, or one that was refused; see ``adapters.store.upload_jobs``."""
+
+    __tablename__ = "upload_jobs"
+    __table_args__ = (Index("ix_upload_jobs_tenant_created_at", "tenant", "created_at"),)
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
+    adapter: Mapped[str] = mapped_column(String(128))
+    state: Mapped[str] = mapped_column(String(16))
+    received_bytes: Mapped[int] = mapped_column(BigInteger)
+    actor: Mapped[str] = mapped_column(String(64))
+    request_id: Mapped[str | None] = mapped_column(String(64))
+    answer: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    code: Mapped[str | None] = mapped_column(String(64))
+    message: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class AdminKeyRow(Base):
+    """A person who operates the server. ``digest`` is the SHA-256 of the key, in hex."""
+
+    __tablename__ = "admin_keys"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    name: Mapped[str] = mapped_column(String(50), unique=True)
+    role: Mapped[str] = mapped_column(String(16))
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    last_used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
 class UsageRow(Base):
     """What one request used or, once rolled up (``request_id`` is NULL), ``requests`` of one day.
+
+    A request that was refused is there with ``requests`` 0, so that it can be found and counts nowhere.
+    ``code`` is the error that it ended with.
 
     ``at`` is when it ended, ``hour`` the same in hours since 1970. Tokens, seconds and ``cost`` (in 1e-9 of
     the currency) are sums over the requests. It refers to no row, because it has to outlive them.
     """
 
     __tablename__ = "usage"
-    __table_args__ = (Index("ix_usage_tenant_at", "tenant", "at"), Index("ix_usage_at", "at"))
+    __table_args__ = (
+        Index("ix_usage_tenant_at", "tenant", "at"),
+        Index("ix_usage_at", "at"),
+        Index("ix_usage_request_id", "request_id"),
+    )
 
     id: Mapped[int] = mapped_column(_RowId, primary_key=True)
     at: Mapped[datetime] = mapped_column(UtcDateTime)
@@ -201,6 +250,9 @@ class UsageRow(Base):
     first_token_seconds: Mapped[float] = mapped_column(Double)
     seconds: Mapped[float] = mapped_column(Double)
     cost: Mapped[int] = mapped_column(BigInteger)
+    load_seconds: Mapped[float] = mapped_column(Double, default=0.0, server_default="0")
+    client_request_id: Mapped[str | None] = mapped_column(String(128))
+    code: Mapped[str | None] = mapped_column(String(64))
 
 
 class AuditRow(Base):
@@ -227,6 +279,11 @@ class MetaRow(Base):
 
     key: Mapped[str] = mapped_column(String(64), primary_key=True)
     value: Mapped[str] = mapped_column(Text)
+
+
+def containing(column: SQLColumnExpression[str], part: str) -> ColumnElement[bool]:
+    """Whether ``column`` has ``part`` in it, in letters of either case."""
+    return func.lower(column).contains(part.lower().replace("\0", ""), autoescape=True)
 
 
 def matching(query: Q, row: Any, wanted: Any, *columns: str) -> Q:

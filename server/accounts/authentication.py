@@ -21,7 +21,7 @@ from sqlalchemy import select
 from adapters.database.cache import ReadCache
 from adapters.database.database import Database
 from adapters.database.rows import KeyRow, MetaRow, TenantRow
-from server.accounts.keys import KeyScope, digest_of, key_info
+from server.accounts.keys import DEFAULT_SCOPES, KeyScope, digest_of, key_info
 from server.accounts.tenants import Tenant, Tenants, tenant_of
 from server.errors import BadRequest, Forbidden, NotFound, Unauthorized
 
@@ -99,23 +99,27 @@ class Authentication:
         return made
 
     async def authenticate(
-        self, authorization: str | None, customer: str | None, scope: KeyScope = "inference"
+        self, authorization: str | None, customer: str | None, *scopes: KeyScope
     ) -> Tenant:
-        """Who makes this request, from ``Authorization`` and ``X-Customer-ID``, and may: has ``scope``.
+        """Who makes this request, from ``Authorization`` and ``X-Customer-ID``, and may: has one of
+        ``scopes``, which are ``inference`` alone if none are named.
 
         Unauthorized without a known key; BadRequest (``customer_required``) for the service key alone;
         Forbidden for the admin key, for an unknown customer (``unknown_customer``), for a tenant key
         beside another customer (``customer_mismatch``) and for a key that is for something else
-        (``scope_missing``): the service key is for inference only.
+        (``scope_missing``): the service key is for inference only. Forbidden (``tenant_suspended``).
         """
+        scopes = scopes or DEFAULT_SCOPES
         key = _bearer(authorization)
         digest = digest_of(key)
         if self._is(digest, self._admin):
             raise Forbidden("Admin keys cannot run inference. Use a key of a tenant.")
         if self._is(digest, self._service):
-            if scope != "inference":
-                raise Forbidden(f"A service key does not have the scope `{scope}`.", code="scope_missing")
-            return await self._customer(customer)
+            if "inference" not in scopes:
+                raise Forbidden(f"A service key does not have the scope `{scopes[0]}`.", code="scope_missing")
+            vouched = await self._customer(customer)
+            vouched.check()
+            return vouched
         tenant = await self._holder(key)
         if customer and customer != tenant.id:
             raise Forbidden(
@@ -124,7 +128,8 @@ class Authentication:
                 param="X-Customer-ID",
             )
         assert tenant.key is not None
-        tenant.key.check(scope)
+        tenant.key.check(*scopes)
+        tenant.check()
         return tenant
 
     async def require_admin(self, authorization: str | None) -> None:

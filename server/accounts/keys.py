@@ -11,7 +11,7 @@ from adapters.database.rows import KeyRow, now
 from server.accounts.terms import KeyLimits
 from server.errors import Forbidden, Unauthorized, Unprocessable
 
-KeyScope = Literal["inference", "adapters:write", "usage:read"]
+KeyScope = Literal["inference", "adapters:write", "usage:read", "keys:write"]
 SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)
 DEFAULT_SCOPES: tuple[KeyScope, ...] = ("inference",)
 
@@ -33,12 +33,13 @@ class KeyInfo:
     last_used_at: datetime | None = None
     limits: KeyLimits | None = None
 
-    def check(self, scope: KeyScope) -> None:
-        """Unauthorized (``expired_api_key``) or Forbidden (``scope_missing``) if it may not be used so."""
+    def check(self, *scopes: KeyScope) -> None:
+        """Unauthorized (``expired_api_key``), or Forbidden (``scope_missing``) without any of ``scopes``."""
         if self.expires_at is not None and self.expires_at <= now():
             raise Unauthorized("This API key has expired.", code="expired_api_key")
-        if scope not in self.scopes:
-            raise Forbidden(f"This key does not have the scope `{scope}`.", code="scope_missing")
+        if not set(scopes) & set(self.scopes):
+            wanted = " or ".join(f"`{scope}`" for scope in scopes)
+            raise Forbidden(f"This key does not have the scope {wanted}.", code="scope_missing")
 
     def shown(self) -> dict[str, Any]:
         """As JSON for the operator."""

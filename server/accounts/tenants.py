@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal, TypedDict, Unpack
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.audit import note
 from adapters.database.database import Database
-from adapters.database.rows import MAX_INTEGER, KeyRow, TenantRow, VersionRow, now
+from adapters.database.rows import MAX_INTEGER, KeyRow, TenantRow, VersionRow, containing, now
 from adapters.model import TENANT_PATTERN, is_tenant_id
 from server.accounts.keys import (
     DEFAULT_SCOPES,
@@ -31,7 +31,7 @@ from server.accounts.keys import (
     key_info,
 )
 from server.accounts.terms import Budgets, KeyLimits, LimitSettings, TenantLimits
-from server.errors import Conflict, NotFound, Unprocessable
+from server.errors import Conflict, Forbidden, NotFound, Unprocessable
 
 MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
 Priority = Literal["interactive", "standard", "batch"]
@@ -61,7 +61,13 @@ class Tenant:
     priority: Priority = "standard"
     limits: TenantLimits | None = None
     budgets: Budgets | None = None
+    suspended: bool = False
     key: KeyInfo | None = field(default=None, compare=False)
+
+    def check(self) -> None:
+        """Forbidden (``tenant_suspended``) while it is suspended."""
+        if self.suspended:
+            raise Forbidden("This account is suspended. Ask the operator.", code="tenant_suspended")
 
     @property
     def share(self) -> float:
@@ -70,7 +76,7 @@ class Tenant:
 
     def shown(self) -> dict[str, Any]:
         """As JSON for the operator."""
-        plain = ("id", "name", "weight", "priority", "base_allowed", "max_queued", "max_running")
+        plain = ("id", "name", "weight", "priority", "base_allowed", "max_queued", "max_running", "suspended")
         return {name: getattr(self, name) for name in plain} | {
             "created_at": self.created_at.isoformat(),
             "limits": (self.limits.stored() if self.limits else None) or {},
@@ -92,6 +98,16 @@ class TenantChanges(TypedDict, total=False):
     max_running: int | None
     limits: TenantLimits
     budgets: Budgets
+    suspended: bool
+
+
+class KeyChanges(TypedDict, total=False):
+    """What ``update_key`` may change; of ``limits`` only what is set in them."""
+
+    name: str | None
+    scopes: Sequence[KeyScope]
+    expires_at: datetime | None
+    limits: KeyLimits
 
 
 class Tenants:
@@ -214,6 +230,22 @@ class Tenants:
             note(session, "key.create", tenant, row.id, after=key_info(row).shown())
         return IssuedKey(id=row.id, name=row.name, created_at=row.created_at, key=key), key_info(old)
 
+    async def update_key(self, tenant: str, key_id: str, /, **changes: Unpack[KeyChanges]) -> KeyInfo:
+        """Changes what is given, all of it or nothing, from the next request on. NotFound, Unprocessable."""
+        if (name := changes.get("name")) is not None:
+            _check({"name": name})
+        check_expiry(changes.get("expires_at"))
+        async with self._database.write() as session:
+            row = await self._key(session, tenant, key_id)
+            before = key_info(row).shown()
+            for column, value in changes.items():
+                if isinstance(value, KeyLimits):
+                    value = KeyLimits(**(row.limits or {})).changed(value).stored()
+                setattr(row, column, list(value) if column == "scopes" else value)  # type: ignore[call-overload]
+            after = key_info(row)
+            note(session, "key.update", tenant, key_id, before=before, after=after.shown())
+        return after
+
     async def keys(self, tenant: str) -> builtins.list[KeyInfo]:
         """The tenant's keys, oldest first. NotFound."""
         async with self._database.read() as session:
@@ -237,12 +269,18 @@ class Tenants:
             raise NotFound(f"The tenant `{tenant}` has no such key.")
         return row
 
-    async def list(self) -> builtins.list[Tenant]:
-        """All tenants, by id."""
+    async def list(
+        self, *, q: str | None = None, after: str | None = None, most: int | None = None
+    ) -> builtins.list[Tenant]:
+        """By id: all, or the first ``most`` after the id ``after``; ``q`` is a part of the id or the name."""
+        query = select(TenantRow).order_by(TenantRow.id).limit(most)
+        if q:
+            query = query.where(or_(containing(TenantRow.id, q), containing(TenantRow.name, q)))
+        if after is not None:
+            query = query.where(TenantRow.id > after)
         async with self._database.read() as session:
-            return sorted(
-                map(tenant_of, await session.scalars(select(TenantRow))), key=lambda tenant: tenant.id
-            )
+            found = [tenant_of(row) for row in await session.scalars(query)]
+        return found if most is not None else sorted(found, key=lambda tenant: tenant.id)
 
 
 def _new_key(tenant: str) -> tuple[str, KeyRow]:
@@ -288,6 +326,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_name, "1 to 200 printable characters"),
     "weight": (_is_weight, f"a number from {MIN_WEIGHT} to {MAX_WEIGHT:g}"),
     "priority": (lambda value: value in PRIORITIES, f"one of {', '.join(PRIORITIES)}"),
+    "suspended": (lambda value: isinstance(value, bool), "true or false"),
     "base_allowed": (lambda value: isinstance(value, bool), "true or false"),
     "max_queued": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
     "limits": (lambda value: isinstance(value, TenantLimits), "limits"),
@@ -310,4 +349,5 @@ def tenant_of(row: TenantRow) -> Tenant:
         priority=next(priority for priority in PRIORITIES if priority == row.priority),
         limits=TenantLimits(**row.limits) if row.limits else None,
         budgets=Budgets(**row.budgets) if row.budgets else None,
+        suspended=bool(row.suspended),
     )

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 FLUSH_INTERVAL_S = 0.25
 MAX_WAITING = 10_000
+# Refused requests a second that are recorded: a client in a loop must not fill the disk.
+MAX_REFUSED = 20
 TOUCH_INTERVAL_S = 60.0
 ROLL_UP_INTERVAL_S = 3600.0
 MAX_GROUPS = 10_000
@@ -43,6 +45,8 @@ class Usage:
     """What one request used, or several together (then ``request_id`` is None). Times are in seconds.
 
     ``key`` is None for a gateway's request, ``adapter`` and ``version`` for one to the base model.
+    ``load_seconds`` are those of ``queue_seconds`` in which its adapter was loaded. ``code`` is the error
+    that it ended with. ``requests`` is 0 for one that was refused.
     """
 
     at: datetime
@@ -61,6 +65,9 @@ class Usage:
     first_token_seconds: float = 0.0
     seconds: float = 0.0
     cost: int = 0
+    load_seconds: float = 0.0
+    client_request_id: str | None = None
+    code: str | None = None
 
     @property
     def hour(self) -> int:
@@ -78,18 +85,23 @@ class Usage:
 ORIGIN = ("tenant", "key", "adapter", "version", "endpoint", "outcome")
 SUMS = (
     "requests", "prompt_tokens", "cached_tokens", "output_tokens", "queue_seconds", "first_token_seconds",
-    "seconds", "cost",
+    "seconds", "cost", "load_seconds",
 )  # fmt: skip
 
 
 def added_up(records: Iterable[Usage]) -> list[Usage]:
-    """One record for all of the same hour and origin; the sums stay what they were."""
+    """One record for all of the same hour and origin; the sums stay what they were.
+
+    Refused requests, which add nothing, are left out.
+    """
     totals: dict[tuple[Any, ...], Usage] = {}
     for record in records:
+        if not record.requests:
+            continue
         total = totals.get(record.origin())
         if total is not None:
             sums = {name: getattr(total, name) + getattr(record, name) for name in SUMS}
-            record = replace(total, request_id=None, **sums)
+            record = replace(total, request_id=None, client_request_id=None, code=None, **sums)
         totals[record.origin()] = record
     return list(totals.values())
 
@@ -105,6 +117,7 @@ class UsageWriter:
         self._keep = timedelta(days=keep_days)
         self._waiting: list[Usage] = []
         self._used: dict[str, datetime] = {}
+        self._refused = 0, 0  # in which second how many
         self._writing = asyncio.Lock()
         self._write: asyncio.Task[None] | None = None
         self._recorded = asyncio.Event()  # not set while nothing waits
@@ -134,6 +147,15 @@ class UsageWriter:
         self._recorded.set()
         if len(self._waiting) > MAX_WAITING:
             self._waiting = added_up(self._waiting)
+
+    def refused(self, record: Usage) -> None:
+        """Takes the record of a request that was refused; no more than ``MAX_REFUSED`` a second."""
+        second = int(record.at.timestamp())
+        if self._refused[0] != second:
+            self._refused = second, 0
+        if self._refused[1] < MAX_REFUSED and len(self._waiting) < MAX_WAITING:
+            self._refused = second, self._refused[1] + 1
+            self.record(replace(record, requests=0))
 
     def used(self, key: str) -> None:
         """Notes that the key with this id is used now."""
@@ -224,11 +246,12 @@ async def roll_up(database: Database, before: datetime) -> bool:
         origin = [getattr(UsageRow, name) for name in ORIGIN]
         sums = [func.sum(getattr(UsageRow, name)) for name in SUMS]
         total = select(func.min(UsageRow.at), func.min(UsageRow.hour), *origin, null(), *sums)
+        whole = (*day, UsageRow.requests > 0)
         # Its rows have ids beyond these, and must not be deleted with them.
         newest = await session.scalar(select(func.max(UsageRow.id)).where(*day))
         names = ["at", "hour", *ORIGIN, "request_id", *SUMS]
         await session.execute(
-            insert(UsageRow).from_select(names, total.where(*day).group_by(*origin), include_defaults=False)
+            insert(UsageRow).from_select(names, total.where(*whole).group_by(*origin), include_defaults=False)
         )
         await session.execute(delete(UsageRow).where(*day, UsageRow.id <= newest))
     return True
@@ -276,6 +299,7 @@ async def spent(database: Database, tenant: str, start: datetime, end: datetime)
 
 
 def _asked(query: Select[*tuple[Any, ...]], question: Question) -> Select[*tuple[Any, ...]]:
+    query = query.where(UsageRow.requests > 0)
     return matching(query, UsageRow, question, "tenant", "adapter", "key")
 
 

@@ -55,8 +55,9 @@ def audit(
     after: Annotated[int | None, typer.Option(min=0, help="Changes after the one with this id.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Most changes shown.")] = 100,
 ) -> Shown:
-    """Show what was changed, and by whom, oldest first."""
+    """Show what was changed, and by whom, newest first; what came after an id, oldest first."""
     asked = {"tenant": tenant, "actor": actor, "action": action, "from": start, "to": end}
+    asked["order"] = "newest" if after is None else "oldest"
     document = server.get("audit", **asked, after=after, limit=limit)
     shown = ("id", "at", "actor", "action", "tenant", "target")
     return document, show.rows([{name: entry[name] for name in shown} for entry in document["data"]])

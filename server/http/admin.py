@@ -23,6 +23,7 @@ from server.http.adapters import (
 )
 from server.http.auth import ADMIN, NamedTenant
 from server.http.bodies import Body, body_as, documented
+from server.http.reports import PAGE, page_of
 from server.http.services import ServicesOf
 from server.publishing.publish import verify
 from server.scheduling.event_log import KEPT
@@ -31,6 +32,8 @@ router = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=[ADMIN])
 
 
 class NewTenant(Body):
+    """A tenant to be made; what is not said has its default."""
+
     id: str
     name: str | None = None
     weight: float = Field(1.0, gt=0, le=1000, allow_inf_nan=False)
@@ -43,6 +46,8 @@ class NewTenant(Body):
 
 
 class TenantChange(Body):
+    """What a PATCH of a tenant changes; what is not named stays as it is."""
+
     name: str | None = None
     weight: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
     priority: Priority | None = None
@@ -51,9 +56,21 @@ class TenantChange(Body):
     max_running: int | None = Field(None, ge=1)
     limits: TenantLimits = TenantLimits()
     budgets: Budgets = Budgets()
+    suspended: bool | None = None
+
+
+class KeyChange(Body):
+    """What a PATCH of a key changes; of ``limits`` only what is set in them."""
+
+    name: str | None = None
+    scopes: list[KeyScope] = Field(list(DEFAULT_SCOPES), min_length=1, max_length=len(SCOPES))
+    expires_at: datetime | None = Field(None, strict=False)
+    limits: KeyLimits = KeyLimits()
 
 
 class NewKey(Body):
+    """A key to be made."""
+
     empty = b"{}"
     name: str | None = None
     scopes: list[KeyScope] = Field(list(DEFAULT_SCOPES), min_length=1, max_length=len(SCOPES))
@@ -62,6 +79,8 @@ class NewKey(Body):
 
 
 class Rotation(Body):
+    """How long the old key goes on beside the new one."""
+
     empty = b"{}"
     overlap_seconds: int = Field(0, ge=0, le=366 * 86400)
 
@@ -81,9 +100,18 @@ async def create_tenant(
     return (await services.tenants.create(**dict(body))).shown()
 
 
-@router.get("/tenants", response_model=answers.Tenants)
-async def list_tenants(services: ServicesOf) -> dict[str, Any]:
-    return {"object": "list", "data": [t.shown() for t in await services.tenants.list()]}
+@router.get(
+    "/tenants", response_model=answers.Tenants, summary="Customers by id: all of them, or a page of `limit`"
+)
+async def list_tenants(
+    services: ServicesOf,
+    q: Annotated[str | None, Query(max_length=200, description="A part of the id or the name.")] = None,
+    after: Annotated[str | None, Query(max_length=200, description="`next` of the page before.")] = None,
+    limit: Annotated[int | None, Query(ge=1, le=PAGE)] = None,
+) -> dict[str, Any]:
+    most = None if limit is None else limit + 1
+    found = [tenant.shown() for tenant in await services.tenants.list(q=q, after=after, most=most)]
+    return page_of(found, limit or len(found), "id")
 
 
 @router.get("/tenants/{tenant}", response_model=answers.Tenant)
@@ -131,6 +159,16 @@ async def rotate_key(
 @router.get("/tenants/{tenant}/keys", response_model=answers.Keys)
 async def list_keys(tenant: str, services: ServicesOf) -> dict[str, Any]:
     return {"object": "list", "data": [key.shown() for key in await services.tenants.keys(tenant)]}
+
+
+@router.patch(
+    "/tenants/{tenant}/keys/{key_id}", response_model=answers.Key, openapi_extra=documented(KeyChange)
+)
+async def update_key(
+    tenant: str, key_id: str, body: Annotated[KeyChange, body_as(KeyChange)], services: ServicesOf
+) -> dict[str, Any]:
+    changes: Any = {name: getattr(body, name) for name in body.model_fields_set}
+    return (await services.tenants.update_key(tenant, key_id, **changes)).shown()
 
 
 @router.delete("/tenants/{tenant}/keys/{key_id}", status_code=204)

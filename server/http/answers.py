@@ -68,6 +68,7 @@ class Tenant(Answer):
     base_allowed: bool
     max_queued: Count | None
     max_running: Count | None
+    suspended: bool
     limits: dict[str, JsonValue]
     budgets: dict[str, JsonValue]
     created_at: Time
@@ -76,6 +77,7 @@ class Tenant(Answer):
 class Tenants(Answer):
     object: Literal["list"]
     data: list[Tenant]
+    next: Annotated[str | None, Field(description="What `after` of the next page is; null at the end.")]
 
 
 class Key(Answer):
@@ -183,6 +185,7 @@ class UsageSum(Answer):
     queue_seconds: float
     first_token_seconds: float
     seconds: float
+    load_seconds: float
     cost: float
 
 

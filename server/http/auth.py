@@ -10,7 +10,7 @@ from fastapi import Depends, Request
 
 from adapters.database.audit import ACTOR, Actor
 from server.accounts.authentication import WrongKey
-from server.accounts.keys import KeyScope
+from server.accounts.keys import SCOPES, KeyScope
 from server.accounts.tenants import Tenant
 from server.errors import BadRequest, TooManyRequests
 from server.http.middleware import matched_path
@@ -49,14 +49,17 @@ async def _slowed(request: Request, check: Awaitable[T]) -> T:
         ) from None
 
 
-async def tenant_of(request: Request, scope: KeyScope = "inference") -> Tenant:
-    """The tenant whose key, with ``scope``, the request has. Raises as ``Authentication.authenticate``."""
+async def tenant_of(request: Request, *scopes: KeyScope) -> Tenant:
+    """The tenant whose key, with one of ``scopes`` (``inference`` if none are named), the request has.
+
+    Raises as ``Authentication.authenticate``.
+    """
     services = services_of(request)
     authorization, key = request.headers.get("authorization"), request.headers.get("x-api-key")
     if authorization is None and key is not None and speaks_anthropic(matched_path(request.scope)):
         authorization = f"Bearer {key}"
     customer = request.headers.get("x-customer-id")
-    tenant = await _slowed(request, services.authentication.authenticate(authorization, customer, scope))
+    tenant = await _slowed(request, services.authentication.authenticate(authorization, customer, *scopes))
     request.state.log["tenant"] = tenant.id
     if tenant.key is not None:
         services.usage_writer.used(tenant.key.id)
@@ -89,6 +92,18 @@ async def _usage_reader(request: Request) -> Tenant:
     return await tenant_of(request, "usage:read")
 
 
+async def _member(request: Request) -> Tenant:
+    return await tenant_of(request, *SCOPES)
+
+
+async def _manager(request: Request) -> Tenant:
+    return await tenant_of(request, "adapters:write", "usage:read", "keys:write")
+
+
+async def _key_owner(request: Request) -> Tenant:
+    return await tenant_of(request, "keys:write")
+
+
 ADMIN = Depends(require_admin)
 METRICS = Depends(require_metrics)
 SINGLE = Depends(single_headers)
@@ -97,3 +112,7 @@ NamedTenant = Annotated[Tenant, Depends(_named_tenant)]
 # The tenant whose key this is, if the key may do that.
 AdapterOwner = Annotated[Tenant, Depends(_adapter_owner)]
 UsageReader = Annotated[Tenant, Depends(_usage_reader)]
+KeyOwner = Annotated[Tenant, Depends(_key_owner)]
+# With a key of any kind, and with one that is for more than inference.
+Member = Annotated[Tenant, Depends(_member)]
+Manager = Annotated[Tenant, Depends(_manager)]

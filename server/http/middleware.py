@@ -27,6 +27,7 @@ from server.errors import (
 )
 from server.inference.completion import new_request_id
 from server.inference.dialects.messages import anthropic_error, speaks_anthropic
+from server.logs import REQUEST, RequestIds
 
 logger = logging.getLogger("loraplex.access")
 T = TypeVar("T")
@@ -60,6 +61,7 @@ class RequestContext:
         log: dict[str, Any] = {"request_id": request_id}
         if shown != request_id:
             log["client_request_id"] = shown
+        REQUEST.set(RequestIds(request_id, log.get("client_request_id")))
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, log=log, headers=dict)
         status = 0

@@ -20,7 +20,7 @@ from adapters.database.database import Database
 from server.accounts.usage import GROUPS, Group, Question, usage
 from server.errors import Unprocessable
 from server.http.answers import Audit, Usage
-from server.http.auth import ADMIN, UsageReader
+from server.http.auth import ADMIN, Manager, UsageReader
 from server.http.services import services_of
 
 operators = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=[ADMIN])
@@ -32,6 +32,8 @@ Format = Literal["json", "csv"] | None
 PAGE = 1000
 # Rows count up from 1 and never get there; the document's bounds are floats, and this is exact as one.
 LAST_ID = 2**53 - 1
+After = Annotated[int, Query(ge=0, le=LAST_ID, description="`next` of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=PAGE)]
 By = Annotated[str, Query(description=f"Comma-separated: {', '.join(GROUPS)}.")]
 
 
@@ -42,7 +44,7 @@ def _question(
     end: End = None,
     by: By = "",
 ) -> Question:
-    return Question(None, adapter, key, _utc(start), _utc(end), groups_of(by))
+    return Question(None, adapter, key, utc(start), utc(end), groups_of(by))
 
 
 Asked = Annotated[Question, Depends(_question)]
@@ -60,9 +62,7 @@ async def all_usage(
 
 
 @operators.get(
-    "/audit",
-    response_model=Audit,
-    summary="Changes, oldest first; all of them as JSON lines with `format=jsonl`",
+    "/audit", response_model=Audit, summary="Changes, newest first; as JSON lines all of them, oldest first"
 )
 async def audit(
     request: Request,
@@ -71,17 +71,40 @@ async def audit(
     action: str | None = None,
     start: Start = None,
     end: End = None,
-    after: Annotated[int, Query(ge=0, le=LAST_ID, description="`next` of the page before.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=PAGE)] = 100,
+    after: After = 0,
+    limit: Limit = 100,
+    order: Literal["newest", "oldest"] = "newest",
     format: Literal["json", "jsonl"] = "json",
 ) -> Response:
     database = services_of(request).database
-    search = Search(tenant, actor, action, _utc(start), _utc(end), after)
+    search = Search(tenant, actor, action, utc(start), utc(end), after)
     if format == "jsonl":
         return StreamingResponse(_lines(database, search), media_type="application/jsonl")
-    found = await entries(database, search, limit + 1)
-    page, more = found[:limit], len(found) > limit
-    return JSONResponse({"object": "list", "data": page, "next": page[-1]["id"] if more else None})
+    found = await entries(database, search, limit + 1, newest=order == "newest")
+    return JSONResponse(page_of(found, limit, "id"))
+
+
+@customers.get("/audit", response_model=Audit, summary="Changes of the customer's own things, newest first")
+async def own_audit(
+    request: Request,
+    owner: Manager,
+    start: Start = None,
+    end: End = None,
+    after: After = 0,
+    limit: Limit = 100,
+) -> dict[str, Any]:
+    first = max(utc(start) or owner.created_at, owner.created_at)
+    search = Search(owner.id, start=first, end=utc(end), after=after)
+    found = await entries(services_of(request).database, search, limit + 1, newest=True)
+    # Who of the operator's people it was is not the customer's to know.
+    told = [e if e["actor"].startswith("key ") else e | {"actor": "operator"} for e in found]
+    return page_of(told, limit, "id")
+
+
+def page_of(found: list[dict[str, Any]], limit: int, cursor: str) -> dict[str, Any]:
+    """The first ``limit`` of ``found``; ``next`` is the last one's ``cursor`` where there are more."""
+    page = found[:limit]
+    return {"object": "list", "data": page, "next": page[-1][cursor] if len(found) > limit else None}
 
 
 async def _lines(database: Database, search: Search) -> AsyncIterator[str]:
@@ -118,7 +141,8 @@ def groups_of(by: str) -> tuple[Group, ...]:
     return groups
 
 
-def _utc(time: datetime | None) -> datetime | None:
+def utc(time: datetime | None) -> datetime | None:
+    """``time``, which is in UTC where it has no zone."""
     return time.replace(tzinfo=UTC) if time is not None and time.tzinfo is None else time
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -122,27 +123,67 @@ async def open_completion(
     Raises a ServerError or AdapterError before anything was answered. Cancelling it ends the request in the
     engine and gives its place back.
     """
-    with counted_refusals(service.metrics, tenant):
-        check_base(service.answers.base, dialect)
-        version, public, reservation = await resolve_allowed(service, tenant, dialect, body, request_id)
-        text = _prompt_text(body)
-        most_prompt = prompt_tokens_bound(text, body.get("tools"))
-        elastic = all(body.get(param) is None for param in dialect.max_tokens_fields)
-        fields = dialect.allowed_fields(body)
-        fields = with_token_limit(service, reservation, dialect, fields, most_prompt)
-    order = Order(
-        id=request_id,
-        tenant=tenant,
-        dialect=dialect,
-        fields=fields,
-        version=version,
-        public_model=public,
-        reservation=reservation,
-        prompt_bound=most_prompt,
-        prompt_tokens=estimate_prompt_tokens(text),
-        elastic=elastic,
-    )
-    return await service.answers.open(order)
+    with recorded_refusals(service, tenant, dialect, request_id) as asked:
+        with counted_refusals(service.metrics, tenant):
+            check_base(service.answers.base, dialect)
+            resolved = await resolve_allowed(service, tenant, dialect, body, request_id)
+            version, public, reservation = resolved
+            asked.version, asked.reservation = version, reservation
+            text = _prompt_text(body)
+            most_prompt = prompt_tokens_bound(text, body.get("tools"))
+            elastic = all(body.get(param) is None for param in dialect.max_tokens_fields)
+            fields = dialect.allowed_fields(body)
+            fields = with_token_limit(service, reservation, dialect, fields, most_prompt)
+        order = Order(
+            id=request_id,
+            tenant=tenant,
+            dialect=dialect,
+            fields=fields,
+            version=version,
+            public_model=public,
+            reservation=reservation,
+            prompt_bound=most_prompt,
+            prompt_tokens=estimate_prompt_tokens(text),
+            elastic=elastic,
+        )
+        return await service.answers.open(order)
+
+
+@dataclass(slots=True)
+class Asked:
+    """What is known of a request so far. ``version`` None is the base model, or not known yet."""
+
+    version: Version | None = None
+    reservation: Reservation | None = None
+
+
+@contextmanager
+def recorded_refusals(
+    service: Completions, tenant: Tenant, dialect: Dialect, request_id: str
+) -> Iterator[Asked]:
+    """Lets a request be found that ended before it had a lease, which would have recorded it."""
+    asked, began = Asked(), time.monotonic()
+
+    def ended(outcome: Outcome, code: str | None) -> None:
+        if asked.reservation is None or not asked.reservation.recorded:
+            service.quotas.refused(
+                tenant,
+                asked.version,
+                endpoint=dialect.name,
+                request_id=request_id,
+                outcome=outcome,
+                code=code,
+                seconds=time.monotonic() - began,
+            )
+
+    try:
+        yield asked
+    except (ServerError, AdapterError) as exc:
+        ended(_outcome_of(exc), exc.code)
+        raise
+    except asyncio.CancelledError:
+        ended("disconnected", None)
+        raise
 
 
 @contextmanager
@@ -167,9 +208,12 @@ async def closed_on_failure(lease: Lease) -> AsyncIterator[None]:
         await lease.close("disconnected")
         raise
     except EngineDied as exc:
+        failure = lease.failure or engine_restarting()
+        lease.code = failure.code
         await lease.close("failed")
-        raise (lease.failure or engine_restarting()) from exc
+        raise failure from exc
     except Exception as exc:
+        lease.code = getattr(lease.failure or exc, "code", None)
         await lease.close("failed" if lease.failure else _outcome_of(exc))
         if lease.failure is not None:  # the engine was lost: whatever vLLM made of that
             raise lease.failure from exc
@@ -208,6 +252,7 @@ class LeasedStream:
             self._outcome = "failed"
             died = engine_restarting() if isinstance(exc, EngineDied) else exc
             error = self._lease.failure or died
+            self._lease.code = error.code
             yield self._dialect.error_event(error, number)
         else:
             self._outcome = "completed"

@@ -20,6 +20,7 @@ from server.inference.completion import (
     counted_refusals,
     estimate_prompt_tokens,
     prompt_tokens_bound,
+    recorded_refusals,
     resolve_allowed,
 )
 from server.inference.dialects.base import Dialect
@@ -34,24 +35,27 @@ async def embed(
     service: Completions, tenant: Tenant, dialect: Dialect, body: dict[str, Any], request_id: str
 ) -> Completion:
     """Answers ``body`` for ``tenant`` with a document; raises and may be cancelled as ``open_completion``."""
-    with counted_refusals(service.metrics, tenant):
-        check_base(service.answers.base, dialect)
-        version, public, reservation = await resolve_allowed(service, tenant, dialect, body, request_id)
-        fields = dialect.allowed_fields(body)
-        text = str(body.get("input", ""))
-    order = Order(
-        id=request_id,
-        tenant=tenant,
-        dialect=dialect,
-        fields=fields,
-        version=version,
-        public_model=public,
-        reservation=reservation,
-        prompt_bound=prompt_tokens_bound(text),
-        prompt_tokens=estimate_prompt_tokens(text),
-        elastic=False,
-    )
-    return await service.answers.open(order)
+    with recorded_refusals(service, tenant, dialect, request_id) as asked:
+        with counted_refusals(service.metrics, tenant):
+            check_base(service.answers.base, dialect)
+            resolved = await resolve_allowed(service, tenant, dialect, body, request_id)
+            version, public, reservation = resolved
+            asked.version, asked.reservation = version, reservation
+            fields = dialect.allowed_fields(body)
+            text = str(body.get("input", ""))
+        order = Order(
+            id=request_id,
+            tenant=tenant,
+            dialect=dialect,
+            fields=fields,
+            version=version,
+            public_model=public,
+            reservation=reservation,
+            prompt_bound=prompt_tokens_bound(text),
+            prompt_tokens=estimate_prompt_tokens(text),
+            elastic=False,
+        )
+        return await service.answers.open(order)
 
 
 def inputs_of(request: Any) -> list[str | list[int]]:

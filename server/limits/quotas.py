@@ -24,7 +24,8 @@ from server.limits.memory import MemoryLedger
 from server.limits.permissions import check_model, counted_scopes
 from server.limits.rate import Remaining, duration
 from server.limits.reservation import Books, Request, Reservation
-from server.metrics import Metrics
+from server.logs import REQUEST
+from server.metrics import Metrics, Outcome
 from server.settings import Price
 
 # (tokens, cost) that a tenant's recorded requests used from one time on until before another.
@@ -38,8 +39,8 @@ async def _nothing_spent(tenant: str, start: datetime, end: datetime) -> tuple[i
 class Quotas:
     """Opens reservations and says what is left.
 
-    ``record`` takes what a request used when it is over, ``spent`` reads from such records, ``prices`` are
-    the settings', ``wall`` is the clock of budgets.
+    ``record`` takes what a request used when it is over, ``record_refused`` one that was refused, ``spent``
+    reads from such records, ``prices`` are the settings', ``wall`` is the clock of budgets.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Quotas:
         ledger: Ledger | None = None,
         *,
         record: Callable[[Usage], None] = lambda _: None,
+        record_refused: Callable[[Usage], None] = lambda _: None,
         spent: Spent = _nothing_spent,
         prices: Mapping[str, Price] | None = None,
         metrics: Metrics | None = None,
@@ -55,6 +57,7 @@ class Quotas:
         self.ledger: Ledger = MemoryLedger(wall=wall) if ledger is None else ledger
         self._books = Books(self.ledger, record, wall, prices or {}, metrics)
         self._spent = spent
+        self._record_refused = record_refused
         self._wall = wall
 
     async def open(
@@ -68,7 +71,40 @@ class Quotas:
         check_model(tenant, version.adapter if version else None)
         budget = self.budget(tenant)
         await self.ledger.refresh(budget)
-        return Reservation(self._books, Request(tenant, version, endpoint, request_id), budget)
+        ids = REQUEST.get()
+        client_id = ids.client if ids is not None else None
+        return Reservation(self._books, Request(tenant, version, endpoint, request_id, client_id), budget)
+
+    def refused(
+        self,
+        tenant: Tenant,
+        version: Version | None,
+        *,
+        endpoint: str,
+        request_id: str,
+        outcome: Outcome,
+        code: str | None,
+        seconds: float,
+    ) -> None:
+        """Records a request that got no lease, so that it can be found; it counts nowhere."""
+        ids = REQUEST.get()
+        self._record_refused(
+            Usage(
+                at=self._wall(),
+                tenant=tenant.id,
+                key=tenant.key.id if tenant.key else None,
+                adapter=version.adapter if version else None,
+                version=version.number if version else None,
+                endpoint=endpoint,
+                outcome=outcome,
+                request_id=request_id,
+                requests=0,
+                queue_seconds=seconds,
+                seconds=seconds,
+                client_request_id=ids.client if ids is not None else None,
+                code=code,
+            )
+        )
 
     def headers(self, tenant: Tenant) -> dict[str, str]:
         """OpenAI's ``x-ratelimit-…``, of whichever limit leaves less, and the warnings of soft budgets."""
@@ -87,6 +123,10 @@ class Quotas:
             if passed := spending.warnings(tenant.budgets, self._wall()):
                 headers["x-budget-warning"] = "; ".join(map(str, passed))
         return headers
+
+    def now(self) -> datetime:
+        """By the clock of budgets."""
+        return self._wall()
 
     def budget(self, tenant: Tenant) -> TenantBudget:
         """The tenant's budgets, under a name that no later tenant of the same id has."""

@@ -26,12 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Who asks for what. ``version`` is None for the base model."""
+    """Who asks for what. ``version`` is None for the base model, ``client_id`` the client's own id of it."""
 
     tenant: Tenant
     version: Version | None
     endpoint: str
     id: str
+    client_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +84,12 @@ class Reservation:
 
     It is the lease's account (``progressed``, ``closed``) and, where tokens are limited, its admission: the
     engine tells with ``asks`` what each part of the request comes to and then waits for ``settle``.
-    ``refused`` is the error that this ended with.
+    ``refused`` is the error that this ended with, ``recorded`` whether its usage has been recorded.
     """
 
     def __init__(self, books: Books, request: Request, budget: TenantBudget) -> None:
         self.refused: ServerError | None = None
+        self.recorded = False
         self._books = books
         self._request = request
         self._budget = budget
@@ -194,6 +196,7 @@ class Reservation:
         """Counts what the lease has used, gives the rest back, and records the request's usage."""
         used = self._used_by(lease)
         self._use(used, last=True)
+        self.recorded = True
         request, version, key = self._request, self._request.version, self._request.tenant.key
         self._books.record(
             Usage(
@@ -212,6 +215,9 @@ class Reservation:
                 first_token_seconds=lease.first_token_after or 0.0,
                 seconds=lease.age,
                 cost=used.cost,
+                load_seconds=lease.load_seconds,
+                client_request_id=request.client_id,
+                code=lease.code,
             )
         )
 

@@ -141,6 +141,7 @@ class Dispatcher(EngineLoop):
         if version is not None:
             self._versions[version.key] = version
         lease = Lease(self, ask.id, tenant, version, self.now())
+        loaded = self._loaded.get(ask.version, 0.0) if ask.version else 0.0
         granted = asyncio.get_running_loop().create_future()
         self._waiting[ask.id] = granted
         self._leases[ask.id] = lease
@@ -156,6 +157,9 @@ class Dispatcher(EngineLoop):
             self._forget(ask.id)
             raise
         lease.queued_for = lease.age
+        if ask.version:
+            took = self._loaded.get(ask.version, 0.0) - loaded
+            lease.load_seconds = min(lease.queued_for, max(0.0, took))
         self.metrics.queued(tenant, lease.queued_for)
         return lease
 
@@ -220,6 +224,15 @@ class Dispatcher(EngineLoop):
     def snapshot(self) -> Snapshot:
         return self._plan.snapshot()
 
+    def resident(self) -> dict[str, tuple[Version, Tier]]:
+        """What is in memory, by key, and where."""
+        found = ((entry.version, entry.tier) for entry in self.snapshot().host)
+        return {
+            key: (self._versions[key], tier)
+            for key, tier in found
+            if tier is not Tier.DISK and key in self._versions
+        }
+
     def tier_of(self, version: Version) -> Tier:
         return self._plan.tier_of(version.key)
 
@@ -250,6 +263,7 @@ class Dispatcher(EngineLoop):
                 case Stage(version=key, load_id=load_id):
                     version = self._versions[key]
                     self._staging.add(load_id)
+                    self._version_of[load_id] = key
                     op = PageOp("stage", load_id, key, str(version.path))
                     if self._preparation is None or self._preparation.is_ready(version):
                         self._page(op)
@@ -264,6 +278,7 @@ class Dispatcher(EngineLoop):
                 case Evict(load_id=load_id):
                     self.metrics.evicted("host")
                     self._staging.discard(load_id)
+                    self._version_of.pop(load_id, None)
                     if load_id in self._preparing:
                         self._preparing.discard(load_id)
                     else:

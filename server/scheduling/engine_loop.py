@@ -86,10 +86,13 @@ class EngineLoop:
         self._lost: EngineDied | None = None  # it is gone, and may be started again
         self._lost_event = asyncio.Event()
         self._losses = 0
+        self._came_back = 0
         self._events = EventLog()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
         self._versions: dict[str, Version] = {}
+        self._version_of: dict[int, str] = {}  # by load
+        self._loaded: dict[str, float] = {}  # by version: seconds that its loads have taken so far
         self._ops: list[PageOp] = []
         self._staging: set[int] = set()
         self._pager_wake = asyncio.Event()
@@ -114,6 +117,11 @@ class EngineLoop:
     def is_restarting(self) -> bool:
         """Whether the engine is gone and being started again, or given up."""
         return self._lost is not None
+
+    @property
+    def restarts(self) -> int:
+        """How often the engine was lost and came back, since the server started."""
+        return self._came_back
 
     def last_events(self, number: int) -> list[dict[str, Any]]:
         """The last events that the plan was told, as JSON; see ``event_log.replay``."""
@@ -219,6 +227,7 @@ class EngineLoop:
             self._staging.discard(staged.load_id)
             if staged.error is None:
                 self.metrics.staged(staged.seconds)
+                self._took(staged.load_id, staged.seconds)
                 self._tell(self._plan.staged, staged.load_id, staged.size_bytes)
             else:
                 self._failed("stage", staged.load_id, staged.error)
@@ -227,6 +236,7 @@ class EngineLoop:
         if op.verb == "activate":
             if result.error is None:
                 self.metrics.activated(result.seconds)
+                self._took(op.load_id, result.seconds)
                 self._tell(self._plan.activated, op.load_id)
             else:
                 self._failed("activate", op.load_id, result.error)
@@ -237,6 +247,11 @@ class EngineLoop:
             else:
                 logger.error("%s of load %d failed: %s", op.verb, op.load_id, result.error)
                 self._reconcile_soon = True
+
+    def _took(self, load_id: int, seconds: float) -> None:
+        """A step of a load has taken ``seconds``."""
+        if (version := self._version_of.get(load_id)) is not None:
+            self._loaded[version] = self._loaded.get(version, 0.0) + seconds
 
     def _failed(self, step: str, load_id: int, error: str) -> None:
         logger.error("%s of load %d failed: %s", step, load_id, error)
@@ -267,6 +282,7 @@ class EngineLoop:
             self._page(PageOp("deactivate", load_id))
         needed = self._plan.known_versions()
         self._versions = {key: v for key, v in self._versions.items() if key in needed}
+        self._loaded = {key: seconds for key, seconds in self._loaded.items() if key in needed}
 
     async def _check_while_idle(self) -> None:
         """Check the plan's invariants in small slices, for as long as nothing happens.
@@ -297,6 +313,7 @@ class EngineLoop:
         self._pager.detach(str(exc))
         self._ops.clear()
         self._staging.clear()
+        self._version_of.clear()
         kept = []
         for lease in running:
             if lease.work is not None and lease.work.paused:
@@ -327,6 +344,7 @@ class EngineLoop:
                 logger.exception("the engine did not start again")
                 continue
             self.metrics.engine_restarted("hang" if isinstance(self._lost, EngineHung) else "death")
+            self._came_back += 1
             logger.warning("the engine is back, after %.1f s", self.now() - began + wait)
             self._lost = None
             self._lost_event.clear()

@@ -58,7 +58,8 @@ class Lease:
     The dispatcher may take both back for a while and return them later: the ``work`` is paused meanwhile.
     Its totals are cumulative: ``prompt_tokens``, ``output_tokens`` and ``cached_tokens`` over all parts.
     ``queued_for`` and ``first_token_after`` are seconds since arrival; an answer that is not streamed shows
-    its first token at the next poll of its meter.
+    its first token at the next poll of its meter. ``load_seconds`` are those of ``queued_for`` in which its
+    version was loaded, 0 where it was in a slot. ``code`` is the error that the request ended with.
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class Lease:
         self.account: Account | None = None
         self.admission: Admission | None = None
         self.failure: ServerError | None = None  # why the work ended, where the engine was lost
+        self.code: str | None = None
         self.queued_for = 0.0
+        self.load_seconds = 0.0
         self.first_token_after: float | None = None
         self._owner = owner
         self._since = since

@@ -107,6 +107,7 @@ async def test_sums_by_every_group(database: Database) -> None:
     assert everything == {
         "requests": 4, "prompt_tokens": 12, "cached_tokens": 0, "output_tokens": 16, "total_tokens": 28,
         "queue_seconds": 0.0, "first_token_seconds": 0.0, "seconds": 2.0, "cost": 1.5,
+        "load_seconds": 0.0,
     }  # fmt: skip
 
     async def by(*groups: Any, **filters: Any) -> list[tuple[Any, ...]]:
@@ -309,7 +310,8 @@ async def test_a_row_says_who_what_and_how_long(site: Site) -> None:
     await site.chat(key, "hi", model="nobody")
     await site.services.usage_writer.flush()
     async with site.services.database.read() as session:
-        rows = list(await session.scalars(select(UsageRow).order_by(UsageRow.id)))
+        *rows, refused = await session.scalars(select(UsageRow).order_by(UsageRow.id))
+    assert (refused.requests, refused.outcome, refused.code) == (0, "rejected", "model_not_found")
     assert [(row.adapter, row.version, row.cost) for row in rows] == [
         ("a", 1, 2 * 500 + 5 * 2000),
         (None, None, 0),

@@ -29,7 +29,12 @@ ROUTES = [
     ("POST", "/tenants/{tenant}/keys"),
     ("GET", "/tenants/{tenant}/keys"),
     ("DELETE", "/tenants/{tenant}/keys/{key_id}"),
+    ("PATCH", "/tenants/{tenant}/keys/{key_id}"),
     ("POST", "/tenants/{tenant}/keys/{key_id}/rotate"),
+    ("GET", "/tenants/{tenant}/limits"),
+    ("GET", "/server"),
+    ("GET", "/adapters"),
+    ("GET", "/requests"),
     ("POST", "/tenants/{tenant}/adapters/{name}/versions"),
     ("GET", "/tenants/{tenant}/adapters"),
     ("GET", "/tenants/{tenant}/adapters/{name}"),
@@ -110,6 +115,7 @@ async def test_tenants_are_made_shown_changed_and_removed(site: Site) -> None:
     assert made.json() | {"created_at": "-"} == {
         "id": "acme", "name": "Acme Inc.", "weight": 2.0, "priority": "standard", "base_allowed": True,
         "max_queued": 3, "max_running": None, "created_at": "-", "limits": {}, "budgets": {},
+        "suspended": False,
     }  # fmt: skip
     assert (await site.admin.get(f"{TENANTS}/acme")).json() == made.json()
     await site.admin.post(TENANTS, json={"id": "abc"})

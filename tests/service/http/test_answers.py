@@ -75,7 +75,7 @@ async def test_every_field_is_documented(tmp_path: Path) -> None:
         admin = "/admin/v1/tenants/{tenant}"
         limits = {"limits": {"requests_per_minute": 1000}, "budgets": {"day": {"tokens": 100_000}}}
         await call("POST", "/admin/v1/tenants", "/admin/v1/tenants", json={"id": "acme", **limits})
-        scopes = {"scopes": ["inference", "adapters:write", "usage:read"], "name": "mine"}
+        scopes = {"scopes": ["inference", "adapters:write", "usage:read", "keys:write"], "name": "mine"}
         made = await call("POST", f"{admin}/keys", f"{TENANT}/keys", json=scopes)
         key, old = made["key"], made["id"]
         await call(
@@ -107,7 +107,13 @@ async def test_every_field_is_documented(tmp_path: Path) -> None:
             json={"quarantined": False},
         )
         await call("GET", "/admin/v1/residency", "/admin/v1/residency?events=5")
-        for path in ("/usage", "/audit", "/residency"):
+        await call("PATCH", f"{admin}/keys/{{key_id}}", f"{TENANT}/keys/{old}", json={"name": "old"})
+        await call("GET", f"{admin}/limits", f"{TENANT}/limits")
+        own = await call("POST", "/v1/keys", "/v1/keys", key=key, json={"name": "own"})
+        await call("POST", "/v1/keys/{key_id}/rotate", f"/v1/keys/{own['id']}/rotate", key=key)
+        for path in ("/v1/me", "/v1/keys", "/v1/audit"):
+            await call("GET", path, path, key=key)
+        for path in ("/usage", "/audit", "/residency", "/server", "/adapters", "/requests"):
             await call("GET", f"/admin/v1{path}", f"/admin/v1{path}")
         for path in ("/v1/usage", "/v1/adapters", "/v1/models"):
             await call("GET", path, path, key=key)

@@ -36,7 +36,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 async def audit(site: Site, **params: Any) -> list[dict[str, Any]]:
-    answer = await site.admin.get(AUDIT, params=params)
+    answer = await site.admin.get(AUDIT, params={"order": "oldest"} | params)
     assert answer.status_code == 200, answer.text
     return list(answer.json()["data"])
 
@@ -117,7 +117,7 @@ async def test_filters_pages_and_lines(site: Site, monkeypatch: pytest.MonkeyPat
         assert len(page["data"]) <= 4
         pages += page["data"]
         after = page["next"]
-    assert pages == found
+    assert pages == found[::-1]
     monkeypatch.setattr(reports, "PAGE", 3)
     lines = await site.admin.get(AUDIT, params={"format": "jsonl"})
     assert [json.loads(line) for line in lines.text.splitlines()] == found
