@@ -32,6 +32,8 @@ class Closed(BaseModel):
 
 
 class ErrorDetail(Closed):
+    """`code` is for programs, `message` for people; `param` names the field at fault."""
+
     message: str
     type: str
     param: str | None
@@ -45,6 +47,8 @@ class Error(Closed):
 
 
 class AnthropicErrorDetail(Closed):
+    """Anthropic's `type`, with Loraplex's `code` beside it."""
+
     type: str
     message: str
     code: str
@@ -61,6 +65,8 @@ class AnthropicError(Closed):
 
 
 class Tenant(Answer):
+    """A customer, with the limits and budgets that are set."""
+
     id: str
     name: str
     weight: float
@@ -75,6 +81,8 @@ class Tenant(Answer):
 
 
 class Tenants(Answer):
+    """All customers."""
+
     object: Literal["list"]
     data: list[Tenant]
     next: Annotated[str | None, Field(description="What `after` of the next page is; null at the end.")]
@@ -93,6 +101,8 @@ class Key(Answer):
 
 
 class Keys(Answer):
+    """A tenant's keys."""
+
     object: Literal["list"]
     data: list[Key]
 
@@ -106,6 +116,8 @@ class NewKey(Answer):
 
 
 class RotatedKey(NewKey):
+    """A key that takes the place of another."""
+
     replaces: Key
 
 
@@ -113,6 +125,8 @@ class RotatedKey(NewKey):
 
 
 class AdapterVersion(Answer):
+    """A version, and what its inspection and its probe found. `quarantine` says why it is out of service."""
+
     version: Number
     digest: Digest
     tier: Tier
@@ -123,6 +137,8 @@ class AdapterVersion(Answer):
 
 
 class Adapter(Answer):
+    """An adapter with all its versions. `live`, or `split` in percent by version, answers to its name."""
+
     name: str
     tenant: str
     live: Number | None
@@ -136,6 +152,8 @@ class Adapter(Answer):
 
 
 class Adapters(Answer):
+    """A tenant's adapters."""
+
     object: Literal["list"]
     data: list[Adapter]
 
@@ -151,6 +169,8 @@ class NewVersion(Answer):
 
 
 class Warmed(Answer):
+    """Where the version is now."""
+
     adapter: str
     version: Number
     tier: Tier
@@ -190,11 +210,15 @@ class UsageSum(Answer):
 
 
 class Usage(Answer):
+    """One sum for each group that was asked for."""
+
     object: Literal["list"]
     data: list[UsageSum]
 
 
 class AuditEntry(Answer):
+    """One change: who made it, of what, and how it was before and after."""
+
     id: Count
     at: Time
     actor: str
@@ -207,12 +231,16 @@ class AuditEntry(Answer):
 
 
 class Audit(Answer):
+    """One page of changes, oldest first."""
+
     object: Literal["list"]
     data: list[AuditEntry]
     next: Annotated[Count | None, Field(description="What `after` of the next page is; null at the end.")]
 
 
 class ResidentSlot(Answer):
+    """A GPU slot; all null when it is free. `running` counts requests."""
+
     version: str | None
     load_id: Count | None
     state: str | None
@@ -221,6 +249,8 @@ class ResidentSlot(Answer):
 
 
 class ResidentVersion(Answer):
+    """A version that takes room in host memory."""
+
     version: str
     load_id: Count
     state: str
@@ -230,6 +260,8 @@ class ResidentVersion(Answer):
 
 
 class Residency(Answer):
+    """The scheduler's state: slots, host memory, and requests and counters of fairness by tenant."""
+
     slots: list[ResidentSlot]
     host: list[ResidentVersion]
     queued: dict[str, Count]
@@ -243,15 +275,21 @@ class Residency(Answer):
 
 
 class Health(Answer):
+    """The process is alive."""
+
     status: Literal["alive"]
 
 
 class Readiness(Answer):
+    """Whether requests are answered; for each part "ok" or the reason why not."""
+
     status: Literal["ready", "not ready"]
     checks: dict[str, str]
 
 
 class Model(Answer):
+    """What a request may name as `model`."""
+
     id: str
     object: Literal["model"]
     created: Count
@@ -260,5 +298,7 @@ class Model(Answer):
 
 
 class Models(Answer):
+    """The customer's adapters, and the base model where it is allowed."""
+
     object: Literal["list"]
     data: list[Model]

@@ -19,26 +19,36 @@ class Answer(BaseModel):
 
 
 class PromptUsage(Answer):
+    """Tokens of a request that produces none."""
+
     prompt_tokens: Count
     total_tokens: Count
 
 
 class CompletionUsage(PromptUsage):
+    """Tokens as OpenAI's chat and completions count them."""
+
     completion_tokens: Count
 
 
 class ChatMessage(Answer):
+    """`content` is null where tools are called."""
+
     role: str
     content: Any
 
 
 class ChatChoice(Answer):
+    """One answer of a chat."""
+
     index: Count
     finish_reason: str | None
     message: ChatMessage
 
 
 class ChatCompletion(Answer):
+    """OpenAI's answer of a chat."""
+
     id: str
     object: Literal["chat.completion"]
     created: Count
@@ -48,12 +58,16 @@ class ChatCompletion(Answer):
 
 
 class TextChoice(Answer):
+    """One continuation of a prompt."""
+
     index: Count
     finish_reason: str | None
     text: str
 
 
 class Completion(Answer):
+    """OpenAI's answer of a completion."""
+
     id: str
     object: Literal["text_completion"]
     created: Count
@@ -63,15 +77,21 @@ class Completion(Answer):
 
 
 class TokenUsage(Answer):
+    """Tokens as OpenAI's responses and Anthropic's messages count them."""
+
     input_tokens: Count
     output_tokens: Count
 
 
 class Part(Answer):
+    """One piece of an answer: a text, a tool's call, reasoning."""
+
     type: str
 
 
 class Response(Answer):
+    """OpenAI's response."""
+
     id: str
     object: Literal["response"]
     created_at: Count
@@ -82,6 +102,8 @@ class Response(Answer):
 
 
 class Message(Answer):
+    """Anthropic's message."""
+
     id: str
     type: Literal["message"]
     role: Literal["assistant"]
@@ -92,12 +114,16 @@ class Message(Answer):
 
 
 class Embedding(Answer):
+    """The vector of one input; as text where base64 was asked for."""
+
     index: Count
     object: Literal["embedding"]
     embedding: list[float] | str
 
 
 class EmbeddingList(Answer):
+    """OpenAI's answer with embeddings, in the inputs' order."""
+
     object: Literal["list"]
     data: list[Embedding]
     model: str
@@ -105,14 +131,20 @@ class EmbeddingList(Answer):
 
 
 class TokenCount(Answer):
+    """Anthropic's count of a message's tokens."""
+
     input_tokens: Count
 
 
 class Tokens(Answer):
+    """The token ids of a text or a chat."""
+
     tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
     count: Count
     max_model_len: Count
 
 
 class Prompt(Answer):
+    """The text of token ids."""
+
     prompt: str
