@@ -37,6 +37,8 @@ class Answer:
 
 class Reference:
     def __init__(self, base: Path) -> None:
+        # Beside an engine two threads spin for each other and take up to ten times the processor time of one.
+        torch.set_num_threads(1)
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         ids = range(len(self.tokenizer))

@@ -19,7 +19,7 @@ from tests.support.swapping import swap_under_load
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 MINUTES = float(os.environ.get("SWAP_MINUTES", "0"))
-SWAPS, CLIENTS, EVERY = (round(MINUTES * 12), 16, 5) if MINUTES else (7, 8, 2)
+SWAPS, CLIENTS, EVERY = (round(MINUTES * 12), 16, 5) if MINUTES else (4, 8, 1)
 BODY = {
     "model": "a",
     "messages": [{"role": "user", "content": "What should I do when my parcel has not arrived? " * 4}],
