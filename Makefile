@@ -48,8 +48,7 @@ quick: $(STAMP) ## Run the pure layer of the tests, under a minute: no vLLM, no 
 	$(PY) -m pytest -q -n 2 --dist loadfile tests/pure
 
 test: $(STAMP) ## Run all tests, on the real engine too
-	$(PY) -m pytest -n 2 --dist loadfile --ignore tests/engine
-	$(PY) -m pytest tests/engine
+	$(PY) -m pytest -n 2 --dist loadfile
 
 check: $(STAMP) ## Lint, formatting, types, and which module may import which
 	$(PY) -m ruff check .

@@ -1,0 +1,46 @@
+"""How `make test` divides the tests between its processes."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported. Processes run side by side, and two threads that spin for each other take up to
+# ten times the processor time of one. Engines set their own number of threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if (number := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")).isdigit():
+    # By itself each of two engines would bind its worker to the last core.
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[-1 - int(number) % len(cores)]))
+
+import pytest
+from xdist.scheduler import LoadFileScheduling
+
+ENGINE = "tests/engine/"
+# These start engines of their own and leave the shared one alone, so that they can run beside it.
+OWN_ENGINE = frozenset({"test_embeddings.py", "test_process.py", "test_truth.py", "test_zoo.py"})
+
+
+class Layers(LoadFileScheduling):
+    """A file is run by one process, and all files that share an engine are run by the same one.
+
+    These come first, as they take longest; then those with engines of their own, then the other layers.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        shared = file.startswith(ENGINE) and file.removeprefix(ENGINE) not in OWN_ENGINE
+        return ENGINE if shared else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Layers | None:
+    """What `--dist loadfile` means here; None leaves other values to xdist."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False  # but as below
+    return Layers(config, log)  # type: ignore[arg-type]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest first where several processes share them, so that none is left with one at the end."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items.sort(key=lambda item: not item.nodeid.startswith(ENGINE))
