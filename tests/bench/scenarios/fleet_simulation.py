@@ -57,11 +57,11 @@ def _measures() -> Iterator[Measure]:
             for key, name, unit, goal in (
                 ("hits", "in memory", "%", Goal("value", "≥", 95)),
                 ("slots", "in a slot", "%", None),
-                ("p99", "first token, p99", "ms", None),
-                ("ratio", "to one engine with its share", "×", Goal("value", "≤", 2)),
+                ("p99", "p99 first token", "ms", None),
+                ("ratio", "p99 to one engine alone", "×", Goal("value", "≤", 2)),
                 ("jain", "Jain of replicas' tokens", "", Goal("value", "≥", 0.95)),
-                ("loads", "loads per 1,000 requests", "", None),
-                ("copies", "copies of an adapter", "×", None),
+                ("loads", "loads of 1,000 requests", "", None),
+                ("copies", "copies of each", "×", None),
             ):
                 yield Measure(
                     f"{title}/{router}/{key}", f"{title}, {router}: {name}", unit, goal if ours else None
