@@ -7,6 +7,8 @@ AdapterError
 ├── StorageFull            the disk has no room
 ├── StorageFailed          the disk fails otherwise
 ├── StorageBusy            another process holds the database; later it goes
+├── StoreUnavailable       the object store does not answer
+│   └── BlobMissing        it answers, and has not the files
 ├── AdapterNotFound        no such adapter or version of this tenant
 ├── AdapterConflict        a name taken, or a version still needed
 │   ├── AdapterQuarantined it harmed the server, and is out of service until an operator releases it
@@ -67,6 +69,20 @@ class StorageBusy(AdapterError):
 
     code = "storage_busy"
     retry_after = 2.0
+
+
+class StoreUnavailable(AdapterError):
+    """The object store does not answer; ``retry_after`` is in seconds."""
+
+    code = "store_unavailable"
+    retry_after = 5.0
+
+
+class BlobMissing(StoreUnavailable):
+    """The object store answers, and has no whole blob of this digest, or other bytes under its name."""
+
+    code = "adapter_files_missing"
+    retry_after = 60.0
 
 
 class AdapterNotFound(AdapterError):

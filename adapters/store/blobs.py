@@ -8,6 +8,9 @@ names. A folder enters ``blobs`` and leaves it by one rename, so it is whole or 
 crash leaves behind is in quarantine, or linked by no row of the catalog: ``sweep`` removes the former, and
 the latter once it is a day old.
 
+With an object store (``objects``), this is a copy of a part of it: a commit has put the blob there too, and
+what is not here can be fetched (``cache``).
+
 All I/O runs in worker threads. A cancelled call waits for its thread before it raises, so nothing is
 written after the folder is gone.
 """
@@ -31,9 +34,17 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 from weakref import WeakValueDictionary
 
-from adapters.errors import StorageFailed, StorageFull, UploadIncomplete, UploadTooLarge, fault
+from adapters.errors import (
+    StorageFailed,
+    StorageFull,
+    StoreUnavailable,
+    UploadIncomplete,
+    UploadTooLarge,
+    fault,
+)
 from adapters.files import sync_path, write_all
 from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
+from adapters.store.objects import ObjectStore
 from adapters.tasks import run_in_thread
 
 logger = logging.getLogger(__name__)
@@ -56,11 +67,13 @@ class BlobStore:
     """The folders under ``root``; ``max_bytes`` bounds one upload, both files together.
 
     One process owns a root (``ownership``): ``sweep`` takes everything in quarantine for abandoned.
+    ``objects`` holds all blobs, if there is one. Without it nothing raises StoreUnavailable.
     """
 
-    def __init__(self, root: Path, *, max_bytes: int) -> None:
+    def __init__(self, root: Path, *, max_bytes: int, objects: ObjectStore | None = None) -> None:
         self.root = root.absolute()
         self.max_bytes = max_bytes
+        self.objects = objects
         self.blobs = self.root / "blobs"
         self.quarantine = self.root / "quarantine"
         # One commit or removal of a digest at a time; other digests do not wait for it.
@@ -84,13 +97,31 @@ class BlobStore:
         return self.blobs / digest
 
     async def remove(self, digest: str) -> None:
-        """Removes the blob, if it is there. The caller knows that nobody links it or is about to."""
+        """Removes the blob, if it is there. The caller knows that nobody links it or is about to.
+
+        What an object store that does not answer keeps goes with a later sweep.
+        """
         path = self.path(digest)
-        async with self._lock(digest):
+        async with self.lock(digest):
+            if self.objects is not None:
+                with contextlib.suppress(StoreUnavailable):
+                    await self.objects.remove(digest)
             await run_in_thread(self._remove, path)
+
+    async def drop(self, digest: str) -> None:
+        """Removes what can be fetched again."""
+        assert self.objects is not None, "the only copy"
+        async with self.lock(digest):
+            await run_in_thread(self._remove, self.path(digest))
 
     async def digests(self) -> set[str]:
         """The names of all blobs, whole or not."""
+        if self.objects is not None:
+            return {name for name in await self.objects.ages() if _DIGEST.fullmatch(name)}
+        return await run_in_thread(self._digests)
+
+    async def local(self) -> set[str]:
+        """The names of the blobs in this folder."""
         return await run_in_thread(self._digests)
 
     async def sweep(self, linked: Collection[str], *, older_than: float = SWEEP_AGE_S) -> list[str]:
@@ -98,13 +129,28 @@ class BlobStore:
 
         Only blobs whose files were written more than ``older_than`` seconds ago.
         """
-        return await run_in_thread(self._sweep, frozenset(linked), older_than)
+        removed = await run_in_thread(self._sweep, frozenset(linked), older_than)
+        if self.objects is not None:
+            try:
+                removed += await self.objects.sweep(linked, older_than, lambda n: bool(_DIGEST.fullmatch(n)))
+            except StoreUnavailable:
+                logger.warning("the object store is not swept: it does not answer")
+        return sorted(set(removed))
 
     async def check(self) -> None:
-        """Whether an upload could be written now; raises StorageFull, or the OSError that says why not."""
-        await run_in_thread(self._probe)
+        """Whether an upload could be written now.
 
-    def _lock(self, digest: str) -> asyncio.Lock:
+        Raises StorageFull, StoreUnavailable, or the OSError that says why not.
+        """
+        await run_in_thread(self._probe)
+        if self.objects is not None:
+            await self.objects.check()
+
+    async def take_in(self, folder: Path, digest: str) -> Path:
+        """Moves ``folder``, whose files are those of ``digest``, to its place; the caller holds its lock."""
+        return await run_in_thread(self._commit, folder, digest)
+
+    def lock(self, digest: str) -> asyncio.Lock:
         return self._locks.setdefault(digest, asyncio.Lock())
 
     def _open(self) -> None:
@@ -139,11 +185,11 @@ class BlobStore:
         written_before = time.time() - older_than
         with disk_errors("sweeping the adapter store"):
             for folder in self.quarantine.iterdir():
-                _discard(folder)
+                discard(folder)
             removed = []
             for path in sorted(self.blobs.iterdir()):
                 if path.name.startswith(_PROBE):
-                    _discard(path)
+                    discard(path)
                 elif (
                     _DIGEST.fullmatch(path.name)
                     and path.name not in linked
@@ -162,7 +208,7 @@ class BlobStore:
             path.chmod(0o755)  # moving a folder rewrites its "..", for which it must be writable
             os.rename(path, trash)
             sync_path(self.blobs)
-            _discard(trash)
+            discard(trash)
 
     def _commit(self, folder: Path, digest: str) -> Path:
         """Moves ``folder`` to its place; where a whole blob is there already, that one is kept."""
@@ -285,12 +331,14 @@ class Incoming:
     async def commit(self) -> Path:
         """Moves the files to their place in ``blobs``, on disk when this returns, and returns the folder.
 
-        Where the same bytes are there already, those are kept. Raises StorageFull, StorageFailed. May be
-        repeated.
+        So are they in the object store, if there is one. Where the same bytes are there already, those are
+        kept. Raises StorageFull, StorageFailed, StoreUnavailable. May be repeated.
         """
         assert self.digest is not None, "finish comes first"
-        async with self._store._lock(self.digest):
+        async with self._store.lock(self.digest):
             self.path = await run_in_thread(self._store._commit, self._quarantine, self.digest)
+            if self._store.objects is not None:
+                await self._store.objects.put(self.digest, self.path)
         return self.path
 
     def _make(self) -> None:
@@ -331,7 +379,7 @@ class Incoming:
         for file in self._files.values():
             with contextlib.suppress(OSError):
                 file.close()
-        _discard(self._quarantine)
+        discard(self._quarantine)
 
 
 @contextlib.contextmanager
@@ -423,7 +471,7 @@ def _hash_block(path: Path, at: int, found: Any) -> int:
     return len(block)
 
 
-def _discard(folder: Path) -> None:
+def discard(folder: Path) -> None:
     """Best effort: what cannot be removed now is removed by the next sweep."""
     try:
         if folder.is_dir() and not folder.is_symlink():

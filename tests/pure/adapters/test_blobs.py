@@ -753,7 +753,7 @@ async def test_a_commit_cancelled_while_it_waits_for_another_leaves_nothing(stor
         await incoming.write(CONFIG_FILE, CONFIG)
         await incoming.write(WEIGHTS_FILE, WEIGHTS)
         digest = await incoming.finish()
-        async with store._lock(digest):
+        async with store.lock(digest):
             commit = asyncio.create_task(incoming.commit())
             await asyncio.sleep(0)
             assert not commit.done()

@@ -46,6 +46,7 @@ ONLY_IN = {
     "rich": {"server.__main__", "server.cli", "server.demo"},
     "typer": {"server.__main__", "server.cli"},
     "prometheus_client": {"server.metrics"},
+    "obstore": {"adapters.store"},
     "redis": {"server.limits"},
     "sqlalchemy": {"adapters.database", "adapters.store", "server.accounts", "server.settings"},
     "torch": {
