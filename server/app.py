@@ -14,10 +14,13 @@ from datetime import datetime
 from fastapi import FastAPI
 
 from adapters.database.database import Database
+from adapters.errors import StoreUnavailable
 from adapters.store.blobs import BlobStore
+from adapters.store.cache import Cache
 from adapters.store.catalog import Catalog
 from adapters.store.fitness import Fitness, Serving
 from adapters.store.idempotency import Receipts
+from adapters.store.objects import ObjectStore
 from adapters.store.ownership import FolderLock, Ownership
 from adapters.store.quarantine import Quarantine
 from server import __version__
@@ -75,7 +78,7 @@ def create_app(
             try:
                 app.state.services = services = await _start(settings, start_engine, on_death, stack)
             except Exception as exc:
-                expected = isinstance(exc, ValueError | OSError)
+                expected = isinstance(exc, ValueError | OSError | StoreUnavailable)
                 logger.critical("cannot start: %s", exc, exc_info=None if expected else exc)
                 raise
             yield
@@ -113,12 +116,17 @@ async def _start(
     stack.callback(lock.release)
     database = Database(settings.database_url)
     stack.push_async_callback(database.close)
-    blobs = BlobStore(settings.data_dir.absolute(), max_bytes=settings.max_upload_bytes)
+    blobs = BlobStore(
+        settings.data_dir.absolute(),
+        max_bytes=settings.max_upload_bytes,
+        objects=ObjectStore(settings.blobs_url) if settings.blobs_url else None,
+    )
     ownership = Ownership(blobs, database)
     await ownership.verify()
     await database.open()
     await blobs.open()
     await ownership.join()
+    await ownership.claim()
     fitness = Fitness(blobs)
     catalog = Catalog(
         database,
@@ -151,6 +159,9 @@ async def _start(
         work = quarantine_key(publishing.quarantine, catalog, dispatcher, key, reason)
         services.in_background(work)
 
+    cache = None
+    if blobs.objects is not None:
+        cache = Cache(blobs, settings.blobs_cache, fitness, metrics.fetched)
     dispatcher = Dispatcher(
         engine,
         _capacity(settings, engine),
@@ -159,8 +170,11 @@ async def _start(
         stall=settings.engine_stall,
         restarts=Restarts(settings.engine_restarts),
         on_fault=on_fault,
-        preparation=fitness,
+        preparation=cache or fitness,
     )
+    if cache is not None:
+        cache.in_use = dispatcher.known_digests
+        await cache.open()
     dispatcher.start()
     stack.push_async_callback(dispatcher.stop)
 

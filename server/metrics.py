@@ -108,6 +108,13 @@ class Metrics:
         self._stage = Histogram(
             "loraplex_stage_seconds", "Disk to host memory.", buckets=_LATENCY, registry=r
         )
+        self._fetch = Histogram(
+            "loraplex_fetch_seconds",
+            "Object store to the data folder, by outcome.",
+            ["outcome"],
+            buckets=_LATENCY,
+            registry=r,
+        )
         self._activate = Histogram(
             "loraplex_activation_seconds", "Host memory to a slot.", buckets=_LATENCY, registry=r
         )
@@ -181,6 +188,10 @@ class Metrics:
     def staged(self, seconds: float) -> None:
         """A load from disk into host memory took ``seconds``."""
         self._stage.observe(seconds)
+
+    def fetched(self, fetched: bool, seconds: float) -> None:
+        """A fetch of a version's files took ``seconds``, and came to be or failed."""
+        self._fetch.labels("fetched" if fetched else "failed").observe(seconds)
 
     def activated(self, seconds: float) -> None:
         """A copy into a slot took ``seconds``."""

@@ -127,6 +127,16 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     data_dir: Path = Field(Path("data"), description="Folder for adapter files and the SQLite database.")
+    blobs_url: str = Field(
+        "",
+        description="Object store of the adapters' files: `s3://…`, `gs://…`, `az://…`, or `file:///…` for a"
+        " folder; DATA_DIR alone if empty.",
+    )
+    blobs_cache: ByteSize = Field(
+        ByteSize(64 << 30),
+        ge=0,
+        description="Bytes of adapters' files kept in DATA_DIR where they come from BLOBS_URL.",
+    )
     database_url: str = Field(
         "",
         description="SQLAlchemy URL; SQLite in DATA_DIR if empty. `postgresql+asyncpg://…` for PostgreSQL.",
@@ -267,6 +277,15 @@ class Settings(BaseSettings):
                 f"must be one of {', '.join(map(str, ALLOWED_MAX_RANKS))}; take the next larger one"
             )
         return rank
+
+    @field_validator("blobs_url")
+    @classmethod
+    def _blobs_url_is_one(cls, url: str) -> str:
+        if url:
+            from adapters.store.objects import check_url  # with its library, which most starts do without
+
+            check_url(url)
+        return url
 
     @field_validator("import_prefixes")
     @classmethod

@@ -18,8 +18,9 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Protocol
 
-from adapters.errors import BlobMissing, StorageFailed, StorageFull
+from adapters.errors import AdapterDamaged, BlobMissing, StorageFailed, StorageFull, StoreUnavailable
 from adapters.model import Version
 from adapters.store.blobs import BlobStore, digest_of, discard, disk_errors
 from adapters.store.objects import ObjectStore
@@ -31,24 +32,39 @@ logger = logging.getLogger(__name__)
 _ASK_AGAIN_S = 5.0
 
 
+class Next(Protocol):
+    """What is done with files that are here, before the engine reads them; ``fitness.Fitness``."""
+
+    def is_ready(self, version: Version) -> bool: ...
+    async def prepare(self, version: Version) -> None: ...
+    def fetched(self, digest: str) -> None: ...
+
+
 class Cache:
     """The blobs of ``blobs`` as a cache of ``objects``; ``max_bytes`` bounds it.
 
-    ``in_use`` says which digests may not go: what is in memory, or about to be.
+    ``in_use`` says which digests may not go: what is in memory, or about to be. ``on_fetch`` is told of each
+    fetch whether it came to be and how many seconds it took.
     """
 
     def __init__(
-        self, blobs: BlobStore, max_bytes: int, in_use: Callable[[], Collection[str]] = lambda: ()
+        self,
+        blobs: BlobStore,
+        max_bytes: int,
+        then: Next,
+        on_fetch: Callable[[bool, float], None] = lambda _fetched, _seconds: None,
     ) -> None:
         assert blobs.objects is not None, "nothing to fetch from"
         self.max_bytes = max_bytes
-        self.in_use = in_use
-        self.fetched = self.evicted = 0
+        self.in_use: Callable[[], Collection[str]] = lambda: ()
         self._blobs = blobs
         self._objects: ObjectStore = blobs.objects
+        self._then = then
+        self._on_fetch = on_fetch
         self._sizes: OrderedDict[str, int] = OrderedDict()  # the longest unused first
         self._missing: dict[str, float] = {}
         self._trimming = asyncio.Lock()
+        self._all_in_store = False
 
     def __repr__(self) -> str:
         return f"Cache({len(self._sizes)} blobs, {self.size_bytes} of {self.max_bytes} bytes)"
@@ -64,31 +80,35 @@ class Cache:
         await self.trim()
 
     def is_ready(self, version: Version) -> bool:
-        """Whether the files are here; to ask counts as use."""
+        """Whether the files are here and need no further look; to ask counts as use."""
         if version.digest not in self._sizes:
             return False
         self._sizes.move_to_end(version.digest)
-        return version.path.exists()
+        return self._then.is_ready(version)
 
     async def prepare(self, version: Version) -> None:
-        """Fetches the files if they are not here.
+        """Fetches the files if they are not here, or not whole, and has them looked at.
 
         Raises StoreUnavailable, BlobMissing (whatever else lies under that name counts as missing),
-        StorageFull or StorageFailed.
+        StorageFull, StorageFailed, and what the look leads to.
         """
-        digest = version.digest
-        async with self._blobs.lock(digest):
-            if not version.path.exists():
-                if time.monotonic() - self._missing.get(digest, float("-inf")) < _ASK_AGAIN_S:
-                    raise _missing(version)
-                await self._fetch(version)
-            self._sizes[digest] = await run_in_thread(_size_of, version.path)
-            self._sizes.move_to_end(digest)
+        await self._have(version)
+        try:
+            await self._then.prepare(version)
+        except AdapterDamaged:
+            await self._blobs.drop(version.digest)
+            await self._have(version)
+            await self._then.prepare(version)
         await self.trim()
 
     async def trim(self) -> None:
-        """Lets go of what was used longest ago, but not of what is in use, until the rest fits."""
+        """Lets go of what was used longest ago, but not of what is in use, until the rest fits.
+
+        Of nothing before the store is known to have everything that is here.
+        """
         async with self._trimming:
+            if not await self._put_all() or self.size_bytes <= self.max_bytes:
+                return
             kept = set(self.in_use())
             for digest in list(self._sizes):
                 if self.size_bytes <= self.max_bytes:
@@ -96,16 +116,43 @@ class Cache:
                 if digest not in kept:
                     await self._let_go(digest)
 
+    async def _put_all(self) -> bool:
+        """Puts what is only here, as after a server without an object store; False where that fails."""
+        if not self._all_in_store:
+            try:
+                stored = await self._blobs.digests()
+                for digest in [digest for digest in self._sizes if digest not in stored]:
+                    if await run_in_thread(digest_of, self._blobs.path(digest)) == digest:
+                        await self._objects.put(digest, self._blobs.path(digest))
+                        logger.info("put %s, which was only here, into the object store", digest)
+            except StoreUnavailable:
+                return False
+            self._all_in_store = True
+        return True
+
+    async def _have(self, version: Version) -> None:
+        digest = version.digest
+        async with self._blobs.lock(digest):
+            if not await run_in_thread(version.path.exists):
+                if time.monotonic() - self._missing.get(digest, float("-inf")) < _ASK_AGAIN_S:
+                    raise _missing(version)
+                await self._fetch(version)
+            self._sizes[digest] = await run_in_thread(_size_of, version.path)
+            self._sizes.move_to_end(digest)
+
     async def _fetch(self, version: Version) -> None:
         began = time.monotonic()
         folder = self._blobs.quarantine / uuid.uuid4().hex
+        fetched = False
         try:
             with disk_errors(f"fetching {version.digest}"):
                 await run_in_thread(folder.mkdir)
                 await self._objects.get(version.digest, folder)
             if await run_in_thread(digest_of, folder) != version.digest:
-                raise BlobMissing("other bytes")
+                raise BlobMissing("The object store has other bytes under this name.")
             await self._blobs.take_in(folder, version.digest)
+            self._then.fetched(version.digest)
+            fetched = True
         except BlobMissing as error:
             self._missing = {d: at for d, at in self._missing.items() if began - at < _ASK_AGAIN_S}
             self._missing[version.digest] = began
@@ -113,8 +160,7 @@ class Cache:
             raise _missing(version) from error
         finally:
             await run_in_thread(discard, folder)
-        self.fetched += 1
-        logger.info("fetched %s in %.2f s", version.digest, time.monotonic() - began)
+            self._on_fetch(fetched, time.monotonic() - began)
 
     async def _let_go(self, digest: str) -> None:
         try:
@@ -123,7 +169,6 @@ class Cache:
             logger.warning("%s stays in the data folder", digest, exc_info=True)
             return
         self._sizes.pop(digest, None)
-        self.evicted += 1
 
     def _found(self, digests: Collection[str]) -> list[tuple[str, int]]:
         """By the time of their last use, as far as the disk knows it."""

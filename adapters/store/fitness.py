@@ -192,6 +192,11 @@ class Fitness:
         if self._serving is not None:
             self._keep(digest, None)
 
+    def fetched(self, digest: str) -> None:
+        """The files have come from the object store, and are those of ``digest``."""
+        self._sound[digest] = _marks(self._blobs.path(digest))
+        self._damaged.pop(digest, None)
+
     def forget(self, digest: str) -> None:
         """The files are gone, as nobody links them any more."""
         self._sound.pop(digest, None)
@@ -207,8 +212,16 @@ class Fitness:
         self._verdicts[digest] = verdict
         self._unsaved = True
 
+    def _is_elsewhere(self, digest: str) -> bool:
+        """Whether the files are to be fetched first: they are looked at when they are here."""
+        return self._blobs.objects is not None and not self._blobs.path(digest).exists()
+
     async def _is_whole(self, digest: str) -> bool:
         path = self._blobs.path(digest)
+        if self._is_elsewhere(digest):
+            self._sound.pop(digest, None)
+            self._damaged.pop(digest, None)
+            return False
         before = await run_in_thread(_marks, path)
         if await run_in_thread(digest_of, path) == digest:
             self._sound[digest] = before
@@ -228,7 +241,7 @@ class Fitness:
 
     async def _judge(self, digest: str) -> None:
         serving = self._serving
-        if digest in self._verdicts or serving is None:
+        if digest in self._verdicts or serving is None or self._is_elsewhere(digest):
             return
         try:
             verdict = await run_in_thread(_verdict, self._blobs.path(digest), serving)

@@ -41,6 +41,7 @@ _BLOBS = "blobs"
 _PIECE = 8 << 20
 # Seconds: for a connection, for the next piece, and for a small call as a whole.
 _CONNECT, _READ, _CALL = 5.0, 20.0, 15.0
+_CHECK = 2.0
 _RETRIES, _RETRY_FOR = 2, timedelta(seconds=10)
 
 
@@ -64,6 +65,7 @@ class ObjectStore:
     def __init__(self, url: str) -> None:
         check_url(url)
         self.url = url
+        self.claimed = False
         self._folder = Path(unquote(urlsplit(url).path)) if url.startswith("file:") else None
         self._bucket = _open(url, self._folder)
 
@@ -80,6 +82,7 @@ class ObjectStore:
                 async with asyncio.timeout(_CALL):
                     await obstore.put_async(self._bucket, OWNER_FILE, content, mode="create")
                 await self._sync(OWNER_FILE)
+                self.claimed = True
                 return
             except FileNotFoundError as error:
                 raise WrongStore(f"the object store {self.url} has no such bucket; make it first") from error
@@ -91,6 +94,15 @@ class ObjectStore:
                 f" {installation}. Nothing was touched. Set LORAPLEX_BLOBS_URL to another prefix, or"
                 f" LORAPLEX_DATABASE_URL to the database that belongs to it."
             )
+        self.claimed = True
+
+    async def adopt(self, installation: str) -> None:
+        """Makes the store that of ``installation``, whoever's it was."""
+        with _errors("taking over the object store"):
+            async with asyncio.timeout(_CALL):
+                await obstore.put_async(self._bucket, OWNER_FILE, json.dumps({"id": installation}).encode())
+            await self._sync(OWNER_FILE)
+        self.claimed = True
 
     async def owner(self) -> str | None:
         """The id of the installation that the store belongs to; None where it is nobody's."""
@@ -105,8 +117,10 @@ class ObjectStore:
                 raise WrongStore(f"{self.url}/{OWNER_FILE} is damaged ({error})") from error
 
     async def check(self) -> None:
-        """Whether the store answers."""
-        await self.owner()
+        """Whether the store answers, and soon: whoever asks wants to know it now."""
+        with _errors("asking the object store"):
+            async with asyncio.timeout(_CHECK):
+                await self.owner()
 
     async def put(self, digest: str, folder: Path) -> None:
         """Copies the files in ``folder``; when it returns, every process of the fleet can read them."""
@@ -155,8 +169,13 @@ class ObjectStore:
     async def sweep(
         self, linked: Collection[str], older_than: float, is_digest: Callable[[str], bool]
     ) -> list[str]:
-        """Removes blobs that are not ``linked`` and older than so many seconds; returns their names."""
-        removed = []
+        """Removes blobs that are not ``linked`` and older than so many seconds; returns their names.
+
+        None where the store has not been found to be this installation's.
+        """
+        removed: list[str] = []
+        if not self.claimed:
+            return removed
         for digest, age in sorted((await self.ages()).items()):
             if is_digest(digest) and digest not in linked and age >= older_than:
                 await self.remove(digest)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import uuid
 from dataclasses import asdict, dataclass
@@ -24,10 +25,13 @@ from sqlalchemy import func, select
 from adapters.database.database import Database
 from adapters.database.glance import glance
 from adapters.database.rows import AuditRow, MetaRow
+from adapters.errors import StoreUnavailable
 from adapters.files import sync_path
 from adapters.store.blobs import BlobStore
 from adapters.store.versions import linked_digests
 from adapters.tasks import run_in_thread
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 INSTALLATION_FILE = "installation.json"
@@ -146,9 +150,26 @@ class Ownership:
         if not self._mark.id:
             await self._join(await self._known())
 
+    async def claim(self) -> None:
+        """After ``join``: the object store, if there is one, becomes this installation's, or is it already.
+
+        Raises WrongStore where it is another's. One that does not answer is neither swept nor refused: what
+        was fetched before is served meanwhile.
+        """
+        objects = self._blobs.objects
+        if objects is not None:
+            try:
+                await objects.claim(self._mark.id)
+            except StoreUnavailable:
+                logger.warning(
+                    "the object store %s does not answer; nothing is fetched until then", objects.url
+                )
+
     async def adopt(self) -> int:
         """Joins folder and database whatever they hold; returns how many blobs without a row are kept."""
         await self._join(await self._known())
+        if self._blobs.objects is not None:
+            await self._blobs.objects.adopt(self._mark.id)
         return len(self._mark.kept)
 
     async def remember(self) -> None:
@@ -162,16 +183,20 @@ class Ownership:
 
     async def _check_contents(self, linked: frozenset[str]) -> None:
         present = await self._blobs.digests()
+        objects = self._blobs.objects
+        place = (
+            f"the data folder {self._blobs.root}" if objects is None else f"the object store {objects.url}"
+        )
         if linked and not linked & present:
             raise WrongDatabase(
-                f"the database has {len(linked)} adapters' files on record, and none of them is in the data"
-                f" folder {self._blobs.root}. No adapter was touched. Set LORAPLEX_DATA_DIR to the folder"
-                f" that holds them. {_ADOPT}"
+                f"the database has {len(linked)} adapters' files on record, and none of them is in {place}."
+                f" No adapter was touched. Set LORAPLEX_DATA_DIR and LORAPLEX_BLOBS_URL to what holds them."
+                f" {_ADOPT}"
             )
         if present and not linked:
             raise WrongDatabase(
-                f"the data folder {self._blobs.root} holds {len(present)} adapters' files, and the database"
-                " has none on record. No adapter was touched. Set LORAPLEX_DATABASE_URL to the right one."
+                f"{place} holds {len(present)} adapters' files, and the database has none on record."
+                " No adapter was touched. Set LORAPLEX_DATABASE_URL to the right one."
                 f" {_ADOPT}"
             )
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from adapters.database.database import Database, SchemaTooNew, sqlite_file
 from adapters.store import backup
 from adapters.store.blobs import BlobStore
+from adapters.store.objects import ObjectStore
 from adapters.store.ownership import FolderLock, Ownership
 from server.settings import Settings
 
@@ -80,7 +81,8 @@ async def _adopt(settings: Settings) -> int:
     database = Database(settings.database_url)
     try:
         await database.open()
-        blobs = BlobStore(settings.data_dir, max_bytes=settings.max_upload_bytes)
+        objects = ObjectStore(settings.blobs_url) if settings.blobs_url else None
+        blobs = BlobStore(settings.data_dir, max_bytes=settings.max_upload_bytes, objects=objects)
         await blobs.open()
         return await Ownership(blobs, database).adopt()
     finally:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from adapters.errors import StoreUnavailable
 from adapters.store.versions import count_of
 from server.http.answers import Health, Readiness
 from server.http.auth import METRICS
@@ -31,7 +32,9 @@ async def health() -> dict[str, str]:
 @router.get("/ready", response_model=Readiness)
 async def ready(services: ServicesOf) -> JSONResponse:
     checks = {"draining": "yes"} if services.draining else await _checks(services)
-    ok = not services.draining and set(checks.values()) == {"ok"}
+    # Without its object store a server still answers with what it has.
+    failing = {f"{name}: {found}" for name, found in checks.items() if found != "ok"}
+    ok = not services.draining and failing <= {f"store: {StoreUnavailable.__name__}"}
     return JSONResponse({"status": "ready" if ok else "not ready", "checks": checks}, 200 if ok else 503)
 
 

@@ -236,6 +236,10 @@ class Dispatcher(EngineLoop):
     def tier_of(self, version: Version) -> Tier:
         return self._plan.tier_of(version.key)
 
+    def known_digests(self) -> set[str]:
+        """Of the files that are in memory, on their way there, or waited for."""
+        return {key.rpartition("@")[2] for key in self._plan.known_versions()}
+
     def gauges(self, versions_on_disk: int) -> Gauges:
         """``versions_on_disk``: all versions of the catalog, resident or not."""
         snapshot = self.snapshot()

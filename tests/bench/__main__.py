@@ -25,7 +25,7 @@ from tests.bench.adapters import make
 from tests.bench.client import Client, Record
 from tests.bench.plot import write_plot, write_samples
 from tests.bench.report import Outcomes, Row, summarize, table, write_json, write_table
-from tests.bench.scenario import LONGEST, Round, Scenario, Simulation, Values
+from tests.bench.scenario import Round, Scenario, Simulation, Values
 from tests.bench.scenarios import FULL_RUN, SCENARIOS
 from tests.bench.servers import SERVERS, Server, Setup
 
@@ -65,7 +65,7 @@ class Bench:
         began = time.monotonic()
         (where,) = simulation.servers
         try:
-            async with asyncio.timeout(LONGEST):
+            async with asyncio.timeout(simulation.longest):
                 values = await _in_a_process(simulation.simulate, round_)
             self.outcomes[simulation.name].add(where, round_.number, values)
             console.log(f"run {round_.number + 1}: {simulation.name}: {_since(began)}")

@@ -93,7 +93,7 @@ class Scenario:
 class Simulation:
     """A scenario that needs no server: ``simulate`` runs Loraplex's own decisions, in a process of its own.
 
-    ``settings`` are what it was simulated with, for the report.
+    ``settings`` are what it was simulated with, for the report. After ``longest`` seconds it is given up.
     """
 
     setups: ClassVar[tuple[Setup, ...]] = ()
@@ -104,6 +104,7 @@ class Simulation:
     simulate: Callable[[Round], Values]
     settings: Mapping[str, Any] = field(default_factory=dict)
     runs: int | None = None
+    longest: float = LONGEST
 
     def adapters(self, round_: Round) -> tuple[Adapter, ...]:
         return ()

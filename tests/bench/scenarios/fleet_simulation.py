@@ -74,4 +74,5 @@ SCENARIO = Simulation(
     measure,
     settings={"engine": asdict(ENGINE), "crowds": {title: asdict(each) for title, each in CROWDS.items()}},
     runs=1,
+    longest=7200.0,
 )

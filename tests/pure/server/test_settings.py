@@ -70,6 +70,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "max_queued": "9", "queue_timeout": "1.5", "engine_stall": "30.0", "engine_restarts": "2",
         "max_upload_bytes": "100", "max_body_bytes": "2000",
         "client_timeout": "5.0", "prices": "{}", "keep_usage_days": "30", "keep_versions": "7",
+        "blobs_url": "s3://bucket/prefix", "blobs_cache": "5000",
         "same_bases": '["abc"]', "scrub_rate": "1000",
         "import_prefixes": '["https://models.example/a/"]',
         "drain_timeout": "0.0", "metrics_tenants": "0", "log_format": "text", "log_level": "debug",
@@ -86,6 +87,12 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
     for several in ("import_prefixes", "same_bases"):
         assert shown.pop(several) == tuple(json.loads(values.pop(several)))
     assert {name: str(value) for name, value in shown.items()} == values
+
+
+@pytest.mark.parametrize("url", ["bucket", "ftp://host/x", "s3://"])
+def test_an_object_store_is_named_whole(url: str) -> None:
+    with pytest.raises(ValueError, match="must name a bucket or a folder"):
+        made(blobs_url=url)
 
 
 def test_a_file_that_is_not_there() -> None:

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from adapters.errors import BlobMissing, StorageFailed, StoreUnavailable
+from adapters.errors import AdapterUnfit, BlobMissing, StorageFailed, StoreUnavailable
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, Version
 from adapters.store import objects as objects_module
 from adapters.store.blobs import BlobStore, digest_of
 from adapters.store.cache import Cache
+from adapters.store.fitness import Fitness, Serving
 from adapters.store.objects import ObjectStore, WrongStore, check_url
 from tests.support.object_stores import KINDS, S3, s3_server, url_of
+from tests.support.world import BASE
 
 DIGEST = "a" * 64
 
@@ -61,6 +63,33 @@ async def upload(blobs: BlobStore, size: int = 100) -> str:
 
 def version(blobs: BlobStore, digest: str) -> Version:
     return Version("acme", "a", 1, digest, blobs.path(digest), rank=8)
+
+
+class Looked:
+    """Looks at nothing."""
+
+    def __init__(self) -> None:
+        self.fetched_digests: list[str] = []
+
+    def is_ready(self, version: Version) -> bool:
+        return version.path.exists()
+
+    async def prepare(self, version: Version) -> None: ...
+
+    def fetched(self, digest: str) -> None:
+        self.fetched_digests.append(digest)
+
+
+def cache_of(blobs: BlobStore, max_bytes: int = 1 << 20, used: set[str] | None = None) -> Cache:
+    cache = Cache(blobs, max_bytes, Looked())
+    cache.in_use = lambda: used or ()
+    return cache
+
+
+def fetched(cache: Cache) -> list[str]:
+    looked = cache._then
+    assert isinstance(looked, Looked)
+    return looked.fetched_digests
 
 
 async def blobs_at(root: Path, store: ObjectStore) -> BlobStore:
@@ -121,9 +150,11 @@ async def test_a_sweep_goes_by_age_and_link(store: ObjectStore, tmp_path: Path) 
     kept, gone = files(tmp_path / "kept"), files(tmp_path / "gone")
     await store.put(kept, tmp_path / "kept")
     await store.put(gone, tmp_path / "gone")
+    await asyncio.sleep(1.1)  # S3 tells seconds
+    assert await store.sweep({kept}, 0.0, lambda _: True) == [], "it may be another installation's"
+    await store.claim("here")
     assert await store.sweep({kept}, 3600.0, lambda _: True) == []
     assert await store.sweep({kept}, 0.0, lambda name: name == kept) == []
-    await asyncio.sleep(1.1)  # S3 tells seconds
     assert await store.sweep({kept}, 0.0, lambda _: True) == [gone]
     assert (await store.ages()).keys() == {kept}
 
@@ -166,11 +197,14 @@ async def test_a_store_that_is_down(s3: S3, tmp_path: Path) -> None:
 
 async def test_a_store_that_takes_calls_and_answers_none(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects_module, "_CALL", 0.3)
+    monkeypatch.setattr(objects_module, "_CHECK", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         began = time.monotonic()
         with pytest.raises(StoreUnavailable):
             await ObjectStore("s3://bucket/x").check()
+        with pytest.raises(StoreUnavailable):
+            await ObjectStore("s3://bucket/x").ages()
         assert time.monotonic() - began < 5.0
 
 
@@ -182,7 +216,7 @@ async def test_a_commit_is_in_the_store(store: ObjectStore, tmp_path: Path) -> N
     digest = await upload(blobs)
     assert (await store.ages()).keys() == await blobs.digests() == {digest}
     other = await blobs_at(tmp_path / "two", store)
-    cache = Cache(other, 1 << 20)
+    cache = cache_of(other)
     await cache.open()
     assert await other.digests() == {digest}
     assert not cache.is_ready(version(other, digest))
@@ -214,7 +248,9 @@ async def test_removal_reaches_the_store(store: ObjectStore, tmp_path: Path) -> 
 
 
 async def test_what_the_store_keeps_while_it_is_down_goes_with_a_sweep(s3: S3, tmp_path: Path) -> None:
-    blobs = await blobs_at(tmp_path / "data", ObjectStore(s3.bucket()))
+    store = ObjectStore(s3.bucket())
+    await store.claim("here")
+    blobs = await blobs_at(tmp_path / "data", store)
     digest = await upload(blobs)
     s3.stop()
     try:
@@ -235,7 +271,7 @@ async def test_the_longest_unused_goes_first_and_what_is_in_use_stays(
     digests = [await upload(writer, size=1_000) for _ in range(5)]
     blobs = await blobs_at(tmp_path / "two", store)
     used: set[str] = set()
-    cache = Cache(blobs, 3 * 1_002, lambda: used)
+    cache = cache_of(blobs, 3 * 1_002, used)
     await cache.open()
     for digest in digests[:3]:
         await cache.prepare(version(blobs, digest))
@@ -251,7 +287,7 @@ async def test_the_longest_unused_goes_first_and_what_is_in_use_stays(
     used.clear()
     await cache.trim()
     assert len(await blobs.local()) == 3
-    assert (cache.fetched, cache.evicted) == (6, 3)
+    assert len(fetched(cache)) == 6
     assert await blobs.digests() == set(digests), "in the store all are there"
 
 
@@ -261,17 +297,61 @@ async def test_a_start_finds_what_is_here_by_its_last_use(store: ObjectStore, tm
     for age, digest in enumerate(digests):
         for path in (*blobs.path(digest).iterdir(), blobs.path(digest)):
             os.utime(path, (1_000_000 - age, 1_000_000 - age))
-    cache = Cache(blobs, 2 * 1_002)
+    cache = cache_of(blobs, 2 * 1_002)
     await cache.open()
     assert await blobs.local() == set(digests[:2])
+
+
+async def test_what_was_here_before_there_was_a_store_is_put_there(s3: S3, tmp_path: Path) -> None:
+    """Nothing goes before it is in the store, and a store that is down keeps everything here."""
+    blobs = BlobStore(tmp_path / "data", max_bytes=1 << 30)
+    await blobs.open()
+    digests = {await upload(blobs, size=1_000) for _ in range(3)}
+    blobs.objects = ObjectStore(s3.bucket())
+    cache = cache_of(blobs, 1_002)
+    s3.stop()
+    try:
+        await cache.open()
+        assert await blobs.local() == digests
+    finally:
+        s3.start()
+    await cache.trim()
+    assert await blobs.digests() == digests
+    assert len(await blobs.local()) == 1
+
+
+async def test_a_copy_that_is_damaged_is_fetched_again(store: ObjectStore, tmp_path: Path) -> None:
+    blobs = await blobs_at(tmp_path / "data", store)
+    digest = await upload(blobs)
+    weights = blobs.path(digest) / WEIGHTS_FILE
+    weights.chmod(0o644)
+    weights.write_bytes(b"a bad sector")
+    fitness = Fitness(blobs)
+    await fitness.open(Serving(BASE, "float32", "1"))
+    cache = Cache(blobs, 1 << 20, fitness)
+    await cache.open()
+    with pytest.raises(AdapterUnfit):  # what it holds is no adapter; its bytes are the right ones again
+        await cache.prepare(version(blobs, digest))
+    assert digest_of(blobs.path(digest)) == digest
+    assert fitness.damaged == []
+
+
+async def test_what_is_not_here_is_not_damaged(store: ObjectStore, tmp_path: Path) -> None:
+    digest = await upload(await blobs_at(tmp_path / "one", store))
+    blobs = await blobs_at(tmp_path / "two", store)
+    fitness = Fitness(blobs)
+    await fitness.open(Serving(BASE, "float32", "1"))
+    await fitness.judge(digest)
+    assert not await fitness.is_whole(digest)
+    assert (fitness.damaged, fitness.known()) == ([], set())
 
 
 async def test_asked_for_at_once_it_is_fetched_once(store: ObjectStore, tmp_path: Path) -> None:
     digest = await upload(await blobs_at(tmp_path / "one", store))
     blobs = await blobs_at(tmp_path / "two", store)
-    cache = Cache(blobs, 1 << 20)
+    cache = cache_of(blobs)
     await asyncio.gather(*(cache.prepare(version(blobs, digest)) for _ in range(10)))
-    assert cache.fetched == 1
+    assert fetched(cache) == [digest]
 
 
 async def test_other_bytes_under_its_name_are_never_taken(store: ObjectStore, tmp_path: Path) -> None:
@@ -279,7 +359,7 @@ async def test_other_bytes_under_its_name_are_never_taken(store: ObjectStore, tm
     (tmp_path / "from" / WEIGHTS_FILE).write_bytes(b"other")
     await store.put(digest, tmp_path / "from")
     blobs = await blobs_at(tmp_path / "data", store)
-    cache = Cache(blobs, 1 << 20)
+    cache = cache_of(blobs)
     with pytest.raises(BlobMissing, match="not those that were uploaded"):
         await cache.prepare(version(blobs, digest))
     assert await blobs.local() == set()
@@ -291,7 +371,7 @@ async def test_a_fetch_that_fails_is_tried_again_with_the_next_request(s3: S3, t
     writer = await blobs_at(tmp_path / "one", store)
     here, there = await upload(writer), await upload(writer)
     blobs = await blobs_at(tmp_path / "two", store)
-    cache = Cache(blobs, 1 << 20)
+    cache = cache_of(blobs)
     await cache.prepare(version(blobs, here))
     s3.stop()
     try:
@@ -316,7 +396,7 @@ async def test_what_the_store_lacks_is_not_asked_for_by_every_request(
 
     monkeypatch.setattr(ObjectStore, "get", counted)
     blobs = await blobs_at(tmp_path / "data", store)
-    cache = Cache(blobs, 1 << 20)
+    cache = cache_of(blobs)
     for _ in range(5):
         with pytest.raises(BlobMissing):
             await cache.prepare(version(blobs, DIGEST))
@@ -334,4 +414,4 @@ async def test_a_disk_that_fails_is_not_the_stores_fault(
 
     monkeypatch.setattr(ObjectStore, "get", broken)
     with pytest.raises(StorageFailed):
-        await Cache(blobs, 1 << 20).prepare(version(blobs, digest))
+        await cache_of(blobs).prepare(version(blobs, digest))
