@@ -75,6 +75,7 @@ class Coverage:
 
     ``layers`` are those it changes, of ``available`` in the base. ``rank``, ``scaling`` (what BA is
     multiplied with) and ``norm`` (the Frobenius norm of scaling * BA) are (smallest, largest) over those.
+    ``norms`` has the norm of each of ``layers``.
     """
 
     module: str
@@ -83,6 +84,7 @@ class Coverage:
     rank: tuple[int, int]
     scaling: tuple[float, float]
     norm: tuple[float, float]
+    norms: tuple[float, ...] = field(default=(), compare=False)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -92,6 +94,7 @@ class Coverage:
             "rank": list(self.rank),
             "scaling": list(self.scaling),
             "norm": list(self.norm),
+            "norms": [float(f"{norm:.4g}") for norm in self.norms],
         }
 
 

@@ -28,6 +28,7 @@ from server.accounts.authentication import Authentication
 from server.accounts.tenants import Tenants
 from server.accounts.usage import UsageWriter, spent
 from server.accounts.wrong_keys import WrongKeys
+from server.console import site as console
 from server.engine.calls import EngineDied
 from server.engine.engine import Engine
 from server.engine.restarts import Restarts
@@ -98,6 +99,8 @@ def create_app(
     app.include_router(account.router)
     app.include_router(self_service.router)
     app.include_router(operations.router)
+    if settings.console:
+        console.install(app, settings.served_model_name)
     app.openapi = document(app)  # type: ignore[method-assign]
     return app
 

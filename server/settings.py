@@ -254,6 +254,7 @@ class Settings(BaseSettings):
     metrics_tenants: int = Field(
         100, ge=0, description="Tenants with a metric label of their own; the rest share `other`."
     )
+    console: bool = Field(True, description="Whether `/console` is there; see [console.md](console.md).")
     log_format: Literal["json", "text"] = Field("json", description="Form of the log lines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe level logged."

@@ -191,14 +191,16 @@ def _coverage(norms: Mapping[str, float], config: PeftConfig, base: BaseModel) -
         ranks = [config.rank_of(module) for module in modules]
         scalings = [config.scaling_of(module) for module in modules]
         sizes = [norms[module] for module in modules]
+        in_layers = sorted((n, norms[module]) for module in modules if (n := layer_of(module)) is not None)
         rows.append(
             Coverage(
                 module=kind,
-                layers=tuple(sorted(n for module in modules if (n := layer_of(module)) is not None)),
+                layers=tuple(n for n, _ in in_layers),
                 available=available[kind],
                 rank=(min(ranks), max(ranks)),
                 scaling=(min(scalings), max(scalings)),
                 norm=(min(sizes), max(sizes)),
+                norms=tuple(norm for _, norm in in_layers),
             )
         )
     return tuple(rows)

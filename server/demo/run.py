@@ -87,6 +87,8 @@ async def _demo(once: bool, wanted_port: int, cache: Path) -> int:
         _print_how_to_ask(url, keys[CUSTOMERS[0]])
         if once:
             return verdict(answers)
+        console.print("\nThe console, signed in as the operator (this address works once, for ten minutes):")
+        console.print(url + await console_path(client, admin_key), soft_wrap=True)
         console.print(f"\nServing on {url} until Ctrl-C. The log: {log}", soft_wrap=True)
         try:
             status = await server.wait()
@@ -147,6 +149,12 @@ async def _create_customers(url: str, admin_key: str) -> dict[str, str]:
     headers = {"Authorization": f"Bearer {admin_key}"}
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120, trust_env=False) as admin:
         return {name: await create_customer(admin, name, ADAPTER, ADAPTERS / name) for name in CUSTOMERS}
+
+
+async def console_path(client: httpx.AsyncClient, key: str) -> str:
+    """Where a browser is signed in to the console with ``key``, once."""
+    made = await client.post("/console/ticket", headers={"Authorization": f"Bearer {key}"})
+    return str(made.raise_for_status().json()["path"])
 
 
 async def _ask_everyone(client: httpx.AsyncClient, keys: dict[str, str]) -> dict[str, Answer]:

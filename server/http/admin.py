@@ -251,5 +251,5 @@ async def verify_adapter(
 @router.get("/residency", response_model=answers.Residency, response_model_exclude_unset=True)
 async def residency(services: ServicesOf, events: Annotated[int, Query(ge=0, le=KEPT)] = 0) -> dict[str, Any]:
     """Slots, tiers and queues as they are now; with ``events``, also the scheduler's last so many events."""
-    found = asdict(services.dispatcher.snapshot())
+    found = asdict(services.dispatcher.snapshot()) | {"rates": services.metrics.recent.rates()}
     return found | {"events": services.dispatcher.last_events(events)} if events else found

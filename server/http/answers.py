@@ -259,6 +259,16 @@ class ResidentVersion(Answer):
     size_bytes: Count
 
 
+class Rates(Answer):
+    """How fast the server is now; null where nothing was seen, as at the first look."""
+
+    seconds: Annotated[float, Field(description="How long the tokens were counted.")]
+    output_tokens_per_second: float | None
+    first_tokens: Annotated[Count, Field(description="Streams of the last minute, those that began.")]
+    first_token_p50: Annotated[float | None, Field(description="Seconds.")]
+    first_token_p99: Annotated[float | None, Field(description="Seconds.")]
+
+
 class Residency(Answer):
     """The scheduler's state: slots, host memory, and requests and counters of fairness by tenant."""
 
@@ -271,6 +281,7 @@ class Residency(Answer):
     drains: Count
     preemptions: Count
     draining: bool
+    rates: Rates
     events: Annotated[list[JsonValue] | None, Field(description="Only where they were asked for.")] = None
 
 

@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"server.__main__"},
     {"server.app", "server.cli", "server.demo"},
     {"server.fleet"},
-    {"server.http"},
+    {"server.http", "server.console"},
     {"server.inference", "server.publishing"},
     {"server.limits"},
     {"server.scheduling"},
@@ -34,6 +34,7 @@ FLOORS: list[set[str]] = [
 # Rooms that no other room on the floors between may enter, and whom they are for.
 ONLY_FOR = {
     "server.cli": {"server.__main__"},
+    "server.console": {"server.app"},
     "server.demo": {"server.__main__"},
     "adapters.offline": {"server.cli"},
     "adapters.worker": {"server.engine"},
@@ -41,7 +42,8 @@ ONLY_FOR = {
 # A library that is known in these rooms only.
 ONLY_IN = {
     "fastapi": {"server.app", "server.http"},
-    "starlette": {"server.http", "server.engine"},
+    "starlette": {"server.http", "server.console", "server.engine"},
+    "jinja2": {"server.console"},
     "uvicorn": {"server.__main__", "server.http"},
     "rich": {"server.__main__", "server.cli", "server.demo"},
     "typer": {"server.__main__", "server.cli"},

@@ -1,0 +1,218 @@
+"""The console in a real Chromium: each page and each action, as people use them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.async_playwright import Axe
+from playwright.async_api import Page, expect
+
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from tests.service.console.test_sign_in import CUSTOMER, OPERATOR, full_key
+from tests.support import tiny
+from tests.support.browser import browsing, sign_in
+from tests.support.site import ADMIN_KEY, Site
+from tests.support.tiny import fake_site
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with fake_site(tmp_path) as site:
+        yield site
+
+
+def files_of(seed: int) -> list[Path]:
+    folder = tiny.adapter(seed)
+    return [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
+
+
+async def confirm(page: Page) -> None:
+    await page.get_by_role("button", name="Go on").click()
+
+
+async def test_an_operator_from_a_new_customer_to_its_usage(site: Site) -> None:
+    async with browsing(site.url) as page:
+        await page.goto("/console")
+        await page.get_by_label("Key").fill("wrong-key")
+        await page.get_by_role("button", name="Sign in").click()
+        await expect(page.get_by_role("alert")).to_contain_text("not valid here")
+        await sign_in(page, ADMIN_KEY)
+        await expect(page.get_by_role("heading", name="Fleet")).to_be_visible()
+        for name in ("Customers", "Adapters", "Requests", "Usage", "Audit", "Playground", "Fleet"):
+            await page.get_by_role("link", name=name, exact=True).click()
+            await expect(page.get_by_role("heading", name=name, level=1)).to_be_visible()
+
+        await page.get_by_role("link", name="Customers", exact=True).click()
+        await page.get_by_role("button", name="New customer").click()
+        await page.get_by_label("Id", exact=True).fill("acme")
+        await page.get_by_role("button", name="Create").click()
+        await expect(page.get_by_role("heading", name="acme", level=1)).to_be_visible()
+
+        await page.get_by_role("button", name="Upload").click()
+        await page.get_by_label("Name", exact=True).last.fill("support")
+        await page.locator("#upload input[type=file]").set_input_files(files_of(1))
+        await expect(page.locator("#upload .files li")).to_have_count(2)
+        await page.locator("#upload").get_by_role("button", name="Upload").click()
+        await page.get_by_role("link", name="support").click()
+        await expect(page.get_by_role("heading", name="What it changes")).to_be_visible()
+        await expect(page.locator(".heat-cell")).to_have_count(2)
+        await expect(page.get_by_text("it changes answers")).to_be_visible()
+
+        await page.get_by_role("link", name="acme").click()
+        await page.get_by_role("button", name="New key").click()
+        await page.locator("#new-key").get_by_label("Name").fill("backend")
+        await page.get_by_role("button", name="Create").click()
+        await expect(page.locator("#secret")).to_be_visible()
+        key = await page.locator("#secret .secret").inner_text()
+        answered = await site.chat(key, "hi", model="support", max_tokens=3)
+        assert answered.status_code == 200
+        await page.get_by_role("button", name="Done").click()
+        await expect(page.get_by_role("cell", name="backend")).to_be_visible()
+        assert key not in await page.content()
+
+        await page.get_by_role("link", name="Requests", exact=True).click()
+        row = page.get_by_role("row").filter(has_text="support@1")
+        await expect(row).to_contain_text("completed")
+        await row.get_by_role("link").click()
+        await expect(page.get_by_role("heading", name="This request")).to_be_visible()
+        await page.get_by_role("link", name="Usage", exact=True).click()
+        await expect(page.locator("figure.chart")).to_be_visible()
+        await page.get_by_role("link", name="Audit", exact=True).click()
+        await expect(page.get_by_role("row").filter(has_text="key.create")).to_be_visible()
+
+        await page.get_by_role("link", name="Customers", exact=True).click()
+        await page.get_by_role("link", name="acme").click()
+        await page.get_by_role("row").filter(has_text="backend").get_by_role("button", name="Revoke").click()
+        await confirm(page)
+        await expect(page.get_by_text("There is no key yet.")).to_be_visible()
+        assert (await site.chat(key, "hi", model="support")).status_code == 401
+        await page.get_by_role("button", name="Sign out").click()
+        await expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+
+
+async def test_a_refused_upload_says_what_to_do(site: Site, tmp_path: Path) -> None:
+    key = await full_key(site, "acme")
+    config, weights = files_of(2)
+    broken = tmp_path / CONFIG_FILE
+    broken.write_text(config.read_text().replace('"LORA"', '"IA3"'))
+    async with browsing(site.url) as page:
+        await sign_in(page, key)
+        await page.get_by_role("link", name="Adapters", exact=True).click()
+        await page.get_by_role("button", name="Upload").click()
+        await page.get_by_label("Name", exact=True).fill("new")
+        form = page.locator("#upload")
+        await form.locator("input[type=file]").set_input_files([broken])
+        await form.get_by_role("button", name="Upload").click()
+        await expect(form.get_by_role("alert")).to_contain_text(WEIGHTS_FILE)
+        await form.locator("input[type=file]").set_input_files([broken, weights])
+        await form.get_by_role("button", name="Upload").click()
+        await expect(form.get_by_role("alert")).to_contain_text("IA3")
+        await expect(form.get_by_role("alert")).to_contain_text("Code: ")
+        await form.locator("input[type=file]").set_input_files([config, weights])
+        await form.get_by_role("button", name="Upload").click()
+        await expect(page.get_by_role("link", name="new", exact=True)).to_be_visible()
+
+
+async def test_versions_go_live_share_requests_and_go(site: Site) -> None:
+    key = await full_key(site, "acme")
+    await site.upload("acme", "support", tiny.adapter(2))
+    async with browsing(site.url) as page:
+        await sign_in(page, key)
+        await page.goto("/console/adapters/support")
+        rows = page.get_by_role("row")
+        await expect(rows.filter(has_text="@2").first).to_contain_text("live")
+        await rows.filter(has_text="@1").get_by_role("button", name="Go live").click()
+        await confirm(page)
+        await expect(rows.filter(has_text="@1").first).to_contain_text("live")
+        await page.get_by_label("gets, %").fill("25")
+        await page.get_by_role("button", name="Divide requests").click()
+        await expect(page.get_by_role("button", name="End the canary")).to_be_visible()
+        found = (await site.admin.get("/admin/v1/tenants/acme/adapters/support")).json()
+        assert found["split"] == {"1": 75, "2": 25}
+        await page.get_by_role("button", name="End the canary").click()
+        await confirm(page)
+        await expect(page.get_by_role("button", name="End the canary")).to_have_count(0)
+        await rows.filter(has_text="@2").get_by_role("button", name="Delete").click()
+        await confirm(page)
+        await expect(rows.filter(has_text="@2")).to_have_count(0)
+        found = (await site.admin.get("/admin/v1/tenants/acme/adapters/support")).json()
+        assert (found["live"], len(found["versions"]), found["split"]) == (1, 1, None)
+
+
+async def test_the_playground_streams_and_compares(site: Site) -> None:
+    key = await full_key(site, "acme")
+    await site.upload("acme", "support", tiny.adapter(2))
+    async with browsing(site.url) as page:
+        await sign_in(page, key)
+        await page.goto("/console/playground?model=support@2")
+        answers = page.locator(".answer")
+        await page.get_by_role("button", name="Ask").click()
+        for at in range(3):
+            await expect(answers.nth(at).locator(".figures-line")).to_contain_text("first token")
+            assert (await answers.nth(at).locator(".said").inner_text()).strip()
+        await page.get_by_text("The same in code").click()
+        await expect(page.locator("[data-snippet=openai]")).to_contain_text(f'base_url="{site.url}/v1"')
+        await expect(page.locator("[data-snippet=curl]")).to_contain_text("/v1/chat/completions")
+
+
+async def test_fleet_is_live_and_the_session_ends_everywhere(site: Site) -> None:
+    key = await full_key(site, "acme")
+    async with browsing(site.url) as page:
+        await sign_in(page, ADMIN_KEY)
+        await site.chat(key, "hi", model="support")
+        await expect(page.locator(".tile").filter(has_text="support")).to_be_visible(timeout=10_000)
+        await page.context.clear_cookies()
+        await expect(page.get_by_role("heading", name="Sign in")).to_be_visible(timeout=10_000)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"color_scheme": "dark"}, {"viewport": {"width": 390, "height": 800}}],
+    ids=["light", "dark", "phone"],
+)
+async def test_everybody_can_use_every_page(site: Site, options: dict[str, Any]) -> None:
+    """axe finds nothing serious, and no page is wider than the window."""
+    key = await full_key(site, "acme")
+    await site.upload("acme", "support", tiny.adapter(2))
+    await site.admin.patch("/admin/v1/tenants/acme", json={"budgets": {"day": {"tokens": 1000}}})
+    await site.chat(key, "hi", model="support", max_tokens=3)
+    found = []
+    for who, paths in ((ADMIN_KEY, OPERATOR), (key, CUSTOMER)):
+        async with browsing(site.url, **options) as page:
+            await sign_in(page, who)
+            for path in paths:
+                if path == "/fleet/live":
+                    continue
+                await page.goto(f"/console{path}")
+                result = (await Axe().run(page)).response
+                assert len(result["passes"]) > 10, "axe did not look"
+                found += [
+                    f"{path}: {one['id']} {one['nodes'][0]['target']}"
+                    for one in result["violations"]
+                    if one["impact"] in ("serious", "critical")
+                ]
+                width = await page.evaluate("document.documentElement.scrollWidth - innerWidth")
+                if width > 0:
+                    found.append(f"{path} is {width} px too wide")
+    assert found == []
+
+
+async def test_a_keyboard_is_enough(site: Site) -> None:
+    async with browsing(site.url) as page:
+        await page.goto("/console")
+        await page.keyboard.type(ADMIN_KEY)  # the field has the focus
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_role("heading", name="Fleet")).to_be_visible()
+        await page.keyboard.press("Tab")
+        await expect(page.get_by_text("Skip to content")).to_be_focused()
+        for _ in range(2):
+            await page.keyboard.press("Tab")
+        await page.keyboard.press("Tab")
+        await page.keyboard.press("Enter")
+        await expect(page).to_have_url(re.compile("/console/(adapters|customers)$"))
