@@ -5,6 +5,11 @@ A tenant's counter grows by (input tokens + 2 * output tokens) / weight; of the 
 that can run now, the one with the lowest counter is next. A tenant that comes back after having had
 nothing queued or running starts at the lowest counter of those that have: being away earns no credit.
 
+In a fleet, what other replicas serve a tenant counts too, for as long as it has requests here: a request says
+how much that is so far (``Ask.elsewhere``), and what came on top since the last one is charged. Such a charge
+takes a tenant no further than ``ELSEWHERE_MOST`` past the lowest counter, or one that was served well
+elsewhere for an hour would wait for as long here.
+
 A tenant's requests wait in lanes, one per version, in order of arrival. A lane is open while its
 version takes requests (the base model's always is), so a request for an adapter that still has to be
 loaded is overtaken and never stands in another's way.
@@ -30,15 +35,22 @@ INPUT_COST, OUTPUT_COST = 1.0, 2.0
 LOOK_PAST = 16  # tenants looked at for a request small enough to pass one that does not fit
 RECENT_RUNS = 32  # runs of a tenant from which its pace is estimated
 RETRY_SOONEST, RETRY_LATEST = 1.0, 60.0  # seconds
+ELSEWHERE_MOST = 20_000.0  # of the counter, see above
 REMEMBERED = 4096  # tenants with a debt and without a request
 
 
 @dataclass(slots=True, eq=False)
 class TenantQueue:
-    """One tenant's requests and its counter. ``queued`` counts requests, ``running`` sequences."""
+    """One tenant's requests and its counter. ``queued`` counts requests, ``running`` sequences.
+
+    ``given`` is that part of the counter which was not served here, and ``elsewhere`` what was served
+    elsewhere so far, as the last request said.
+    """
 
     id: str
     counter: float = 0.0
+    given: float = 0.0
+    elsewhere: float = 0.0
     queued: int = 0
     running: int = 0
     queued_since: float = 0.0
@@ -49,6 +61,17 @@ class TenantQueue:
     def active(self) -> bool:
         """Whether anything is queued or running."""
         return bool(self.queued or self.running)
+
+    @property
+    def served(self) -> float:
+        """What it has been charged for here, since it is remembered."""
+        return self.counter - self.given
+
+    def lift(self, counter: float) -> None:
+        """Raise its counter to ``counter``, if it is lower, for what was not served here."""
+        if counter > self.counter:
+            self.given += counter - self.counter
+            self.counter = counter
 
     @property
     def head(self) -> Request | None:
@@ -121,8 +144,13 @@ class FairQueue:
             tenant = self._tenants[ask.tenant] = TenantQueue(ask.tenant)
         if not tenant.active:
             self._away.drop(tenant)
-            tenant.counter = max(tenant.counter, self._floor())
+            tenant.lift(self._floor())
+            tenant.elsewhere = ask.elsewhere  # being served elsewhere before makes no debt
             self._counted(tenant.id)
+        elif ask.elsewhere > tenant.elsewhere:
+            self._charge_elsewhere(tenant, ask.elsewhere)
+        elif ask.elsewhere < tenant.elsewhere / 2:  # a replica has gone; a bit less is an older report
+            tenant.elsewhere = ask.elsewhere
         if not tenant.queued:
             tenant.queued_since = now
             tenant.runs.clear()
@@ -157,6 +185,18 @@ class FairQueue:
             request.charged = cost
             self._counted(request.tenant.id)
         self._rank(request.tenant)
+
+    def _charge_elsewhere(self, tenant: TenantQueue, total: float) -> None:
+        more, tenant.elsewhere = total - tenant.elsewhere, total
+        tenant.lift(min(tenant.counter + more, self._floor() + ELSEWHERE_MOST))
+        self._counted(tenant.id)
+
+    def served(self) -> dict[str, float]:
+        """What each tenant with requests here has been charged for, in the units of the counter.
+
+        For other replicas (``Ask.elsewhere``). It starts again at 0 when the tenant was forgotten.
+        """
+        return {tenant.id: tenant.served for tenant in self._tenants.values() if tenant.active}
 
     def end(self, request: Request) -> None:
         """It was running and is no more."""

@@ -53,7 +53,8 @@ class Ask:
     it as the request progresses. ``max_tokens`` bounds the output of each of its ``sequences`` (n times the
     number of prompts). ``weight`` divides what the tokens cost its tenant. ``max_queued`` and ``max_running``
     are the tenant's own limits in requests and sequences; None leaves the server's. ``resumable`` says that
-    the engine can stop the request once it runs, and continue it later with the same tokens.
+    the engine can stop the request once it runs, and continue it later with the same tokens. ``elsewhere`` is
+    what the other replicas of a fleet have served the tenant so far, as their ``FairQueue.served`` says.
 
     Raises ValueError for fewer than one sequence, and for a weight that is not positive.
     """
@@ -68,6 +69,7 @@ class Ask:
     max_queued: int | None = None
     max_running: int | None = None
     resumable: bool = False
+    elsewhere: float = 0.0
 
     def __post_init__(self) -> None:
         if self.sequences < 1 or not self.weight > 0:

@@ -326,6 +326,10 @@ class Plan:
         """The versions that an effect may name unless a request for another is submitted."""
         return self._residency.known()
 
+    def served(self) -> dict[str, float]:
+        """What each tenant with requests here has been charged for; see ``FairQueue.served``."""
+        return self._queue.served()
+
     def snapshot(self) -> Snapshot:
         """All of it at this moment."""
         tenants = list(self._queue.tenants())

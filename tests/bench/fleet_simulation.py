@@ -56,7 +56,7 @@ class Crowd:
 
     The times between two have coefficient of variation ``cv``. Every ``moves`` seconds, if given, the 32 most
     popular adapters become unpopular ones, and others take their places. What came before ``warm`` seconds is
-    not counted.
+    not counted. With ``shared_counters`` replicas learn what others have served a tenant.
     """
 
     replicas: int = 8
@@ -68,6 +68,7 @@ class Crowd:
     warm: float = 30.0
     moves: float | None = None
     gateways: int = 2
+    shared_counters: bool = True
     seed: int = 0
 
 
@@ -195,7 +196,14 @@ class Replica:
             outcome.hits += tier is not Tier.DISK
             outcome.slot_hits += tier is Tier.GPU
         self.sent[request.id] = _Sent(request, gateway, counted)
-        ask = Ask(request.id, request.tenant, request.version, request.input_tokens, LONGEST)
+        ask = Ask(
+            request.id,
+            request.tenant,
+            request.version,
+            request.input_tokens,
+            LONGEST,
+            elsewhere=self.world.served_elsewhere(request.tenant, self.name),
+        )
         self.carry_out(self.plan.submitted(self.world.now, ask))
 
     def report(self) -> Report:
@@ -293,6 +301,7 @@ class Fleet:
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = itertools.count()
         self._instant = False
+        self._served: dict[str, dict[str, float]] = {}
         self._placed: defaultdict[str, set[str]] = defaultdict(set)
         self.routers = [ROUTERS[router](Placement()) for _ in range(crowd.gateways)]
         self.replicas: dict[str, Replica] = {}
@@ -350,6 +359,12 @@ class Fleet:
         if self.now >= self.crowd.warm:
             self.outcome.loads += 1
 
+    def served_elsewhere(self, tenant: str, replica: str) -> float:
+        """By all others, as they said with their last beats."""
+        if not self.crowd.shared_counters:
+            return 0.0
+        return sum(said.get(tenant, 0.0) for name, said in self._served.items() if name != replica)
+
     def _send(self, request: Request, gateway: int) -> None:
         router = self.routers[gateway]
         name = router.choose(request.version, self.now)
@@ -358,6 +373,8 @@ class Fleet:
 
     def _beat(self, replica: Replica) -> None:
         report = replica.report()
+        if self.crowd.shared_counters:
+            self._served[replica.name] = replica.plan.served()
         for router in self.routers:
             self.later(WIRE_S, lambda placement=router.placement: placement.beat(self.now, report))
         self.later(BEAT_S, lambda: self._beat(replica))

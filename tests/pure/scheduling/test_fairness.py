@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.scheduling.fair_queue import RECENT_RUNS, REMEMBERED, FairQueue, Request
+from server.scheduling.fair_queue import ELSEWHERE_MOST, RECENT_RUNS, REMEMBERED, FairQueue, Request
 from server.scheduling.nouns import Ask
 
 
@@ -216,3 +216,49 @@ def test_memory_is_bounded_whoever_comes() -> None:
     queue.check()
     assert len(list(queue.tenants())) <= REMEMBERED + 1
     assert queue.counter(f"t{3 * REMEMBERED - 1}") == 10 + 3 * REMEMBERED - 1, "the largest debts are kept"
+
+
+# --- other replicas ----------------------------------------------------------------------------------
+
+
+def test_what_is_served_elsewhere_counts_while_the_tenant_is_here() -> None:
+    queue = FairQueue()
+    push(queue, "b", "b1")
+    push(queue, "a", "a1", elsewhere=5_000.0)  # before it came: no debt
+    assert counters(queue) == {"a": 0.0, "b": 0.0}
+    push(queue, "a", "a2", elsewhere=5_100.0)
+    assert counters(queue) == {"a": 100.0, "b": 0.0}
+    push(queue, "a", "a3", elsewhere=5_090.0)  # another gateway, with an older report
+    push(queue, "a", "a4", elsewhere=5_100.0)
+    assert counters(queue) == {"a": 100.0, "b": 0.0}
+    assert first(queue) == "b1"
+
+
+def test_a_replica_that_has_gone_takes_what_it_served_along() -> None:
+    queue = FairQueue()
+    push(queue, "a", "a1", elsewhere=5_000.0)
+    push(queue, "a", "a2", elsewhere=100.0)
+    assert counters(queue) == {"a": 0.0}
+    push(queue, "a", "a3", elsewhere=150.0)
+    assert counters(queue) == {"a": 50.0}
+
+
+def test_a_debt_from_elsewhere_is_bounded() -> None:
+    queue = FairQueue()
+    push(queue, "b", "b1")
+    push(queue, "a", "a1")
+    for hour in range(1, 4):
+        push(queue, "a", f"again {hour}", elsewhere=hour * 1e6)
+    assert counters(queue) == {"a": ELSEWHERE_MOST, "b": 0.0}
+
+
+def test_what_was_served_here_leaves_out_what_was_given() -> None:
+    queue = FairQueue()
+    push(queue, "x", "x1", prompt_tokens=0)
+    serve(queue, "x", 300, 0)
+    r1 = push(queue, "a", "a1", prompt_tokens=0)
+    push(queue, "a", "a2", elsewhere=40.0)
+    queue.start(r1, 0.0)
+    queue.charge(r1, 7, 0)
+    assert counters(queue) == {"x": 300.0, "a": 347.0}
+    assert queue.served() == {"x": 300.0, "a": 7.0}
