@@ -234,6 +234,13 @@ class Settings(BaseSettings):
         description="Seconds a client may take to send its request, or the next piece of an upload, or to"
         " take the next piece of an answer.",
     )
+    schema_timeout: float = Field(
+        3.0,
+        gt=0,
+        le=600,
+        description="Seconds of processor time that compiling a schema, pattern or grammar may take, and"
+        " twice as many by the clock; then the request gets 400.",
+    )
     prices: dict[str, Price] = Field(
         default_factory=dict,
         description="Price of a million tokens by `tenant/adapter`, `base` or `*` (all others), as JSON:"
@@ -309,6 +316,13 @@ class Settings(BaseSettings):
         for name in ONE_ENGINE_ARGS:
             if given.get(name) not in (None, 1):
                 raise ValueError(f"{name!r} must be 1: adapters are paged in one engine only")
+        outputs = given.get("structured_outputs_config")
+        backend = outputs.get("backend", "auto") if isinstance(outputs, dict) else "auto"
+        if backend not in ("auto", "xgrammar"):
+            raise ValueError(
+                "'structured_outputs_config': backend must be xgrammar, the only one whose time and memory"
+                " are bounded"
+            )
         return given
 
     @model_validator(mode="before")

@@ -155,6 +155,51 @@ USES: tuple[Use, ...] = (
         ("gauge_lora_info",),
         "switched off: it would keep a series for every set of adapters for ever",
     ),
+    # Structured output: server/engine/structure.py, adapters/worker/scheduler.py
+    Use(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor",
+        ("structured_outputs_config",),
+        "taken away, so that grammars are not compiled on the event loop",
+    ),
+    Use(
+        "vllm.sampling_params",
+        "StructuredOutputsParams",
+        (
+            "json",
+            "regex",
+            "choice",
+            "grammar",
+            "json_object",
+            "structural_tag",
+            "_backend",
+            "_backend_was_auto",
+            "all_constraints_none",
+        ),
+        "what an answer must look like; made what vLLM's validation would make of it",
+    ),
+    Use("vllm.sampling_params", "check_json_nesting(spec, structural_tag)", why="as vLLM's validation"),
+    Use("vllm.v1.structured_output.request", "get_structured_output_key(params)", why="what is compiled"),
+    Use(
+        "vllm.v1.structured_output.utils",
+        text=("def choice_as_grammar(choice", "def grammar_is_likely_lark("),
+        why="what is compiled",
+    ),
+    Use(
+        "vllm.v1.structured_output.backend_xgrammar",
+        "has_xgrammar_unsupported_json_features(schema)",
+        why="as vLLM's validation",
+    ),
+    Use(
+        "vllm.v1.structured_output.backend_xgrammar",
+        "XgrammarBackend",
+        ("compiler", "compile_grammar(request_type, grammar_spec, stop_token_ids)"),
+        "grammar_process compiles as it does",
+    ),
+    Use(
+        "vllm.v1.structured_output", "StructuredOutputManager", ("executor",), "compiles with a low priority"
+    ),
+    Use("vllm.config.scheduler", "SchedulerConfig", ("scheduler_cls", "async_scheduling"), "as above"),
     Use("vllm.exceptions", "GenerationError", why="an error inside a stream"),
     Use("vllm.exceptions", "GracefulHTTPError", why="an error with a status inside a stream"),
     Use("vllm.exceptions", "VLLMClientError", why="mapped to 400"),

@@ -26,7 +26,7 @@ from starlette.datastructures import State
 from adapters.inspection.base_model import fingerprint
 from adapters.model import BaseModel
 from adapters.worker.cpu import onednn
-from server.engine import contract, guard, serving
+from server.engine import contract, guard, serving, structure
 from server.engine.calls import (
     Answer,
     Call,
@@ -41,6 +41,7 @@ from server.engine.calls import (
     current_call,
 )
 from server.engine.errors import engine_errors, invalid_request, message_of, request_errors
+from server.engine.grammars import Grammars
 from server.engine.sizing import Capacity
 from server.engine.validation import validate
 from server.errors import BadRequest, Internal, ServerError, Unavailable
@@ -94,6 +95,7 @@ class Engine:
         # Told (model, reason) when a model's answer was not a number; see ``_not_finite``.
         self.on_fault: Callable[[str, str], None] = _log_fault
         self._scrubbing: asyncio.Task[None] | None = None
+        self._grammars: Grammars | None = None
 
     @classmethod
     async def start(cls, settings: Settings, dialects: Mapping[Kind, Dialect]) -> Engine:
@@ -124,6 +126,7 @@ class Engine:
         args, engine_args = arguments.vllm_arguments(settings, slots)
         guard.start()
         llm = await asyncio.to_thread(MeteredLLM.from_engine_args, engine_args)
+        engine: Engine | None = None
         try:
             state = State()
             tasks = await llm.get_supported_tasks()
@@ -153,8 +156,12 @@ class Engine:
             engine._workers = len(described)
             llm.watch_for_nan(engine._not_finite)
             engine._adapt_serving(settings.served_model_name)
+            if not pooling:
+                await engine._start_grammars(settings.schema_timeout)
             await engine._first_token()
         except BaseException:
+            if engine is not None and engine._grammars is not None:
+                engine._grammars.stop()
             llm.shutdown()
             raise
         return engine
@@ -168,6 +175,34 @@ class Engine:
             return
         messages = state.anthropic_serving_messages
         messages.create_chat_completion = serving.chat_for_messages(messages.create_chat_completion)
+
+    async def _start_grammars(self, seconds: float) -> None:
+        """Starts what tries out schemas and grammars. Without it they are refused: for some tokenizers."""
+        config = self._llm.vllm_config
+        blanks = not config.structured_outputs_config.disable_any_whitespace
+        try:
+            tokenizer = await asyncio.to_thread(structure.tokenizer_of, self._llm)
+        except Exception as exc:
+            logger.warning("structured output is refused: xgrammar does not take this tokenizer: %s", exc)
+            return
+        self._grammars = Grammars(tokenizer, seconds=seconds, any_whitespace=blanks)
+        self._grammars.start()
+        self._llm.check_structure = self._check_params
+
+    async def _check_params(self, call: Call, params: Any) -> None:
+        spec = structure.settle(params)
+        if spec is not None and self._grammars is not None:
+            await self._grammars.check(call.cache_salt, [spec])
+
+    async def check_structure(self, owner: str, request: Any) -> None:
+        """Tries out the schemas, patterns and grammars of ``request``, for a tenant with this cache salt.
+
+        Before it has a lease: it may take seconds. Raises BadRequest, TooManyRequests, Unavailable.
+        """
+        with request_errors():
+            specs = structure.specs_of(request)
+        if specs and self._grammars is not None:
+            await self._grammars.check(owner, specs, structure.param_of(request))
 
     async def _first_token(self) -> None:
         """One real token (or embedding) of the base model. ValueError with the reason where there is none.
@@ -217,6 +252,8 @@ class Engine:
     async def stop(self) -> None:
         if self._scrubbing is not None:
             self._scrubbing.cancel()
+        if self._grammars is not None:
+            self._grammars.stop()
         await asyncio.to_thread(self._llm.shutdown, 15.0)
 
     @property

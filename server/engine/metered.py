@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -18,9 +18,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from adapters.worker.scheduler import scheduler_of
 from server.engine import guard, replay
 from server.engine.calls import Admission, Call, EngineDied, Meter, Relay, current_call
-from server.errors import ServerError, Unavailable
+from server.errors import BadRequest, ServerError, Unavailable
 
 # Seconds that the front end may take to render a prompt, before a call that is to be paused is let run on.
 RENDER_TIMEOUT_S = 30.0
@@ -42,8 +43,14 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
         self._executor_class = kwargs["executor_class"]
         self.life = 1  # counts the cores that this object has had
         self._detached = False
+        # Tries out what an answer must look like before the engine gets it; see server.engine.structure.
+        self.check_structure: Callable[[Call, Any], Awaitable[None]] = refuse_structure
         self.on_lost: Callable[[EngineDied], None] = lambda exc: self.detach(str(exc))
+        config = kwargs["vllm_config"].scheduler_config
+        config.scheduler_cls = scheduler_of(config) or config.scheduler_cls
         super().__init__(*args, **kwargs)
+        # vLLM would compile it on the event loop, and choose a backend for everybody by the first request.
+        self.input_processor.structured_outputs_config = None
         # vLLM's output handler would end every request here, also those that can go on.
         self.output_processor.propagate_error = self._core_failed
         self._note_processes()
@@ -96,6 +103,8 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
         call = call_of_request(request_id)
         self._calls[request_id] = call
         stream = super().generate(prompt, sampling_params, request_id, **kwargs)
+        if getattr(sampling_params, "structured_outputs", None) is not None:
+            stream = self._checked(call, sampling_params.structured_outputs, stream)
         return self._counted(call, request_id, prompt, stream, sampling_params)
 
     def encode(self, prompt: Any, pooling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
@@ -117,6 +126,16 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
         sequences, each = (given.n, given.max_tokens or 0) if given is not None else (0, 0)
         call.admission.asks(tokens_of(prompt), sequences * each, sequences)
         return admitted_stream(call.admission, metered, sampling_params)
+
+    async def _checked(self, call: Call, params: Any, stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """``stream``, once what it must look like has been tried out; mostly it was before the lease."""
+        try:
+            await self.check_structure(call, params)
+        except ServerError as exc:
+            call.failure = exc
+            raise GenerationError(exc.message) from exc
+        async for output in stream:
+            yield output
 
     @staticmethod
     async def _metered(stream: AsyncIterator[Any], meter: Meter, part: str) -> AsyncIterator[Any]:
@@ -313,6 +332,10 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
                 produced += state.detokenizer.num_output_tokens()
         if produced:
             meter.progressed(request_id, prompt, produced, 0)
+
+
+async def refuse_structure(call: Call, params: Any) -> None:
+    raise BadRequest("Schemas, patterns and grammars cannot be used with this model's tokenizer.")
 
 
 def call_of_request(request_id: str) -> Call:

@@ -78,6 +78,7 @@ class LocalAnswers:
             order.fields, dialect, request, most=engine.max_model_len, max_running=engine.max_running
         )
         resumable = engine.resumable(request)
+        await engine.check_structure(order.tenant.cache_salt, request)
         room = max(1, engine.max_model_len - order.prompt_bound)
         reserved = sequences * min(max_tokens, room)
         await order.reservation.reserve(order.prompt_bound, reserved, elastic=order.elastic)

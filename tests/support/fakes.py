@@ -131,6 +131,8 @@ class FakeEngine:
     version = "fake 1"
     parse = Engine.parse
     resumable = Engine.resumable
+    check_structure = Engine.check_structure
+    _grammars = None
 
     def __init__(
         self,

@@ -61,6 +61,7 @@ ONLY_IN = {
     "transformers": {"adapters.inspection", "adapters.offline", "server.cli", "server.demo"},
     "peft": {"adapters.offline", "server.demo"},
     "vllm": {"adapters.worker", "server.engine"},
+    "xgrammar": {"server.engine"},
 }
 # Decisions are pure: no clock, no loop, no engine.
 PURE = {

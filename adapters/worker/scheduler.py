@@ -1,0 +1,51 @@
+"""vLLM's schedulers, which let grammars be compiled without disturbing a step.
+
+vLLM compiles grammars in threads of the engine's process, several threads for each, which take the processor
+from the steps of everybody. Here they have a low priority, and there are enough of them that one long
+compilation does not hold up the next customer's.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+NICE = 10
+THREADS = 4
+
+
+def scheduler_of(config: Any) -> str | None:
+    """The name of the scheduler for ``config`` (SchedulerConfig); None where it is not vLLM's usual one."""
+    if config.scheduler_cls is not None:
+        return None
+    cls = PoliteAsyncScheduler if config.async_scheduling else PoliteScheduler
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _give_way() -> None:
+    """Lowers this thread's priority; the threads that it starts inherit it on Linux."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+
+def _polite(arguments: dict[str, Any]) -> dict[str, Any]:
+    manager = arguments["structured_output_manager"]
+    if hasattr(manager, "executor"):
+        threads = max(THREADS, manager.executor._max_workers)
+        manager.executor.shutdown(wait=False)
+        manager.executor = ThreadPoolExecutor(threads, "grammar", initializer=_give_way)
+    return arguments
+
+
+class PoliteScheduler(Scheduler):  # type: ignore[misc]  # vLLM is not typed for us
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**_polite(arguments))
+
+
+class PoliteAsyncScheduler(AsyncScheduler):  # type: ignore[misc]
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**_polite(arguments))

@@ -1,0 +1,214 @@
+"""Schemas, patterns and grammars that nobody may be hurt by, in the real compiling process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xgrammar
+
+from server.engine.grammars import MOST_WAITING, Grammars, Spec
+from server.errors import BadRequest, ServerError, TooManyRequests
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+LETTERS = [chr(code) for code in range(32, 127)]
+SLOW = Spec("regex", "((c|d|.){1,491}){1,500}")
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "emails": {"type": "array", "items": {"type": "string", "format": "email"}},
+        "parent": {"$ref": "#"},
+    },
+    "required": ["name"],
+}
+
+
+def schema(value: Any) -> Spec:
+    return Spec("json", json.dumps(value))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> str:
+    info = xgrammar.TokenizerInfo([*LETTERS, "</s>"], stop_token_ids=[len(LETTERS)])
+    return str(info.serialize_json())
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer: str) -> Iterator[Grammars]:
+    made = Grammars(tokenizer, seconds=0.7, any_whitespace=True, places=4)
+    yield made
+    made.stop()
+
+
+async def refusal(grammars: Grammars, *specs: Spec, owner: str = "a") -> ServerError:
+    with pytest.raises(ServerError) as caught:
+        await grammars.check(owner, specs)
+    return caught.value
+
+
+def children(grammars: Grammars) -> list[int]:
+    process = grammars._process
+    assert process is not None
+    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in text.split()]
+
+
+USABLE = [
+    schema(PERSON),
+    schema({"enum": [f"value {n}" for n in range(2000)]}),
+    schema({"type": "object", "patternProperties": {"^[a-z]+$": {"type": "string"}}}),
+    schema({"anyOf": [{"anyOf": [{"type": "string"}, {"type": "null"}]}, {"type": "integer"}]}),
+    Spec("regex", r"[a-z0-9.]+@[a-z]{1,20}\.com"),
+    Spec("grammar", 'root ::= expr\nexpr ::= term ("+" term)*\nterm ::= [0-9]+ | "(" expr ")"'),
+    Spec("lark", 'start: "a" b\nb: /[0-9]+/'),
+    Spec(
+        "structural_tag",
+        json.dumps({"type": "structural_tag", "format": {"type": "json_schema", "json_schema": PERSON}}),
+    ),
+]
+
+
+async def test_what_people_send_is_usable(grammars: Grammars) -> None:
+    for spec in USABLE:
+        await grammars.check("a", [spec])
+
+
+LATE = [
+    SLOW,
+    Spec("regex", "(((a|bc|.){1,300}){1,300}){1,30}"),
+    schema({"type": "string", "pattern": f"^{SLOW.text}$"}),
+    Spec("lark", "start: /((c|d|.){1,491}){1,500}/"),
+]
+
+
+async def test_what_takes_too_long_is_refused_and_leaves_nothing_behind(grammars: Grammars) -> None:
+    await grammars.check("a", [schema({})])  # starting the process takes seconds
+    for spec in LATE:
+        began = time.monotonic()
+        error = await refusal(grammars, spec)
+        assert (type(error), error.code) == (BadRequest, "schema_too_complex"), (spec, error.message)
+        assert time.monotonic() - began < 3
+    assert children(grammars) == []
+    began = time.monotonic()
+    await refusal(grammars, SLOW)
+    assert time.monotonic() - began < 0.1  # it is remembered
+
+
+@pytest.mark.parametrize("grammar", ['root ::= s\ns ::= s s s | s s | "a"', 'root ::= s\ns ::= s s | "a"'])
+async def test_what_is_compiled_at_once_and_makes_every_token_slow_is_refused(
+    grammars: Grammars, grammar: str
+) -> None:
+    assert (await refusal(grammars, Spec("grammar", grammar))).code == "schema_too_complex"
+
+
+WRONG = [
+    schema({"$ref": "#"}),
+    schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}),
+    schema({"$ref": "#/$defs/missing"}),
+    schema({"type": "string", "pattern": r"^\p{L}+$"}),
+    schema({"type": "string", "pattern": r"(a)\1"}),
+    schema({"type": "string", "pattern": "(("}),
+    schema({"type": "spell"}),
+    Spec("regex", "(" * 20_000 + "a" + ")" * 20_000),
+    Spec("grammar", "root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000),
+    Spec("grammar", "root ::= a\na ::= a"),
+    Spec("grammar", "root ::= (("),
+    Spec("lark", "start: ("),
+    Spec("structural_tag", "{}"),
+    Spec("structural_tag", "no json"),
+]
+
+
+async def test_what_is_wrong_is_refused_with_the_reason(grammars: Grammars) -> None:
+    for spec in WRONG:
+        error = await refusal(grammars, spec)
+        assert (type(error), error.code) == (BadRequest, "invalid_request"), (spec, error.message)
+        assert "/project/" not in error.message
+        assert len(error.message) < 500
+
+
+async def test_memory_is_bounded(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.grammars.LARGEST_BYTES", 1000)
+    grammars = Grammars(tokenizer, seconds=5, any_whitespace=True)
+    try:
+        error = await refusal(grammars, schema(PERSON))
+        assert (error.code, "too large" in error.message) == ("schema_too_complex", True)
+        monkeypatch.setattr("server.engine.grammars.MEMORY_BYTES", 1 << 20)
+        words = schema({"enum": [f"a value of some length, number {n}" for n in range(20_000)]})
+        assert (await refusal(grammars, words)).code == "schema_too_complex"
+    finally:
+        grammars.stop()
+
+
+async def test_one_compiles_for_all_that_ask_and_ends_with_the_last_of_them(grammars: Grammars) -> None:
+    await grammars.check("a", [schema({})])
+    slow = [Spec("regex", "((e|.){1,491}){1,500}")]
+    first, second = (asyncio.create_task(grammars.check("a", slow)) for _ in range(2))
+    await asyncio.sleep(0.2)
+    assert len(children(grammars)) == 1
+    first.cancel()
+    await asyncio.sleep(0.1)
+    assert len(children(grammars)) == 1
+    second.cancel()
+    await asyncio.sleep(0.2)
+    assert children(grammars) == []
+    assert not grammars._under_way
+    assert not grammars._waiting
+
+
+async def test_one_owner_takes_half_of_the_places_and_keeps_nobody_waiting(grammars: Grammars) -> None:
+    await grammars.check("b", [schema({})])
+    slow = [
+        asyncio.create_task(grammars.check("a", [Spec("regex", f"((c|d|.){{1,49{n}}}){{1,500}}")]))
+        for n in range(6)
+    ]
+    await asyncio.sleep(0.2)
+    assert len(children(grammars)) == 2
+    began = time.monotonic()
+    await grammars.check("b", [schema(PERSON)])
+    assert time.monotonic() - began < 1.0
+    for task in slow:
+        task.cancel()
+    await asyncio.gather(*slow, return_exceptions=True)
+
+
+async def test_too_many_of_one_owner_are_told_to_come_again(grammars: Grammars) -> None:
+    slow = [
+        asyncio.create_task(grammars.check("a", [Spec("regex", f"((c|.){{1,{400 + n}}}){{1,500}}")]))
+        for n in range(MOST_WAITING)
+    ]
+    await asyncio.sleep(0)
+    error = await refusal(grammars, schema({}))
+    assert isinstance(error, TooManyRequests)
+    assert error.retry_after
+    await grammars.check("b", [schema({})])
+    for task in slow:
+        task.cancel()
+    await asyncio.gather(*slow, return_exceptions=True)
+
+
+async def test_a_compiling_process_that_was_killed_is_started_again(grammars: Grammars) -> None:
+    await grammars.check("a", [schema({})])
+    assert grammars._process is not None
+    os.kill(grammars._process.pid, 9)
+    grammars._process.wait()
+    await grammars.check("a", [schema({"type": "integer"})])
+
+
+async def test_it_ends_with_its_parent(grammars: Grammars) -> None:
+    await grammars.check("a", [schema({})])
+    process, control = grammars._process, grammars._control
+    assert process is not None
+    assert control is not None
+    control.close()
+    async with asyncio.timeout(5):
+        while process.poll() is None:
+            await asyncio.sleep(0.02)
