@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
+from functools import partial
 
 from fastapi import FastAPI
 
@@ -23,6 +24,7 @@ from adapters.store.idempotency import Receipts
 from adapters.store.objects import ObjectStore
 from adapters.store.ownership import FolderLock, Ownership
 from adapters.store.quarantine import Quarantine
+from adapters.store.versions import size_of
 from server import __version__
 from server.accounts.authentication import Authentication
 from server.accounts.tenants import Tenants
@@ -47,6 +49,7 @@ from server.limits.quotas import Quotas
 from server.limits.redis import RedisLedger
 from server.metrics import Metrics
 from server.publishing import truth
+from server.publishing.intake import Intake
 from server.publishing.probe import Prober
 from server.publishing.publish import Publishing, verify_all
 from server.publishing.quarantine import quarantine_key
@@ -217,6 +220,13 @@ async def _start(
             Quarantine(database),
             fitness,
             settings.keep_versions,
+        ),
+        intake=Intake(
+            settings.data_dir,
+            partial(size_of, database),
+            most=settings.max_uploads,
+            each=settings.max_uploads_each,
+            reserve=settings.disk_reserve,
         ),
         started=int(time.time()),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import sqlite3
 import time
 import uuid
@@ -40,6 +41,7 @@ MIGRATIONS = "adapters.database:migrations"
 # How long a SQLite writer of another process (the command line, a backup) may hold up a write, and the start.
 BUSY_TIMEOUT_MS = 3_000
 OPEN_BUSY_TIMEOUT_MS = 30_000
+LEAST_FREE_BYTES = 8 << 20  # below it SQLite is taken for full
 # How long a write waits for those before it, in seconds.
 TURN_TIMEOUT_S = 5.0
 WAL_TRIES = 200
@@ -120,6 +122,16 @@ class Database:
     async def ping(self) -> None:
         """Reads one row's worth; SQLAlchemy's errors come through."""
         async with self.read() as session:
+            await session.execute(select(MetaRow.key).limit(1))
+
+    async def ping_write(self) -> None:
+        """Whether a change could be written now. Raises StorageFull, StorageBusy, and SQLAlchemy's errors."""
+        if self.url.get_backend_name() == "sqlite":
+            folder = Path(str(self.url.database)).parent
+            free = (await asyncio.to_thread(shutil.disk_usage, folder)).free
+            if free < LEAST_FREE_BYTES:
+                raise StorageFull("There is no room for the database.")
+        async with self.append() as session:
             await session.execute(select(MetaRow.key).limit(1))
 
     @asynccontextmanager

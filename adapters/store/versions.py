@@ -34,6 +34,13 @@ async def linked_digests(database: Database) -> set[str]:
         return set(await session.scalars(select(VersionRow.digest).distinct()))
 
 
+async def size_of(database: Database, tenant: str) -> int:
+    """Bytes of all versions of ``tenant``."""
+    async with database.read() as session:
+        size = select(func.sum(VersionRow.size_bytes)).where(VersionRow.tenant == tenant)
+        return await session.scalar(size) or 0
+
+
 async def versions_of(database: Database, digests: Collection[str]) -> dict[str, list[str]]:
     """Digest -> the names ``tenant/adapter@number`` of the versions that have these files."""
     found: dict[str, list[str]] = {digest: [] for digest in digests}

@@ -107,21 +107,23 @@ async def receive_version(
 ) -> JSONResponse:
     """Publishes the files in the body of ``request``; ``prefixes`` are the sources that may be fetched."""
     services = services_of(request)
-    files = files_of(
-        request,
-        services.blobs.quarantine,
-        max_bytes=services.settings.max_upload_bytes,
-        prefixes=prefixes,
-    )
-    published = await publish(
-        services.publishing,
-        tenant.id,
-        name,
-        files,
-        waived=options.waived,
-        key=options.key,
-        quota=quota,
-    )
+    async with services.intake.enter(tenant.id, quota.size_bytes if quota else None) as place:
+        files = files_of(
+            request,
+            services.blobs.quarantine,
+            max_bytes=services.settings.max_upload_bytes,
+            prefixes=prefixes,
+            counted=place.counted,
+        )
+        published = await publish(
+            services.publishing,
+            tenant.id,
+            name,
+            place.written(files),
+            waived=options.waived,
+            key=options.key,
+            quota=quota,
+        )
     _free(services, published.gone)
     return JSONResponse(dict(published.answer), status_code=201)
 

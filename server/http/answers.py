@@ -295,6 +295,9 @@ class Readiness(Answer):
     """Whether requests are answered; for each part "ok" or the reason why not."""
 
     status: Literal["ready", "not ready"]
+    inference: Annotated[str, Field(description='"ok", or which check fails; then the status is 503.')]
+    writes: Annotated[str, Field(description="The same for changes by the API; the status stays 200.")]
+    uploads: Annotated[str, Field(description="The same for uploads; the status stays 200.")]
     checks: dict[str, str]
 
 

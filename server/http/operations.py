@@ -9,7 +9,6 @@ from dataclasses import replace
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from adapters.errors import StoreUnavailable
 from adapters.store.versions import count_of
 from server.http.answers import Health, Readiness
 from server.http.auth import METRICS
@@ -20,6 +19,13 @@ logger = logging.getLogger(__name__)
 router = APIRouter(tags=["operations"])
 
 CHECK_SECONDS = 5
+# What each kind of work needs.
+_SERVED = ("draining", "engine", "database", "limits")
+NEEDS = {
+    "inference": _SERVED,
+    "writes": ("draining", "database", "writes"),
+    "uploads": (*_SERVED, "writes", "store", "room"),
+}
 
 
 @router.head("/health", include_in_schema=False)
@@ -31,11 +37,17 @@ async def health() -> dict[str, str]:
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", response_model=Readiness)
 async def ready(services: ServicesOf) -> JSONResponse:
-    checks = {"draining": "yes"} if services.draining else await _checks(services)
-    # Without its object store a server still answers with what it has.
-    failing = {f"{name}: {found}" for name, found in checks.items() if found != "ok"}
-    ok = not services.draining and failing <= {f"store: {StoreUnavailable.__name__}"}
-    return JSONResponse({"status": "ready" if ok else "not ready", "checks": checks}, 200 if ok else 503)
+    """503 only where inference cannot be served: a full disk takes no traffic from a server that answers."""
+    checks = {"draining": "yes"} if services.draining else await services.ready_checks(_checks)
+    body = {name: _first_problem(checks, needs) for name, needs in NEEDS.items()}
+    ok = body["inference"] == "ok"
+    body = {"status": "ready" if ok else "not ready", **body}
+    return JSONResponse({**body, "checks": checks}, 200 if ok else 503)
+
+
+def _first_problem(checks: dict[str, str], needs: tuple[str, ...]) -> str:
+    """ "ok", or the name of what is missing."""
+    return next((name for name in needs if checks.get(name, "ok") != "ok"), "ok")
 
 
 @router.head("/metrics", dependencies=[METRICS], include_in_schema=False)
@@ -55,11 +67,13 @@ async def metrics(services: ServicesOf) -> Response:
 
 
 async def _checks(services: Services) -> dict[str, str]:
-    """For the engine, the database, the store, and Redis if limits are there: "ok", or the reason why not."""
+    """ "ok", or the reason why not, for all that something needs."""
     parts = {
         "engine": services.engine.check,
         "database": services.database.ping,
+        "writes": services.database.ping_write,
         "store": services.blobs.check,
+        "room": services.intake.check_disk,
     }
     if services.shared is not None and services.settings.limits_fail == "closed":
         parts["limits"] = services.shared.check

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from server.engine.engine import Engine
 from server.inference.completion import Completions
 from server.limits.redis import RedisLedger
 from server.metrics import Metrics
+from server.publishing.intake import Intake
 from server.publishing.publish import Publishing
 from server.scheduling.dispatcher import Dispatcher
 from server.settings import Settings
@@ -47,9 +48,17 @@ class Services:
     dispatcher: Dispatcher
     completions: Completions
     publishing: Publishing
+    intake: Intake
     started: int
     draining: bool = False
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    checking: asyncio.Task[dict[str, str]] | None = None
+
+    async def ready_checks(self, look: Callable[[Services], Awaitable[dict[str, str]]]) -> dict[str, str]:
+        """What ``look`` says, once for all who ask at the same time: it writes to the disk."""
+        if self.checking is None or self.checking.done():
+            self.checking = asyncio.ensure_future(look(self))
+        return await asyncio.shield(self.checking)
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Lets ``work`` go on after the answer; ``cancel_tasks`` ends what is left when the server stops."""

@@ -6,7 +6,7 @@ application/x-tar, gzip, zip  the archive as the body
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from email.message import Message
 from pathlib import Path
 
@@ -39,20 +39,29 @@ _MAX_PARTS = 64
 Files = AsyncIterator[tuple[str, bytes]]
 
 
-def files_of(request: Request, folder: Path, *, max_bytes: int, prefixes: Sequence[str]) -> Files:
+def files_of(
+    request: Request,
+    folder: Path,
+    *,
+    max_bytes: int,
+    prefixes: Sequence[str],
+    counted: Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]],
+) -> Files:
     """The files in the body of ``request``; an archive is kept in ``folder`` while it is read.
 
-    ``prefixes`` are the sources that may be fetched; without any, JSON is a body of another kind.
+    ``counted`` sees the bytes of the body while they come. ``prefixes`` are the sources that may be fetched;
+    without any, JSON is a body of another kind.
     Raises BadRequest for a body of another kind, at once; then what reading raises.
     """
     header = Message()
     header["content-type"] = request.headers.get("content-type", "")
     if header.get_content_type() in ARCHIVE_TYPES:
-        return unpacked(limited_body(request, max_bytes), folder, max_bytes=max_bytes)
+        return unpacked(counted(limited_body(request, max_bytes)), folder, max_bytes=max_bytes)
     if prefixes and header.get_content_type() == "application/json":
         return _of_source(request, prefixes, folder, max_bytes)
     boundary = boundary_of(request.headers.get("content-type"))
-    return _of_form(parts(limited_body(request, max_bytes + _ROOM), boundary), folder, max_bytes)
+    body = counted(limited_body(request, max_bytes + _ROOM))
+    return _of_form(parts(body, boundary), folder, max_bytes)
 
 
 async def _of_source(request: Request, prefixes: Sequence[str], folder: Path, max_bytes: int) -> Files:

@@ -79,12 +79,16 @@ async def test_alive_and_ready(site: Site) -> None:
     assert (alive.status_code, alive.json()) == (200, {"status": "alive"})
     ready = await site.http.get("/ready")
     assert ready.status_code == 200
-    checks = {"engine": "ok", "database": "ok", "store": "ok"}
-    assert ready.json() == {"status": "ready", "checks": checks}
+    parts = ("engine", "database", "writes", "store", "room")
+    assert ready.json() == {
+        "status": "ready",
+        **dict.fromkeys(("inference", "writes", "uploads"), "ok"),
+        "checks": dict.fromkeys(parts, "ok"),
+    }
 
 
-@pytest.mark.parametrize("part", ["engine", "database", "store"])
-async def test_not_ready_without_one_of_its_parts(
+@pytest.mark.parametrize("part", ["engine", "database", "writes", "store", "room"])
+async def test_ready_says_apart_what_cannot_be_done(
     tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def unreachable() -> None:
@@ -96,12 +100,21 @@ async def test_not_ready_without_one_of_its_parts(
             engine.die()
         elif part == "database":
             monkeypatch.setattr(site.services.database, "ping", unreachable)
+        elif part == "writes":
+            monkeypatch.setattr(site.services.database, "ping_write", unreachable)
+        elif part == "room":
+            monkeypatch.setattr(site.services.intake, "_reserve", 1 << 60)
         else:
             shutil.rmtree(tmp_path / "quarantine")
         ready = await site.http.get("/ready")
-        assert ready.status_code == 503
-        assert ready.json()["status"] == "not ready"
-        assert [name for name, said in ready.json()["checks"].items() if said != "ok"] == [part]
+        said = ready.json()
+        serves = part not in ("engine", "database")
+        assert ready.status_code == (200 if serves else 503)
+        assert said["status"] == ("ready" if serves else "not ready")
+        assert said["inference"] == ("ok" if serves else part)
+        assert said["writes"] == (part if part in ("database", "writes") else "ok")
+        assert said["uploads"] == part
+        assert [name for name, found in said["checks"].items() if found != "ok"] == [part]
         assert str(tmp_path) not in ready.text
         assert (await site.http.get("/health")).status_code == 200
 
@@ -118,7 +131,8 @@ async def test_a_drain_refuses_what_comes_and_lets_what_runs_end(tmp_path: Path)
         async with asyncio.timeout(10):
             while (ready := await site.http.get("/ready")).status_code == 200:
                 await asyncio.sleep(0)
-        assert ready.json() == {"status": "not ready", "checks": {"draining": "yes"}}
+        assert ready.json()["checks"] == {"draining": "yes"}
+        assert ready.json()["inference"] == "draining"
         error(await site.chat(key, "hi"), 503, "shutting_down")
         assert (await site.http.get("/health")).status_code == 200
         assert (await site.http.get("/v1/models", headers=bearer(key))).status_code == 200
