@@ -144,7 +144,7 @@ async def _start(
     if removed:
         logger.info("removed %d blobs that nothing links to: %s", len(removed), ", ".join(removed))
     authentication = await _authentication(settings, database)
-    shared = await _redis_ledger(settings, stack)
+    redis_ledger = await _redis_ledger(settings, stack)
     usage_writer = UsageWriter(database, keep_days=settings.keep_usage_days)
     usage_writer.start()
     stack.push_async_callback(usage_writer.stop)
@@ -189,7 +189,7 @@ async def _start(
         return await spent(database, tenant, start, end)
 
     quotas = Quotas(
-        _ledger(settings, shared, metrics),
+        _ledger(settings, redis_ledger, metrics),
         record=usage_writer.record,
         record_refused=usage_writer.refused,
         spent=spent_so_far,
@@ -204,7 +204,7 @@ async def _start(
         tenants=Tenants(database),
         authentication=authentication,
         wrong_keys=WrongKeys(settings.auth_failures),
-        shared=shared,
+        redis_ledger=redis_ledger,
         usage_writer=usage_writer,
         engine=engine,
         metrics=metrics,
@@ -270,10 +270,10 @@ async def _authentication(settings: Settings, database: Database) -> Authenticat
     return authentication
 
 
-def _ledger(settings: Settings, shared: RedisLedger | None, metrics: Metrics) -> Ledger | None:
-    if shared is None or settings.limits_fail == "closed":
-        return shared
-    return FallbackLedger(shared, on_local=metrics.limited_locally)
+def _ledger(settings: Settings, redis: RedisLedger | None, metrics: Metrics) -> Ledger | None:
+    if redis is None or settings.limits_fail == "closed":
+        return redis
+    return FallbackLedger(redis, on_local=metrics.limited_locally)
 
 
 async def _redis_ledger(settings: Settings, stack: AsyncExitStack) -> RedisLedger | None:
@@ -281,10 +281,10 @@ async def _redis_ledger(settings: Settings, stack: AsyncExitStack) -> RedisLedge
         return None
     fails_open = settings.limits_fail == "open"
     outage = "limits hold in each process" if fails_open else "requests with limits get 503"
-    shared = RedisLedger(settings.limits_redis_url.get_secret_value(), outage=outage)
-    await shared.open()
-    stack.push_async_callback(shared.stop)
-    return shared
+    ledger = RedisLedger(settings.limits_redis_url.get_secret_value(), outage=outage)
+    await ledger.open()
+    stack.push_async_callback(ledger.stop)
+    return ledger
 
 
 async def _remember_forever(ownership: Ownership) -> None:

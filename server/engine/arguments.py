@@ -29,7 +29,7 @@ from adapters.worker.cpu.executor import YieldingExecutor
 from adapters.worker.cpu.features import multiplies_bfloat16
 from server.engine import sizing
 from server.engine.layers import lora_layers
-from server.engine.sizing import Capacity, Layer
+from server.engine.sizing import EngineCapacity, Layer
 from server.settings import HOST_PER_GPU_SLOT, Settings
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def log_advice(config: Any) -> None:
 
 def capacity_of(
     slots: Slots, base: BaseModel, described: Sequence[dict[str, Any]], itemsize: int
-) -> Capacity:
+) -> EngineCapacity:
     """By what the workers have really allocated."""
     slot = max(int(one["slot_bytes"]) for one in described)
     if slots.slot_bytes not in (None, slot):
@@ -123,7 +123,7 @@ def capacity_of(
         )
     layers = [Layer(shape.in_features, shape.out_features) for shape in base.modules.values()]
     entry = sizing.entry_bytes(layers, rank=base.max_lora_rank, itemsize=itemsize, workers=len(described))
-    return Capacity(slots.gpu, slots.host, slot, entry)
+    return EngineCapacity(slots.gpu, slots.host, slot, entry)
 
 
 def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:

@@ -42,7 +42,7 @@ from server.engine.calls import (
 )
 from server.engine.errors import engine_errors, invalid_request, message_of, request_errors
 from server.engine.grammars import Grammars
-from server.engine.sizing import Capacity
+from server.engine.sizing import EngineCapacity
 from server.engine.validation import validate
 from server.errors import BadRequest, Internal, ServerError, Unavailable
 from server.settings import Settings
@@ -77,7 +77,7 @@ class Engine:
         llm: Any,
         state: State,
         base: BaseModel,
-        capacity: Capacity,
+        capacity: EngineCapacity,
         max_running: int,
         max_model_len: int,
         dialects: Mapping[Kind, Dialect],

@@ -37,7 +37,7 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Capacity:
+class EngineCapacity:
     """What an engine has room for. ``slot_bytes`` count on each worker, ``entry_bytes`` (at most) on all."""
 
     gpu_slots: int

@@ -75,8 +75,8 @@ async def _checks(services: Services) -> dict[str, str]:
         "store": services.blobs.check,
         "room": services.intake.check_disk,
     }
-    if services.shared is not None and services.settings.limits_fail == "closed":
-        parts["limits"] = services.shared.check
+    if services.redis_ledger is not None and services.settings.limits_fail == "closed":
+        parts["limits"] = services.redis_ledger.check
     results = {}
     if services.dispatcher.is_restarting:
         results["engine"] = "restarting"

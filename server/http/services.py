@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class Services:
     """Everything that a route may need; complete once the server has started.
 
-    ``shared`` is None where limits are counted in this process alone. ``started`` is in seconds since 1970.
+    ``redis_ledger`` is None where limits are counted in this process alone. ``started`` is in seconds since 1970.
     """
 
     settings: Settings
@@ -41,7 +41,7 @@ class Services:
     tenants: Tenants
     authentication: Authentication
     wrong_keys: WrongKeys
-    shared: RedisLedger | None
+    redis_ledger: RedisLedger | None
     usage_writer: UsageWriter
     engine: Engine
     metrics: Metrics

@@ -39,7 +39,7 @@ from server.engine.calls import (
 from server.engine.engine import Engine
 from server.engine.errors import from_vllm, request_errors
 from server.engine.serving import raise_errors
-from server.engine.sizing import Capacity
+from server.engine.sizing import EngineCapacity
 from server.errors import BadRequest, TooManyRequests, Unavailable
 from server.inference.dialects.registry import DIALECTS
 from tests.support import fake_dialects, fake_embeddings
@@ -147,7 +147,7 @@ class FakeEngine:
     ) -> None:
         self.base = base
         self._dialects = DIALECTS
-        self.capacity = Capacity(gpu_slots, host_slots, slot_bytes=1 << 20, entry_bytes=1 << 19)
+        self.capacity = EngineCapacity(gpu_slots, host_slots, slot_bytes=1 << 20, entry_bytes=1 << 19)
         self.max_running = max_running
         self.max_model_len = max_model_len
         self.times = times or Times()

@@ -10,7 +10,7 @@ import transformers
 
 from server.engine import sizing
 from server.engine.layers import lora_layers
-from server.engine.sizing import Capacity, Layer, Split
+from server.engine.sizing import EngineCapacity, Layer, Split
 
 LLAMA_VOCABULARY = ("embed_tokens", "lm_head")
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -138,7 +138,7 @@ def test_workers_that_cannot_share_a_layer_are_named() -> None:
 
 
 def test_the_line_for_the_operator() -> None:
-    line = Capacity(4, 16, slot_bytes=50 << 20, entry_bytes=40 << 20).describe(1 << 30, 2 << 30)
+    line = EngineCapacity(4, 16, slot_bytes=50 << 20, entry_bytes=40 << 20).describe(1 << 30, 2 << 30)
     assert line == (
         "a GPU slot takes 50 MiB on each worker: 4 slots, 200 MiB; 20 fit in adapter_gpu_memory, 1 GiB."
         " A host entry takes up to 40 MiB: 16 entries, 640 MiB; 51 fit in adapter_host_memory, 2 GiB."
