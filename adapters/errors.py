@@ -21,6 +21,15 @@ AdapterError
 from __future__ import annotations
 
 
+def printable(text: str, longest: int = 200) -> str:
+    """``text``, which may repeat what a client sent, as an answer may show it.
+
+    Of at most ``longest`` characters and an ellipsis, and valid UTF-8 whatever came in.
+    """
+    short = text if len(text) <= longest else f"{text[:longest]}…"
+    return short.encode("utf-8", "replace").decode()
+
+
 class AdapterError(Exception):
     """``code`` is stable and for programs; the message says what is wrong and what to do."""
 

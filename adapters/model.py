@@ -15,6 +15,8 @@ from adapters.split import WHOLE
 TENANT_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
 ADAPTER_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 
+# What a request names for its tenant's default adapter; no adapter is called so.
+DEFAULT_MODEL = "default"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # What PEFT calls path_initial_model_for_weight_conversion: the weights before training, for the conversion of

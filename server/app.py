@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from adapters.database.database import Database
 from adapters.errors import StoreUnavailable
+from adapters.model import DEFAULT_MODEL
 from adapters.store.blobs import BlobStore
 from adapters.store.cache import Cache
 from adapters.store.catalog import Catalog
@@ -40,7 +41,6 @@ from server.http.middleware import RequestContext, install_error_handlers
 from server.http.openapi import document
 from server.http.services import Services
 from server.inference.completion import Completions
-from server.inference.dialects.base import DEFAULT_MODEL
 from server.inference.dialects.registry import DIALECTS
 from server.inference.local import LocalAnswers
 from server.limits.fallback import FallbackLedger

@@ -157,14 +157,9 @@ def status_of(error: Exception) -> tuple[int, str]:
 
 def envelope(message: str, type_: str, code: str | None, param: str | None = None) -> dict[str, Any]:
     """OpenAI's error body; the texts are cut to ``LONGEST_TEXT`` characters."""
-    shown = None if param is None else _shown(param)
-    return {"error": {"message": _shown(message), "type": type_, "param": shown, "code": code}}
-
-
-def _shown(text: str) -> str:
-    """``text``, which may repeat what a client sent: of bounded length, and valid UTF-8 whatever came in."""
-    short = text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
-    return short.encode("utf-8", "replace").decode()
+    message = adapter_errors.printable(message, LONGEST_TEXT)
+    param = None if param is None else adapter_errors.printable(param, LONGEST_TEXT)
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
 
 def body_of(error: ServerError | adapter_errors.AdapterError) -> dict[str, Any]:

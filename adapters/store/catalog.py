@@ -23,15 +23,23 @@ from adapters.database.audit import note
 from adapters.database.cache import ReadCache
 from adapters.database.database import Database
 from adapters.database.rows import MAX_INTEGER, AdapterRow, TenantRow, VersionRow, now
-from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, QuotaExceeded, fault
+from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, QuotaExceeded, fault, printable
 from adapters.inspection.golden import Golden
-from adapters.model import Adapter, Manifest, Quota, Version, VersionInfo, is_adapter_name, is_tenant_id
+from adapters.model import (
+    DEFAULT_MODEL,
+    Adapter,
+    Manifest,
+    Quota,
+    Version,
+    VersionInfo,
+    is_adapter_name,
+    is_tenant_id,
+)
 from adapters.split import WHOLE, choose
 from adapters.store.idempotency import Receipt
 from adapters.store.quarantine import in_service, refuse_quarantined_files
 from adapters.store.versions import linked_digests, version_of
 
-DEFAULT = "default"
 NUMBERED = re.compile(r"([^@]+)@([1-9][0-9]{0,8})", re.ASCII)
 RESOLVED = 65_536
 
@@ -69,7 +77,7 @@ class Catalog:
     ) -> None:
         self._database = database
         self._path_of = path_of
-        self._reserved = frozenset(reserved) | {DEFAULT}
+        self._reserved = frozenset(reserved) | {DEFAULT_MODEL}
         self._problem = problem
         self._resolved: ReadCache[tuple[str, str], Shares] = ReadCache(database, RESOLVED)
 
@@ -80,7 +88,7 @@ class Catalog:
         Never older than the last write that has returned. AdapterNotFound (``model_not_found``) reads the
         same for a name nobody has and for one that another tenant has. AdapterQuarantined, AdapterUnfit.
         """
-        wanted = DEFAULT if model is None else model
+        wanted = DEFAULT_MODEL if model is None else model
         shares = await self._resolved.get((tenant, wanted), lambda: self._find(tenant, wanted))
         shares = in_service(shares, self._problem)
         return choose(shares, f"{tenant}/{shares[0][0].adapter}", unit)
@@ -88,7 +96,7 @@ class Catalog:
     def check_name(self, name: str) -> None:
         """AdapterRejected (``name_invalid``) unless an adapter may be called ``name``."""
         if not is_adapter_name(name):
-            raise fault("name_invalid", f"`{_shown(name)}` is not an adapter name.", param="name")
+            raise fault("name_invalid", f"`{printable(name)}` is not an adapter name.", param="name")
         if name in self._reserved:
             raise fault("name_invalid", f"The name `{name}` is reserved.", param="name")
 
@@ -117,7 +125,7 @@ class Catalog:
         self.check_name(adapter)
         async with self._database.write() as session:
             if not await _lock(session, tenant):
-                raise AdapterNotFound(f"There is no tenant `{_shown(tenant)}`.", code="tenant_not_found")
+                raise AdapterNotFound(f"There is no tenant `{printable(tenant)}`.", code="tenant_not_found")
             await refuse_quarantined_files(session, tenant, digest)
             if quota is not None:
                 await _check_quota(session, tenant, adapter, quota, manifest.size_bytes)
@@ -331,14 +339,6 @@ class Catalog:
             found = await self._load(session, _answering().where(AdapterRow.pinned))
         return [version for adapter in found for version, _ in adapter.shares]
 
-    async def count(self) -> dict[str, int]:
-        """Tenant -> how many adapters; a tenant without any is left out."""
-        query = select(VersionRow.tenant, func.count(VersionRow.adapter.distinct())).group_by(
-            VersionRow.tenant
-        )
-        async with self._database.read() as session:
-            return dict((await session.execute(query)).all())
-
     async def count_versions(self) -> int:
         """How many versions there are, of all tenants."""
         async with self._database.read() as session:
@@ -347,9 +347,9 @@ class Catalog:
     async def _find(self, tenant: str, model: str) -> Shares:
         numbered = NUMBERED.fullmatch(model)
         name = numbered[1] if numbered else model
-        absent = f"The model `{_shown(model)}` does not exist."
+        absent = f"The model `{printable(model)}` does not exist."
         query = _answering().where(VersionRow.tenant == tenant)
-        if model == DEFAULT:
+        if model == DEFAULT_MODEL:
             absent = "The tenant has no default adapter with a live version. Name an adapter in `model`."
             query = query.where(AdapterRow.is_default)
         elif numbered:
@@ -369,7 +369,7 @@ class Catalog:
         if _well_formed(tenant, name):
             for adapter in await self._load(session, _rows(tenant).where(AdapterRow.name == name)):
                 return adapter
-        raise AdapterNotFound(f"There is no adapter `{_shown(name)}`.")
+        raise AdapterNotFound(f"There is no adapter `{printable(name)}`.")
 
     async def _load(self, session: AsyncSession, query: Select[AdapterRow, VersionRow]) -> list[Adapter]:
         rows = (await session.execute(query)).all()
@@ -490,8 +490,3 @@ async def _any(session: AsyncSession, tenant: str, adapter: str | None = None) -
 def _well_formed(tenant: str, name: str) -> bool:
     """PostgreSQL refuses some text (NUL, lone surrogates), so names are looked at before it is asked."""
     return is_tenant_id(tenant) and is_adapter_name(name)
-
-
-def _shown(text: str) -> str:
-    """``text`` as an answer may repeat it: of bounded length, and valid UTF-8 whatever came in."""
-    return text[:200].encode("utf-8", "replace").decode()

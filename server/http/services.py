@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 class Services:
     """Everything that a route may need; complete once the server has started.
 
-    ``redis_ledger`` is None where limits are counted in this process alone. ``started`` is in seconds since 1970.
+    ``redis_ledger`` is None where limits are counted in this process alone. ``started`` is in seconds since
+    1970.
     """
 
     settings: Settings

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from adapters.errors import AdapterError, AdapterNotFound
-from adapters.model import BaseModel, Version
+from adapters.model import DEFAULT_MODEL, BaseModel, Version
 from adapters.store.catalog import Catalog
 from server.accounts.tenants import Tenant
 from server.engine.calls import EngineDied, Relay
@@ -27,7 +27,7 @@ from server.errors import (
     TooManyRequests,
     Unavailable,
 )
-from server.inference.dialects.base import DEFAULT_MODEL, Dialect
+from server.inference.dialects.base import Dialect
 from server.limits.quotas import Quotas
 from server.limits.reservation import Reservation
 from server.metrics import Metrics, Outcome

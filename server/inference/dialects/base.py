@@ -11,13 +11,12 @@ from collections.abc import AsyncIterator
 from typing import Any, ClassVar, Literal
 
 from adapters.errors import AdapterError
+from adapters.model import DEFAULT_MODEL
 from server.engine.calls import Call, Kind
 from server.errors import BadRequest, ServerError, body_of
 from server.inference.bounds import check_sizes
 from server.inference.dialects.answers import Answer
 from server.inference.dialects.schema import Schema
-
-DEFAULT_MODEL = "default"
 
 # What says something about OpenAI's own service and not about the answer.
 OPENAI_SERVICE = frozenset(
