@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,9 @@ logger = logging.getLogger(__name__)
 PREFIX_RESET_RETRY_S = 1.0
 OPEN_TIMEOUT_S = 60.0
 ABORT_TIMEOUT_S = 5.0  # a hung engine must not keep whoever leaves it
+ANSWER_TIMEOUT_S = 3.0  # for an engine that is asked whether it can still stop by itself
+STOP_TIMEOUT_S = 15.0
+CHECK_EVERY_S = 0.5
 
 
 FIRST_CALL = "first-token"
@@ -245,16 +248,41 @@ class Engine:
         """Starts the engine's processes again, with the same model and no adapter. Raises what vLLM does."""
         await self._llm.restart()
         async with asyncio.timeout(OPEN_TIMEOUT_S):
-            slots = self.capacity.gpu_slots, self.capacity.host_slots
-            await self._llm.collective_rpc("loraplex_open", args=slots)
-            await self._first_token()
+            await self._while_it_lives(self._open())
+
+    async def _open(self) -> None:
+        await self._llm.collective_rpc(
+            "loraplex_open", args=(self.capacity.gpu_slots, self.capacity.host_slots)
+        )
+        await self._first_token()
+
+    async def _while_it_lives(self, work: Coroutine[Any, Any, None]) -> None:
+        """``work``, or EngineDied: a core that has ended leaves calls unanswered."""
+        working = asyncio.ensure_future(work)
+        try:
+            while not working.done():
+                await asyncio.wait({working}, timeout=CHECK_EVERY_S)
+                await self.check()
+            await working
+        finally:
+            working.cancel()
 
     async def stop(self) -> None:
+        """Ends its processes: by SIGKILL where the engine is lost, hung or just being started again."""
         if self._scrubbing is not None:
             self._scrubbing.cancel()
         if self._grammars is not None:
             self._grammars.stop()
-        await asyncio.to_thread(self._llm.shutdown, 15.0)
+        await self._llm.kill_starting()
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await self.check()
+                await self.report()
+        except Exception:
+            logger.warning("the engine does not answer: its processes are killed")
+        else:
+            await asyncio.to_thread(self._llm.shutdown, STOP_TIMEOUT_S)
+        await self.kill()
 
     @property
     def lora_dtype(self) -> str:

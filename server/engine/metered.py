@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,6 +26,7 @@ from server.errors import BadRequest, ServerError, Unavailable
 
 # Seconds that the front end may take to render a prompt, before a call that is to be paused is let run on.
 RENDER_TIMEOUT_S = 30.0
+CORE = "EngineCore"  # how vLLM calls the processes of a core (CoreEngineProcManager)
 
 
 class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
@@ -45,6 +47,7 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
         self._detached = False
         # Tries out what an answer must look like before the engine gets it; see server.engine.structure.
         self.check_structure: Callable[[Call, Any], Awaitable[None]] = refuse_structure
+        self._starting: asyncio.Future[Any] | None = None
         self.on_lost: Callable[[EngineDied], None] = lambda exc: self.detach(str(exc))
         config = kwargs["vllm_config"].scheduler_config
         config.scheduler_cls = scheduler_of(config) or config.scheduler_cls
@@ -274,32 +277,39 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
 
     def _note_processes(self) -> None:
         """Remembers what the core has started: its children lose their parent when it dies."""
-        self._processes = self._core_processes()
+        self._processes = _core_processes()
 
     def kill(self) -> None:
         """Ends the core and all that it has started, in whatever state they are."""
-        guard.kill({**self._processes, **self._core_processes()})
+        guard.kill({**self._processes, **_core_processes()})
         self.engine_core.shutdown(timeout=0.0)
 
-    def _core_processes(self) -> dict[int, str]:
-        manager = getattr(self.engine_core.resources, "engine_manager", None)
-        found: dict[int, str] = {}
-        for process in getattr(manager, "processes", ()):
-            if process.pid is not None:
-                found |= {process.pid: guard.started_at(process.pid), **guard.descendants(process.pid)}
-        return found
+    async def kill_starting(self) -> None:
+        """Ends a core that is still being started, which nothing else can interrupt."""
+        while self._starting is not None and not self._starting.done():
+            guard.kill(_core_processes())
+            await asyncio.wait({self._starting}, timeout=0.2)
+        if self._starting is not None and self._starting.exception() is None:
+            await asyncio.to_thread(self._starting.result().shutdown, 0.0)
 
     async def restart(self) -> None:
-        """Another core, for the same front end: what waits in the output processor stays there."""
+        """Another core, for the same front end: what waits in the output processor stays there.
+
+        Cancelling does not stop the start; see ``kill_starting``.
+        """
         config = self.vllm_config
         config.cache_config.num_gpu_blocks = self._blocks
-        self.engine_core = await asyncio.to_thread(
-            EngineCoreClient.make_async_mp_client,
-            vllm_config=config,
-            executor_class=self._executor_class,
-            log_stats=self.log_stats,
-            renderer=self.renderer,
+        self._starting = asyncio.ensure_future(
+            asyncio.to_thread(
+                EngineCoreClient.make_async_mp_client,
+                vllm_config=config,
+                executor_class=self._executor_class,
+                log_stats=self.log_stats,
+                renderer=self.renderer,
+            )
         )
+        self.engine_core = await asyncio.shield(self._starting)
+        self._starting = None
         self._note_processes()
         self.output_handler = None
         self._detached = False
@@ -336,6 +346,15 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
 
 async def refuse_structure(call: Call, params: Any) -> None:
     raise BadRequest("Schemas, patterns and grammars cannot be used with this model's tokenizer.")
+
+
+def _core_processes() -> dict[int, str]:
+    """pid -> when it began, of every core of this process, also one that is just starting, and all below."""
+    found: dict[int, str] = {}
+    for process in multiprocessing.active_children():
+        if process.pid is not None and process.name.startswith(CORE):
+            found |= {process.pid: guard.started_at(process.pid), **guard.descendants(process.pid)}
+    return found
 
 
 def call_of_request(request_id: str) -> Call:

@@ -23,6 +23,8 @@ from server.metrics import Metrics
 from server.publishing.intake import Intake
 from server.publishing.publish import Publishing
 from server.scheduling.dispatcher import Dispatcher
+from server.scheduling.lease import Lease
+from server.scheduling.refusals import shutting_down
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,15 @@ class Services:
         if not await self.dispatcher.wait_until_idle(self.settings.drain_timeout):
             leases = self.dispatcher.open_leases()
             logger.warning("cut %d requests that were still running", len(leases))
-            await asyncio.gather(*(lease.close("cut") for lease in leases))
+            await asyncio.gather(*map(_cut, leases))
+
+
+async def _cut(lease: Lease) -> None:
+    """What waits for an engine that is just being started again has to be told; vLLM ends all others."""
+    if lease.work is not None and lease.work.paused:
+        lease.failure = lease.failure or shutting_down()
+        await lease.work.give_up(lease.failure.message)
+    await lease.close("cut")
 
 
 def services_of(request: Request) -> Services:

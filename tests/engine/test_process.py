@@ -3,130 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import os
-import re
 import signal
-import socket
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
-import httpx
-import psutil
 import pytest
 from safetensors.torch import load_file, save
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from tests.engine.processes import Running, gone, server
 from tests.engine.reference import ATTENTION, Reference, Spec
 from tests.support.site import bearer
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
-START = 240.0
+SETTINGS = {"ENGINE_RESTARTS": "0", "ENGINE_ARGS": '{"max_num_seqs": 4}'}
 BODY = {"messages": [{"role": "user", "content": "Count to a hundred."}], "temperature": 0}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Running:
-    def __init__(self, process: asyncio.subprocess.Process, log: Path, port: int) -> None:
-        self.process = process
-        self.log = log
-        self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60)
-
-    async def until_ready(self) -> None:
-        async with asyncio.timeout(START):
-            while True:
-                assert self.process.returncode is None, self.log.read_text()[-2000:]
-                try:
-                    if (await self.http.get("/ready")).status_code == 200:
-                        return
-                except httpx.TransportError:
-                    pass
-                await asyncio.sleep(0.2)
-
-    async def exit_status(self) -> int:
-        async with asyncio.timeout(60):
-            return await self.process.wait()
-
-
-@asynccontextmanager
-async def server(base: Path, data: Path) -> AsyncIterator[Running]:
-    port = free_port()
-    log = data / "server.log"
-    settings = {
-        "MODEL": str(base),
-        "DATA_DIR": str(data),
-        "PORT": str(port),
-        "GPU_SLOTS": "2",
-        "MAX_LORA_RANK": "8",
-        "MAX_MODEL_LEN": "512",
-        "ENGINE_RESTARTS": "0",
-        "ENGINE_ARGS": json.dumps({"max_num_seqs": 4}),
-    }
-    environment = os.environ | {f"LORAPLEX_{name}": value for name, value in settings.items()}
-    with log.open("ab") as out:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "server", "serve"),
-            env=environment,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-    running = Running(process, log, port)
-    try:
-        await running.until_ready()
-        yield running
-    finally:
-        await running.http.aclose()
-        # The whole session: the engine outlives a server that is killed where a test has failed.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
 
 
 async def test_the_life_of_a_server(base_dir: Path, reference: Reference, tmp_path: Path) -> None:
     folder = await asyncio.to_thread(reference.make, Spec(seed=5, rank=8, targets=ATTENTION), tmp_path / "a")
     data = tmp_path / "data"
     data.mkdir()
-    async with server(base_dir, data) as first:
-        (admin,) = re.findall(r"Admin key \(shown this once, keep it\): (\S+)", first.log.read_text())
-        key = await _set_up(first, admin, folder)
+    async with server(base_dir, data, **SETTINGS) as first:
+        key = await _set_up(first, folder)
         before = (
             await first.http.post(
                 "/v1/chat/completions", json={**BODY, "max_tokens": 16}, headers=bearer(key)
             )
         ).json()
+        family = first.family()
         await _drains(first, key)
         assert await first.exit_status() == 0
-        children = [p for p in psutil.process_iter(["ppid"]) if p.info["ppid"] == first.process.pid]
-        assert not children, "the engine's processes outlived the server"
+        assert not await gone(family, 2), "the engine's processes outlived the server"
 
-    async with server(base_dir, data) as second:
+    async with server(base_dir, data, **SETTINGS) as second:
         assert second.log.read_text().count("Admin key") == 1, "the key is shown once, not at every start"
         after = await second.http.post(
             "/v1/chat/completions", json={**BODY, "max_tokens": 16}, headers=bearer(key)
         )
         assert after.json()["choices"] == before["choices"]
-        engine = [
-            p for p in psutil.Process(second.process.pid).children() if "EngineCore" in " ".join(p.cmdline())
-        ]
-        engine[0].kill()
+        second.core().kill()
         assert await second.exit_status() == 1
     text = (data / "server.log").read_text()
     assert "Count to a hundred" not in text
     assert key not in text
 
 
-async def _set_up(running: Running, admin: str, folder: Path) -> str:
-    api, auth = running.http, bearer(admin)
+async def _set_up(running: Running, folder: Path) -> str:
+    api, auth = running.http, running.admin
     assert (await api.post("/admin/v1/tenants", json={"id": "acme"}, headers=auth)).status_code == 201
     files = {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
     url = "/admin/v1/tenants/acme/adapters/counter/versions"

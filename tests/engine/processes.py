@@ -1,0 +1,151 @@
+"""The server as a process of its own, on a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from server.demo.process import free_port
+from tests.support.site import bearer
+
+START = 240.0
+
+
+class Running:
+    """A server and its engine. ``started_in`` is how long it took to be ready, in seconds."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path, port: int) -> None:
+        self.process = process
+        self.log = log
+        self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120)
+        self.started_in = 0.0
+
+    @property
+    def admin(self) -> dict[str, str]:
+        """The headers of the operator."""
+        (key,) = re.findall(r"Admin key \(shown this once, keep it\): (\S+)", self.log.read_text())
+        return bearer(key)
+
+    async def until_ready(self) -> None:
+        began = time.monotonic()
+        async with asyncio.timeout(START):
+            while True:
+                assert self.process.returncode is None, self.log.read_text()[-2000:]
+                try:
+                    if (await self.http.get("/ready")).status_code == 200:
+                        self.started_in = time.monotonic() - began
+                        return
+                except httpx.TransportError:
+                    pass
+                await asyncio.sleep(0.2)
+
+    async def exit_status(self, within: float = 60) -> int:
+        async with asyncio.timeout(within):
+            return await self.process.wait()
+
+    def family(self) -> list[psutil.Process]:
+        """Every process below the server."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def core(self) -> psutil.Process:
+        """The newest process that runs vLLM's core."""
+        return max(self._called("EngineCore"), key=lambda one: one.create_time())
+
+    def worker(self) -> psutil.Process:
+        """The process that runs the model."""
+        return max(self._called("VLLM::Worker"), key=lambda one: one.create_time())
+
+    def _called(self, name: str) -> list[psutil.Process]:
+        found = []
+        for one in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if name in " ".join([one.name(), *one.cmdline()]):
+                    found.append(one)
+        assert found, f"no {name} among {self.family()}"
+        return found
+
+    async def upload(self, tenant: str, adapter: str, folder: Path) -> httpx.Response:
+        files = {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        url = f"/admin/v1/tenants/{tenant}/adapters/{adapter}/versions"
+        return await self.http.post(url, files=files, headers=self.admin)
+
+    async def tenant(self, name: str, **fields: Any) -> dict[str, str]:
+        """A new customer; returns the headers of its key."""
+        made = await self.http.post("/admin/v1/tenants", json={"id": name, **fields}, headers=self.admin)
+        assert made.status_code == 201, made.text
+        key = await self.http.post(f"/admin/v1/tenants/{name}/keys", json={}, headers=self.admin)
+        return bearer(key.json()["key"])
+
+
+async def gone(processes: Iterable[psutil.Process], within: float) -> list[psutil.Process]:
+    """Wait until ``processes`` have ended, at most ``within`` seconds; those that have not."""
+    deadline = time.monotonic() + within
+    while left := [one for one in processes if _runs(one)]:
+        if time.monotonic() > deadline:
+            break
+        await asyncio.sleep(0.1)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@asynccontextmanager
+async def starting(base: Path, data: Path, **settings: str) -> AsyncIterator[Running]:
+    """A server's process, from its first moment. What is left of it ends with the block."""
+    # Not one that the system hands out to others while the model is being loaded.
+    port = free_port(random.randrange(20_000, 32_000))
+    log = data / "server.log"
+    settings = {
+        "MODEL": str(base),
+        "DATA_DIR": str(data),
+        "PORT": str(port),
+        "GPU_SLOTS": "2",
+        "MAX_LORA_RANK": "8",
+        "MAX_MODEL_LEN": "512",
+        **settings,
+    }
+    environment = os.environ | {f"LORAPLEX_{name}": value for name, value in settings.items()}
+    with log.open("ab") as out:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "server", "serve"),
+            env=environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    running = Running(process, log, port)
+    try:
+        yield running
+    finally:
+        await running.http.aclose()
+        # The whole session: the engine outlives a server that is killed where a test has failed.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+@asynccontextmanager
+async def server(base: Path, data: Path, **settings: str) -> AsyncIterator[Running]:
+    """The same, ready to serve."""
+    async with starting(base, data, **settings) as running:
+        await running.until_ready()
+        yield running

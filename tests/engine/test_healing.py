@@ -1,0 +1,305 @@
+"""The engine's processes are killed and stopped under a server, and the server under its engine.
+
+Each server is a process of its own on the real model, in float32, where an answer that goes on in another
+engine is equal to one that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import signal
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.engine.processes import Running, gone, server, starting
+from tests.engine.reference import ATTENTION, Reference, Spec
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
+
+STALL = 15.0
+# How often an engine that nothing is asked of is looked at, in seconds (engine_loop.RECONCILE_EVERY).
+LOOKED_AT = 5.0
+FLOAT32 = {"ENGINE_ARGS": '{"max_num_seqs": 8, "dtype": "float32"}'}
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+LONG: dict[str, Any] = {"temperature": 0, "max_tokens": 120, "logit_bias": {"2": -100}}
+STORY: dict[str, Any] = {"prompt": "Once upon a time there was a parcel", **LONG}
+COUNT: dict[str, Any] = {"messages": [{"role": "user", "content": "Count to a hundred."}], **LONG}
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+@pytest.fixture(scope="module")
+def adapter(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "a"
+    return reference.make(Spec(seed=5, rank=8, targets=ATTENTION), folder)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What came back: a status, the text, a log-probability for each token if asked for, and the usage."""
+
+    status: int
+    text: str
+    log_probs: tuple[float, ...] = ()
+    usage: tuple[int, int] = (0, 0)
+    code: str | None = None
+    finish: str | None = None
+
+    def equals(self, other: Said) -> bool:
+        """Whether the two are one answer; log-probabilities may differ by float32's rounding."""
+        close = len(self.log_probs) == len(other.log_probs) and all(
+            abs(a - b) < 1e-3 for a, b in zip(self.log_probs, other.log_probs, strict=True)
+        )
+        mine = self.status, self.text, self.usage, self.code, self.finish
+        return close and mine == (other.status, other.text, other.usage, other.code, other.finish)
+
+
+async def ask(running: Running, headers: dict[str, str], path: str, body: dict[str, Any]) -> Said:
+    """An answer to its end, streamed or not."""
+    if not body.get("stream"):
+        return _read([(await running.http.post(path, json=body, headers=headers)).json()])
+    async with running.http.stream("POST", path, json=body, headers=headers) as answer:
+        if answer.status_code != 200:
+            await answer.aread()
+            return _read([answer.json()])
+        return _read([chunk async for chunk in _chunks(answer)])
+
+
+async def _chunks(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in answer.aiter_lines():
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))
+
+
+def _read(chunks: list[dict[str, Any]]) -> Said:
+    text, log_probs, usage, code, finish = "", [], (0, 0), None, None
+    for chunk in chunks:
+        code = chunk["error"]["code"] if "error" in chunk else code
+        if (used := chunk.get("usage")) is not None:
+            usage = used["prompt_tokens"], used["completion_tokens"]
+        for choice in chunk.get("choices", ()):
+            text += choice.get("text") or (choice.get("delta") or choice.get("message") or {}).get(
+                "content", ""
+            )
+            log_probs += (choice.get("logprobs") or {}).get("token_logprobs", ())
+            finish = choice.get("finish_reason") or finish
+    return Said(0 if code else 200, text, tuple(log_probs), usage, code, finish)
+
+
+async def until(running: Running, *, runs: int, waits: int = 0) -> None:
+    """Wait until exactly so many sequences run and so many requests wait."""
+    async with asyncio.timeout(60):
+        while True:
+            shown = (await running.http.get("/admin/v1/residency", headers=running.admin)).json()
+            if [sum(shown[what].values()) for what in ("running", "queued")] == [runs, waits]:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def checks(running: Running) -> tuple[int, dict[str, str]]:
+    ready = await running.http.get("/ready")
+    return ready.status_code, ready.json()["checks"]
+
+
+async def service_again(running: Running, headers: dict[str, str], since: float) -> float:
+    """Seconds from ``since`` until the base model answers; looks at what it says meanwhile."""
+    seen = False
+    async with asyncio.timeout(120):
+        while True:
+            status, said = await checks(running)
+            if said.get("engine") == "restarting":
+                assert status == 503
+                assert (await running.http.get("/health")).status_code == 200
+                seen = True
+            elif seen and status == 200:
+                one = await ask(
+                    running, headers, COMPLETIONS, {"model": "base", "prompt": "Hi", "max_tokens": 1}
+                )
+                assert one.status == 200
+                return time.monotonic() - since
+            await asyncio.sleep(0.1)
+
+
+def resumable(text: dict[str, str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Requests whose answers can go on in another engine; ``text`` has undisturbed answers, by name."""
+    adapter = {"model": "a", **STORY}
+    requests = {
+        "base": (CHAT, {"model": "base", **COUNT, **STREAM}),
+        "adapter with log-probabilities": (COMPLETIONS, {**adapter, **STREAM, "logprobs": 1}),
+        "adapter not streamed": (COMPLETIONS, adapter),
+    }
+    if text:  # one that stops far behind the moment of the fault
+        said = text["adapter with log-probabilities"]
+        requests["stop string"] = (COMPLETIONS, {**adapter, **STREAM, "stop": [late_in(said)]})
+    return requests
+
+
+def late_in(text: str) -> str:
+    """A piece of ``text`` that is not there before its second half, or as late as there is one."""
+    starts = range(len(text) * 3 // 4, 0, -1)
+    pieces = (text[start : start + 12] for start in starts)
+    return max(pieces, key=text.find)
+
+
+FOR_NOBODY = {
+    "two choices": {"model": "base", "n": 2, **STORY, "stream": True},
+    "seeded": {"model": "a", **STORY, "temperature": 0.9, "seed": 7, "stream": True},
+    "not streamed": {"model": "base", "n": 2, **STORY},
+}
+
+
+async def lose(running: Running, how: str) -> float:
+    """Make the fault; when it was made."""
+    processes = {"core": [running.core], "worker": [running.worker], "hang": [running.core, running.worker]}
+    for one in [find() for find in processes[how]]:
+        one.send_signal(signal.SIGSTOP if how == "hang" else signal.SIGKILL)
+    return time.monotonic()
+
+
+async def disturbed(
+    running: Running, headers: dict[str, str], how: str, right: dict[str, Said], short: Said
+) -> float:
+    """Lose the engine under nine sequences and three waiting requests; seconds until service again."""
+    texts = {name: said.text for name, said in right.items()}
+    asked = resumable(texts)
+    going = {name: asyncio.create_task(ask(running, headers, *one)) for name, one in asked.items()}
+    broken = {
+        name: asyncio.create_task(ask(running, headers, COMPLETIONS, body))
+        for name, body in FOR_NOBODY.items()
+    }
+    await until(running, runs=9)
+    quick = {"model": "a", **STORY, "max_tokens": 8}
+    waiting = [asyncio.create_task(ask(running, headers, COMPLETIONS, quick)) for _ in range(3)]
+    await until(running, runs=9, waits=3)
+    await asyncio.sleep(random.uniform(0.2, 2.0))
+    family = [running.core(), running.worker()]
+    at = await lose(running, how)
+    again = await service_again(running, headers, at)
+    assert not await gone(family, 1), "the lost engine's processes are still there"
+    for name, said in zip(broken, await asyncio.gather(*broken.values()), strict=True):
+        assert said.code == "engine_restarting", (name, said)
+    for name, said in zip(going, await asyncio.gather(*going.values()), strict=True):
+        assert said.equals(right[name]), (name, said, right[name])
+    for said in await asyncio.gather(*waiting):
+        assert said.equals(short), said
+    return again
+
+
+async def test_an_engine_that_is_lost_again_and_again(base_dir: Path, adapter: Path, tmp_path: Path) -> None:
+    settings = {"ENGINE_STALL": str(STALL), "ENGINE_RESTARTS": "3", "MAX_RUNNING": "9"}
+    settings |= {"SERVED_MODEL_NAME": "base", "ENGINE_ARGS": '{"max_num_seqs": 9, "dtype": "float32"}'}
+    async with server(base_dir, tmp_path, **settings) as running:
+        headers = await running.tenant("acme")
+        made = await running.upload("acme", "a", adapter)
+        assert made.status_code == 201, made.text
+        right: dict[str, Said] = {}
+        for _ in range(2):  # what is to stop is known only once it has been said
+            for name, one in resumable({name: said.text for name, said in right.items()}).items():
+                if name not in right:
+                    right[name] = await ask(running, headers, *one)
+        assert right["stop string"].finish == "stop"
+        assert right["base"].text != right["adapter not streamed"].text
+        short = await ask(running, headers, COMPLETIONS, {"model": "a", **STORY, "max_tokens": 8})
+        for wait, how in zip((1, 2, 4), ("worker", "hang", "core"), strict=True):
+            again = await disturbed(running, headers, how, right, short)
+            noticed = STALL + LOOKED_AT if how == "hang" else 0
+            print(
+                f"{how}: service again after {again:.1f} s; the first start took {running.started_in:.1f} s"
+            )
+            assert again < running.started_in + wait + noticed + 5
+        family = running.family()
+        last = asyncio.create_task(ask(running, headers, CHAT, {"model": "base", **COUNT, **STREAM}))
+        await until(running, runs=1)
+        await lose(running, "worker")
+        assert await running.exit_status() == 1
+        assert (await last).code == "engine_stopped"
+        assert not await gone(family, 5), "the engine's processes outlived the server"
+
+
+async def test_limits_hold_while_the_engine_hangs(base_dir: Path, tmp_path: Path) -> None:
+    settings = {"SERVED_MODEL_NAME": "base", "QUEUE_TIMEOUT": "3", "DRAIN_TIMEOUT": "4", "MAX_RUNNING": "2"}
+    async with server(base_dir, tmp_path, **settings) as running:
+        headers = await running.tenant("acme")
+        running_one, leaves = (
+            asyncio.create_task(
+                ask(running, headers, CHAT, {"model": "base", **COUNT, **STREAM, "max_tokens": 400})
+            )
+            for _ in range(2)
+        )
+        await until(running, runs=2)
+        family = running.family()
+        await lose(running, "hang")
+        began = time.monotonic()
+        waited = await ask(running, headers, CHAT, {"model": "base", **COUNT})
+        assert waited.code == "queue_timeout"
+        assert 2.5 < time.monotonic() - began < 5
+        leaves.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await leaves
+        began = time.monotonic()
+        await until(running, runs=1)
+        assert time.monotonic() - began < 8, "a client that left keeps its place"
+        running.process.terminate()
+        began = time.monotonic()
+        assert await running.exit_status(within=40) == 0
+        print(f"drained in {time.monotonic() - began:.1f} s")
+        assert not await gone(family, 5), "the engine's processes outlived the server"
+        with contextlib.suppress(httpx.TransportError):
+            await running_one
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+async def test_the_server_ends_while_its_engine_is_started_again(
+    base_dir: Path, tmp_path: Path, ending: signal.Signals
+) -> None:
+    settings = {"SERVED_MODEL_NAME": "base", "DRAIN_TIMEOUT": "2"}
+    async with server(base_dir, tmp_path, **settings) as running:
+        headers = await running.tenant("acme")
+        going = asyncio.create_task(ask(running, headers, CHAT, {"model": "base", **COUNT, **STREAM}))
+        await until(running, runs=1)
+        lost = running.core()
+        await lose(running, "core")
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(AssertionError):
+                    if running.core() != lost:
+                        break
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(random.uniform(0.0, 8.0))
+        family = running.family()
+        began = time.monotonic()
+        running.process.send_signal(ending)
+        status = await running.exit_status(within=30)
+        assert status == (0 if ending is signal.SIGTERM else -9), running.log.read_text()[-3000:]
+        print(f"ended in {time.monotonic() - began:.1f} s")
+        assert not await gone(family, 5), "the engine's processes outlived the server"
+        with contextlib.suppress(httpx.TransportError):
+            assert (await going).code is not None
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("moment", [0.0, 2.0, 7.0])
+async def test_the_server_ends_while_it_starts(
+    base_dir: Path, tmp_path: Path, moment: float, ending: signal.Signals
+) -> None:
+    """``moment`` is in seconds after the engine's first process was seen."""
+    async with starting(base_dir, tmp_path) as running:
+        async with asyncio.timeout(120):
+            while True:
+                with contextlib.suppress(AssertionError):
+                    running.core()
+                    break
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(moment)
+        family = running.family()
+        running.process.send_signal(ending)
+        await running.exit_status(within=10)
+        assert not await gone(family, 5), "the engine's processes outlived the server"
