@@ -1,9 +1,8 @@
-"""Whether an engine that was lost is started again, and whom to suspect. Pure: no clock, no processes."""
+"""Whether an engine that was lost is started again. Pure: no clock, no processes."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
 
 WINDOW_S = 600.0
 
@@ -14,7 +13,6 @@ class Restarts:
     def __init__(self, most: int) -> None:
         self._most = most
         self._losses: deque[float] = deque()
-        self._suspects: frozenset[str] = frozenset()
 
     def lost(self, now: float) -> float | None:
         """The engine was lost, or did not start: seconds to wait before the next start, or None to give up.
@@ -27,9 +25,3 @@ class Restarts:
         if len(self._losses) > self._most:
             return None
         return float(2 ** (len(self._losses) - 1))
-
-    def suspects(self, running: Collection[str]) -> frozenset[str]:
-        """The versions that ran both now and at the loss before; ``running`` ran at this one."""
-        again = self._suspects & frozenset(running)
-        self._suspects = frozenset(running)
-        return again

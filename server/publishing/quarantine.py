@@ -11,12 +11,13 @@ from adapters.store.catalog import Catalog
 from adapters.store.quarantine import Quarantine
 from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.lease import Lease
+from server.scheduling.refusals import quarantined
 
 logger = logging.getLogger(__name__)
 
 
 async def quarantine(rows: Quarantine, dispatcher: Dispatcher, version: Version, reason: str) -> None:
-    """Refuses ``version`` from now on, and ends its running requests.
+    """Refuses ``version`` from now on, and at once what waits for it; ends its running requests.
 
     ``reason`` is a clause that the customer reads, as in "it made NaN". Once this returns, the row is on
     disk. May be repeated: the first reason stays.
@@ -31,8 +32,8 @@ async def quarantine(rows: Quarantine, dispatcher: Dispatcher, version: Version,
         for lease in dispatcher.open_leases()
         if lease.version is not None and lease.version.key == version.key
     ]
-    message = f"The adapter is out of service: {reason}."
-    await asyncio.gather(*(_end(lease, message) for lease in running), return_exceptions=True)
+    dispatcher.quarantine(version, reason)
+    await asyncio.gather(*(_end(lease, reason) for lease in running), return_exceptions=True)
     dispatcher.retire(version)
 
 
@@ -54,9 +55,10 @@ async def quarantine_key(
         await quarantine(rows, dispatcher, found[-1], reason)
 
 
-async def _end(lease: Lease, message: str) -> None:
-    """Ends a running request: with an error that says ``message`` where the engine can pause it, else cut."""
-    if lease.work is not None and await lease.work.pause():
-        await lease.work.give_up(message)
+async def _end(lease: Lease, reason: str) -> None:
+    """Ends a running request: with an error that says ``reason`` where the engine can pause it, else cut."""
+    lease.failure = lease.failure or quarantined(reason)
+    if lease.work is not None and (lease.work.paused or await lease.work.pause()):
+        await lease.work.give_up(lease.failure.message)
     else:
         await lease.close("failed")

@@ -22,7 +22,7 @@ from adapters.errors import AdapterError, AdapterUnavailable
 from adapters.model import Tier, Version
 from server.engine.calls import EngineDied, PageOp
 from server.engine.restarts import Restarts
-from server.errors import Unavailable
+from server.errors import ServerError, Unavailable
 from server.metrics import Gauges, Metrics
 from server.scheduling.engine_loop import EngineLoop, Pager
 from server.scheduling.lease import Lease
@@ -34,11 +34,13 @@ from server.scheduling.nouns import (
     Effect,
     Evict,
     Preempt,
+    Quarantine,
     Refusal,
     Refuse,
     Run,
     Snapshot,
     Stage,
+    Suspect,
     Warmed,
 )
 from server.scheduling.refusals import engine_stopped, error_of
@@ -64,6 +66,8 @@ class Dispatcher(EngineLoop):
     ``stall`` is how long the engine may leave a call unanswered, in seconds, before it counts as hung.
     ``restarts`` decides whether a lost engine is started again; if not, ``on_death`` is called once.
     ``on_fault`` is called with a version's key and a reason, for a version that ran in two losses in a row.
+    ``suspects`` are the keys of those that ran in the last one, also in another process before this, and
+    ``on_suspects`` is called with all of them whenever they change.
     ``preparation`` is done beside the engine, before it is asked to stage a version.
     """
 
@@ -77,9 +81,21 @@ class Dispatcher(EngineLoop):
         stall: float = 60.0,
         restarts: Restarts | None = None,
         on_fault: Callable[[str, str], None] = lambda _version, _reason: None,
+        on_suspects: Callable[[frozenset[str]], None] = lambda _versions: None,
+        suspects: Collection[str] = (),
         preparation: Preparation | None = None,
     ) -> None:
-        super().__init__(pager, capacity, metrics, on_death, stall, restarts or Restarts(0), on_fault)
+        super().__init__(
+            pager,
+            capacity,
+            metrics,
+            on_death,
+            stall,
+            restarts or Restarts(0),
+            on_fault,
+            on_suspects,
+            suspects,
+        )
         self._preparation = preparation
         self._preparing: set[int] = set()  # loads that the engine has not heard of yet
         self._unprepared: AdapterError | None = None  # why, while the plan is told that a load failed
@@ -217,6 +233,10 @@ class Dispatcher(EngineLoop):
             self._versions[version.key] = version
         self._tell(self._plan.pin, version.key, pinned, version.tenant)
 
+    def quarantine(self, version: Version, reason: str) -> None:
+        """Refuses what waits for ``version``, also what has run and was put aside. What runs goes on."""
+        self._tell(self._plan.quarantined, version.key, reason)
+
     def retire(self, version: Version) -> None:
         """A version that no request can name any more: it leaves memory as soon as nothing runs on it."""
         self._tell(self._plan.retire, version.key)
@@ -298,9 +318,18 @@ class Dispatcher(EngineLoop):
                 case Refuse(id=id_) if id_ in self._waiting:
                     granted = self._waiting.pop(id_)
                     if not granted.done():
-                        granted.set_exception(self._error_of(effect.reason, effect.retry_after))
+                        granted.set_exception(
+                            self._error_of(effect.reason, effect.retry_after, effect.detail)
+                        )
                 case Refuse(id=id_):
-                    self.spawn(self._fail_preempted(self._leases[id_], str(self._error_of(effect.reason))))
+                    lease = self._leases[id_]
+                    lease.failure = self._error_of(effect.reason, detail=effect.detail)
+                    self.spawn(self._fail_preempted(lease, lease.failure.message))
+                case Quarantine(version=key, reason=why):
+                    logger.error("%s ran in two losses of the engine in a row", key)
+                    self._on_fault(key, why)
+                case Suspect(versions=versions):
+                    self._on_suspects(versions)
                 case Warmed(version=key, refusal=refusal):
                     for warmed in self._warming.pop(key, ()):
                         if warmed.done():
@@ -310,10 +339,12 @@ class Dispatcher(EngineLoop):
                         else:
                             warmed.set_exception(self._error_of(refusal))
 
-    def _error_of(self, reason: Refusal, retry_after: float | None = None) -> Exception:
+    def _error_of(
+        self, reason: Refusal, retry_after: float | None = None, detail: str = ""
+    ) -> ServerError | AdapterError:
         if self._unprepared is not None and reason is Refusal.ADAPTER_UNAVAILABLE:
             return self._unprepared
-        return self._died_error() or error_of(reason, retry_after)
+        return self._died_error() or error_of(reason, retry_after, detail)
 
     async def _stage_prepared(self, preparation: Preparation, version: Version, op: PageOp) -> None:
         """Stages once all is prepared; not if the load was given up, or the engine lost, meanwhile."""
@@ -401,7 +432,7 @@ class Dispatcher(EngineLoop):
         if lease.account is not None:
             lease.account.closed(lease)
         self.metrics.ended(lease.tenant, lease.outcome)
-        self._tell(self._plan.finished, lease.id)
+        self._tell(self._plan.finished, lease.id, lease.outcome == "completed")
 
     def _forget(self, id_: str) -> None:
         self._waiting.pop(id_, None)

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 from adapters.model import Version
@@ -73,15 +73,18 @@ class EngineLoop:
         stall: float,
         restarts: Restarts,
         on_fault: Callable[[str, str], None],
+        on_suspects: Callable[[frozenset[str]], None],
+        suspects: Collection[str],
     ) -> None:
         self.metrics = metrics
         self._pager = pager
         self._capacity = capacity
-        self._plan = Plan(capacity)
+        self._plan = Plan(capacity, suspects=suspects)
         self._on_death = on_death
         self._stall = stall
         self._restarts = restarts
         self._on_fault = on_fault
+        self._on_suspects = on_suspects
         self._died: EngineDied | None = None  # it is not started any more
         self._lost: EngineDied | None = None  # it is gone, and may be started again
         self._lost_event = asyncio.Event()
@@ -321,9 +324,6 @@ class EngineLoop:
             else:
                 lease.failure = engine_restarting()
         self._tell(self._plan.engine_stopped, kept)
-        for version in self._restarts.suspects({lease.version.key for lease in running if lease.version}):
-            logger.error("%s ran in two losses of the engine in a row", version)
-            self._on_fault(version, f"it ran when the engine was lost, twice in a row: {exc}")
         self._lost_event.set()
         self._pager_wake.set()
 

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Protocol
 
+from adapters.errors import AdapterError
 from adapters.model import Version
 from server.engine.calls import Admission
 from server.errors import ServerError
@@ -76,7 +77,7 @@ class Lease:
         self.work: Work | None = None
         self.account: Account | None = None
         self.admission: Admission | None = None
-        self.failure: ServerError | None = None  # why the work ended, where the engine was lost
+        self.failure: ServerError | AdapterError | None = None  # why it ended, where the client did not
         self.code: str | None = None
         self.queued_for = 0.0
         self.load_seconds = 0.0

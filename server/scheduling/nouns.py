@@ -135,13 +135,15 @@ class Refusal(StrEnum):
     QUEUE_TIMEOUT = "queue_timeout"
     ADAPTER_UNAVAILABLE = "adapter_unavailable"
     DRAINING = "draining"
+    QUARANTINED = "quarantined"
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
     """The one outcome of a request that does not run, or does not go on.
 
-    ``retry_after`` is in seconds, None if no time can be told. ``detail`` is for the log.
+    ``retry_after`` is in seconds, None if no time can be told. ``detail`` is for the log, and where the
+    version is quarantined the reason that the client is told.
     """
 
     id: str
@@ -158,8 +160,23 @@ class Warmed:
     refusal: Refusal | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """Take this version out of service: ``reason`` is a clause, as in "it made NaN"."""
+
+    version: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """These versions, and no others, are suspected of having ended the engine. They outlive the process."""
+
+    versions: frozenset[str]
+
+
 Move = Stage | Activate | Deactivate | Evict
-Effect = Move | Run | Preempt | Refuse | Warmed
+Effect = Move | Run | Preempt | Refuse | Warmed | Quarantine | Suspect
 
 
 # --- events ------------------------------------------------------------------------------------------
@@ -190,8 +207,11 @@ class Scheduler(Protocol):
         Every token is charged to the request's tenant once. Does nothing if the request does not run.
         """
 
-    def finished(self, now: float, id: str) -> list[Effect]:
-        """A running or preempted request ended, in any way. Does nothing if it has ended before."""
+    def finished(self, now: float, id: str, completed: bool = True) -> list[Effect]:
+        """A running or preempted request ended. Does nothing if it has ended before.
+
+        ``completed`` unless it was cancelled, or failed; that tells for its version, where it is a suspect.
+        """
 
     def preempted(self, now: float, id: str) -> list[Effect]:
         """The engine has stopped the request, which now waits for its next Run without a time limit.
@@ -221,11 +241,16 @@ class Scheduler(Protocol):
         """The engine is gone, and every load with it. Nothing is staged, run or preempted until it is back.
 
         What waits keeps its place and its time limit. Of what runs, ``resumable`` (ids) waits again, as after
-        ``preempted``; everything else that runs is still to be ``finished`` or ``cancelled``.
+        ``preempted``; everything else that runs is still to be ``finished`` or ``cancelled``. The versions of
+        what ran are suspects; those that were suspects before are quarantined, and what waits for them is
+        refused.
         """
 
     def engine_started(self, now: float) -> list[Effect]:
         """The engine is back, and holds no load. The ids of earlier loads stay burned."""
+
+    def quarantined(self, now: float, version: str, reason: str) -> list[Effect]:
+        """``version`` is out of service: refuses what waits for it, also what has run and was put aside."""
 
     def pin(self, now: float, version: str, pinned: bool, tenant: str) -> list[Effect]:
         """Keep ``version`` in a slot on account of ``tenant``, or stop doing so.

@@ -32,34 +32,42 @@ from server.scheduling.nouns import (
     Capacity,
     Effect,
     Preempt,
+    Quarantine,
     Refusal,
     Refuse,
     Run,
     Snapshot,
     State,
+    Suspect,
     Warmed,
 )
 from server.scheduling.residency import Residency
 from server.scheduling.residency_checks import check_steps as check_residency
+from server.scheduling.suspects import Suspects
+
+TWICE = "it was running when the engine was lost, twice in a row"
 
 
 class Plan:
     """The scheduler: one owner of all queues, slots and counters. ``nouns.Scheduler`` says what each event
     means.
 
-    Load ids count up from ``first_load_id``.
+    Load ids count up from ``first_load_id``. ``suspects`` are versions that ran when the engine before was
+    lost; see ``server.scheduling.suspects``.
     """
 
-    def __init__(self, capacity: Capacity, first_load_id: int = 1) -> None:
+    def __init__(self, capacity: Capacity, first_load_id: int = 1, suspects: Collection[str] = ()) -> None:
         self._capacity = capacity
         self._effects: list[Effect] = []
         self._queue = FairQueue(self._counted)
+        self._suspects = Suspects(self._queue.gate, lambda now: self._emit(Suspect(now)), suspects)
         self._residency = Residency(
-            capacity, first_load_id, self._emit, self._queue.gate, self._queue.counter
+            capacity, first_load_id, self._emit, self._suspects.gate, self._queue.counter
         )
         self._waiting: OrderedDict[str, Request] = OrderedDict()  # by arrival
         self._preempted: dict[str, Request] = {}  # they wait too, without a time limit
         self._running: dict[str, tuple[Request, Load | None]] = {}
+        self._lost: set[str] = set()  # of these, what ran in an engine that is gone and has not ended yet
         self._sequences = 0
         self._held_for: Request | None = None
         self._draining = False
@@ -91,20 +99,24 @@ class Plan:
         request = self._waiting.get(id)
         if request is not None:
             self._drop(request)
-        return self.finished(now, id)
+        return self.finished(now, id, completed=False)
 
     def progressed(self, now: float, id: str, prompt_tokens: int, output_tokens: int) -> list[Effect]:
         request, load = self._running.get(id, (None, None))
         if request is not None:
             before = request.tokens_left
-            request.output_tokens = max(request.output_tokens, output_tokens)
+            more = max(0, output_tokens - request.output_tokens)
+            request.output_tokens += more
             self._queue.charge(request, prompt_tokens, output_tokens)
             if load is not None:
                 self._residency.progress(load, before - request.tokens_left)
-        first = self._queue.first()  # nothing but the order can have changed
-        return self._settle(now) if first is not None and self._fits(first) else []
+                if id not in self._lost:
+                    self._suspects.progressed(load.version, more)
+        first = self._queue.first()  # nothing but the order can have changed, or a suspect is cleared
+        settles = self._effects or (first is not None and self._fits(first))
+        return self._settle(now) if settles else []
 
-    def finished(self, now: float, id: str) -> list[Effect]:
+    def finished(self, now: float, id: str, completed: bool = True) -> list[Effect]:
         if id in self._waiting:
             raise ValueError(f"request {id} finished, but it never ran")
         request, load = self._running.pop(id, (None, None))
@@ -113,6 +125,7 @@ class Plan:
             self._queue.end(request)
             if load is not None:
                 self._residency.end(load, request, now)
+                self._leave(id, load, completed=completed)
         elif id in self._preempted:
             self._drop(self._preempted[id])
         return self._settle(now)
@@ -137,7 +150,8 @@ class Plan:
         return self._settle(now)
 
     def stage_failed(self, now: float, load_id: int, detail: str) -> list[Effect]:
-        self._refuse_version(self._residency.stage_failed(load_id), detail)
+        version = self._residency.stage_failed(load_id)
+        self._refuse_version(version, Refusal.ADAPTER_UNAVAILABLE, detail)
         return self._settle(now)
 
     def activated(self, now: float, load_id: int) -> list[Effect]:
@@ -145,7 +159,8 @@ class Plan:
         return self._settle(now)
 
     def activation_failed(self, now: float, load_id: int, detail: str) -> list[Effect]:
-        self._refuse_version(self._residency.activation_failed(load_id), detail)
+        version = self._residency.activation_failed(load_id)
+        self._refuse_version(version, Refusal.ADAPTER_UNAVAILABLE, detail)
         return self._settle(now)
 
     def lost(self, now: float, load_id: int) -> list[Effect]:
@@ -154,15 +169,24 @@ class Plan:
 
     def engine_stopped(self, now: float, resumable: Collection[str]) -> list[Effect]:
         self._stopped = True
+        ran = {id: load.version for id, (_, load) in self._running.items() if load and id not in self._lost}
         for id in resumable:
             if id in self._running:
                 self._put_back(id, now)
         self._residency.engine_stopped()
+        self._lost = set(self._running)
+        for version in self._suspects.lost(set(ran.values())):
+            self._refuse_version(version, Refusal.QUARANTINED, TWICE)
+            self._emit(Quarantine(version, TWICE))
         return self._settle(now)
 
     def engine_started(self, now: float) -> list[Effect]:
         self._stopped = False
         self._residency.engine_started()
+        return self._settle(now)
+
+    def quarantined(self, now: float, version: str, reason: str) -> list[Effect]:
+        self._refuse_version(version, Refusal.QUARANTINED, reason)
         return self._settle(now)
 
     def pin(self, now: float, version: str, pinned: bool, tenant: str) -> list[Effect]:
@@ -262,6 +286,8 @@ class Plan:
     def _run(self, request: Request, now: float) -> None:
         version = request.ask.version
         load = None if version is None else self._residency.begin(version, request, now)
+        if version is not None:
+            self._suspects.began(version)
         self._queue.start(request, now)
         self._forget_waiting(request)
         self._running[request.ask.id] = (request, load)
@@ -276,7 +302,15 @@ class Plan:
         self._preempted[id] = request
         if load is not None:
             self._residency.end(load, request, now)
+            self._leave(id, load, completed=False)
             self._residency.want(load.version, request.ask.tenant, now)
+
+    def _leave(self, id: str, load: Load, *, completed: bool) -> None:
+        """A request that ran on ``load`` does so no more."""
+        if id in self._lost:
+            self._lost.remove(id)
+        else:
+            self._suspects.ended(load.version, finished=completed)
 
     def _expire(self, now: float) -> None:
         self._residency.expire(now)
@@ -290,9 +324,9 @@ class Plan:
     def _timeout(self, request: Request) -> float:
         return request.arrived + self._capacity.queue_timeout
 
-    def _refuse_version(self, version: str, detail: str) -> None:
+    def _refuse_version(self, version: str, reason: Refusal, detail: str) -> None:
         for request in self._queue.waiting(version):
-            self._refuse(request, Refusal.ADAPTER_UNAVAILABLE, None, detail)
+            self._refuse(request, reason, None, detail)
 
     def _refuse(self, request: Request, reason: Refusal, after: float | None, detail: str = "") -> None:
         self._drop(request)
@@ -408,14 +442,19 @@ class Plan:
         return sums, versions
 
     def _check_gates(self) -> Iterator[None]:
-        """The open versions are those in a slot that does not drain, and the base model."""
+        """The open versions are the base model, and those in a slot that does not drain, unless a suspect is
+        in another's way.
+        """
         open_versions = self._queue.open_versions()
+        open_slots = 0
         for slot in self._residency.in_slots:
             if slot is not None:
                 is_open = slot.state is State.ACTIVE and not slot.draining
+                is_open = is_open and self._suspects.may_run(slot.version)
                 assert is_open == (slot.version in open_versions)
+                open_slots += is_open
                 yield
-        slots = (slot for slot in self._residency.in_slots if slot is not None)
-        open_slots = sum(slot.state is State.ACTIVE and not slot.draining for slot in slots)
+        suspects = {load.version for id, (_, load) in self._running.items() if load and id not in self._lost}
+        assert len(suspects & self._suspects.versions) <= 1, f"suspects run together: {suspects}"
         assert None in open_versions
         assert len(open_versions) == open_slots + 1

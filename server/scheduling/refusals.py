@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from adapters.errors import AdapterUnavailable
-from server.errors import TooManyRequests, Unavailable
+from adapters.errors import AdapterError, AdapterQuarantined, AdapterUnavailable
+from server.errors import ServerError, TooManyRequests, Unavailable
 from server.scheduling.nouns import Refusal
 
 RESTART_S = 30  # about what a start takes; a large model needs minutes
@@ -23,8 +23,20 @@ def engine_stopped() -> Unavailable:
     return Unavailable("The engine has stopped; the server is restarting.", code="engine_stopped")
 
 
-def error_of(reason: Refusal, retry_after: float | None = None) -> Exception:
-    """What a client is told about ``reason``; ``retry_after`` is in seconds."""
+def shutting_down() -> Unavailable:
+    """For what comes, waits, or cannot go on while the server stops."""
+    return Unavailable("The server is shutting down.", code="shutting_down", retry_after=5)
+
+
+def quarantined(reason: str) -> AdapterQuarantined:
+    """For what waits or runs when its version is taken out of service; ``reason`` as in "it made NaN"."""
+    return AdapterQuarantined(f"The adapter is out of service: {reason}. The operator can release it.")
+
+
+def error_of(
+    reason: Refusal, retry_after: float | None = None, detail: str = ""
+) -> ServerError | AdapterError:
+    """What a client is told about ``reason``; see ``Refuse`` for ``detail``. ``retry_after``: seconds."""
     match reason:
         case Refusal.QUEUE_FULL:
             return TooManyRequests(
@@ -41,4 +53,6 @@ def error_of(reason: Refusal, retry_after: float | None = None) -> Exception:
         case Refusal.ADAPTER_UNAVAILABLE:
             return AdapterUnavailable("The adapter could not be loaded; try again in a moment.")
         case Refusal.DRAINING:
-            return Unavailable("The server is shutting down.", code="shutting_down", retry_after=5)
+            return shutting_down()
+        case Refusal.QUARANTINED:
+            return quarantined(detail)

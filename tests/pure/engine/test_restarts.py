@@ -19,11 +19,3 @@ def test_what_is_longer_ago_than_the_window_does_not_count() -> None:
 
 def test_none_at_all_may_be_allowed() -> None:
     assert Restarts(0).lost(0.0) is None
-
-
-def test_a_suspect_ran_in_two_losses_in_a_row() -> None:
-    restarts = Restarts(3)
-    assert restarts.suspects({"a", "b"}) == set()
-    assert restarts.suspects({"b", "c"}) == {"b"}
-    assert restarts.suspects({"a"}) == set()
-    assert restarts.suspects({"a"}) == {"a"}

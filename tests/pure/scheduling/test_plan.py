@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,22 +13,27 @@ from server.scheduling.nouns import (
     Ask,
     Capacity,
     Deactivate,
+    Effect,
     Evict,
     HostEntry,
     Preempt,
+    Quarantine,
     Refusal,
     Refuse,
     Run,
     Slot,
     Stage,
     State,
+    Suspect,
     Warmed,
 )
-from server.scheduling.plan import Plan
+from server.scheduling.plan import TWICE, Plan
+from server.scheduling.suspects import CLEARED_AFTER_REQUESTS, CLEARED_AFTER_TOKENS
 
 
-def make(gpu: int = 1, host: int = 4, running: int = 8, **limits: Any) -> Plan:
-    return Plan(Capacity(gpu_slots=gpu, host_slots=host, max_running=running, **limits))
+def make(gpu: int = 1, host: int = 4, running: int = 8, suspects: str = "", **limits: Any) -> Plan:
+    capacity = Capacity(gpu_slots=gpu, host_slots=host, max_running=running, **limits)
+    return Plan(capacity, suspects=suspects)
 
 
 def ask(id_: str, version: str | None = "a", tenant: str | None = None, **changes: Any) -> Ask:
@@ -988,7 +994,7 @@ def test_without_an_engine_nothing_is_decided_and_everything_keeps_its_place() -
     run(plan, 0.0, "ends", "a")
     run(plan, 0.0, "base", None, resumable=True)
     plan.submitted(0.0, ask("cold", "b"))
-    assert plan.engine_stopped(1.0, ["goes on", "base"]) == []
+    assert plan.engine_stopped(1.0, ["goes on", "base"]) == [Suspect(frozenset("a"))]
     plan.check()
     assert plan.tier_of("a") is Tier.DISK
     assert plan.finished(1.0, "ends") == []
@@ -1011,3 +1017,93 @@ def test_waiting_has_its_time_limit_without_an_engine_too() -> None:
     assert plan.next_deadline() == 6.0
     assert plan.tick(6.0) == [Refuse("waits", Refusal.QUEUE_TIMEOUT, pytest.approx(5.0))]
     assert plan.engine_started(7.0) == [Run("goes on")]
+
+
+def lose(plan: Plan, now: float, kept: Sequence[str] = ()) -> list[Effect]:
+    """The engine is lost, ``kept`` can go on, everything else ends, and another one is there at once."""
+    effects = plan.engine_stopped(now, kept)
+    for id_ in set(plan._running) - set(kept):
+        effects += plan.finished(now, id_, completed=False)
+    return effects + plan.engine_started(now)
+
+
+def test_suspects_run_apart_and_the_guilty_one_alone_is_quarantined() -> None:
+    plan = make(gpu=3)
+    for number, name in enumerate("abc", 1):
+        load(plan, 0.0, name, number)
+    run(plan, 0.0, "1", "a", resumable=True)
+    run(plan, 0.0, "2", "b", resumable=True)
+    assert Suspect(frozenset("ab")) in lose(plan, 1.0, ["1", "2"])
+    for number, name in enumerate("ab", 4):
+        plan.staged(2.0, number)
+        effects = plan.activated(2.0, number)
+        assert effects == ([Run("1")] if name == "a" else []), "b waits for a"
+        plan.check()
+    load(plan, 2.5, "c", 6)
+    assert plan.submitted(3.0, ask("3", "c")) == [Run("3")], "nobody suspects c"
+    assert plan.submitted(3.0, ask("4", "a")) == [Run("4")], "requests of one suspect run together"
+    effects = lose(plan, 4.0, ["1"])
+    assert {e for e in effects if isinstance(e, Quarantine)} == {Quarantine("a", TWICE)}
+    assert Refuse("1", Refusal.QUARANTINED, None, TWICE) in effects
+    assert Suspect(frozenset("c")) in effects, "b was not there"
+    plan.check()
+    assert not any(isinstance(e, Refuse | Quarantine) for e in lose(plan, 5.0)), "nothing ran"
+
+
+def test_a_suspect_that_leaves_the_engine_lets_the_next_one_run() -> None:
+    plan = make(gpu=2, suspects="ab")
+    load(plan, 0.0, "a", 1)
+    load(plan, 0.0, "b", 2)
+    run(plan, 0.0, "1", "a")
+    assert plan.submitted(0.0, ask("2", "b")) == []
+    assert plan.next_deadline() is not None, "its time limit holds"
+    assert plan.cancelled(1.0, "1") == [Run("2")]
+    assert plan.submitted(1.0, ask("3", "a")) == []
+    plan.check()
+    assert plan.finished(2.0, "2") == [Run("3")]
+
+
+def test_a_suspect_is_cleared_by_finished_requests_and_by_tokens() -> None:
+    plan = make(gpu=2, suspects="ab")
+    load(plan, 0.0, "a", 1)
+    load(plan, 0.0, "b", 2)
+    for number in range(CLEARED_AFTER_REQUESTS):
+        run(plan, 0.0, f"cancelled {number}", "a")
+        assert plan.cancelled(0.0, f"cancelled {number}") == [], "that proves nothing"
+    for number in range(CLEARED_AFTER_REQUESTS - 2):  # loading it finished one
+        run(plan, 0.0, f"a{number}", "a")
+        assert plan.finished(0.0, f"a{number}") == []
+    run(plan, 0.0, "last", "a")
+    run(plan, 0.0, "long", "a")
+    assert plan.submitted(0.0, ask("b", "b")) == []
+    assert plan.finished(0.0, "last") == [Suspect(frozenset("b")), Run("b")], "also while more of a runs"
+    assert plan.progressed(1.0, "b", 10, CLEARED_AFTER_TOKENS - 1) == []
+    assert plan.progressed(1.0, "b", 10, CLEARED_AFTER_TOKENS) == [Suspect(frozenset())]
+    plan.check()
+
+
+def test_what_ran_in_an_engine_that_is_gone_says_nothing_about_the_next_one() -> None:
+    """A client that reads slowly may still hold its lease when the next engine is lost."""
+    plan = make(gpu=2)
+    load(plan, 0.0, "a", 1)
+    run(plan, 0.0, "slow", "a")
+    plan.engine_stopped(1.0, [])
+    plan.engine_started(2.0)
+    assert not any(isinstance(e, Quarantine) for e in plan.engine_stopped(3.0, []))
+    plan.finished(4.0, "slow")
+    plan.check()
+
+
+def test_what_waits_for_a_version_is_refused_when_it_is_quarantined() -> None:
+    plan = make()
+    load(plan, 0.0, "a", 1)
+    run(plan, 0.0, "base", None)
+    run(plan, 0.0, "runs", "a", resumable=True)
+    plan.submitted(0.0, ask("other", "b"))
+    plan.submitted(0.0, ask("late", "c"))
+    assert plan.quarantined(1.0, "b", "it made NaN") == [
+        Refuse("other", Refusal.QUARANTINED, None, "it made NaN")
+    ]
+    plan.engine_stopped(1.0, ["runs"])
+    assert plan.quarantined(1.0, "a", "why") == [Refuse("runs", Refusal.QUARANTINED, None, "why")]
+    plan.check()

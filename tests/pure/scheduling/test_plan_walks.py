@@ -20,10 +20,12 @@ from server.scheduling.nouns import (
     Effect,
     Evict,
     Preempt,
+    Quarantine,
     Refusal,
     Refuse,
     Run,
     Stage,
+    Suspect,
     Warmed,
 )
 from server.scheduling.plan import Plan
@@ -91,6 +93,9 @@ class World:
         self.events = 0
         self._heap: list[tuple[float, int, Callable[[], Sequence[Effect]]]] = []
         self._serial = itertools.count()
+        self.life = 1
+        self.suspects: frozenset[str] = frozenset()
+        self.quarantined: list[str] = []
 
     # --- time ------------------------------------------------------------------------------------
 
@@ -143,6 +148,37 @@ class World:
         self.slots.discard(load_id)
         self.carry_out(self.plan.lost(self.now, load_id))
 
+    def lose_engine(self) -> None:
+        """It is back after some seconds. What cannot go on ends then, or when its reader gets to it."""
+        self.life += 1
+        before, ran, kept = self.suspects, set(), []
+        for sent in [sent for sent in self.open() if sent.state == "running"]:
+            sent.stays += 1
+            if sent.load is not None:
+                ran.add(sent.ask.version)
+            if sent.ask.resumable:
+                kept.append(sent.ask.id)
+                sent.state = "aside"
+                self.queued[sent.ask.tenant] += 1
+                self.sequences -= sent.ask.sequences
+            else:
+                sent.load, sent.state = None, "lost"
+                self.later(self.rng.uniform(0, 4), lambda sent=sent: self._end_lost(sent))
+        for held in (self.host, self.slots, self.staging, self.activating):
+            held.clear()
+        self.quarantined.clear()
+        self.carry_out(self.plan.engine_stopped(self.now, kept))
+        assert set(self.quarantined) == ran & before
+        assert self.suspects == ran - before
+        self.later(self.rng.uniform(0.2, 2), lambda: self.plan.engine_started(self.now))
+
+    def _end_lost(self, sent: Sent) -> Sequence[Effect]:
+        if sent.outcome:
+            return []
+        effects = self.plan.finished(self.now, sent.ask.id, completed=False)
+        self._leave(sent, "lost")
+        return effects
+
     def carry_out(self, effects: Sequence[Effect]) -> None:
         self.events += 1
         for effect in effects:
@@ -165,13 +201,18 @@ class World:
                     self._preempt(self.sent[id_])
                 case Refuse(id_, reason, after):
                     sent = self.sent[id_]
-                    assert sent.state == "waiting" or reason is Refusal.ADAPTER_UNAVAILABLE
+                    known = reason in (Refusal.ADAPTER_UNAVAILABLE, Refusal.QUARANTINED)
+                    assert sent.state == "waiting" or known
                     assert after is None or 1 <= after <= 60
                     self._leave(sent, reason.value)
                 case Warmed(version, refusal):
                     self.warming.remove(version)
                     staged = {v for id_, v in self.host.items() if id_ not in self.staging}
                     assert refusal is not None or version in staged
+                case Suspect(versions):
+                    self.suspects = versions
+                case Quarantine(version):
+                    self.quarantined.append(version)
         if self.check_everything:
             self._check()
 
@@ -187,7 +228,11 @@ class World:
         assert len(self.staging) <= self.limits.max_staging
         fails = self.rng.random() < self.chances.stage_fails
 
+        life = self.life
+
         def answer() -> Sequence[Effect]:
+            if life != self.life:
+                return []
             self.staging.remove(load_id)
             if not fails:
                 return self.plan.staged(self.now, load_id, 1000)
@@ -204,7 +249,11 @@ class World:
         assert len(self.slots) <= self.limits.gpu_slots
         fails = self.rng.random() < self.chances.activation_fails
 
+        life = self.life
+
         def answer() -> Sequence[Effect]:
+            if life != self.life:
+                return []
             self.activating.remove(load_id)
             if not fails:
                 return self.plan.activated(self.now, load_id)
@@ -247,6 +296,8 @@ class World:
             usable = [i for i in self.slots - self.activating if self.host[i] == sent.ask.version]
             assert usable, f"{sent.ask.id} runs, but {sent.ask.version} is not active"
             sent.load = usable[0]
+            running = {s.ask.version for s in self.open() if s.state == "running" and s.load is not None}
+            assert len(running & self.suspects) <= 1, "suspects run together"
         self.queued[sent.ask.tenant] -= 1
         self.sequences += sent.ask.sequences
         alone = self.sequences == sent.ask.sequences
@@ -410,6 +461,10 @@ class Walker:
         elif action < 0.90:
             if waiting_or_running := world.open():
                 world.cancel(rng.choice(waiting_or_running))
+        elif action < 0.901:
+            # With preempt_after at 0, those put aside would then take the slot from each other for ever.
+            if not world.plan._stopped and world.limits.preempt_after:
+                world.lose_engine()
         elif action < 0.92:
             there = sorted(world.host.keys() - world.staging - world.activating)
             if there:
@@ -462,7 +517,8 @@ def test_random_walk(seed: int, limits: Capacity) -> None:
     expected = {"finished", "cancelled", Refusal.QUEUE_FULL, Refusal.ADAPTER_UNAVAILABLE}
     if limits.queue_timeout < NEVER:
         expected.add(Refusal.QUEUE_TIMEOUT)
-    assert set(walker.outcomes) == expected
+    assert walker.world.life > 1 or not limits.preempt_after
+    assert set(walker.outcomes) - {"lost", Refusal.QUARANTINED} == expected
 
 
 # --- nobody starves ------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_what_was_put_aside_fails_alone_when_its_adapter_is_gone(stream: bool) -
             if stream:
                 assert "service_unavailable_error" in await hog
             else:
-                with pytest.raises(Unavailable):
+                with pytest.raises(AdapterUnavailable):
                     await hog
             assert '"cold-a"' in await cold
             await settle(world)
