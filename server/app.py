@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -25,6 +27,7 @@ from adapters.store.idempotency import Receipts
 from adapters.store.objects import ObjectStore
 from adapters.store.ownership import FolderLock, Ownership
 from adapters.store.quarantine import Quarantine
+from adapters.store.replicas import Replicas
 from adapters.store.versions import size_of
 from server import __version__
 from server.accounts.authentication import Authentication
@@ -35,12 +38,17 @@ from server.console import site as console
 from server.engine.calls import EngineDied
 from server.engine.engine import Engine
 from server.engine.restarts import Restarts
+from server.fleet import internal
+from server.fleet.directory import Directory
+from server.fleet.gateway import FleetDispatcher, FleetEngine, RemotePublisher
+from server.fleet.remote import RemoteAnswers
+from server.fleet.replica import Replica
 from server.http import account, admin, inference, observation, operations, reports, self_service
 from server.http.auth import SINGLE
 from server.http.middleware import RequestContext, install_error_handlers
 from server.http.openapi import document
 from server.http.services import Services
-from server.inference.completion import Completions
+from server.inference.completion import Answers, Completions
 from server.inference.dialects.registry import DIALECTS
 from server.inference.local import LocalAnswers
 from server.limits.fallback import FallbackLedger
@@ -80,7 +88,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             try:
-                app.state.services = services = await _start(settings, start_engine, on_death, stack)
+                app.state.services = services = await _start(settings, start_engine, on_death, stack, app)
             except Exception as exc:
                 expected = isinstance(exc, ValueError | OSError | StoreUnavailable)
                 logger.critical("cannot start: %s", exc, exc_info=None if expected else exc)
@@ -93,32 +101,49 @@ def create_app(
     app.state.services = None
     app.add_middleware(RequestContext)
     install_error_handlers(app)
-    app.include_router(inference.router)
-    app.include_router(inference.tokens)
-    app.include_router(admin.router)
-    app.include_router(observation.router)
-    app.include_router(reports.operators)
-    app.include_router(reports.customers)
-    app.include_router(account.router)
-    app.include_router(self_service.router)
+    if settings.role == "replica":
+        app.include_router(internal.router)
+    else:
+        app.include_router(inference.router)
+        app.include_router(inference.tokens)
+        app.include_router(admin.router)
+        app.include_router(observation.router)
+        app.include_router(reports.operators)
+        app.include_router(reports.customers)
+        app.include_router(account.router)
+        app.include_router(self_service.router)
     app.include_router(operations.router)
-    if settings.console:
+    if settings.console and settings.role != "replica":
         console.install(app, settings.served_model_name)
     app.openapi = document(app)  # type: ignore[method-assign]
     return app
 
 
-async def _start(
-    settings: Settings,
-    start_engine: StartEngine,
-    on_death: Callable[[EngineDied], None],
-    stack: AsyncExitStack,
-) -> Services:
-    """Cheap things first: a wrong database URL should not cost a model load.
+@dataclass(frozen=True, slots=True)
+class _Stores:
+    """What every role has: what is on disk, in the database and in Redis, and who counts."""
 
-    Nothing is touched before this process owns the data folder, and no adapter where the database is wrong.
+    lock: FolderLock
+    database: Database
+    blobs: BlobStore
+    fitness: Fitness
+    catalog: Catalog
+    ownership: Ownership
+    authentication: Authentication
+    redis_ledger: RedisLedger | None
+    usage_writer: UsageWriter
+    metrics: Metrics
+    quotas: Quotas
+
+
+async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
+    """Nothing is touched before the data folder is ours, and no adapter where the database is wrong.
+
+    The processes of a fleet own the folder together, and open it one after another.
     """
-    lock = await asyncio.to_thread(FolderLock(settings.data_dir).acquire)
+    alone = settings.role == "all"
+    lock = FolderLock(settings.data_dir, shared=not alone)
+    await asyncio.to_thread(lock.acquire)
     stack.callback(lock.release)
     database = Database(settings.database_url)
     stack.push_async_callback(database.close)
@@ -127,12 +152,6 @@ async def _start(
         max_bytes=settings.max_upload_bytes,
         objects=ObjectStore(settings.blobs_url) if settings.blobs_url else None,
     )
-    ownership = Ownership(blobs, database)
-    await ownership.verify()
-    await database.open()
-    await blobs.open()
-    await ownership.join()
-    await ownership.claim()
     fitness = Fitness(blobs)
     catalog = Catalog(
         database,
@@ -140,23 +159,80 @@ async def _start(
         reserved={DEFAULT_MODEL, settings.served_model_name},
         problem=fitness.problem,
     )
-    removed = await blobs.sweep(await catalog.linked_digests() | ownership.kept)
-    if removed:
-        logger.info("removed %d blobs that nothing links to: %s", len(removed), ", ".join(removed))
-    authentication = await _authentication(settings, database)
+    ownership = Ownership(blobs, database)
+    async with AsyncExitStack() as opening:
+        turn = lock.alone()
+        await asyncio.to_thread(turn.__enter__)
+        opening.callback(turn.__exit__, None, None, None)
+        await ownership.verify()
+        await database.open()
+        await blobs.open()
+        await ownership.join()
+        await ownership.claim()
+        authentication = await _authentication(settings, database)
     redis_ledger = await _redis_ledger(settings, stack)
-    usage_writer = UsageWriter(database, keep_days=settings.keep_usage_days)
+    usage_writer = UsageWriter(database, keep_days=settings.keep_usage_days, rolls_up=alone)
     usage_writer.start()
     stack.push_async_callback(usage_writer.stop)
-    stack.push_async_callback(_remember, ownership)
+    if alone:
+        stack.push_async_callback(_remember, ownership)
+        remembering = asyncio.create_task(_remember_forever(ownership), name="loraplex-remember")
+        stack.push_async_callback(_cancel, remembering)
     watching = asyncio.create_task(database.watch(), name="loraplex-watch")
     stack.push_async_callback(_cancel, watching)
-    remembering = asyncio.create_task(_remember_forever(ownership), name="loraplex-remember")
-    stack.push_async_callback(_cancel, remembering)
+    metrics = Metrics(tenants=settings.metrics_tenants)
 
+    async def spent_so_far(tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
+        await usage_writer.flush()
+        return await spent(database, tenant, start, end)
+
+    quotas = Quotas(
+        _ledger(settings, redis_ledger, metrics),
+        record=usage_writer.record,
+        record_refused=usage_writer.refused,
+        spent=spent_so_far,
+        prices=settings.prices,
+        metrics=metrics,
+    )
+    return _Stores(
+        lock,
+        database,
+        blobs,
+        fitness,
+        catalog,
+        ownership,
+        authentication,
+        redis_ledger,
+        usage_writer,
+        metrics,
+        quotas,
+    )
+
+
+async def _sweep(stores: _Stores, *, shared: bool = False) -> None:
+    kept = await stores.catalog.linked_digests() | stores.ownership.kept
+    removed = await stores.blobs.sweep(kept, shared=shared)
+    if removed:
+        logger.info("removed %d blobs that nothing links to: %s", len(removed), ", ".join(removed))
+
+
+async def _start(
+    settings: Settings,
+    start_engine: StartEngine,
+    on_death: Callable[[EngineDied], None],
+    stack: AsyncExitStack,
+    app: FastAPI,
+) -> Services:
+    """Cheap things first: a wrong database URL should not cost a model load."""
+    stores = await _open_stores(settings, stack)
+    if settings.role == "gateway":
+        return await _start_gateway(settings, stores, stack)
+    if settings.role == "all":
+        await _sweep(stores)
+    catalog, metrics = stores.catalog, stores.metrics
     engine = await start_engine(settings)
     stack.push_async_callback(engine.stop)
-    metrics = Metrics(tenants=settings.metrics_tenants)
+    fitness = stores.fitness
     await fitness.open(Serving(engine.base, engine.lora_dtype, __version__, settings.same_bases))
     stack.push_async_callback(fitness.save)
 
@@ -166,8 +242,8 @@ async def _start(
         services.in_background(work)
 
     cache = None
-    if blobs.objects is not None:
-        cache = Cache(blobs, settings.blobs_cache, fitness, metrics.fetched)
+    if stores.blobs.objects is not None:
+        cache = Cache(stores.blobs, settings.blobs_cache, fitness, metrics.fetched)
     dispatcher = Dispatcher(
         engine,
         _capacity(settings, engine),
@@ -183,65 +259,129 @@ async def _start(
         await cache.open()
     dispatcher.start()
     stack.push_async_callback(dispatcher.stop)
-
-    async def spent_so_far(tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
-        await usage_writer.flush()
-        return await spent(database, tenant, start, end)
-
-    quotas = Quotas(
-        _ledger(settings, redis_ledger, metrics),
-        record=usage_writer.record,
-        record_refused=usage_writer.refused,
-        spent=spent_so_far,
-        prices=settings.prices,
-        metrics=metrics,
+    answers = LocalAnswers(engine, dispatcher, metrics)
+    publishing = Publishing(
+        engine,
+        dispatcher,
+        stores.blobs,
+        catalog,
+        Receipts(stores.database),
+        Prober(engine, dispatcher),
+        Quarantine(stores.database),
+        fitness,
+        settings.keep_versions,
+        shared=settings.role != "all",
     )
-    prober = Prober(engine, dispatcher)
-    services = Services(
-        settings=settings,
-        database=database,
-        blobs=blobs,
-        tenants=Tenants(database),
-        authentication=authentication,
-        wrong_keys=WrongKeys(settings.auth_failures),
-        redis_ledger=redis_ledger,
-        usage_writer=usage_writer,
-        engine=engine,
-        metrics=metrics,
-        dispatcher=dispatcher,
-        completions=Completions(LocalAnswers(engine, dispatcher, metrics), catalog, metrics, quotas),
-        publishing=Publishing(
-            engine,
-            dispatcher,
-            blobs,
-            catalog,
-            Receipts(database),
-            prober,
-            Quarantine(database),
-            fitness,
-            settings.keep_versions,
-        ),
-        intake=Intake(
-            settings.data_dir,
-            partial(size_of, database),
-            most=settings.max_uploads,
-            each=settings.max_uploads_each,
-            reserve=settings.disk_reserve,
-        ),
-        started=int(time.time()),
-    )
+    services = _services(settings, stores, engine, dispatcher, answers, publishing)
     engine.on_fault = on_fault
     await _hold_all(services, fitness, stack)
-    for version in await catalog.pinned():
-        dispatcher.pin(version, version.quarantine is None and fitness.problem(version) is None)
     # vLLM's modules alone are some 700,000 objects that stay; to look at all of them once more would stop
     # every stream for half a second.
     gc.collect()
     gc.freeze()
     sized = engine.capacity.describe(settings.adapter_gpu_memory, settings.adapter_host_memory)
     logger.info("ready: %s; %s", engine.base.name, sized)
+    if settings.role == "replica":
+        app.state.replica = await _join_fleet(settings, stores, services, answers, stack)
+        return services
+    for version in await catalog.pinned():
+        dispatcher.pin(version, version.quarantine is None and fitness.problem(version) is None)
     services.in_background(verify_all(services.publishing, metrics))
     return services
+
+
+def _services(
+    settings: Settings,
+    stores: _Stores,
+    engine: Engine,
+    dispatcher: Dispatcher,
+    answers: Answers,
+    publishing: Publishing,
+) -> Services:
+    return Services(
+        settings=settings,
+        database=stores.database,
+        blobs=stores.blobs,
+        tenants=Tenants(stores.database),
+        authentication=stores.authentication,
+        wrong_keys=WrongKeys(settings.auth_failures),
+        redis_ledger=stores.redis_ledger,
+        usage_writer=stores.usage_writer,
+        engine=engine,
+        metrics=stores.metrics,
+        dispatcher=dispatcher,
+        completions=Completions(answers, stores.catalog, stores.metrics, stores.quotas),
+        publishing=publishing,
+        intake=Intake(
+            settings.data_dir,
+            partial(size_of, stores.database),
+            most=settings.max_uploads,
+            each=settings.max_uploads_each,
+            reserve=settings.disk_reserve,
+        ),
+        replicas=Replicas(stores.database),
+        started=int(time.time()),
+    )
+
+
+async def _join_fleet(
+    settings: Settings, stores: _Stores, services: Services, answers: LocalAnswers, stack: AsyncExitStack
+) -> Replica:
+    async def chores() -> None:
+        await _sweep(stores, shared=True)
+        await stores.usage_writer.roll_up()
+        await verify_all(services.publishing, stores.metrics)
+
+    replica = Replica(
+        services,
+        answers,
+        services.replicas,
+        key=_fleet_key(settings),
+        url=settings.replica_url or f"http://{settings.host}:{settings.port}",
+        chores=chores,
+        remember=partial(_remember, stores.ownership),
+    )
+    await replica.start()
+    stack.push_async_callback(replica.stop)
+    services.on_drain = replica.drain
+    logger.info("replica %s", replica.id)
+    return replica
+
+
+async def _start_gateway(settings: Settings, stores: _Stores, stack: AsyncExitStack) -> Services:
+    directory = Directory(
+        Replicas(stores.database),
+        stores.metrics,
+        key=_fleet_key(settings),
+        stall=settings.replica_stall,
+    )
+    await directory.start()
+    stack.push_async_callback(directory.stop)
+    answers = RemoteAnswers(directory, stores.metrics)
+    # Their types are those of a process with an engine; see ``server.fleet.gateway`` for what they answer.
+    engine: Any = FleetEngine(directory)
+    dispatcher: Any = FleetDispatcher(directory, answers)
+    unused: Any = None
+    publishing = Publishing(
+        engine,
+        dispatcher,
+        stores.blobs,
+        stores.catalog,
+        Receipts(stores.database),
+        unused,
+        Quarantine(stores.database),
+        stores.fitness,
+        settings.keep_versions,
+        shared=True,
+        elsewhere=RemotePublisher(directory, stores.blobs),
+    )
+    logger.info("ready: a gateway, with %d replicas", len(directory.all()))
+    return _services(settings, stores, engine, dispatcher, answers, publishing)
+
+
+def _fleet_key(settings: Settings) -> str:
+    assert settings.fleet_key is not None, "the settings see to it"
+    return settings.fleet_key.get_secret_value()
 
 
 async def _hold_all(services: Services, fitness: Fitness, stack: AsyncExitStack) -> None:

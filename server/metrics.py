@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +52,18 @@ class Gauges:
     quarantined: int = 0
     unfit: int = 0
     damaged: int = 0
+    replicas: Sequence[ReplicaGauges] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaGauges:
+    """A replica as a gateway knows it; ``up`` if it may be sent something."""
+
+    id: str
+    up: bool
+    running: int
+    queued: int
+    slots_used: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +211,19 @@ class Metrics:
             registry=r,
         )
 
+        self._placements = Counter(
+            "loraplex_placements",
+            "Requests sent to a replica, by the tier of their adapter there; gpu for the base.",
+            ["tier"],
+            registry=r,
+        )
+        self._moves = Counter(
+            "loraplex_moved_answers",
+            "Answers that left their replica, which was lost or drained, or failed with it.",
+            ["reason"],
+            registry=r,
+        )
+
         self._state = _State(self.label)
         r.register(self._state)
 
@@ -279,6 +304,14 @@ class Metrics:
         """A load failed at ``step``."""
         self._failures.labels(step).inc()
 
+    def placed(self, tier: str) -> None:
+        """A gateway sent a request to a replica that had its adapter in ``tier``."""
+        self._placements.labels(tier).inc()
+
+    def moved(self, reason: Literal["lost", "drained", "failed"]) -> None:
+        """An answer left its replica."""
+        self._moves.labels(reason).inc()
+
     def engine_restarted(self, reason: str) -> None:
         """The engine was lost (``reason``: "death" or "hang"), and is back."""
         self._restarts.labels(reason).inc()
@@ -348,6 +381,7 @@ class _State(Collector):
         unserved.add_metric(["unfit"], now.unfit)
         unserved.add_metric(["damaged"], now.damaged)
         yield unserved
+        yield from _by_replica(now.replicas)
         yield self._by_tenant("loraplex_queue_depth", "Waiting requests.", now.queued)
         yield self._by_tenant("loraplex_running", "Requests in the engine.", now.running)
 
@@ -360,3 +394,18 @@ class _State(Collector):
         for label, count in summed.items():
             family.add_metric([label], count)
         return family
+
+
+def _by_replica(replicas: Sequence[ReplicaGauges]) -> Iterator[GaugeMetricFamily]:
+    """What a gateway knows of each replica; nothing where there are none."""
+    shown: dict[str, tuple[str, Callable[[ReplicaGauges], float]]] = {
+        "loraplex_replica_up": ("Whether a replica is sent requests.", lambda one: float(one.up)),
+        "loraplex_replica_running": ("Sequences in its engine.", lambda one: one.running),
+        "loraplex_replica_queued": ("Requests that wait there.", lambda one: one.queued),
+        "loraplex_replica_slots_used": ("Slots there that hold an adapter.", lambda one: one.slots_used),
+    }
+    for name, (help_, value) in shown.items() if replicas else ():
+        family = GaugeMetricFamily(name, help_, labels=["replica"])
+        for one in replicas:
+            family.add_metric([one.id], value(one))
+        yield family

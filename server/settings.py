@@ -124,6 +124,23 @@ class Settings(BaseSettings):
     served_model_name: str = Field(
         "", description="The base model's public name; the last part of MODEL if empty."
     )
+    role: Literal["all", "gateway", "replica"] = Field(
+        "all",
+        description="`all`: one process does everything. `gateway` answers clients by means of `replica`s,"
+        " which have the engines.",
+    )
+    fleet_key: SecretStr | None = Field(
+        None, description="Secret that gateways and replicas share; needed unless ROLE is `all`."
+    )
+    replica_url: str = Field(
+        "", description="Where gateways reach this replica; `http://HOST:PORT` if empty."
+    )
+    replica_stall: float = Field(
+        5.0,
+        gt=0,
+        description="Seconds that a replica may leave its gateways without a sign before what runs there goes"
+        " on elsewhere.",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     data_dir: Path = Field(Path("data"), description="Folder for adapter files and the SQLite database.")
@@ -345,6 +362,16 @@ class Settings(BaseSettings):
             file = data_dir.absolute() / "loraplex.db"
             filled["database_url"] = URL.create("sqlite+aiosqlite", database=str(file)).render_as_string()
         return filled
+
+    @model_validator(mode="after")
+    def _roles_fit(self) -> Self:
+        if self.role != "all" and (self.fleet_key is None or len(self.fleet_key.get_secret_value()) < 16):
+            raise ValueError(
+                "LORAPLEX_FLEET_KEY must have at least 16 characters, the same for all gateways and replicas"
+            )
+        if self.role == "replica" and not self.replica_url and (self.port == 0 or self.host == "0.0.0.0"):  # noqa: S104
+            raise ValueError("LORAPLEX_REPLICA_URL must say where gateways reach this replica")
+        return self
 
     @model_validator(mode="after")
     def _slots_fit(self) -> Self:

@@ -5,6 +5,7 @@ tenants ──< keys
    ├─────< uploads
    └─────< upload_jobs                   admin_keys: people who operate
 usage, audit: what happened; they outlive whom it happened to
+replicas, leases: the processes of a fleet, and who does what for all of them
 """
 
 from __future__ import annotations
@@ -279,6 +280,30 @@ class MetaRow(Base):
 
     key: Mapped[str] = mapped_column(String(64), primary_key=True)
     value: Mapped[str] = mapped_column(Text)
+
+
+class ReplicaRow(Base):
+    """A replica as it last announced itself; see ``adapters.store.replicas``."""
+
+    __tablename__ = "replicas"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    url: Mapped[str] = mapped_column(Text)
+    state: Mapped[str] = mapped_column(String(16))
+    started_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    beat_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    facts: Mapped[dict[str, Any]] = mapped_column(JSON)
+    load: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class LeaseRow(Base):
+    """What one process of a fleet does for all, until it is another's turn."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(64))
+    until: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
 def containing(column: SQLColumnExpression[str], part: str) -> ColumnElement[bool]:

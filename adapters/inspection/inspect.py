@@ -23,13 +23,13 @@ from adapters.errors import AdapterRejected, fault
 from adapters.inspection.magnitude import implausible
 from adapters.inspection.module_names import kind_of, layer_of, leaf, template
 from adapters.inspection.peft_config import PeftConfig, check_base, check_unknown_fields, read_config
+from adapters.inspection.pickles import PICKLES, ignored_pickles
 from adapters.inspection.safetensors_header import TensorHeader, read_header
 from adapters.inspection.strict_json import show
 from adapters.inspection.tensor_stats import TORCH_DTYPES, extremes, one_thread, product_norm
 from adapters.model import CONFIG_FILE, NOTHING_WAIVED, WEIGHTS_FILE, BaseModel, Coverage, Manifest, Waivers
 
 PREFIX = "base_model.model."
-PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 _MISTRAL_FINETUNE = re.compile(r"(?:.+\.)?layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123])")
 _LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -142,11 +142,6 @@ def inspect(
         implausible=too_large,
         ignored_fields=ignored,
     )
-
-
-def ignored_pickles(names: Iterable[str]) -> str:
-    """The warning about pickled weights beside the safetensors file."""
-    return f"{', '.join(names)} beside {WEIGHTS_FILE} was ignored: pickled weights are never opened"
 
 
 def check_tensors(

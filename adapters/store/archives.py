@@ -18,7 +18,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from adapters.errors import AdapterRejected, UploadTooLarge, fault
-from adapters.inspection.inspect import PICKLES
+from adapters.inspection.pickles import PICKLES
 from adapters.inspection.strict_json import show
 from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
 from adapters.store.blobs import disk_errors

@@ -124,12 +124,15 @@ class BlobStore:
         """The names of the blobs in this folder."""
         return await run_in_thread(self._digests)
 
-    async def sweep(self, linked: Collection[str], *, older_than: float = SWEEP_AGE_S) -> list[str]:
+    async def sweep(
+        self, linked: Collection[str], *, older_than: float = SWEEP_AGE_S, shared: bool = False
+    ) -> list[str]:
         """At start-up: empties quarantine, and removes blobs that are not ``linked``. Returns their names.
 
-        Only blobs whose files were written more than ``older_than`` seconds ago.
+        Only blobs whose files were written more than ``older_than`` seconds ago. Where the folder is
+        ``shared`` by running processes, quarantine too is left to them for so long.
         """
-        removed = await run_in_thread(self._sweep, frozenset(linked), older_than)
+        removed = await run_in_thread(self._sweep, frozenset(linked), older_than, shared)
         if self.objects is not None:
             try:
                 removed += await self.objects.sweep(linked, older_than, lambda n: bool(_DIGEST.fullmatch(n)))
@@ -181,15 +184,18 @@ class BlobStore:
                 return set()
             return {path.name for path in self.blobs.iterdir() if _DIGEST.fullmatch(path.name)}
 
-    def _sweep(self, linked: frozenset[str], older_than: float) -> list[str]:
+    def _sweep(self, linked: frozenset[str], older_than: float, shared: bool) -> list[str]:
         written_before = time.time() - older_than
         with disk_errors("sweeping the adapter store"):
             for folder in self.quarantine.iterdir():
-                discard(folder)
+                with contextlib.suppress(FileNotFoundError):
+                    if not shared or folder.stat().st_mtime <= written_before:
+                        discard(folder)
             removed = []
             for path in sorted(self.blobs.iterdir()):
                 if path.name.startswith(_PROBE):
-                    discard(path)
+                    if not shared:
+                        discard(path)
                 elif (
                     _DIGEST.fullmatch(path.name)
                     and path.name not in linked
@@ -217,6 +223,7 @@ class BlobStore:
             if path.exists():
                 if digest_of(path) == digest:
                     _seal(path)
+                    os.utime(path)  # a sweep that goes by age must not take it before it is linked
                     sync_path(self.blobs)
                     return path
                 logger.warning("blob %s is damaged and replaced by a new upload of the same files", digest)

@@ -16,6 +16,8 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +36,7 @@ from adapters.tasks import run_in_thread
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
+OPENING_FILE = ".opening"  # locked by the process of a fleet that opens folder and database
 INSTALLATION_FILE = "installation.json"
 META_KEY = "installation"
 _ADOPT = (
@@ -55,22 +58,26 @@ class WrongDatabase(ValueError):
 class FolderLock:
     """``acquire`` before the folder is touched, ``release`` when nothing writes to it any more.
 
+    With ``shared``, the processes of one fleet have the folder together, and no other one; ``alone`` is for
+    what one of them does while the others wait.
+
     The end of the process releases it too. It is a POSIX lock, which belongs to a process and not to the
     children that it forks: an engine that survives the server does not keep the next server out.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, shared: bool = False) -> None:
         self.root = root.absolute()
+        self._shared = shared
         self._descriptor = -1
 
     def acquire(self) -> Self:
         """Raises FolderInUse if a server runs on the folder, OSError if it cannot be written."""
         self.root.mkdir(parents=True, exist_ok=True)
-        if self.root in _locked:
+        if self.root in _locked and not self._shared:
             raise self._in_use(str(os.getpid()))
         descriptor = os.open(self.root / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.read(descriptor, 20).decode(errors="replace").strip()
             os.close(descriptor)
@@ -78,8 +85,9 @@ class FolderLock:
         except BaseException:
             os.close(descriptor)
             raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        if not self._shared:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._descriptor = descriptor
         _locked.add(self.root)
         return self
@@ -90,6 +98,17 @@ class FolderLock:
             os.close(self._descriptor)
             self._descriptor = -1
             _locked.discard(self.root)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits for its turn among the processes of a fleet that start; there is nobody else without one."""
+        descriptor = os.open(self.root / OPENING_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if self._shared:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _in_use(self, owner: str) -> FolderInUse:
         return FolderInUse(

@@ -109,11 +109,12 @@ def added_up(records: Iterable[Usage]) -> list[Usage]:
 class UsageWriter:
     """Takes records and keys' times of use on the event loop, and writes them in the background.
 
-    Single records are kept for ``keep_days``, then added up by day.
+    Single records are kept for ``keep_days``, then added up by day, by whoever ``rolls_up``.
     """
 
-    def __init__(self, database: Database, *, keep_days: int) -> None:
+    def __init__(self, database: Database, *, keep_days: int, rolls_up: bool = True) -> None:
         self._database = database
+        self._rolls_up = rolls_up
         self._keep = timedelta(days=keep_days)
         self._waiting: list[Usage] = []
         self._used: dict[str, datetime] = {}
@@ -129,8 +130,9 @@ class UsageWriter:
         work = {
             "loraplex-usage": self._flush_forever(),
             "loraplex-keys-used": self._repeat(self.write_used, TOUCH_INTERVAL_S),
-            "loraplex-roll-up": self._repeat(self._roll_up, ROLL_UP_INTERVAL_S),
         }
+        if self._rolls_up:
+            work["loraplex-roll-up"] = self._repeat(self.roll_up, ROLL_UP_INTERVAL_S)
         self._tasks = [asyncio.create_task(task, name=name) for name, task in work.items()]
 
     async def stop(self) -> None:
@@ -226,7 +228,8 @@ class UsageWriter:
             for key, at in used.items():
                 await session.execute(update(KeyRow).where(KeyRow.id == key).values(last_used_at=at))
 
-    async def _roll_up(self) -> None:
+    async def roll_up(self) -> None:
+        """Adds up the days that are over; in a fleet one process does it for all."""
         while await roll_up(self._database, now() - self._keep):
             pass
 

@@ -21,6 +21,7 @@ def add_to(cli: typer.Typer) -> None:
     command(cli, "usage")(usage)
     command(cli, "audit")(audit)
     command(cli, "residency")(residency)
+    command(cli, "replicas")(replicas)
     cli.command("top")(top)
 
 
@@ -61,6 +62,16 @@ def audit(
     document = server.get("audit", **asked, after=after, limit=limit)
     shown = ("id", "at", "actor", "action", "tenant", "target")
     return document, show.rows([{name: entry[name] for name in shown} for entry in document["data"]])
+
+
+def replicas(server: AdminClient) -> Shown:
+    """Show the fleet's replicas: where, how they are, and what they have to do."""
+    document = server.get("replicas")
+    names = ("id", "url", "state", "running", "queued", "max_running", "gpu_slots", "engine", "beat_at")
+    found = [
+        {name: row[name] for name in names} | {"in_slots": len(row["in_slots"])} for row in document["data"]
+    ]
+    return document, show.rows(found)
 
 
 def residency(server: AdminClient) -> Shown:

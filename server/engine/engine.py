@@ -23,9 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.datastructures import State
 
-from adapters.inspection.base_model import fingerprint
 from adapters.model import BaseModel
-from adapters.worker.cpu import onednn
 from server.engine import contract, guard, serving, structure
 from server.engine.calls import (
     Answer,
@@ -117,9 +115,13 @@ class Engine:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         # Counted in each step; see adapters.worker.not_finite.
         os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
+        from adapters.inspection.base_model import fingerprint
+        from adapters.worker.cpu import onednn
+
         os.environ.setdefault(onednn.CAPACITY, str(onednn.KERNELS))
         await asyncio.to_thread(contract.check)
-        # Importing vLLM takes seconds and is not needed to read settings or to run the command line.
+        # Importing vLLM and torch takes seconds and is not needed to read settings, to run the command line
+        # or to be a gateway.
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
         from server.engine import arguments

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
+from adapters.store.replicas import as_json as replica_as_json
 from server.accounts.keys import DEFAULT_SCOPES, SCOPES, KeyScope
 from server.accounts.tenants import Priority
 from server.accounts.terms import Budgets, KeyLimits, TenantLimits
@@ -253,3 +254,9 @@ async def residency(services: ServicesOf, events: Annotated[int, Query(ge=0, le=
     """Slots, tiers and queues as they are now; with ``events``, also the scheduler's last so many events."""
     found = asdict(services.dispatcher.snapshot()) | {"rates": services.metrics.recent.rates()}
     return found | {"events": services.dispatcher.last_events(events)} if events else found
+
+
+@router.get("/replicas", response_model=answers.Replicas)
+async def replicas(services: ServicesOf) -> dict[str, Any]:
+    """The fleet's replicas as they last announced themselves; none where one process does everything."""
+    return {"object": "list", "data": [replica_as_json(row) for row in await services.replicas.all()]}

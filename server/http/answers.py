@@ -285,6 +285,32 @@ class Residency(Answer):
     events: Annotated[list[JsonValue] | None, Field(description="Only where they were asked for.")] = None
 
 
+class Replica(Answer):
+    id: str
+    url: str
+    state: Literal["ready", "restarting", "draining", "lost"]
+    started_at: Time
+    beat_at: Time
+    base: str
+    fingerprint: str | None
+    engine: str
+    dtype: str
+    max_model_len: Count
+    max_running: Count
+    gpu_slots: Count
+    host_slots: Count
+    running: Count
+    queued: Count
+    busy_slots: Count
+    in_slots: list[str]
+    in_host: list[str]
+
+
+class Replicas(Answer):
+    object: Literal["list"]
+    data: list[Replica]
+
+
 class Health(Answer):
     """The process is alive."""
 

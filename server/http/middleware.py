@@ -85,7 +85,8 @@ class RequestContext:
             await failed(scope, receive, tagged)
         finally:
             log |= {"status": status, "seconds": round(time.monotonic() - started, 4)}
-            logger.info("%s %s", scope["method"], matched_path(scope), extra=log)
+            level = logging.DEBUG if log.pop("quiet", False) else logging.INFO
+            logger.log(level, "%s %s", scope["method"], matched_path(scope), extra=log)
 
 
 def _client_id(scope: Scope) -> str | None:

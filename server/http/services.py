@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 
 from adapters.database.database import Database
 from adapters.store.blobs import BlobStore
+from adapters.store.replicas import Replicas
 from server.accounts.authentication import Authentication
 from server.accounts.tenants import Tenants
 from server.accounts.usage import UsageWriter
@@ -36,6 +37,7 @@ class Services:
 
     ``redis_ledger`` is None where limits are counted in this process alone. ``started`` is in seconds since
     1970.
+    ``on_drain`` goes on beside what still runs.
     """
 
     settings: Settings
@@ -52,7 +54,9 @@ class Services:
     completions: Completions
     publishing: Publishing
     intake: Intake
+    replicas: Replicas
     started: int
+    on_drain: Callable[[], Coroutine[Any, Any, None]] | None = None
     draining: bool = False
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     checking: asyncio.Task[dict[str, str]] | None = None
@@ -81,6 +85,8 @@ class Services:
         """Makes the server not ready at once; cuts requests that still run after ``drain_timeout``."""
         self.draining = True
         self.dispatcher.drain()
+        if self.on_drain is not None:
+            self.in_background(self.on_drain())
         if not await self.dispatcher.wait_until_idle(self.settings.drain_timeout):
             leases = self.dispatcher.open_leases()
             logger.warning("cut %d requests that were still running", len(leases))

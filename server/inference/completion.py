@@ -257,6 +257,14 @@ class LeasedStream:
         else:
             self._outcome = "completed"
 
+    async def raw(self) -> AsyncIterator[str]:
+        """As iteration, but raises ServerError or EngineDied where the answer breaks off."""
+        if self._first is not None:
+            yield self._first
+        async for chunk in self._chunks:
+            yield chunk
+        self._outcome = "completed"
+
     async def aclose(self) -> None:
         await self._lease.close(self._outcome)
 

@@ -13,12 +13,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from adapters.errors import AdapterError
-from adapters.inspection.admit import admit
 from adapters.inspection.golden import Golden, take
-from adapters.inspection.inspect import PICKLES, ignored_pickles
+from adapters.inspection.pickles import PICKLES, ignored_pickles
 from adapters.model import NOTHING_WAIVED, Adapter, Manifest, Quota, Version, Waivers
 from adapters.store.blobs import BlobStore, Incoming
 from adapters.store.catalog import Catalog
@@ -38,6 +37,23 @@ logger = logging.getLogger(__name__)
 _RECLAIM_EVERY = 0.5
 
 
+class Elsewhere(Protocol):
+    """A replica that publishes for a gateway; see ``publish`` and ``verify``."""
+
+    async def publish(
+        self,
+        tenant: str,
+        name: str,
+        files: AsyncIterator[tuple[str, bytes]],
+        *,
+        waived: Waivers,
+        key: str | None,
+        quota: Quota | None,
+    ) -> Published: ...
+
+    async def verify(self, tenant: str, name: str, number: int | None) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Publishing:
     """What an upload needs; made once by ``create_app``."""
@@ -51,6 +67,10 @@ class Publishing:
     quarantine: Quarantine
     fitness: Fitness
     keep_versions: int = 0
+    # In a fleet, where others publish too: bytes go by age alone, and who pins what is agreed.
+    shared: bool = False
+    # Who does it, where this process has no engine.
+    elsewhere: Elsewhere | None = None
     # The digest of each upload from commit to link; nobody removes it.
     coming: list[str] = field(default_factory=list)
     # Held to add one, and while a blob is removed: nobody commits what is about to go.
@@ -81,6 +101,8 @@ async def publish(
     kept, and logs one line that names the adapter. ``waived`` are checks that the upload does without.
     An upload repeated with its ``key`` is answered as before.
     """
+    if service.elsewhere is not None:
+        return await service.elsewhere.publish(tenant, name, files, waived=waived, key=key, quota=quota)
     try:
         return await _publish(service, tenant, name, files, waived, key, quota)
     except (AdapterError, ServerError) as exc:
@@ -113,6 +135,9 @@ async def _publish(
         async with service.receipts.once(tenant, key, name, uploaded, *_asked(waived)) as receipt:
             if receipt is not None and receipt.answer is not None:
                 return Published(receipt.answer)
+            # Brings torch along, which a gateway does without.
+            from adapters.inspection.admit import admit
+
             golden = await incoming.examine(take)
             manifest = await incoming.examine(
                 partial(
@@ -138,7 +163,8 @@ async def _publish(
                     quota=quota,
                 )
                 adapter, version = await uninterruptible(link)
-    move_pin(service.dispatcher, adapter)
+    if not service.shared:
+        move_pin(service.dispatcher, adapter)
     return Published(adapter.upload_as_json(version.number), await _make_room(service, adapter))
 
 
@@ -200,6 +226,8 @@ async def _committed(
 
 async def verify(service: Publishing, tenant: str, name: str, number: int | None) -> dict[str, Any]:
     """A version, the live one if None, against the golden probes it came with. AdapterNotFound."""
+    if service.elsewhere is not None:
+        return await service.elsewhere.verify(tenant, name, number)
     version = await service.catalog.version(tenant, name, number)
     return {"adapter": name, "version": version.number, **await _verified(service, version)}
 
@@ -255,6 +283,8 @@ async def unpublish(service: Publishing, versions: list[Version]) -> None:
                 gone.pop(info.version.key, None)  # the same bytes under another number
     for version in gone.values():
         service.dispatcher.retire(version)
+    if service.shared:
+        return
     while service.dispatcher.in_use(gone.keys()):
         await asyncio.sleep(_RECLAIM_EVERY)
     await remove_unlinked(service, {version.digest for version in versions})

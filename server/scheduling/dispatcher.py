@@ -239,7 +239,11 @@ class Dispatcher(EngineLoop):
 
     def retire(self, version: Version) -> None:
         """A version that no request can name any more: it leaves memory as soon as nothing runs on it."""
-        self._tell(self._plan.retire, version.key)
+        self.retire_key(version.key)
+
+    def retire_key(self, key: str) -> None:
+        """As ``retire``, for what the engine knows a version by (``Version.key``)."""
+        self._tell(self._plan.retire, key)
 
     def snapshot(self) -> Snapshot:
         return self._plan.snapshot()

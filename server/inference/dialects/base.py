@@ -73,6 +73,8 @@ class Dialect:
     streams: ClassVar[bool] = True
     asks_while_streaming: ClassVar[bool] = False
     """Whether vLLM may ask the engine for more while a stream runs."""
+    resumes_elsewhere: ClassVar[bool] = True
+    """Whether a stream that another engine goes on with looks as if one had made it."""
     integers: ClassVar[frozenset[str]] = INTEGERS
 
     def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:

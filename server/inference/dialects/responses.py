@@ -29,6 +29,7 @@ _STATEFUL = {
 class Responses(Dialect):
     name = "responses"
     path = "/v1/responses"
+    resumes_elsewhere = False  # every item has an id that is made up at random
     operation = "responses"
     summary = "OpenAI's responses, without what they keep between requests"
     answer = Response

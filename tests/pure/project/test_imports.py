@@ -41,8 +41,9 @@ ONLY_FOR = {
 }
 # A library that is known in these rooms only.
 ONLY_IN = {
-    "fastapi": {"server.app", "server.http"},
-    "starlette": {"server.http", "server.console", "server.engine"},
+    "aiohttp": {"server.fleet"},
+    "fastapi": {"server.app", "server.fleet", "server.http"},  # fleet: what a replica answers to gateways
+    "starlette": {"server.fleet", "server.http", "server.console", "server.engine"},
     "jinja2": {"server.console"},
     "uvicorn": {"server.__main__", "server.http"},
     "rich": {"server.__main__", "server.cli", "server.demo"},

@@ -1,0 +1,118 @@
+"""The replicas of a fleet, as they announce themselves, and what only one process of a fleet may do.
+
+A row is written by its own replica alone. Times are of the clocks of those who write them, which must agree
+to within some seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import delete, or_, select, update
+from sqlalchemy.exc import IntegrityError
+
+from adapters.database.database import Database
+from adapters.database.rows import LeaseRow, ReplicaRow, now
+
+# A replica that has not announced itself for so long is lost: it holds no lease and no pins.
+SILENT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """``state`` is ``ready``, ``restarting`` or ``draining``; ``facts`` and ``load`` are JSON of its own."""
+
+    id: str
+    url: str
+    state: str
+    started_at: datetime
+    beat_at: datetime
+    facts: Mapping[str, Any]
+    load: Mapping[str, Any]
+
+
+class Replicas:
+    """Rows of ``database`` that no read cache holds: writing them every few seconds empties none."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def all(self) -> list[ReplicaInfo]:
+        """Every replica that has announced itself and has not left, by id; also those that are dead."""
+        async with self._database.read() as session:
+            rows = await session.scalars(select(ReplicaRow).order_by(ReplicaRow.id))
+            return [
+                ReplicaInfo(row.id, row.url, row.state, row.started_at, row.beat_at, row.facts, row.load)
+                for row in rows
+            ]
+
+    async def beat(
+        self, id: str, url: str, state: str, facts: Mapping[str, Any], load: Mapping[str, Any]
+    ) -> None:
+        """Announces the replica, or says that it is still there."""
+        at = now()
+        values = {"url": url, "state": state, "beat_at": at, "facts": dict(facts), "load": dict(load)}
+        async with self._database.append() as session:
+            row = await session.get(ReplicaRow, id)
+            if row is None:
+                session.add(ReplicaRow(id=id, started_at=at, **values))
+            else:
+                for name, value in values.items():
+                    setattr(row, name, value)
+
+    async def leave(self, id: str) -> None:
+        """The replica has stopped."""
+        async with self._database.append() as session:
+            await session.execute(delete(ReplicaRow).where(ReplicaRow.id == id))
+
+    async def forget(self, silent_for: timedelta) -> None:
+        """Removes replicas without a beat for so long: they died without leaving."""
+        async with self._database.append() as session:
+            await session.execute(delete(ReplicaRow).where(ReplicaRow.beat_at < now() - silent_for))
+
+    async def hold(self, name: str, holder: str, seconds: float) -> bool:
+        """Takes or keeps the lease ``name`` for so long; False while another holder has it."""
+        at = now()
+        free = or_(LeaseRow.holder == holder, LeaseRow.until < at)
+        values = {"holder": holder, "until": at + timedelta(seconds=seconds)}
+        try:
+            async with self._database.append() as session:
+                taken = await session.scalar(
+                    update(LeaseRow)
+                    .where(LeaseRow.name == name, free)
+                    .values(values)
+                    .returning(LeaseRow.name)
+                )
+                if taken is not None:
+                    return True
+                if await session.scalar(select(LeaseRow.name).where(LeaseRow.name == name)) is not None:
+                    return False
+                session.add(LeaseRow(name=name, **values))
+        except IntegrityError:  # another process was first
+            return False
+        return True
+
+    async def release(self, holder: str) -> None:
+        """Gives up every lease of ``holder``."""
+        async with self._database.append() as session:
+            await session.execute(delete(LeaseRow).where(LeaseRow.holder == holder))
+
+
+def as_json(row: ReplicaInfo) -> dict[str, Any]:
+    """As operators see it; ``lost`` where it has been silent for ``SILENT_S``."""
+    facts = ("base", "fingerprint", "engine", "dtype")
+    sizes = ("max_model_len", "max_running", "gpu_slots", "host_slots")
+    load = ("running", "queued", "busy_slots", "in_slots", "in_host")
+    silent = now() - row.beat_at > timedelta(seconds=SILENT_S)
+    return {
+        "id": row.id,
+        "url": row.url,
+        "state": "lost" if silent else row.state,
+        "started_at": row.started_at.isoformat(),
+        "beat_at": row.beat_at.isoformat(),
+        **{name: row.facts[name] for name in (*facts, *sizes)},
+        **{name: row.load[name] for name in load},
+    }

@@ -1,0 +1,295 @@
+"""The replicas that a gateway knows, how they are, and the connections to them.
+
+Rows of the database say which there are; what each says of itself every second says how it is. One that says
+nothing for ``stall`` seconds counts as hung: it gets nothing more, and what it had goes on elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import aiohttp
+
+from adapters.model import BaseModel, Tier, Version
+from adapters.store.replicas import Replicas
+from server.engine.sizing import EngineCapacity
+from server.errors import Unavailable
+from server.fleet.placement import Placement, Report
+from server.fleet.wire import PREFIX, error_of
+from server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+DISCOVER_EVERY_S = 1.0
+ASK_EVERY_S = 1.0
+CONNECT_TIMEOUT_S = 3.0
+# Below uvicorn's 5 s, which closes what is idle: a request must not meet a connection that is being closed.
+KEEP_ALIVE_S = 3.0
+CAPACITY = ("gpu_slots", "host_slots", "slot_bytes", "entry_bytes")
+CALL_TIMEOUT_S = 150.0  # of what needs the engine: probes wait for their turn
+
+
+class Unreachable(Exception):
+    """A replica could not be asked, or did not answer as a replica does."""
+
+
+class Moves(Protocol):
+    """What runs at a replica; see ``server.fleet.remote.RemoteCall``."""
+
+    def lose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What all replicas of a kind share."""
+
+    base: BaseModel
+    max_model_len: int
+    max_running: int
+    capacity: EngineCapacity
+    dtype: str
+    engine: str
+
+
+@dataclass(slots=True, eq=False)
+class Known:
+    """A replica. ``heard`` is when it last answered; ``said`` what."""
+
+    id: str
+    url: str
+    heard: float
+    facts: Facts | None = None
+    said: Mapping[str, Any] = field(default_factory=dict)
+    lost: bool = False
+    calls: set[Moves] = field(default_factory=set)
+    watching: asyncio.Task[None] | None = None
+
+
+class Directory:
+    """``start`` before the first request, ``stop`` after the last."""
+
+    def __init__(self, rows: Replicas, metrics: Metrics, *, key: str, stall: float) -> None:
+        self.placement = Placement()
+        self._rows = rows
+        self._metrics = metrics
+        self._headers = {"Authorization": f"Bearer {key}"}
+        self._stall = stall
+        self._known: dict[str, Known] = {}
+        self._facts: Facts | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._discovering: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Knows every replica that answers within a moment when it returns."""
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=timeout, headers=self._headers, read_bufsize=1 << 18
+        )
+        with suppress(Exception):  # the database is asked again
+            await self._discover()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                while self._known and not any(one.said for one in self._known.values()):
+                    await asyncio.sleep(0.02)
+        self._discovering = asyncio.create_task(self._discover_forever(), name="loraplex-discover")
+
+    async def stop(self) -> None:
+        """Closes every connection."""
+        tasks = [one.watching for one in self._known.values() if one.watching is not None]
+        tasks += [self._discovering] if self._discovering is not None else []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    # --- what is known -------------------------------------------------------------------------------
+
+    @property
+    def facts(self) -> Facts:
+        """Of the replicas that serve. Unavailable (``no_replica``) until one was heard of."""
+        if self._facts is None:
+            raise self.nobody()
+        return self._facts
+
+    def nobody(self) -> Unavailable:
+        """The refusal of a request that no replica can take."""
+        return Unavailable(
+            "No replica can answer now; try again in a moment.", code="no_replica", retry_after=5
+        )
+
+    async def check(self) -> None:
+        """Unavailable unless a replica is ready."""
+        if not self.placement.ready(self._now()):
+            raise self.nobody()
+
+    def all(self) -> list[Known]:
+        """By id; also those that are lost."""
+        return sorted(self._known.values(), key=lambda one: one.id)
+
+    def is_lost(self, replica: Known) -> bool:
+        """Whether it was silent, or could not be reached, when it was last asked."""
+        return replica.lost
+
+    def tier_of(self, key: str) -> Tier:
+        """The nearest that a version is at any replica."""
+        tier = Tier.DISK
+        for one in self._known.values():
+            if not one.lost and key in one.said.get("in_slots", ()):
+                return Tier.GPU
+            if not one.lost and key in one.said.get("in_host", ()):
+                tier = Tier.HOST
+        return tier
+
+    def choose(self, version: Version | None, tried: set[str], like: str | None = None) -> Known | None:
+        """The best replica for ``version`` beside those in ``tried``; of the kind of ``like``."""
+        key = version.key if version is not None else None
+        for id_ in self.placement.candidates(key, self._now(), like=like):
+            if id_ not in tried and id_ in self._known:
+                return self._known[id_]
+        return None
+
+    def sent(self, replica: Known, version: Version | None, call: Moves) -> None:
+        """``call`` is now at ``replica``; tell ``ended`` of it."""
+        key = version.key if version is not None else None
+        self._metrics.placed(self._tier_at(replica, key))
+        self.placement.sent(self._now(), key, replica.id)
+        replica.calls.add(call)
+
+    def ended(self, replica: Known, version: Version | None, call: Moves) -> None:
+        """``call`` has left ``replica``, in any way."""
+        replica.calls.discard(call)
+        self.placement.ended(version.key if version is not None else None, replica.id)
+
+    @staticmethod
+    def _tier_at(replica: Known, key: str | None) -> Tier:
+        if key is None or key in replica.said.get("in_slots", ()):
+            return Tier.GPU
+        return Tier.HOST if key in replica.said.get("in_host", ()) else Tier.DISK
+
+    # --- asking --------------------------------------------------------------------------------------
+
+    async def stream(
+        self, replica: Known, path: str, body: bytes | AsyncIterator[bytes]
+    ) -> aiohttp.ClientResponse:
+        """The answer's head; the body is read by the caller. Unreachable where there is none.
+
+        What is refused with a status and an error is raised.
+        """
+        assert self._session is not None
+        try:
+            response = await self._session.post(replica.url + path, data=body)
+            if response.status == 200:
+                return response
+            told = await response.json(content_type=None)
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as exc:
+            raise Unreachable(f"{type(exc).__name__}: {exc}") from exc
+        if "loraplex_error" in told:
+            raise error_of(told["loraplex_error"])
+        raise Unreachable(f"it answers with status {response.status}: {str(told)[:200]}")
+
+    async def post(self, replica: Known, path: str, sent: Any) -> dict[str, Any]:
+        """The JSON that ``replica`` answers. Raises its errors, and Unavailable where it cannot be asked."""
+        try:
+            response = await self.stream(replica, f"{PREFIX}/{path}", json.dumps(sent).encode())
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                answer: dict[str, Any] = await response.json(content_type=None)
+            return answer
+        except (Unreachable, aiohttp.ClientError, OSError, TimeoutError, ValueError) as exc:
+            raise Unavailable(
+                "The replica did not answer; try again.", code="replica_lost", retry_after=1
+            ) from exc
+
+    async def ask(self, path: str, sent: Any, version: Version | None = None) -> dict[str, Any]:
+        """As ``post``, of the best replica for ``version``. Unavailable (``no_replica``)."""
+        replica = self.choose(version, set())
+        if replica is None:
+            raise self.nobody()
+        return await self.post(replica, path, sent)
+
+    # --- watching ------------------------------------------------------------------------------------
+
+    async def _discover_forever(self) -> None:
+        while True:
+            try:
+                await self._discover()
+            except Exception as exc:  # the database may be away for a while; what is known stays known
+                logger.warning("the replicas cannot be read: %s", exc)
+            await asyncio.sleep(DISCOVER_EVERY_S)
+
+    async def _discover(self) -> None:
+        rows = {row.id: row for row in await self._rows.all()}
+        for id_, row in rows.items():
+            if id_ not in self._known:
+                one = self._known[id_] = Known(id_, row.url, self._now())
+                one.watching = asyncio.create_task(self._watch(one), name=f"loraplex-watch-{id_}")
+        for id_ in self._known.keys() - rows.keys():
+            one = self._known[id_]
+            if not one.calls:
+                assert one.watching is not None
+                one.watching.cancel()
+                self.placement.forget(id_)
+                del self._known[id_]
+
+    async def _watch(self, one: Known) -> None:
+        while True:
+            asked = self._now()
+            try:
+                await self._hear(one)
+            except Exception as exc:  # whatever it is, it is no answer
+                if not one.lost and (isinstance(exc, aiohttp.ClientConnectorError) or self._is_silent(one)):
+                    self._lose(one, exc)
+            await asyncio.sleep(max(0.1, ASK_EVERY_S - (self._now() - asked)))
+
+    def _is_silent(self, one: Known) -> bool:
+        return self._now() - one.heard > self._stall
+
+    async def _hear(self, one: Known) -> None:
+        assert self._session is not None
+        # It ends when the replica counts as silent, whenever it was asked.
+        within = max(0.1, min(self._stall, one.heard + self._stall + 0.05 - self._now()))
+        timeout = aiohttp.ClientTimeout(total=self._stall if one.lost else within)
+        async with self._session.get(f"{one.url}{PREFIX}/state", timeout=timeout) as response:
+            if response.status != 200:
+                raise Unreachable(f"status {response.status}")
+            said = await response.json(content_type=None)
+        report = Report(replica=one.id, **said["report"])
+        if one.facts is None:
+            one.facts = facts_of(said["facts"])
+            if self._facts is None:
+                self._facts = one.facts
+        if one.lost:
+            logger.info("replica %s is back", one.id)
+        one.heard, one.lost, one.said = self._now(), False, said["report"]
+        self.placement.beat(self._now(), report)
+
+    def _lose(self, one: Known, why: Exception) -> None:
+        one.lost = True
+        logger.warning("replica %s at %s is lost: %s", one.id, one.url, type(why).__name__)
+        self.placement.lost(one.id)
+        for call in list(one.calls):
+            call.lose()
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def facts_of(sent: Mapping[str, Any]) -> Facts:
+    """What ``server.fleet.replica.Replica.facts`` told."""
+    base = BaseModel(
+        name=str(sent["base"]),
+        modules={},
+        max_lora_rank=int(sent["max_lora_rank"]),
+        fingerprint=sent["fingerprint"],
+        pooling=bool(sent["pooling"]),
+    )
+    capacity = EngineCapacity(**{name: int(sent[name]) for name in CAPACITY})
+    sizes = int(sent["max_model_len"]), int(sent["max_running"])
+    return Facts(base, *sizes, capacity, str(sent["dtype"]), str(sent["engine"]))

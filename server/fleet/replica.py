@@ -1,0 +1,211 @@
+"""A replica: announces itself, says how it is, and does in its turn what only one process of a fleet does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any, Protocol
+
+from adapters.database.rows import now
+from adapters.model import Tier, Version
+from adapters.store.replicas import SILENT_S, ReplicaInfo, Replicas
+from server.fleet.placement import Placement, Report
+from server.fleet.wire import Kind, framed
+from server.http.services import Services
+from server.inference.local import LocalAnswers
+
+logger = logging.getLogger(__name__)
+
+BEAT_EVERY_S = 2.0
+MOVE_EVERY_S = 1.0
+FORGOTTEN = timedelta(minutes=10)  # after which the row of one that died goes
+CHORES, CHORES_HELD_S, CHORES_EVERY_S = "chores", 15.0, 3600.0
+
+Chores = Callable[[], Awaitable[None]]
+
+
+class Relayed(Protocol):
+    """A request of a gateway; see ``server.fleet.internal.RelayedCall``."""
+
+    async def tell(self, framed: bytes) -> None: ...
+    async def end(self) -> tuple[int, int, int]: ...
+
+
+class Replica:
+    """``chores`` are done by one replica at a time, when its turn begins and every hour; ``remember`` with
+    each beat of its turn."""
+
+    def __init__(
+        self,
+        services: Services,
+        answers: LocalAnswers,
+        rows: Replicas,
+        *,
+        key: str,
+        url: str,
+        chores: Chores,
+        remember: Chores,
+    ) -> None:
+        self.id = uuid.uuid4().hex[:16]
+        self.key = key
+        self.services = services
+        self.answers = answers
+        self.calls: dict[str, Relayed] = {}
+        self.holds_chores = False
+        self._url = url
+        self._rows = rows
+        self._chores = chores
+        self._remember = remember
+        self._chores_due = 0.0
+        self._numbers = itertools.count(1)
+        self._pinned: dict[str, Version] = {}
+        self._seen = -1
+        self._peers: frozenset[str] = frozenset()
+        self._beating: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Announced when it returns."""
+        await self._beat()
+        self._beating = asyncio.create_task(self._beat_forever(), name="loraplex-beat")
+
+    async def stop(self) -> None:
+        """Leaves the fleet."""
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.wait([self._beating])
+        with contextlib.suppress(Exception):  # then it is forgotten later
+            await self._rows.leave(self.id)
+            await self._rows.release(self.id)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What does not change while it lives."""
+        engine = self.answers.engine
+        return {
+            "base": engine.base.name,
+            "fingerprint": engine.base.fingerprint,
+            "pooling": engine.base.pooling,
+            "max_lora_rank": engine.base.max_lora_rank,
+            "max_model_len": engine.max_model_len,
+            "max_running": engine.max_running,
+            "dtype": engine.lora_dtype,
+            "engine": engine.version,
+            "gpu_slots": engine.capacity.gpu_slots,
+            "host_slots": engine.capacity.host_slots,
+            "slot_bytes": engine.capacity.slot_bytes,
+            "entry_bytes": engine.capacity.entry_bytes,
+        }
+
+    @property
+    def state(self) -> str:
+        """``ready``, ``restarting`` (its engine) or ``draining``."""
+        if self.services.draining:
+            return "draining"
+        return "restarting" if self.services.dispatcher.is_restarting else "ready"
+
+    def report(self) -> Report:
+        """How it is now; each is newer than the one before."""
+        engine, now_ = self.answers.engine, self.services.dispatcher.snapshot()
+        base = engine.base.fingerprint or engine.base.name
+        in_slots = [
+            slot.version for slot in now_.slots if slot.version is not None and slot.state == "active"
+        ]
+        return Report(
+            replica=self.id,
+            number=next(self._numbers),
+            base=base,
+            kind=f"{engine.version} {engine.lora_dtype} {base}",
+            state=self.state,
+            gpu_slots=len(now_.slots),
+            max_running=engine.max_running,
+            running=sum(now_.running.values()),
+            queued=sum(now_.queued.values()),
+            busy_slots=sum(1 for slot in now_.slots if slot.running),
+            in_slots=in_slots,
+            in_host=[entry.version for entry in now_.host if entry.tier is not Tier.DISK],
+        )
+
+    async def drain(self) -> None:
+        """Lets the gateways know, and asks them to move what runs, until nothing does."""
+        with contextlib.suppress(Exception):
+            await self._announce()
+        while True:
+            for call in list(self.calls.values()):
+                with contextlib.suppress(Exception):  # a gateway that has gone takes its requests along
+                    await call.tell(framed(Kind.MOVE, {}))
+            await asyncio.sleep(MOVE_EVERY_S)
+
+    # --- beats -----------------------------------------------------------------------------------------
+
+    async def _beat_forever(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_EVERY_S)
+            try:
+                await self._beat()
+            except Exception as exc:  # the database may be away: gateways that know us still ask us
+                logger.warning("this replica cannot announce itself: %s", exc)
+
+    async def _beat(self) -> None:
+        await self._announce()
+        await self._follow()
+        self.holds_chores = not self.services.draining and await self._rows.hold(
+            CHORES, self.id, CHORES_HELD_S
+        )
+        if self.holds_chores:
+            await self._remember()
+        clock = asyncio.get_running_loop().time()
+        if not self.holds_chores:
+            self._chores_due = clock
+        elif clock >= self._chores_due:
+            self._chores_due = clock + CHORES_EVERY_S
+            await self._rows.forget(FORGOTTEN)
+            self.services.in_background(self._do_chores())
+
+    async def _announce(self) -> None:
+        load = asdict(self.report())
+        await self._rows.beat(self.id, self._url, self.state, self.facts, load)
+
+    async def _do_chores(self) -> None:
+        try:
+            await self._chores()
+        except Exception:
+            logger.exception("what this replica does for the fleet failed")
+
+    async def _follow(self) -> None:
+        """Pins what is this replica's part, and lets go of what nothing links to any more."""
+        alive = [row for row in await self._rows.all() if now() - row.beat_at < timedelta(seconds=SILENT_S)]
+        peers = frozenset(row.id for row in alive if row.state == "ready")
+        generation = self.services.database.generation
+        if (generation, peers) == (self._seen, self._peers):
+            return
+        catalog, dispatcher = self.services.publishing.catalog, self.services.dispatcher
+        fitness = self.services.publishing.fitness
+        wanted = {
+            version.key: version
+            for version in await catalog.pinned()
+            if version.quarantine is None and fitness.problem(version) is None
+        }
+        placement = Placement()
+        for row in alive:
+            placement.beat(0.0, _report_of(row))
+        mine = set(placement.pins(wanted, 0.0).get(self.id, ()))
+        for key in self._pinned.keys() - mine:
+            dispatcher.pin(self._pinned.pop(key), False)
+        for key in mine - self._pinned.keys():
+            self._pinned[key] = wanted[key]
+            dispatcher.pin(wanted[key], True)
+        linked = await catalog.linked_digests() | set(self.services.publishing.coming)
+        for entry in dispatcher.snapshot().host:
+            if entry.version.rpartition("@")[2] not in linked:
+                dispatcher.retire_key(entry.version)
+        self._seen, self._peers = generation, peers
+
+
+def _report_of(row: ReplicaInfo) -> Report:
+    return Report(**{**row.load, "state": row.state})

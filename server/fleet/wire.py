@@ -1,0 +1,310 @@
+"""What gateways and replicas say to each other. Pure: bytes and values, no I/O.
+
+A gateway posts an order (JSON) and reads frames, each of four bytes of length, one of kind, and a payload:
+
+    RUNNING   {"queued": seconds}                     it has a place in the engine
+    ASKS      [prompt, output, sequences]             what the engine has counted; not more than was reserved
+    LARGER    the same                                more than was reserved: nothing ran, ask again with more
+    CHUNK     totals, new token ids, the text         everything that the tokens so far have to say
+    MOVE      {}                                      the replica stops; go on elsewhere if you can
+    END       totals, the last text, body or error    the last frame
+
+A stream that ends without END is broken: what its CHUNKs said is whole, and it can be asked for again with
+the tokens that they held. An upload goes the other way, as OPTIONS, PIECEs (file name and bytes), and END.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from adapters import errors as adapter_errors
+from adapters.model import Version
+from server import errors
+from server.accounts.tenants import Tenant
+
+PREFIX = "/internal/v1"
+OPEN = f"{PREFIX}/open"
+# What one frame, and the JSON of one order beside its body, may come to.
+MAX_FRAME = 64 << 20
+MAX_ENVELOPE = 16 << 20
+_HEAD = struct.Struct("!IB")
+_TOTALS = struct.Struct("!?IIII")
+
+
+class Kind(IntEnum):
+    RUNNING = 1
+    ASKS = 2
+    LARGER = 3
+    CHUNK = 4
+    MOVE = 5
+    END = 6
+    OPTIONS = 7
+    PIECE = 8
+
+
+class Malformed(ValueError):
+    """What came is not what a process of this version sends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """What limits have reserved for a request, and with ``most`` how many tokens a sequence may have.
+
+    ``by_cost`` if output must not take the place of prompt, which costs less.
+    """
+
+    prompt: int
+    output: int
+    by_cost: bool = False
+    most: int | None = None
+
+    def covers(self, prompt: int, output: int) -> bool:
+        """Whether a request of so many tokens may run."""
+        return prompt + output <= self.prompt + self.output and (not self.by_cost or output <= self.output)
+
+
+@dataclass(frozen=True, slots=True)
+class WireOrder:
+    """An order as it crosses; ``fields`` are those of ``server.inference.completion.Order``.
+
+    ``granted`` is None where no limit counts tokens. ``said`` and ``cached`` are those of
+    ``server.engine.calls.Relay``.
+    """
+
+    id: str
+    tenant: Tenant
+    dialect: str
+    fields: dict[str, Any]
+    version: Version | None
+    public_model: str
+    prompt_bound: int
+    prompt_tokens: int
+    elastic: bool
+    granted: Granted | None = None
+    said: Sequence[int] = ()
+    cached: int = 0
+
+    def encoded(self) -> bytes:
+        tenant = self.tenant
+        return json.dumps(
+            {
+                "id": self.id,
+                "tenant": [tenant.id, tenant.cache_salt, tenant.share, tenant.max_queued, tenant.max_running],
+                "dialect": self.dialect,
+                "fields": self.fields,
+                "version": as_json(self.version) if self.version else None,
+                "public": self.public_model,
+                "bound": self.prompt_bound,
+                "prompt": self.prompt_tokens,
+                "elastic": self.elastic,
+                "granted": None
+                if self.granted is None
+                else [self.granted.prompt, self.granted.output, self.granted.by_cost, self.granted.most],
+                "said": list(self.said),
+                "cached": self.cached,
+            },
+            separators=(",", ":"),
+        ).encode()
+
+    @classmethod
+    def decoded(cls, raw: bytes, path: Callable[[str], Path]) -> WireOrder:
+        """As bytes."""
+        """``path`` says where the files of a digest are. Raises Malformed."""
+        try:
+            sent = json.loads(raw)
+            granted, version = sent["granted"], sent["version"]
+            return cls(
+                id=str(sent["id"]),
+                tenant=_tenant(*sent["tenant"]),
+                dialect=str(sent["dialect"]),
+                fields=dict(sent["fields"]),
+                version=version_of(version, path) if version else None,
+                public_model=str(sent["public"]),
+                prompt_bound=int(sent["bound"]),
+                prompt_tokens=int(sent["prompt"]),
+                elastic=bool(sent["elastic"]),
+                granted=Granted(*granted) if granted else None,
+                said=[int(token) for token in sent["said"]],
+                cached=int(sent["cached"]),
+            )
+        except (ValueError, KeyError, TypeError) as exc:
+            raise Malformed(f"not an order: {exc}") from exc
+
+
+def _tenant(id_: str, salt: str, share: float, max_queued: int | None, max_running: int | None) -> Tenant:
+    """As much of a tenant as a replica needs: its weight is its share already."""
+    return Tenant(
+        id=id_,
+        name=id_,
+        weight=float(share),
+        base_allowed=True,
+        max_queued=max_queued,
+        max_running=max_running,
+        created_at=datetime.fromtimestamp(0, UTC),
+        cache_salt=salt,
+    )
+
+
+def as_json(version: Version) -> dict[str, Any]:
+    """A version as it crosses."""
+    return {
+        "tenant": version.tenant,
+        "adapter": version.adapter,
+        "number": version.number,
+        "digest": version.digest,
+        "rank": version.rank,
+        "size": version.size_bytes,
+    }
+
+
+def version_of(sent: Mapping[str, Any], path: Callable[[str], Path]) -> Version:
+    """What ``as_json`` made, with the files where ``path`` has them. Raises ValueError, KeyError."""
+    digest = str(sent["digest"])
+    names = str(sent["tenant"]), str(sent["adapter"])
+    return Version(*names, int(sent["number"]), digest, path(digest), int(sent["rank"]), int(sent["size"]))
+
+
+# --- frames --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """``total`` output tokens so far, the last of them ``ids``. ``movable`` as ``Relay.begins`` is told."""
+
+    movable: bool
+    prompt: int
+    cached: int
+    total: int
+    ids: tuple[int, ...]
+    text: str
+
+    def encoded(self) -> bytes:
+        head = _TOTALS.pack(self.movable, self.prompt, self.cached, self.total, len(self.ids))
+        return frame(
+            Kind.CHUNK, b"".join((head, struct.pack(f"!{len(self.ids)}I", *self.ids), self.text.encode()))
+        )
+
+    @classmethod
+    def decoded(cls, payload: bytes) -> Chunk:
+        movable, prompt, cached, total, count = _TOTALS.unpack_from(payload)
+        ids = struct.unpack_from(f"!{count}I", payload, _TOTALS.size)
+        return cls(movable, prompt, cached, total, ids, payload[_TOTALS.size + 4 * count :].decode())
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How it ended. ``error`` is None where it was answered: with ``tail``, the last text, or ``body``."""
+
+    prompt: int
+    cached: int
+    output: int
+    tail: str = ""
+    body: dict[str, Any] | None = None
+    error: Exception | None = None
+
+    def encoded(self) -> bytes:
+        totals = [self.prompt, self.cached, self.output]
+        error = error_as_json(self.error) if self.error is not None else None
+        return framed(Kind.END, {"totals": totals, "tail": self.tail, "body": self.body, "error": error})
+
+    @classmethod
+    def decoded(cls, payload: bytes) -> End:
+        sent = json.loads(payload)
+        error = error_of(sent["error"]) if sent["error"] else None
+        prompt, cached, output = sent["totals"]
+        return cls(prompt, cached, output, sent["tail"], sent["body"], error)
+
+
+def piece(name: str, data: bytes) -> bytes:
+    """A part of an uploaded file."""
+    encoded = name.encode("utf-8", "surrogatepass")
+    return frame(Kind.PIECE, struct.pack("!H", len(encoded)) + encoded + data)
+
+
+def piece_of(payload: bytes) -> tuple[str, bytes]:
+    """(file name, bytes)."""
+    (length,) = struct.unpack_from("!H", payload)
+    return payload[2 : 2 + length].decode("utf-8", "surrogatepass"), payload[2 + length :]
+
+
+def frame(kind: Kind, payload: bytes) -> bytes:
+    """As bytes."""
+    return _HEAD.pack(len(payload), kind) + payload
+
+
+def framed(kind: Kind, sent: Any) -> bytes:
+    """As bytes, with JSON as the payload."""
+    return frame(kind, json.dumps(sent, separators=(",", ":")).encode())
+
+
+def json_of(payload: bytes) -> Any:
+    """What ``framed`` took."""
+    return json.loads(payload)
+
+
+class Frames:
+    """Puts the pieces that a connection gives together again."""
+
+    def __init__(self) -> None:
+        self._waiting = b""
+
+    def feed(self, data: bytes) -> list[tuple[Kind, bytes]]:
+        """The frames that are whole with ``data``. Raises Malformed."""
+        whole = self._waiting + data if self._waiting else data
+        at, found = 0, []
+        while len(whole) - at >= _HEAD.size:
+            length, kind = _HEAD.unpack_from(whole, at)
+            if length > MAX_FRAME:
+                raise Malformed(f"a frame of {length} bytes")
+            end = at + _HEAD.size + length
+            if end > len(whole):
+                break
+            try:
+                found.append((Kind(kind), whole[at + _HEAD.size : end]))
+            except ValueError as exc:
+                raise Malformed(str(exc)) from exc
+            at = end
+        self._waiting = whole[at:]
+        return found
+
+
+# --- errors --------------------------------------------------------------------------------------------
+
+
+def _subclasses(root: type[Exception]) -> dict[str, type[Any]]:
+    found = {root.__name__: root}
+    for child in root.__subclasses__():
+        found |= _subclasses(child)
+    return found
+
+
+def error_as_json(error: Exception) -> dict[str, Any]:
+    """Of a ServerError or an AdapterError; anything else is a defect of the replica, whose log has it."""
+    if not isinstance(error, errors.ServerError | adapter_errors.AdapterError):
+        error = errors.Internal("The replica failed on this request.")
+    return {
+        "class": type(error).__name__,
+        "message": error.message,
+        "code": error.code,
+        "param": error.param,
+        "retry_after": getattr(error, "retry_after", None),
+    }
+
+
+def error_of(sent: Mapping[str, Any]) -> errors.ServerError | adapter_errors.AdapterError:
+    """What ``error_as_json`` told; Internal for a class that is unknown here."""
+    known = _subclasses(errors.ServerError) | _subclasses(adapter_errors.AdapterError)
+    made = known.get(str(sent["class"]), errors.Internal)(
+        str(sent["message"]), code=sent["code"], param=sent["param"]
+    )
+    if sent["retry_after"] is not None:
+        made.retry_after = sent["retry_after"]
+    assert isinstance(made, errors.ServerError | adapter_errors.AdapterError)
+    return made

@@ -1,0 +1,279 @@
+"""A gateway and its replicas, over real connections, on fake engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support import tiny
+from tests.support.fleet import FLEET_KEY, Fleet, fleet
+from tests.support.site import bearer
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+async def two(tmp_path: Path) -> AsyncIterator[Fleet]:
+    async with fleet(tmp_path) as made:
+        yield made
+
+
+def body(tokens: int = 20, **fields: Any) -> dict[str, Any]:
+    asked = {"messages": [{"role": "user", "content": "hello there"}], "max_tokens": tokens}
+    return {**asked, "stream": True, "stream_options": {"include_usage": True}, **fields}
+
+
+async def read(site: Any, key: str, sent: dict[str, Any]) -> str:
+    response = await site.http.post(CHAT, json=sent, headers=bearer(key))
+    assert response.status_code == 200, response.text
+    return str(response.text)
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def told(text: str) -> tuple[str, dict[str, int]]:
+    """(what was said, usage)."""
+    said = "".join(
+        choice["delta"].get("content") or "" for event in events(text) for choice in event["choices"]
+    )
+    return said, events(text)[-1]["usage"]
+
+
+async def usage(made: Fleet) -> list[dict[str, Any]]:
+    await made.gateway.services.usage_writer.flush()
+    found = await made.gateway.admin.get("/admin/v1/usage?by=outcome")
+    return list(found.json()["data"])
+
+
+class TestAnswering:
+    async def test_uploads_and_answers_pass_through_the_gateway(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        answer = await two.gateway.chat(key, "hello", model="a", max_tokens=3)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 3
+        assert answer.headers["X-Loraplex-Version"] == "a@1"
+        assert (await two.gateway.http.get("/v1/models", headers=bearer(key))).json()["data"]
+        said, counted = told(await read(two.gateway, key, body()))
+        assert said
+        assert counted == {"prompt_tokens": 3, "completion_tokens": 20, "total_tokens": 23}
+        (row,) = await usage(two)
+        assert (row["requests"], row["output_tokens"]) == (2, 23)
+
+    async def test_it_is_ready_and_says_how_its_replicas_are(self, two: Fleet) -> None:
+        ready = await two.gateway.http.get("/ready")
+        assert ready.status_code == 200, ready.text
+        found = (await two.gateway.admin.get("/admin/v1/replicas")).json()["data"]
+        assert {one["id"] for one in found} == {one.id for one in two.replicas}
+        assert {one["state"] for one in found} == {"ready"}
+        page = (await two.gateway.http.get("/metrics")).text
+        assert page.count("loraplex_replica_up{") == 2
+
+    async def test_errors_are_those_of_one_process(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        for sent, code in (
+            (body(model="nobody"), "model_not_found"),
+            (body(colour="red"), "unknown_field"),
+            (body(temperature=9), "invalid_request"),
+            (body(n=99), "invalid_request"),
+        ):
+            response = await two.gateway.http.post(CHAT, json=sent, headers=bearer(key))
+            assert response.json()["error"]["code"] == code, response.text
+        long = body(messages=[{"role": "user", "content": "word " * 600}])
+        response = await two.gateway.http.post(CHAT, json=long, headers=bearer(key))
+        assert response.status_code == 400, response.text
+
+    async def test_a_refused_upload_says_why(self, two: Fleet) -> None:
+        await two.gateway.tenant("acme")
+        files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"no"}
+        refused = await two.gateway.admin.post("/admin/v1/tenants/acme/adapters/a/versions", files=files)
+        assert refused.status_code == 422, refused.text
+        wrong = {"a.txt": b"{}"}
+        refused = await two.gateway.admin.post("/admin/v1/tenants/acme/adapters/a/versions", files=wrong)
+        assert refused.status_code == 422, refused.text
+
+    async def test_tokens_warm_and_verify_are_asked_of_a_replica(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        counted = await two.gateway.http.post("/tokenize", json={"prompt": "one two"}, headers=bearer(key))
+        assert counted.json()["count"] == 3, counted.text
+        warmed = await two.gateway.admin.post("/admin/v1/tenants/acme/adapters/a/warm", json={"slot": True})
+        assert warmed.json()["tier"] == "gpu", warmed.text
+        await two.until(
+            lambda: any("acme/a@" in key for one in two.directory.all() for key in one.said["in_slots"])
+        )
+        shown = (await two.gateway.admin.get("/admin/v1/tenants/acme/adapters/a")).json()
+        assert shown["tier"] == "gpu"
+
+    async def test_a_client_that_leaves_ends_it_in_the_engine_and_pays_for_what_ran(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        async with two.gateway.http.stream("POST", CHAT, json=body(400), headers=bearer(key)) as answer:
+            chunks = answer.aiter_text()
+            for _ in range(3):
+                await anext(chunks)
+            engine = two.busy().engine
+        await two.until(lambda: not engine.running, 1.0)
+        await two.until(lambda: not two.gateway.services.dispatcher.open_leases())
+        (row,) = await usage(two)
+        assert (row["outcome"], row["prompt_tokens"]) == ("disconnected", 3)
+        assert 2 <= row["output_tokens"] < 40
+
+    async def test_a_client_that_leaves_while_it_waits(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)}, max_running=1)
+
+        def held() -> int:
+            return sum(len(one.services.dispatcher._leases) for one in two.replicas)
+
+        running = asyncio.create_task(read(two.gateway, key, body(400)))
+        await two.until(lambda: held() == 1)
+        waiting = asyncio.create_task(read(two.gateway, key, body(60)))
+        await two.until(lambda: held() == 2)
+        waiting.cancel()
+        await two.until(lambda: held() == 1)
+        running.cancel()
+        await two.until(lambda: held() == 0)
+        await two.until(lambda: not any(one.app.state.replica.calls for one in two.replicas))
+
+
+class TestKeys:
+    async def test_a_replica_answers_nobody_else(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{two.replicas[0].port}") as client:
+            assert (await client.post(CHAT, json=body(), headers=bearer(key))).status_code == 404
+            assert (await client.get("/admin/v1/tenants")).status_code == 404
+            assert (await client.get("/internal/v1/state")).status_code == 401
+            assert (await client.get("/internal/v1/state", headers=bearer("x" * 20))).status_code == 401
+            assert (await client.post("/internal/v1/open", content=b"{}")).status_code == 401
+            assert (await client.get("/internal/v1/state", headers=bearer(FLEET_KEY))).status_code == 200
+            wrong = await client.post("/internal/v1/open", content=b"{}", headers=bearer(FLEET_KEY))
+            assert wrong.status_code == 400
+            assert (await client.get("/health")).status_code == 200
+            assert (await client.get("/ready")).status_code == 200
+        assert (
+            await two.gateway.http.get("/internal/v1/state", headers=bearer(FLEET_KEY))
+        ).status_code == 404
+
+
+class TestLosses:
+    @pytest.mark.parametrize("how", ["kill", "freeze", "drain"])
+    async def test_a_stream_goes_on_elsewhere_and_is_whole(self, two: Fleet, how: str) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        wanted = told(await read(two.gateway, key, body(60)))
+        reading = asyncio.create_task(read(two.gateway, key, body(60)))
+        await two.until(lambda: any(one.said > 10 for one in two.replicas))
+        hit = two.busy()
+        if how == "kill":
+            await hit.kill()
+        elif how == "freeze":
+            hit.freeze()
+        else:
+            draining = asyncio.create_task(hit.services.drain())
+        assert told(await reading) == wanted
+        assert two.other(hit).engine.calls, "it went on at the other one"
+        await two.until(lambda: not two.other(hit).engine.running)
+        rows = await usage(two)
+        assert [(row["outcome"], row["requests"], row["output_tokens"]) for row in rows] == [
+            ("completed", 2, 120)
+        ]
+        if how == "drain":
+            await draining
+            await two.until(lambda: not hit.engine.running)
+
+    async def test_what_cannot_go_on_is_told_so(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        reading = asyncio.create_task(read(two.gateway, key, body(60, presence_penalty=0.5)))
+        await two.until(lambda: any(one.said > 10 for one in two.replicas))
+        await two.busy().kill()
+        text = await reading
+        assert '"replica_lost"' in text
+        assert text.endswith("data: [DONE]\n\n")
+        (row,) = await usage(two)
+        assert row["outcome"] == "failed"
+        assert row["output_tokens"] >= 5
+
+    async def test_what_cannot_go_on_elsewhere_ends_where_it_drains(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        reading = asyncio.create_task(read(two.gateway, key, body(40, presence_penalty=0.5)))
+        await two.until(lambda: any(one.said > 5 for one in two.replicas))
+        hit = two.busy()
+        draining = asyncio.create_task(hit.services.drain())
+        assert told(await reading)[1]["completion_tokens"] == 40
+        await draining
+
+    async def test_a_document_is_begun_anew_and_paid_once(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        asking = asyncio.create_task(
+            two.gateway.chat(key, "hello there", model="a", max_tokens=40, presence_penalty=0.5)
+        )
+        await two.until(lambda: any(one.said > 10 for one in two.replicas))
+        await two.busy().kill()
+        answer = await asking
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 40
+        (row,) = await usage(two)
+        assert (row["outcome"], row["output_tokens"]) == ("completed", 40)
+
+    async def test_the_last_replica_dies(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        for one in two.replicas:
+            await one.kill()
+        answer = await two.gateway.chat(key, "hello", model="a", max_tokens=3)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "no_replica"
+        assert "Retry-After" in answer.headers
+        await two.until(lambda: all(one.lost for one in two.directory.all()))
+        assert (await two.gateway.http.get("/ready")).status_code == 503
+
+    async def test_a_frozen_replica_that_goes_on_is_used_again(self, two: Fleet) -> None:
+        hit = two.replicas[0]
+        hit.freeze()
+        await two.until(lambda: any(one.lost for one in two.directory.all()))
+        hit.freezer.going.set()
+        await two.until(lambda: not any(one.lost for one in two.directory.all()))
+
+    async def test_the_gateway_is_killed(self, two: Fleet) -> None:
+        """Its connections break, and nothing is left in the replicas."""
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        reading = asyncio.create_task(read(two.gateway, key, body(400)))
+        await two.until(lambda: any(one.said > 3 for one in two.replicas))
+        hit = two.busy()
+        for known in two.directory.all():
+            for call in list(known.calls):
+                call._response.connection.transport.abort()
+                call._aborted = True
+        await two.until(lambda: not hit.engine.running, 2.0)
+        await two.until(lambda: not hit.app.state.replica.calls)
+        assert '"shutting_down"' in await reading
+
+
+class TestLimits:
+    async def test_a_prompt_larger_than_it_seemed_is_reserved_anew(self, two: Fleet) -> None:
+        """One letter a word: more tokens than a third of the bytes."""
+        limits = {"tokens_per_minute": 150}
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)}, limits=limits)
+        dense = body(20, messages=[{"role": "user", "content": "a " * 90}])
+        text = await read(two.gateway, key, dense)
+        assert told(text)[1] == {"prompt_tokens": 91, "completion_tokens": 20, "total_tokens": 111}
+        again = await two.gateway.http.post(CHAT, json=dense, headers=bearer(key))
+        assert again.status_code == 429, again.text
+        assert not any(one.engine.running for one in two.replicas)
+        small = await two.gateway.http.post(CHAT, json=body(5), headers=bearer(key))
+        assert small.status_code == 200
+        assert small.headers["x-ratelimit-remaining-tokens"]
+
+    async def test_what_was_reserved_is_lowered_to_what_was_counted(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)}, limits={"tokens_per_minute": 120})
+        text = body(10, messages=[{"role": "user", "content": "extraordinarily " * 18}])
+        first = await two.gateway.http.post(CHAT, json=text, headers=bearer(key))
+        assert first.status_code == 200, first.text  # reserved 106, used 29
+        second = await two.gateway.http.post(CHAT, json=text, headers=bearer(key))
+        assert second.status_code == 429 or re.search("DONE", second.text)
