@@ -12,10 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server.console import views
+from server.console.api import Api, Refused
 from server.console.formats import flat, segment, size
 from server.console.web import Page
 
 DAYS = {"1": 1, "7": 7, "30": 30, "90": 90}
+LONGEST = 200  # rows of a table of sums
 VALUES = ("total_tokens", "output_tokens", "requests", "cost")
 
 
@@ -157,9 +159,10 @@ async def usage_page(page: Page, call: str, groups: Sequence[str], *, with_tenan
     )
     moment = "hour" if days == "1" else "day"
     asked = {"from": ago(DAYS[days]), "tenant": page.query.get("tenant") if with_tenant else None}
-    bars = await page.api.get(call, asked | {"by": f"{moment},{by}"})
-    rows = await page.api.get(call, asked | {"by": by})
-    sums = sorted(rows["data"], key=lambda row: -row["total_tokens"])[:200]
+    bars, stack = await _sums(page.api, call, asked | {"by": f"{moment},{by}"}), by
+    if bars is None:
+        bars, stack = (await page.api.get(call, asked | {"by": moment}))["data"], ""
+    rows = await _sums(page.api, call, asked | {"by": by})
     query = urlencode({n: v for n, v in (asked | {"by": f"{moment},{by}", "format": "csv"}).items() if v})
     return page.show(
         "usage.html",
@@ -169,10 +172,22 @@ async def usage_page(page: Page, call: str, groups: Sequence[str], *, with_tenan
         by=by,
         groups=groups,
         shown=value,
-        usage=views.stacked(bars["data"], moment, by, value),
-        rows=sums,
+        usage=views.stacked(bars, moment, stack, value),
+        rows=sorted(rows or [], key=lambda row: -row["total_tokens"])[:LONGEST],
+        crowded=rows is None or len(rows) > LONGEST or not stack,
         csv=f"{page.root}/api{call}?{query}",
     )
+
+
+async def _sums(api: Api, call: str, asked: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The sums that the call answers; None where there are more than it gives at once."""
+    try:
+        found: list[dict[str, Any]] = (await api.get(call, asked))["data"]
+    except Refused as exc:
+        if exc.status != 422:
+            raise
+        return None
+    return found
 
 
 def models_of(adapters: Iterable[Mapping[str, Any]], base: str | None) -> list[str]:

@@ -171,14 +171,15 @@ class Chart:
 
 
 def stacked(rows: Iterable[JSON], across: str, stack: str, value: str) -> Chart | None:
-    """Sums of ``value`` by ``across`` (moments, in order), stacked by ``stack``; None without any.
+    """Sums of ``value`` by ``across`` (moments, in order), stacked by ``stack`` unless that is empty; None
+    without any.
 
     The largest stacks have colours of their own, all others one together.
     """
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     totals: dict[str, float] = defaultdict(float)
     for row in rows:
-        name = str(row[stack]) if row.get(stack) is not None else "base"
+        name = str(row[stack]) if row.get(stack) is not None else "base" if stack else "all"
         sums[str(row[across])][name] += row[value]
         totals[name] += row[value]
     highest = max((sum(column.values()) for column in sums.values()), default=0)

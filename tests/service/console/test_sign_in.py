@@ -270,3 +270,14 @@ async def test_what_is_shown_is_escaped(site: Site) -> None:
             assert "&lt;img" in text, path
         refused = await client.get("/console/requests?tenant=%22%3E%3Cscript%3E")
         assert "<script>" not in refused.text
+
+
+async def test_usage_of_very_many_is_still_a_page(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.accounts.usage.MAX_GROUPS", 1)
+    for tenant in ("acme", "globex"):
+        await site.chat(await full_key(site, tenant), "hi", model="support")
+    async with browser(site, ADMIN_KEY) as client:
+        page = await client.get("/console/usage")
+        assert page.status_code == 200
+        assert "more than fits a page" in page.text
+        assert "figure" in page.text
