@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.demo.run import console_path
 from tests.support import tiny
 from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
 from tests.support.tiny import fake_site
@@ -226,6 +227,8 @@ async def test_a_ticket_signs_in_once(site: Site) -> None:
     async with browser(site) as client:
         again = await client.get(made.json()["path"])
         assert (again.status_code, "set-cookie" in again.headers) == (401, False)
+    path = await console_path(site.http, ADMIN_KEY)  # which the demo prints
+    assert (await site.http.get(path)).headers["location"] == "/console/"
     for headers in ({}, bearer("nonsense"), bearer(SERVICE_KEY)):
         assert (await site.http.post("/console/ticket", headers=headers)).status_code in (400, 401, 403)
 
