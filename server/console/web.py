@@ -257,7 +257,10 @@ class Console:
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not key:
             return JSONResponse({"error": {"message": "Send a key as a Bearer token."}}, 401)
-        await self._who(request, key)
+        try:
+            await self._who(request, key)
+        except Refused as exc:
+            return JSONResponse({"error": {"message": exc.message, "code": exc.code}}, exc.status)
         ticket = self._sessions.ticket(key, self._clock())
         return JSONResponse({"path": f"{self.root(request)}/enter?ticket={ticket}"}, 201)
 
