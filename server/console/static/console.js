@@ -345,7 +345,8 @@ async function one(form, place, signal) {
 
 function compare(place, tokens, base) {
   const pieces = $$(".said span", place);
-  let sum = 0;
+  let [sum, compared] = [0, 0];
+  const mean = () => (compared ? `, mean difference ${(sum / compared).toFixed(3)} over ${compared} tokens` : "");
   for (let at = 0; at < tokens.length; at += 1) {
     const theirs = base[at];
     const found = theirs && [theirs, ...(theirs.top_logprobs ?? [])].find((one) => one.token === tokens[at].token);
@@ -353,15 +354,16 @@ function compare(place, tokens, base) {
     if (found) {
       const difference = tokens[at].logprob - found.logprob;
       sum += Math.abs(difference);
+      compared += 1;
       pieces[at].title = `${mine}, ${difference >= 0 ? "+" : ""}${difference.toFixed(3)} beside the first model`;
     } else pieces[at].title = `${mine}, and not among the ${TOP} likeliest of the first model`;
     if (!theirs || theirs.token !== tokens[at].token) {
       pieces[at].classList.add("turn");
-      $(".figures-line", place).textContent += `; parts from the first model at token ${at + 1}, mean difference ${(sum / (at + 1)).toFixed(3)}`;
+      $(".figures-line", place).textContent += `; parts from the first model at token ${at + 1}${mean()}`;
       return;
     }
   }
-  if (tokens.length) $(".figures-line", place).textContent += `; says the same as the first model, mean difference ${(sum / tokens.length).toFixed(3)}`;
+  if (tokens.length) $(".figures-line", place).textContent += `; says the same as the first model${mean()}`;
 }
 
 async function ask(form) {
