@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from starlette.datastructures import State
 
 from adapters.model import BaseModel
@@ -38,11 +37,11 @@ from server.engine.calls import (
     WorkerReport,
     current_call,
 )
-from server.engine.errors import engine_errors, invalid_request, message_of, request_errors
+from server.engine.errors import engine_errors, parse_errors, request_errors
 from server.engine.grammars import Grammars
 from server.engine.sizing import EngineCapacity
-from server.engine.validation import validate
-from server.errors import BadRequest, Internal, ServerError, Unavailable
+from server.engine.validation import validate, validate_in_turns
+from server.errors import Internal, ServerError, Unavailable
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -342,16 +341,13 @@ class Engine:
 
     def parse(self, kind: Kind, body: dict[str, Any]) -> Any:
         """``body`` as vLLM's request model. Raises BadRequest naming the field that is wrong."""
-        from vllm.exceptions import VLLMValidationError
-
-        try:
+        with parse_errors():
             return validate(serving.resolve(self._dialects[kind].request_model(body)), body)
-        except ValidationError as exc:
-            raise invalid_request(exc) from exc
-        except VLLMValidationError as exc:
-            raise BadRequest(message_of(exc), param=exc.parameter) from exc
-        except (ValueError, TypeError, OverflowError) as exc:
-            raise BadRequest(message_of(exc)) from exc
+
+    async def parse_in_turns(self, kind: Kind, body: dict[str, Any]) -> Any:
+        """As ``parse``, for a body of any size: others have their turns in between."""
+        with parse_errors():
+            return await validate_in_turns(serving.resolve(self._dialects[kind].request_model(body)), body)
 
     def resumable(self, request: Any) -> bool:
         """Whether ``request`` may be paused, by what is cheap to see; ``pause`` has the last word."""

@@ -61,6 +61,21 @@ def request_errors() -> Iterator[None]:
         raise BadRequest(message_of(exc)) from exc
 
 
+@contextlib.contextmanager
+def parse_errors() -> Iterator[None]:
+    """For reading a body: BadRequest that names the field."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        yield
+    except ValidationError as exc:
+        raise invalid_request(exc) from exc
+    except VLLMValidationError as exc:
+        raise BadRequest(message_of(exc), param=exc.parameter) from exc
+    except (ValueError, TypeError, OverflowError) as exc:
+        raise BadRequest(message_of(exc)) from exc
+
+
 def invalid_request(exc: ValidationError) -> BadRequest:
     first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
     param = ".".join(str(part) for part in first["loc"]) or None

@@ -63,7 +63,7 @@ class LocalAnswers:
         return await self.run(admitted)
 
     async def tokens(self, dialect: Dialect, fields: dict[str, Any]) -> dict[str, Any]:
-        return await self.engine.tokens(dialect.name, self.engine.parse(dialect.name, fields))
+        return await self.engine.tokens(dialect.name, await self.engine.parse_in_turns(dialect.name, fields))
 
     async def admit(self, order: Order) -> Admitted:
         """Waits for its turn; see ``Dispatcher.submit``. Raises also BadRequest, and as ``reserve``.
@@ -71,7 +71,7 @@ class LocalAnswers:
         The lease then tells the reservation what it uses.
         """
         engine, dialect = self.engine, order.dialect
-        request = engine.parse(dialect.name, order.fields)
+        request = await engine.parse_in_turns(dialect.name, order.fields)
         if dialect.base == "embeddings":
             return await self._admit_embeddings(order, request)
         sequences, max_tokens = sequences_and_tokens(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from server.engine.serving import resolve
-from server.engine.validation import validate
+from server.engine.validation import validate, validate_in_turns
 from server.inference.dialects.registry import ANSWERING, COUNTING
 
 DIALECTS = {dialect.name: dialect for dialect in [*ANSWERING, *COUNTING]}
@@ -61,3 +62,37 @@ def test_many_wrong_items_cost_as_much_as_one(name: str, field: str, item: Any) 
     one, many = errors(1), errors(MANY)
     assert len(many) == len(one) < 500
     assert many[0]["loc"] == one[0]["loc"]
+
+
+LONG = [
+    ("chat", "messages", [USER, PARTS] * 400),
+    ("chat", "messages", [{"role": "user", "content": [{"type": "text", "text": "x"}] * 900}] * 3),
+    ("responses", "input", [USER, {"role": "assistant", "content": "ho"}] * 600),
+    ("responses", "input", [{"type": "message", "role": "user", "content": "hi"}] * 600),
+    ("messages", "messages", [USER, PARTS] * 400),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "items"), LONG)
+async def test_a_long_conversation_is_read_in_turns_and_is_the_same(
+    name: str, field: str, items: list[Any]
+) -> None:
+    body = {"model": "a", field: items} | ({"max_tokens": 5} if name == "messages" else {})
+    model = model_of(name, body)
+    made = asyncio.create_task(validate_in_turns(model, body))
+    turns = 0
+    while not made.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 2
+    fresh = {"request_id", "created_at"}
+    assert made.result().model_dump(exclude=fresh) == validate(model, body).model_dump(exclude=fresh)
+
+
+@pytest.mark.parametrize(("name", "field"), LISTS)
+async def test_what_is_wrong_far_down_is_named_by_its_place(name: str, field: str) -> None:
+    body = {"model": "a", field: [USER] * 700 + [{"role": "user", "content": 5}] + [USER] * 300}
+    body |= {"max_tokens": 5} if name == "messages" else {}
+    with pytest.raises(ValidationError) as refused:
+        await validate_in_turns(model_of(name, body), body)
+    assert 700 in refused.value.errors()[0]["loc"]

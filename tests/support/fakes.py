@@ -130,6 +130,7 @@ class FakeEngine:
     max_logprobs = 20
     version = "fake 1"
     parse = Engine.parse
+    parse_in_turns = Engine.parse_in_turns
     resumable = Engine.resumable
     check_structure = Engine.check_structure
     _grammars = None
