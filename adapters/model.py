@@ -219,6 +219,8 @@ class VersionInfo:
     created_at: datetime
     report: Mapping[str, Any]
     quarantine: Mapping[str, Any] | None = None
+    note: str | None = None
+    uploader: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from adapters.store.objects import ObjectStore
 from adapters.store.ownership import FolderLock, Ownership
 from adapters.store.quarantine import Quarantine
 from adapters.store.replicas import Replicas
+from adapters.store.upload_jobs import UploadJobs
 from adapters.store.versions import size_of
 from server import __version__
 from server.accounts.authentication import Authentication
@@ -43,7 +44,7 @@ from server.fleet.directory import Directory
 from server.fleet.gateway import FleetDispatcher, FleetEngine, RemotePublisher
 from server.fleet.remote import RemoteAnswers
 from server.fleet.replica import Replica
-from server.http import account, admin, inference, observation, operations, reports, self_service
+from server.http import account, admin, inference, observation, operations, reports, residency, self_service
 from server.http.auth import SINGLE
 from server.http.middleware import RequestContext, install_error_handlers
 from server.http.openapi import document
@@ -108,6 +109,7 @@ def create_app(
         app.include_router(inference.tokens)
         app.include_router(admin.router)
         app.include_router(observation.router)
+        app.include_router(residency.router)
         app.include_router(reports.operators)
         app.include_router(reports.customers)
         app.include_router(account.router)
@@ -269,6 +271,7 @@ async def _start(
         Prober(engine, dispatcher),
         Quarantine(stores.database),
         fitness,
+        UploadJobs(stores.database),
         settings.keep_versions,
         shared=settings.role != "all",
     )
@@ -371,6 +374,7 @@ async def _start_gateway(settings: Settings, stores: _Stores, stack: AsyncExitSt
         unused,
         Quarantine(stores.database),
         stores.fitness,
+        UploadJobs(stores.database),
         settings.keep_versions,
         shared=True,
         elsewhere=RemotePublisher(directory, stores.blobs),

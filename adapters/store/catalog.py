@@ -19,7 +19,7 @@ from typing import Any, TypedDict, Unpack
 from sqlalchemy import Select, and_, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from adapters.database.audit import note
+from adapters.database.audit import ACTOR, note
 from adapters.database.cache import ReadCache
 from adapters.database.database import Database
 from adapters.database.rows import MAX_INTEGER, AdapterRow, TenantRow, VersionRow, now
@@ -116,10 +116,11 @@ class Catalog:
         golden: Golden | None = None,
         receipt: Receipt | None = None,
         quota: Quota | None = None,
+        annotation: str | None = None,
     ) -> tuple[Adapter, Version]:
         """Makes the files under ``digest`` the next version of ``adapter``, which is created if need be.
 
-        ``golden`` is kept with it; ``receipt`` keeps what the upload is answered.
+        ``golden`` and ``annotation``, a note for people, are kept; ``receipt`` keeps what is answered.
         AdapterRejected (``name_invalid``), AdapterNotFound (``tenant_not_found``), QuotaExceeded.
         """
         self.check_name(adapter)
@@ -155,6 +156,8 @@ class Catalog:
                 size_bytes=manifest.size_bytes,
                 report=manifest.as_json(),
                 golden=golden.model_dump() if golden is not None else None,
+                note=annotation,
+                uploader=ACTOR.get().name,
                 created_at=now(),
             )
             row.next_version += 1
@@ -414,8 +417,8 @@ class Catalog:
                 return found
         raise _no_version(name, number, param)
 
-    def _info(self, row: VersionRow) -> VersionInfo:
-        return VersionInfo(self._version(row), row.created_at, row.report, row.quarantine)
+    def _info(self, of: VersionRow) -> VersionInfo:
+        return VersionInfo(self._version(of), of.created_at, of.report, of.quarantine, of.note, of.uploader)
 
     def _version(self, row: VersionRow) -> Version:
         return version_of(row, self._path_of)

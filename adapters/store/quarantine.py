@@ -14,9 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.audit import note
 from adapters.database.database import Database
-from adapters.database.rows import VersionRow, now
+from adapters.database.rows import MAX_INTEGER, VersionRow, now
 from adapters.errors import AdapterError, AdapterNotFound, AdapterQuarantined
-from adapters.model import Version
+from adapters.model import Version, is_adapter_name
 
 Shares = tuple[tuple[Version, int], ...]
 
@@ -49,7 +49,8 @@ class Quarantine:
     async def release(self, tenant: str, name: str, number: int) -> None:
         """Puts the files of a version back into service; nothing to do where they are. AdapterNotFound."""
         async with self._database.write() as session:
-            found = await session.get(VersionRow, (tenant, name, number))
+            known = is_adapter_name(name) and 1 <= number <= MAX_INTEGER  # what every database takes
+            found = await session.get(VersionRow, (tenant, name, number)) if known else None
             if found is None:
                 message = f"The adapter `{name[:128]}` has no version {number}."
                 raise AdapterNotFound(message, code="version_not_found")

@@ -277,7 +277,7 @@ async def usage(database: Database, question: Question) -> list[dict[str, Any]]:
 
     What was rolled up counts whole where its first row does. Unprocessable for more than ``MAX_GROUPS``.
     """
-    groups = [_group(name).label(f"by_{name}") for name in question.by]
+    groups = [group_column(name).label(f"by_{name}") for name in question.by]
     sums = [func.coalesce(func.sum(getattr(UsageRow, name)), 0).label(name) for name in SUMS]
     query = _asked(select(*groups, *sums), question).limit(MAX_GROUPS + 1)
     if groups:
@@ -286,7 +286,9 @@ async def usage(database: Database, question: Question) -> list[dict[str, Any]]:
         found = (await session.execute(query)).mappings().all()
     if len(found) > MAX_GROUPS:
         raise Unprocessable(f"That is more than {MAX_GROUPS} groups; ask for less time, or by less.")
-    rows = [{name: _shown(name, row[f"by_{name}"]) for name in question.by} | _totals(row) for row in found]
+    rows = [
+        {name: shown_group(name, row[f"by_{name}"]) for name in question.by} | _totals(row) for row in found
+    ]
     return sorted(rows, key=lambda row: [(row[name] is not None, row[name]) for name in question.by])
 
 
@@ -306,14 +308,16 @@ def _asked(query: Select[*tuple[Any, ...]], question: Question) -> Select[*tuple
     return matching(query, UsageRow, question, "tenant", "adapter", "key")
 
 
-def _group(name: Group) -> ColumnElement[Any]:
+def group_column(name: Group) -> ColumnElement[Any]:
+    """What a group is told apart by; days are counted from 1970."""
     if name == "day":
         return UsageRow.hour // 24
     column: ColumnElement[Any] = getattr(UsageRow, name)
     return column
 
 
-def _shown(name: Group, value: Any) -> Any:
+def shown_group(name: Group, value: Any) -> Any:
+    """A group's value for people: hours and days by their beginning."""
     if name in ("hour", "day"):
         return datetime.fromtimestamp(value * (3600 if name == "hour" else 86400), UTC).isoformat()
     return value

@@ -16,6 +16,7 @@ from typing import Any
 
 import aiohttp
 
+from adapters.database.audit import ACTOR
 from adapters.errors import AdapterError
 from adapters.model import BaseModel, Quota, Tier, Version, Waivers
 from adapters.store.blobs import BlobStore
@@ -99,6 +100,13 @@ class FleetDispatcher:
     def last_events(self, number: int) -> list[dict[str, Any]]:
         """None: each replica has its own scheduler."""
         return []
+
+    def version(self, key: str) -> Version | None:
+        """What a key of the engines' stands for, if this gateway was asked for it."""
+        return self._answers.versions.get(key)
+
+    def numbered(self, version: Version) -> None:
+        """Replicas read it."""
 
     def tier_of(self, version: Version) -> Tier:
         """The nearest that it is at any replica."""
@@ -194,6 +202,8 @@ class RemotePublisher:
         waived: Waivers,
         key: str | None,
         quota: Quota | None,
+        annotation: str | None,
+        keep_reason: bool,
     ) -> Published:
         """As ``server.publishing.publish.publish``; Unavailable where no replica can take it."""
         options = {
@@ -202,6 +212,9 @@ class RemotePublisher:
             "waived": asdict(waived),
             "key": key,
             "quota": [quota.adapters, quota.size_bytes] if quota is not None else None,
+            "note": annotation,
+            "keep_reason": keep_reason,
+            "actor": [ACTOR.get().name, ACTOR.get().request_id],
         }
         wrong: list[Exception] = []
 

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from adapters.database.audit import ACTOR, Actor
 from adapters.errors import AdapterError, UploadIncomplete
 from adapters.model import Quota, Waivers
 from server.engine.calls import EngineDied
@@ -337,7 +338,17 @@ async def publish_(request: Request) -> Response:
         quota = Quota(*sent["quota"]) if sent["quota"] else None
         waived = Waivers(**{**sent["waived"], "fields": tuple(sent["waived"]["fields"])})
         names = sent["tenant"], sent["adapter"]
-        made = await publish(publishing, *names, pieces(), waived=waived, key=sent["key"], quota=quota)
+        ACTOR.set(Actor(*sent["actor"]))
+        made = await publish(
+            publishing,
+            *names,
+            pieces(),
+            waived=waived,
+            key=sent["key"],
+            quota=quota,
+            annotation=sent["note"],
+            keep_reason=sent["keep_reason"],
+        )
         return {"answer": dict(made.answer), "gone": [wire.as_json(version) for version in made.gone]}
 
     return await _told(published())

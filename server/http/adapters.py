@@ -5,25 +5,35 @@ Each takes a ``Tenant`` that its key or its row has already proved, and raises a
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from fastapi import Depends, Header, Query, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from adapters.database.rows import MAX_INTEGER
+from adapters.errors import AdapterNotFound
 from adapters.model import Adapter, Quota, Tier, Version, Waivers
 from adapters.split import WHOLE
+from adapters.store.downloads import Download
 from adapters.store.fitness import Fitness
+from adapters.store.notes import annotate
+from adapters.store.upload_jobs import JobSearch
 from server.accounts.tenants import Tenant
-from server.errors import Unprocessable
+from server.errors import TooManyRequests, Unprocessable
 from server.http.bodies import Body, body_as
+from server.http.reports import page_of
 from server.http.services import Services, services_of
 from server.http.uploads import files_of
+from server.publishing.jobs import publish_later
 from server.publishing.publish import move_pin, publish, unpublish
+
+Note = Annotated[str, Field(min_length=1, max_length=500, pattern=r"^[^\x00]*$")]
 
 
 class AdapterChange(Body):
@@ -54,9 +64,10 @@ class AdapterChange(Body):
 
 
 class VersionChange(Body):
-    """Puts a version back into service."""
+    """Puts a version back into service, or keeps a note with it; null takes the note away."""
 
-    quarantined: Literal[False]
+    quarantined: Literal[False] | None = None
+    note: Note | None = None
 
 
 AdapterChangeBody = Annotated[AdapterChange, body_as(AdapterChange)]
@@ -64,24 +75,40 @@ VersionChangeBody = Annotated[VersionChange, body_as(VersionChange)]
 
 
 class UploadOptions(NamedTuple):
-    """``key`` is the client's Idempotency-Key."""
+    """``key`` is the client's Idempotency-Key. ``wait`` for the outcome, or answer with a job."""
 
     waived: Waivers
     key: str | None = None
+    note: str | None = None
+    wait: bool = True
 
 
 def _upload_options(
     allow_no_effect: bool = False,
     allow_implausible: bool = False,
     ignore_fields: Annotated[str, Query(max_length=4096)] = "",
+    note: Annotated[Note | None, Query(description="Kept with the version, for people.")] = None,
+    wait: Annotated[bool, Query(description="`false`: answer 202 once the bytes are here.")] = True,
+    prefer: Annotated[str, Header(description="`respond-async` is the same as `wait=false`.")] = "",
     idempotency_key: Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")] = None,
 ) -> UploadOptions:
     """``ignore_fields``: names from the adapter's config, separated by commas."""
     fields = {name for part in ignore_fields.split(",") if (name := part.strip())}
     waived = Waivers(allow_no_effect, allow_implausible, tuple(sorted(fields)))
-    return UploadOptions(waived, idempotency_key)
+    later = "respond-async" in (word.strip().lower() for word in prefer.split(","))
+    return UploadOptions(waived, idempotency_key, note, wait and not later)
 
 
+class Warm(Body):
+    """Which version, the live one if None, and whether in a slot or just in host memory."""
+
+    empty = b"{}"
+    version: int | None = Field(None, ge=1)
+    slot: bool = False
+
+
+UploadsAfter = Annotated[str | None, Query(max_length=32, description="`next` of the page before.")]
+WarmBody = Annotated[Warm, body_as(Warm)]
 UploadOptionsOf = Annotated[UploadOptions, Depends(_upload_options)]
 
 
@@ -107,25 +134,73 @@ async def receive_version(
 ) -> JSONResponse:
     """Publishes the files in the body of ``request``; ``prefixes`` are the sources that may be fetched."""
     services = services_of(request)
+    given: dict[str, Any] = {
+        "waived": options.waived, "key": options.key, "quota": quota, "annotation": options.note
+    }  # fmt: skip
     async with services.intake.enter(tenant.id, quota.size_bytes if quota else None) as place:
-        files = files_of(
-            request,
-            services.blobs.quarantine,
-            max_bytes=services.settings.max_upload_bytes,
-            prefixes=prefixes,
-            counted=place.counted,
+        files = place.written(
+            files_of(
+                request,
+                services.blobs.quarantine,
+                max_bytes=services.settings.max_upload_bytes,
+                prefixes=prefixes,
+                counted=place.counted,
+            )
         )
-        published = await publish(
-            services.publishing,
-            tenant.id,
-            name,
-            place.written(files),
-            waived=options.waived,
-            key=options.key,
-            quota=quota,
-        )
+        if not options.wait:
+            services.publishing.catalog.check_name(name)
+            later = services.in_background, lambda published: _free(services, published.gone)
+            job = await publish_later(services.publishing, tenant.id, name, files, *later, **given)
+            # Where the rest is asked for, by whoever sent this.
+            where = request.url.path.removesuffix("/versions") + f"/uploads/{job['id']}"
+            return JSONResponse(job, status_code=202, headers={"Location": where})
+        published = await publish(services.publishing, tenant.id, name, files, **given)
     _free(services, published.gone)
     return JSONResponse(dict(published.answer), status_code=201)
+
+
+async def uploads(services: Services, search: JobSearch, limit: int) -> dict[str, Any]:
+    """Uploads that are answered later, and refused ones; newest first."""
+    return page_of(await services.publishing.jobs.search(search, limit + 1), limit, "id")
+
+
+async def download(services: Services, tenant: Tenant, name: str, version: int) -> StreamingResponse:
+    """The files of a version as a tar, as they are stored and served."""
+    catalog = services.publishing.catalog
+    infos = {info.version.number: info for info in (await catalog.adapter(tenant.id, name)).versions}
+    if version not in infos:
+        raise AdapterNotFound(f"The adapter `{name}` has no version {version}.", code="version_not_found")
+    found = infos[version].version
+    try:
+        golden = (await catalog.golden(found)).model_dump()
+    except AdapterNotFound:
+        golden = None
+    tar = await asyncio.to_thread(Download, found.path, golden)
+    headers = {
+        "Content-Length": str(tar.size_bytes),
+        "Content-Disposition": f'attachment; filename="{name}-{version}.tar"',
+    }
+    return StreamingResponse(tar, media_type="application/x-tar", headers=headers)
+
+
+async def warm(services: Services, tenant: Tenant, name: str, body: Warm) -> dict[str, Any]:
+    """Loads a version; returns when it is in host memory, or in a slot."""
+    version = await services.publishing.catalog.version(tenant.id, name, body.version, param="version")
+    timeout = services.settings.queue_timeout
+    tier = await services.dispatcher.warm(version, slot=body.slot, timeout=timeout)
+    return {"adapter": name, "version": version.number, "tier": tier}
+
+
+@contextmanager
+def one_at_a_time(services: Services, tenant: Tenant) -> Iterator[None]:
+    """TooManyRequests while the same tenant does this already: it costs the engine, and nobody counts it."""
+    if tenant.id in services.busy:
+        raise TooManyRequests("One call of this kind at a time. Try again when it has ended.", retry_after=1)
+    services.busy.add(tenant.id)
+    try:
+        yield
+    finally:
+        services.busy.discard(tenant.id)
 
 
 async def update(services: Services, tenant: Tenant, name: str, change: AdapterChange) -> dict[str, Any]:
@@ -142,9 +217,16 @@ async def update(services: Services, tenant: Tenant, name: str, change: AdapterC
     return as_json(adapter, services)
 
 
-async def release_version(services: Services, tenant: Tenant, name: str, version: int) -> dict[str, Any]:
-    """Puts a quarantined version back into service."""
-    await services.publishing.quarantine.release(tenant.id, name, version)
+async def update_version(
+    services: Services, tenant: Tenant, name: str, version: int, change: VersionChange
+) -> dict[str, Any]:
+    """Puts a quarantined version back into service, and changes its note; Unprocessable for neither."""
+    if not change.model_fields_set:
+        raise Unprocessable(f"Name at least one of {', '.join(VersionChange.model_fields)}.")
+    if change.quarantined is False:
+        await services.publishing.quarantine.release(tenant.id, name, version)
+    if "note" in change.model_fields_set:
+        await annotate(services.database, tenant.id, name, version, change.note)
     return await one(services, tenant, name)
 
 
@@ -192,6 +274,8 @@ def as_json(adapter: Adapter, services: Services) -> dict[str, Any]:
                 "digest": info.version.digest,
                 "tier": dispatcher.tier_of(info.version),
                 "created_at": info.created_at.isoformat(),
+                "uploader": info.uploader,
+                "note": info.note,
                 "quarantine": dict(info.quarantine) if info.quarantine else None,
                 "problem": _problem(fitness, info.version),
                 "report": dict(info.report),

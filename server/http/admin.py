@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field
 
 from adapters.store.replicas import as_json as replica_as_json
+from adapters.store.upload_jobs import JobSearch, State
 from server.accounts.keys import DEFAULT_SCOPES, SCOPES, KeyScope
 from server.accounts.tenants import Priority
 from server.accounts.terms import Budgets, KeyLimits, TenantLimits
 from server.http import adapters, answers
+from server.http import answers_operators as operators
 from server.http.adapters import (
     AdapterChange,
     AdapterChangeBody,
     UploadOptionsOf,
+    UploadsAfter,
     VersionChange,
     VersionChangeBody,
+    Warm,
+    WarmBody,
 )
 from server.http.auth import ADMIN, NamedTenant
 from server.http.bodies import Body, body_as, documented
-from server.http.reports import PAGE, page_of
+from server.http.reports import PAGE, Limit, page_of
 from server.http.services import ServicesOf
 from server.publishing.publish import verify
-from server.scheduling.event_log import KEPT
 
 router = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=[ADMIN])
 
@@ -84,14 +87,6 @@ class Rotation(Body):
 
     empty = b"{}"
     overlap_seconds: int = Field(0, ge=0, le=366 * 86400)
-
-
-class Warm(Body):
-    """Which version, the live one if None, and whether in a slot or just in host memory."""
-
-    empty = b"{}"
-    version: int | None = Field(None, ge=1)
-    slot: bool = False
 
 
 @router.post("/tenants", status_code=201, response_model=answers.Tenant, openapi_extra=documented(NewTenant))
@@ -186,6 +181,41 @@ async def create_version(
     return await adapters.receive_version(request, owner, name, options, prefixes=prefixes)
 
 
+@router.get("/tenants/{tenant}/adapters/{name}/uploads", response_model=operators.Uploads)
+async def list_uploads(
+    owner: NamedTenant, name: str, services: ServicesOf, after: UploadsAfter = None, limit: Limit = 100
+) -> dict[str, Any]:
+    """Those that are answered later, and the newest that were refused."""
+    return await adapters.uploads(services, JobSearch(owner.id, name, after=after), limit)
+
+
+@router.get("/tenants/{tenant}/adapters/{name}/uploads/{upload}", response_model=operators.Upload)
+async def get_upload(owner: NamedTenant, name: str, upload: str, services: ServicesOf) -> dict[str, Any]:
+    """How far an upload has come, and what became of it."""
+    return await services.publishing.jobs.get(owner.id, name, upload)
+
+
+@router.get("/uploads", response_model=operators.Uploads, summary="All customers' uploads, newest first")
+async def all_uploads(
+    services: ServicesOf,
+    tenant: str | None = None,
+    adapter: str | None = None,
+    state: State | None = None,
+    after: UploadsAfter = None,
+    limit: Limit = 100,
+) -> dict[str, Any]:
+    """Those that are answered later, and of each customer the newest that were refused, with the reason."""
+    return await adapters.uploads(services, JobSearch(tenant, adapter, state, after), limit)
+
+
+@router.get("/tenants/{tenant}/adapters/{name}/versions/{version}/download", response_class=StreamingResponse)
+async def download_version(
+    owner: NamedTenant, name: str, version: int, services: ServicesOf
+) -> StreamingResponse:
+    """A tar of the files that are served, with the `probes.json` that came along."""
+    return await adapters.download(services, owner, name, version)
+
+
 @router.get("/tenants/{tenant}/adapters", response_model=answers.Adapters)
 async def list_adapters(owner: NamedTenant, services: ServicesOf) -> dict[str, Any]:
     return await adapters.listed(services, owner)
@@ -210,13 +240,8 @@ async def update_adapter(
 @router.post(
     "/tenants/{tenant}/adapters/{name}/warm", response_model=answers.Warmed, openapi_extra=documented(Warm)
 )
-async def warm_adapter(
-    owner: NamedTenant, name: str, body: Annotated[Warm, body_as(Warm)], services: ServicesOf
-) -> dict[str, Any]:
-    version = await services.publishing.catalog.version(owner.id, name, body.version, param="version")
-    timeout = services.settings.queue_timeout
-    tier = await services.dispatcher.warm(version, slot=body.slot, timeout=timeout)
-    return {"adapter": name, "version": version.number, "tier": tier}
+async def warm_adapter(owner: NamedTenant, name: str, body: WarmBody, services: ServicesOf) -> dict[str, Any]:
+    return await adapters.warm(services, owner, name, body)
 
 
 @router.delete("/tenants/{tenant}/adapters/{name}", status_code=204)
@@ -233,7 +258,7 @@ async def delete_adapter(owner: NamedTenant, name: str, services: ServicesOf) ->
 async def update_version(
     owner: NamedTenant, name: str, version: int, body: VersionChangeBody, services: ServicesOf
 ) -> dict[str, Any]:
-    return await adapters.release_version(services, owner, name, version)
+    return await adapters.update_version(services, owner, name, version, body)
 
 
 @router.delete("/tenants/{tenant}/adapters/{name}/versions/{version}", status_code=204)
@@ -247,13 +272,6 @@ async def verify_adapter(
     owner: NamedTenant, name: str, services: ServicesOf, version: int | None = None
 ) -> dict[str, Any]:
     return await verify(services.publishing, owner.id, name, version)
-
-
-@router.get("/residency", response_model=answers.Residency, response_model_exclude_unset=True)
-async def residency(services: ServicesOf, events: Annotated[int, Query(ge=0, le=KEPT)] = 0) -> dict[str, Any]:
-    """Slots, tiers and queues as they are now; with ``events``, also the scheduler's last so many events."""
-    found = asdict(services.dispatcher.snapshot()) | {"rates": services.metrics.recent.rates()}
-    return found | {"events": services.dispatcher.last_events(events)} if events else found
 
 
 @router.get("/replicas", response_model=answers.Replicas)

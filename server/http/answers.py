@@ -131,6 +131,8 @@ class AdapterVersion(Answer):
     digest: Digest
     tier: Tier
     created_at: Time
+    uploader: Annotated[str | None, Field(description="Who uploaded it, as in the audit.")]
+    note: str | None
     quarantine: dict[str, JsonValue] | None
     problem: dict[str, str] | None
     report: Report
@@ -207,6 +209,15 @@ class UsageSum(Answer):
     seconds: float
     load_seconds: float
     cost: float
+    queue_seconds_p50: Annotated[float | None, Field(description="Only with `percentiles=true`.")] = None
+    queue_seconds_p95: float | None = None
+    queue_seconds_p99: float | None = None
+    first_token_seconds_p50: float | None = None
+    first_token_seconds_p95: float | None = None
+    first_token_seconds_p99: float | None = None
+    seconds_p50: float | None = None
+    seconds_p95: float | None = None
+    seconds_p99: float | None = None
 
 
 class Usage(Answer):
@@ -241,6 +252,8 @@ class Audit(Answer):
 class ResidentSlot(Answer):
     """A GPU slot; all null when it is free. `running` counts requests."""
 
+    tenant: str | None
+    name: Annotated[str | None, Field(description="`adapter@version`.")]
     version: str | None
     load_id: Count | None
     state: str | None
@@ -251,6 +264,8 @@ class ResidentSlot(Answer):
 class ResidentVersion(Answer):
     """A version that takes room in host memory."""
 
+    tenant: str | None
+    name: Annotated[str | None, Field(description="`adapter@version`.")]
     version: str
     load_id: Count
     state: str

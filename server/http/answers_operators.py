@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue
 
 from adapters.model import Tier
+from adapters.store.upload_jobs import State
 from server.accounts.keys import KeyScope
-from server.http.answers import Digest, Key, Number, Time
+from server.http.answers import Digest, Key, NewVersion, Number, Time
 from server.inference.dialects.answers import Answer, Count
 from server.metrics import Outcome
 
@@ -185,3 +186,34 @@ class Me(Answer):
     budgets: list[BudgetLeft]
     queued: Count
     running: Count
+
+
+class UploadError(Answer):
+    """Why an upload was refused, as its answer says it."""
+
+    code: str
+    message: str | None
+
+
+class Upload(Answer):
+    """An upload that is answered later, or one that was refused."""
+
+    id: str
+    tenant: str
+    adapter: str
+    state: State
+    received_bytes: Count
+    by: Annotated[str, Field(description="Who uploads it, as in the audit.")]
+    request_id: str | None
+    created_at: Time
+    updated_at: Time
+    result: Annotated[NewVersion | None, Field(description="What the upload would have been answered.")]
+    error: UploadError | None
+
+
+class Uploads(Answer):
+    """One page of them, newest first."""
+
+    object: Literal["list"]
+    data: list[Upload]
+    next: Next

@@ -56,6 +56,10 @@ def _complete(path: str, method: str, operation: Schema) -> None:
         operation["requestBody"] = {"required": True, "content": _json(_BODIES[path])}
     if path.endswith("/versions"):
         operation["requestBody"] = {"required": True, "content": _UPLOAD}
+        accepted = _json({"$ref": "#/components/schemas/Upload"})
+        responses["202"] = {"description": "The bytes are here; see `wait`.", "content": accepted}
+    if path.endswith("/download"):
+        responses["200"]["content"] = {"application/x-tar": {"schema": _FILE}}
     if form := _OTHER_FORMS.get(_short(path)):
         responses["200"]["content"][form] = {"schema": _TEXT}
     if path in _STREAMS:
@@ -130,7 +134,7 @@ _MEANS = {
     "507": "The disk is full.",
 }
 _BODIES = {dialect.path: dialect.body for dialect in DIALECTS.values()}
-_STREAMS = {dialect.path for dialect in DIALECTS.values() if dialect.streams}
+_STREAMS = {dialect.path for dialect in DIALECTS.values() if dialect.streams} | {"/admin/v1/residency"}
 # Of a stream, each event.
 _EVENT = _object("data", event=_TEXT, data=_TEXT)
 _FILE = {"type": "string", "format": "binary"}

@@ -17,7 +17,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from adapters.database.audit import Search, entries
 from adapters.database.database import Database
-from server.accounts.usage import GROUPS, Group, Question, usage
+from server.accounts.percentiles import PERCENTS, TIMES
+from server.accounts.percentiles import percentiles as percentiles_of
+from server.accounts.usage import GROUPS, Group, Question, shown_group, usage
 from server.errors import Unprocessable
 from server.http.answers import Audit, Usage
 from server.http.auth import ADMIN, Manager, UsageReader
@@ -28,6 +30,7 @@ customers = APIRouter(prefix="/v1", tags=["self-service"])
 
 Start = Annotated[datetime | None, Query(alias="from", description="ISO 8601; UTC where it has no zone.")]
 End = Annotated[datetime | None, Query(alias="to", description="The first moment that does not count.")]
+Percentiles = Annotated[bool, Query(description="Also the times that 50, 95 and 99 % did not exceed.")]
 Format = Literal["json", "csv"] | None
 PAGE = 1000
 # Rows count up from 1 and never get there; the document's bounds are floats, and this is exact as one.
@@ -56,9 +59,13 @@ Asked = Annotated[Question, Depends(_question)]
     summary="Sums of what was used, also as CSV (`Accept: text/csv` or `format=csv`)",
 )
 async def all_usage(
-    request: Request, asked: Asked, tenant: str | None = None, format: Format = None
+    request: Request,
+    asked: Asked,
+    tenant: str | None = None,
+    percentiles: Percentiles = False,
+    format: Format = None,
 ) -> Response:
-    return await answer(request, replace(asked, tenant=tenant), format)
+    return await answer(request, replace(asked, tenant=tenant), format, percentiles)
 
 
 @operators.get(
@@ -116,17 +123,30 @@ async def _lines(database: Database, search: Search) -> AsyncIterator[str]:
 @customers.get(
     "/usage", response_model=Usage, summary="The customer's own; needs a key with the scope `usage:read`"
 )
-async def own_usage(request: Request, reader: UsageReader, asked: Asked, format: Format = None) -> Response:
+async def own_usage(
+    request: Request,
+    reader: UsageReader,
+    asked: Asked,
+    percentiles: Percentiles = False,
+    format: Format = None,
+) -> Response:
     # What a tenant of the same name used, which is no more, is none of this one's business.
     first = max(asked.start or reader.created_at, reader.created_at)
-    return await answer(request, replace(asked, tenant=reader.id, start=first), format)
+    return await answer(request, replace(asked, tenant=reader.id, start=first), format, percentiles)
 
 
-async def answer(request: Request, question: Question, format: str | None) -> Response:
-    """Everything that ended before the call is in it."""
+async def answer(request: Request, question: Question, format: str | None, timed: bool = False) -> Response:
+    """Everything that ended before the call is in it; ``timed`` adds percentiles of its times."""
     services = services_of(request)
     await services.usage_writer.flush()
     rows = await usage(services.database, question)
+    if timed:
+        times = {
+            tuple(map(shown_group, question.by, key)): found
+            for key, found in (await percentiles_of(services.database, question)).items()
+        }
+        none = dict.fromkeys(f"{name}_p{percent}" for name in TIMES for percent in PERCENTS)
+        rows = [row | none | times.get(tuple(row[name] for name in question.by), {}) for row in rows]
     if format == "csv" or (format is None and "text/csv" in request.headers.get("accept", "")):
         return Response(_csv(rows, question), media_type="text/csv")
     return JSONResponse({"object": "list", "data": rows})

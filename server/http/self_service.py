@@ -8,15 +8,28 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from adapters.model import Quota
+from adapters.store.upload_jobs import JobSearch
 from server.errors import Forbidden
 from server.http import adapters, answers
-from server.http.adapters import AdapterChange, AdapterChangeBody, UploadOptionsOf
+from server.http import answers_operators as operators
+from server.http.adapters import (
+    AdapterChange,
+    AdapterChangeBody,
+    UploadOptionsOf,
+    UploadsAfter,
+    VersionChange,
+    VersionChangeBody,
+    Warm,
+    WarmBody,
+)
 from server.http.auth import AdapterOwner
 from server.http.bodies import documented
+from server.http.reports import Limit
 from server.http.services import ServicesOf
+from server.publishing.publish import verify
 
 router = APIRouter(prefix="/v1/adapters", tags=["self-service"])
 
@@ -69,3 +82,57 @@ async def delete_adapter(owner: AdapterOwner, name: str, services: ServicesOf) -
 async def delete_version(owner: AdapterOwner, name: str, version: int, services: ServicesOf) -> Response:
     await adapters.delete_version(services, owner, name, version)
     return Response(status_code=204)
+
+
+@router.patch(
+    "/{name}/versions/{version}", response_model=answers.Adapter, openapi_extra=documented(VersionChange)
+)
+async def update_version(
+    owner: AdapterOwner, name: str, version: int, body: VersionChangeBody, services: ServicesOf
+) -> dict[str, Any]:
+    """Its note; the operator alone puts it back into service."""
+    if "quarantined" in body.model_fields_set:
+        raise Forbidden("Only the operator can release a version.", param="quarantined")
+    return await adapters.update_version(services, owner, name, version, body)
+
+
+@router.get("/{name}/versions/{version}/download", response_class=StreamingResponse)
+async def download_version(
+    owner: AdapterOwner, name: str, version: int, services: ServicesOf
+) -> StreamingResponse:
+    """A tar of the files that are served, with the `probes.json` that came along."""
+    return await adapters.download(services, owner, name, version)
+
+
+@router.get("/{name}/uploads", response_model=operators.Uploads)
+async def list_uploads(
+    owner: AdapterOwner, name: str, services: ServicesOf, after: UploadsAfter = None, limit: Limit = 100
+) -> dict[str, Any]:
+    """Those that are answered later, and the newest that were refused, with the reason."""
+    return await adapters.uploads(services, JobSearch(owner.id, name, after=after), limit)
+
+
+@router.get("/{name}/uploads/{upload}", response_model=operators.Upload)
+async def get_upload(owner: AdapterOwner, name: str, upload: str, services: ServicesOf) -> dict[str, Any]:
+    """How far an upload has come, and what became of it."""
+    return await services.publishing.jobs.get(owner.id, name, upload)
+
+
+@router.post("/{name}/warm", response_model=answers.Warmed, openapi_extra=documented(Warm))
+async def warm_adapter(
+    owner: AdapterOwner, name: str, body: WarmBody, services: ServicesOf
+) -> dict[str, Any]:
+    """Into host memory; a slot is given to requests, and to whom the operator says."""
+    if body.slot:
+        raise Forbidden("Only the operator can load an adapter into a slot.", param="slot")
+    with adapters.one_at_a_time(services, owner):
+        return await adapters.warm(services, owner, name, body)
+
+
+@router.post("/{name}/verify", response_model=answers.Verified)
+async def verify_adapter(
+    owner: AdapterOwner, name: str, services: ServicesOf, version: int | None = None
+) -> dict[str, Any]:
+    """Holds a version against the `probes.json` that it came with; one call at a time."""
+    with adapters.one_at_a_time(services, owner):
+        return await verify(services.publishing, owner.id, name, version)

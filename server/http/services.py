@@ -58,6 +58,8 @@ class Services:
     started: int
     on_drain: Callable[[], Coroutine[Any, Any, None]] | None = None
     draining: bool = False
+    # Tenants with a call of their own under way that only one at a time is allowed of.
+    busy: set[str] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     checking: asyncio.Task[dict[str, str]] | None = None
 

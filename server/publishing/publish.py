@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +24,7 @@ from adapters.store.catalog import Catalog
 from adapters.store.fitness import Fitness
 from adapters.store.idempotency import Receipts
 from adapters.store.quarantine import Quarantine
+from adapters.store.upload_jobs import State, UploadJobs
 from adapters.tasks import uninterruptible
 from server.engine.engine import Engine
 from server.errors import ServerError, Unavailable
@@ -49,6 +50,8 @@ class Elsewhere(Protocol):
         waived: Waivers,
         key: str | None,
         quota: Quota | None,
+        annotation: str | None,
+        keep_reason: bool,
     ) -> Published: ...
 
     async def verify(self, tenant: str, name: str, number: int | None) -> dict[str, Any]: ...
@@ -66,6 +69,7 @@ class Publishing:
     prober: Prober
     quarantine: Quarantine
     fitness: Fitness
+    jobs: UploadJobs
     keep_versions: int = 0
     # In a fleet, where others publish too: bytes go by age alone, and who pins what is agreed.
     shared: bool = False
@@ -75,6 +79,26 @@ class Publishing:
     coming: list[str] = field(default_factory=list)
     # Held to add one, and while a blob is removed: nobody commits what is about to go.
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+Progress = Callable[[State, int], Awaitable[None]]
+
+
+async def _no_progress(state: State, received_bytes: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What is uploaded, and how; see ``publish``."""
+
+    tenant: str
+    name: str
+    waived: Waivers
+    key: str | None
+    quota: Quota | None
+    annotation: str | None
+    progress: Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,33 +118,62 @@ async def publish(
     waived: Waivers = NOTHING_WAIVED,
     key: str | None = None,
     quota: Quota | None = None,
+    annotation: str | None = None,
+    progress: Progress = _no_progress,
+    keep_reason: bool = True,
 ) -> Published:
     """Receives ``files`` as (file name, bytes) pieces and makes them the live version of ``name``.
 
     When it returns, the files and the row are on disk. Raises an AdapterError or ServerError, with nothing
-    kept, and logs one line that names the adapter. ``waived`` are checks that the upload does without.
-    An upload repeated with its ``key`` is answered as before.
+    kept but, with ``keep_reason``, the reason, and logs one line that names the adapter. ``waived`` are
+    checks that the upload does without, ``annotation`` is a note for people. ``progress`` is told each state
+    after ``receiving``, with the bytes that came. An upload repeated with its ``key`` is answered as before.
     """
     if service.elsewhere is not None:
-        return await service.elsewhere.publish(tenant, name, files, waived=waived, key=key, quota=quota)
+        sent = _told_at_the_end(files, progress)
+        return await service.elsewhere.publish(
+            tenant,
+            name,
+            sent,
+            waived=waived,
+            key=key,
+            quota=quota,
+            annotation=annotation,
+            keep_reason=keep_reason,
+        )
+    upload = Upload(tenant, name, waived, key, quota, annotation, progress)
     try:
-        return await _publish(service, tenant, name, files, waived, key, quota)
+        return await _publish(service, upload, files)
     except (AdapterError, ServerError) as exc:
+        if keep_reason:
+            await _keep_reason(service, upload, exc)
         about = {"tenant": tenant, "adapter": name[:128], "code": exc.code}
-        upload = f"{tenant}/{name[:128]}"
-        logger.warning("upload of %r refused, %s: %s", upload, exc.code, exc.message, extra=about)
+        whole = f"{tenant}/{name[:128]}"
+        logger.warning("upload of %r refused, %s: %s", whole, exc.code, exc.message, extra=about)
         raise
 
 
-async def _publish(
-    service: Publishing,
-    tenant: str,
-    name: str,
-    files: AsyncIterator[tuple[str, bytes]],
-    waived: Waivers,
-    key: str | None,
-    quota: Quota | None,
-) -> Published:
+async def _told_at_the_end(
+    files: AsyncIterator[tuple[str, bytes]], progress: Progress
+) -> AsyncIterator[tuple[str, bytes]]:
+    """``files``, and then ``progress`` hears that they are here: what follows happens elsewhere."""
+    received = 0
+    async for name, piece in files:
+        received += len(piece)
+        yield name, piece
+    await progress("inspecting", received)
+
+
+async def _keep_reason(service: Publishing, upload: Upload, exc: AdapterError | ServerError) -> None:
+    """For people who look for it later. What keeps it from being written must not hide it."""
+    try:
+        await service.jobs.refused(upload.tenant, upload.name, exc.code, exc.message)
+    except Exception as error:
+        logger.warning("the reason of a refused upload could not be kept: %s", error)
+
+
+async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tuple[str, bytes]]) -> Published:
+    tenant, name, waived, key, quota = upload.tenant, upload.name, upload.waived, upload.key, upload.quota
     service.catalog.check_name(name)
     if quota is not None:
         await service.catalog.check_quota(tenant, name, quota)
@@ -132,6 +185,7 @@ async def _publish(
             else:
                 await incoming.write(filename, chunk)
         uploaded = await incoming.finish()
+        await upload.progress("inspecting", incoming.size_bytes)
         async with service.receipts.once(tenant, key, name, uploaded, *_asked(waived)) as receipt:
             if receipt is not None and receipt.answer is not None:
                 return Published(receipt.answer)
@@ -152,7 +206,9 @@ async def _publish(
                 warning = ignored_pickles(sorted(pickles))
                 manifest = replace(manifest, warnings=(*manifest.warnings, warning))
             async with _committed(service, incoming, tenant, name, manifest) as candidate:
+                await upload.progress("probing", incoming.size_bytes)
                 manifest = await _probed(service, candidate, manifest, golden, waived)
+                await upload.progress("linking", incoming.size_bytes)
                 link = service.catalog.link(
                     tenant,
                     name,
@@ -161,8 +217,10 @@ async def _publish(
                     golden=golden,
                     receipt=receipt,
                     quota=quota,
+                    annotation=upload.annotation,
                 )
                 adapter, version = await uninterruptible(link)
+    service.dispatcher.numbered(version)
     if not service.shared:
         move_pin(service.dispatcher, adapter)
     return Published(adapter.upload_as_json(version.number), await _make_room(service, adapter))

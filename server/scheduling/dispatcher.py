@@ -257,6 +257,10 @@ class Dispatcher(EngineLoop):
             if tier is not Tier.DISK and key in self._versions
         }
 
+    def version(self, key: str) -> Version | None:
+        """What is known under an engine's name, while it is in memory or waited for."""
+        return self._versions.get(key)
+
     def tier_of(self, version: Version) -> Tier:
         return self._plan.tier_of(version.key)
 

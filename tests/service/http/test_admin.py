@@ -33,6 +33,10 @@ ROUTES = [
     ("POST", "/tenants/{tenant}/keys/{key_id}/rotate"),
     ("GET", "/tenants/{tenant}/limits"),
     ("GET", "/server"),
+    ("GET", "/uploads"),
+    ("GET", "/tenants/{tenant}/adapters/{name}/uploads"),
+    ("GET", "/tenants/{tenant}/adapters/{name}/uploads/{upload}"),
+    ("GET", "/tenants/{tenant}/adapters/{name}/versions/{version}/download"),
     ("GET", "/adapters"),
     ("GET", "/requests"),
     ("POST", "/tenants/{tenant}/adapters/{name}/versions"),
@@ -51,7 +55,9 @@ ROUTES = [
 
 
 def url(path: str, tenant: str = "acme") -> str:
-    return "/admin/v1" + path.format(tenant=tenant, name="a", key_id="0123456789abcdef", version=1)
+    return "/admin/v1" + path.format(
+        tenant=tenant, name="a", key_id="0123456789abcdef", version=1, upload="0" * 32
+    )
 
 
 @pytest.fixture
@@ -287,7 +293,10 @@ async def test_a_pinned_adapter_stays_in_memory(site: Site) -> None:
 
 async def test_residency_as_it_is_now(site: Site) -> None:
     assert await residency(site) == {
-        "slots": [dict.fromkeys(("version", "load_id", "state")) | {"running": 0, "draining": False}] * 2,
+        "slots": [
+            dict.fromkeys(("version", "load_id", "state", "tenant", "name"))
+            | {"running": 0, "draining": False}
+        ] * 2,
         "host": [], "queued": {}, "running": {}, "counters": {}, "aside": 0, "drains": 0,
         "preemptions": 0, "draining": False,
     }  # fmt: skip
@@ -303,6 +312,7 @@ async def test_residency_as_it_is_now(site: Site) -> None:
         assert now["running"] == {"acme": 1}
         assert now["slots"][0] == {
             "version": version, "load_id": 1, "state": "active", "running": 1, "draining": False,
+            "tenant": "acme", "name": "a@1",
         }  # fmt: skip
         (entry,) = now["host"]
         assert (entry["version"], entry["tier"], entry["state"]) == (version, "gpu", "active")

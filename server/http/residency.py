@@ -1,0 +1,72 @@
+"""``/admin/v1/residency``: where adapters are and who waits, once or as a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from adapters.model import Version
+from server.http import answers
+from server.http.auth import ADMIN
+from server.http.services import Services, ServicesOf
+from server.scheduling.event_log import KEPT
+
+router = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=[ADMIN])
+
+EVENT_STREAM = "text/event-stream"
+# Seconds after which a stream says that it is still there, though nothing has changed.
+_SILENCE = 15.0
+
+
+@router.get(
+    "/residency",
+    response_model=answers.Residency,
+    summary="Slots, tiers and queues as they are now; each time they change with `Accept: text/event-stream`",
+)
+async def residency(
+    request: Request,
+    services: ServicesOf,
+    events: Annotated[int, Query(ge=0, le=KEPT, description="The scheduler's last so many events.")] = 0,
+    every: Annotated[float, Query(ge=0.2, le=60, description="Of a stream: seconds between two looks.")] = 1,
+) -> Response:
+    """Adapters are named by tenant and ``name@version``, where the version is known."""
+    if EVENT_STREAM in request.headers.get("accept", ""):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(_stream(services, every), media_type=EVENT_STREAM, headers=headers)
+    found = look(services)
+    return JSONResponse(found | {"events": services.dispatcher.last_events(events)} if events else found)
+
+
+def look(services: Services) -> dict[str, Any]:
+    """The state at this moment, as JSON."""
+    found = asdict(services.dispatcher.snapshot()) | {"rates": services.metrics.recent.rates()}
+    for entry in (*found["slots"], *found["host"]):
+        version = services.dispatcher.version(entry["version"]) if entry["version"] else None
+        entry["tenant"] = version.tenant if version else None
+        entry["name"] = _named(version) if version else None
+    return found
+
+
+def _named(version: Version) -> str:
+    return f"{version.adapter}@{version.number}"
+
+
+async def _stream(services: Services, every: float) -> AsyncIterator[str]:
+    """An event for each state that differs from the one before, until the server stops."""
+    before, silent = "", 0.0
+    while not services.draining:
+        now = json.dumps(look(services))
+        if now != before:
+            before, silent = now, 0.0
+            yield f"event: residency\ndata: {now}\n\n"
+        elif silent >= _SILENCE:
+            silent = 0.0
+            yield ": still here\n\n"
+        await asyncio.sleep(every)
+        silent += every
