@@ -257,6 +257,11 @@ class Dispatcher(EngineLoop):
             if tier is not Tier.DISK and key in self._versions
         }
 
+    def numbered(self, version: Version) -> None:
+        """``version`` has its number now; it may have been tried without one."""
+        if version.key in self._versions:
+            self._versions[version.key] = version
+
     def version(self, key: str) -> Version | None:
         """What is known under an engine's name, while it is in memory or waited for."""
         return self._versions.get(key)

@@ -142,7 +142,9 @@ async def test_every_field_is_documented(tmp_path: Path) -> None:
 
 
 def test_a_field_that_is_not_listed_passes_through() -> None:
+    rates = dict.fromkeys(("output_tokens_per_second", "first_token_p50", "first_token_p99"))
     whole = {name: {} for name in ("queued", "running", "counters")} | {
+        "rates": {"seconds": 0.0, "first_tokens": 0, **rates},
         "slots": [], "host": [], "aside": 0, "drains": 0, "preemptions": 0, "draining": False, "new": [1],
     }  # fmt: skip
     assert Residency.model_validate(whole).model_dump(exclude_unset=True) == whole
