@@ -15,11 +15,15 @@ from tests.bench.stats import jain, percentile
 ENGINE = Engine()
 CROWDS = {
     f"{replicas} × {adapters:,}{', moving' if moves else ''}": Crowd(
-        replicas, adapters, seconds=60.0 if replicas < 64 else 20.0, warm=10.0, moves=moves
+        replicas,
+        adapters,
+        seconds=24.0 if replicas < 64 else 16.0,
+        warm=4.0 if replicas < 64 else 8.0,
+        moves=moves,
     )
     for replicas in (8, 64)
     for adapters in (1_000, 10_000)
-    for moves in (None, 5.0)
+    for moves in (None, 2.0)
 }
 
 
