@@ -191,6 +191,10 @@ class Engine:
             return
         self._grammars = Grammars(tokenizer, seconds=seconds, any_whitespace=blanks)
         self._grammars.start()
+        try:
+            await self._grammars.warm()
+        except Unavailable as exc:  # it is tried again with the first schema
+            logger.warning("%s", exc.message)
         self._llm.check_structure = self._check_params
 
     async def _check_params(self, call: Call, params: Any) -> None:

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -135,20 +135,30 @@ class Grammars:
 
     @asynccontextmanager
     async def _place(self, owner: str) -> AsyncIterator[None]:
+        """One of the places, within ``seconds``: whoever asks is not left without an answer."""
         if self._waiting[owner] >= MOST_WAITING:
-            raise TooManyRequests(
-                "Too many new schemas at once; send one again when the others are answered.",
-                retry_after=self._seconds,
-            )
+            raise self._too_many()
         self._waiting[owner] += 1
         own = self._owners.setdefault(owner, asyncio.Semaphore(self._each))
         try:
-            async with own, self._places:
+            async with AsyncExitStack() as held:
+                try:
+                    async with asyncio.timeout(self._seconds):
+                        await held.enter_async_context(own)
+                        await held.enter_async_context(self._places)
+                except TimeoutError:
+                    raise self._too_many() from None
                 yield
         finally:
             self._waiting[owner] -= 1
             if not self._waiting[owner]:
                 del self._waiting[owner], self._owners[owner]
+
+    def _too_many(self) -> TooManyRequests:
+        return TooManyRequests(
+            "Too many new schemas at once; send one again when the others are answered.",
+            retry_after=self._seconds,
+        )
 
     async def _compiled(self, specs: Sequence[Spec]) -> Verdict:
         """What a child of the compiling process says."""
@@ -205,8 +215,12 @@ class Grammars:
         assert self._control is not None
         socket.send_fds(self._control, [b"j"], [job.fileno()])
 
+    async def warm(self) -> None:
+        """Returns when the compiling process is ready, which takes it some seconds. Raises Unavailable."""
+        await self._compiled([Spec("regex", "a")])
+
     def start(self) -> None:
-        """Starts the compiling process, which is ready some seconds later; jobs wait for it."""
+        """Starts the compiling process; jobs wait until it is ready."""
         self._control, theirs = socket.socketpair()
         # xgrammar alone needs no thread, and a process with threads should not fork.
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")

@@ -186,13 +186,21 @@ async def test_too_many_of_one_owner_are_told_to_come_again(grammars: Grammars) 
         for n in range(MOST_WAITING)
     ]
     await asyncio.sleep(0)
-    error = await refusal(grammars, schema({}))
+    error = await refusal(grammars, schema({"const": "one more"}))
     assert isinstance(error, TooManyRequests)
     assert error.retry_after
     await grammars.check("b", [schema({})])
     for task in slow:
         task.cancel()
     await asyncio.gather(*slow, return_exceptions=True)
+
+
+async def test_nobody_waits_long_for_a_place(grammars: Grammars) -> None:
+    slow = [Spec("regex", f"((c|e|.){{1,49{n}}}){{1,500}}") for n in range(8)]
+    began = time.monotonic()
+    answers = await asyncio.gather(*(grammars.check("c", [one]) for one in slow), return_exceptions=True)
+    assert time.monotonic() - began < 5
+    assert {type(answer) for answer in answers} == {BadRequest, TooManyRequests}
 
 
 async def test_a_compiling_process_that_was_killed_is_started_again(grammars: Grammars) -> None:
