@@ -17,7 +17,9 @@ from xdist.scheduler import LoadFileScheduling
 
 ENGINE = "tests/engine/"
 # These start engines of their own and leave the shared one alone, so that they can run beside it.
-OWN_ENGINE = frozenset({"test_embeddings.py", "test_process.py", "test_truth.py", "test_zoo.py"})
+OWN_ENGINE = frozenset(
+    {"test_embeddings.py", "test_healing.py", "test_process.py", "test_truth.py", "test_zoo.py"}
+)
 
 
 class Layers(LoadFileScheduling):
