@@ -16,7 +16,7 @@ from adapters.model import PROBES_FILE
 from server import __version__
 from server.cli import reports
 from server.cli.adapters import adapters
-from server.cli.command import say
+from server.cli.command import Key, connected, say
 from server.cli.keys import keys
 from server.cli.tenants import tenants
 
@@ -141,7 +141,7 @@ def backup(
     folder: Annotated[Path, typer.Argument(help="Folder of the backup; only what it lacks is copied.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
 ) -> None:
-    """Copy the data folder and its SQLite database, while the server runs or not."""
+    """Copy all adapters and rows, while the server runs or not."""
     from server.cli import data
 
     raise SystemExit(data.back_up(_settings(config), folder))
@@ -152,10 +152,28 @@ def restore(
     folder: Annotated[Path, typer.Argument(help="Folder that `backup` wrote.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
 ) -> None:
-    """Copy a backup into an empty data folder, with the server stopped."""
+    """Copy a backup into an empty data folder and database, with the server stopped."""
     from server.cli import data
 
     raise SystemExit(data.restore(_settings(config), folder))
+
+
+@cli.command()
+def check(
+    repair: Annotated[bool, typer.Option(help="Move what is broken aside; nothing is removed.")] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+    url: Annotated[str, typer.Option(help="Ask the server there instead of reading its files.")] = "",
+    key: Key = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Hold all rows against the stored bytes, both ways: 0 all is well, 1 it is not, 2 it cannot be told."""
+    from server.cli import data
+
+    if not url:
+        raise SystemExit(data.check(_settings(config), repair=repair, as_json=as_json))
+    with connected(url, key) as server:
+        found = server.post("check", body={"repair": repair}, seconds=3600)
+        raise SystemExit(data.show_check(found, as_json=as_json))
 
 
 @cli.command()

@@ -44,7 +44,17 @@ from server.fleet.directory import Directory
 from server.fleet.gateway import FleetDispatcher, FleetEngine, RemotePublisher
 from server.fleet.remote import RemoteAnswers
 from server.fleet.replica import Replica
-from server.http import account, admin, inference, observation, operations, reports, residency, self_service
+from server.http import (
+    account,
+    admin,
+    inference,
+    maintenance,
+    observation,
+    operations,
+    reports,
+    residency,
+    self_service,
+)
 from server.http.auth import SINGLE
 from server.http.middleware import RequestContext, install_error_handlers
 from server.http.openapi import document
@@ -110,6 +120,7 @@ def create_app(
         app.include_router(admin.router)
         app.include_router(observation.router)
         app.include_router(residency.router)
+        app.include_router(maintenance.router)
         app.include_router(reports.operators)
         app.include_router(reports.customers)
         app.include_router(account.router)

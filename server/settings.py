@@ -158,6 +158,11 @@ class Settings(BaseSettings):
         "",
         description="SQLAlchemy URL; SQLite in DATA_DIR if empty. `postgresql+asyncpg://…` for PostgreSQL.",
     )
+    backup_dir: Path = Field(
+        Path(),
+        description="Folder for backups that the admin API makes; `backups` in DATA_DIR if empty. Another"
+        " disk is better.",
+    )
     limits_redis_url: SecretStr | None = Field(
         None,
         description="Redis in which all processes with this URL count limits and budgets together;"
@@ -357,8 +362,10 @@ class Settings(BaseSettings):
             filled["served_model_name"] = str(filled["model"]).rstrip("/").rsplit("/", 1)[-1]
         if filled.get("host_slots") in (None, 0, "0", "") and slots.isdigit():
             filled["host_slots"] = HOST_PER_GPU_SLOT * int(slots)
+        data_dir = Path(str(filled.get("data_dir") or cls.model_fields["data_dir"].default))
+        if str(filled.get("backup_dir") or ".") == ".":
+            filled["backup_dir"] = data_dir / "backups"
         if not filled.get("database_url"):
-            data_dir = Path(str(filled.get("data_dir") or cls.model_fields["data_dir"].default))
             file = data_dir.absolute() / "loraplex.db"
             filled["database_url"] = URL.create("sqlite+aiosqlite", database=str(file)).render_as_string()
         return filled

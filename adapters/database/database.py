@@ -88,7 +88,7 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = _checked(url)
+        self.url = checked_url(url)
         self.generation = 0
         self._engine = _engine(self.url)
         self._reader = async_sessionmaker(self._engine, class_=_Session, expire_on_commit=False)
@@ -244,13 +244,8 @@ def _busy() -> StorageBusy:
     )
 
 
-def sqlite_file(url: str) -> Path | None:
-    """The file of a SQLite database, None for another. Raises ValueError for what ``Database`` refuses."""
-    checked = _checked(url)
-    return Path(str(checked.database)) if checked.get_backend_name() == "sqlite" else None
-
-
-def _checked(text: str) -> URL:
+def checked_url(text: str) -> URL:
+    """``text`` with the driver that is used here; ValueError where it names another database."""
     url = make_url(text)
     if url.drivername in DRIVERS:
         url = url.set(drivername=DRIVERS[url.drivername])

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from adapters.database.database import check_revision
+from adapters.database.database import check_revision, newest_revision
 from adapters.database.rows import AuditRow, MetaRow, VersionRow
 
 
@@ -28,6 +28,11 @@ class Glance:
     installation: str | None = None
     audit: int = 0
     linked: frozenset[str] = frozenset()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the schema is this program's."""
+        return self.revision == newest_revision()
 
 
 async def glance(url: URL, installation_key: str) -> Glance:

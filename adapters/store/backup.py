@@ -1,22 +1,35 @@
-"""A consistent copy of a data folder, while its server runs or not, and the way back.
+"""A consistent copy of an installation, while its server runs or not, and the way back.
 
-<folder>/loraplex.db         SQLite as of one moment; replaced last, so that the one before stays whole
+<folder>/loraplex.db         all rows as of one moment, as SQLite; replaced last: the one before stays whole
 <folder>/blobs/<digest>/     every adapter that a row of it names; those that are there already are kept
+
+The database may be SQLite or PostgreSQL, and a backup of one may be restored into the other. All calls are
+synchronous and take as long as copying does: call them in a thread, never on an event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import os
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy import URL
+from sqlalchemy.exc import SQLAlchemyError
+
+from adapters.database.database import Database, SchemaTooNew, checked_url
+from adapters.errors import BlobMissing, StoreUnavailable
 from adapters.files import sync_path
-from adapters.store.blobs import digest_of
+from adapters.store.digests import digest_of
+from adapters.store.objects import ObjectStore
+from adapters.store.ownership import META_KEY
+from adapters.store.transfer import NotEmpty, transfer
 
 DATABASE_FILE = "loraplex.db"
 # A version may be deleted between the copies of its row and of its files; then the rows are read again.
@@ -25,6 +38,10 @@ _TRIES = 5
 
 class BackupFailed(OSError):
     """The message says why; a backup that was there before is as it was."""
+
+
+class BackupRuns(BackupFailed):
+    """Another one is being written to the same folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,54 +53,96 @@ class Backup:
     broken: tuple[str, ...] = ()
 
 
-def back_up(database: Path, blobs: Path, folder: Path) -> Backup:
-    """Copies the SQLite file ``database`` and the blobs that its rows name to ``folder``.
+def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = "") -> Backup:
+    """Copies the database and the blobs that its rows name to ``folder``, from ``blobs_url`` if not here.
 
-    Synchronous; a server may be writing to both meanwhile. Files whose bytes are not those of their name are
-    left out, and named in the result. Raises BackupFailed, OSError or sqlite3.Error.
+    A server may be writing to both meanwhile. Files whose bytes are not those of their name are left out, and
+    named in the result. Raises BackupFailed, and OSError where a disk fails.
     """
-    if not database.is_file():
-        raise BackupFailed(f"there is no database {database}")
+    url = checked_url(database_url)
+    if url.get_backend_name() == "sqlite" and not Path(str(url.database)).is_file():
+        raise BackupFailed(f"there is no database {url.database}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     copied: set[str] = set()
-    for _ in range(_TRIES):
-        with _partial(folder / DATABASE_FILE) as snapshot:
-            _copy_database(database, snapshot)
-            wanted = _linked(snapshot)
-            done, missing, broken = _copy_blobs(wanted, blobs, folder / "blobs")
-            copied |= done
-            if not missing:
-                os.replace(snapshot, folder / DATABASE_FILE)
-                sync_path(folder)
-                return Backup(len(copied), len(wanted - copied - broken), tuple(sorted(broken)))
+    with _alone(folder), _database_errors():
+        for _ in range(_TRIES):
+            with _partial(folder / DATABASE_FILE) as snapshot:
+                _copy_out(url, snapshot)
+                wanted = _linked(snapshot)
+                done, missing, broken = _copy_blobs(wanted, _from(blobs, blobs_url), folder / "blobs")
+                copied |= done
+                if not missing:
+                    os.replace(snapshot, folder / DATABASE_FILE)
+                    sync_path(folder)
+                    return Backup(len(copied), len(wanted - copied - broken), tuple(sorted(broken)))
     raise BackupFailed(
-        f"files of {len(missing)} adapters are on record and not there, {min(missing)} for one"
+        f"files of {len(missing)} adapters are on record and not there, {min(missing)} for one; see"
+        " `loraplex check`"
     )
 
 
-def restore(folder: Path, database: Path, blobs: Path) -> Backup:
-    """Copies a backup to where a server looks for it. Raises BackupFailed where a database is there already.
+def restore(folder: Path, database_url: str, blobs: Path, *, blobs_url: str = "") -> Backup:
+    """Copies a backup to where a server looks for it: a SQLite file that is not there, or an empty database.
+    Blobs go to ``blobs_url`` too, if there is one.
 
-    Bytes are held against their digests; those that differ are left out, and named in the result.
+    What is restored is an installation of its own, with an id of its own. Bytes are held against their
+    digests; those that differ are left out, and named in the result. Raises BackupFailed, and OSError where
+    a disk fails.
     """
-    source = folder / DATABASE_FILE
+    source, url = folder / DATABASE_FILE, checked_url(database_url)
     if not source.is_file():
         raise BackupFailed(f"{folder} holds no backup: there is no {source}")
-    if database.exists():
-        raise BackupFailed(f"{database} is there already; move it away, or set another LORAPLEX_DATA_DIR")
-    database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    wanted = _linked(source)
-    copied, missing, broken = _copy_blobs(wanted, folder / "blobs", blobs)
-    if missing:
-        raise BackupFailed(f"the backup lacks files of {len(missing)} adapters, {min(missing)} for one")
-    with _partial(database) as partial:
-        _copy_database(source, partial)
-        os.replace(partial, database)
-        sync_path(database.parent)
+    if url.get_backend_name() == "sqlite" and Path(str(url.database)).exists():
+        raise BackupFailed(f"{url.database} is there already; move it away, or set another LORAPLEX_DATA_DIR")
+    blobs.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _database_errors():
+        wanted = _linked(source)
+        copied, missing, broken = _copy_blobs(wanted, _from(folder / "blobs", ""), blobs)
+        if missing:
+            raise BackupFailed(f"the backup lacks files of {len(missing)} adapters, {min(missing)} for one")
+        if blobs_url:
+            asyncio.run(_put(ObjectStore(blobs_url), wanted - broken, blobs))
+        _copy_in(source, url, blobs.parent)
     return Backup(len(copied), len(wanted - copied - broken), tuple(sorted(broken)))
 
 
-def _copy_database(source: Path, target: Path) -> None:
+def _copy_out(url: URL, target: Path) -> None:
+    if url.get_backend_name() == "sqlite":
+        _copy_file(Path(str(url.database)), target)
+        return
+    asyncio.run(transfer(url, checked_url(f"sqlite:///{target}")))
+    with closing(sqlite3.connect(target)) as made:
+        made.execute("PRAGMA journal_mode = DELETE")
+    target.chmod(0o600)
+    sync_path(target)
+
+
+def _copy_in(source: Path, url: URL, beside: Path) -> None:
+    """By way of a copy that may be changed: it loses its id, for PostgreSQL gets this program's schema."""
+    into = Path(str(url.database)) if url.get_backend_name() == "sqlite" else beside / DATABASE_FILE
+    into.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _partial(into) as partial:
+        _copy_file(source, partial)
+        with closing(sqlite3.connect(partial)) as copy, copy:
+            copy.execute("DELETE FROM meta WHERE key = ?", (META_KEY,))
+        if url.get_backend_name() == "sqlite":
+            sync_path(partial)
+            os.replace(partial, into)
+            sync_path(into.parent)
+        else:
+            asyncio.run(_upgraded_and_transferred(partial, url))
+
+
+async def _upgraded_and_transferred(source: Path, url: URL) -> None:
+    database = Database(f"sqlite:///{source}")
+    try:
+        await database.open()
+    finally:
+        await database.close()
+    await transfer(database.url, url)
+
+
+def _copy_file(source: Path, target: Path) -> None:
     with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
         target.chmod(0o600)
         old.backup(new)
@@ -97,8 +156,41 @@ def _linked(database: Path) -> set[str]:
         return {row[0] for row in connection.execute("SELECT DISTINCT digest FROM versions")}
 
 
-def _copy_blobs(wanted: set[str], source: Path, target: Path) -> tuple[set[str], set[str], set[str]]:
-    """Which were copied, which are not in ``source``, and whose bytes there are other ones."""
+async def _put(objects: ObjectStore, digests: Iterable[str], blobs: Path) -> None:
+    for digest in digests:
+        await objects.put(digest, blobs / digest)
+
+
+# Copies the blob of a digest to a folder that is not there yet; False where there is none.
+_Copy = Callable[[str, Path], bool]
+
+
+def _from(blobs: Path, blobs_url: str) -> _Copy:
+    """Out of the folder ``blobs``, or, what is not there, out of the object store."""
+
+    def copy(digest: str, into: Path) -> bool:
+        try:
+            shutil.copytree(blobs / digest, into)
+            return True
+        except (FileNotFoundError, shutil.Error) as error:
+            if (blobs / digest).exists():  # a full disk, or one that cannot be read
+                raise BackupFailed(f"{digest} cannot be copied: {error}") from error
+        if not blobs_url:
+            return False
+        into.mkdir(exist_ok=True)
+        try:
+            asyncio.run(ObjectStore(blobs_url).get(digest, into))
+            return True
+        except BlobMissing:
+            return False
+        except StoreUnavailable as error:
+            raise BackupFailed(f"{digest} cannot be fetched: {error.message}") from error
+
+    return copy
+
+
+def _copy_blobs(wanted: set[str], copy: _Copy, target: Path) -> tuple[set[str], set[str], set[str]]:
+    """Which were copied, which are not there to be copied, and whose bytes there are other ones."""
     target.mkdir(parents=True, exist_ok=True)
     copied: set[str] = set()
     missing: set[str] = set()
@@ -107,9 +199,7 @@ def _copy_blobs(wanted: set[str], source: Path, target: Path) -> tuple[set[str],
         if (target / digest).is_dir():
             continue
         with _partial(target / digest) as partial:
-            try:
-                shutil.copytree(source / digest, partial)
-            except (FileNotFoundError, shutil.Error):
+            if not copy(digest, partial):
                 missing.add(digest)
                 continue
             if digest_of(partial) != digest:
@@ -123,6 +213,28 @@ def _copy_blobs(wanted: set[str], source: Path, target: Path) -> tuple[set[str],
             copied.add(digest)
     sync_path(target)
     return copied, missing, broken
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else writes a backup to ``folder`` meanwhile; raises BackupRuns."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BackupRuns(f"another backup is being written to {folder}") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _database_errors() -> Iterator[None]:
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error, SchemaTooNew, NotEmpty, ValueError) as error:
+        raise BackupFailed(f"the database: {error}") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
     <root>/quarantine/<uuid>/<file>      being received, or on its way out
     <root>/blobs/<digest>/<file>         committed: written once, read-only, named by its contents
+    <root>/aside/<name>-<time>/          broken, and moved there by a repair
 
 ``digest`` is the SHA-256 over the lines ``name size sha256`` of the files, in the order of their
 names. A folder enters ``blobs`` and leaves it by one rename, so it is whole or not there. Whatever a
@@ -27,7 +28,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -44,11 +45,14 @@ from adapters.errors import (
 )
 from adapters.files import sync_path, write_all
 from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
+from adapters.store.digests import digest_from, digest_of
 from adapters.store.objects import ObjectStore
 from adapters.tasks import run_in_thread
 
 logger = logging.getLogger(__name__)
 
+# Where a repair puts what is broken; nothing looks for anything there.
+ASIDE = "aside"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 # May be uploaded, but are used up by the conversion and the probe and never committed.
 _PASSING_FILES = (INITIAL_FILE, PROBES_FILE)
@@ -124,6 +128,22 @@ class BlobStore:
         """The names of the blobs in this folder."""
         return await run_in_thread(self._digests)
 
+    async def strays(self) -> list[str]:
+        """Names in the folder of blobs that are no digests."""
+        return await run_in_thread(self._strays)
+
+    async def age(self, digest: str) -> int:
+        """Seconds since the blob was written; 0 where it is not there."""
+        return await run_in_thread(_age, self.path(digest))
+
+    async def set_aside(self, name: str) -> str | None:
+        """Moves what has this name in the folder of blobs to ``aside``, and returns its name there.
+
+        None where it is not there, or a whole blob by now.
+        """
+        async with self.lock(name):
+            return await run_in_thread(self._set_aside, name)
+
     async def sweep(
         self, linked: Collection[str], *, older_than: float = SWEEP_AGE_S, shared: bool = False
     ) -> list[str]:
@@ -183,6 +203,23 @@ class BlobStore:
             if not self.blobs.exists():
                 return set()
             return {path.name for path in self.blobs.iterdir() if _DIGEST.fullmatch(path.name)}
+
+    def _strays(self) -> list[str]:
+        with disk_errors("listing the adapter store"):
+            names = [path.name for path in self.blobs.iterdir()] if self.blobs.exists() else []
+            return sorted(n for n in names if not _DIGEST.fullmatch(n) and not n.startswith(_PROBE))
+
+    def _set_aside(self, name: str) -> str | None:
+        path, moved = self.blobs / name, f"{name}-{time.time_ns()}"
+        with disk_errors(f"moving {name} aside"):
+            if not path.exists() or (_DIGEST.fullmatch(name) and digest_of(path) == name):
+                return None
+            (self.root / ASIDE).mkdir(exist_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(0o755)
+            os.rename(path, self.root / ASIDE / moved)
+            sync_path(self.blobs)
+        return f"{ASIDE}/{moved}"
 
     def _sweep(self, linked: frozenset[str], older_than: float, shared: bool) -> list[str]:
         written_before = time.time() - older_than
@@ -321,7 +358,7 @@ class Incoming:
                 f"The upload lacks {' and '.join(missing)}. Send both files in one request."
             )
         await run_in_thread(self._finish)
-        self.digest = _digest(
+        self.digest = digest_from(
             {name: (file.size, file.sha256.hexdigest()) for name, file in self._files.items()}
         )
         return self.digest
@@ -431,51 +468,16 @@ def _seal(path: Path) -> None:
     sync_path(path)
 
 
+def _age(path: Path) -> int:
+    try:
+        return max(0, int(time.time() - path.stat().st_mtime))
+    except FileNotFoundError:
+        return 0
+
+
 def _marks(folder: Path) -> set[tuple[str, int]]:
     """Tells a folder's files from others of the same names."""
     return {(path.name, path.stat().st_ino) for path in folder.iterdir()}
-
-
-def _digest(files: Mapping[str, tuple[int, str]]) -> str:
-    """The digest of an adapter; ``files`` maps a name to its size in bytes and its SHA-256 in hex."""
-    lines = "".join(f"{name} {size} {sha256}\n" for name, (size, sha256) in sorted(files.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def digest_of(folder: Path) -> str | None:
-    """The digest of the files in ``folder`` as they are now; None where they cannot be read."""
-    files = {}
-    try:
-        for path in folder.iterdir():
-            with path.open("rb") as file:
-                files[path.name] = (path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-    except OSError:
-        logger.warning("blob %s cannot be read", folder.name, exc_info=True)
-        return None
-    return _digest(files)
-
-
-async def digest_slowly(folder: Path, rate: float) -> str | None:
-    """As ``digest_of``, at most ``rate`` bytes a second, and in a thread for each piece."""
-    files = {}
-    try:
-        for path in await run_in_thread(lambda: list(folder.iterdir())):
-            found, size = hashlib.sha256(), 0
-            while step := await run_in_thread(_hash_block, path, size, found):
-                size += step
-                await asyncio.sleep(step / rate)
-            files[path.name] = (size, found.hexdigest())
-    except OSError:
-        return None
-    return _digest(files)
-
-
-def _hash_block(path: Path, at: int, found: Any) -> int:
-    with path.open("rb") as file:
-        file.seek(at)
-        block = file.read(_BLOCK)
-    found.update(block)
-    return len(block)
 
 
 def discard(folder: Path) -> None:

@@ -22,7 +22,8 @@ from typing import Protocol
 
 from adapters.errors import AdapterDamaged, BlobMissing, StorageFailed, StorageFull, StoreUnavailable
 from adapters.model import Version
-from adapters.store.blobs import BlobStore, digest_of, discard, disk_errors
+from adapters.store.blobs import BlobStore, discard, disk_errors
+from adapters.store.digests import digest_of
 from adapters.store.objects import ObjectStore
 from adapters.tasks import run_in_thread
 

@@ -26,7 +26,8 @@ from weakref import WeakValueDictionary
 
 from adapters.errors import AdapterDamaged, AdapterRejected, AdapterUnfit
 from adapters.model import BaseModel, Version
-from adapters.store.blobs import BlobStore, digest_of
+from adapters.store.blobs import BlobStore
+from adapters.store.digests import digest_of
 from adapters.tasks import run_in_thread
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ _PAGE = 500
 
 
 def version_of(row: VersionRow, path_of: Callable[[str], Path]) -> Version:
+    """The version that a row describes."""
     return Version(
         tenant=row.tenant,
         adapter=row.adapter,

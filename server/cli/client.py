@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 ADMIN = "/admin/v1"
 # An upload is answered when the engine has tried the adapter, which waits for what runs.
 _UPLOAD_SECONDS = 900.0
+_SECONDS = 30.0
 
 
 class RemoteError(Exception):
@@ -31,7 +32,10 @@ class AdminClient:
         self.url = url
         try:
             self._http = httpx.Client(
-                base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=30, transport=transport
+                base_url=url,
+                headers={"Authorization": f"Bearer {key}"},
+                timeout=_SECONDS,
+                transport=transport,
             )
         except httpx.InvalidURL as exc:
             raise RemoteError("url_invalid", f"{url} is not a URL: {exc}") from exc
@@ -47,8 +51,9 @@ class AdminClient:
         asked = {name: value for name, value in query.items() if value is not None}
         return self._ask("GET", path, params=asked).json()
 
-    def post(self, *path: str | int, body: Mapping[str, Any], **query: int) -> Any:
-        return self._ask("POST", path, json=body, params=query).json()
+    def post(self, *path: str | int, body: Mapping[str, Any], seconds: float = _SECONDS, **query: int) -> Any:
+        """``seconds``: how long the answer may take."""
+        return self._ask("POST", path, json=body, params=query, timeout=seconds).json()
 
     def patch(self, *path: str | int, body: Mapping[str, Any]) -> Any:
         return self._ask("PATCH", path, json=body).json()

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from adapters.store.blobs import digest_of
+from adapters.store.digests import digest_of
 
 KEY_NAME = "demo"
 LONGEST_ANSWER = 60  # tokens

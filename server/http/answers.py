@@ -153,6 +153,48 @@ class Adapter(Answer):
     versions: list[AdapterVersion]
 
 
+class DamagedFiles(Answer):
+    digest: Digest
+    reason: Literal["missing", "changed"]
+    versions: list[str]
+
+
+class UnlinkedFiles(Answer):
+    digest: Digest
+    whole: bool
+    age_seconds: Count
+
+
+class UnfitVersion(Answer):
+    tenant: str
+    adapter: str
+    version: Number
+    code: str
+    message: str
+
+
+class Checked(Answer):
+    """Rows against bytes, both ways, and versions against the engine."""
+
+    ok: bool
+    versions: Count
+    files: Count
+    seconds: float
+    damaged: list[DamagedFiles]
+    unlinked: list[UnlinkedFiles]
+    strays: list[str]
+    moved: list[str]
+    unfit: list[UnfitVersion]
+
+
+class BackedUp(Answer):
+    folder: str
+    copied: Count
+    present: Count
+    broken: list[Digest]
+    seconds: float
+
+
 class Adapters(Answer):
     """A tenant's adapters."""
 

@@ -60,6 +60,7 @@ class Services:
     draining: bool = False
     # Tenants with a call of their own under way that only one at a time is allowed of.
     busy: set[str] = field(default_factory=set)
+    holding: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     checking: asyncio.Task[dict[str, str]] | None = None
 

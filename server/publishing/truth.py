@@ -11,9 +11,12 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from adapters.database.database import Database
-from adapters.store.blobs import digest_slowly
+from adapters.store.blobs import BlobStore
+from adapters.store.check import check as rows_against_bytes
+from adapters.store.digests import digest_slowly
 from adapters.store.fitness import Fitness
 from adapters.store.versions import every, linked_digests
 
@@ -54,6 +57,18 @@ async def hold_all(fitness: Fitness, database: Database, path_of: Callable[[str]
         more = f", {refused - _NAMED} of them not named here" if refused > _NAMED else ""
         logger.error("%d versions are not served by this engine%s; see GET /admin/v1/check", refused, more)
     await fitness.save()
+
+
+async def check(fitness: Fitness, database: Database, blobs: BlobStore, *, repair: bool) -> dict[str, Any]:
+    """As JSON: rows against bytes (``adapters.store.check``), and what this engine does not serve."""
+    found = await rows_against_bytes(database, blobs, repair=repair, is_whole=fitness.is_whole)
+    unfit = []
+    async for version in every(database, blobs.path):
+        if (problem := fitness.problem(version)) is not None:
+            about = {"tenant": version.tenant, "adapter": version.adapter, "version": version.number}
+            unfit.append(about | {"code": problem.code, "message": problem.message})
+    report = found.as_json()
+    return report | {"ok": found.is_ok and not unfit, "unfit": unfit}
 
 
 async def scrub(

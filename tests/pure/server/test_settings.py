@@ -72,7 +72,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "client_timeout": "5.0", "prices": "{}", "keep_usage_days": "30", "keep_versions": "7",
         "blobs_url": "s3://bucket/prefix", "blobs_cache": "5000",
         "schema_timeout": "1.5", "max_uploads": "5", "max_uploads_each": "2", "disk_reserve": "7",
-        "same_bases": '["abc"]', "scrub_rate": "1000",
+        "backup_dir": "/b", "same_bases": '["abc"]', "scrub_rate": "1000",
         "import_prefixes": '["https://models.example/a/"]',
         "drain_timeout": "0.0", "metrics_tenants": "0", "log_format": "text", "log_level": "debug",
     }  # fmt: skip

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 import server.demo.base as base_module
 from adapters.inspection.inspect import inspect
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, ModuleShape
-from adapters.store.blobs import BlobStore, digest_of
+from adapters.store.blobs import BlobStore
+from adapters.store.digests import digest_of
 from server.demo import process, run
 from server.demo.base import BASE_NAME, cache_folder, prepare
 from server.demo.client import Answer, DemoError, ask, create_customer

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from adapters.inspection.convert import Conversion
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from adapters.store.blobs import digest_of
+from adapters.store.digests import digest_of
 from tests.service.http.test_api import error
 from tests.support import tiny
 from tests.support.site import ADMIN_KEY, Site, bearer

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine
 
+from adapters.database import database as tables
+from adapters.database.database import MIGRATIONS
 from adapters.model import WEIGHTS_FILE
+from adapters.store import backup
+from adapters.store.ownership import INSTALLATION_FILE
 from server.cli import data
+from tests.service.http.test_api import error
 from tests.support import tiny
-from tests.support.databases import empty
+from tests.support.databases import KINDS, empty
+from tests.support.site import Site, bearer
 from tests.support.tiny import fake_site, settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
@@ -46,6 +60,61 @@ async def test_a_backup_under_load_is_whole(tmp_path: Path) -> None:
         assert (await site.chat(key, "hi", model="a")).json()["choices"] == before
         for adapter in (await site.admin.get("/admin/v1/tenants/acme/adapters")).json()["data"]:
             assert {version["digest"] for version in adapter["versions"]} <= blobs_in(restored)
+
+
+# ``BACKUP_MINUTES=5``: one every ten seconds, for so long.
+MINUTES = float(os.environ.get("BACKUP_MINUTES", "0"))
+BACKUPS, PAUSE = (round(MINUTES * 6), 10.0) if MINUTES else (3, 0.3)
+
+
+async def test_each_of_many_backups_under_load_is_restored_checked_and_asked(tmp_path: Path) -> None:
+    """What was acknowledged before a backup began is in it, and answers as it did."""
+    live = tmp_path / "live"
+    acknowledged: list[tuple[str, str]] = []
+    taken: list[tuple[Path, int]] = []
+    async with fake_site(live, keep_versions=0) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        going = True
+
+        async def upload() -> None:
+            number = 0
+            while going:
+                number += 1
+                made = await site.upload("acme", f"n{number}", tiny.adapter(1 + number % 40))
+                assert made.status_code == 201, made.text
+                acknowledged.append((f"n{number}", made.json()["digest"]))
+                if number % 5 == 0:
+                    await site.upload("acme", "gone", tiny.adapter(50 + number % 3))
+                    await site.admin.delete("/admin/v1/tenants/acme/adapters/gone")
+
+        async def ask() -> None:
+            while going:
+                assert (await site.chat(key, "hi", model="a")).status_code == 200
+
+        work = [asyncio.create_task(one) for one in (upload(), ask(), ask())]
+        for number in range(BACKUPS):
+            await asyncio.sleep(PAUSE)
+            count = len(acknowledged)
+            made = await site.admin.post("/admin/v1/backup", timeout=600)
+            assert made.status_code == 201, made.text
+            kept = tmp_path / f"backup-{number}"
+            await asyncio.to_thread(shutil.copytree, made.json()["folder"], kept, copy_function=os.link)
+            taken.append((kept, count))
+        going = False
+        await asyncio.gather(*work)
+    assert taken[-1][1] > 0
+    for folder, count in taken:
+        restored = tmp_path / f"restored-{folder.name}"
+        assert await asyncio.to_thread(data.restore, settings(restored), folder) == 0
+        async with fake_site(restored) as site:
+            assert (await site.admin.get("/admin/v1/check")).json()["ok"]
+            for name, digest in acknowledged[max(0, count - 3) : count]:
+                said = await site.chat(key, "hi", model=name)
+                assert said.status_code == 200, said.text
+                assert said.json()["choices"][0]["message"]["content"].startswith(digest)
+            listed = (await site.admin.get("/admin/v1/tenants/acme/adapters")).json()["data"]
+            assert {name for name, _ in acknowledged[:count]} <= {adapter["name"] for adapter in listed}
+        shutil.rmtree(restored, ignore_errors=True)
 
 
 async def test_the_next_backup_copies_what_is_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +162,159 @@ async def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "other" / "loraplex.db").exists()
 
 
-async def test_postgresql_is_told_how(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    async with empty("postgres", tmp_path) as url:
-        assert data.back_up(settings(tmp_path / "live", database_url=url), tmp_path / "copy") == 2
-    assert "pg_dump" in capsys.readouterr().err
+@pytest.mark.parametrize("source", KINDS)
+@pytest.mark.parametrize("target", KINDS)
+async def test_a_backup_of_either_database_is_restored_into_either(
+    tmp_path: Path, source: str, target: str
+) -> None:
+    live, copy, restored = tmp_path / "live", tmp_path / "copy", tmp_path / "restored"
+    async with empty(source, tmp_path / "s") as url, empty(target, tmp_path / "t") as other:
+        async with fake_site(live, database_url=url) as site:
+            key = await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)}, weight=2.5)
+            before = await everything(site, key)
+            assert await asyncio.to_thread(data.back_up, settings(live, database_url=url), copy) == 0
+        assert {path.name for path in copy.iterdir()} == {"loraplex.db", "blobs"}
+        there = settings(restored, database_url=other)
+        assert await asyncio.to_thread(data.restore, there, copy) == 0
+        assert await asyncio.to_thread(data.restore, there, copy) == 2, "nothing is mixed with what is there"
+        async with fake_site(restored, database_url=other) as site:
+            assert await everything(site, key) == before
+            assert (await site.admin.get("/admin/v1/check")).json()["ok"]
+            # What is new gets ids after those that were restored.
+            await site.tenant("new", {"a": tiny.adapter(3)})
+            entries = (await site.admin.get("/admin/v1/audit?limit=100")).json()["data"]
+            assert len({entry["id"] for entry in entries}) == len(entries)
+        assert mark_of(restored) != mark_of(live)
+
+
+async def everything(site: Site, key: str) -> dict[str, Any]:
+    """What a customer and an operator see, and is to survive."""
+    found: dict[str, Any] = {}
+    for model in ("a", "b", "a@1"):
+        answer = await site.chat(key, "hi", model=model)
+        assert answer.status_code == 200, answer.text
+        found[model] = answer.json()["choices"]
+    await site.services.usage_writer.flush()
+    listed = (await site.admin.get("/admin/v1/tenants/acme/adapters")).json()["data"]
+    for adapter in listed:
+        del adapter["tier"]
+        for version in adapter["versions"]:
+            del version["tier"]
+    found["adapters"] = listed
+    found["tenant"] = (await site.admin.get("/admin/v1/tenants/acme")).json()
+    found["keys"] = [k["id"] for k in (await site.admin.get("/admin/v1/tenants/acme/keys")).json()["data"]]
+    return found
+
+
+def mark_of(folder: Path) -> str:
+    return str(json.loads((folder / INSTALLATION_FILE).read_bytes())["id"])
+
+
+async def test_the_admin_api_makes_a_backup(tmp_path: Path) -> None:
+    async with fake_site(tmp_path / "live") as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        made = await site.admin.post("/admin/v1/backup")
+        assert made.status_code == 201, made.text
+        first = made.json()
+        assert first["folder"] == str((tmp_path / "live" / "backups").absolute())
+        assert (first["copied"], first["present"], first["broken"]) == (1, 0, [])
+        again = (await site.admin.post("/admin/v1/backup", json={})).json()
+        assert (again["copied"], again["present"]) == (0, 1)
+        named = (await site.admin.post("/admin/v1/backup", json={"name": "friday"})).json()
+        assert named["folder"] == f"{first['folder']}/friday"
+        for name in ("../x", "a/b", ".hidden", ""):
+            refused = await site.admin.post("/admin/v1/backup", json={"name": name})
+            assert refused.status_code in (400, 422), refused.text
+        assert (await site.http.post("/admin/v1/backup", headers=bearer(key))).status_code == 403
+    restored = tmp_path / "restored"
+    assert await asyncio.to_thread(data.restore, settings(restored), Path(named["folder"])) == 0
+    async with fake_site(restored) as site:
+        assert (await site.chat(key, "hi", model="a")).status_code == 200
+
+
+async def test_a_backup_that_cannot_be_made_is_said_so_and_the_one_before_stays(tmp_path: Path) -> None:
+    async with fake_site(tmp_path / "live") as site:
+        await site.tenant("acme", {"a": tiny.adapter(1)})
+        folder = Path((await site.admin.post("/admin/v1/backup")).json()["folder"])
+        before = (folder / "loraplex.db").read_bytes()
+        with backup._alone(folder):
+            error(await site.admin.post("/admin/v1/backup"), 409, "conflict")
+        await site.upload("acme", "b", tiny.adapter(2))
+        digest = (await site.admin.get("/admin/v1/tenants/acme/adapters/b")).json()["versions"][0]["digest"]
+        blob = site.services.blobs.path(digest)
+        blob.rename(tmp_path / "away")
+        error(await site.admin.post("/admin/v1/backup"), 500, "backup_failed")
+        assert (folder / "loraplex.db").read_bytes() == before
+        (tmp_path / "away").rename(blob)
+        assert (await site.admin.post("/admin/v1/backup")).status_code == 201
+
+
+async def test_what_lies_in_an_object_store_is_backed_up_and_put_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live, copy, restored = tmp_path / "live", tmp_path / "copy", tmp_path / "restored"
+    store, other = f"file://{tmp_path}/store", f"file://{tmp_path}/other"
+    async with fake_site(live, blobs_url=store) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)})
+    for blob in (live / "blobs").iterdir():
+        blob.chmod(0o755)
+        shutil.rmtree(blob)
+    assert await asyncio.to_thread(data.back_up, settings(live, blobs_url=store), copy) == 0
+    assert len(blobs_in(copy)) == 2
+    there = settings(restored, blobs_url=other)
+    assert await asyncio.to_thread(data.restore, there, copy) == 0
+    async with fake_site(restored, blobs_url=other) as site:
+        assert (await site.admin.get("/admin/v1/check")).json()["ok"]
+        for model in ("a", "b"):
+            assert (await site.chat(key, "hi", model=model)).status_code == 200
+    (digest, _) = sorted(blobs_in(tmp_path / "other"))
+    shutil.rmtree(tmp_path / "other" / "blobs" / digest)
+    capsys.readouterr()
+    assert await asyncio.to_thread(data.check, there, repair=False, as_json=True) == 1
+    (damaged,) = json.loads(capsys.readouterr().out)["damaged"]
+    assert (damaged["digest"], damaged["reason"]) == (digest, "missing")
+
+
+# --- upgrade and rollback ---------------------------------------------------------------------------
+
+REVISIONS = sorted(
+    path.name[:4] for path in (Path(tables.__file__).parent / "migrations" / "versions").glob("0*.py")
+)
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+async def test_every_release_is_upgraded_and_rolled_back(tmp_path: Path, revision: str) -> None:
+    """As docs/operations.md says: a backup, the new release; back is the old one on the backup."""
+    live, copy, old = tmp_path / "live", tmp_path / "copy", tmp_path / "old"
+    async with fake_site(live) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)})
+    await asyncio.to_thread(turn_back, live, revision)
+    assert await asyncio.to_thread(data.back_up, settings(live), copy) == 0
+    async with fake_site(live) as site:
+        for model in ("a", "b@1"):
+            assert (await site.chat(key, "hi", model=model)).status_code == 200
+        assert (await site.upload("acme", "a", tiny.adapter(3))).status_code == 201
+    shutil.copytree(copy, old)
+    with closing(sqlite3.connect(old / "loraplex.db")) as database:
+        assert database.execute("SELECT version_num FROM alembic_version").fetchone() == (revision,)
+        assert database.execute("SELECT count(*) FROM versions").fetchone() == (2,)
+    assert len(blobs_in(old)) == 2
+    # The new release reads the old backup too.
+    restored = tmp_path / "restored"
+    assert await asyncio.to_thread(data.restore, settings(restored), copy) == 0
+    async with fake_site(restored) as site:
+        assert (await site.chat(key, "hi", model="a")).status_code == 200
+        assert (await site.chat(key, "hi", model="a@2")).status_code == 404
+
+
+def turn_back(folder: Path, revision: str) -> None:
+    """Lets an earlier release have written the database: by what every migration does backwards."""
+    config = Config()
+    config.set_main_option("script_location", MIGRATIONS)
+    engine = create_engine(f"sqlite:///{folder / 'loraplex.db'}")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, revision)
+    engine.dispose()
+    if revision < "0003":  # which knew neither an audit nor a mark
+        (folder / INSTALLATION_FILE).unlink()

@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save
 
 from adapters.database.database import Database
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from adapters.store.blobs import BlobStore, digest_of
+from adapters.store.blobs import BlobStore
 from adapters.store.catalog import Catalog
+from adapters.store.digests import digest_of
 from tests.support import crashes, tiny
 from tests.support.crashes import Operation
 from tests.support.tiny import fake_site

@@ -14,8 +14,9 @@ import pytest
 from adapters.errors import AdapterUnfit, BlobMissing, StorageFailed, StoreUnavailable
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, Version
 from adapters.store import objects as objects_module
-from adapters.store.blobs import BlobStore, digest_of
+from adapters.store.blobs import BlobStore
 from adapters.store.cache import Cache
+from adapters.store.digests import digest_of
 from adapters.store.fitness import Fitness, Serving
 from adapters.store.objects import ObjectStore, WrongStore, check_url
 from tests.support.object_stores import KINDS, S3, s3_server, url_of
