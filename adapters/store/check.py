@@ -96,7 +96,7 @@ async def check(
             there = digest in present
             versions = tuple(named.get(digest) or (await versions_of(database, [digest]))[digest])
             found.damaged.append(Damaged(digest, "changed" if there else "missing", versions))
-        elif digest in present:
+        elif digest in await blobs.digests():
             found.unlinked.append(Unlinked(digest, False, await blobs.age(digest)))
     if repair:
         broken = [one.digest for one in found.damaged if one.reason == "changed"]
