@@ -10,7 +10,8 @@ replicas, leases: the processes of a fleet, and who does what for all of them
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import time
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from sqlalchemy import (
@@ -73,6 +74,14 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+_began, _mark = now(), time.monotonic()
+
+
+def steady_now() -> datetime:
+    """The time since this process began, from the clock's time then: for ages, which no jump changes."""
+    return _began + timedelta(seconds=time.monotonic() - _mark)
 
 
 class Base(DeclarativeBase):

@@ -19,7 +19,7 @@ from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
-from adapters.database.rows import UploadRow, now
+from adapters.database.rows import UploadRow, steady_now
 from adapters.errors import AdapterConflict
 from adapters.model import is_tenant_id
 
@@ -37,14 +37,14 @@ class Receipt:
 
     async def keep(self, session: AsyncSession, answer: Mapping[str, Any]) -> None:
         """Stores ``answer`` in the transaction of ``session``, and deletes answers past IDEMPOTENCY_TTL."""
-        await session.execute(delete(UploadRow).where(UploadRow.created_at < now() - IDEMPOTENCY_TTL))
+        await session.execute(delete(UploadRow).where(UploadRow.created_at < steady_now() - IDEMPOTENCY_TTL))
         session.add(
             UploadRow(
                 tenant=self.tenant,
                 key=self.key,
                 fingerprint=self.fingerprint,
                 answer=dict(answer),
-                created_at=now(),
+                created_at=steady_now(),
             )
         )
 
@@ -83,4 +83,4 @@ class Receipts:
             return None
         async with self._database.read() as session:
             row = await session.get(UploadRow, (tenant, key))
-        return row if row is not None and row.created_at >= now() - IDEMPOTENCY_TTL else None
+        return row if row is not None and row.created_at >= steady_now() - IDEMPOTENCY_TTL else None

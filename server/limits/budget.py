@@ -14,6 +14,11 @@ from datetime import datetime, timedelta
 
 from server.accounts.terms import COST_UNIT, PERIODS, UNITS, Budgets, Period, Unit
 
+# Periods that are over, or not there yet, of which it is still known what was used.
+_OTHER_PERIODS = 6
+# After the end of a month, when nobody doubts it.
+_SURE_AFTER = timedelta(days=3)
+
 
 def period_start(period: Period, now: datetime) -> datetime:
     """The first moment of the day or month that ``now`` is in."""
@@ -76,21 +81,28 @@ class Spending:
     """What one tenant has used in this day and this month, and what its requests may still use.
 
     ``since`` has the beginnings of the periods that ``used`` is for, ``warned`` the soft budgets about which
-    the log has a line in this period.
+    the log has a line in this period. ``others`` has what was used in the last few other periods: a clock
+    that jumps there and back gives nobody a budget twice.
     """
 
     since: dict[Period, datetime] = field(default_factory=dict)
     used: dict[Period, Amount] = field(default_factory=dict)
     reserved: Amount = Amount()
     warned: set[tuple[Period, Unit]] = field(default_factory=set)
+    others: dict[tuple[Period, datetime], Amount] = field(default_factory=dict)
 
     def roll_over(self, now: datetime) -> None:
         """Begins the day and the month that ``now`` is in, where it is not in them already."""
         for period in PERIODS:
             start = period_start(period, now)
-            if self.since.get(period) != start:
-                self.since[period], self.used[period] = start, Amount()
-                self.warned = {entry for entry in self.warned if entry[0] != period}
+            if (since := self.since.get(period)) == start:
+                continue
+            if since is not None:
+                self.others[period, since] = self.used[period]
+            self.since[period], self.used[period] = start, self.others.pop((period, start), Amount())
+            self.warned = {entry for entry in self.warned if entry[0] != period}
+            while len(self.others) > _OTHER_PERIODS:
+                del self.others[next(iter(self.others))]
 
     def set_from_store(self, now: datetime, used: Mapping[Period, Amount], reserved: Amount) -> None:
         """Takes over what the store that counts for all processes says."""
@@ -145,5 +157,9 @@ class Spending:
                     yield period, unit, limit, getattr(self.used[period], unit)
 
     def outdated(self, now: datetime) -> bool:
-        """Whether nothing of it is needed any more: its month is over and no request has reserved any."""
-        return not self.reserved and self.since.get("month") != period_start("month", now)
+        """Whether nothing of it is needed any more: its month is long over and no request has reserved any.
+
+        Days after its end, for the clock may be the one that is wrong; and then it may go back too.
+        """
+        since = self.since.get("month")
+        return not self.reserved and (since is None or since < period_start("month", now - _SURE_AFTER))

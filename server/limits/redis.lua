@@ -21,7 +21,8 @@ local function window(key)
   local flat, parts, total = redis.call('HGETALL', key), {}, 0
   for i = 1, #flat, 2 do
     local at, amount = tonumber(flat[i]) * GRAIN, tonumber(flat[i + 1])
-    if at + WINDOW <= now then
+    -- One of a far future is from before the clock went back: it would count until the clock is there again.
+    if at + WINDOW <= now or at > now + WINDOW then
       redis.call('HDEL', key, flat[i])
     else
       parts[#parts + 1] = {at, amount}
@@ -51,10 +52,16 @@ local function add(key, amount)
 end
 
 local function drop_dead(leases, ...)
-  for _, gone in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now)) do
-    redis.call('ZREM', leases, gone)
-    for _, held in ipairs({...}) do redis.call('HDEL', held, gone) end
+  local helds = {...}
+  local function drop(from, to)
+    for _, gone in ipairs(redis.call('ZRANGEBYSCORE', leases, from, to)) do
+      redis.call('ZREM', leases, gone)
+      for _, held in ipairs(helds) do redis.call('HDEL', held, gone) end
+    end
   end
+  drop('-inf', now)
+  -- None lasts so long: the clock has gone back. Whoever lives renews it within a second.
+  drop('(' .. string.format('%.6f', now + 2 * lease), '+inf')
 end
 
 local function meter(m)

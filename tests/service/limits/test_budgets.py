@@ -47,6 +47,27 @@ def test_periods_are_those_of_utc() -> None:
     assert period_end("month", datetime(2028, 2, 1, tzinfo=UTC)) == datetime(2028, 3, 1, tzinfo=UTC)
 
 
+@pytest.mark.parametrize("jump", [timedelta(days=1), timedelta(days=-1), timedelta(days=40)])
+def test_a_clock_that_jumps_there_and_back_gives_nobody_a_budget_twice(jump: timedelta) -> None:
+    budgets = Budgets(day=Budget(tokens=100), month=Budget(tokens=150))
+    spending = Spending()
+    spending.add(Amount(100, 0), START)
+    for _ in range(3):
+        assert spending.check(budgets, Amount(1, 0), START) is not None
+        spending.roll_over(START + jump)
+        assert not spending.outdated(START + timedelta(days=1))
+        spending.roll_over(START)
+    assert spending.used == {"day": Amount(100, 0), "month": Amount(100, 0)}
+    spending.add(Amount(7, 0), START + jump)
+    spending.roll_over(START)
+    spending.roll_over(START + jump)
+    assert spending.used["day"] == Amount(7, 0)
+    assert spending.outdated(START + timedelta(days=40 + 5 + abs(jump.days)))
+    for days in range(100):
+        spending.roll_over(START + timedelta(days=days))
+    assert len(spending.others) < 10
+
+
 @given(st.randoms(use_true_random=False))
 @settings(max_examples=50, deadline=None)
 def test_a_hard_budget_is_never_passed_and_all_of_it_can_be_used(rng: random.Random) -> None:

@@ -168,6 +168,45 @@ async def test_decides_as_the_meter_in_memory_does(seed: int) -> None:
     await shared.stop()
 
 
+@pytest.mark.parametrize("jump", [86_400.0, -86_400.0])
+async def test_a_clock_that_jumps_a_day_refuses_nobody_for_a_day(jump: float) -> None:
+    now = 1_000_000.0
+    shared = RedisLedger(redis(), clock=lambda: now, lease=10.0)
+    await shared.check()
+    shared._up = True
+    limits = KeyLimits(tokens_per_minute=100, requests_per_minute=5, requests_at_once=2)
+    scope = Scope(uuid.uuid4().hex, "tenant", limits)
+    for _ in range(2):
+        entry = await shared.reserve([scope], NO_BUDGET, Amount(50))
+        shared.use(entry, Amount(50), Amount(50))
+        shared.close(entry)
+        await shared._report(only_closed=True)
+    with pytest.raises(Refused):
+        await shared.reserve([scope], NO_BUDGET, Amount(50))
+    # One that nobody renews or closes any more: its process has died.
+    lost = Scope(uuid.uuid4().hex, "tenant", KeyLimits(requests_at_once=1))
+    shared._entries.pop((await shared.reserve([lost], NO_BUDGET, Amount(1))).id)
+    now += jump
+    await shared.reserve([scope], NO_BUDGET, Amount(100))
+    await shared.reserve([lost], NO_BUDGET, Amount(1))
+    with pytest.raises(Refused):
+        await shared.reserve([scope], NO_BUDGET, Amount(1))
+    await shared.stop()
+
+
+async def test_a_clock_that_is_set_back_a_little_forgets_nothing() -> None:
+    now = 1_000_000.0
+    shared = RedisLedger(redis(), clock=lambda: now, lease=10.0)
+    await shared.check()
+    shared._up = True
+    scope = Scope(uuid.uuid4().hex, "tenant", KeyLimits(requests_per_minute=1))
+    await shared.reserve([scope], NO_BUDGET, Amount(1))
+    now -= 2.0
+    with pytest.raises(Refused):
+        await shared.reserve([scope], NO_BUDGET, Amount(1))
+    await shared.stop()
+
+
 async def test_two_processes_admit_exactly_the_limit_between_them() -> None:
     who = limited(requests_per_minute=200, tokens_per_minute=1500)
     async with opened() as one, opened() as two:

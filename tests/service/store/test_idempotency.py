@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import httpx
 import pytest
 from sqlalchemy import func, select, update
 
+from adapters.database import rows
 from adapters.database.rows import UploadRow, now
-from adapters.store import idempotency
+from adapters.store import catalog, idempotency
 from tests.service.http.test_api import engine_of, error
 from tests.service.publishing.test_upload import URL, blobs, files
 from tests.support import tiny
@@ -54,6 +55,24 @@ async def test_the_same_key_and_body_get_the_same_answer(site: Site, tmp_path: P
     assert (await upload(site, "one")).json()["live"] == 1, "what was said then, not what is now"
     other = await upload(site, "three")
     assert other.json()["version"] == 3, "another key is another upload"
+
+
+@pytest.mark.parametrize("jump", [timedelta(days=1, minutes=1), timedelta(days=-1)])
+async def test_a_clock_that_jumps_repeats_no_upload(
+    site: Site, jump: timedelta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await upload(site, "one")
+
+    def jumped() -> datetime:
+        return datetime.now(UTC) + jump
+
+    for module in (rows, catalog):
+        monkeypatch.setattr(module, "now", jumped)
+    again = await upload(site, "one")
+    assert again.json() == first.json()
+    assert (await upload(site, "two", seed=2)).status_code == 201, "what is kept then goes by age"
+    assert (await upload(site, "one")).json() == first.json()
+    assert await versions(site) == [1, 2]
 
 
 async def test_the_same_key_for_something_else_is_a_conflict(site: Site) -> None:
