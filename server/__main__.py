@@ -225,6 +225,7 @@ def _serve(settings: Settings) -> int:
     from server.http.connection import BoundedHeads, DrainingServer, connections_for, raise_descriptors
 
     logs.configure(settings.log_format, settings.log_level)
+    logs.configure_children(settings.log_format, settings.log_level)
     # vLLM must not ask a hub about a model that is here, nor report usage.
     if Path(settings.model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -141,9 +141,9 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
     }
     known = {f.name for f in fields(AsyncEngineArgs)}
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"use_tqdm_on_load": False}  # a bar is no log line
     if current_platform.is_cpu():
-        given = {
+        given |= {
             # What adapters.worker.cpu.kernels multiplies fastest.
             "lora_dtype": STR_DTYPE_TO_TORCH_DTYPE["float32"],
             # As a class: vLLM looks for what it supports on it, which a name does not have.

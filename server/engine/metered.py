@@ -23,6 +23,7 @@ from adapters.worker.scheduler import scheduler_of
 from server.engine import guard, replay
 from server.engine.calls import Admission, Call, EngineDied, Meter, Relay, current_call
 from server.errors import BadRequest, ServerError, Unavailable
+from server.logs import REQUEST
 
 # Seconds that the front end may take to render a prompt, before a call that is to be paused is let run on.
 RENDER_TIMEOUT_S = 30.0
@@ -105,6 +106,8 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
     ) -> AsyncIterator[Any]:
         call = call_of_request(request_id)
         self._calls[request_id] = call
+        if self.observability_config.otlp_traces_endpoint is not None and (ids := REQUEST.get()):
+            kwargs["trace_headers"] = {"traceparent": ids.traceparent}
         stream = super().generate(prompt, sampling_params, request_id, **kwargs)
         if getattr(sampling_params, "structured_outputs", None) is not None:
             stream = self._checked(call, sampling_params.structured_outputs, stream)

@@ -27,13 +27,15 @@ from server.errors import (
 )
 from server.inference.completion import new_request_id
 from server.inference.dialects.messages import anthropic_error, speaks_anthropic
-from server.logs import REQUEST, RequestIds
+from server.logs import REQUEST, RequestIds, traceparent
 
 logger = logging.getLogger("loraplex.access")
 T = TypeVar("T")
 
 # nginx's status for a client that left; nobody reads it, but it is counted and logged.
 CLIENT_LEFT = 499
+# Scrapes and probes would fill the log; what makes a server not ready has lines of its own.
+_ASKED_BY_MACHINES = frozenset({"/health", "/ready", "/metrics"})
 _CLIENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -61,7 +63,11 @@ class RequestContext:
         log: dict[str, Any] = {"request_id": request_id}
         if shown != request_id:
             log["client_request_id"] = shown
-        REQUEST.set(RequestIds(request_id, log.get("client_request_id")))
+        ids = RequestIds(
+            request_id, log.get("client_request_id"), traceparent(_header(scope, b"traceparent"))
+        )
+        log["trace_id"] = ids.trace_id
+        REQUEST.set(ids)
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, log=log, headers=dict)
         status = 0
@@ -70,7 +76,7 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                more = {"x-request-id": shown, **state["headers"]()}
+                more = {"x-request-id": shown, "traceparent": ids.traceparent, **state["headers"]()}
                 encoded = [(name.encode(), value.encode()) for name, value in more.items()]
                 message["headers"] = [*message["headers"], *encoded]
             await send(message)
@@ -85,16 +91,18 @@ class RequestContext:
             await failed(scope, receive, tagged)
         finally:
             log |= {"status": status, "seconds": round(time.monotonic() - started, 4)}
-            level = logging.DEBUG if log.pop("quiet", False) else logging.INFO
-            logger.log(level, "%s %s", scope["method"], matched_path(scope), extra=log)
+            path = matched_path(scope)
+            level = logging.DEBUG if log.pop("quiet", False) or path in _ASKED_BY_MACHINES else logging.INFO
+            logger.log(level, "%s %s", scope["method"], path, extra=log)
 
 
 def _client_id(scope: Scope) -> str | None:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            text = value.decode("latin-1")
-            return text if _CLIENT_ID.fullmatch(text) else None
-    return None
+    text = _header(scope, b"x-request-id")
+    return text if text and _CLIENT_ID.fullmatch(text) else None
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for known, value in scope["headers"] if known == name), None)
 
 
 def matched_path(scope: Scope) -> str:

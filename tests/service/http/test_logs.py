@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from server import logs
 from tests.service.http.test_api import CHAT_URL, digest
 from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
 from tests.support.site import ADMIN_KEY, SERVICE_KEY, bearer
 from tests.support.tiny import fake_site
 
@@ -121,3 +124,91 @@ async def test_no_prompt_answer_or_key_is_ever_logged(
     assert len(ran) >= 4
     assert {(line["tenant"], line["model"]) for line in ran} == {("acme", "a"), ("zeta", "a")}
     assert all(len(line["request_id"]) == 32 for line in access)
+
+
+async def test_an_access_line_says_where_the_time_went(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure("json", "info")
+    for client in CLIENTS:
+        logging.getLogger(client).setLevel(logging.CRITICAL)
+    engine = FakeEngine(tiny.base(), gpu_slots=1, host_slots=1, times=Times(stage=0.05, activate=0.02))
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    async with fake_site(tmp_path, engine, gpu_slots=1, host_slots=1) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)})
+        headers = {**bearer(key), "X-Request-Id": "mine", "traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+        for model in ("a", "a"):
+            body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+            answer = await site.http.post(CHAT_URL, json=body, headers=headers)
+        await site.http.post(CHAT_URL, json={**body, "model": "nobody"}, headers=headers)
+        for path in ("/health", "/ready", "/metrics"):
+            assert (await site.http.get(path)).status_code == 200
+        found = (await site.admin.get("/admin/v1/requests")).json()["data"]
+    given = answer.headers["traceparent"].split("-")
+    assert (given[1], given[3]) == (trace, "01")
+    assert given[2] != "00f067aa0ba902b7"
+    access = [line for line in lines(capfd.readouterr().err) if line["logger"] == "loraplex.access"]
+    assert not [line for line in access if line["message"].split()[1] in ("/health", "/ready", "/metrics")]
+    cold, warm, refused = [line for line in access if line.get("client_request_id") == "mine"]
+    for line in (cold, warm):
+        assert (line["tenant"], line["adapter"], line["version"]) == ("acme", "a", 1)
+        assert (line["trace_id"], line["status"], line["output_tokens"]) == (trace, 200, 2)
+        assert 0 <= line["queue_seconds"] < line["first_token_seconds"] <= line["seconds"]
+    assert (cold["cold"], warm["cold"], warm["load_seconds"]) == (True, False, 0)
+    assert 0.07 <= cold["load_seconds"] <= cold["queue_seconds"]
+    assert (refused["code"], refused["tenant"], refused["status"]) == ("model_not_found", "acme", 404)
+    rows = {row["request_id"]: row for row in found}
+    for line in (cold, warm):
+        row = rows[line["request_id"]]
+        same = ("queue_seconds", "load_seconds", "first_token_seconds", "output_tokens", "cold", "version")
+        assert {name: row[name] for name in same} == {name: line[name] for name in same}
+    assert rows[refused["request_id"]]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (f"00-{'a' * 32}-{'b' * 16}-01", True),
+        (f"cc-{'a' * 32}-{'b' * 16}-01-what-comes-later", True),
+        (None, False),
+        ("nonsense", False),
+        (f"00-{'0' * 32}-{'b' * 16}-01", False),
+        (f"00-{'a' * 32}-{'0' * 16}-01", False),
+        (f"00-{'A' * 32}-{'b' * 16}-01", False),
+        (f"00-{'a' * 32}-{'b' * 16}-01-more", False),
+        (f"ff-{'a' * 32}-{'b' * 16}-01", False),
+        (f"00-{'a' * 32}-{'b' * 16}-01" + "x" * 1000, False),
+    ],
+)
+def test_a_trace_is_gone_on_with_or_begun(given: str | None, kept: bool) -> None:
+    version, trace, span, flags = logs.traceparent(given).split("-")
+    assert (version, len(trace), len(span)) == ("00", 32, 16)
+    assert (trace == "a" * 32) is kept
+    assert span != "b" * 16
+    assert flags == ("01" if kept else "00")
+
+
+def test_lines_of_a_request_have_its_id(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("json", "info")
+    token = logs.REQUEST.set(logs.RequestIds("r1"))
+    logging.getLogger("server.x").warning("something about it")
+    logs.REQUEST.reset(token)
+    logging.getLogger("server.x").warning("something else")
+    mine, other = lines(capsys.readouterr().err)
+    assert mine["request_id"] == "r1"
+    assert "request_id" not in other
+
+
+def test_processes_of_the_engine_write_the_same_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM does it in each of them: by the file that the environment names."""
+    monkeypatch.delenv("VLLM_LOGGING_CONFIG_PATH", raising=False)
+    logs.configure_children("json", "info")
+    script = (
+        "import json, logging, logging.config, os\n"
+        "logging.config.dictConfig(json.load(open(os.environ['VLLM_LOGGING_CONFIG_PATH'])))\n"
+        "logging.getLogger('vllm.v1.engine').info('loaded in %d s', 3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    monkeypatch.delenv("VLLM_LOGGING_CONFIG_PATH")
+    (line,) = lines(done.stderr)
+    assert (line["level"], line["logger"], line["message"]) == ("INFO", "vllm.v1.engine", "loaded in 3 s")
