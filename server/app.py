@@ -28,6 +28,7 @@ from adapters.store.objects import ObjectStore
 from adapters.store.ownership import FolderLock, Ownership
 from adapters.store.quarantine import Quarantine
 from adapters.store.replicas import Replicas
+from adapters.store.suspects import StoredSuspects
 from adapters.store.upload_jobs import UploadJobs
 from adapters.store.versions import size_of
 from server import __version__
@@ -243,6 +244,9 @@ async def _start(
     if settings.role == "all":
         await _sweep(stores)
     catalog, metrics = stores.catalog, stores.metrics
+    suspects = StoredSuspects(stores.database)
+    known_suspects = await suspects.open()
+    stack.push_async_callback(suspects.stop)
     engine = await start_engine(settings)
     stack.push_async_callback(engine.stop)
     fitness = stores.fitness
@@ -265,6 +269,8 @@ async def _start(
         stall=settings.engine_stall,
         restarts=Restarts(settings.engine_restarts),
         on_fault=on_fault,
+        on_suspects=suspects.note,
+        suspects=known_suspects,
         preparation=cache or fitness,
     )
     if cache is not None:

@@ -122,6 +122,14 @@ def verify(
     return show.fields(server.post("tenants", tenant, "adapters", name, "verify", body={}, **query))
 
 
+@command(adapters, "release")
+def release(server: AdminClient, tenant: Tenant, name: Name, version: Number) -> Shown:
+    """Put a version that was taken out of service back into it."""
+    path = ("tenants", tenant, "adapters", name, "versions", version)
+    server.patch(*path, body={"quarantined": False})
+    return show.adapter(server.get("tenants", tenant, "adapters", name))
+
+
 @command(adapters, "default")
 def make_default(server: AdminClient, tenant: Tenant, name: Name) -> Shown:
     """Answer requests that name no model."""

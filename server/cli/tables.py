@@ -112,6 +112,10 @@ def adapter(document: dict[str, Any]) -> Shown:
         live = "live" if number == document["live"] else ""
         share = (document.get("split") or {}).get(str(number))
         live = f"{share} %" if share else live
+        if out := version.get("quarantine"):
+            live = f"{live} out of service".strip()
+            since = when(out["at"])
+            notes.append(escape(f"version {number}: out of service since {since}: {out['reason']}"))
         weights = report.get("rank"), size(report.get("size_bytes"))
         rows.append(
             (number, live, version["tier"], *weights, version["digest"][:12], when(version["created_at"]))

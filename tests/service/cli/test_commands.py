@@ -21,6 +21,7 @@ from server.__main__ import cli
 from server.cli import client as remote
 from server.cli import top
 from server.metrics import OUTPUT_TOKENS, Metrics, by_tenant
+from server.publishing.quarantine import quarantine
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
 from tests.support.site import ADMIN_KEY, Site, bearer
@@ -418,3 +419,16 @@ def test_what_needs_no_server_imports_none(words: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+async def test_what_is_out_of_service_is_shown_and_released(site: Site) -> None:
+    await shown(site, "tenants", "create", "acme")
+    await shown(site, "adapters", "push", "acme", "a", str(tiny.adapter(1)))
+    version = await site.services.publishing.catalog.version("acme", "a", 1)
+    await quarantine(site.services.publishing.quarantine, site.services.dispatcher, version, "it made NaN")
+    text = (await run(site, "adapters", "show", "acme", "a")).stdout
+    assert "live out of service" in text
+    assert re.search(r"version 1: out of service since [-\d]+ [:\d]+: it made NaN", text)
+    released = (await run(site, "adapters", "release", "acme", "a", "1")).stdout
+    assert "out of service" not in released
+    assert "version 9" in await refusal(site, "adapters", "release", "acme", "a", "9")

@@ -140,6 +140,54 @@ async def test_running_requests_end_with_an_error(tmp_path: Path) -> None:
         assert "it made NaN" in last["error"]["message"]
 
 
+async def test_what_waits_is_refused_at_once(tmp_path: Path) -> None:
+    slow = FakeEngine(tiny.base(), times=Times(step=0.05), max_running=1)
+    async with fake_site(tmp_path, slow) as site:
+        await two_versions(site)
+        headers = await key(site)
+        runs = asyncio.create_task(ask(site, headers, "a@1", max_tokens=200))
+        waits = [asyncio.create_task(ask(site, headers, "a@2", stream=stream)) for stream in (True, False)]
+        async with asyncio.timeout(5):
+            while site.services.dispatcher.snapshot().queued != {"acme": 2}:
+                await asyncio.sleep(0.01)
+        await out(site, 2)
+        async with asyncio.timeout(2):
+            for refused in await asyncio.gather(*waits):
+                assert "it made NaN" in error(refused, 409, "adapter_quarantined")["message"]
+        assert not runs.done()
+        runs.cancel()
+
+
+async def test_the_guilty_one_of_two_suspects_is_found_also_after_a_restart(tmp_path: Path) -> None:
+    def lived(step: float) -> FakeEngine:
+        return FakeEngine(tiny.base(), times=Times(step=step, start=0.1))
+
+    first = lived(0.05)
+    async with fake_site(tmp_path, first, engine_restarts=5) as site:
+        await two_versions(site)
+        headers = await key(site)
+        asking = [asyncio.create_task(ask(site, headers, f"a@{n}", max_tokens=60)) for n in (1, 2)]
+        async with asyncio.timeout(10):
+            while len(first.running) < 2:
+                await asyncio.sleep(0.01)
+        first.die()
+        assert [answer.status_code for answer in await asyncio.gather(*asking)] == [200, 200]
+    second = lived(0.05)
+    async with fake_site(tmp_path, second, engine_restarts=5) as site:
+        guilty = asyncio.create_task(ask(site, headers, "a@2", max_tokens=200))
+        async with asyncio.timeout(10):
+            while not second.running:
+                await asyncio.sleep(0.01)
+        apart = asyncio.create_task(ask(site, headers, "a@1", max_tokens=4))
+        await asyncio.sleep(0.3)
+        assert len(second.running) == 1, "suspects run apart"
+        second.die()
+        assert "twice in a row" in error(await guilty, 409, "adapter_quarantined")["message"]
+        assert (await apart).status_code == 200
+        assert list(await shown(site)) == [1, 2]
+        assert {n: bool(said) for n, said in (await shown(site)).items()} == {1: False, 2: True}
+
+
 async def test_a_restart_keeps_it(tmp_path: Path) -> None:
     async with fake_site(tmp_path, engine()) as site:
         await two_versions(site)
