@@ -62,8 +62,15 @@ class Running:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def core(self) -> psutil.Process:
-        """The newest process that runs vLLM's core."""
+        """The process that runs vLLM's core."""
         return max(self._called("EngineCore"), key=lambda one: one.create_time())
+
+    async def next_child(self, known: Iterable[psutil.Process] = ()) -> None:
+        """Wait for a process below the server that is none of ``known``: a core gets its name late."""
+        before = {*known, psutil.Process(self.process.pid)}
+        async with asyncio.timeout(90):
+            while not any("spawn_main" in " ".join(_command(one)) for one in {*self.family()} - before):
+                await asyncio.sleep(0.05)
 
     def worker(self) -> psutil.Process:
         """The process that runs the model."""
@@ -99,6 +106,13 @@ async def gone(processes: Iterable[psutil.Process], within: float) -> list[psuti
             break
         await asyncio.sleep(0.1)
     return left
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _runs(process: psutil.Process) -> bool:

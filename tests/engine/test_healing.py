@@ -25,7 +25,7 @@ from tests.engine.reference import ATTENTION, Reference, Spec
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 
-STALL = 15.0
+STALL = 45.0  # less than that takes compiling the first step, where a machine has other work too
 # How often an engine that nothing is asked of is looked at, in seconds (engine_loop.RECONCILE_EVERY).
 LOOKED_AT = 5.0
 FLOAT32 = {"ENGINE_ARGS": '{"max_num_seqs": 8, "dtype": "float32"}'}
@@ -112,7 +112,7 @@ async def checks(running: Running) -> tuple[int, dict[str, str]]:
 async def service_again(running: Running, headers: dict[str, str], since: float) -> float:
     """Seconds from ``since`` until the base model answers; looks at what it says meanwhile."""
     seen = False
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(240):
         while True:
             status, said = await checks(running)
             if said.get("engine") == "restarting":
@@ -265,14 +265,9 @@ async def test_the_server_ends_while_its_engine_is_started_again(
         headers = await running.tenant("acme")
         going = asyncio.create_task(ask(running, headers, CHAT, {"model": "base", **COUNT, **STREAM}))
         await until(running, runs=1)
-        lost = running.core()
+        known = running.family()
         await lose(running, "core")
-        async with asyncio.timeout(30):
-            while True:
-                with contextlib.suppress(AssertionError):
-                    if running.core() != lost:
-                        break
-                await asyncio.sleep(0.05)
+        await running.next_child(known)
         await asyncio.sleep(random.uniform(0.0, 8.0))
         family = running.family()
         began = time.monotonic()
@@ -292,12 +287,7 @@ async def test_the_server_ends_while_it_starts(
 ) -> None:
     """``moment`` is in seconds after the engine's first process was seen."""
     async with starting(base_dir, tmp_path) as running:
-        async with asyncio.timeout(120):
-            while True:
-                with contextlib.suppress(AssertionError):
-                    running.core()
-                    break
-                await asyncio.sleep(0.05)
+        await running.next_child()
         await asyncio.sleep(moment)
         family = running.family()
         running.process.send_signal(ending)
