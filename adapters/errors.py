@@ -7,6 +7,7 @@ AdapterError
 ├── StorageFull            the disk has no room
 ├── StorageFailed          the disk fails otherwise
 ├── StorageBusy            another process holds the database; later it goes
+├── DatabaseUnavailable    PostgreSQL does not answer
 ├── StoreUnavailable       the object store does not answer
 │   └── BlobMissing        it answers, and has not the files
 ├── AdapterNotFound        no such adapter or version of this tenant
@@ -77,6 +78,13 @@ class StorageBusy(AdapterError):
     """Nothing was changed; ``retry_after`` is in seconds."""
 
     code = "storage_busy"
+    retry_after = 2.0
+
+
+class DatabaseUnavailable(AdapterError):
+    """PostgreSQL does not answer; nothing was changed. ``retry_after`` is in seconds."""
+
+    code = "database_unavailable"
     retry_after = 2.0
 
 

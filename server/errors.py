@@ -137,6 +137,7 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     adapter_errors.StorageFull: (507, "server_error"),
     adapter_errors.StorageFailed: (500, "server_error"),
     adapter_errors.StorageBusy: (503, "service_unavailable_error"),
+    adapter_errors.DatabaseUnavailable: (503, "service_unavailable_error"),
     adapter_errors.StoreUnavailable: (503, "service_unavailable_error"),
     adapter_errors.AdapterNotFound: (404, "invalid_request_error"),
     adapter_errors.AdapterConflict: (409, "invalid_request_error"),

@@ -29,7 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import PoolProxiedConnection
 
 from adapters.database.rows import MetaRow
-from adapters.errors import StorageBusy, StorageFailed, StorageFull
+from adapters.errors import DatabaseUnavailable, StorageBusy, StorageFailed, StorageFull
 from adapters.tasks import uninterruptible
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Database:
     async def read(self) -> AsyncIterator[AsyncSession]:
         """One consistent look for a single statement; for several of them too on SQLite.
 
-        Raises StorageFailed where SQLite's disk is the reason.
+        Raises StorageFailed where SQLite's disk is the reason, DatabaseUnavailable where PostgreSQL is away.
         """
         async with self._reader() as session:
             with _disk_errors():
@@ -149,7 +149,7 @@ class Database:
         """One transaction: on disk when the block has ended, gone without trace if the block raises.
 
         Raises StorageFull or StorageFailed where SQLite's disk is the reason, StorageBusy where another
-        process holds SQLite's lock for seconds.
+        process holds SQLite's lock for seconds, DatabaseUnavailable where PostgreSQL is away.
         Cancelled during the commit, it ends the commit first. Writes take turns, and each one empties
         the read caches, of other processes too: nothing that happens per request belongs here.
         """
@@ -234,7 +234,24 @@ def _disk_errors() -> Iterator[None]:
                     "The disk failed, and nothing was changed. Try again; the operator finds the reason in"
                     " the log."
                 ) from error
+        if error.connection_invalidated or _is_outage(error.orig):
+            raise _unavailable() from error
         raise
+    except ConnectionError as error:  # it listens no more
+        raise _unavailable() from error
+
+
+def _is_outage(error: BaseException | None) -> bool:
+    """Whether PostgreSQL says that it starts, stops or has no connection left (classes 08, 53 and 57P)."""
+    state = str(getattr(error, "sqlstate", None) or "")
+    return state.startswith(("08", "53", "57P"))
+
+
+def _unavailable() -> DatabaseUnavailable:
+    return DatabaseUnavailable(
+        "The database does not answer, and nothing was changed. Try again in some seconds, and ask the"
+        " operator if it stays so."
+    )
 
 
 def _busy() -> StorageBusy:

@@ -1,0 +1,94 @@
+"""PostgreSQL is restarted or cut off under a server: what is asked then, and what is there afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url
+
+from tests.service.http.test_api import error
+from tests.support import databases, tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.proxy import Proxy, proxy
+from tests.support.site import Site, bearer
+from tests.support.tiny import fake_site
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
+
+
+@pytest.fixture
+async def way(tmp_path: Path) -> AsyncIterator[tuple[str, Proxy]]:
+    """The URL of a database behind a proxy, and the proxy."""
+    async with databases.empty("postgres", tmp_path) as url:
+        there = make_url(url)
+        async with proxy(there.host or "", there.port or 5432) as between:
+            yield there.set(port=between.port).render_as_string(hide_password=False), between
+
+
+async def until_ready(site: Site) -> float:
+    """Seconds until the server says that it is."""
+    began = time.monotonic()
+    async with asyncio.timeout(15):
+        while (await site.http.get("/ready")).status_code != 200:
+            await asyncio.sleep(0.05)
+    return time.monotonic() - began
+
+
+async def test_a_restart_of_the_database_costs_nobody_an_answer(
+    tmp_path: Path, way: tuple[str, Proxy]
+) -> None:
+    url, between = way
+    async with fake_site(tmp_path, database_url=url) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        for number in range(5):
+            between.drop()
+            assert (await site.chat(key, "hi", model="a")).status_code == 200
+            made = await site.admin.post("/admin/v1/tenants", json={"id": f"t{number}"})
+            assert made.status_code == 201, made.text
+            assert (await site.http.get("/ready")).status_code == 200
+
+
+async def test_inference_goes_on_without_the_database_and_its_usage_is_kept(
+    tmp_path: Path, way: tuple[str, Proxy]
+) -> None:
+    url, between = way
+    slow = FakeEngine(tiny.base(), times=Times(step=0.02))
+    async with fake_site(tmp_path, slow, database_url=url) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        assert (await site.chat(key, "hi", model="a", max_tokens=4)).status_code == 200
+        body = {
+            "model": "a",
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 50,
+            "stream": True,
+        }
+        async with site.http.stream("POST", "/v1/chat/completions", json=body, headers=bearer(key)) as stream:
+            lines = stream.aiter_lines()
+            await anext(lines)
+            between.cut()
+            rest = [line async for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert "error" not in "".join(rest)
+        for _ in range(3):
+            assert (await site.chat(key, "hi", model="a", max_tokens=4)).status_code == 200
+        ready = await site.http.get("/ready")
+        assert (ready.status_code, ready.json()["checks"]["engine"]) == (503, "ok")
+        assert (await site.http.get("/health")).status_code == 200
+        refused = await site.admin.post("/admin/v1/tenants", json={"id": "late"})
+        error(refused, 503, "database_unavailable")
+        assert int(refused.headers["Retry-After"]) >= 1
+        error(await site.upload("acme", "b", tiny.adapter(2)), 503, "database_unavailable")
+        strange = await site.http.get("/v1/models", headers=bearer("lp-nobody-has-this"))
+        assert strange.status_code in (401, 503), "it cannot be told; but not a 500"
+        await between.mend()
+        assert await until_ready(site) < 5
+        assert (await site.admin.post("/admin/v1/tenants", json={"id": "late"})).status_code == 201
+        assert (await site.upload("acme", "b", tiny.adapter(2))).status_code == 201
+        await site.services.usage_writer.flush()
+        used = (await site.admin.get("/admin/v1/usage?tenant=acme")).json()
+        assert sum(row["requests"] for row in used["data"]) == 5, json.dumps(used)
