@@ -137,8 +137,8 @@ def resumable(text: dict[str, str]) -> dict[str, tuple[str, dict[str, Any]]]:
         "adapter not streamed": (COMPLETIONS, adapter),
     }
     if text:  # one that stops far behind the moment of the fault
-        said = text["adapter with log-probabilities"]
-        requests["stop string"] = (COMPLETIONS, {**adapter, **STREAM, "stop": [late_in(said)]})
+        said = text["base"]
+        requests["stop string"] = (CHAT, {"model": "base", **COUNT, **STREAM, "stop": [late_in(said)]})
     return requests
 
 
@@ -150,9 +150,9 @@ def late_in(text: str) -> str:
 
 
 FOR_NOBODY = {
-    "two choices": {"model": "base", "n": 2, **STORY, "stream": True},
+    "two choices": {"model": "base", "n": 2, **STORY, "temperature": 0.9, "stream": True},
     "seeded": {"model": "a", **STORY, "temperature": 0.9, "seed": 7, "stream": True},
-    "not streamed": {"model": "base", "n": 2, **STORY},
+    "not streamed": {"model": "base", "n": 2, **STORY, "temperature": 0.9},
 }
 
 
