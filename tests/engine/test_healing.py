@@ -195,6 +195,7 @@ async def disturbed(
 
 async def test_an_engine_that_is_lost_again_and_again(base_dir: Path, adapter: Path, tmp_path: Path) -> None:
     settings = {"ENGINE_STALL": str(STALL), "ENGINE_RESTARTS": "3", "MAX_RUNNING": "9"}
+    settings["QUEUE_TIMEOUT"] = "300"
     settings |= {"SERVED_MODEL_NAME": "base", "ENGINE_ARGS": '{"max_num_seqs": 9, "dtype": "float32"}'}
     async with server(base_dir, tmp_path, **settings) as running:
         headers = await running.tenant("acme")

@@ -87,7 +87,7 @@ class Customer:
             assert answer.status_code == 200, answer.text
             assert answer.headers["x-loraplex-version"] == f"{name}@{live}"
         audit = (await self.http.get(f"/admin/v1/audit?tenant={self.id}&limit=1000", headers=ADMIN)).json()
-        changes = [row for row in audit["data"] if (row["target"] or "").startswith(NAMES)]
+        changes = [row for row in audit["data"] if (row["target"] or "").partition("@")[0] in NAMES]
         assert len(changes) == self.acknowledged, [row["action"] for row in changes]
 
     async def seen(self) -> State:
