@@ -40,6 +40,7 @@ from server.console import site as console
 from server.engine.calls import EngineDied
 from server.engine.engine import Engine
 from server.engine.restarts import Restarts
+from server.engine.templates import close_templates
 from server.fleet import internal
 from server.fleet.directory import Directory
 from server.fleet.gateway import FleetDispatcher, FleetEngine, RemotePublisher
@@ -48,6 +49,7 @@ from server.fleet.replica import Replica
 from server.http import (
     account,
     admin,
+    docs,
     inference,
     maintenance,
     observation,
@@ -57,7 +59,7 @@ from server.http import (
     self_service,
 )
 from server.http.auth import SINGLE
-from server.http.middleware import RequestContext, install_error_handlers
+from server.http.middleware import RequestContext, allow_origins, install_error_handlers
 from server.http.openapi import document
 from server.http.services import Services
 from server.inference.completion import Answers, Completions
@@ -108,10 +110,20 @@ def create_app(
             yield
             await services.cancel_tasks()
 
-    app = FastAPI(title="Loraplex", version=__version__, lifespan=lifespan, dependencies=[SINGLE])
+    app = FastAPI(
+        title="Loraplex",
+        version=__version__,
+        lifespan=lifespan,
+        dependencies=[SINGLE],
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        root_path=settings.root_path,
+    )
     app.state.settings = settings
     app.state.services = None
     app.add_middleware(RequestContext)
+    allow_origins(app, settings.cors_origins)
     install_error_handlers(app)
     if settings.role == "replica":
         app.include_router(internal.router)
@@ -127,6 +139,8 @@ def create_app(
         app.include_router(account.router)
         app.include_router(self_service.router)
     app.include_router(operations.router)
+    if settings.role != "replica":
+        app.include_router(docs.router)
     if settings.console and settings.role != "replica":
         console.install(app, settings.served_model_name)
     app.openapi = document(app)  # type: ignore[method-assign]
@@ -195,6 +209,8 @@ async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
     watching = asyncio.create_task(database.watch(), name="loraplex-watch")
     stack.push_async_callback(_cancel, watching)
     metrics = Metrics(tenants=settings.metrics_tenants)
+
+    stack.push_async_callback(close_templates)
 
     async def spent_so_far(tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
         await usage_writer.flush()

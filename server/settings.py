@@ -5,9 +5,11 @@ Order of precedence: arguments, ``LORAPLEX_*`` variables, the YAML file, the def
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -21,6 +23,7 @@ from pydantic import (
 )
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
@@ -215,6 +218,14 @@ class Settings(BaseSettings):
         default_factory=dict,
         description='Any field of vLLM\'s AsyncEngineArgs, as JSON: `{"max_num_seqs": 32}`.',
     )
+    tool_parser: str = Field(
+        "auto",
+        description="vLLM's parser of tool calls (`hermes` …); `auto`: by the base's template; or `none`.",
+    )
+    reasoning_parser: str = Field(
+        "auto",
+        description="vLLM's parser of reasoning (`qwen3` …); `auto`: by the base's chat template; or `none`.",
+    )
     max_running: int = Field(
         0, ge=0, description="Sequences in the engine at once; the engine's max_num_seqs if 0."
     )
@@ -253,6 +264,20 @@ class Settings(BaseSettings):
         (),
         description="URLs (`https://…`, `s3://…`, `file://…`) under which adapters may be imported from, as a"
         " JSON list; none if empty.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins whose pages may call this server from a browser, as `https://app.example`, with"
+        " commas between or as a JSON list; `*` for all.",
+    )
+    root_path: str = Field(
+        "", description="Prefix under which a proxy serves this server, and which it strips: `/llm`."
+    )
+    sse_keepalive: float = Field(
+        15.0,
+        ge=0,
+        description="Seconds after which a stream that waits gets its status 200 and a comment, again and"
+        " again; 0: never.",
     )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest inference request body, in bytes.")
     client_timeout: float = Field(
@@ -321,6 +346,28 @@ class Settings(BaseSettings):
 
             check_url(url)
         return url
+
+    @field_validator("cors_origins", mode="before")
+    def _list_of_origins(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            return given
+        return json.loads(given) if given.lstrip().startswith("[") else [o.strip() for o in given.split(",")]
+
+    @field_validator("cors_origins")
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            parts = urlsplit(origin)
+            if origin != "*" and (
+                parts.scheme not in ("http", "https") or not parts.hostname or origin.count("/") != 2
+            ):
+                raise ValueError(f"{origin!r} must be an origin, as https://app.example, or *")
+        return origins
+
+    @field_validator("root_path")
+    def _is_a_path(cls, path: str) -> str:
+        if path and (not path.startswith("/") or urlsplit(path).path != path):
+            raise ValueError(f"{path!r} must be a path, as /llm")
+        return path.rstrip("/")
 
     @field_validator("import_prefixes")
     @classmethod

@@ -8,9 +8,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Scope, Send
+from fastapi.responses import JSONResponse, Response
 
 from adapters.errors import AdapterNotFound
 from adapters.model import Adapter
@@ -21,9 +19,9 @@ from server.http.auth import tenant_of
 from server.http.bodies import json_object
 from server.http.middleware import while_connected
 from server.http.services import services_of
+from server.http.streams import Late, LeasedResponse, usage_of, version_header
 from server.inference.completion import (
     Completion,
-    LeasedStream,
     check_base,
     open_completion,
     resolve,
@@ -32,7 +30,6 @@ from server.inference.dialects.base import Dialect
 from server.inference.dialects.registry import ANSWERING, COUNTING
 from server.inference.embeddings import embed
 from server.limits.permissions import may_name
-from server.scheduling.lease import Lease
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 tokens = APIRouter(tags=["inference"])
@@ -41,55 +38,6 @@ tokens = APIRouter(tags=["inference"])
 _ENGINE_HEADERS = ("x-vllm-", "x-data-parallel-rank", "x-session-id")
 
 
-class LeasedResponse(StreamingResponse):
-    """SSE that closes its stream whatever happens: read to the end, left by the client, or never begun."""
-
-    def __init__(
-        self, stream: LeasedStream, lease: Lease, log: dict[str, Any], client_timeout: float
-    ) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
-        super().__init__(stream, media_type="text/event-stream", headers=headers | _version_header(lease))
-        self._stream = stream
-        self._lease = lease
-        self._log = log
-        self._client_timeout = client_timeout
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Ends the connection of a client that does not read: its place in the engine is others' too."""
-        loop = asyncio.get_running_loop()
-        limit = asyncio.timeout(None)
-        sending: float | None = None  # since when
-        timer: asyncio.TimerHandle
-
-        def look() -> None:
-            """One timer a response: one for each chunk costs as much as the chunk's own way through."""
-            nonlocal timer
-            due = self._client_timeout + (loop.time() if sending is None else sending)
-            if due > loop.time():
-                timer = loop.call_at(due, look)
-            else:
-                limit.reschedule(due)
-
-        async def send_in_time(message: Message) -> None:
-            nonlocal sending
-            sending = loop.time()
-            await send(message)
-            sending = None
-
-        timer = loop.call_later(self._client_timeout, look)
-        try:
-            async with limit:
-                await super().__call__(scope, receive, send_in_time)
-        except (TimeoutError, ClientDisconnect):
-            if not limit.expired():
-                raise
-        finally:
-            timer.cancel()
-            await self._stream.aclose()
-            self._log |= _usage(self._lease)
-
-
-@router.get("/models/", include_in_schema=False)
 @router.get(
     "/models",
     response_model=Models,
@@ -119,28 +67,41 @@ async def _complete(request: Request, dialect: Dialect) -> Response:
     request.state.headers = partial(service.quotas.headers, tenant)
     id_ = request.state.request_id
     use_case = embed if dialect.base == "embeddings" else open_completion
-    opening = use_case(service, tenant, dialect, body, id_)
-    opened = await while_connected(request, opening, Completion.discard)
+    opening = while_connected(request, use_case(service, tenant, dialect, body, id_), Completion.discard)
     log: dict[str, Any] = request.state.log
+    timeout, keepalive = services.settings.client_timeout, services.settings.sse_keepalive
+    if keepalive and body.get("stream") is True and dialect.streams:
+        task = asyncio.create_task(opening)
+        if not await _done_within(task, keepalive):
+            late = Late(task, dialect, log)
+            return LeasedResponse(late, None, log, timeout, keepalive)
+        opened = task.result()
+    else:
+        opened = await opening
     log["model"] = opened.model
     if opened.stream is not None:
-        return LeasedResponse(opened.stream, opened.lease, log, services.settings.client_timeout)
-    log |= _usage(opened.lease)
-    return JSONResponse(opened.body, headers=_version_header(opened.lease))
+        return LeasedResponse(opened.stream, opened.lease, log, timeout, keepalive)
+    log |= usage_of(opened.lease)
+    return JSONResponse(opened.body, headers=version_header(opened.lease))
 
 
-def _version_header(lease: Lease) -> dict[str, str]:
-    """Which version answers, which a canary leaves open; nothing for the base."""
-    version = lease.version
-    return {"X-Loraplex-Version": f"{version.adapter}@{version.number}"} if version else {}
+async def _done_within(task: asyncio.Task[Any], seconds: float) -> bool:
+    """Whether ``task`` ends within ``seconds``; it is cancelled with whoever waits here."""
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.wait({task})
+        raise
+    return bool(done)
 
 
 async def _tokens(request: Request, dialect: Dialect) -> dict[str, Any]:
     tenant, body = await _read(request)
     service = services_of(request).completions
     check_base(service.answers.base, dialect)
-    await resolve(service, tenant, body.get("model"))
-    return await service.answers.tokens(dialect, dialect.allowed_fields(body))
+    version, _ = await resolve(service, tenant, body.get("model"))
+    return await service.answers.tokens(dialect, dialect.allowed_fields(body), version)
 
 
 async def _read(request: Request) -> tuple[Tenant, dict[str, Any]]:
@@ -175,23 +136,6 @@ def _card(adapter: Adapter, base: str) -> dict[str, Any]:
         "owned_by": adapter.tenant,
         "parent": base,
     }
-
-
-def _usage(lease: Lease) -> dict[str, Any]:
-    """What the log line says of a request that ran."""
-    first = lease.first_token_after
-    return {
-        "adapter": lease.version.adapter if lease.version else None,
-        "version": lease.version.number if lease.version else None,
-        "outcome": lease.outcome,
-        "prompt_tokens": lease.prompt_tokens,
-        "cached_tokens": lease.cached_tokens,
-        "output_tokens": lease.output_tokens,
-        "cold": lease.load_seconds > 0,
-        "queue_seconds": round(lease.queued_for, 4),
-        "load_seconds": round(lease.load_seconds, 4),
-        "first_token_seconds": None if first is None else round(first, 4),
-    } | ({"code": lease.code} if lease.code else {})
 
 
 def _answers(dialect: Dialect) -> Callable[[Request], Awaitable[Response]]:

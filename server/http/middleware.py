@@ -6,13 +6,14 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,6 +40,29 @@ _ASKED_BY_MACHINES = frozenset({"/health", "/ready", "/metrics"})
 _CLIENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
+# What a page may read of an answer beside its body.
+_EXPOSED = (
+    "Retry-After", "X-Loraplex-Version", "X-Request-Id", "X-RateLimit-Limit-Requests",
+    "X-RateLimit-Limit-Tokens", "X-RateLimit-Remaining-Requests", "X-RateLimit-Remaining-Tokens",
+    "X-RateLimit-Reset-Requests", "X-RateLimit-Reset-Tokens",
+)  # fmt: skip
+# Paths of calls, none of which ends with a slash.
+_CALLS = ("/v1/", "/admin/v1/", "/health/", "/ready/", "/metrics/", "/tokenize/", "/detokenize/")
+
+
+def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """Lets pages of ``origins`` call ``app`` from a browser, with a key and without cookies."""
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "HEAD", "POST", "PATCH", "DELETE", "PUT"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
+            max_age=600,
+        )
+
+
 class ClientLeft(Exception):
     """The client hung up before there was an answer."""
 
@@ -57,6 +81,9 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        path = scope["path"]
+        if path.endswith("/") and path.startswith(_CALLS):
+            scope["path"] = path.rstrip("/")  # a redirect would name the host that a proxy asked
         started = time.monotonic()
         request_id = new_request_id()
         shown = _client_id(scope) or request_id

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
+from adapters.model import CHAT_FILES
 from server.http.answers import AnthropicError, Error
+from server.http.examples import EXAMPLES, SUMMARIES
 from server.inference.dialects.messages import speaks_anthropic
 from server.inference.dialects.registry import DIALECTS
 from server.inference.dialects.schema import TEXT as _TEXT
@@ -60,6 +62,7 @@ def _complete(path: str, method: str, operation: Schema) -> None:
         responses["202"] = {"description": "The bytes are here; see `wait`.", "content": accepted}
     if path.endswith("/download"):
         responses["200"]["content"] = {"application/x-tar": {"schema": _FILE}}
+    _describe(path if tag == "inference" else _short(path), method, operation)
     if form := _OTHER_FORMS.get(_short(path)):
         responses["200"]["content"][form] = {"schema": _TEXT}
     if path in _STREAMS:
@@ -79,6 +82,14 @@ def _complete(path: str, method: str, operation: Schema) -> None:
         responses[status] = _error(status, error)
     schemes = ["key", "anthropic_key"] if speaks_anthropic(path) else ["key"]
     operation["security"] = [{scheme: []} for scheme in schemes]
+
+
+def _describe(path: str, method: str, operation: Schema) -> None:
+    name = f"{method} {path}"
+    operation["summary"] = SUMMARIES.get(name, operation["summary"])
+    content = operation.get("requestBody", {}).get("content", {})
+    if name in EXAMPLES and "application/json" in content:
+        content["application/json"]["example"] = EXAMPLES[name]
 
 
 def _short(path: str) -> str:
@@ -148,6 +159,7 @@ _UPLOAD = {
                 "adapter_model.safetensors": _FILE,
                 "initial_adapter_model.safetensors": _FILE,
                 "probes.json": _FILE,
+                **dict.fromkeys(CHAT_FILES, _FILE),
             },
         }
     },

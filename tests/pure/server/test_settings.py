@@ -74,6 +74,9 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "schema_timeout": "1.5", "max_uploads": "5", "max_uploads_each": "2", "disk_reserve": "7",
         "backup_dir": "/b", "same_bases": '["abc"]', "scrub_rate": "1000",
         "import_prefixes": '["https://models.example/a/"]',
+        "cors_origins": '["https://app.example"]', "root_path": "/llm", "sse_keepalive": "3.0",
+        "tool_parser": "hermes", "reasoning_parser": "none", "console": "False", "role": "all",
+        "fleet_key": "f" * 16, "replica_url": "http://h:1", "replica_stall": "3.0",
         "drain_timeout": "0.0", "metrics_tenants": "0", "log_format": "text", "log_level": "debug",
     }  # fmt: skip
     assert values.keys() == Settings.model_fields.keys()
@@ -81,13 +84,25 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(f"LORAPLEX_{name.upper()}", value)
     settings = Settings.load()
     shown = {name: getattr(settings, name) for name in values}
-    for secret in ("admin_key", "service_key", "metrics_key", "limits_redis_url"):
+    for secret in ("admin_key", "service_key", "metrics_key", "limits_redis_url", "fleet_key"):
         assert shown[secret].get_secret_value() == values[secret]
         assert values[secret] not in repr(settings)
         del shown[secret], values[secret]
-    for several in ("import_prefixes", "same_bases"):
+    for several in ("import_prefixes", "same_bases", "cors_origins"):
         assert shown.pop(several) == tuple(json.loads(values.pop(several)))
     assert {name: str(value) for name, value in shown.items()} == values
+
+
+@pytest.mark.parametrize("given", ["https://a.example,http://b:80", '["https://a.example", "http://b:80"]'])
+def test_origins_come_with_commas_or_as_a_list(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("LORAPLEX_CORS_ORIGINS", given)
+    assert made().cors_origins == ("https://a.example", "http://b:80")
+
+
+@pytest.mark.parametrize("origin", ["app.example", "https://a.example/path", "ftp://a.example"])
+def test_an_origin_is_one(origin: str) -> None:
+    with pytest.raises(ValueError, match="must be an origin"):
+        made(cors_origins=[origin])
 
 
 @pytest.mark.parametrize("url", ["bucket", "ftp://host/x", "s3://"])

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from adapters.model import BaseModel
-from server.http.inference import LeasedResponse
 from server.http.middleware import ClientLeft, while_connected
+from server.http.streams import LeasedResponse
 from server.inference.completion import Completion
 from tests.support.clock import VirtualLoop, run
 from tests.support.world import BASE, World, read
@@ -226,7 +226,7 @@ def test_a_response_that_cannot_be_sent_gives_its_place_back(sent: int, version:
                 if left < 0:
                     raise OSError("the connection is gone")
 
-            response = LeasedResponse(opened.stream, opened.lease, log, client_timeout=60)
+            response = LeasedResponse(opened.stream, opened.lease, log, client_timeout=60, keepalive=15)
             with contextlib.suppress(Exception, BaseExceptionGroup):
                 await response({"type": "http", "asgi": {"spec_version": version}}, Connected().receive, send)
             world.check_idle()

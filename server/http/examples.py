@@ -1,0 +1,57 @@
+"""What the reference shows of each call: a line that says what it does, and a body that can be sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TURNS = [{"role": "user", "content": "What is the capital of France?"}]
+
+# By method and short path, see ``server.http.openapi``.
+SUMMARIES = {
+    "get /tenants": "All tenants",
+    "post /tenants": "Make a tenant, a customer",
+    "get /tenants/{tenant}": "A tenant with its limits and budgets",
+    "patch /tenants/{tenant}": "Change a tenant; null takes a limit away",
+    "delete /tenants/{tenant}": "Remove a tenant with its keys and adapters; running requests finish",
+    "post /tenants/{tenant}/keys": "Make a key, which is shown this once",
+    "get /tenants/{tenant}/keys": "A tenant's keys, without the keys themselves",
+    "post /tenants/{tenant}/keys/{key_id}/rotate": "Replace a key; the old one may live on for a while",
+    "patch /tenants/{tenant}/keys/{key_id}": "Change a key's name, scopes, limits or end",
+    "delete /tenants/{tenant}/keys/{key_id}": "Revoke a key at once",
+    "post /adapters/{name}/versions": "Upload a version of an adapter, which becomes the live one",
+    "get /adapters": "All adapters, with versions, tiers and reports",
+    "get /adapters/{name}": "An adapter with its versions, tiers and reports",
+    "patch /adapters/{name}": "Choose the live version, split the requests, pin, or make it the default",
+    "delete /adapters/{name}": "Remove an adapter; running requests finish",
+    "post /adapters/{name}/warm": "Bring an adapter nearer to the GPU before it is asked for",
+    "patch /adapters/{name}/versions/{version}": "Put a quarantined version back into service",
+    "delete /adapters/{name}/versions/{version}": "Remove a version that does not answer",
+    "post /adapters/{name}/verify": "Hold a version against the golden probes it came with",
+    "get /residency": "Slots, host memory and queues as they are now",
+    "get /health": "Whether the process lives",
+    "get /ready": "Whether a token passes the engine and the database answers",
+    "get /metrics": "Metrics, in the form of Prometheus",
+}
+EXAMPLES: dict[str, Any] = {
+    "post /v1/chat/completions": {"model": "support", "messages": _TURNS, "max_tokens": 64},
+    "post /v1/completions": {"model": "support", "prompt": "The capital of France is", "max_tokens": 16},
+    "post /v1/responses": {"model": "support", "input": "What is the capital of France?", "store": False},
+    "post /v1/messages": {"model": "support", "messages": _TURNS, "max_tokens": 64},
+    "post /v1/messages/count_tokens": {"model": "support", "messages": _TURNS},
+    "post /v1/embeddings": {"model": "support", "input": ["first text", "second text"]},
+    "post /tokenize": {"model": "support", "prompt": "Hello there"},
+    "post /detokenize": {"model": "support", "tokens": [1, 2, 3]},
+    "post /tenants": {
+        "id": "acme",
+        "name": "Acme Inc.",
+        "weight": 2.0,
+        "limits": {"tokens_per_minute": 60000},
+    },
+    "patch /tenants/{tenant}": {"limits": {"requests_per_minute": 60}},
+    "post /tenants/{tenant}/keys": {"name": "production", "scopes": ["inference"]},
+    "post /tenants/{tenant}/keys/{key_id}/rotate": {"overlap_seconds": 3600},
+    "patch /adapters/{name}": {"split": {"3": 90, "4": 10}},
+    "post /adapters/{name}/versions": {"source": "s3://adapters/support/"},
+    "post /adapters/{name}/warm": {"slot": True},
+    "patch /adapters/{name}/versions/{version}": {"quarantined": False},
+}

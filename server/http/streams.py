@@ -1,0 +1,179 @@
+"""Server-sent events over HTTP: a stream with its lease, comments while it waits, and slow clients."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
+
+from adapters.errors import AdapterError
+from server.errors import ServerError
+from server.http.middleware import ClientLeft
+from server.inference.completion import Completion, LeasedStream
+from server.inference.dialects.base import Dialect
+from server.scheduling.lease import Lease
+
+COMMENT = ": the request waits\n\n"
+
+
+class Comments:
+    """Sends a comment whenever a stream has said nothing for ``seconds``; 0 for never.
+
+    ``silent_since`` is in the loop's time, infinite while something is being sent or nothing may be. One
+    timer a response: one for each chunk would cost as much as the chunk's own way through.
+    """
+
+    def __init__(self, send: Send, silent_since: Callable[[], float], seconds: float) -> None:
+        self._send = send
+        self._silent_since = silent_since
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._speaking: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_later(seconds, self._look) if seconds else None
+
+    def _look(self) -> None:
+        due = self._silent_since() + self._seconds
+        if due <= self._loop.time():
+            self._speaking = self._loop.create_task(self._say())
+        wait = due - self._loop.time()
+        self._timer = self._loop.call_later(wait if 0 < wait < self._seconds else self._seconds, self._look)
+
+    async def _say(self) -> None:
+        with suppress(OSError):  # the client has left, which the stream itself will notice
+            await self._send({"type": "http.response.body", "body": COMMENT.encode(), "more_body": True})
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._speaking is not None:
+            self._speaking.cancel()
+
+
+class Late:
+    """A stream that has not been opened yet: ``opening`` waits for its turn while its client is told so.
+
+    Its chunks are a comment first, then those of the stream, or the refusal as an event. ``aclose`` is
+    idempotent and always needed.
+    """
+
+    def __init__(self, opening: asyncio.Task[Completion], dialect: Dialect, log: dict[str, Any]) -> None:
+        self._opening = opening
+        self._dialect = dialect
+        self._log = log
+        self.lease: Lease | None = None
+        self._stream: LeasedStream | None = None
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        yield COMMENT
+        try:
+            opened = await asyncio.shield(self._opening)
+        except ClientLeft:
+            return
+        except (ServerError, AdapterError) as exc:
+            self._log["code"] = exc.code
+            yield self._dialect.error_event(exc, 0)
+            return
+        self._take(opened)
+        assert self._stream is not None, "a request that is to stream was answered with a document"
+        async for chunk in self._stream:
+            yield chunk
+
+    def _take(self, opened: Completion) -> None:
+        self.lease, self._stream = opened.lease, opened.stream
+        self._log["model"] = opened.model
+
+    async def aclose(self) -> None:
+        self._opening.cancel()
+        await asyncio.wait({self._opening})
+        if self._stream is None and not self._opening.cancelled() and self._opening.exception() is None:
+            self._take(self._opening.result())
+        if self._stream is not None:
+            await self._stream.aclose()
+
+
+class LeasedResponse(StreamingResponse):
+    """SSE that closes its stream whatever happens: read to the end, left by the client, or never begun."""
+
+    def __init__(
+        self,
+        stream: LeasedStream | Late,
+        lease: Lease | None,
+        log: dict[str, Any],
+        client_timeout: float,
+        keepalive: float,
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
+        super().__init__(stream, media_type="text/event-stream", headers=headers | version_header(lease))
+        self._stream = stream
+        self._lease = lease
+        self._log = log
+        self._client_timeout = client_timeout
+        self._keepalive = keepalive
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Ends the connection of a client that does not read: its place in the engine is others' too."""
+        loop = asyncio.get_running_loop()
+        limit = asyncio.timeout(None)
+        sending: float | None = None  # since when
+        timer: asyncio.TimerHandle
+        sent = math.inf  # when the last piece was handed over; none is when it has begun or ended
+        comments = Comments(send, lambda: math.inf if sending is not None else sent, self._keepalive)
+
+        def look() -> None:
+            """One timer a response: one for each chunk costs as much as the chunk's own way through."""
+            nonlocal timer
+            due = self._client_timeout + (loop.time() if sending is None else sending)
+            if due > loop.time():
+                timer = loop.call_at(due, look)
+            else:
+                limit.reschedule(due)
+
+        async def send_in_time(message: Message) -> None:
+            nonlocal sending, sent
+            sending = loop.time()
+            await send(message)
+            sent = sending if message.get("more_body", True) else math.inf
+            sending = None
+
+        timer = loop.call_later(self._client_timeout, look)
+        try:
+            async with limit:
+                await super().__call__(scope, receive, send_in_time)
+        except (TimeoutError, ClientDisconnect):
+            if not limit.expired():
+                raise
+        finally:
+            timer.cancel()
+            comments.stop()
+            await self._stream.aclose()
+            lease = self._stream.lease if isinstance(self._stream, Late) else self._lease
+            self._log |= usage_of(lease) if lease is not None else {}
+
+
+def version_header(lease: Lease | None) -> dict[str, str]:
+    """Which version answers, which a canary leaves open; nothing for the base, and before it is known."""
+    version = lease.version if lease is not None else None
+    return {"X-Loraplex-Version": f"{version.adapter}@{version.number}"} if version else {}
+
+
+def usage_of(lease: Lease) -> dict[str, Any]:
+    """What the log line says of a request that ran."""
+    first = lease.first_token_after
+    return {
+        "adapter": lease.version.adapter if lease.version else None,
+        "version": lease.version.number if lease.version else None,
+        "outcome": lease.outcome,
+        "prompt_tokens": lease.prompt_tokens,
+        "cached_tokens": lease.cached_tokens,
+        "output_tokens": lease.output_tokens,
+        "cold": lease.load_seconds > 0,
+        "queue_seconds": round(lease.queued_for, 4),
+        "load_seconds": round(lease.load_seconds, 4),
+        "first_token_seconds": None if first is None else round(first, 4),
+    } | ({"code": lease.code} if lease.code else {})

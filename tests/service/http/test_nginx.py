@@ -1,0 +1,105 @@
+"""Behind a real nginx with its defaults: nothing is held back, and a stream that waits is not cut."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.demo.process import free_port
+from tests.service.http.test_browsers import TURNS, busy
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.site import Site, bearer
+from tests.support.tiny import fake_site
+
+NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
+pytestmark = [
+    pytest.mark.skipif(not Path(NGINX).exists(), reason="nginx is not installed"),
+    pytest.mark.filterwarnings("ignore:max_tokens is deprecated", "ignore::DeprecationWarning"),
+]
+# All that somebody writes who puts a server behind nginx; ``extra`` is beside proxy_pass.
+CONFIG = """
+daemon off;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{}}
+http {{
+  access_log off;
+  client_body_temp_path {folder}/body;
+  proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi;
+  scgi_temp_path {folder}/scgi;
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{ proxy_pass {upstream}; {extra} }}
+  }}
+}}
+"""
+
+
+@asynccontextmanager
+async def behind_nginx(site: Site, folder: Path, extra: str = "") -> AsyncIterator[httpx.AsyncClient]:
+    port = free_port(0)
+    config = folder / "nginx.conf"
+    config.write_text(CONFIG.format(folder=folder, port=port, upstream=site.url, extra=extra))
+    process = subprocess.Popen([NGINX, "-c", str(config), "-p", str(folder), "-e", str(folder / "error.log")])
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            for _ in range(100):
+                try:
+                    await client.get("/health")
+                    break
+                except httpx.TransportError:
+                    time.sleep(0.05)
+            yield client
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def first_token(client: httpx.AsyncClient, key: str) -> float:
+    body = {"messages": TURNS, "max_tokens": 20, "stream": True}
+    began = time.monotonic()
+    async with client.stream("POST", "/v1/chat/completions", json=body, headers=bearer(key)) as said:
+        assert said.status_code == 200
+        async for line in said.aiter_lines():
+            if line.startswith("data: "):
+                return time.monotonic() - began
+    raise AssertionError("nothing came")
+
+
+async def test_the_first_token_comes_as_soon_as_without_it(tmp_path: Path) -> None:
+    engine = FakeEngine(tiny.base(), times=Times(step=0.1))
+    async with fake_site(tmp_path / "data", engine) as site, behind_nginx(site, tmp_path) as proxied:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        await first_token(site.http, key)
+        direct = statistics.median([await first_token(site.http, key) for _ in range(5)])
+        through = statistics.median([await first_token(proxied, key) for _ in range(5)])
+        assert through - direct < 0.3
+
+
+async def test_a_stream_that_waits_outlives_the_proxys_patience(tmp_path: Path) -> None:
+    """nginx gives up after 60 s of silence, and here after 1; the comments come well within either."""
+    engine = FakeEngine(tiny.base(), times=Times(step=0.05), max_running=1)
+    async with (
+        fake_site(tmp_path / "data", engine, sse_keepalive=0.3) as site,
+        behind_nginx(site, tmp_path, "proxy_read_timeout 1s;") as proxied,
+    ):
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        async with busy(site, key, 70):
+            body = {"messages": TURNS, "max_tokens": 3, "stream": True}
+            began = time.monotonic()
+            said = await proxied.post("/v1/chat/completions", json=body, headers=bearer(key))
+        assert time.monotonic() - began > 1.5
+        assert said.status_code == 200
+        assert said.text.count(": the request waits") >= 3
+        assert said.text.endswith("data: [DONE]\n\n")
