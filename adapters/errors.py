@@ -188,8 +188,16 @@ CURES: dict[str, str] = {
     ),
     "weights_not_finite": "The training diverged; retrain with a lower learning rate or longer warm-up.",
     "unexpected_file": (
-        "Upload adapter_config.json and adapter_model.safetensors, and nothing else (but probes.json, and for"
-        " PiSSA and its kin initial_adapter_model.safetensors)."
+        "Upload adapter_config.json and adapter_model.safetensors, and nothing else but probes.json, the"
+        " tokenizer's files, and for PiSSA and its kin initial_adapter_model.safetensors."
+    ),
+    "chat_file_invalid": "Save it with the trainer again, or upload the adapter without it.",
+    "added_tokens": (
+        "If the adapter does without these tokens, upload it without its tokenizer's files; else merge it"
+        " into a base that has them."
+    ),
+    "chat_template_invalid": (
+        "Mend the template, or upload the adapter without it: then the base's is used for its chats."
     ),
     "probes_invalid": "Write the file with `loraplex probes make`.",
     "probes_unsupported": "Upload it without probes.json.",

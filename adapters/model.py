@@ -25,6 +25,20 @@ INITIAL_FILE = "initial_adapter_model.safetensors"
 # What the training side saw, see adapters.inspection.golden. Kept with the version, not among its files.
 PROBES_FILE = "probes.json"
 
+# What a trainer saves of a tokenizer beside an adapter. Read at upload; what differs from the base is kept in
+# CHAT_FILE, which is one of the version's files. See adapters.inspection.chat_files.
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+GENERATION_FILE = "generation_config.json"
+CHAT_FILES = (
+    TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE,
+    GENERATION_FILE,
+)  # fmt: skip
+CHAT_FILE = "chat.json"
+
 
 def is_tenant_id(text: str) -> bool:
     return re.fullmatch(TENANT_PATTERN, text) is not None
@@ -51,6 +65,20 @@ class ModuleShape:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseChat:
+    """How a base model chats: its template, the ids of its added tokens, and how many tokens it embeds.
+
+    ``stop_token_ids`` end its answers.
+    """
+
+    template: str | None = None
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    vocabulary: int = 0
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class BaseModel:
     """What the engine has loaded, as its worker reports it.
 
@@ -69,6 +97,7 @@ class BaseModel:
     source: str | None = None
     fingerprint: str | None = None
     pooling: bool = False
+    chat: BaseChat | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +142,7 @@ class Manifest:
     ``adapters.inspection.golden``; None without that.
     ``implausible`` says why the size would have been refused, and ``ignored_fields`` names the unknown fields
     of the config that have a meaning, where the upload waived these checks (``Waivers``).
+    ``chat`` is what it says about chats, see ``adapters.inspection.chat_files``; None where it says nothing.
     """
 
     rank: int
@@ -132,6 +162,7 @@ class Manifest:
     golden: Mapping[str, Any] | None = None
     implausible: str | None = None
     ignored_fields: tuple[str, ...] = ()
+    chat: Mapping[str, Any] | None = None
 
     @property
     def waived(self) -> dict[str, Any]:
@@ -192,7 +223,9 @@ class Version:
     """One immutable upload of one adapter. What a lease is taken on.
 
     ``quarantine`` is why it is out of service, if it is: see ``adapters.store.quarantine``. ``base`` is the
-    fingerprint of the base model that it was tried on when it was uploaded, where that is known.
+    fingerprint of the base model that it was tried on when it was uploaded, where that is known. ``chat`` is
+    how it chats: ``kept`` if it has a ``CHAT_FILE``, ``content_format``, ``stop_token_ids``, and
+    ``defaults``, the adapter's own over those of its files.
     """
 
     tenant: str
@@ -204,6 +237,7 @@ class Version:
     size_bytes: int = 0
     quarantine: str | None = field(default=None, compare=False)
     base: str | None = field(default=None, compare=False)
+    chat: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -240,6 +274,7 @@ class Adapter:
     versions: tuple[VersionInfo, ...]
     split: Mapping[int, int] | None = None
     keep_versions: int | None = None
+    defaults: Mapping[str, Any] | None = None
 
     def upload_as_json(self, number: int) -> dict[str, Any]:
         """The answer to the upload that became version ``number``."""

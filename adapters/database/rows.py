@@ -156,6 +156,7 @@ class AdapterRow(Base):
     pinned: Mapped[bool]
     split: Mapped[dict[str, int] | None] = mapped_column(_Json)
     keep_versions: Mapped[int | None]
+    defaults: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 from adapters.errors import AdapterRejected, UploadTooLarge, fault
 from adapters.inspection.pickles import PICKLES
 from adapters.inspection.strict_json import show
-from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
+from adapters.model import CHAT_FILES, CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
 from adapters.store.blobs import disk_errors
 from adapters.tasks import run_in_thread
 
@@ -28,7 +28,7 @@ MAX_ENTRIES = 1000
 # A zip's list of entries, and a tar's extended header: read in one piece.
 MAX_LISTING = 1 << 20
 _BLOCK = 1 << 20
-_KNOWN = frozenset({CONFIG_FILE, WEIGHTS_FILE, INITIAL_FILE, PROBES_FILE, *PICKLES})
+_KNOWN = frozenset({CONFIG_FILE, WEIGHTS_FILE, INITIAL_FILE, PROBES_FILE, *CHAT_FILES, *PICKLES})
 _END_OF_ZIP, _END_OF_ZIP64 = b"PK\x05\x06", b"PK\x06\x07"
 _UNREADABLE = (
     tarfile.TarError,
@@ -94,6 +94,8 @@ def _chosen(paths: list[str]) -> set[str]:
     (``archive_invalid``) where two of a name are equally near.
     """
     chosen: dict[str, str] = {}
+    beside = [path for path in paths if path.rpartition("/")[2] in CHAT_FILES]
+    paths = [path for path in paths if path not in beside]
     for path in sorted(paths, key=lambda path: path.count("/")):
         name = path.rpartition("/")[2]
         if name in chosen and chosen[name].count("/") == path.count("/"):
@@ -106,7 +108,9 @@ def _chosen(paths: list[str]) -> set[str]:
     if pickles and WEIGHTS_FILE not in chosen:
         what = f"The archive holds {pickles[0]}, a pickle."
         raise fault("weights_not_safetensors", what, param=pickles[0])
-    return set(chosen.values())
+    # A tokenizer is the adapter's where it lies beside its config; elsewhere it may be anybody's.
+    home = chosen.get(CONFIG_FILE, "").rpartition("/")[0]
+    return set(chosen.values()) | {path for path in beside if path.rpartition("/")[0] == home}
 
 
 def _without_name(folder: Path) -> IO[bytes]:

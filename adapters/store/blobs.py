@@ -44,7 +44,7 @@ from adapters.errors import (
     fault,
 )
 from adapters.files import sync_path, write_all
-from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
+from adapters.model import CHAT_FILES, CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
 from adapters.store.digests import digest_from, digest_of
 from adapters.store.objects import ObjectStore
 from adapters.tasks import run_in_thread
@@ -54,8 +54,8 @@ logger = logging.getLogger(__name__)
 # Where a repair puts what is broken; nothing looks for anything there.
 ASIDE = "aside"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
-# May be uploaded, but are used up by the conversion and the probe and never committed.
-_PASSING_FILES = (INITIAL_FILE, PROBES_FILE)
+# May be uploaded, but are used up by the conversion, the probe and what is kept of a tokenizer.
+_PASSING_FILES = (INITIAL_FILE, PROBES_FILE, *CHAT_FILES)
 # A blob without a row stays for so long, in seconds: the row may only be missing because of a mistake.
 SWEEP_AGE_S = 86_400.0
 _BLOCK = 1 << 20

@@ -31,14 +31,13 @@ from adapters.model import (
     Manifest,
     Quota,
     Version,
-    VersionInfo,
     is_adapter_name,
     is_tenant_id,
 )
 from adapters.split import WHOLE, choose
 from adapters.store.idempotency import Receipt
 from adapters.store.quarantine import in_service, refuse_quarantined_files
-from adapters.store.versions import linked_digests, version_of
+from adapters.store.versions import info_of, linked_digests, version_of
 
 NUMBERED = re.compile(r"([^@]+)@([1-9][0-9]{0,8})", re.ASCII)
 RESOLVED = 65_536
@@ -50,7 +49,8 @@ Shares = tuple[tuple[Version, int], ...]
 class AdapterChanges(TypedDict, total=False):
     """What ``update`` may change. ``live``, ``default`` and ``pinned`` stay as they are where None.
 
-    ``split`` (version -> percent, 100 in all) is ended by None, ``keep_versions`` given back to the server.
+    ``split`` (version -> percent, 100 in all) is ended by None, ``keep_versions`` given back to the server;
+    ``defaults`` are what requests that say nothing get, over those that a version came with.
     """
 
     live: int | None
@@ -58,6 +58,7 @@ class AdapterChanges(TypedDict, total=False):
     pinned: bool | None
     split: Mapping[int, int] | None
     keep_versions: int | None
+    defaults: Mapping[str, Any] | None
 
 
 class Catalog:
@@ -143,6 +144,7 @@ class Catalog:
                         pinned=False,
                         split=None,
                         keep_versions=None,
+                        defaults=None,
                         created_at=now(),
                     )
                 )
@@ -216,6 +218,8 @@ class Catalog:
                 row.split = await self._split(session, tenant, name, changes["split"])
             if "keep_versions" in changes:
                 row.keep_versions = changes["keep_versions"]
+            if "defaults" in changes:
+                row.defaults = dict(changes["defaults"]) if changes["defaults"] else None
             if pinned is not None:
                 row.pinned = pinned
             if default:
@@ -238,7 +242,7 @@ class Catalog:
                 delete(VersionRow).where(VersionRow.tenant == tenant, VersionRow.adapter == name)
             )
             row.pinned = row.is_default = False
-            row.live = row.split = row.keep_versions = None
+            row.live = row.split = row.keep_versions = row.defaults = None
         return [info.version for info in gone]
 
     async def delete_version(self, tenant: str, name: str, number: int) -> Version:
@@ -384,9 +388,10 @@ class Catalog:
                 default=adapter.is_default,
                 pinned=adapter.pinned,
                 created_at=adapter.created_at,
-                versions=tuple(self._info(version) for _, version in pairs),
+                versions=tuple(info_of(version, self._path_of, adapter.defaults) for _, version in pairs),
                 split={int(n): share for n, share in adapter.split.items()} if adapter.split else None,
                 keep_versions=adapter.keep_versions,
+                defaults=adapter.defaults,
             )
             for adapter, pairs in groupby(rows, key=lambda pair: pair[0])
         ]
@@ -417,9 +422,6 @@ class Catalog:
                 return found
         raise _no_version(name, number, param)
 
-    def _info(self, of: VersionRow) -> VersionInfo:
-        return VersionInfo(self._version(of), of.created_at, of.report, of.quarantine, of.note, of.uploader)
-
     def _version(self, row: VersionRow) -> Version:
         return version_of(row, self._path_of)
 
@@ -435,6 +437,7 @@ def _state(row: AdapterRow) -> dict[str, Any]:
         "live": row.live,
         "split": row.split,
         "keep_versions": row.keep_versions,
+        "defaults": row.defaults,
         "default": row.is_default,
         "pinned": row.pinned,
     }

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import func, select, tuple_
 
 from adapters.database.database import Database
 from adapters.database.rows import AdapterRow, VersionRow
-from adapters.model import Version
+from adapters.model import Version, VersionInfo
 
 _PAGE = 500
 
 
-def version_of(row: VersionRow, path_of: Callable[[str], Path]) -> Version:
-    """The version that a row describes."""
+def version_of(
+    row: VersionRow, path_of: Callable[[str], Path], defaults: Mapping[str, Any] | None = None
+) -> Version:
+    """The version that a row describes; ``defaults`` are those of its adapter."""
+    chat = row.report.get("chat") or {}
+    said = {name: value for name, value in (defaults or {}).items() if value is not None}
     return Version(
         tenant=row.tenant,
         adapter=row.adapter,
@@ -26,7 +31,16 @@ def version_of(row: VersionRow, path_of: Callable[[str], Path]) -> Version:
         size_bytes=row.size_bytes,
         quarantine=row.quarantine["reason"] if row.quarantine else None,
         base=(row.report.get("probe") or {}).get("base"),
+        chat={**chat, "defaults": {**(chat.get("defaults") or {}), **said}} if chat or said else {},
     )
+
+
+def info_of(
+    row: VersionRow, path_of: Callable[[str], Path], defaults: Mapping[str, Any] | None
+) -> VersionInfo:
+    """As the admin API shows it; ``defaults`` are those of its adapter."""
+    version = version_of(row, path_of, defaults)
+    return VersionInfo(version, row.created_at, row.report, row.quarantine, row.note, row.uploader)
 
 
 async def linked_digests(database: Database) -> set[str]:

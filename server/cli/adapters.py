@@ -8,7 +8,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from adapters.model import CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
+from adapters.model import CHAT_FILES, CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
 from server.cli import tables as show
 from server.cli.arguments import Name, Tenant, Yes, confirm
 from server.cli.client import AdminClient, RemoteError
@@ -66,7 +66,7 @@ def _push(server: AdminClient, folder: Path, tenant: str, name: str) -> Any:
     with Progress(console=Console(stderr=True), transient=True) as progress, ExitStack() as stack:
         files: dict[str, IO[bytes]] = {}
         try:
-            for file in (CONFIG_FILE, WEIGHTS_FILE, INITIAL_FILE, PROBES_FILE):
+            for file in (CONFIG_FILE, WEIGHTS_FILE, INITIAL_FILE, PROBES_FILE, *CHAT_FILES):
                 if file in (CONFIG_FILE, WEIGHTS_FILE) or (folder / file).exists():
                     opened = progress.open(folder / file, "rb", description=file)
                     files[file] = stack.enter_context(opened)

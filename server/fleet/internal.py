@@ -291,9 +291,10 @@ def asdict_of(replica: Replica) -> dict[str, Any]:
 @router.post("/tokens")
 async def tokens(request: Request) -> Response:
     """What the tokenizer says."""
-    sent = await _json(request)
-    answers = _replica_of(request).answers
-    return await _told(answers.tokens(DIALECTS[sent["dialect"]], sent["fields"]))
+    sent, replica = await _json(request), _replica_of(request)
+    given = sent.get("version")
+    version = wire.version_of(given, replica.services.blobs.path) if given else None
+    return await _told(replica.answers.tokens(DIALECTS[sent["dialect"]], sent["fields"], version))
 
 
 @router.post("/warm")

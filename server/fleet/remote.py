@@ -34,6 +34,7 @@ from server.fleet.wire import (
     Kind,
     Malformed,
     WireOrder,
+    as_json,
     json_of,
 )
 from server.inference.completion import Completion, LeasedStream, Order, closed_on_failure, counted_refusals
@@ -106,9 +107,13 @@ class RemoteAnswers:
         await lease.close("completed")
         return Completion(order.public_model, lease, body=call.body)
 
-    async def tokens(self, dialect: Dialect, fields: dict[str, Any]) -> dict[str, Any]:
+    async def tokens(
+        self, dialect: Dialect, fields: dict[str, Any], version: Version | None = None
+    ) -> dict[str, Any]:
         """Asked of any replica."""
-        return await self.directory.ask("tokens", {"dialect": dialect.name, "fields": fields})
+        sent = as_json(version) if version is not None else None
+        question = {"dialect": dialect.name, "fields": fields, "version": sent}
+        return await self.directory.ask("tokens", question)
 
     async def _reserve(self, order: Order) -> Granted | None:
         """What is known here of the request's size; its replica counts the prompt."""
@@ -215,10 +220,9 @@ class RemoteCall:
                 await self._go_on(exc)
                 continue
             if kind is Kind.CHUNK:
-                text = self._taken(Chunk.decoded(payload))
-                while self._ready and self._ready[0][0] is Kind.CHUNK:  # what came at once goes at once
-                    text += self._taken(Chunk.decoded(self._ready.popleft()[1]))
-                if text:
+                chunk = Chunk.decoded(payload)
+                text = self._taken(chunk)
+                if text is not None:
                     yield text
             elif kind is Kind.END:
                 end = End.decoded(payload)
@@ -295,11 +299,11 @@ class RemoteCall:
                 raise Lost(f"{type(exc).__name__}: {exc}") from exc
         return self._ready.popleft()
 
-    def _taken(self, chunk: Chunk) -> str:
-        """The text to hand on; empty where it was handed on before."""
+    def _taken(self, chunk: Chunk) -> str | None:
+        """The text to hand on; None where it was handed on before."""
         self._movable = chunk.movable
         if self._begun and self._moves and chunk.total <= len(self._said):
-            return ""
+            return None
         self._said += chunk.ids if chunk.total > len(self._said) else ()
         self._count(chunk.prompt, chunk.cached, chunk.total)
         if not self._begun:

@@ -161,6 +161,7 @@ def as_json(version: Version) -> dict[str, Any]:
         "digest": version.digest,
         "rank": version.rank,
         "size": version.size_bytes,
+        "chat": dict(version.chat),
     }
 
 
@@ -168,7 +169,8 @@ def version_of(sent: Mapping[str, Any], path: Callable[[str], Path]) -> Version:
     """What ``as_json`` made, with the files where ``path`` has them. Raises ValueError, KeyError."""
     digest = str(sent["digest"])
     names = str(sent["tenant"]), str(sent["adapter"])
-    return Version(*names, int(sent["number"]), digest, path(digest), int(sent["rank"]), int(sent["size"]))
+    size, chat = int(sent["size"]), dict(sent.get("chat") or {})
+    return Version(*names, int(sent["number"]), digest, path(digest), int(sent["rank"]), size, chat=chat)
 
 
 # --- frames --------------------------------------------------------------------------------------------

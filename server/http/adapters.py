@@ -36,6 +36,20 @@ from server.publishing.publish import move_pin, publish, unpublish
 Note = Annotated[str, Field(min_length=1, max_length=500, pattern=r"^[^\x00]*$")]
 
 
+class Defaults(Body):
+    """What a request gets that says nothing of it; all of them at once. ``system`` is a system prompt."""
+
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=-1, le=MAX_INTEGER)
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
+    presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    system: str | None = Field(None, max_length=32_768)
+
+
 class AdapterChange(Body):
     """What a PATCH of an adapter changes; what is not named stays as it is."""
 
@@ -45,6 +59,7 @@ class AdapterChange(Body):
     split: dict[int, Annotated[int, Field(ge=1)]] | None = None
     keep_versions: int | None = Field(None, ge=0, le=MAX_INTEGER)
     quarantined: Literal[False] | None = None
+    defaults: Defaults | None = None
 
     @field_validator("split", mode="before")
     @classmethod
@@ -208,6 +223,8 @@ async def update(services: Services, tenant: Tenant, name: str, change: AdapterC
     if not change.model_fields_set:
         raise Unprocessable(f"Name at least one of {', '.join(AdapterChange.model_fields)}.")
     changes = change.model_dump(exclude_unset=True)
+    if change.defaults is not None:
+        changes["defaults"] = change.defaults.model_dump(exclude_none=True)
     if changes.pop("quarantined", None) is False:
         live = (await services.publishing.catalog.adapter(tenant.id, name)).live
         if live is not None:
@@ -266,6 +283,7 @@ def as_json(adapter: Adapter, services: Services) -> dict[str, Any]:
         "pinned": adapter.pinned,
         "split": adapter.split,
         "keep_versions": adapter.keep_versions,
+        "defaults": dict(adapter.defaults) if adapter.defaults else None,
         "tier": dispatcher.tier_of(live) if live else Tier.DISK,
         "created_at": adapter.created_at.isoformat(),
         "versions": [

@@ -148,6 +148,7 @@ class Adapter(Answer):
     pinned: bool
     split: dict[int, Number] | None
     keep_versions: Count | None
+    defaults: dict[str, float | str] | None
     tier: Tier
     created_at: Time
     versions: list[AdapterVersion]

@@ -16,9 +16,10 @@ from typing import Any
 from adapters.errors import AdapterRejected, AdapterUnavailable, fault
 from adapters.inspection.golden import Agreement, Golden
 from adapters.inspection.logprobs import PROMPTS, Scores, Vectors, compare, finite, finite_vectors, shift
-from adapters.model import Manifest, Version
+from adapters.model import TEMPLATE_FILE, Manifest, Version
 from server.engine.calls import Call, EngineDied, InFlight, Kind
 from server.engine.engine import Engine
+from server.engine.manners import Manners
 from server.errors import BadRequest, Internal, TooManyRequests
 from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.lease import Lease
@@ -37,6 +38,7 @@ class Prober:
         self._engine = engine
         self._dispatcher = dispatcher
         self._base: Any = None
+        self._manners = Manners()
 
     @property
     def here(self) -> dict[str, str | None]:
@@ -78,6 +80,17 @@ class Prober:
             raise _not_numbers()
         changed, noise = differ(again, scores), differ(self._base, again)
         return {"effect": changed.exceeds(noise), **asdict(changed), "noise": asdict(noise), **here}
+
+    async def chat(self, version: Version) -> None:
+        """One token of a chat, through the version's own template; AdapterRejected where that fails."""
+        turns = [{"role": "user", "content": "Hello"}]
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                await self._ask(version, "chat", [{"messages": turns, "max_tokens": 1, "temperature": 0}])
+        except (TimeoutError, TooManyRequests, AdapterUnavailable) as exc:
+            raise AdapterUnavailable(_NO_ROOM) from exc
+        except BadRequest as exc:
+            raise fault("chat_template_invalid", exc.message, param=TEMPLATE_FILE) from exc
 
     async def check(self, version: Version, golden: Golden) -> Agreement:
         """``golden`` against what the engine says now, each prompt as a request of its own.
@@ -137,6 +150,7 @@ class Prober:
     async def _run(self, lease: Lease, number: int, kind: Kind, body: dict[str, Any]) -> dict[str, Any]:
         model = lease.version.key if lease.version else self._engine.base.name
         call = Call(
+            manner=await self._manners.of(lease.version),
             id=f"probe-{lease.id}-{number}",
             kind=kind,
             model=model,

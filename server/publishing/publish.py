@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, fault
+from adapters.inspection.chat_files import read_chat_files, take_chat_files
 from adapters.inspection.golden import Golden, take
 from adapters.inspection.pickles import PICKLES, ignored_pickles
-from adapters.model import NOTHING_WAIVED, Adapter, Manifest, Quota, Version, Waivers
+from adapters.model import NOTHING_WAIVED, TEMPLATE_FILE, Adapter, Manifest, Quota, Version, Waivers
 from adapters.store.blobs import BlobStore, Incoming
 from adapters.store.catalog import Catalog
 from adapters.store.fitness import Fitness
@@ -27,6 +28,7 @@ from adapters.store.quarantine import Quarantine
 from adapters.store.upload_jobs import State, UploadJobs
 from adapters.tasks import uninterruptible
 from server.engine.engine import Engine
+from server.engine.templates import TemplateFailed, templates
 from server.errors import ServerError, Unavailable
 from server.metrics import Metrics
 from server.publishing.probe import Prober, no_effect
@@ -193,6 +195,7 @@ async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tup
             from adapters.inspection.admit import admit
 
             golden = await incoming.examine(take)
+            chat = await _chat_of(service, incoming)
             manifest = await incoming.examine(
                 partial(
                     admit,
@@ -202,6 +205,7 @@ async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tup
                     waived=waived,
                 )
             )
+            manifest = replace(manifest, chat=chat)
             if pickles:
                 warning = ignored_pickles(sorted(pickles))
                 manifest = replace(manifest, warnings=(*manifest.warnings, warning))
@@ -226,6 +230,27 @@ async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tup
     return Published(adapter.upload_as_json(version.number), await _make_room(service, adapter))
 
 
+async def _chat_of(service: Publishing, incoming: Incoming) -> dict[str, Any] | None:
+    """What the upload says about chats, for its report; kept among its files where it is not the base's.
+
+    AdapterRejected, also for a template that does not run (``chat_template_invalid``).
+    """
+    found = await incoming.examine(partial(read_chat_files, base=service.engine.base.chat))
+    form = "string"
+    if found is not None and found.template is not None:
+        try:
+            form = await templates().check(found.template)
+        except TemplateFailed as exc:
+            raise fault(
+                "chat_template_invalid", f"The chat template does not run: {exc}.", param=TEMPLATE_FILE
+            ) from exc
+    await incoming.examine(partial(take_chat_files, found=found))
+    if found is None:
+        return None
+    kept = found.template is not None or bool(found.stop_token_ids)
+    return found.as_json() | {"kept": kept, "content_format": form}
+
+
 def _asked(waived: Waivers) -> tuple[object, ...]:
     """What of ``waived`` tells two uploads with one idempotency key apart.
 
@@ -244,6 +269,8 @@ async def _probed(
     probe = await service.prober.probe(candidate, known)
     if not (probe["effect"] or waived.no_effect):
         raise no_effect(manifest, probe)
+    if (manifest.chat or {}).get("template"):
+        await service.prober.chat(candidate)
     agreement = await service.prober.check(candidate, golden) if golden is not None else None
     return replace(
         manifest,
@@ -268,7 +295,9 @@ async def _committed(
     digest = incoming.digest
     assert digest is not None, "finish comes first"
     path = service.blobs.path(digest)
-    candidate = Version(tenant, name, 0, digest, path, manifest.rank, manifest.size_bytes)
+    candidate = Version(
+        tenant, name, 0, digest, path, manifest.rank, manifest.size_bytes, chat=manifest.chat or {}
+    )
     async with service.changing:
         service.coming.append(digest)
     try:

@@ -1,0 +1,64 @@
+"""How a base model's folder says that chats are written: its template, its kind, its tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from adapters.model import BaseChat
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseTokenizer:
+    """``template`` is the one for chats with tools where there are two; None where there is none.
+
+    ``tokenizer`` is that of transformers; None where it has none for this model.
+    """
+
+    model_type: str
+    template: str | None
+    tokenizer: Any = None
+
+
+def read_base_chat(model: str, *, trust_remote_code: bool = False) -> BaseTokenizer:
+    """What the folder, or hub id, ``model`` says. Takes about a second; what cannot be read is None."""
+    from transformers import AutoTokenizer, PretrainedConfig
+
+    try:
+        config: dict[str, Any] = PretrainedConfig.get_config_dict(model)[0]
+    except OSError:
+        config = {}
+    model_type = str(config.get("model_type") or "")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as exc:  # whatever a model's own code raises; vLLM will say it again if it matters
+        logger.info("transformers has no tokenizer for %s: %s", model, exc)
+        return BaseTokenizer(model_type, None)
+    return BaseTokenizer(model_type, template_of(tokenizer), tokenizer)
+
+
+def template_of(tokenizer: Any) -> str | None:
+    """The tokenizer's template for chats with tools."""
+    try:
+        found = tokenizer.get_chat_template(tools=[{}])
+    except ValueError:  # it has none, or several and none of them is the default
+        return None
+    return str(found)
+
+
+def described(
+    found: BaseTokenizer, *, template: str | None, vocabulary: int, stop_token_ids: tuple[int, ...]
+) -> BaseChat:
+    """``found`` as uploads are compared with it; ``template`` is the one that is served."""
+    tokenizer = found.tokenizer
+    special = tokenizer.special_tokens_map if tokenizer is not None else {}
+    return BaseChat(
+        template=template,
+        tokens=dict(tokenizer.get_added_vocab()) if tokenizer is not None else {},
+        vocabulary=vocabulary,
+        special_tokens={name: token for name, token in special.items() if isinstance(token, str)},
+        stop_token_ids=stop_token_ids,
+    )

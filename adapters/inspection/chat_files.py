@@ -1,0 +1,258 @@
+"""What an upload says about chats beside its weights: its template, its tokens, how it is to be sampled.
+
+Trainers save a tokenizer and often a ``generation_config.json`` with an adapter. Mostly they are the base's
+own, and say nothing. Where they differ they are part of what was trained: they are kept with the version, or
+the upload is refused. What is passed over is named in the report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import AdapterRejected, fault
+from adapters.inspection.strict_json import show
+from adapters.model import (
+    ADDED_TOKENS_FILE,
+    CHAT_FILE,
+    CHAT_FILES,
+    GENERATION_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    BaseChat,
+)
+
+MAX_TEMPLATE = 128 << 10
+MAX_CONFIG = 4 << 20
+# A tokenizer's file begins with its added tokens; its vocabulary is not read.
+_HEAD = 4 << 20
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+# Of a generation_config.json, and what requests call it.
+_DEFAULTS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+# What says nothing about an answer here, or what the engine takes from the base.
+_QUIET = frozenset(
+    {
+        "_from_model_config", "bos_token_id", "cache_implementation", "decoder_start_token_id", "do_sample",
+        "eos_token_id", "pad_token_id", "transformers_version", "use_cache",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFound:
+    """What of the files differs from the base. ``ignored`` is for people: what was passed over, and why."""
+
+    template: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+    defaults: Mapping[str, float | int] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """For the report: of the template its digest, since it is kept beside the weights."""
+        digest = hashlib.sha256(self.template.encode()).hexdigest() if self.template is not None else None
+        return {
+            "template": digest,
+            "special_tokens": dict(self.special_tokens),
+            "stop_token_ids": list(self.stop_token_ids),
+            "defaults": dict(self.defaults),
+            "ignored": list(self.ignored),
+        }
+
+
+def read_chat_files(folder: Path, base: BaseChat | None) -> ChatFound | None:
+    """What the files in ``folder`` say that ``base`` does not; None where there are none.
+
+    Synchronous: call it in a thread. AdapterRejected (``chat_file_invalid``, ``added_tokens``). Without
+    ``base``, of which nothing is known then, a template is its own and no token is.
+    """
+    present = [name for name in CHAT_FILES if (folder / name).exists()]
+    if not present:
+        return None
+    known = base or BaseChat()
+    config = _json(folder, TOKENIZER_CONFIG_FILE)
+    special = _special_tokens(config)
+    _check_tokens(folder, config, special, known)
+    template = _template(folder, config)
+    ours = template is not None and template.strip() != (known.template or "").strip()
+    generation = _json(folder, GENERATION_FILE)
+    return ChatFound(
+        template=template if ours else None,
+        special_tokens={n: t for n, t in special.items() if t != known.special_tokens.get(n)} if ours else {},
+        stop_token_ids=_stops(generation, special, known),
+        defaults=_sampling(generation),
+        ignored=_passed_over(folder, generation),
+    )
+
+
+def take_chat_files(folder: Path, found: ChatFound | None) -> None:
+    """Removes what was uploaded, and writes what is kept as a file of the version, if anything is."""
+    for name in CHAT_FILES:
+        (folder / name).unlink(missing_ok=True)
+    if found is not None and (found.template is not None or found.stop_token_ids or found.defaults):
+        kept = {
+            "template": found.template,
+            "special_tokens": dict(sorted(found.special_tokens.items())),
+            "stop_token_ids": list(found.stop_token_ids),
+            "defaults": dict(sorted(found.defaults.items())),
+        }
+        path = folder / CHAT_FILE
+        path.write_text(json.dumps(kept, ensure_ascii=False, sort_keys=True))
+        path.chmod(0o444)
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The template for chats with tools, where there are two."""
+    path = folder / TEMPLATE_FILE
+    if path.exists():
+        found: Any = _text(path, MAX_TEMPLATE)
+    else:
+        found = config.get("chat_template")
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("tool_use") or named.get("default")
+    if found is None:
+        return None
+    if not isinstance(found, str) or len(found.encode()) > MAX_TEMPLATE:
+        raise _invalid(TOKENIZER_CONFIG_FILE, f"its chat_template is no text of at most {MAX_TEMPLATE} bytes")
+    return found
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for name in _SPECIAL:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found[name] = token
+    return found
+
+
+def _check_tokens(
+    folder: Path, config: Mapping[str, Any], special: Mapping[str, str], base: BaseChat
+) -> None:
+    """AdapterRejected (``added_tokens``) for a token that the base's tokenizer has not, or elsewhere."""
+    if not base.tokens:
+        return
+    for token, number in sorted(_added_tokens(folder, config).items(), key=lambda one: one[1]):
+        if base.tokens.get(token) == number or token == special.get("pad_token"):
+            continue  # padding is never written into a prompt
+        where = f"token {show(token)} with the id {number}"
+        if number >= base.vocabulary:
+            reason = f"the base's embedding ends with {base.vocabulary - 1}"
+        elif token in base.tokens:
+            reason = f"the base's tokenizer has it as {base.tokens[token]}"
+        else:
+            reason = "the base's tokenizer does not have it, and prompts are tokenized by that"
+        raise fault("added_tokens", f"The tokenizer has a {where}; {reason}.", param=TOKENIZER_FILE)
+
+
+def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    decoder = config.get("added_tokens_decoder")
+    for number, token in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(token, dict) and isinstance(token.get("content"), str) and str(number).isdecimal():
+            found[token["content"]] = int(number)
+    for token, number in _json(folder, ADDED_TOKENS_FILE).items():
+        if isinstance(number, int):
+            found[token] = number
+    return found | _tokenizers_added(folder / TOKENIZER_FILE)
+
+
+def _tokenizers_added(path: Path) -> dict[str, int]:
+    """``added_tokens`` of a tokenizer.json, whose vocabulary of megabytes follows them."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        head = file.read(_HEAD).decode("utf-8", "replace")
+    _, found, rest = head.partition('"added_tokens"')
+    if not found:
+        return {}
+    try:
+        listed = json.JSONDecoder().raw_decode(rest.lstrip(" \t\r\n:"))[0]
+        return {str(one["content"]): int(one["id"]) for one in listed}
+    except (ValueError, TypeError, KeyError, RecursionError) as exc:
+        raise _invalid(TOKENIZER_FILE, "its added_tokens cannot be read") from exc
+
+
+def _stops(generation: Mapping[str, Any], special: Mapping[str, str], base: BaseChat) -> tuple[int, ...]:
+    """Tokens that end an answer of this adapter and not of the base."""
+    given = generation.get("eos_token_id")
+    ids = set(given if isinstance(given, list) else [given]) - {None}
+    named = special.get("eos_token")
+    if named is not None and named in base.tokens:
+        ids.add(base.tokens[named])
+    for one in ids:
+        token = isinstance(one, int) and not isinstance(one, bool) and one >= 0
+        if not token or (base.vocabulary and one >= base.vocabulary):
+            raise _invalid(GENERATION_FILE, f"eos_token_id {show(one)} is no token of the base")
+    return tuple(sorted(ids - set(base.stop_token_ids)))
+
+
+def _sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
+    found: dict[str, float | int] = {}
+    for theirs, ours in _DEFAULTS.items():
+        value = generation.get(theirs)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _invalid(GENERATION_FILE, f"{theirs} is no number")
+        found[ours] = value
+    if generation.get("do_sample") is False:
+        for name in ("top_p", "top_k", "min_p"):
+            found.pop(name, None)
+        found["temperature"] = 0
+    return found
+
+
+def _passed_over(folder: Path, generation: Mapping[str, Any]) -> tuple[str, ...]:
+    notes = []
+    unused = sorted(
+        name for name, value in generation.items() if name not in _DEFAULTS and name not in _QUIET and value
+    )
+    if unused:
+        notes.append(f"{GENERATION_FILE}: {', '.join(unused)} are not defaults that are served")
+    if (folder / TOKENIZER_FILE).exists():
+        notes.append(f"{TOKENIZER_FILE}: prompts are tokenized by the base's tokenizer")
+    if (folder / SPECIAL_TOKENS_FILE).exists() and not (folder / TOKENIZER_CONFIG_FILE).exists():
+        notes.append(f"{SPECIAL_TOKENS_FILE} says nothing without {TOKENIZER_CONFIG_FILE}")
+    return tuple(notes)
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(_text(path, MAX_CONFIG))
+    except (ValueError, RecursionError) as exc:
+        raise _invalid(name, "it is no JSON") from exc
+    if not isinstance(found, dict):
+        raise _invalid(name, "it is no JSON object")
+    return found
+
+
+def _text(path: Path, most: int) -> str:
+    if path.stat().st_size > most:
+        raise _invalid(path.name, f"it has more than {most} bytes")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise _invalid(path.name, "it is no UTF-8") from exc
+
+
+def _invalid(name: str, what: str) -> AdapterRejected:
+    return fault("chat_file_invalid", f"{name}: {what}.", param=name)

@@ -1,0 +1,121 @@
+"""What an upload says about chats beside its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import AdapterRejected
+from adapters.inspection.chat_files import MAX_TEMPLATE, read_chat_files, take_chat_files
+from adapters.model import CHAT_FILE, BaseChat
+
+BASE = BaseChat(
+    template="{{ messages }}",
+    tokens={"<s>": 1, "</s>": 2, "<|im_end|>": 7, "<|reserved_0|>": 8},
+    vocabulary=100,
+    special_tokens={"eos_token": "</s>", "bos_token": "<s>"},
+    stop_token_ids=(2,),
+)
+
+
+def folder_of(tmp_path: Path, **files: Any) -> Path:
+    for name, content in files.items():
+        file = {"template": "chat_template.jinja"}.get(name, f"{name}.json")
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / file).write_text(text)
+    return tmp_path
+
+
+def test_nothing_is_nothing(tmp_path: Path) -> None:
+    assert read_chat_files(tmp_path, BASE) is None
+
+
+def test_the_bases_own_files_say_nothing(tmp_path: Path) -> None:
+    decoder = {"1": {"content": "<s>"}, "2": {"content": "</s>"}}
+    folder = folder_of(
+        tmp_path,
+        template="{{ messages }}\n",
+        tokenizer_config={"eos_token": "</s>", "added_tokens_decoder": decoder},
+        added_tokens={"<|im_end|>": 7},
+        tokenizer={"version": "1.0", "added_tokens": [{"id": 1, "content": "<s>"}], "model": {}},
+        generation_config={"eos_token_id": 2, "transformers_version": "5.0"},
+    )
+    found = read_chat_files(folder, BASE)
+    assert found is not None
+    assert (found.template, found.stop_token_ids, dict(found.defaults)) == (None, (), {})
+    take_chat_files(folder, found)
+    assert list(folder.iterdir()) == []
+
+
+def test_what_differs_is_kept(tmp_path: Path) -> None:
+    folder = folder_of(
+        tmp_path,
+        tokenizer_config={"chat_template": "[{{ messages }}]", "eos_token": {"content": "<|im_end|>"}},
+        generation_config={
+            "temperature": 0.2, "top_p": 0.9, "max_new_tokens": 64, "eos_token_id": [2, 7], "num_beams": 4,
+        },
+    )  # fmt: skip
+    found = read_chat_files(folder, BASE)
+    assert found is not None
+    assert found.template == "[{{ messages }}]"
+    assert found.special_tokens == {"eos_token": "<|im_end|>"}
+    assert found.stop_token_ids == (7,)
+    assert found.defaults == {"temperature": 0.2, "top_p": 0.9, "max_tokens": 64}
+    assert "num_beams" in found.ignored[0]
+    take_chat_files(folder, found)
+    (kept,) = folder.iterdir()
+    assert kept.name == CHAT_FILE
+    assert json.loads(kept.read_text())["template"] == "[{{ messages }}]"
+    shown = found.as_json()
+    assert len(shown["template"]) == 64
+    assert "messages" not in json.dumps(shown)
+
+
+def test_greedy_is_a_temperature(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, generation_config={"do_sample": False, "temperature": 0.7, "top_k": 20})
+    found = read_chat_files(folder, BASE)
+    assert found is not None
+    assert found.defaults == {"temperature": 0}
+
+
+def test_the_template_for_tools_is_taken_of_two(tmp_path: Path) -> None:
+    two = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    found = read_chat_files(folder_of(tmp_path, tokenizer_config={"chat_template": two}), BASE)
+    assert found is not None
+    assert found.template == "b"
+
+
+def test_padding_is_nobodys_business(tmp_path: Path) -> None:
+    decoder = {"100": {"content": "[PAD]"}}
+    config = {"pad_token": "[PAD]", "added_tokens_decoder": decoder}
+    assert read_chat_files(folder_of(tmp_path, tokenizer_config=config), BASE) is not None
+
+
+@pytest.mark.parametrize(
+    ("files", "code", "words"),
+    [
+        ({"added_tokens": {"<|tool|>": 50}}, "added_tokens", "does not have it"),
+        ({"added_tokens": {"<|tool|>": 100}}, "added_tokens", "embedding ends with 99"),
+        ({"added_tokens": {"<|im_end|>": 8}}, "added_tokens", "has it as 7"),
+        ({"tokenizer": {"added_tokens": [{"id": 50, "content": "<|x|>"}]}}, "added_tokens", "the id 50"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"50": {"content": "<|x|>"}}}},
+            "added_tokens",
+            "the id 50",
+        ),
+        ({"tokenizer": '{"added_tokens": [{"id"'}, "chat_file_invalid", "cannot be read"),
+        ({"template": "x" * (MAX_TEMPLATE + 1)}, "chat_file_invalid", "more than"),
+        ({"tokenizer_config": {"chat_template": 5}}, "chat_file_invalid", "no text"),
+        ({"tokenizer_config": "[1]"}, "chat_file_invalid", "no JSON object"),
+        ({"generation_config": "{"}, "chat_file_invalid", "no JSON"),
+        ({"generation_config": {"temperature": "hot"}}, "chat_file_invalid", "temperature is no number"),
+        ({"generation_config": {"eos_token_id": 100}}, "chat_file_invalid", "no token of the base"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, files: dict[str, Any], code: str, words: str) -> None:
+    with pytest.raises(AdapterRejected, match=words) as refused:
+        read_chat_files(folder_of(tmp_path, **files), BASE)
+    assert refused.value.code == code

@@ -1,0 +1,82 @@
+"""Customers' chat templates in processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from server.engine.templates import TemplateFailed, Templates
+from server.errors import BadRequest
+
+TURNS = [{"role": "user", "content": "Hi"}]
+PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+PARTS = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture
+async def rooms() -> AsyncIterator[Templates]:
+    made = Templates()
+    yield made
+    await made.close()
+
+
+async def test_a_template_renders_as_transformers_does(rooms: Templates) -> None:
+    assert await rooms.check(PLAIN) == "string"
+    assert await rooms.check(PARTS) == "openai"
+    text = await rooms.render(PLAIN, TURNS, None, {"eos_token": "</s>"})
+    assert text == "[user]Hi</s>"
+    shown = "{{ tools | length }}{{ thinking }}{% if add_generation_prompt %}!{% endif %}"
+    assert await rooms.render(shown, TURNS, [{}, {}], {"thinking": 1, "add_generation_prompt": True}) == "21!"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}{% endfor %}{% endfor %}", "too long"),
+        ("{{ 'x' * 10 ** 10 }}{{ messages[0].content }}", "memory"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "unsafe"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ raise_exception('only with a system prompt') }}", "only with a system prompt"),
+        ("nothing of it", "does not write what a user says"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "deeply"),
+    ],
+)
+async def test_one_that_cannot_be_used_says_why(rooms: Templates, template: str, words: str) -> None:
+    with pytest.raises(TemplateFailed, match=words):
+        await rooms.check(template)
+    assert await rooms.check(PLAIN) == "string"
+
+
+async def test_one_that_runs_away_leaves_the_other_room(rooms: Templates) -> None:
+    await rooms.check(PLAIN)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    running = asyncio.create_task(rooms.render(endless, TURNS, None, {}))
+    await asyncio.sleep(0)
+    for _ in range(3):
+        assert await rooms.render(PLAIN, TURNS, None, {}) == "[user]Hi"
+    with pytest.raises(BadRequest, match="own chat template"):
+        await running
+
+
+async def test_it_knows_no_secrets(rooms: Templates, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPLEX_ADMIN_KEY", "secret")
+    await rooms.check(PLAIN)
+    process = rooms._free._queue[-1]._process  # type: ignore[attr-defined]
+    environment = await asyncio.to_thread(open, f"/proc/{process.pid}/environ", "rb")
+    with environment:
+        assert b"secret" not in environment.read()
+
+
+async def test_it_ends_with_the_server(rooms: Templates) -> None:
+    await rooms.check(PLAIN)
+    process = rooms._free._queue[-1]._process  # type: ignore[attr-defined]
+    process.stdin.close()
+    began = time.monotonic()
+    await process.wait()
+    assert time.monotonic() - began < 5
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
