@@ -24,11 +24,13 @@ try:
 except ImportError:  # from 0.33 on
     from vllm.entrypoints.common.cli_args import make_arg_parser
 
-from adapters.model import BaseModel, ModuleShape
+from adapters.inspection.base_chat import BaseTokenizer, described, read_base_chat
+from adapters.model import BaseChat, BaseModel, ModuleShape
 from adapters.worker.cpu.executor import YieldingExecutor
 from adapters.worker.cpu.features import multiplies_bfloat16
 from server.engine import sizing
 from server.engine.layers import lora_layers
+from server.engine.parsers import AUTO, Parsers, parsers_of
 from server.engine.sizing import EngineCapacity, Layer
 from server.settings import HOST_PER_GPU_SLOT, Settings
 
@@ -88,6 +90,98 @@ def _slot_layers(config: Any) -> list[Layer]:
         workers=config.parallel_config.tensor_parallel_size,
         trust_remote_code=model.trust_remote_code,
     )
+
+
+def choose_parsers(settings: Settings) -> tuple[Settings, Parsers, BaseTokenizer]:
+    """(``settings`` with vLLM's parsers in ENGINE_ARGS, which they are, the tokenizer); see ``parsers_of``.
+
+    What ENGINE_ARGS say goes before the settings. A parser that was guessed, and that the model's tokenizer
+    does not suit, is left out with a warning. ValueError for a name that vLLM does not know.
+    """
+    given = settings.engine_args
+    structured = given.get("structured_outputs_config")
+    structured = structured if isinstance(structured, dict) else {}
+    chat = read_base_chat(
+        str(given.get("tokenizer") or settings.model),
+        trust_remote_code=bool(given.get("trust_remote_code")),
+    )
+    template = _template_given(given.get("chat_template")) or chat.template
+    tools = str(given.get("tool_call_parser") or settings.tool_parser)
+    named = given.get("reasoning_parser") or structured.get("reasoning_parser")
+    reasoning = str(named or settings.reasoning_parser)
+    found = parsers_of(template, chat.model_type, tools=tools, reasoning=reasoning)
+    found = replace(
+        found,
+        tools=_usable("TOOL_PARSER", _tool_parsers(), found.tools, chat, guessed=tools == AUTO),
+        reasoning=_usable(
+            "REASONING_PARSER", _reasoning_parsers(), found.reasoning, chat, guessed=reasoning == AUTO
+        ),
+    )
+    logger.info("tool calls are read as %s, reasoning as %s", found.tools, found.reasoning)
+    if found.tools is not None and not found.tools_shown:
+        logger.info("the chat template shows no tools to the model: it calls them where it is made to")
+    parsing = {
+        "tool_call_parser": found.tools,
+        "enable_auto_tool_choice": given.get("enable_auto_tool_choice", True) and found.tools is not None,
+        # vLLM's front end and its core both read it from here.
+        "structured_outputs_config": {**structured, "reasoning_parser": found.reasoning or ""},
+    }
+    kept = {name: value for name, value in given.items() if name != "reasoning_parser"}
+    chosen = settings.model_copy(update={"engine_args": kept | parsing})
+    return chosen, found, replace(chat, template=template)
+
+
+def chat_of(config: Any, found: BaseTokenizer) -> BaseChat:
+    """How the base of ``config`` (VllmConfig) chats, for uploads to be compared with."""
+    model = config.model_config
+    generation = model.try_get_generation_config() or {}
+    given = generation.get("eos_token_id")
+    stops = set(given if isinstance(given, list) else [given])
+    if found.tokenizer is not None:
+        stops.add(found.tokenizer.eos_token_id)
+    return described(
+        found,
+        template=found.template,
+        vocabulary=int(model.get_vocab_size()),
+        stop_token_ids=tuple(sorted(one for one in stops if isinstance(one, int))),
+    )
+
+
+def _template_given(path: Any) -> str | None:
+    try:
+        return Path(str(path)).read_text() if path else None
+    except (OSError, ValueError):
+        return str(path)  # vLLM takes a template itself, too
+
+
+def _tool_parsers() -> Any:
+    from vllm.tool_parsers import ToolParserManager
+
+    return ToolParserManager, ToolParserManager.get_tool_parser
+
+
+def _reasoning_parsers() -> Any:
+    from vllm.reasoning import ReasoningParserManager
+
+    return ReasoningParserManager, ReasoningParserManager.get_reasoning_parser
+
+
+def _usable(
+    setting: str, registry: Any, name: str | None, chat: BaseTokenizer, *, guessed: bool
+) -> str | None:
+    manager, get = registry
+    if name is None:
+        return None
+    if name not in (known := manager.list_registered()):
+        raise ValueError(f"{setting}: vLLM has no parser {name!r}; it has {', '.join(sorted(known))}")
+    if not guessed or chat.tokenizer is None:
+        return name
+    try:
+        get(name)(chat.tokenizer)
+    except Exception as exc:  # each parser raises its own
+        logger.warning("the parser %s, which the chat template calls for, cannot be used: %s", name, exc)
+        return None
+    return name
 
 
 def refuse_what_cannot_run(config: Any) -> None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from server.engine.manners import Manner
 from server.errors import ServerError
 
 # The name of a dialect: "chat", "completion", "responses", …; see ``server.inference.dialects.registry``.
@@ -134,6 +135,7 @@ class Call:
     paused: bool = False
     aborted: bool = False
     failure: ServerError | None = None
+    manner: Manner | None = None  # how what answers chats, where that is not the base's way
     life: int = 0  # which of the engine's lives it runs in; see ``Engine.detach``
     relay: Relay | None = None
     replaying: bool = False  # paused until what its relay has said is taken

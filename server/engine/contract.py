@@ -122,6 +122,18 @@ USES: tuple[Use, ...] = (
         "wrapped, to clean the KV cache in the step that made NaN",
     ),
     Use(
+        "vllm.renderers.online_renderer",
+        "OnlineRenderer",
+        ("preprocess_chat(default_template_content_format)", "renderer"),
+        "wrapped, so that a version's own chat template is used",
+    ),
+    Use(
+        "vllm.renderers.hf",
+        "HfRenderer",
+        ("_apply_chat_template_async",),
+        "replaced for such a version: its template is rendered in another process",
+    ),
+    Use(
         "vllm.v1.engine.output_processor",
         "RequestState",
         ("request_id", "external_req_id", "queue", "detokenizer", "prompt_len", "lora_name"),

@@ -37,10 +37,12 @@ from server.engine.calls import (
     WorkerReport,
     current_call,
 )
-from server.engine.errors import engine_errors, parse_errors, request_errors
+from server.engine.errors import engine_errors, filled, named, request_errors
 from server.engine.grammars import Grammars
+from server.engine.manners import Manner, current_manner
+from server.engine.parsers import Parsers
 from server.engine.sizing import EngineCapacity
-from server.engine.validation import validate, validate_in_turns
+from server.engine.validation import parsed, parsed_in_turns, resumable
 from server.errors import Internal, ServerError, Unavailable
 from server.settings import Settings
 
@@ -92,6 +94,7 @@ class Engine:
         self._loads: dict[int, PageOp] = {}
         self._half_staged: dict[int, list[StageResult]] = {}
         self._workers = 1
+        self.parsers = Parsers(None, None, tools_shown=False)
         # Told (model, reason) when a model's answer was not a number; see ``_not_finite``.
         self.on_fault: Callable[[str, str], None] = _log_fault
         self._scrubbing: asyncio.Task[None] | None = None
@@ -126,6 +129,7 @@ class Engine:
         from server.engine import arguments
         from server.engine.metered import MeteredLLM
 
+        settings, parsers, tokenizer = await asyncio.to_thread(arguments.choose_parsers, settings)
         slots = await asyncio.to_thread(arguments.slots_of, settings)
         args, engine_args = arguments.vllm_arguments(settings, slots)
         guard.start()
@@ -146,6 +150,7 @@ class Engine:
             found = await asyncio.to_thread(fingerprint, Path(settings.model))
             base = replace(base, source=settings.model, fingerprint=found, pooling=pooling)
             config = llm.vllm_config
+            base = replace(base, chat=arguments.chat_of(config, tokenizer))
             arguments.refuse_what_cannot_run(config)
             arguments.log_advice(config)
             engine = cls(
@@ -157,6 +162,7 @@ class Engine:
                 max_model_len=config.model_config.max_model_len,
                 dialects=dialects,
             )
+            engine.parsers = parsers
             engine._workers = len(described)
             llm.watch_for_nan(engine._not_finite)
             engine._adapt_serving(settings.served_model_name)
@@ -177,6 +183,7 @@ class Engine:
         if self.base.pooling:
             serving.embeddings_as_data(state.serving_embedding)
             return
+        serving.own_templates(state.online_renderer)
         messages = state.anthropic_serving_messages
         messages.create_chat_completion = serving.chat_for_messages(messages.create_chat_completion)
 
@@ -304,10 +311,15 @@ class Engine:
         return f"vllm {vllm.__version__}" + (" pooling" if self.base.pooling else "")
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the base model knows."""
+        return int(self._llm.vllm_config.model_config.get_vocab_size())
+
+    @property
     def max_logprobs(self) -> int:
         """The most log-probabilities beside a token's own that a request may ask for."""
-        config = self._llm.vllm_config.model_config
-        return int(config.get_vocab_size() if config.max_logprobs < 0 else config.max_logprobs)
+        most = int(self._llm.vllm_config.model_config.max_logprobs)
+        return self.vocabulary if most < 0 else most
 
     async def check(self) -> None:
         """Raises EngineDied unless the engine process answers; for /ready."""
@@ -345,28 +357,16 @@ class Engine:
 
     def parse(self, kind: Kind, body: dict[str, Any]) -> Any:
         """``body`` as vLLM's request model. Raises BadRequest naming the field that is wrong."""
-        with parse_errors():
-            return validate(serving.resolve(self._dialects[kind].request_model(body)), body)
+        return parsed(serving.resolve(self._dialects[kind].request_model(body)), body, self.vocabulary)
 
     async def parse_in_turns(self, kind: Kind, body: dict[str, Any]) -> Any:
         """As ``parse``, for a body of any size: others have their turns in between."""
-        with parse_errors():
-            return await validate_in_turns(serving.resolve(self._dialects[kind].request_model(body)), body)
+        model = serving.resolve(self._dialects[kind].request_model(body))
+        return await parsed_in_turns(model, body, self.vocabulary)
 
     def resumable(self, request: Any) -> bool:
         """Whether ``request`` may be paused, by what is cheap to see; ``pause`` has the last word."""
-        formatted = getattr(request, "response_format", None)
-        formatted = formatted or getattr(getattr(request, "text", None), "format", None)
-        chooses = getattr(request, "tools", None) and request.tool_choice != "none"
-        return (
-            (getattr(request, "n", None) or 1) == 1
-            and (formatted is None or formatted.type == "text")
-            and getattr(request, "output_config", None) is None
-            and not chooses
-            and not getattr(request, "presence_penalty", None)
-            and not getattr(request, "frequency_penalty", None)
-            and (getattr(request, "seed", None) is None or request.temperature == 0)
-        )
+        return resumable(request)
 
     async def answer(self, call: Call, request: Any) -> Answer:
         """vLLM's answer to ``request``. The caller closes the stream, or calls ``abort`` if it gives up.
@@ -379,33 +379,40 @@ class Engine:
         if (request_id := dialect.request_id(call)) is not None:
             request.request_id = request_id
         call.life = self._llm.life
-        token = current_call.set(call)
+        token, chats = current_call.set(call), current_manner.set(call.manner)
         try:
             with request_errors():
                 result = await dialect.call(self._state, request)
-        except ServerError:
+            serving.raise_if_error(call, result)
+        except ServerError as exc:
             if call.failure is not None:
                 raise call.failure from None
-            raise
+            raise named(filled(exc, request, self.max_model_len), call.kind) from exc.__cause__
         finally:
             current_call.reset(token)
-        serving.raise_if_error(call, result)
+            current_manner.reset(chats)
         if not hasattr(result, "__aiter__"):
             return Answer(body=dialect.document(call, result))
         if dialect.asks_while_streaming:
             result = serving.in_call_context(call, result)
         return Answer(stream=serving.raise_errors(call, dialect.events(call, result)))
 
-    async def tokens(self, kind: Kind, request: Any) -> dict[str, Any]:
-        """What is asked about tokens, by the base model's tokenizer and chat template: no slot is needed.
+    async def tokens(self, kind: Kind, request: Any, manner: Manner | None = None) -> dict[str, Any]:
+        """What is asked about tokens, by the base model's tokenizer and a chat template: no slot is needed.
 
         Raises BadRequest for what vLLM refuses.
         """
         dialect = self._dialects[kind]
         request.model = self.base.name
-        with request_errors():
-            result = await dialect.call(self._state, request)
-        serving.raise_if_error(None, result)
+        chats = current_manner.set(manner)
+        try:
+            with request_errors():
+                result = await dialect.call(self._state, request)
+            serving.raise_if_error(None, result)
+        except ServerError as exc:
+            raise named(exc, kind) from None
+        finally:
+            current_manner.reset(chats)
         answer: dict[str, Any] = result.model_dump(exclude_none=True)
         return answer
 

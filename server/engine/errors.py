@@ -6,14 +6,34 @@ vLLM is imported inside the functions: this module is imported where no engine r
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import ValidationError
 
-from server.engine.calls import EngineDied
+from server.engine.calls import EngineDied, Kind
 from server.errors import BadRequest, Internal, ServerError, Unavailable
 
 FAILED = "The engine failed on this request."
+NO_TOOLS = (
+    "Tool calls are not read on this server, since no parser is set for its base model. Leave out tools, or"
+    " ask its operator to set LORAPLEX_TOOL_PARSER."
+)
+TOO_LONG = "context_length_exceeded"
+# vLLM says it in five places, in as many ways.
+_TOO_LONG = re.compile(
+    r"maximum context length|maximum\s+model\s+length|cannot be greater than max_model_len"
+)
+# Where a request of each kind has its prompt.
+_PROMPTS = {
+    "chat": "messages",
+    "completion": "prompt",
+    "count_tokens": "messages",
+    "embedding": "input",
+    "messages": "messages",
+    "responses": "input",
+}
 
 
 def from_vllm(message: str, status: int, param: str | None) -> ServerError:
@@ -21,6 +41,34 @@ def from_vllm(message: str, status: int, param: str | None) -> ServerError:
         return Unavailable(message)
     if status >= 500:
         return Internal(FAILED)
+    return refusal(message, param)
+
+
+def named(error: ServerError, kind: Kind) -> ServerError:
+    """``error`` of a request of this kind, naming the field that holds a prompt which is too long."""
+    if error.code == TOO_LONG and error.param is None:
+        error.param = _PROMPTS.get(kind)
+    return error
+
+
+def filled(error: ServerError, request: Any, most: int) -> ServerError:
+    """``error``, or what it means where a prompt fills the context: vLLM names a ``max_tokens`` of 0."""
+    none_left = error.param == "max_tokens" and "got 0" in error.message
+    if not none_left or getattr(request, "max_tokens", None) == 0:
+        return error
+    return BadRequest(
+        f"This model's maximum context length is {most} tokens, and your prompt leaves none of them."
+        " Please reduce the length of the input prompt.",
+        code=TOO_LONG,
+    )
+
+
+def refusal(message: str, param: str | None) -> BadRequest:
+    """vLLM's refusal of a request, with the code that OpenAI's clients look for and in words of ours."""
+    if _TOO_LONG.search(message):
+        return BadRequest(message, code=TOO_LONG)
+    if "--tool-call-parser" in message or "--enable-auto-tool-choice" in message:
+        return BadRequest(NO_TOOLS, code="tools_not_served", param="tool_choice")
     return BadRequest(message, param=param)
 
 
@@ -52,13 +100,13 @@ def request_errors() -> Iterator[None]:
     except GracefulHTTPError as exc:
         raise Unavailable(str(exc)) from exc
     except VLLMClientError as exc:
-        raise BadRequest(message_of(exc), param=getattr(exc, "parameter", None)) from exc
+        raise refusal(message_of(exc), getattr(exc, "parameter", None)) from exc
     except VLLMError as exc:
         raise Internal(FAILED) from exc
     except ValidationError as exc:
         raise invalid_request(exc) from exc
     except (ValueError, TypeError, OverflowError) as exc:
-        raise BadRequest(message_of(exc)) from exc
+        raise refusal(message_of(exc), None) from exc
 
 
 @contextlib.contextmanager

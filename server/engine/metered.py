@@ -388,5 +388,7 @@ async def admitted_stream(
         raise GenerationError(exc.message) from exc
     if most is not None:
         sampling_params.max_tokens = min(sampling_params.max_tokens, most)
+        # vLLM looks at it first, and would go on beyond ``max_tokens``.
+        sampling_params.min_tokens = min(sampling_params.min_tokens, most)
     async for output in stream:
         yield output

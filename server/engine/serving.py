@@ -15,10 +15,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from server.engine.calls import Call, current_call
-from server.engine.errors import FAILED, from_vllm, request_errors
+from server.engine.errors import FAILED, from_vllm, named, request_errors
+from server.engine.manners import current_manner
+from server.engine.templates import templates
 from server.errors import Internal, ServerError
 
 BROKEN = 'data: {"error"'
+# Of what vLLM gives a tokenizer, what no template is given.
+_NOT_VARIABLES = frozenset({"chat_template", "return_dict", "tokenize"})
 
 
 def resolve(name: str) -> Any:
@@ -52,14 +56,28 @@ async def until_broken(call: Call, chunks: AsyncIterator[str]) -> AsyncIterator[
         yield chunk
 
 
-def calls_are_objects(completion: Any) -> bool:
-    """Whether a chat completion's tool calls can be told as Anthropic's, whose input is an object."""
+def with_object_calls(completion: Any) -> Any:
+    """A chat completion whose tool calls can be told as Anthropic's, where an input is an object.
+
+    Arguments that are none, as those that the end of the answer cut off, become text: a call of which a part
+    is missing must not be made.
+    """
+    for choice in getattr(completion, "choices", ()):
+        message = choice.message
+        whole = [called for called in message.tool_calls or () if _is_object(called.function.arguments)]
+        if len(whole) == len(message.tool_calls or ()):
+            continue
+        broken = [called.function.arguments for called in message.tool_calls if called not in whole]
+        message.content = "".join([message.content or "", *broken])
+        message.tool_calls = whole
+        if not whole and choice.finish_reason == "tool_calls":
+            choice.finish_reason = "stop"
+    return completion
+
+
+def _is_object(text: str) -> bool:
     try:
-        return all(
-            isinstance(json.loads(called.function.arguments), dict)
-            for choice in getattr(completion, "choices", ())
-            for called in choice.message.tool_calls or ()
-        )
+        return isinstance(json.loads(text), dict)
     except ValueError:
         return False
 
@@ -74,6 +92,38 @@ def public_name(base_name: str) -> Any:
     return model_name
 
 
+def own_templates(online: Any) -> None:
+    """Lets ``online``, vLLM's OnlineRenderer, use the template of a version for its chats.
+
+    The template is rendered in another process, and never seen by vLLM, which would compile it in this one.
+    """
+    prepare, renderer = online.preprocess_chat, online.renderer
+    apply = getattr(renderer, "_apply_chat_template_async", None)
+    if apply is None:
+        return  # a model with a renderer of its own has no templates
+
+    async def preprocess_chat(*args: Any, **kwargs: Any) -> Any:
+        manner = current_manner.get()
+        if manner is not None and manner.template is not None:
+            kwargs["default_template_content_format"] = manner.content_format
+        return await prepare(*args, **kwargs)
+
+    async def apply_chat_template(
+        model_config: Any, tokenizer: Any, conversation: Any, *, tools: Any = None, **kwargs: Any
+    ) -> Any:
+        manner = current_manner.get()
+        if manner is None or manner.template is None:
+            return await apply(model_config, tokenizer, conversation, tools=tools, **kwargs)
+        special = {n: t for n, t in tokenizer.special_tokens_map.items() if isinstance(t, str)}
+        variables = {name: value for name, value in kwargs.items() if name not in _NOT_VARIABLES}
+        return await templates().render(
+            manner.template, conversation, tools, {**special, **manner.special_tokens, **variables}
+        )
+
+    online.preprocess_chat = preprocess_chat
+    renderer._apply_chat_template_async = apply_chat_template
+
+
 def chat_for_messages(create: Any) -> Any:
     """Chat under vLLM's Anthropic handler: with our id, and with its errors kept (see ``until_broken``)."""
 
@@ -82,12 +132,12 @@ def chat_for_messages(create: Any) -> Any:
         if call is None:
             raise RuntimeError("the engine was asked for a message outside an admitted call")
         request.request_id = call.id
+        if call.manner is not None and call.manner.stop_token_ids:
+            request.stop_token_ids = [*(request.stop_token_ids or ()), *call.manner.stop_token_ids]
         result = await create(request, raw_request)
         if not hasattr(result, "model_dump"):
             return until_broken(call, result)
-        if not calls_are_objects(result):
-            raise Internal("The model called a tool with arguments that are no JSON object.")
-        return result
+        return with_object_calls(result)
 
     return create_chat_completion
 
@@ -98,7 +148,7 @@ async def raise_errors(call: Call, chunks: AsyncIterator[str]) -> AsyncIterator[
         try:
             async for chunk in chunks:
                 if chunk.startswith(BROKEN):
-                    raise _error_of(call, chunk)
+                    raise named(_error_of(call, chunk), call.kind)
                 yield chunk
         except ValidationError as exc:  # vLLM makes no valid event of its own of some errors
             raise (_known_error(call) or Internal(FAILED)) from exc

@@ -14,6 +14,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError, SchemaValidator
 
+from server.engine.errors import parse_errors
+from server.errors import BadRequest
+
 CONVERSATIONS = ("messages", "input")
 NEEDED = ("model", "max_tokens")  # by some model that has a conversation
 PIECE = 256
@@ -81,6 +84,48 @@ def _moved(exc: ValidationError, by: int) -> ValidationError:
     moved = tuple(part + by if place == at else part for place, part in enumerate(first["loc"]))  # type: ignore[operator]
     error = PydanticCustomError("invalid", "{message}", {"message": first["msg"]})
     return ValidationError.from_exception_data(exc.title, [{"type": error, "loc": moved, "input": None}])
+
+
+def check_token_ids(request: Any, vocabulary: int) -> None:
+    """BadRequest for ids beyond the vocabulary, with which vLLM's core would read beside its logits."""
+    for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        if not all(0 <= token < vocabulary for token in getattr(request, name, None) or ()):
+            raise BadRequest(f"{name}: token ids go from 0 to {vocabulary - 1}", param=name)
+
+
+def parsed(model: type[BaseModel], body: dict[str, Any], vocabulary: int) -> Any:
+    """``body`` as ``model``. Raises BadRequest naming the field that is wrong."""
+    with parse_errors():
+        request = validate(model, body)
+    check_token_ids(request, vocabulary)
+    return request
+
+
+async def parsed_in_turns(model: type[BaseModel], body: dict[str, Any], vocabulary: int) -> Any:
+    """As ``parsed``, for a body of any size: others have their turns in between."""
+    with parse_errors():
+        request = await validate_in_turns(model, body)
+    check_token_ids(request, vocabulary)
+    return request
+
+
+def resumable(request: Any) -> bool:
+    """Whether ``request`` may be paused, by what is cheap to see."""
+    formatted = getattr(request, "response_format", None)
+    formatted = formatted or getattr(getattr(request, "text", None), "format", None)
+    chooses = getattr(request, "tools", None) and request.tool_choice != "none"
+    return bool(
+        (getattr(request, "n", None) or 1) == 1
+        and (formatted is None or formatted.type == "text")
+        and getattr(request, "output_config", None) is None
+        and getattr(request, "structured_outputs", None) is None
+        and getattr(request, "thinking_token_budget", None) is None
+        and not getattr(request, "bad_words", None)
+        and not chooses
+        and not getattr(request, "presence_penalty", None)
+        and not getattr(request, "frequency_penalty", None)
+        and (getattr(request, "seed", None) is None or request.temperature == 0)
+    )
 
 
 @cache

@@ -12,17 +12,20 @@ from typing import Any
 from server.errors import BadRequest
 
 MAX_ITEMS: Mapping[str, int] = {
+    "bad_words": 1024,
+    "documents": 1024,
+    "guided_choice": 1024,
     "include": 64,
     "input": 2048,
     "messages": 2048,
     "stop": 64,
     "stop_sequences": 64,
-    "stop_token_ids": 1024,
     "system": 1024,
     "tools": 128,
 }
 MAX_MEMBERS: Mapping[str, int] = {"logit_bias": 1024, "metadata": 16, "stream_options": 16}
 MAX_PARTS = 1024
+MAX_TOKEN_IDS: Mapping[str, int] = {"logprob_token_ids": 128, "stop_token_ids": 1024}
 # A list of these is one prompt, which the model's length bounds.
 _TOKENS = {int}
 _OBJECTS = frozenset({"messages", "tools"})
@@ -38,6 +41,8 @@ def check_sizes(body: Mapping[str, Any]) -> None:
 
 
 def _check_list(name: str, value: list[Any]) -> None:
+    if len(value) > MAX_TOKEN_IDS.get(name, len(value)):
+        raise BadRequest(f"{name} has more than {MAX_TOKEN_IDS[name]} items.", param=name)
     if len(value) > MAX_ITEMS.get(name, len(value)) and set(map(type, value)) != _TOKENS:
         raise BadRequest(f"{name} has more than {MAX_ITEMS[name]} items.", param=name)
     for place, item in enumerate(value):

@@ -27,6 +27,7 @@ from server.errors import (
     TooManyRequests,
     Unavailable,
 )
+from server.inference.defaults import default_max_tokens, with_defaults
 from server.inference.dialects.base import Dialect
 from server.limits.quotas import Quotas
 from server.limits.reservation import Reservation
@@ -50,8 +51,10 @@ class Answers(Protocol):
     async def open(self, order: Order) -> Completion:
         """Reserves, waits for a turn and answers, or opens the stream; raises as ``open_completion``."""
 
-    async def tokens(self, dialect: Dialect, fields: dict[str, Any]) -> dict[str, Any]:
-        """What the tokenizer says of ``fields``. BadRequest for what it refuses."""
+    async def tokens(
+        self, dialect: Dialect, fields: dict[str, Any], version: Version | None = None
+    ) -> dict[str, Any]:
+        """What the tokenizer says of ``fields``, as ``version`` chats. BadRequest for what it refuses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +132,13 @@ async def open_completion(
             resolved = await resolve_allowed(service, tenant, dialect, body, request_id)
             version, public, reservation = resolved
             asked.version, asked.reservation = version, reservation
+            if version is not None and version.chat:
+                body = with_defaults(dialect, body, version.chat)
             text = _prompt_text(body)
             most_prompt = prompt_tokens_bound(text, body.get("tools"))
             elastic = all(body.get(param) is None for param in dialect.max_tokens_fields)
             fields = dialect.allowed_fields(body)
-            fields = with_token_limit(service, reservation, dialect, fields, most_prompt)
+            fields = with_token_limit(service, reservation, dialect, fields, most_prompt, version)
         order = Order(
             id=request_id,
             tenant=tenant,
@@ -313,11 +318,14 @@ def with_token_limit(
     dialect: Dialect,
     body: dict[str, Any],
     prompt_tokens: int,
+    version: Version | None = None,
 ) -> dict[str, Any]:
-    """``body`` asking for as many tokens as limits leave, where it does not say how many.
+    """``body`` asking for as many tokens as limits and the version's default leave, where it does not say.
 
     Raises BadRequest where it asks for more than the tenant's limit of one answer.
     """
+    least = body.get("min_tokens") or 0
+    reservation.check_max_tokens(least, "min_tokens")
     for param in dialect.max_tokens_fields:
         asked = body.get(param)
         if asked is not None:
@@ -325,9 +333,14 @@ def with_token_limit(
             return body
     n = body.get("n")
     most = reservation.max_output(prompt_tokens, n if isinstance(n, int) and n > 1 else 1)
+    usual = default_max_tokens(dialect, version.chat) if version is not None else dialect.default_max_tokens
     if most is None or prompt_tokens + most >= service.answers.max_model_len:
-        return body
-    return body | {dialect.max_tokens_fields[0]: min(most, dialect.default_max_tokens or most)}
+        if usual in (None, dialect.default_max_tokens):
+            return body
+        return body | {dialect.max_tokens_fields[0]: max(usual or 1, least)}
+    # Never less than it asks for at least: what limits do not leave is refused when it is reserved.
+    most = max(most, least)
+    return body | {dialect.max_tokens_fields[0]: min(most, usual or most)}
 
 
 def _prompt_text(body: dict[str, Any]) -> str:

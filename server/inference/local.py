@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from adapters.model import BaseModel
+from adapters.model import BaseModel, Version
 from server.engine.calls import Call, InFlight
 from server.engine.engine import Engine
+from server.engine.manners import Manners
 from server.errors import BadRequest
 from server.inference import embeddings
 from server.inference.completion import (
@@ -48,6 +49,7 @@ class LocalAnswers:
         self.engine = engine
         self.dispatcher = dispatcher
         self._metrics = metrics
+        self._manners = Manners()
 
     @property
     def base(self) -> BaseModel:
@@ -62,8 +64,12 @@ class LocalAnswers:
             admitted = await self.admit(order)
         return await self.run(admitted)
 
-    async def tokens(self, dialect: Dialect, fields: dict[str, Any]) -> dict[str, Any]:
-        return await self.engine.tokens(dialect.name, await self.engine.parse_in_turns(dialect.name, fields))
+    async def tokens(
+        self, dialect: Dialect, fields: dict[str, Any], version: Version | None = None
+    ) -> dict[str, Any]:
+        manner = await self._manners.of(version)
+        request = await self.engine.parse_in_turns(dialect.name, fields)
+        return await self.engine.tokens(dialect.name, request, manner)
 
     async def admit(self, order: Order) -> Admitted:
         """Waits for its turn; see ``Dispatcher.submit``. Raises also BadRequest, and as ``reserve``.
@@ -125,6 +131,7 @@ class LocalAnswers:
         lease.streamed = bool(request.stream)
         lease.work = InFlight(self.engine, call)
         async with closed_on_failure(lease):
+            call.manner = await self._manners.of(order.version)
             answer = await self.engine.answer(call, request)
             if answer.stream is not None:
                 stream = await LeasedStream.opened(answer.stream, lease, order.dialect)

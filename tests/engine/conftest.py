@@ -48,8 +48,6 @@ async def site(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
         engine_args={
             "dtype": "float32",
             "max_num_seqs": 16,
-            "enable_auto_tool_choice": True,
-            "tool_call_parser": "hermes",
             # A random adapter would fill a JSON document with blanks.
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         },

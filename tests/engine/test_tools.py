@@ -1,4 +1,4 @@
-"""Tools, on a server whose settings name a parser: ``ENGINE_ARGS`` takes what vLLM's front end takes."""
+"""Tools, on a server whose settings say nothing of them: the parser is chosen for the base model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SCHEMA = {
     "required": ["city"],
     "additionalProperties": False,
 }
-# Without ``strict`` the arguments are any JSON, which a model that was not trained for tools makes of it.
-WEATHER = {"name": "weather", "description": "The weather in a city.", "parameters": SCHEMA, "strict": True}
+# Without ``strict``, as most libraries send it: the model, which was not trained for tools, is held to it.
+WEATHER = {"name": "weather", "description": "The weather in a city.", "parameters": SCHEMA}
 CHAT_TOOLS: list[Any] = [{"type": "function", "function": WEATHER}]
 
 
@@ -81,7 +81,7 @@ async def test_a_message_uses_a_tool(site: Site, key: str) -> None:
     made = await site.anthropic(key).messages.create(
         model="hammer",
         messages=QUESTION,
-        tools=[{"name": "weather", "description": "The weather.", "input_schema": SCHEMA, "strict": True}],
+        tools=[{"name": "weather", "description": "The weather.", "input_schema": SCHEMA}],
         tool_choice={"type": "any"},
         max_tokens=60,
         extra_body={"temperature": 0},
@@ -89,6 +89,55 @@ async def test_a_message_uses_a_tool(site: Site, key: str) -> None:
     assert made.stop_reason == "tool_use"
     (used,) = [block for block in made.content if block.type == "tool_use"]
     assert (used.name, city(used.input) in ("Paris", "Rome")) == ("weather", True)
+
+
+@pytest.mark.parametrize("strict", [True, False, None])
+async def test_what_strict_says_changes_nothing_of_a_call_that_must_be(
+    site: Site, key: str, strict: bool | None
+) -> None:
+    tool = {"type": "function", "function": WEATHER | ({} if strict is None else {"strict": strict})}
+    made = await site.openai(key).chat.completions.create(
+        model="hammer",
+        messages=QUESTION,
+        tools=[tool],  # type: ignore[list-item]
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=60,
+        temperature=0,
+    )
+    (called,) = made.choices[0].message.tool_calls or []
+    assert called.type == "function"
+    assert city(called.function.arguments) in ("Paris", "Rome")
+
+
+async def test_several_calls_at_once_all_fit(site: Site, key: str) -> None:
+    made = await site.openai(key).chat.completions.create(
+        model="hammer",
+        messages=QUESTION,
+        tools=CHAT_TOOLS,
+        tool_choice="required",
+        parallel_tool_calls=True,
+        max_tokens=200,
+        temperature=0,
+    )
+    called = made.choices[0].message.tool_calls or []
+    assert called or made.choices[0].finish_reason == "length"
+    for one in called[:-1] if made.choices[0].finish_reason == "length" else called:
+        assert one.type == "function"
+        assert city(one.function.arguments) in ("Paris", "Rome")
+
+
+async def test_a_message_whose_call_is_cut_off_is_text(site: Site, key: str) -> None:
+    made = await site.anthropic(key).messages.create(
+        model="hammer",
+        messages=QUESTION,
+        tools=[{"name": "weather", "description": "The weather.", "input_schema": SCHEMA}],
+        tool_choice={"type": "tool", "name": "weather"},
+        max_tokens=3,
+        extra_body={"temperature": 0},
+    )
+    assert made.stop_reason == "max_tokens"
+    assert [block for block in made.content if block.type == "tool_use"] == []
 
 
 async def test_the_model_may_choose(site: Site, key: str) -> None:

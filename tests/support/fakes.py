@@ -128,6 +128,7 @@ class _Run:
 class FakeEngine:
     lora_dtype = "float32"
     max_logprobs = 20
+    vocabulary = 49152
     version = "fake 1"
     parse = Engine.parse
     parse_in_turns = Engine.parse_in_turns
@@ -288,7 +289,7 @@ class FakeEngine:
             body=body if call.kind in ("chat", "completion") else fake_dialects.document(call, body)
         )
 
-    async def tokens(self, kind: Kind, request: Any) -> dict[str, Any]:
+    async def tokens(self, kind: Kind, request: Any, manner: Any = None) -> dict[str, Any]:
         self._alive()
         if kind == "detokenize":
             if max(request.tokens, default=0) >= len(self._words):

@@ -1,13 +1,12 @@
 """What one API surface is: a ``Dialect``, one file each, all of them listed in ``registry``.
 
-A field that is silently ignored changes the meaning of a request, and vLLM's own extras are the operator's
-business: so a dialect names every field that it accepts, and refuses all others by name.
+A dialect names every field that it accepts, and refuses all others by name; ``fields`` says why.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from adapters.errors import AdapterError
@@ -16,11 +15,26 @@ from server.engine.calls import Call, Kind
 from server.errors import BadRequest, ServerError, body_of
 from server.inference.bounds import check_sizes
 from server.inference.dialects.answers import Answer
+from server.inference.dialects.fields import (
+    BEAMS,
+    RESERVED,
+    VLLM_ADVICE,
+    Only,
+    check_only,
+    check_template_variables,
+    check_type,
+    reserved_field,
+    unknown_field,
+    with_structured_outputs,
+)
 from server.inference.dialects.schema import Schema
 
-# What says something about OpenAI's own service and not about the answer.
+# What says something about OpenAI's own service and not about the answer, or is an advice that costs nothing.
 OPENAI_SERVICE = frozenset(
-    {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store"}
+    {
+        "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
+        "service_tier", "store",
+    }
 )  # fmt: skip
 # Sampling, which chat and completions share.
 OPENAI_SAMPLING = frozenset(
@@ -32,18 +46,9 @@ OPENAI_SAMPLING = frozenset(
 RESPONSE_FORMATS = frozenset({"text", "json_object", "json_schema"})
 # vLLM's own fields of an answer, which are null unless one of its extras was asked for.
 _VLLM_FIELDS = (
-    "kv_transfer_params", "ec_transfer_params", "prompt_token_ids", "prompt_logprobs", "metrics",
-    "input_messages", "output_messages",
+    "kv_transfer_params", "ec_transfer_params", "prompt_token_ids", "prompt_logprobs", "prompt_text",
+    "metrics", "input_messages", "output_messages",
 )  # fmt: skip
-# A number is a JSON number and nothing that could be read as one, in every dialect.
-INTEGERS = frozenset(
-    {
-        "dimensions", "max_completion_tokens", "max_output_tokens", "max_tokens", "max_tool_calls", "n",
-        "seed", "top_k", "top_logprobs",
-    }
-)  # fmt: skip
-_NUMBERS = frozenset({"frequency_penalty", "presence_penalty", "temperature", "top_p"})
-_JSON_TYPES = {str: "a string", bool: "a boolean", float: "a decimal", int: "an integer", list: "an array"}
 
 
 class Dialect:
@@ -64,6 +69,8 @@ class Dialect:
     """The fields of an answer that clients rely on."""
     accepted: ClassVar[frozenset[str]]
     ignored: ClassVar[frozenset[str]] = frozenset()
+    only: ClassVar[Mapping[str, Only]] = {}
+    """Fields that are served with the values alone that ask for nothing."""
     stream_options: ClassVar[frozenset[str]] = frozenset()
     max_tokens_fields: ClassVar[tuple[str, ...]] = ()
     """Where a request says how many tokens it wants, in the order in which these are looked at."""
@@ -75,22 +82,24 @@ class Dialect:
     """Whether vLLM may ask the engine for more while a stream runs."""
     resumes_elsewhere: ClassVar[bool] = True
     """Whether a stream that another engine goes on with looks as if one had made it."""
-    integers: ClassVar[frozenset[str]] = INTEGERS
+    integers: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are integers in this dialect, and something else in another."""
 
     def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
-        """``body`` without what this dialect ignores.
+        """``body`` without what this dialect ignores, and without nulls.
 
-        Raises BadRequest naming the first field that the dialect does not know, that has too many items, or
-        whose number is none.
+        Raises BadRequest naming the first field that the dialect does not know or does not serve, that has
+        too many items, or whose number is none.
         """
-        for name in body:
-            if name not in self.accepted and name not in self.ignored:
-                raise unknown_field(name)
-        check_sizes(body)
         for name, value in body.items():
-            if value is not None and name not in self.ignored:
-                self._check_number(name, value)
-        kept = {name: value for name, value in body.items() if name not in self.ignored}
+            self._check_known(name, value)
+        check_sizes(body)
+        kept = {name: value for name, value in body.items() if name in self.accepted and value is not None}
+        for name, value in kept.items():
+            check_type(name, value, integer=name in self.integers)
+        kept = with_structured_outputs(kept)
+        if "chat_template_kwargs" in kept:
+            check_template_variables(kept["chat_template_kwargs"])
         options = kept.get("stream_options")
         if isinstance(options, dict):
             for name in options:
@@ -99,14 +108,16 @@ class Dialect:
             kept["stream_options"] = {k: v for k, v in options.items() if k != "include_obfuscation"}
         return kept | {"model": body.get("model") or DEFAULT_MODEL}
 
-    def _check_number(self, name: str, value: Any) -> None:
-        integer = name in self.integers
-        if not integer and name not in _NUMBERS:
+    def _check_known(self, name: str, value: Any) -> None:
+        if name in self.accepted or name in self.ignored:
             return
-        if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
-            wanted = "an integer" if integer else "a number"
-            given = _JSON_TYPES.get(type(value), "an object")
-            raise BadRequest(f"{name}: expected {wanted}, but got {given} instead", param=name)
+        if name in self.only:
+            if value is not None:
+                check_only(name, value, self.only[name])
+        elif name not in RESERVED:
+            raise unknown_field(name)
+        elif value is not None:
+            raise reserved_field(name)
 
     def request_model(self, body: dict[str, Any]) -> str:
         """Where vLLM's request model for ``body`` is: ``module:class``."""
@@ -140,7 +151,8 @@ class Dialect:
 class OpenAIText(Dialect):
     """What OpenAI's chat and completions have in common."""
 
-    ignored = OPENAI_SERVICE
+    ignored = OPENAI_SERVICE | VLLM_ADVICE
+    only = BEAMS
     stream_options = frozenset({"include_usage", "include_obfuscation"})
 
     def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -150,11 +162,6 @@ class OpenAIText(Dialect):
             formats = ", ".join(sorted(RESPONSE_FORMATS))
             raise BadRequest(f"response_format.type must be one of {formats}", param="response_format")
         return kept
-
-
-def unknown_field(param: str) -> BadRequest:
-    """The refusal of a field that is no part of the API."""
-    return BadRequest(f"Unrecognized request argument supplied: {param}", code="unknown_field", param=param)
 
 
 def without_extras(body: dict[str, Any]) -> dict[str, Any]:

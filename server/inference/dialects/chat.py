@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from server.inference.dialects.answers import ChatCompletion
-from server.inference.dialects.base import OPENAI_SAMPLING, OpenAIText
+from server.inference.dialects.base import OPENAI_SAMPLING, OPENAI_SERVICE, OpenAIText
+from server.inference.dialects.fields import (
+    BEAMS,
+    GUIDED,
+    MODERATION,
+    VLLM_ADVICE,
+    VLLM_CHAT,
+    VLLM_SAMPLING,
+    Only,
+    with_strict_tools,
+)
 from server.inference.dialects.schema import ANY, BOOL, LIMIT, OPENAI, TURNS, object_of
 
 
@@ -15,10 +26,27 @@ class Chat(OpenAIText):
     operation = "chat_completions"
     summary = "Chat, answered by the customer's adapter"
     answer = ChatCompletion
-    accepted = OPENAI_SAMPLING | {
-        "messages", "max_completion_tokens", "parallel_tool_calls", "reasoning_effort", "response_format",
-        "tool_choice", "tools", "top_logprobs",
-    }  # fmt: skip
+    accepted = (
+        OPENAI_SAMPLING
+        | VLLM_SAMPLING
+        | VLLM_CHAT
+        | GUIDED.keys()
+        | {
+            "messages", "max_completion_tokens", "parallel_tool_calls", "reasoning_effort", "response_format",
+            "tool_choice", "tools", "top_logprobs",
+        }
+    )  # fmt: skip
+    # The last two change nothing that an answer says: how fast it comes, and how long it should be.
+    ignored = OPENAI_SERVICE | VLLM_ADVICE | {"prediction", "verbosity"}
+    only: ClassVar[Mapping[str, Only]] = {
+        **BEAMS,
+        "audio": ((), "Answers are text."),
+        "function_call": (("none", "auto"), "Send tools and tool_choice, which took its place."),
+        "functions": (([],), "Send tools, which took its place."),
+        "modalities": ((["text"], []), "Answers are text."),
+        "moderation": MODERATION,
+        "web_search_options": ((), "Nothing is searched here; offer a tool of the type function."),
+    }
     max_tokens_fields = ("max_completion_tokens", "max_tokens")
     body = object_of(
         "messages",
@@ -30,6 +58,19 @@ class Chat(OpenAIText):
         tools={"type": "array", "items": ANY},
         response_format=object_of("type", type={"enum": ["text", "json_object", "json_schema"]}),
     )
+
+    def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A message is gone on with where that was asked for: vLLM would begin another one by default.
+
+        Tools that must be called are called with arguments that fit; see ``with_strict_tools``.
+        """
+        kept = super().allowed_fields(body)
+        if kept.get("continue_final_message"):
+            kept.setdefault("add_generation_prompt", False)
+        if "tools" in kept:
+            forced = kept.get("tool_choice") not in (None, "none", "auto")
+            kept["tools"] = with_strict_tools(kept["tools"], forced)
+        return kept
 
     def request_model(self, body: dict[str, Any]) -> str:
         return "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from server.inference.dialects.answers import Completion
-from server.inference.dialects.base import INTEGERS, OPENAI_SAMPLING, OpenAIText
+from server.inference.dialects.base import OPENAI_SAMPLING, OpenAIText
+from server.inference.dialects.fields import BEAMS, GUIDED, VLLM_SAMPLING, check_only
 from server.inference.dialects.schema import BOOL, OPENAI, TEXT, TOKENS, object_of
 
 
@@ -15,8 +16,11 @@ class Completions(OpenAIText):
     operation = "completions"
     summary = "Text completion, by the customer's adapter"
     answer = Completion
-    accepted = OPENAI_SAMPLING | {"prompt", "echo", "suffix"}
-    integers = INTEGERS | {"logprobs"}
+    accepted = (
+        OPENAI_SAMPLING | VLLM_SAMPLING | GUIDED.keys() | {"echo", "prompt", "response_format", "suffix"}
+    )
+    only = BEAMS
+    integers = frozenset({"logprobs"})
     max_tokens_fields = ("max_tokens",)
     default_max_tokens = 16  # OpenAI's rule, and vLLM's
     body = object_of(
@@ -26,6 +30,13 @@ class Completions(OpenAIText):
         logprobs={"type": "integer", "minimum": 0},
         echo=BOOL,
     )
+
+    def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
+        """``best_of`` is served where it asks for all that are returned, as it does by default."""
+        best_of, n = body.get("best_of"), body.get("n")
+        if best_of is not None:
+            check_only("best_of", best_of, ((1 if n is None else n,), "All n answers are returned; send n."))
+        return super().allowed_fields({k: v for k, v in body.items() if k != "best_of"})
 
     def request_model(self, body: dict[str, Any]) -> str:
         return "vllm.entrypoints.openai.completion.protocol:CompletionRequest"

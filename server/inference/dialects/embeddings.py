@@ -21,7 +21,12 @@ class Embeddings(Dialect):
     operation = "embeddings"
     summary = "OpenAI's embeddings, where the base model makes them"
     answer = EmbeddingList
-    accepted = frozenset({"model", "dimensions", "encoding_format", "input", "user"})
+    accepted = frozenset(
+        {
+            "model", "add_special_tokens", "dimensions", "encoding_format", "input", "truncate_prompt_tokens",
+            "truncation_side", "user",
+        }
+    )  # fmt: skip
     base = "embeddings"
     streams = False
     body = object_of(

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from adapters.errors import AdapterError
 from server.engine.calls import Call
-from server.engine.errors import FAILED
+from server.engine.errors import FAILED, TOO_LONG
 from server.errors import Internal, ServerError, body_of, status_of
 from server.inference.dialects.answers import Message
 from server.inference.dialects.base import Dialect
+from server.inference.dialects.fields import Only, with_strict_tools
 from server.inference.dialects.schema import ANY, LIMIT, MODEL, SAMPLED, TEXT, TURNS, object_of
 
 PROMPT_FIELDS = frozenset(
-    {"model", "messages", "system", "tool_choice", "tools", "thinking", "output_config"}
+    {
+        "model", "chat_template_kwargs", "messages", "output_config", "system", "thinking", "tool_choice",
+        "tools",
+    }
 )  # fmt: skip
-SERVICE_FIELDS = frozenset({"metadata", "service_tier", "cache_control", "inference_geo"})
+# Anthropic's service, its prices, and what it does where an answer was refused. Of a context nothing is
+# dropped here, which is the most that its management could keep.
+SERVICE_FIELDS = frozenset(
+    {
+        "betas", "billing_policy", "cache_control", "context_management", "diagnostics",
+        "fallback_credit_token", "fallbacks", "inference_geo", "metadata", "service_tier", "speed",
+        "user_profile_id", "workspace_id",
+    }
+)  # fmt: skip
+NOT_SERVED: Mapping[str, Only] = {
+    "compaction": ((), "Nothing is summarized; ask the model for a summary."),
+    "container": ((), "There are no containers; offer a tool of your own."),
+    "mcp_servers": (([],), "No tool runs here; connect to the server yourself, and offer its tools."),
+    "thread": ((), "Nothing is kept of a conversation; send its messages."),
+}
 PROMPT_BODY = {"model": MODEL, "messages": TURNS, "system": TEXT, "tools": {"type": "array", "items": ANY}}
 # https://docs.anthropic.com/en/api/errors; the statuses stay ours.
 _ERROR_TYPES = {
@@ -39,6 +58,7 @@ class Messages(Dialect):
     answer = Message
     accepted = PROMPT_FIELDS | {"max_tokens", "stop_sequences", "stream", "temperature", "top_k", "top_p"}
     ignored = SERVICE_FIELDS
+    only = NOT_SERVED
     max_tokens_fields = ("max_tokens",)
     body = object_of(
         "messages max_tokens",
@@ -48,6 +68,15 @@ class Messages(Dialect):
         stop_sequences={"type": "array", "items": TEXT, "maxItems": 16},
         top_k={"type": "integer", "minimum": 0},
     )
+
+    def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Tools that must be called are called with arguments that fit; see ``with_strict_tools``."""
+        kept = super().allowed_fields(body)
+        choice = kept.get("tool_choice")
+        if "tools" in kept:
+            forced = isinstance(choice, dict) and choice.get("type") in ("any", "tool")
+            kept["tools"] = with_strict_tools(kept["tools"], forced)
+        return kept
 
     def request_model(self, body: dict[str, Any]) -> str:
         return "vllm.entrypoints.anthropic.protocol:AnthropicMessagesRequest"
@@ -90,4 +119,16 @@ def anthropic_error(body: dict[str, Any], status: int) -> dict[str, Any]:
     """OpenAI's error ``body`` as Anthropic's; ``code`` is beside the type, as everywhere."""
     error = body["error"]
     type_ = _ERROR_TYPES.get(status, "invalid_request_error")
-    return {"type": "error", "error": {"type": type_, "message": error["message"], "code": error["code"]}}
+    message = _too_long(error["message"]) if error["code"] == TOO_LONG else error["message"]
+    return {"type": "error", "error": {"type": type_, "message": message, "code": error["code"]}}
+
+
+def _too_long(message: str) -> str:
+    """As Anthropic says it, which agents look for to make the conversation shorter."""
+    most = re.search(r"(?:context length is|model length of|length \() ?([0-9]+)", message)
+    given = re.search(r"([0-9]+) input tokens|\(length ([0-9]+)\)|Input length \(([0-9]+)\)", message)
+    if most is None:
+        return f"prompt is too long: {message}"
+    tokens = next((found for found in given.groups() if found), None) if given else None
+    shown = tokens or f"more than {most[1]}"
+    return f"prompt is too long: {shown} tokens > {most[1]} maximum"

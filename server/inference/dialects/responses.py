@@ -6,18 +6,28 @@ Nothing is kept of a response: there is no state that could cross from one custo
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, ClassVar
 
 from adapters.errors import AdapterError
 from server.engine.calls import Call
 from server.errors import BadRequest, ServerError, body_of
 from server.inference.dialects.answers import Response
 from server.inference.dialects.base import OPENAI_SERVICE, Dialect, without_extras
+from server.inference.dialects.fields import (
+    GUIDED,
+    MODERATION,
+    VLLM_CHAT,
+    VLLM_SAMPLING,
+    Only,
+    with_strict_tools,
+)
 from server.inference.dialects.schema import ANY, LIMIT, MODEL, SAMPLED, TEXT, TURNS, object_of
 
 _OPENING = ("response.created", "response.in_progress")
+_CHAT_ALONE: Only = ((), "vLLM has it for /v1/chat/completions.")
 _STATEFUL = {
+    "background_options": "Responses are answered at once; leave out background_options.",
     "background": "Responses are answered at once; leave out background and wait, or stream.",
     "conversation": "Conversations are not kept; send the earlier turns as input.",
     "previous_response_id": "Responses are not kept; send the earlier turns as input.",
@@ -38,9 +48,20 @@ class Responses(Dialect):
             "model", "include", "input", "instructions", "max_output_tokens", "max_tool_calls", "metadata",
             "parallel_tool_calls", "reasoning", "store", "stream", "stream_options", "temperature", "text",
             "tool_choice", "tools", "top_logprobs", "top_p", "truncation", "user",
+            # vLLM's
+            "chat_template_kwargs", "frequency_penalty", "ignore_eos", "include_reasoning",
+            "include_stop_str_in_output", "logit_bias", "min_p", "presence_penalty", "repetition_penalty",
+            "seed", "skip_special_tokens", "stop", "stop_token_ids", "structured_outputs", "top_k",
         }
-    )  # fmt: skip
-    ignored = OPENAI_SERVICE - {"metadata", "store"}
+    ) | GUIDED.keys()  # fmt: skip
+    # Nothing of a context is dropped here, which is the most that its management could keep.
+    ignored = (OPENAI_SERVICE - {"metadata", "store"}) | {"context_management"}
+    only: ClassVar[Mapping[str, Only]] = {
+        "access_programs": ((), "They belong to OpenAI's service."),
+        "image": ((), "Answers are text."),
+        "moderation": MODERATION,
+        **dict.fromkeys((VLLM_SAMPLING | VLLM_CHAT) - accepted, _CHAT_ALONE),
+    }
     stream_options = frozenset({"include_obfuscation"})
     max_tokens_fields = ("max_output_tokens",)
     asks_while_streaming = True
@@ -59,6 +80,9 @@ class Responses(Dialect):
     def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
         kept = super().allowed_fields(_stateless(body))
         _check_tools(kept.get("tools"))
+        if "tools" in kept:
+            forced = kept.get("tool_choice") not in (None, "none", "auto")
+            kept["tools"] = with_strict_tools(kept["tools"], forced)
         kept.pop("stream_options", None)
         return kept
 

@@ -8,7 +8,7 @@ from server.engine.calls import Call
 from server.errors import BadRequest
 from server.inference.dialects.answers import Prompt, TokenCount, Tokens
 from server.inference.dialects.base import Dialect
-from server.inference.dialects.messages import PROMPT_BODY, PROMPT_FIELDS, SERVICE_FIELDS
+from server.inference.dialects.messages import NOT_SERVED, PROMPT_BODY, PROMPT_FIELDS, SERVICE_FIELDS
 from server.inference.dialects.schema import BOOL, MODEL, TEXT, TOKENS, TURNS, object_of
 
 
@@ -31,7 +31,7 @@ class Tokenize(_Tokens):
     accepted = frozenset(
         {
             "model", "prompt", "messages", "tools", "add_generation_prompt", "add_special_tokens",
-            "continue_final_message", "return_token_strs",
+            "chat_template_kwargs", "continue_final_message", "return_token_strs",
         }
     )  # fmt: skip
     base = "any"
@@ -80,6 +80,7 @@ class CountTokens(_Tokens):
     answer = TokenCount
     accepted = PROMPT_FIELDS
     ignored = SERVICE_FIELDS
+    only = NOT_SERVED
     body = object_of("messages", **PROMPT_BODY)
 
     def request_model(self, body: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from server.app import drain
-from server.engine.serving import calls_are_objects
+from server.engine.serving import with_object_calls
 from tests.service.http.test_api import digest, engine_of, error
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
@@ -281,5 +281,9 @@ async def test_tokens_need_no_slot(site: Site, key: str) -> None:
 )
 def test_a_tools_input_is_an_object(arguments: str, whole: bool) -> None:
     called = SimpleNamespace(function=SimpleNamespace(arguments=arguments))
-    message = SimpleNamespace(tool_calls=[called])
-    assert calls_are_objects(SimpleNamespace(choices=[SimpleNamespace(message=message)])) is whole
+    message = SimpleNamespace(tool_calls=[called], content=None)
+    choice = SimpleNamespace(message=message, finish_reason="tool_calls")
+    with_object_calls(SimpleNamespace(choices=[choice]))
+    assert message.tool_calls == ([called] if whole else [])
+    assert message.content == (None if whole else arguments)
+    assert choice.finish_reason == ("tool_calls" if whole else "stop")

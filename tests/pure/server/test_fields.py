@@ -1,0 +1,168 @@
+"""What each field of a request may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+from anthropic.types import message_count_tokens_params, message_create_params
+from anthropic.types.beta import message_count_tokens_params as beta_count_tokens_params
+from anthropic.types.beta import message_create_params as beta_message_create_params
+from openai.types import completion_create_params, embedding_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
+
+from server.errors import BadRequest
+from server.inference.dialects.fields import RESERVED
+from server.inference.dialects.registry import DIALECTS
+from server.inference.dialects.responses import _STATEFUL
+
+TURN = {"role": "user", "content": "hi"}
+LEAST: Mapping[str, dict[str, Any]] = {
+    "chat": {"messages": [TURN]},
+    "completion": {"prompt": "hi"},
+    "responses": {"input": "hi"},
+    "messages": {"messages": [TURN], "max_tokens": 5},
+    "embedding": {"input": "hi"},
+    "count_tokens": {"messages": [TURN]},
+}
+# Headers that Anthropic's SDK makes of arguments, which are no part of a body; harmless there too.
+SDKS: list[tuple[str, Any]] = [
+    ("chat", chat_create_params.CompletionCreateParamsStreaming),
+    ("completion", completion_create_params.CompletionCreateParamsStreaming),
+    ("responses", response_create_params.ResponseCreateParamsStreaming),
+    ("embedding", embedding_create_params.EmbeddingCreateParams),
+    ("messages", message_create_params.MessageCreateParamsStreaming),
+    ("messages", beta_message_create_params.MessageCreateParamsStreaming),
+    ("count_tokens", message_count_tokens_params.MessageCountTokensParams),
+    ("count_tokens", beta_count_tokens_params.MessageCountTokensParams),
+]
+
+
+def fields_of(params: Any) -> Iterator[tuple[str, str]]:
+    for one in params:
+        kind, form = one
+        for name in sorted(form.__required_keys__ | form.__optional_keys__):
+            yield kind, name
+
+
+@pytest.mark.parametrize(("kind", "name"), sorted(set(fields_of(SDKS))))
+def test_each_field_of_the_vendors_sdks_is_known(kind: str, name: str) -> None:
+    """A new field of theirs fails here: it is to be honoured, an advice, or refused with a reason."""
+    dialect = DIALECTS[kind]
+    body = {**LEAST[kind], name: LEAST[kind].get(name)}
+    kept = dialect.allowed_fields(body)
+    assert kept.get(name) == LEAST[kind].get(name) or name in ("model", "store")
+
+
+@pytest.mark.parametrize(("kind", "name"), sorted(set(fields_of(SDKS))))
+def test_what_is_refused_of_the_vendors_has_a_reason(kind: str, name: str) -> None:
+    dialect = DIALECTS[kind]
+    if name in dialect.accepted | dialect.ignored:
+        return
+    with pytest.raises(BadRequest) as refused:
+        dialect.allowed_fields({**LEAST[kind], name: {"anything": 1}})
+    assert refused.value.param == name
+    stateful = kind == "responses" and name in _STATEFUL
+    assert refused.value.code == ("stateless" if stateful else "unsupported_parameter")
+    assert len(refused.value.message) > len(name) + 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("chat", {"modalities": ["text"], "verbosity": "low", "prompt_cache_retention": "24h"}),
+        ("chat", {"prediction": {"type": "content", "content": "x"}, "prompt_cache_options": {"ttl": "30m"}}),
+        ("chat", {"functions": [], "function_call": "auto", "length_penalty": 1.0, "use_beam_search": False}),
+        ("chat", {"stream_interval": 5, "cache_salt": None, "chat_template": None, "priority": None}),
+        ("completion", {"best_of": 1}),
+        ("completion", {"best_of": 3, "n": 3}),
+        ("responses", {"context_management": [{"type": "compaction"}], "background": False}),
+        ("messages", {"context_management": {"edits": [{"type": "clear_thinking"}]}, "speed": "fast"}),
+        ("messages", {"mcp_servers": [], "fallbacks": "default", "container": None}),
+    ],
+)  # fmt: skip
+def test_what_asks_for_nothing_is_accepted_and_goes_no_further(kind: str, fields: dict[str, Any]) -> None:
+    plain = LEAST[kind] | ({"n": fields["n"]} if "n" in fields else {})
+    dialect = DIALECTS[kind]
+    assert dialect.allowed_fields({**LEAST[kind], **fields}) == dialect.allowed_fields(plain)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "reason"),
+    [
+        ("chat", "functions", [{"name": "f"}], "Send tools"),
+        ("chat", "modalities", ["text", "audio"], "Answers are text"),
+        ("chat", "length_penalty", 1.5, "beam search"),
+        ("chat", "use_beam_search", 0, "Beam search"),
+        ("chat", "use_beam_search", True, "Beam search"),
+        ("completion", "best_of", 2, "send n"),
+        ("responses", "min_tokens", 2, "/v1/chat/completions"),
+        ("messages", "mcp_servers", [{"url": "http://x"}], "No tool runs here"),
+    ],
+)
+def test_what_matters_and_is_not_served(kind: str, name: str, value: Any, reason: str) -> None:
+    with pytest.raises(BadRequest, match=reason) as refused:
+        DIALECTS[kind].allowed_fields({**LEAST[kind], name: value})
+    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", name)
+
+
+@pytest.mark.parametrize("kind", LEAST)
+@pytest.mark.parametrize("name", sorted(RESERVED))
+def test_the_operators_fields(kind: str, name: str) -> None:
+    assert DIALECTS[kind].allowed_fields({**LEAST[kind], name: None})
+    with pytest.raises(BadRequest, match="decided by whoever operates this server") as refused:
+        DIALECTS[kind].allowed_fields({**LEAST[kind], name: 1})
+    assert (refused.value.code, refused.value.param) == ("unknown_field", name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"top_k": 5.0}, "top_k"),
+        ({"top_k": "5"}, "top_k"),
+        ({"min_p": "0.5"}, "min_p"),
+        ({"repetition_penalty": True}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-30}, "repetition_penalty"),
+        ({"min_tokens": 2.0}, "min_tokens"),
+        ({"ignore_eos": "true"}, "ignore_eos"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"stream": "false"}, "stream"),
+        ({"stop_token_ids": ["5"]}, "stop_token_ids.0"),
+        ({"stop_token_ids": [5, 5.0]}, "stop_token_ids.1"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
+        ({"allowed_token_ids": [True]}, "allowed_token_ids.0"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias.5"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs.chat_template"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs.tokenize"),
+        ({"chat_template_kwargs": {"tokenizer_kwargs": {}}}, "chat_template_kwargs.tokenizer_kwargs"),
+        ({"chat_template_kwargs": {"max_length": 1}}, "chat_template_kwargs.max_length"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {str(n): 1 for n in range(33)}}, "chat_template_kwargs"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "_backend": "x"}}, "structured_outputs._backend"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": "a"}, "guided_regex": "a"}, "structured_outputs"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "structured_outputs"),
+    ],
+)
+def test_nothing_is_read_as_something_else(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        DIALECTS["chat"].allowed_fields({**LEAST["chat"], **fields})
+    assert refused.value.param == param
+
+
+def test_the_older_names_of_a_constraint() -> None:
+    kept = DIALECTS["chat"].allowed_fields(
+        {**LEAST["chat"], "guided_choice": ["a", "b"], "guided_json": None}
+    )
+    assert kept["structured_outputs"] == {"choice": ["a", "b"]}
+    assert "guided_choice" not in kept
+
+
+def test_a_message_that_is_gone_on_with() -> None:
+    kept = DIALECTS["chat"].allowed_fields({**LEAST["chat"], "continue_final_message": True})
+    assert kept["add_generation_prompt"] is False
