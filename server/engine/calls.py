@@ -81,6 +81,13 @@ class Meter(Protocol):
     def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None: ...
 
 
+class Unmetered:
+    """A meter of what nobody pays for."""
+
+    def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None:
+        pass
+
+
 class Admission(Protocol):
     """Says whether a call may run, once its prompts are tokens; see ``server.limits.reservation``."""
 

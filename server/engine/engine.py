@@ -34,6 +34,7 @@ from server.engine.calls import (
     PageReport,
     PageResult,
     StageResult,
+    Unmetered,
     WorkerReport,
     current_call,
 )
@@ -58,13 +59,6 @@ CHECK_EVERY_S = 0.5
 
 
 FIRST_CALL = "first-token"
-
-
-class _Unmetered:
-    """A meter of what nobody pays for."""
-
-    def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None:
-        pass
 
 
 def _log_fault(model: str, reason: str) -> None:
@@ -226,7 +220,7 @@ class Engine:
         """
         kind = "embedding" if self.base.pooling else "completion"
         body = {"input": "Hello"} if self.base.pooling else {"prompt": "Hello", "max_tokens": 1}
-        call = Call(FIRST_CALL, kind, self.base.name, self.base.name, FIRST_CALL, _Unmetered())
+        call = Call(FIRST_CALL, kind, self.base.name, self.base.name, FIRST_CALL, Unmetered())
         try:
             await self.answer(call, self.parse(kind, {**body, "model": self.base.name}))
         except EngineDied as exc:
