@@ -168,10 +168,13 @@ class BoundedHeads(HttpToolsProtocol):
             connection.transport._transport.abort()  # type: ignore[attr-defined]
 
     def _is_idle(self, now: float) -> bool:
-        """Without a whole request, and without a piece of one for a while if it has a head."""
+        """Without a whole request, and without a piece of one for a while if it has a head; or answered.
+
+        The rest of a request that has been refused may still come for a minute.
+        """
         if self.closed:
             return False  # it goes by itself
-        if self._in_head or (self._between and (self.cycle is None or self.cycle.response_complete)):
+        if self._in_head or self.cycle is None or self.cycle.response_complete:
             return True
         return not self._between and now - self._heard > STALLED_SECONDS
 

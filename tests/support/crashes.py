@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import signal
 import threading
 import time
@@ -168,6 +169,12 @@ def _list_ends(file: Path) -> None:
         take(recorder, used)
 
     UsageWriter.record = record  # type: ignore[method-assign]
+
+
+def serve_with(descriptors: int, settings: Settings, base: BaseModel, folder: Path) -> None:
+    """``serve`` under ``ulimit -n``."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+    serve(settings, base, folder)
 
 
 def serve(settings: Settings, base: BaseModel, folder: Path) -> None:
