@@ -246,6 +246,25 @@ async def patterns(victim: Victim) -> Outcomes:
     return await together(*(post(victim, "/v1/chat/completions", json=body) for body in bodies))
 
 
+async def grammars(victim: Victim) -> Outcomes:
+    """Its siblings: on the other surfaces, in tools, ambiguous, and of a kind that is no schema."""
+    slow = {"type": "string", "pattern": "^((e|d|.){1,494}){1,500}$"}
+    turn = [{"role": "user", "content": "x"}]
+    small: dict[str, Any] = {"model": victim.base_name, "messages": turn, "max_tokens": 4}
+    named = {"type": "json_schema", "name": "x", "schema": slow}
+    tool = {"type": "function", "function": {"name": "f", "parameters": slow, "strict": True}}
+    ambiguous = {"grammar": 'root ::= s\ns ::= s s s | s s | "a"'}
+    responses = {"model": victim.base_name, "input": "x", "max_output_tokens": 4, "text": {"format": named}}
+    output = {"format": {"type": "json_schema", "schema": {"anyOf": [slow, {"$ref": "#"}]}}}
+    return await together(
+        post(victim, "/v1/responses", json=responses),
+        post(victim, "/v1/messages", json=small | {"output_config": output}),
+        post(victim, "/v1/chat/completions", json=small | {"tools": [tool]}),
+        post(victim, "/v1/chat/completions", json=small | {"structured_outputs": ambiguous}),
+        post(victim, "/v1/chat/completions", json=small | {"structured_outputs": {"regex": "(a)\\1"}}),
+    )
+
+
 # --- connections, headers, disk ---------------------------------------------------------------------
 
 
@@ -296,6 +315,51 @@ async def unfinished_uploads(victim: Victim) -> Outcomes:
     return await together(*(raw(victim, start, part, b"\0" * MIB, most=8, seconds=6) for _ in range(6)))
 
 
+async def slow_uploads(victim: Victim) -> Outcomes:
+    """150 uploads of a byte a second each, which would take every place and every descriptor."""
+    start = head(
+        "/v1/adapters/slow/versions",
+        f"Authorization: Bearer {victim.attacker}",
+        "Content-Type: multipart/form-data; boundary=b",
+        f"Content-Length: {64 * MIB}",
+    )
+    part = f'--b\r\nContent-Disposition: form-data; name="{WEIGHTS_FILE}"; filename="w"\r\n\r\n'.encode()
+
+    async def trickle() -> str:
+        reader, writer = await asyncio.open_connection("127.0.0.1", victim.port)
+        answered = asyncio.create_task(reader.readline())
+        try:
+            writer.write(start + part)
+            for _ in range(8):
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.wait([answered], timeout=1)
+                if answered.done():
+                    line = answered.result()
+                    return line.split()[1].decode() if line else "closed"
+            return "held"
+        except ConnectionError:
+            return "closed"
+        finally:
+            answered.cancel()
+            writer.transport.abort()
+
+    return await together(*(trickle() for _ in range(150)))
+
+
+async def many_connections(victim: Victim) -> Outcomes:
+    """2,000 connections at once, each of which asks without a key."""
+    request = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
+
+    async def one() -> str:
+        try:
+            return await raw(victim, request)
+        except OSError:
+            return "not opened"
+
+    return await together(*(one() for _ in range(2000)))
+
+
 @dataclass(frozen=True)
 class Kind:
     """``right`` are the outcomes that the server may give; anything else is a finding."""
@@ -311,6 +375,9 @@ KINDS = [
     Kind("many items", bodies_of_many_items, REFUSED),
     Kind("no text", bodies_that_are_no_text, REFUSED),
     Kind("patterns", patterns, REFUSED | {"200"}),
+    Kind("grammars", grammars, REFUSED),
+    Kind("slow uploads", slow_uploads, frozenset({"held", "408", "429", "503", "closed"})),
+    Kind("2,000 connections", many_connections, frozenset({"401", "429", "closed", "not opened"})),
     Kind("two of one header", two_of_one_header, frozenset({"400"})),
     Kind("idle connections", idle_connections, frozenset({"held", "closed", "not opened"})),
     Kind("unfinished uploads", unfinished_uploads, frozenset({"403", "413", "429", "507", "closed"})),

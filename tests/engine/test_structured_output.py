@@ -124,4 +124,4 @@ async def test_nobody_else_waits_for_them(site: Site, key: str, reference: Refer
     answer = await ask(site, other, CHAT, asked(CHAT, COLOUR))
     assert answer.status_code == 200
     assert not any(task.done() for task in attack[2:])
-    assert {answer.status_code for answer in await asyncio.gather(*attack)} == {400}
+    assert {answer.status_code for answer in await asyncio.gather(*attack)} <= {400, 429}
