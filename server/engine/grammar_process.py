@@ -25,7 +25,7 @@ LENGTH = struct.Struct("!I")
 # The end of a peer, without the data that it may send before; elsewhere than on Linux a job then runs on to
 # its limit.
 GONE = getattr(select, "POLLRDHUP", 0)
-NICE = 10
+NICE = 5
 # Steps of the two walks through a grammar that show what a token costs; see ``_walk``.
 RANDOM_STEPS, REPEATED_STEPS = 64, 320
 SLOW_STEP_S = 0.02
@@ -60,7 +60,7 @@ def serve(control: socket.socket) -> None:
     while True:
         for fd, _ in poll.poll():
             if fd == control.fileno():
-                if (job := _start(control, tokenizer)) is None:
+                if (job := _start(control, tokenizer, jobs)) is None:
                     return
                 for number, events in ((job.socket.fileno(), GONE), (job.process, select.POLLIN)):
                     jobs[number] = job
@@ -86,7 +86,7 @@ class Job(NamedTuple):
         os.close(self.process)
 
 
-def _start(control: socket.socket, tokenizer: Any) -> "Job | None":
+def _start(control: socket.socket, tokenizer: Any, others: "dict[int, Job]") -> "Job | None":
     """The next job; None where ``control`` has ended, with which all children end."""
     _, ancillary, _, _ = control.recvmsg(1, socket.CMSG_LEN(array.array("i").itemsize))
     if not ancillary:
@@ -94,6 +94,8 @@ def _start(control: socket.socket, tokenizer: Any) -> "Job | None":
     job = socket.socket(fileno=array.array("i", ancillary[0][2])[0])
     if not (child := os.fork()):
         control.close()
+        for other in others.values():  # or its asker would not see the end of its answer before ours
+            other.socket.close()
         _child(job, tokenizer)
     return Job(job, os.pidfd_open(child))
 

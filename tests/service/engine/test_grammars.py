@@ -43,7 +43,7 @@ def tokenizer() -> str:
 
 @pytest.fixture(scope="module")
 def grammars(tokenizer: str) -> Iterator[Grammars]:
-    made = Grammars(tokenizer, seconds=0.7, any_whitespace=True, places=4)
+    made = Grammars(tokenizer, seconds=2, any_whitespace=True, places=4)
     yield made
     made.stop()
 
@@ -95,7 +95,7 @@ async def test_what_takes_too_long_is_refused_and_leaves_nothing_behind(grammars
         began = time.monotonic()
         error = await refusal(grammars, spec)
         assert (type(error), error.code) == (BadRequest, "schema_too_complex"), (spec, error.message)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 8
     assert children(grammars) == []
     began = time.monotonic()
     await refusal(grammars, SLOW)
@@ -172,9 +172,8 @@ async def test_one_owner_takes_half_of_the_places_and_keeps_nobody_waiting(gramm
     ]
     await asyncio.sleep(0.2)
     assert len(children(grammars)) == 2
-    began = time.monotonic()
     await grammars.check("b", [schema(PERSON)])
-    assert time.monotonic() - began < 1.0
+    assert not any(task.done() for task in slow)
     for task in slow:
         task.cancel()
     await asyncio.gather(*slow, return_exceptions=True)
@@ -195,11 +194,24 @@ async def test_too_many_of_one_owner_are_told_to_come_again(grammars: Grammars) 
     await asyncio.gather(*slow, return_exceptions=True)
 
 
+async def test_an_answer_does_not_wait_for_what_was_begun_after_it(grammars: Grammars) -> None:
+    await grammars.check("d", [schema({})])
+    quick = asyncio.create_task(grammars.check("d", [schema(PERSON)]))
+    await asyncio.sleep(0)
+    slow = asyncio.create_task(
+        grammars.check("d", [Spec("regex", "((f|.){1,491}){1,900}|((g|h|.){1,499}){1,900}")])
+    )
+    await quick
+    assert not slow.done()
+    slow.cancel()
+    await asyncio.gather(slow, return_exceptions=True)
+
+
 async def test_nobody_waits_long_for_a_place(grammars: Grammars) -> None:
     slow = [Spec("regex", f"((c|e|.){{1,49{n}}}){{1,500}}") for n in range(8)]
     began = time.monotonic()
     answers = await asyncio.gather(*(grammars.check("c", [one]) for one in slow), return_exceptions=True)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     assert {type(answer) for answer in answers} == {BadRequest, TooManyRequests}
 
 
