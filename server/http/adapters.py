@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -164,7 +164,11 @@ async def receive_version(
         )
         if not options.wait:
             services.publishing.catalog.check_name(name)
-            later = services.in_background, lambda published: _free(services, published.gone)
+
+            def in_background(work: Coroutine[Any, Any, None]) -> None:
+                place.keep_until(services.in_background(work))
+
+            later = in_background, lambda published: _free(services, published.gone)
             job = await publish_later(services.publishing, tenant.id, name, files, *later, **given)
             # Where the rest is asked for, by whoever sent this.
             where = request.url.path.removesuffix("/versions") + f"/uploads/{job['id']}"

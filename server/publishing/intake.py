@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from adapters.errors import QuotaExceeded, StorageFull
 from server.errors import RequestTimeout, TooManyRequests, Unavailable
@@ -39,6 +40,17 @@ class Place:
         self._mark = asyncio.get_running_loop().time(), 0
         self.scope = asyncio.timeout(None)
         self.gives_way = False
+        self.received = False  # and goes on in the background
+        self._until: asyncio.Future[Any] | None = None
+
+    def keep_until(self, done: asyncio.Future[Any]) -> None:
+        """The upload is answered before it is linked: its place and its bytes count until ``done``."""
+        self._until = done
+        done.add_done_callback(lambda _: self._intake.leave(self))
+
+    @property
+    def goes_on(self) -> bool:
+        return self._until is not None and not self._until.done()
 
     @property
     def size(self) -> int:
@@ -72,6 +84,8 @@ class Place:
 
     def pace(self, now: float) -> float:
         """Bytes a second, of late; many for one that has only begun."""
+        if self.received:
+            return float("inf")
         since, before = self._mark
         if now - since < SLOW_AFTER_S:
             return float("inf")
@@ -132,15 +146,18 @@ class Intake:
         try:
             async with place.scope:
                 yield place
-            self.stored[tenant] += place.size
+            place.received = True
+            if not place.goes_on:
+                self.stored[tenant] += place.size
         except TimeoutError as exc:
             if not place.gives_way:
                 raise
             raise RequestTimeout("The upload came too slowly while others waited; send it again.") from exc
         finally:
-            self._leave(place)
+            if not place.goes_on:
+                self.leave(place)
 
-    def _leave(self, place: Place) -> None:
+    def leave(self, place: Place) -> None:
         if place in (own := self._places.get(place.tenant, [])):
             own.remove(place)
             if not own:
@@ -154,7 +171,7 @@ class Intake:
         pace, slowest = min(((place.pace(now), place) for place in coming), key=lambda pair: pair[0])
         if pace >= SLOW_BYTES_S:
             return False
-        self._leave(slowest)
+        self.leave(slowest)
         slowest.end()
         return True
 

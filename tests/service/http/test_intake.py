@@ -133,6 +133,28 @@ async def test_one_customer_has_so_many_uploads_at_once(tmp_path: Path) -> None:
         assert (await upload(site, key)).status_code == 201
 
 
+async def test_an_upload_that_is_answered_before_it_is_linked_keeps_its_place(tmp_path: Path) -> None:
+    async with fake_site(tmp_path, max_uploads_each=1) as site:
+        key = await writer_key(site, "acme")
+        reached, go_on = asyncio.Event(), asyncio.Event()
+        probe = site.services.publishing.prober.probe
+
+        async def held(*args: object) -> object:
+            reached.set()
+            await go_on.wait()
+            return await probe(*args)
+
+        site.services.publishing.prober.probe = held
+        files = {n: (tiny.adapter(1) / n).read_bytes() for n in (CONFIG_FILE, WEIGHTS_FILE)}
+        url = "/v1/adapters/a/versions?wait=false"
+        assert (await site.http.post(url, files=files, headers=bearer(key))).status_code == 202
+        await reached.wait()
+        assert (await upload(site, key, seed=2)).status_code == 429
+        go_on.set()
+        await coming(site, 0)
+        assert (await upload(site, key, seed=2)).status_code == 201
+
+
 async def test_a_slow_upload_gives_way_and_a_quick_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
