@@ -72,6 +72,7 @@ class StorageFailed(AdapterError):
     """The disk fails otherwise."""
 
     code = "storage_failed"
+    retry_after = 30.0
 
 
 class StorageBusy(AdapterError):

@@ -135,7 +135,7 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     adapter_errors.UploadTooLarge: (413, "invalid_request_error"),
     adapter_errors.UploadIncomplete: (400, "invalid_request_error"),
     adapter_errors.StorageFull: (507, "server_error"),
-    adapter_errors.StorageFailed: (500, "server_error"),
+    adapter_errors.StorageFailed: (503, "service_unavailable_error"),
     adapter_errors.StorageBusy: (503, "service_unavailable_error"),
     adapter_errors.DatabaseUnavailable: (503, "service_unavailable_error"),
     adapter_errors.StoreUnavailable: (503, "service_unavailable_error"),

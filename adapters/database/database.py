@@ -229,6 +229,11 @@ def _disk_errors() -> Iterator[None]:
                 ) from error
             case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
                 raise _busy() from error
+            case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN:
+                raise StorageFailed(
+                    "The database cannot be written, and nothing was changed. Try again later; the operator"
+                    " finds the reason in the log."
+                ) from error
             case sqlite3.SQLITE_IOERR:
                 raise StorageFailed(
                     "The disk failed, and nothing was changed. Try again; the operator finds the reason in"

@@ -62,8 +62,8 @@ def fail_the(at: int, code: int, patch: pytest.MonkeyPatch) -> list[str]:
     [
         (errno.ENOSPC, 507, "storage_full"),
         (errno.EDQUOT, 507, "storage_full"),
-        (errno.EIO, 500, "storage_failed"),
-        (errno.EROFS, 500, "storage_failed"),
+        (errno.EIO, 503, "storage_failed"),
+        (errno.EROFS, 503, "storage_failed"),
     ],
 )
 async def test_every_step_of_an_upload(
@@ -126,5 +126,31 @@ async def test_a_database_whose_disk_fails(site: Site) -> None:
     event.listen(engine, "before_cursor_execute", fail)
     answered = await site.admin.post(URL, files=to_convert())
     event.remove(engine, "before_cursor_execute", fail)
-    error(answered, 500, "storage_failed")
+    error(answered, 503, "storage_failed")
     assert (await site.chat(key, "hi", model="a")).status_code == 200
+
+
+async def test_a_database_that_became_read_only(site: Site) -> None:
+    """Inference goes on, every write is refused by name, and all is well once it can be written again."""
+    key = await site.tenant("acme", {"a": tiny.adapter(2)})
+
+    def locked(connection: Any, *_: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA query_only = ON")
+        cursor.close()
+
+    engine = site.services.database._engine.sync_engine
+    event.listen(engine, "checkout", locked)
+    for answered in (
+        await site.admin.post(URL, files=to_convert()),
+        await site.admin.post("/admin/v1/tenants", json={"id": "more"}),
+        await site.admin.patch("/admin/v1/tenants/acme", json={"weight": 2.0}),
+        await site.admin.delete("/admin/v1/tenants/acme/adapters/a"),
+    ):
+        error(answered, 503, "storage_failed")
+        assert int(answered.headers["Retry-After"]) > 0
+    assert (await site.chat(key, "hi", model="a")).status_code == 200
+    event.remove(engine, "checkout", locked)
+    await site.services.database._engine.dispose()  # the connections stay as they are
+    assert (await site.admin.post(URL, files=to_convert())).status_code == 201
+    assert (await site.admin.get("/admin/v1/check")).json()["ok"]
