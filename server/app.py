@@ -33,6 +33,7 @@ from adapters.store.upload_jobs import UploadJobs
 from adapters.store.versions import size_of
 from server import __version__
 from server.accounts.authentication import Authentication
+from server.accounts.people import People
 from server.accounts.tenants import Tenants
 from server.accounts.usage import UsageWriter, spent
 from server.accounts.wrong_keys import WrongKeys
@@ -54,6 +55,7 @@ from server.http import (
     maintenance,
     observation,
     operations,
+    people,
     reports,
     residency,
     self_service,
@@ -134,6 +136,7 @@ def create_app(
         app.include_router(observation.router)
         app.include_router(residency.router)
         app.include_router(maintenance.router)
+        app.include_router(people.router)
         app.include_router(reports.operators)
         app.include_router(reports.customers)
         app.include_router(account.router)
@@ -339,6 +342,7 @@ def _services(
         database=stores.database,
         blobs=stores.blobs,
         tenants=Tenants(stores.database),
+        people=People(stores.database),
         authentication=stores.authentication,
         wrong_keys=WrongKeys(settings.auth_failures),
         redis_ledger=stores.redis_ledger,

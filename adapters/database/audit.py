@@ -33,7 +33,7 @@ ACTOR: ContextVar[Actor] = ContextVar("actor", default=SYSTEM)
 def note(
     session: AsyncSession,
     action: str,
-    tenant: str,
+    tenant: str | None,
     target: str | None = None,
     *,
     before: dict[str, Any] | None = None,

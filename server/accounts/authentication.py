@@ -2,7 +2,8 @@
 
     Authorization: Bearer <tenant key>                                   that key's tenant
     Authorization: Bearer <service key>   X-Customer-ID: <tenant>        the tenant that a gateway names
-    Authorization: Bearer <admin key>                                    the admin API, and only that
+    Authorization: Bearer <admin key>                                    the admin API, and only that; the
+                                                                         settings' key, or a person's
     Authorization: Bearer <metrics key>                                  /metrics, and only that
 
 No message repeats a key or says whether one nearly matched; digests are compared in constant time.
@@ -22,6 +23,7 @@ from adapters.database.cache import ReadCache
 from adapters.database.database import Database
 from adapters.database.rows import KeyRow, MetaRow, TenantRow
 from server.accounts.keys import DEFAULT_SCOPES, KeyScope, digest_of, key_info
+from server.accounts.people import SETTINGS_KEY, People, Person, Role
 from server.accounts.tenants import Tenant, Tenants, tenant_of
 from server.errors import BadRequest, Forbidden, NotFound, Unauthorized
 
@@ -71,6 +73,7 @@ class Authentication:
                 raise ValueError(f"{name} and {other} must differ: one may not do what the other may")
         self._database = database
         self._tenants = Tenants(database)
+        self._people = People(database)
         self._configured = admin_key is not None
         self._admin = digest_of(admin_key) if admin_key is not None else None
         self._service = digest_of(service_key) if service_key is not None else None
@@ -112,7 +115,7 @@ class Authentication:
         scopes = scopes or DEFAULT_SCOPES
         key = _bearer(authorization)
         digest = digest_of(key)
-        if self._is(digest, self._admin):
+        if self._is(digest, self._admin) or await self._people.holder(key) is not None:
             raise Forbidden("Admin keys cannot run inference. Use a key of a tenant.")
         if self._is(digest, self._service):
             if "inference" not in scopes:
@@ -132,12 +135,18 @@ class Authentication:
         tenant.check()
         return tenant
 
-    async def require_admin(self, authorization: str | None) -> None:
-        """Unauthorized without a known key, Forbidden for one that is not the admin's."""
+    async def require_admin(self, authorization: str | None, role: Role = "admin") -> Person:
+        """Who operates, with at least ``role``.
+
+        Unauthorized without a known key, Forbidden for one that is no admin key, or has less than ``role``.
+        """
         key = _bearer(authorization)
         digest = digest_of(key)
         if self._is(digest, self._admin):
-            return
+            return SETTINGS_KEY
+        if (person := await self._people.holder(key)) is not None:
+            person.check(role)
+            return person
         if not self._is(digest, self._service):
             await self._holder(key)
         raise Forbidden("This key cannot administer. Use the admin key.")

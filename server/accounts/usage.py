@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from sqlalchemy import ColumnElement, Select, delete, func, insert, null, select, update
 
 from adapters.database.database import Database
-from adapters.database.rows import KeyRow, UsageRow, matching, now
+from adapters.database.rows import AdminKeyRow, KeyRow, UsageRow, matching, now
 from server.accounts.terms import COST_UNIT
 from server.errors import Unprocessable
 from server.metrics import Outcome
@@ -226,7 +226,8 @@ class UsageWriter:
             return
         async with self._database.append() as session:
             for key, at in used.items():
-                await session.execute(update(KeyRow).where(KeyRow.id == key).values(last_used_at=at))
+                for table in (KeyRow, AdminKeyRow):
+                    await session.execute(update(table).where(table.id == key).values(last_used_at=at))
 
     async def roll_up(self) -> None:
         """Adds up the days that are over; in a fleet one process does it for all."""

@@ -297,6 +297,7 @@ class ResidentSlot(Answer):
 
     tenant: str | None
     name: Annotated[str | None, Field(description="`adapter@version`.")]
+    number: Number | None
     version: str | None
     load_id: Count | None
     state: str | None
@@ -309,6 +310,7 @@ class ResidentVersion(Answer):
 
     tenant: str | None
     name: Annotated[str | None, Field(description="`adapter@version`.")]
+    number: Number | None
     version: str
     load_id: Count
     state: str

@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from adapters.database.audit import ACTOR, Actor
 from server.accounts.authentication import WrongKey
 from server.accounts.keys import SCOPES, KeyScope
+from server.accounts.people import Person, Role
 from server.accounts.tenants import Tenant
 from server.errors import BadRequest, TooManyRequests
 from server.http.middleware import matched_path
@@ -67,11 +68,23 @@ async def tenant_of(request: Request, *scopes: KeyScope) -> Tenant:
     return tenant
 
 
-async def require_admin(request: Request) -> None:
-    """Raises as ``Authentication.require_admin`` unless the request has the operator's key."""
-    authorization = request.headers.get("authorization")
-    await _slowed(request, services_of(request).authentication.require_admin(authorization))
-    ACTOR.set(Actor("admin", request.state.request_id))
+async def require_admin(request: Request) -> Person:
+    """Raises as ``Authentication.require_admin`` unless the request has the key of an operator, who may.
+
+    Who only looks needs the role ``viewer``, who changes something ``operator``.
+    """
+    services, authorization = services_of(request), request.headers.get("authorization")
+    role: Role = "viewer" if request.method in ("GET", "HEAD") else "operator"
+    person = await _slowed(request, services.authentication.require_admin(authorization, role))
+    if person.id is not None:
+        services.usage_writer.used(person.id)
+    request.state.log["person"] = person.name
+    ACTOR.set(Actor(person.actor, request.state.request_id))
+    return person
+
+
+async def _require_admin_role(person: Annotated[Person, Depends(require_admin)]) -> None:
+    person.check("admin")
 
 
 async def require_metrics(request: Request) -> None:
@@ -105,6 +118,8 @@ async def _key_owner(request: Request) -> Tenant:
 
 
 ADMIN = Depends(require_admin)
+ADMIN_ROLE = Depends(_require_admin_role)
+AskedBy = Annotated[Person, Depends(require_admin)]
 METRICS = Depends(require_metrics)
 SINGLE = Depends(single_headers)
 # The tenant that the path names; NotFound where there is none.

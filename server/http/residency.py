@@ -50,6 +50,7 @@ def look(services: Services) -> dict[str, Any]:
         version = services.dispatcher.version(entry["version"]) if entry["version"] else None
         entry["tenant"] = version.tenant if version else None
         entry["name"] = _named(version) if version else None
+        entry["number"] = version.number if version else None
     return found
 
 

@@ -14,6 +14,7 @@ from adapters.database.database import Database
 from adapters.store.blobs import BlobStore
 from adapters.store.replicas import Replicas
 from server.accounts.authentication import Authentication
+from server.accounts.people import People
 from server.accounts.tenants import Tenants
 from server.accounts.usage import UsageWriter
 from server.accounts.wrong_keys import WrongKeys
@@ -44,6 +45,7 @@ class Services:
     database: Database
     blobs: BlobStore
     tenants: Tenants
+    people: People
     authentication: Authentication
     wrong_keys: WrongKeys
     redis_ledger: RedisLedger | None

@@ -33,6 +33,10 @@ ROUTES = [
     ("POST", "/tenants/{tenant}/keys/{key_id}/rotate"),
     ("GET", "/tenants/{tenant}/limits"),
     ("GET", "/server"),
+    ("GET", "/me"),
+    ("GET", "/people"),
+    ("POST", "/people"),
+    ("DELETE", "/people/{person}"),
     ("GET", "/uploads"),
     ("GET", "/tenants/{tenant}/adapters/{name}/uploads"),
     ("GET", "/tenants/{tenant}/adapters/{name}/uploads/{upload}"),
@@ -56,7 +60,7 @@ ROUTES = [
 
 def url(path: str, tenant: str = "acme") -> str:
     return "/admin/v1" + path.format(
-        tenant=tenant, name="a", key_id="0123456789abcdef", version=1, upload="0" * 32
+        tenant=tenant, name="a", key_id="0123456789abcdef", version=1, upload="0" * 32, person="0" * 16
     )
 
 
@@ -296,7 +300,7 @@ async def test_residency_as_it_is_now(site: Site) -> None:
     assert idle.pop("rates")["first_tokens"] == 0
     assert idle == {
         "slots": [
-            dict.fromkeys(("version", "load_id", "state", "tenant", "name"))
+            dict.fromkeys(("version", "load_id", "state", "tenant", "name", "number"))
             | {"running": 0, "draining": False}
         ] * 2,
         "host": [], "queued": {}, "running": {}, "counters": {}, "aside": 0, "drains": 0,
@@ -314,7 +318,7 @@ async def test_residency_as_it_is_now(site: Site) -> None:
         assert now["running"] == {"acme": 1}
         assert now["slots"][0] == {
             "version": version, "load_id": 1, "state": "active", "running": 1, "draining": False,
-            "tenant": "acme", "name": "a@1",
+            "tenant": "acme", "name": "a@1", "number": 1,
         }  # fmt: skip
         (entry,) = now["host"]
         assert (entry["version"], entry["tier"], entry["state"]) == (version, "gpu", "active")

@@ -129,7 +129,8 @@ async def test_every_field_is_documented(tmp_path: Path) -> None:
         await call("POST", "/v1/keys/{key_id}/rotate", f"/v1/keys/{own['id']}/rotate", key=key)
         for path in ("/v1/me", "/v1/keys", "/v1/audit"):
             await call("GET", path, path, key=key)
-        for path in ("/usage", "/audit", "/residency", "/server", "/adapters", "/requests"):
+        await call("POST", "/admin/v1/people", "/admin/v1/people", json={"name": "alice"})
+        for path in ("/me", "/people", "/usage", "/audit", "/residency", "/server", "/adapters", "/requests"):
             await call("GET", f"/admin/v1{path}", f"/admin/v1{path}")
         for path in ("/v1/usage", "/v1/adapters", "/v1/models"):
             await call("GET", path, path, key=key)
