@@ -33,6 +33,7 @@ ROUTES = [
     ("POST", "/tenants/{tenant}/keys/{key_id}/rotate"),
     ("GET", "/tenants/{tenant}/limits"),
     ("GET", "/server"),
+    ("GET", "/replicas"),
     ("GET", "/me"),
     ("GET", "/people"),
     ("POST", "/people"),

@@ -130,7 +130,17 @@ async def test_every_field_is_documented(tmp_path: Path) -> None:
         for path in ("/v1/me", "/v1/keys", "/v1/audit"):
             await call("GET", path, path, key=key)
         await call("POST", "/admin/v1/people", "/admin/v1/people", json={"name": "alice"})
-        for path in ("/me", "/people", "/usage", "/audit", "/residency", "/server", "/adapters", "/requests"):
+        for path in (
+            "/me",
+            "/people",
+            "/replicas",
+            "/usage",
+            "/audit",
+            "/residency",
+            "/server",
+            "/adapters",
+            "/requests",
+        ):
             await call("GET", f"/admin/v1{path}", f"/admin/v1{path}")
         for path in ("/v1/usage", "/v1/adapters", "/v1/models"):
             await call("GET", path, path, key=key)
