@@ -130,10 +130,13 @@ async def test_every_field_is_documented(tmp_path: Path) -> None:
         for path in ("/v1/me", "/v1/keys", "/v1/audit"):
             await call("GET", path, path, key=key)
         await call("POST", "/admin/v1/people", "/admin/v1/people", json={"name": "alice"})
+        await call("POST", "/admin/v1/check", "/admin/v1/check", json={})
+        await call("POST", "/admin/v1/backup", "/admin/v1/backup", json={})
         for path in (
             "/me",
             "/people",
             "/replicas",
+            "/check",
             "/usage",
             "/audit",
             "/residency",
