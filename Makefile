@@ -14,7 +14,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install runtime demo quick test check bench attack chaos fuzz clean help
+.PHONY: install runtime demo fleet quick test check bench attack chaos fuzz clean help
 
 install: $(STAMP) ## Make .venv with everything pinned (about two minutes; a second time nothing)
 
@@ -43,6 +43,9 @@ runtime:
 
 demo: $(STAMP) ## Three customers, three voices, one model; ONCE=1 ends after the answers
 	@$(PY) -m server demo $(if $(filter-out 0,$(ONCE)),--once)
+
+fleet: $(STAMP) ## A gateway, two replicas, six customers; one replica is killed; ONCE=1 ends after the answers
+	@$(PY) -m server fleet demo $(if $(filter-out 0,$(ONCE)),--once)
 
 quick: $(STAMP) ## Run the pure layer of the tests, under a minute: no vLLM, no server
 	$(PY) -m pytest -q -n 2 --dist loadfile tests/pure

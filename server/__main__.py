@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 probes = typer.Typer(no_args_is_help=True, help="What an adapter is checked against.")
 cli.add_typer(probes, name="probes")
+fleet = typer.Typer(no_args_is_help=True, help="Many engines behind one address.")
+cli.add_typer(fleet, name="fleet")
 
 
 @cli.command()
@@ -49,6 +51,29 @@ def demo(
 ) -> None:
     """Three customers, three adapters, one small model, on this machine."""
     from server.demo.run import run
+
+    raise SystemExit(run(once=once, port=port, cache=cache))
+
+
+@fleet.command("up")
+def fleet_up(
+    replicas: Annotated[int, typer.Option(min=1, help="How many, on the ports after the gateway's.")] = 2,
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+) -> None:
+    """Run a gateway and replicas on this machine, and start again what dies."""
+    from server.fleet.processes import up
+
+    raise SystemExit(up(_settings(config), replicas, config))
+
+
+@fleet.command("demo")
+def fleet_demo(
+    once: Annotated[bool, typer.Option(help="Stop after the answers.")] = False,
+    port: Annotated[int | None, typer.Option(help="Port to serve on; 8000 if it is free.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for the base model and the demo's data.")] = None,
+) -> None:
+    """Two replicas, six customers; one replica is killed in mid-stream."""
+    from server.demo.fleet import run
 
     raise SystemExit(run(once=once, port=port, cache=cache))
 

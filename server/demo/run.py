@@ -12,9 +12,10 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -44,15 +45,20 @@ def run(*, once: bool, port: int | None, cache: Path | None) -> int:
     SIGINT or SIGTERM, which is a good end too. ``port`` is a wish (8000 if None); ``cache`` keeps the
     base model and the demo's data.
     """
+    return interruptible(_demo(once, port or 8000, (cache or cache_folder()).absolute()))
+
+
+def interruptible(demo: Coroutine[Any, Any, int]) -> int:
+    """Runs ``demo`` until its end or a signal; returns the exit status."""
     try:
-        return asyncio.run(_interruptible(once, port or 8000, (cache or cache_folder()).absolute()))
+        return asyncio.run(_interruptible(demo))
     except DemoError as exc:
         console.print(Text(f"The demo stops here: {exc}", style="red"))
         return 1
 
 
-async def _interruptible(once: bool, port: int, cache: Path) -> int:
-    demo = asyncio.ensure_future(_demo(once, port, cache))
+async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
+    demo = asyncio.ensure_future(work)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, demo.cancel)
     try:
@@ -63,7 +69,7 @@ async def _interruptible(once: bool, port: int, cache: Path) -> int:
 
 
 async def _demo(once: bool, wanted_port: int, cache: Path) -> int:
-    await _prepare_base(cache)
+    await prepare_base(cache)
     port = free_port(wanted_port)
     if port != wanted_port:
         console.print(f"Port {wanted_port} is taken; using {port} instead.")
@@ -77,11 +83,11 @@ async def _demo(once: bool, wanted_port: int, cache: Path) -> int:
         running(command, environment(base_folder(cache), data, port, admin_key), log) as server,
         httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as client,
     ):
-        with _step("Starting the server and loading the model, once for all customers"):
+        with step("Starting the server and loading the model, once for all customers"):
             await wait_until_ready(server, client, log)
-        with _step("Creating three customers and uploading an adapter for each"):
+        with step("Creating three customers and uploading an adapter for each"):
             keys = await _create_customers(url, admin_key)
-        with _step("Asking all of them the same question at once"):
+        with step("Asking all of them the same question at once"):
             answers = await _ask_everyone(client, keys)
         console.print(answer_table(answers))
         _print_how_to_ask(url, keys[CUSTOMERS[0]])
@@ -98,11 +104,11 @@ async def _demo(once: bool, wanted_port: int, cache: Path) -> int:
     raise DemoError(f"the server ended with status {status}:\n{tail(log)}")
 
 
-async def _prepare_base(cache: Path) -> None:
+async def prepare_base(cache: Path) -> None:
     """In a process of its own, which gives the memory of a whole training library back."""
     if is_prepared(cache):
         return
-    with _step(f"Preparing the base model {BASE_NAME}, the first time only"):
+    with step(f"Preparing the base model {BASE_NAME}, the first time only"):
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "server.demo.base", str(cache)),
             cwd=CHECKOUT,
@@ -219,7 +225,7 @@ print(answer.choices[0].message.content)
 
 
 @contextmanager
-def _step(text: str) -> Iterator[None]:
+def step(text: str) -> Iterator[None]:
     """Shows ``text`` with the seconds running, and leaves a line with the seconds it took."""
     started = time.monotonic()
     if console.is_terminal:

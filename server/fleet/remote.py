@@ -220,9 +220,10 @@ class RemoteCall:
                 await self._go_on(exc)
                 continue
             if kind is Kind.CHUNK:
-                chunk = Chunk.decoded(payload)
-                text = self._taken(chunk)
-                if text is not None:
+                text = self._taken(Chunk.decoded(payload))
+                while self._ready and self._ready[0][0] is Kind.CHUNK:  # what came at once goes at once
+                    text += self._taken(Chunk.decoded(self._ready.popleft()[1]))
+                if text:
                     yield text
             elif kind is Kind.END:
                 end = End.decoded(payload)
@@ -299,11 +300,11 @@ class RemoteCall:
                 raise Lost(f"{type(exc).__name__}: {exc}") from exc
         return self._ready.popleft()
 
-    def _taken(self, chunk: Chunk) -> str | None:
-        """The text to hand on; None where it was handed on before."""
+    def _taken(self, chunk: Chunk) -> str:
+        """The text to hand on; empty where it was handed on before."""
         self._movable = chunk.movable
         if self._begun and self._moves and chunk.total <= len(self._said):
-            return None
+            return ""
         self._said += chunk.ids if chunk.total > len(self._said) else ()
         self._count(chunk.prompt, chunk.cached, chunk.total)
         if not self._begun:

@@ -1,0 +1,122 @@
+"""``make fleet``: one gateway, two replicas, six customers; a replica is killed in mid-stream, and nobody
+notices."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import secrets
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.table import Table
+
+from server.demo.base import base_folder, cache_folder
+from server.demo.client import Answer, DemoError, ask, create_customer
+from server.demo.process import free_port, running, wait_until_ready
+from server.demo.run import (
+    ADAPTER,
+    ADAPTERS,
+    CUSTOMERS,
+    console,
+    environment,
+    interruptible,
+    prepare_base,
+    step,
+)
+
+QUESTION = "How do I learn to play the guitar?"
+# Two customers to each voice: six adapters of their own.
+SIX = {f"{name}{suffix}": name for name in CUSTOMERS for suffix in ("", "-two")}
+LONG_ENOUGH = 0.6  # seconds into the answers, before the kill
+
+
+def run(*, once: bool, port: int | None, cache: Path | None) -> int:
+    """As the demo's ``run``; with ``once`` it ends after the table, with 0 only if no answer changed."""
+    return interruptible(_fleet(once, port or 8000, (cache or cache_folder()).absolute()))
+
+
+async def _fleet(once: bool, wanted: int, cache: Path) -> int:
+    await prepare_base(cache)
+    port, key = free_port(wanted), secrets.token_urlsafe(32)
+    data = cache / "fleet-data"
+    data.mkdir(parents=True, exist_ok=True)
+    log, url = data / "fleet.log", f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "server", "fleet", "up", "--replicas", "2"]
+    more = {"LORAPLEX_FLEET_KEY": secrets.token_urlsafe(32)}
+    async with (
+        running(command, environment(base_folder(cache), data, port, key) | more, log) as fleet,
+        httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as client,
+    ):
+        admin = {"Authorization": f"Bearer {key}"}
+        with step("Starting a gateway and two replicas, each with the model"):
+            await wait_until_ready(fleet, client, log)
+            await _both(client, admin)
+        with step("Creating six customers and uploading an adapter for each"):
+            async with httpx.AsyncClient(base_url=url, headers=admin, timeout=120, trust_env=False) as api:
+                keys = {
+                    name: await create_customer(api, name, ADAPTER, ADAPTERS / voice)
+                    for name, voice in SIX.items()
+                }
+        with step("Asking all of them"):
+            before = await _ask_all(client, keys)
+        with step("Asking all of them again, and killing one replica while it answers"):
+            asking = asyncio.create_task(_ask_all(client, keys))
+            await asyncio.sleep(LONG_ENOUGH)
+            killed = await _kill_one(client, admin, log)
+            after = await asking
+        console.print(_table(before, after))
+        same = all(before[name].text == after[name].text for name in SIX)
+        console.print(
+            f"Replica {killed} was killed; "
+            + ("nobody noticed more than a pause." if same else "[red]an answer changed.[/red]")
+        )
+        if once or not same:
+            return 0 if same else 1
+        console.print(f"\nServing on {url} until Ctrl-C; the replica is being started again. The log: {log}")
+        await fleet.wait()
+    raise DemoError("the fleet ended")
+
+
+async def _both(client: httpx.AsyncClient, admin: dict[str, str]) -> None:
+    while len(await _replicas(client, admin)) < 2:
+        await asyncio.sleep(0.3)
+
+
+async def _replicas(client: httpx.AsyncClient, admin: dict[str, str]) -> list[dict[str, Any]]:
+    found = await client.get("/admin/v1/replicas", headers=admin)
+    return [one for one in found.raise_for_status().json()["data"] if one["state"] == "ready"]
+
+
+async def _ask_all(client: httpx.AsyncClient, keys: dict[str, str]) -> dict[str, Answer]:
+    answers = await asyncio.gather(*(ask(client, key, ADAPTER, QUESTION) for key in keys.values()))
+    return dict(zip(keys, answers, strict=True))
+
+
+async def _kill_one(client: httpx.AsyncClient, admin: dict[str, str], log: Path) -> str:
+    """The busier replica; the fleet's log has its process."""
+    busiest = max(await _replicas(client, admin), key=lambda one: one["running"])
+    number = int(busiest["url"].rpartition(":")[2]) - int(str(client.base_url).rpartition(":")[2].strip("/"))
+    os.kill(_process_of(f"replica-{number}", log), signal.SIGKILL)
+    return f"replica-{number}"
+
+
+def _process_of(name: str, log: Path) -> int:
+    return int(re.findall(rf"fleet: {name} has process (\d+)", log.read_text(errors="replace"))[-1])
+
+
+def _table(before: dict[str, Answer], after: dict[str, Answer]) -> Table:
+    table = Table(title=f"“{QUESTION}”", title_justify="left")
+    table.add_column("customer", no_wrap=True)
+    table.add_column("answer", ratio=1, no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    table.add_column("with the kill", justify="right", no_wrap=True)
+    table.add_column("same", no_wrap=True)
+    for name, answer in before.items():
+        same = "yes" if answer.text == after[name].text else "NO"
+        table.add_row(name, answer.text, f"{answer.total:.1f}", f"{after[name].total:.1f}", same)
+    return table
