@@ -136,10 +136,14 @@ class Replica:
         with contextlib.suppress(Exception):
             await self._announce()
         while True:
-            for call in list(self.calls.values()):
-                with contextlib.suppress(Exception):  # a gateway that has gone takes its requests along
-                    await call.tell(framed(Kind.MOVE, {}))
+            await self._ask_to_move()
             await asyncio.sleep(MOVE_EVERY_S)
+
+    async def _ask_to_move(self) -> None:
+        """Gateways move what another replica can go on with, and leave the rest here."""
+        for call in list(self.calls.values()):
+            with contextlib.suppress(Exception):  # a gateway that has gone takes its requests along
+                await call.tell(framed(Kind.MOVE, {}))
 
     # --- beats -----------------------------------------------------------------------------------------
 
@@ -147,6 +151,8 @@ class Replica:
         while True:
             await asyncio.sleep(BEAT_EVERY_S)
             try:
+                if self.state == "restarting":  # elsewhere they need not wait for the engine
+                    await self._ask_to_move()
                 await self._beat()
             except Exception as exc:  # the database may be away: gateways that know us still ask us
                 logger.warning("this replica cannot announce itself: %s", exc)

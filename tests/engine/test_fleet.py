@@ -103,7 +103,7 @@ async def test_no_answer_is_lost_with_a_replica(base_dir: Path, reference: Refer
         assert wanted["a"].text != wanted[base_dir.name].text
         asked = 2
 
-        async def hit(how: Callable[[Running], None], model: str) -> Running:
+        async def hit(how: Callable[[Running], object], model: str) -> Running:
             """Lets ``model`` answer, does ``how`` to its replica half-way; the answer is whole and equal."""
             nonlocal asked
             asked += 1
@@ -119,7 +119,10 @@ async def test_no_answer_is_lost_with_a_replica(base_dir: Path, reference: Refer
             return busy
 
         def stop(one: Running) -> None:
+            """For longer than a replica may be silent, and less than its engine."""
             one.process.send_signal(signal.SIGSTOP)
+            loop = asyncio.get_running_loop()
+            loop.call_later(12, one.process.send_signal, signal.SIGCONT)
 
         def kill(one: Running) -> None:
             one.process.kill()
@@ -127,8 +130,7 @@ async def test_no_answer_is_lost_with_a_replica(base_dir: Path, reference: Refer
         def terminate(one: Running) -> None:
             one.process.terminate()
 
-        stopped = await hit(stop, "a")
-        stopped.process.send_signal(signal.SIGCONT)
+        await hit(stop, "a")
         await _all_up(gateway, 2)
         killed = await hit(kill, "a")
         family = killed.family() if psutil.pid_exists(killed.process.pid) else []
@@ -160,7 +162,7 @@ async def _runs(replica: Running) -> bool:
 
 
 async def _all_up(gateway: Running, number: int) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while True:
             page = (await gateway.http.get("/metrics")).text
             if (

@@ -188,6 +188,18 @@ class TestLosses:
             await draining
             await two.until(lambda: not hit.engine.running)
 
+    async def test_a_stream_leaves_a_replica_whose_engine_starts_again(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        wanted = told(await read(two.gateway, key, body(60)))
+        reading = asyncio.create_task(read(two.gateway, key, body(60)))
+        await two.until(lambda: any(one.said > 10 for one in two.replicas))
+        hit = two.busy()
+        hit.engine.die()
+        assert told(await reading) == wanted
+        assert two.other(hit).engine.calls, "it went on at the other one"
+        (row,) = await usage(two)
+        assert (row["outcome"], row["output_tokens"]) == ("completed", 120)
+
     async def test_what_cannot_go_on_is_told_so(self, two: Fleet) -> None:
         key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
         reading = asyncio.create_task(read(two.gateway, key, body(60, presence_penalty=0.5)))
