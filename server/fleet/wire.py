@@ -162,6 +162,7 @@ def as_json(version: Version) -> dict[str, Any]:
         "rank": version.rank,
         "size": version.size_bytes,
         "chat": dict(version.chat),
+        "base": version.base,
     }
 
 
@@ -170,7 +171,8 @@ def version_of(sent: Mapping[str, Any], path: Callable[[str], Path]) -> Version:
     digest = str(sent["digest"])
     names = str(sent["tenant"]), str(sent["adapter"])
     size, chat = int(sent["size"]), dict(sent.get("chat") or {})
-    return Version(*names, int(sent["number"]), digest, path(digest), int(sent["rank"]), size, chat=chat)
+    rank, base = int(sent["rank"]), sent.get("base")
+    return Version(*names, int(sent["number"]), digest, path(digest), rank, size, base=base, chat=chat)
 
 
 # --- frames --------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def test_a_frame_is_bounded_and_of_a_known_kind() -> None:
 
 
 def test_an_order_is_the_same_on_the_other_side() -> None:
-    version = Version("acme", "a", 3, "d" * 64, Path("/there") / ("d" * 64), 8, 1000)
+    version = Version("acme", "a", 3, "d" * 64, Path("/there") / ("d" * 64), 8, 1000, base="f" * 64)
     order = WireOrder(
         id="r1",
         tenant=tenant("acme", weight=2.0, max_queued=3),
@@ -70,6 +70,8 @@ def test_an_order_is_the_same_on_the_other_side() -> None:
         "elastic",
     ):
         assert getattr(there, name) == getattr(order, name), name
+    assert there.version is not None
+    assert (there.version.base, there.version.chat) == ("f" * 64, {})
     assert (there.tenant.id, there.tenant.share, there.tenant.max_queued) == ("acme", 2.0, 3)
     assert there.tenant.cache_salt == order.tenant.cache_salt
 
