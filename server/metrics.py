@@ -217,6 +217,11 @@ class Metrics:
             ["tier"],
             registry=r,
         )
+        self._adapter_moves = Counter(
+            "loraplex_adapter_moves",
+            "Adapters loaded at a replica for what a gateway will send there.",
+            registry=r,
+        )
         self._moves = Counter(
             "loraplex_moved_answers",
             "Answers that left their replica, which was lost or drained, or failed with it.",
@@ -307,6 +312,10 @@ class Metrics:
     def placed(self, tier: str) -> None:
         """A gateway sent a request to a replica that had its adapter in ``tier``."""
         self._placements.labels(tier).inc()
+
+    def moved_adapter(self) -> None:
+        """A gateway had an adapter loaded at one more replica, without a request."""
+        self._adapter_moves.inc()
 
     def moved(self, reason: Literal["lost", "drained", "failed"]) -> None:
         """An answer left its replica."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,18 +17,23 @@ from typing import Any, Protocol
 
 import aiohttp
 
+from adapters.errors import AdapterError
 from adapters.model import BaseModel, Tier, Version
 from adapters.store.replicas import Replicas
 from server.engine.sizing import EngineCapacity
-from server.errors import Unavailable
-from server.fleet.placement import Placement, Report
-from server.fleet.wire import PREFIX, error_of
+from server.errors import ServerError, Unavailable
+from server.fleet.placement import Move, Placement, Report
+from server.fleet.wire import PREFIX, as_json, error_of
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 DISCOVER_EVERY_S = 1.0
 ASK_EVERY_S = 1.0
+# How often adapters are loaded where nobody waits for them yet, and for how long such a load may look for
+# room.
+MOVE_EVERY_S, MOVE_TIMEOUT_S = 1.0, 10.0
+VERSIONS_REMEMBERED = 16_384
 CONNECT_TIMEOUT_S = 3.0
 # Below uvicorn's 5 s, which closes what is idle: a request must not meet a connection that is being closed.
 KEEP_ALIVE_S = 3.0
@@ -59,13 +65,16 @@ class Facts:
 
 @dataclass(slots=True, eq=False)
 class Known:
-    """A replica. ``heard`` is when it last answered; ``said`` what."""
+    """A replica. ``heard`` is when it last answered; ``said`` what, and ``served`` what each tenant that has
+    requests there has been charged for.
+    """
 
     id: str
     url: str
     heard: float
     facts: Facts | None = None
     said: Mapping[str, Any] = field(default_factory=dict)
+    served: Mapping[str, float] = field(default_factory=dict)
     lost: bool = False
     calls: set[Moves] = field(default_factory=set)
     watching: asyncio.Task[None] | None = None
@@ -84,6 +93,9 @@ class Directory:
         self._facts: Facts | None = None
         self._session: aiohttp.ClientSession | None = None
         self._discovering: asyncio.Task[None] | None = None
+        self._moving: asyncio.Task[None] | None = None
+        self._moves: dict[Move, asyncio.Task[None]] = {}
+        self._versions: OrderedDict[str, Version] = OrderedDict()  # the longest unused first
 
     async def start(self) -> None:
         """Knows every replica that answers within a moment when it returns."""
@@ -99,11 +111,13 @@ class Directory:
                 while self._known and not any(one.said for one in self._known.values()):
                     await asyncio.sleep(0.02)
         self._discovering = asyncio.create_task(self._discover_forever(), name="loraplex-discover")
+        self._moving = asyncio.create_task(self._move_forever(), name="loraplex-move")
 
     async def stop(self) -> None:
         """Closes every connection."""
         tasks = [one.watching for one in self._known.values() if one.watching is not None]
-        tasks += [self._discovering] if self._discovering is not None else []
+        tasks += [task for task in (self._discovering, self._moving) if task is not None]
+        tasks += self._moves.values()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -160,6 +174,11 @@ class Directory:
         """``call`` is now at ``replica``; tell ``ended`` of it."""
         key = version.key if version is not None else None
         self._metrics.placed(self._tier_at(replica, key))
+        if version is not None:
+            self._versions[version.key] = version
+            self._versions.move_to_end(version.key)
+            if len(self._versions) > VERSIONS_REMEMBERED:
+                self._versions.popitem(last=False)
         self.placement.sent(self._now(), key, replica.id)
         replica.calls.add(call)
 
@@ -167,6 +186,11 @@ class Directory:
         """``call`` has left ``replica``, in any way."""
         replica.calls.discard(call)
         self.placement.ended(version.key if version is not None else None, replica.id)
+
+    def served_elsewhere(self, tenant: str, replica: Known) -> float:
+        """What all others have served ``tenant``; see ``server.scheduling.fair_queue``."""
+        others = (one for one in self._known.values() if one is not replica and not one.lost)
+        return sum(one.served.get(tenant, 0.0) for one in others)
 
     @staticmethod
     def _tier_at(replica: Known, key: str | None) -> Tier:
@@ -213,6 +237,30 @@ class Directory:
         if replica is None:
             raise self.nobody()
         return await self.post(replica, path, sent)
+
+    # --- loads without a request ---------------------------------------------------------------------
+
+    async def _move_forever(self) -> None:
+        while True:
+            await asyncio.sleep(MOVE_EVERY_S)
+            for move in self.placement.moves(self._now()):
+                if move not in self._moves and move.version in self._versions:
+                    self._moves[move] = asyncio.create_task(self._move(move), name="loraplex-move")
+
+    async def _move(self, move: Move) -> None:
+        """Has a version loaded where more of its requests are to go. What fails is tried again, or not
+        needed.
+        """
+        replica, version = self._known.get(move.replica), self._versions[move.version]
+        try:
+            if replica is not None:
+                asked = {"version": as_json(version), "slot": True, "timeout": MOVE_TIMEOUT_S}
+                await self.post(replica, "warm", asked)
+                self._metrics.moved_adapter()
+        except (ServerError, AdapterError) as exc:
+            logger.info("%s is not loaded at replica %s: %s", move.version, move.replica, exc)
+        finally:
+            del self._moves[move]
 
     # --- watching ------------------------------------------------------------------------------------
 
@@ -268,6 +316,7 @@ class Directory:
         if one.lost:
             logger.info("replica %s is back", one.id)
         one.heard, one.lost, one.said = self._now(), False, said["report"]
+        one.served = said.get("served", {})
         self.placement.beat(self._now(), report)
 
     def _lose(self, one: Known, why: Exception) -> None:

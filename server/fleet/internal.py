@@ -118,6 +118,7 @@ class RelayedCall(Response):
             prompt_bound=sent.prompt_bound,
             prompt_tokens=sent.prompt_tokens,
             elastic=sent.elastic,
+            elsewhere=sent.elsewhere,
             relay=self,
         )
         self._lease: Lease | None = None
@@ -278,7 +279,8 @@ async def end(request: Request, id_: str) -> dict[str, Any]:
 async def state(request: Request) -> dict[str, Any]:
     """How this replica is, asked every second by every gateway."""
     replica = _replica_of(request)
-    return {"report": asdict_of(replica), "facts": replica.facts}
+    served = replica.services.dispatcher.served()
+    return {"report": asdict_of(replica), "facts": replica.facts, "served": served}
 
 
 def asdict_of(replica: Replica) -> dict[str, Any]:

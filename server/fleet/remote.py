@@ -387,6 +387,7 @@ class RemoteCall:
             prompt_bound=order.prompt_bound,
             prompt_tokens=order.prompt_tokens,
             elastic=order.elastic,
+            elsewhere=self._directory.served_elsewhere(order.tenant.id, replica),
             granted=self._granted,
             said=self._said,
             cached=self._totals[1],

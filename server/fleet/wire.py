@@ -87,6 +87,7 @@ class WireOrder:
     prompt_bound: int
     prompt_tokens: int
     elastic: bool
+    elsewhere: float = 0.0
     granted: Granted | None = None
     said: Sequence[int] = ()
     cached: int = 0
@@ -104,6 +105,7 @@ class WireOrder:
                 "bound": self.prompt_bound,
                 "prompt": self.prompt_tokens,
                 "elastic": self.elastic,
+                "elsewhere": self.elsewhere,
                 "granted": None
                 if self.granted is None
                 else [self.granted.prompt, self.granted.output, self.granted.by_cost, self.granted.most],
@@ -130,6 +132,7 @@ class WireOrder:
                 prompt_bound=int(sent["bound"]),
                 prompt_tokens=int(sent["prompt"]),
                 elastic=bool(sent["elastic"]),
+                elsewhere=float(sent.get("elsewhere", 0.0)),  # an older gateway says nothing of it
                 granted=Granted(*granted) if granted else None,
                 said=[int(token) for token in sent["said"]],
                 cached=int(sent["cached"]),

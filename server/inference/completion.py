@@ -88,7 +88,8 @@ class Order:
 
     ``version`` is None for the base, ``public_model`` what the answer shows. ``prompt_bound`` is a high
     estimate of the prompt's tokens and ``prompt_tokens`` a likely one. ``elastic`` if the request does not
-    say how long its answer is to be. ``relay`` is set where the answer goes to another process.
+    say how long its answer is to be. ``elsewhere`` is that of ``server.scheduling.nouns.Ask``. ``relay`` is
+    set where the answer goes to another process.
     """
 
     id: str
@@ -101,6 +102,7 @@ class Order:
     prompt_bound: int
     prompt_tokens: int
     elastic: bool
+    elsewhere: float = 0.0
     relay: Relay | None = None
 
 

@@ -113,6 +113,7 @@ class LocalAnswers:
                 max_queued=tenant.max_queued,
                 max_running=tenant.max_running,
                 resumable=resumable,
+                elsewhere=order.elsewhere,
             )
         except BaseException:
             reservation.withdraw()

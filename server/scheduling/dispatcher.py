@@ -134,6 +134,7 @@ class Dispatcher(EngineLoop):
         max_queued: int | None = None,
         max_running: int | None = None,
         resumable: bool = False,
+        elsewhere: float = 0.0,
     ) -> Lease:
         """Waits until the request may run. Raises TooManyRequests, Unavailable or AdapterUnavailable.
 
@@ -153,6 +154,7 @@ class Dispatcher(EngineLoop):
             max_queued=max_queued,
             max_running=max_running,
             resumable=resumable,
+            elsewhere=elsewhere,
         )
         if version is not None:
             self._versions[version.key] = version
@@ -268,6 +270,10 @@ class Dispatcher(EngineLoop):
 
     def tier_of(self, version: Version) -> Tier:
         return self._plan.tier_of(version.key)
+
+    def served(self) -> dict[str, float]:
+        """What each tenant with requests here has been charged for; see ``FairQueue.served``."""
+        return self._plan.served()
 
     def known_digests(self) -> set[str]:
         """Of the files that are in memory, on their way there, or waited for."""

@@ -1,0 +1,77 @@
+"""What a gateway does about where adapters are, beside sending requests there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from adapters.model import Tier
+from server.fleet.placement import Rules
+from tests.service.fleet.test_fleet import body, read
+from tests.support import tiny
+from tests.support.fleet import FakeReplica, Fleet, fleet
+
+
+@pytest.fixture
+async def two(tmp_path: Path) -> AsyncIterator[Fleet]:
+    async with fleet(tmp_path) as made:
+        await made.all_known()
+        yield made
+
+
+def tier(replica: FakeReplica, made: Fleet) -> Tier:
+    """Of the one adapter that was asked for."""
+    (version,) = made.directory._versions.values()
+    found: Tier = replica.services.dispatcher.tier_of(version)
+    return found
+
+
+async def test_a_hot_adapter_is_loaded_at_a_second_replica_before_it_gets_requests(two: Fleet) -> None:
+    """One request makes it hot here, and its home full."""
+    two.directory.placement.rules = Rules(slack=1.0, most=100.0, calm=0.0, hot=0.5)
+    key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+    first = asyncio.create_task(read(two.gateway, key, body(400, model="a")))
+    await two.until(lambda: any(one.engine.running for one in two.replicas))
+    home = two.busy()
+    other = two.other(home)
+    await two.until(lambda: tier(other, two) is Tier.GPU)
+    assert not other.engine.running, "nobody waited for it"
+    await two.until(lambda: b"loraplex_adapter_moves_total 1.0" in two.gateway.services.metrics.render())
+    (version,) = two.directory._versions
+    await two.until(lambda: other.id in two.directory.placement.homes(version, two.directory._now()))
+    second = asyncio.create_task(read(two.gateway, key, body(100, model="a")))
+    await two.until(lambda: bool(other.engine.running))
+    for stream in (first, second):
+        stream.cancel()
+    await asyncio.wait([first, second])
+
+
+async def test_a_move_that_fails_harms_nobody(two: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    two.directory.placement.rules = Rules(slack=1.0, most=100.0, calm=0.0, hot=1.0)
+    key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+    reading = asyncio.create_task(read(two.gateway, key, body(200, model="a")))
+    await two.until(lambda: any(one.engine.running for one in two.replicas))
+    other = two.other(two.busy())
+    await other.kill()
+    assert await reading
+    assert not two.directory._moves
+
+
+async def test_a_replica_hears_what_others_have_served_a_customer(two: Fleet) -> None:
+    key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+    first = asyncio.create_task(read(two.gateway, key, body(300, model="a")))
+    await two.until(lambda: any(one.engine.running for one in two.replicas))
+    home = two.busy()
+    there = next(one for one in two.directory.all() if one.id == two.other(home).id)
+    assert two.directory.served_elsewhere("nobody", there) == 0.0
+    await two.until(lambda: two.directory.served_elsewhere("acme", there) > 10.0)
+    two.directory.choose = lambda *_: there
+    await read(two.gateway, key, body(3, model="a"))
+    events = two.other(home).services.dispatcher.last_events(50)
+    (told,) = [event for event in events if event["event"] == "submitted"]
+    assert told["arguments"][0]["elsewhere"] > 10.0
+    first.cancel()
+    await asyncio.wait([first])
