@@ -31,7 +31,7 @@ class Running:
     def __init__(self, process: asyncio.subprocess.Process, log: Path, port: int) -> None:
         self.process = process
         self.log = log
-        self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120)
+        self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600)
         self.started_in = 0.0
 
     @property
