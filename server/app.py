@@ -83,7 +83,6 @@ from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-REMEMBER_INTERVAL_S = 5.0
 
 StartEngine = Callable[[Settings], Awaitable[Engine]]
 
@@ -206,8 +205,8 @@ async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
     usage_writer.start()
     stack.push_async_callback(usage_writer.stop)
     if alone:
-        stack.push_async_callback(_remember, ownership)
-        remembering = asyncio.create_task(_remember_forever(ownership), name="loraplex-remember")
+        stack.push_async_callback(ownership.try_to_remember)
+        remembering = asyncio.create_task(ownership.remember_forever(), name="loraplex-remember")
         stack.push_async_callback(_cancel, remembering)
     watching = asyncio.create_task(database.watch(), name="loraplex-watch")
     stack.push_async_callback(_cancel, watching)
@@ -379,7 +378,7 @@ async def _join_fleet(
         key=_fleet_key(settings),
         url=settings.replica_url or f"http://{settings.host}:{settings.port}",
         chores=chores,
-        remember=partial(_remember, stores.ownership),
+        remember=stores.ownership.try_to_remember,
     )
     await replica.start()
     stack.push_async_callback(replica.stop)
@@ -466,20 +465,6 @@ async def _redis_ledger(settings: Settings, stack: AsyncExitStack) -> RedisLedge
     await ledger.open()
     stack.push_async_callback(ledger.stop)
     return ledger
-
-
-async def _remember_forever(ownership: Ownership) -> None:
-    while True:
-        await asyncio.sleep(REMEMBER_INTERVAL_S)
-        await _remember(ownership)
-
-
-async def _remember(ownership: Ownership) -> None:
-    """Lets the data folder know how far its database has come; see ``adapters.store.ownership``."""
-    try:
-        await ownership.remember()
-    except Exception as exc:  # a database or a disk that fails shows where it is needed
-        logger.warning("the data folder cannot note what the database has seen: %s", exc)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

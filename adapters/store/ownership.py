@@ -11,6 +11,7 @@ that had no row when the two were joined; no sweep removes them.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import logging
@@ -39,6 +40,7 @@ LOCK_FILE = ".lock"
 OPENING_FILE = ".opening"  # locked by the process of a fleet that opens folder and database
 INSTALLATION_FILE = "installation.json"
 META_KEY = "installation"
+REMEMBER_INTERVAL_S = 5.0
 _ADOPT = (
     "If that is meant, run `loraplex adopt` with the same settings; it joins the two and removes nothing."
 )
@@ -199,6 +201,19 @@ class Ownership:
             if last > self._mark.audit:
                 await self._keep(_Mark(self._mark.id, last, self._mark.kept))
             self._generation = generation
+
+    async def remember_forever(self) -> None:
+        """``try_to_remember`` every ``REMEMBER_INTERVAL_S`` seconds, until it is cancelled."""
+        while True:
+            await asyncio.sleep(REMEMBER_INTERVAL_S)
+            await self.try_to_remember()
+
+    async def try_to_remember(self) -> None:
+        """As ``remember``; what fails is logged, since a database or a disk shows where it is needed."""
+        try:
+            await self.remember()
+        except Exception as exc:
+            logger.warning("the data folder cannot note what the database has seen: %s", exc)
 
     async def _check_contents(self, linked: frozenset[str]) -> None:
         present = await self._blobs.digests()

@@ -209,7 +209,7 @@ async def test_what_is_acknowledged_is_on_disk(store: BlobStore, monkeypatch: py
     [
         ("adapter_model.bin", "weights_not_safetensors"),
         ("pytorch_model.pt", "weights_not_safetensors"),
-        ("tokenizer.json", "unexpected_file"),
+        ("training_args.json", "unexpected_file"),
         ("../adapter_config.json", "unexpected_file"),
         ("/etc/passwd", "unexpected_file"),
         ("", "unexpected_file"),
