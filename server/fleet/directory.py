@@ -249,7 +249,7 @@ class Directory:
 
     async def _move(self, move: Move) -> None:
         """Has a version loaded where more of its requests are to go. What fails is tried again, or not
-        needed.
+        needed; what is loaded is not asked for again before a report of the replica can say so.
         """
         replica, version = self._known.get(move.replica), self._versions[move.version]
         try:
@@ -257,6 +257,7 @@ class Directory:
                 asked = {"version": as_json(version), "slot": True, "timeout": MOVE_TIMEOUT_S}
                 await self.post(replica, "warm", asked)
                 self._metrics.moved_adapter()
+                await asyncio.sleep(self.placement.rules.loading)
         except (ServerError, AdapterError) as exc:
             logger.info("%s is not loaded at replica %s: %s", move.version, move.replica, exc)
         finally:

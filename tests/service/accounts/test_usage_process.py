@@ -193,12 +193,15 @@ class Server:
         return {id_: float(at) for id_, at in lines}
 
     def rows(self) -> dict[str, sqlite3.Row]:
-        """By request id; no request has two."""
+        """What the engine took, by request id; no request has two. Refused ones are there and add nothing."""
         with sqlite3.connect(self.folder / "data" / "loraplex.db") as connection:
             connection.row_factory = sqlite3.Row
             rows = connection.execute("SELECT * FROM usage").fetchall()
-        found = {row["request_id"]: row for row in rows}
-        assert len(found) == len(rows) == sum(row["requests"] for row in rows)
+        assert len({row["request_id"] for row in rows}) == len(rows)
+        refused = [row for row in rows if not row["requests"]]
+        assert not any(row["prompt_tokens"] or row["output_tokens"] or row["cost"] for row in refused)
+        found = {row["request_id"]: row for row in rows if row["requests"]}
+        assert len(found) == sum(row["requests"] for row in rows)
         return found
 
 

@@ -71,7 +71,8 @@ async def test_a_replica_hears_what_others_have_served_a_customer(two: Fleet) ->
     two.directory.choose = lambda *_: there
     await read(two.gateway, key, body(3, model="a"))
     events = two.other(home).services.dispatcher.last_events(50)
-    (told,) = [event for event in events if event["event"] == "submitted"]
-    assert told["arguments"][0]["elsewhere"] > 10.0
+    asks = [event["arguments"][0] for event in events if event["event"] == "submitted"]
+    (told,) = [ask for ask in asks if ask["tenant"] == "acme"]  # the probe may have run there
+    assert told["elsewhere"] > 10.0
     first.cancel()
     await asyncio.wait([first])

@@ -481,7 +481,7 @@ class TestRun:
         async def fail(cache: Path) -> None:
             raise DemoError("the base model could not be prepared")
 
-        monkeypatch.setattr(run, "_prepare_base", fail)
+        monkeypatch.setattr(run, "prepare_base", fail)
         assert run.run(once=True, port=None, cache=tmp_path) == 1
         assert "could not be prepared" in capsys.readouterr().out
 
@@ -490,5 +490,5 @@ class TestRun:
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.Event().wait()
 
-        monkeypatch.setattr(run, "_prepare_base", interrupted)
+        monkeypatch.setattr(run, "prepare_base", interrupted)
         assert run.run(once=True, port=None, cache=tmp_path) == run.INTERRUPTED
