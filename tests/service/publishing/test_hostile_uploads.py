@@ -35,6 +35,8 @@ pytestmark = [
 
 URL = "/admin/v1/tenants/acme/adapters/a/versions"
 LIMIT = 4 << 20
+# Bounds of their own have tests of their own.
+AT_ONCE = {"max_uploads": 1000, "max_uploads_each": 1000}
 ANSWER = "".join(f" {i}" for i in range(1, 30))
 
 Files = dict[str, bytes]
@@ -104,7 +106,7 @@ class Scene:
 async def scene(tmp_path_factory: pytest.TempPathFactory, base: Any, good: Path) -> AsyncIterator[Scene]:
     folder = tmp_path_factory.mktemp("site")
     engine = FakeEngine(base, times=Times(step=0.0005))
-    async with fake_site(folder, engine, max_upload_bytes=LIMIT) as site:
+    async with fake_site(folder, engine, max_upload_bytes=LIMIT, **AT_ONCE) as site:
         await site.admin.post("/admin/v1/tenants", json={"id": "acme"})
         control = Control(site, await site.tenant("control", {"mine": good}))
         running = asyncio.create_task(control.run())

@@ -70,7 +70,11 @@ def special(name: str, mode: int) -> zipfile.ZipInfo:
 
 
 BOTH = [entry(name, content) for name, content in FILES.items()]
-BESIDE = [entry("README.md", b"about"), entry("training_args.json", b"{}"), entry("optimizer.safetensors", b"x")]
+BESIDE = [
+    entry("README.md", b"about"),
+    entry("training_args.json", b"{}"),
+    entry("optimizer.safetensors", b"x"),
+]
 IN_A_FOLDER = [
     entry("./run/", type=tarfile.DIRTYPE),
     *[entry(f"./run/{name}", content) for name, content in FILES.items()],
