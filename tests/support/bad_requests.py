@@ -114,7 +114,7 @@ BAD: list[Bad] = [
     Bad("a negative token", TEXT, {"prompt": [-1]}, real=True),
     Bad("a token beyond 64 bits", TEXT, {"prompt": [2**64]}, **INVALID_JSON),
     Bad("tokens to text beyond the vocabulary", "/detokenize", {"tokens": [2**40]}),
-    Bad("a prompt that is too long", TEXT, {"prompt": "word " * 5000}),
+    Bad("a prompt that is too long", TEXT, {"prompt": "word " * 5000}, code="context_length_exceeded"),
     # structured output
     Bad("a pattern that backtracks", CHAT, _schema(REDOS), real=True),
     Bad("a pattern that is none", CHAT, _schema({"type": "string", "pattern": "(("}), real=True),

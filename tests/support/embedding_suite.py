@@ -47,7 +47,7 @@ WRONG: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({"input": "why", "dimensions": 4}, "invalid_request", None),
     ({"input": [5, 10_000_000]}, "invalid_request", None),
     ({"input": [[5], [-1]]}, "invalid_request", None),
-    ({"input": "why " * 2000}, "invalid_request", None),
+    ({"input": "why " * 2000}, "context_length_exceeded", None),
     ({"input": "why", "cache_salt": "x"}, "unknown_field", "cache_salt"),
     ({"input": "why", "priority": -1}, "unknown_field", "priority"),
     ({"input": "why", "stream": True}, "unknown_field", "stream"),

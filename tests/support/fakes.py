@@ -480,7 +480,8 @@ class FakeEngine:
         tokens = _length(prompt)
         if tokens >= self.max_model_len:
             raise VLLMValidationError(
-                f"The prompt has {tokens} tokens; the model takes {self.max_model_len}.", parameter="prompt"
+                f"The prompt has {tokens} tokens; the maximum context length is {self.max_model_len}.",
+                parameter="prompt",
             )
         return tokens
 
