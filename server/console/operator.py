@@ -6,7 +6,7 @@ import asyncio
 import hmac
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import parse_qs, urlencode
 
 from starlette.exceptions import HTTPException
@@ -16,11 +16,11 @@ from server.console import shared, views
 from server.console.api import Api
 from server.console.formats import flat, segment, size, when
 from server.console.web import Page, PageHandler
+from server.metrics import Outcome
 
 ADMIN = "/admin/v1"
 ROWS = 50
 PLAYGROUND_KEY_S = 3600
-OUTCOMES = ("completed", "disconnected", "rejected", "refused", "unavailable", "failed", "cut")
 
 
 async def fleet(page: Page) -> Response:
@@ -144,7 +144,12 @@ async def requests(page: Page) -> Response:
     rows = [(row, views.timeline(row)) for row in found["data"]]
     one = flat(rows[0][0]) if len(rows) == 1 and page.query.get("request_id") else None
     return page.show(
-        "requests.html", query=page.query, requests=rows, outcomes=OUTCOMES, next=found["next"], one=one
+        "requests.html",
+        query=page.query,
+        requests=rows,
+        outcomes=get_args(Outcome),
+        next=found["next"],
+        one=one,
     )
 
 
