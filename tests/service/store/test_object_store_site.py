@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,22 +17,9 @@ from server.app import create_app
 from server.cli import data
 from tests.support import tiny
 from tests.support.fakes import FakeEngine
-from tests.support.object_stores import KINDS, S3, s3_server, url_of
+from tests.support.object_stores import KINDS, S3, url_of
 from tests.support.site import Site, bearer
 from tests.support.tiny import fake_site, settings
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3]:
-    with s3_server() as running:
-        yield running
-
-
-@pytest.fixture
-def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return server
 
 
 @pytest.fixture(params=KINDS)

@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,23 +18,10 @@ from adapters.store.cache import Cache
 from adapters.store.digests import digest_of
 from adapters.store.fitness import Fitness, Serving
 from adapters.store.objects import ObjectStore, WrongStore, check_url
-from tests.support.object_stores import KINDS, S3, s3_server, url_of
+from tests.support.object_stores import KINDS, S3, url_of
 from tests.support.world import BASE
 
 DIGEST = "a" * 64
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3]:
-    with s3_server() as running:
-        yield running
-
-
-@pytest.fixture
-def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return server
 
 
 @pytest.fixture(params=KINDS)
