@@ -5,11 +5,13 @@ file as a small process of its own: it notes the parent's descendants twice a se
 end, and then kills whatever is left of them. It needs the standard library only, and ``/proc``: Linux.
 
 Neither PR_SET_PDEATHSIG nor a pipe would do: the first fires when the *thread* ends that started a process,
-the second stays open in every child that was forked.
+the second stays open in every child that was forked. What was started since the last look is known by a mark
+in its environment, which every process below inherits.
 """
 
 import contextlib
 import os
+import secrets
 import select
 import signal
 import subprocess
@@ -17,12 +19,14 @@ import sys
 import time
 
 INTERVAL_S = 0.5
+MARK = "GUARDED_AS"
 
 
 def start() -> "subprocess.Popen[bytes] | None":
     """Start a guard of this process; None where there is no ``/proc`` or ``pidfd_open``."""
     if not hasattr(os, "pidfd_open") or not os.path.isdir("/proc/self/task"):
         return None
+    os.environ[MARK] = secrets.token_hex(16)
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
     return subprocess.Popen(  # noqa: S603  (our own file)
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
@@ -57,6 +61,17 @@ def descendants(pid: int) -> "dict[int, str]":
     return found
 
 
+def marked(mark: str) -> "dict[int, str]":
+    """pid -> ``started_at`` of every process that was started with this mark in its environment."""
+    found: dict[int, str] = {}
+    wanted = f"{MARK}={mark}".encode()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+            if wanted in file.read().split(b"\0"):
+                found[int(name)] = started_at(int(name))
+    return found
+
+
 def kill(processes: "dict[int, str]") -> None:
     """SIGKILL for those that still are who they were; it ends stopped ones too."""
     for pid, began in processes.items():
@@ -77,6 +92,7 @@ def main(parent: int) -> None:
         known = {pid: began for pid, began in known.items() if started_at(pid) == began}
         known.update(descendants(parent))
         known.pop(os.getpid(), None)
+    known.update(marked(os.environ.get(MARK, "")))
     for _ in range(3):  # a process may have started another meanwhile
         for pid in list(known):
             known.update(descendants(pid))

@@ -1,0 +1,44 @@
+"""The guard without an engine: whatever a killed process has started ends with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from server.engine import guard
+
+# The guard has looked; what is started now has gone unseen when its parent is killed.
+PARENT = """
+import os, signal, subprocess, sys, time
+sys.path.insert(0, {root!r})
+from server.engine import guard
+early = subprocess.Popen(["sleep", "61.7"])
+guard.start()
+time.sleep(1.5)
+late = subprocess.Popen(["sh", "-c", "sleep 61.7 & sleep 61.7"], start_new_session=True)
+print(early.pid, late.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_what_is_started_just_before_the_end_is_ended_too() -> None:
+    root = str(Path(guard.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT.format(root=root)], capture_output=True, text=True, check=False
+    )
+    left = [int(pid) for pid in done.stdout.split()]
+    assert len(left) == 2, done.stderr
+    deadline = time.monotonic() + 20
+    while left and time.monotonic() < deadline:
+        left = [pid for pid in left if guard.started_at(pid)]
+        time.sleep(0.05)
+    assert left == []
+    assert not [
+        one.pid for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "61.7"]
+    ]
