@@ -10,7 +10,7 @@ import contextlib
 import multiprocessing
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from http import HTTPStatus
 from typing import Any
 
@@ -52,6 +52,7 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
         self.on_lost: Callable[[EngineDied], None] = lambda exc: self.detach(str(exc))
         config = kwargs["vllm_config"].scheduler_config
         config.scheduler_cls = scheduler_of(config) or config.scheduler_cls
+        self._others = _cores()
         super().__init__(*args, **kwargs)
         # vLLM would compile it on the event loop, and choose a backend for everybody by the first request.
         self.input_processor.structured_outputs_config = None
@@ -279,18 +280,19 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
                 queue.put(EngineDeadError(reason))
 
     def _note_processes(self) -> None:
-        """Remembers what the core has started: its children lose their parent when it dies."""
-        self._processes = _core_processes()
+        """Remembers the core and what it has started: its children lose their parent when it dies."""
+        self._core = _cores() - self._others
+        self._processes = _processes_of(self._core)
 
     def kill(self) -> None:
         """Ends the core and all that it has started, in whatever state they are."""
-        guard.kill({**self._processes, **_core_processes()})
+        guard.kill({**self._processes, **_processes_of(self._core)})
         self.engine_core.shutdown(timeout=0.0)
 
     async def kill_starting(self) -> None:
         """Ends a core that is still being started, which nothing else can interrupt."""
         while self._starting is not None and not self._starting.done():
-            guard.kill(_core_processes())
+            guard.kill(_processes_of(_cores() - self._others))
             await asyncio.wait({self._starting}, timeout=0.2)
         if self._starting is not None and self._starting.exception() is None:
             await asyncio.to_thread(self._starting.result().shutdown, 0.0)
@@ -302,6 +304,7 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
         """
         config = self.vllm_config
         config.cache_config.num_gpu_blocks = self._blocks
+        self._others = _cores()
         self._starting = asyncio.ensure_future(
             asyncio.to_thread(
                 EngineCoreClient.make_async_mp_client,
@@ -351,12 +354,17 @@ async def refuse_structure(call: Call, params: Any) -> None:
     raise BadRequest("Schemas, patterns and grammars cannot be used with this model's tokenizer.")
 
 
-def _core_processes() -> dict[int, str]:
-    """pid -> when it began, of every core of this process, also one that is just starting, and all below."""
+def _cores() -> set[int]:
+    """The pids of this process's cores: of every engine that it has, also of one that is just starting."""
+    children = multiprocessing.active_children()
+    return {one.pid for one in children if one.pid is not None and one.name.startswith(CORE)}
+
+
+def _processes_of(cores: Iterable[int]) -> dict[int, str]:
+    """pid -> when it began, of these cores and all below."""
     found: dict[int, str] = {}
-    for process in multiprocessing.active_children():
-        if process.pid is not None and process.name.startswith(CORE):
-            found |= {process.pid: guard.started_at(process.pid), **guard.descendants(process.pid)}
+    for pid in cores:
+        found |= {pid: guard.started_at(pid), **guard.descendants(pid)}
     return found
 
 
