@@ -147,7 +147,7 @@ async def test_errors_raise_the_clients_own_classes(site: Site, key: str) -> Non
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.AuthenticationError):
         await site.openai("lp-wrong").chat.completions.create(model="brush", messages=QUESTION)
-    for extra in ("cache_salt", "priority", "top_k", "vllm_xargs", "lora_path"):
+    for extra in ("cache_salt", "priority", "kv_transfer_params", "vllm_xargs", "lora_path"):
         with pytest.raises(openai.BadRequestError) as unknown:
             await client.chat.completions.create(model="brush", messages=QUESTION, extra_body={extra: 1})
         assert (unknown.value.code, unknown.value.param) == ("unknown_field", extra)

@@ -64,6 +64,8 @@ async def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         gpu_slots=16,
         host_slots=32,
         max_lora_rank=MAX_RANK,
+        max_uploads=1000,
+        max_uploads_each=1000,
         max_model_len=128,
         engine_args={"dtype": "float32", "max_num_seqs": 16, "tokenizer": str(root / "base" / "tokenizer")},
         log_format="text",
