@@ -165,9 +165,10 @@ async def test_one_compiles_for_all_that_ask_and_ends_with_the_last_of_them(gram
 
 
 async def test_one_owner_takes_half_of_the_places_and_keeps_nobody_waiting(grammars: Grammars) -> None:
+    """An owner of its own: of ``a`` these are remembered as too dear, and end at once."""
     await grammars.check("b", [schema({})])
     slow = [
-        asyncio.create_task(grammars.check("a", [Spec("regex", f"((c|d|.){{1,49{n}}}){{1,500}}")]))
+        asyncio.create_task(grammars.check("greedy", [Spec("regex", f"((c|d|.){{1,49{n}}}){{1,500}}")]))
         for n in range(6)
     ]
     await asyncio.sleep(0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -51,9 +52,9 @@ def test_a_mixture_of_experts_is_refused_on_a_cpu() -> None:
         refuse_what_cannot_run(config(is_moe=True))
 
 
-def test_the_executor_is_handed_over_as_a_class() -> None:
+def test_the_executor_is_handed_over_as_a_class(tmp_path: Path) -> None:
     """vLLM asks it what it supports, as it does for pipeline stages; a name supports nothing."""
-    settings = Settings(model="base", gpu_slots=1, max_lora_rank=8)
+    settings = Settings(model=str(tmp_path), gpu_slots=1, max_lora_rank=8)
     _, made = vllm_arguments(settings, Slots(1, 4))
     assert made.distributed_executor_backend is YieldingExecutor
     assert made.distributed_executor_backend.supports_pp

@@ -201,7 +201,8 @@ def test_lines_of_a_request_have_its_id(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_processes_of_the_engine_write_the_same_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """As vLLM does it in each of them: by the file that the environment names."""
-    monkeypatch.delenv("VLLM_LOGGING_CONFIG_PATH", raising=False)
+    for name in ("VLLM_LOGGING_CONFIG_PATH", "VLLM_LOGGING_LEVEL"):  # the engine's tests may have set it
+        monkeypatch.delenv(name, raising=False)
     logs.configure_children("json", "info")
     script = (
         "import json, logging, logging.config, os\n"
