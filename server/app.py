@@ -175,7 +175,7 @@ async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
     lock = FolderLock(settings.data_dir, shared=not alone)
     await asyncio.to_thread(lock.acquire)
     stack.callback(lock.release)
-    database = Database(settings.database_url)
+    database = Database(settings.database_url, timeout=settings.database_timeout)
     stack.push_async_callback(database.close)
     blobs = BlobStore(
         settings.data_dir.absolute(),

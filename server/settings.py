@@ -161,6 +161,11 @@ class Settings(BaseSettings):
         "",
         description="SQLAlchemy URL; SQLite in DATA_DIR if empty. `postgresql+asyncpg://…` for PostgreSQL.",
     )
+    database_timeout: float = Field(
+        5.0,
+        gt=0,
+        description="Seconds that PostgreSQL may take to connect or for a statement; then it counts as away.",
+    )
     backup_dir: Path = Field(
         Path(),
         description="Folder for backups that the admin API makes; `backups` in DATA_DIR if empty. Another"

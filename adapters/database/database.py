@@ -24,7 +24,9 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, event, make_url, select, text, update
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection
 
@@ -44,6 +46,8 @@ OPEN_BUSY_TIMEOUT_MS = 30_000
 LEAST_FREE_BYTES = 8 << 20  # below it SQLite is taken for full
 # How long a write waits for those before it, in seconds.
 TURN_TIMEOUT_S = 5.0
+# How long PostgreSQL may take to connect or for one statement, in seconds, unless a setting says otherwise.
+ANSWER_TIMEOUT_S = 5.0
 WAL_TRIES = 200
 # Names the PostgreSQL advisory lock under which the schema is upgraded.
 UPGRADE_LOCK = 0x6C6F7261
@@ -83,14 +87,16 @@ class Database:
     """Sessions on one database.
 
     ``generation`` grows with every write, after it is on disk and before ``write()`` returns, and soon after
-    one of another process while ``watch`` runs; it is what a ``ReadCache`` goes by. A ValueError says what
-    is wrong with ``url``.
+    one of another process while ``watch`` runs; it is what a ``ReadCache`` goes by. ``timeout`` is how long
+    PostgreSQL may take to connect or for one statement, in seconds. A ValueError says what is wrong with
+    ``url``.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, timeout: float = ANSWER_TIMEOUT_S) -> None:
         self.url = checked_url(url)
         self.generation = 0
-        self._engine = _engine(self.url)
+        self._timeout = timeout
+        self._engine = _engine(self.url, connect_timeout=timeout, statement_timeout=timeout)
         self._reader = async_sessionmaker(self._engine, class_=_Session, expire_on_commit=False)
         writing = self._engine.execution_options(loraplex_writes=True)
         self._writer = async_sessionmaker(writing, class_=_Session, expire_on_commit=False)
@@ -108,7 +114,13 @@ class Database:
             await asyncio.to_thread(_create_private, Path(str(self.url.database)))
         # SQLite alters a table by dropping and refilling it, and with foreign keys on that deletes
         # every row that refers to it.
-        engine = _engine(self.url, foreign_keys=False, busy_timeout_ms=OPEN_BUSY_TIMEOUT_MS)
+        engine = _engine(
+            self.url,
+            foreign_keys=False,
+            busy_timeout_ms=OPEN_BUSY_TIMEOUT_MS,
+            connect_timeout=self._timeout,
+            statement_timeout=None,  # an upgrade may rewrite a large table, or wait for another process's
+        )
         try:
             async with engine.execution_options(loraplex_writes=True).begin() as connection:
                 await connection.run_sync(_upgrade)
@@ -180,12 +192,13 @@ class Database:
 
     @asynccontextmanager
     async def _its_turn(self) -> AsyncIterator[None]:
-        """Raises StorageBusy where the writes before it do not end: one that is locked out takes seconds."""
+        """Raises StorageBusy, for PostgreSQL DatabaseUnavailable, where the writes before it do not end."""
         try:
             async with asyncio.timeout(TURN_TIMEOUT_S):
                 await self._turn.acquire()
         except TimeoutError as error:
-            raise _busy() from error
+            sqlite = self.url.get_backend_name() == "sqlite"
+            raise (_busy() if sqlite else _unavailable()) from error
         try:
             yield
         finally:
@@ -196,7 +209,11 @@ class Database:
         while True:
             try:
                 async with self._engine.connect() as connection:
-                    await self._watch(await connection.get_raw_connection())
+                    try:
+                        await self._watch(await connection.get_raw_connection())
+                    except Exception:
+                        await connection.invalidate()  # the pool does not see what fails past SQLAlchemy
+                        raise
             except Exception as error:  # a driver's own, since the looks go past SQLAlchemy
                 logger.debug("the database cannot be watched: %s", error)
             await asyncio.sleep(WATCH_EVERY)
@@ -242,7 +259,8 @@ def _disk_errors() -> Iterator[None]:
         if error.connection_invalidated or _is_outage(error.orig):
             raise _unavailable() from error
         raise
-    except ConnectionError as error:  # it listens no more
+    # It listens no more, says nothing, or all connections wait for it.
+    except (ConnectionError, TimeoutError, NoConnectionFree) as error:
         raise _unavailable() from error
 
 
@@ -281,9 +299,16 @@ def checked_url(text: str) -> URL:
     return url
 
 
-def _engine(url: URL, *, foreign_keys: bool = True, busy_timeout_ms: int = BUSY_TIMEOUT_MS) -> AsyncEngine:
+def _engine(
+    url: URL,
+    *,
+    foreign_keys: bool = True,
+    busy_timeout_ms: int = BUSY_TIMEOUT_MS,
+    connect_timeout: float = ANSWER_TIMEOUT_S,
+    statement_timeout: float | None = ANSWER_TIMEOUT_S,
+) -> AsyncEngine:
     if url.get_backend_name() != "sqlite":
-        return create_async_engine(url, pool_pre_ping=True)
+        return _postgres(url, connect_timeout, statement_timeout)
     engine = create_async_engine(url)
 
     # SQLAlchemy's recipe for transactions with the sqlite3 driver: the driver begins none, we begin all.
@@ -303,6 +328,20 @@ def _engine(url: URL, *, foreign_keys: bool = True, busy_timeout_ms: int = BUSY_
     def began(connection: Connection) -> None:
         writes = connection.get_execution_options().get("loraplex_writes", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _postgres(url: URL, connect_timeout: float, statement_timeout: float | None) -> AsyncEngine:
+    """A server that was stopped, or a network that swallows, ends no connection: only a clock notices."""
+    timeouts = {"timeout": connect_timeout, "command_timeout": statement_timeout}
+    engine = create_async_engine(url, pool_pre_ping=True, pool_timeout=connect_timeout, connect_args=timeouts)
+
+    # The driver's TimeoutError is none of its errors, so SQLAlchemy would keep the connection for the next.
+    @event.listens_for(engine.sync_engine, "handle_error")
+    def failed(context: ExceptionContext) -> None:
+        if isinstance(context.original_exception, TimeoutError):
+            context.is_disconnect = True
 
     return engine
 

@@ -16,9 +16,14 @@ class Proxy:
         self._to = host, port
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
+        self._passing = asyncio.Event()
+        self._passing.set()
 
     async def mend(self) -> None:
         """New connections come through from now on."""
+        self._passing.set()
+        if self._server is not None and self._server.is_serving():
+            return
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
@@ -34,17 +39,21 @@ class Proxy:
         self._server.close()
         self.drop()
 
+    def swallow(self) -> None:
+        """Every connection stays, new ones are taken, and not a byte comes through until ``mend``."""
+        self._passing.clear()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(*self._to)
         self._writers |= {writer, back}
-        await asyncio.gather(_pipe(reader, back), _pipe(there, writer))
+        await asyncio.gather(self._pipe(reader, back), self._pipe(there, writer))
 
-
-async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-    writer.close()
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                await self._passing.wait()
+                writer.write(data)
+        writer.close()
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""PostgreSQL is restarted or cut off under a server: what is asked then, and what is there afterwards."""
+"""PostgreSQL is restarted, cut off or silent under a server: what is asked then and what is there after."""
 
 from __future__ import annotations
 
@@ -92,3 +92,34 @@ async def test_inference_goes_on_without_the_database_and_its_usage_is_kept(
         await site.services.usage_writer.flush()
         used = (await site.admin.get("/admin/v1/usage?tenant=acme")).json()
         assert sum(row["requests"] for row in used["data"]) == 5, json.dumps(used)
+
+
+async def test_a_database_that_says_nothing_hangs_nobody(tmp_path: Path, way: tuple[str, Proxy]) -> None:
+    """As where its process is stopped, or a network swallows what is sent: no connection ends by itself."""
+    url, between = way
+    async with fake_site(tmp_path, database_url=url, database_timeout=0.5) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        assert (await site.chat(key, "hi", model="a", max_tokens=4)).status_code == 200
+        between.swallow()
+        for _ in range(3):
+            async with asyncio.timeout(2):
+                assert (await site.chat(key, "hi", model="a", max_tokens=4)).status_code == 200
+        asked = [site.admin.post("/admin/v1/tenants", json={"id": f"t{number}"}) for number in range(8)]
+        asked += [site.admin.get("/admin/v1/tenants?limit=7") for _ in range(24)]
+        began = time.monotonic()
+        for answer in await asyncio.gather(*asked, site.upload("acme", "b", tiny.adapter(2))):
+            error(answer, 503, "database_unavailable")
+            assert int(answer.headers["Retry-After"]) >= 1
+        assert time.monotonic() - began < 10
+        strange = await site.http.get("/v1/models", headers=bearer("lp-" + "x" * 43))
+        error(strange, 503, "database_unavailable")
+        ready = await site.http.get("/ready")
+        assert (ready.status_code, ready.json()["checks"]["engine"]) == (503, "ok")
+        assert (await site.http.get("/health")).status_code == 200
+        await between.mend()
+        assert await until_ready(site) < 5
+        assert (await site.admin.post("/admin/v1/tenants", json={"id": "t0"})).status_code == 201
+        assert (await site.upload("acme", "b", tiny.adapter(2))).status_code == 201
+        await site.services.usage_writer.flush()
+        used = (await site.admin.get("/admin/v1/usage?tenant=acme")).json()
+        assert sum(row["requests"] for row in used["data"]) == 4, json.dumps(used)
