@@ -16,14 +16,16 @@ from adapters.model import PROBES_FILE
 from server import __version__
 from server.cli import reports
 from server.cli.adapters import adapters
-from server.cli.command import Key, connected, say
+from server.cli.chat import chat
+from server.cli.command import LOCAL, Key, Url, connected, say
 from server.cli.keys import keys
+from server.cli.people import people
 from server.cli.tenants import tenants
 
 if TYPE_CHECKING:
     from server.settings import Settings
 
-cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 probes = typer.Typer(no_args_is_help=True, help="What an adapter is checked against.")
 cli.add_typer(probes, name="probes")
 fleet = typer.Typer(no_args_is_help=True, help="Many engines behind one address.")
@@ -81,15 +83,28 @@ def fleet_demo(
 @cli.command()
 def doctor(
     adapter: Annotated[Path, typer.Argument(help="Folder that PEFT's save_pretrained wrote.")],
-    base: Annotated[Path, typer.Option(help="Folder of the base model; its weights are not loaded.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base model; its weights are not loaded.")
+    ] = None,
     max_rank: Annotated[int, typer.Option(help="The server's LORAPLEX_MAX_LORA_RANK.")] = 64,
     dtype: Annotated[str | None, typer.Option(help="What the server casts adapters to.")] = None,
+    server: Annotated[
+        bool, typer.Option("--server", help="Ask a running server for rank, dtype and base; needs --key.")
+    ] = False,
+    url: Url = LOCAL,
+    key: Key = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what an upload would be answered: 0 accepted, 1 refused, 2 not to be told."""
     from server.cli import offline
 
-    raise SystemExit(offline.doctor(adapter, base, max_rank=max_rank, dtype=dtype, as_json=as_json))
+    asked = None
+    if server:
+        with connected(url, key) as running:
+            asked = running.get("server")
+    raise SystemExit(
+        offline.doctor(adapter, base, max_rank=max_rank, dtype=dtype, server=asked, as_json=as_json)
+    )
 
 
 @cli.command()
@@ -185,12 +200,14 @@ def version() -> None:
 cli.add_typer(tenants, name="tenants")
 cli.add_typer(keys, name="keys")
 cli.add_typer(adapters, name="adapters")
+cli.add_typer(people, name="people")
+cli.command("chat")(chat)
 reports.add_to(cli)
 
 
 def _warn_of_strangers(known: Iterable[str]) -> None:
     """A misspelt variable would otherwise be a setting that silently stays at its default."""
-    variables = {f"LORAPLEX_{name.upper()}" for name in [*known, "cache", "url"]}
+    variables = {f"LORAPLEX_{name.upper()}" for name in [*known, "cache", "url", "key"]}
     for name in os.environ:
         if name.startswith("LORAPLEX_") and name not in variables:
             close = get_close_matches(name, variables, n=1)

@@ -24,7 +24,6 @@ from prometheus_client import (
 )
 from prometheus_client import generate_latest as _generate_latest
 from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 # A creation time beside every counter says nothing here and makes the page a third longer.
@@ -35,7 +34,6 @@ Outcome = Literal["completed", "disconnected", "rejected", "refused", "unavailab
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 OTHER = "other"
-OUTPUT_TOKENS = "loraplex_output_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +136,7 @@ class Metrics:
             "loraplex_cached_tokens", "Prompt tokens found in the prefix cache.", ["tenant"], registry=r
         )
         self._output_tokens = Counter(
-            OUTPUT_TOKENS,
+            "loraplex_output_tokens",
             "Output tokens produced, also for clients that left.",
             ["tenant"],
             registry=r,
@@ -333,16 +331,6 @@ class Metrics:
         """The text exposition: ours with the gauges ``now``, then what vLLM keeps in the default registry."""
         self._state.now = now
         return _generate_latest(self._registry) + _generate_latest(REGISTRY)
-
-
-def by_tenant(page: str, counter: str) -> dict[str, float]:
-    """The values of one of our counters on a page that ``render`` wrote, by tenant."""
-    mine = "\n".join(line for line in page.splitlines() if line.startswith(f"{counter}_total{{"))
-    return {
-        sample.labels["tenant"]: sample.value
-        for family in text_string_to_metric_families(mine)
-        for sample in family.samples
-    }
 
 
 class _State(Collector):

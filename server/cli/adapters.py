@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from adapters.model import CHAT_FILES, CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
 from server.cli import tables as show
 from server.cli.arguments import Name, Tenant, Yes, confirm
-from server.cli.client import AdminClient, RemoteError
+from server.cli.client import OWN, AdminClient, RemoteError
 from server.cli.command import command, say
 from server.cli.tables import Shown
 
@@ -29,9 +27,14 @@ def list_adapters(server: AdminClient, tenant: Tenant) -> Shown:
 
 
 @command(adapters, "show")
-def show_adapter(server: AdminClient, tenant: Tenant, name: Name) -> Shown:
-    """An adapter's versions, with what their probes and inspections said."""
-    return show.adapter(server.get("tenants", tenant, "adapters", name))
+def show_adapter(
+    server: AdminClient,
+    tenant: Tenant,
+    name: Name,
+    version: Annotated[int | None, typer.Option(help="Whose coverage is shown; the live one's.")] = None,
+) -> Shown:
+    """An adapter's versions: probes, golden probes, warnings, and what the live one changes."""
+    return show.adapter(server.get("tenants", tenant, "adapters", name), version)
 
 
 @command(adapters, "push")
@@ -40,14 +43,36 @@ def push(
     tenant: Tenant,
     name: Name,
     folder: Annotated[Path, typer.Argument(help="What PEFT's save_pretrained wrote.", show_default=False)],
+    allow_no_effect: Annotated[
+        bool, typer.Option("--allow-no-effect", help="Though it changes nothing that the probe sees.")
+    ] = False,
+    allow_implausible: Annotated[
+        bool, typer.Option("--allow-implausible", help="Though its size is implausible; operators only.")
+    ] = False,
+    ignore_field: Annotated[
+        list[str] | None, typer.Option(help="A field of its config that does not matter; once for each.")
+    ] = None,
+    note: Annotated[str | None, typer.Option(help="Kept with the version, for people.")] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="A new version, though these files are one since today.")
+    ] = False,
 ) -> Shown:
-    """Upload a folder as the next version, and make it live."""
-    document = _push(server, folder, tenant, name)
+    """Upload a folder as the next version, and make it live; the same files again make nothing new."""
+    from server.cli.push import Push
+
+    given = {"ignore_fields": ",".join(ignore_field or ()), "note": note or ""}
+    flags = {"allow_no_effect": allow_no_effect, "allow_implausible": allow_implausible}
+    query = {name: value for name, value in given.items() if value}
+    query |= {name: "true" for name, chosen in flags.items() if chosen}
+    document, was_there = Push(folder, query).send(server, tenant, name, again=again)
     report = document["report"]
-    for note in report.get("conversions", ()):
-        say("cyan", "converted", str(note))
+    for note_ in report.get("conversions", ()):
+        say("cyan", "converted", str(note_))
     for warning in report.get("warnings", ()):
         say("yellow", "warning", str(warning))
+    if was_there:
+        text = f"these files are version {document['version']}; --again makes another of them"
+        say("yellow", "nothing new", text)
     return document, show.table(
         ("adapter", "version", "live", "rank", "size", "digest"),
         [
@@ -57,23 +82,6 @@ def push(
             )
         ],
     )  # fmt: skip
-
-
-def _push(server: AdminClient, folder: Path, tenant: str, name: str) -> Any:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress, ExitStack() as stack:
-        files: dict[str, IO[bytes]] = {}
-        try:
-            for file in (CONFIG_FILE, WEIGHTS_FILE, INITIAL_FILE, PROBES_FILE, *CHAT_FILES):
-                if file in (CONFIG_FILE, WEIGHTS_FILE) or (folder / file).exists():
-                    opened = progress.open(folder / file, "rb", description=file)
-                    files[file] = stack.enter_context(opened)
-        except OSError as exc:
-            reason = f"{folder} is not an adapter's folder: {exc.strerror or exc}: {exc.filename}"
-            raise RemoteError("no_adapter", reason) from exc
-        return server.upload("tenants", tenant, "adapters", name, "versions", files=files)
 
 
 @command(adapters, "live")
@@ -105,6 +113,8 @@ def canary(
     off: Annotated[bool, typer.Option("--off", help="The live version answers alone again.")] = False,
 ) -> Shown:
     """Divide an adapter's requests between versions."""
+    if "=" in name:  # a customer's own: there was no customer in front
+        tenant, name, shares = OWN, tenant, [name, *(shares or ())]
     if off == bool(shares):
         raise typer.BadParameter("give shares such as 3=90 4=10, or --off", param_hint="VERSION=PERCENT")
     return _change(server, tenant, name, split=None if off else dict(map(_share, shares or ())))

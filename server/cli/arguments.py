@@ -8,7 +8,12 @@ from typing import Annotated, Any
 import typer
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-Tenant = Annotated[str, typer.Argument(help="The customer's id; also --tenant.", show_default=False)]
+Tenant = Annotated[
+    str,
+    typer.Argument(
+        help="The customer's id; also --tenant. Not with a customer's own key.", show_default=False
+    ),
+]
 Name = Annotated[str, typer.Argument(help="The adapter's name; also --name.", show_default=False)]
 Document = Annotated[str | None, typer.Option(help="A JSON object, as the API takes it.", metavar="JSON")]
 

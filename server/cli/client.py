@@ -1,8 +1,11 @@
-"""A running server's admin API, as the command line calls it."""
+"""A running server's API, as the command line calls it: the operators', or the customers' with such a key."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote
 
@@ -10,6 +13,14 @@ if TYPE_CHECKING:
     import httpx  # imported by who makes a client: it takes as long as all the rest of a command
 
 ADMIN = "/admin/v1"
+# What a command has in the place of a customer that was not named: the one whose key it is.
+OWN = "@own"
+_CUSTOMERS_KEY = re.compile(r"lp-[A-Za-z0-9_-]{43}", re.ASCII)
+# What a customer may say of its usage and audit beside itself.
+_OWN_REPORTS = {
+    "usage": {"adapter", "by", "from", "to", "key", "percentiles"},
+    "audit": {"from", "to", "after", "limit"},
+}
 # An upload is answered when the engine has tried the adapter, which waits for what runs.
 _UPLOAD_SECONDS = 900.0
 _SECONDS = 30.0
@@ -23,13 +34,39 @@ class RemoteError(Exception):
         self.code = code
 
 
+def own_path(path: tuple[str | int, ...], query: Mapping[str, Any], tenant: str) -> tuple[str | int, ...]:
+    """Where ``tenant`` asks with its own key what an operator asks at ``path`` below ``/admin/v1``.
+
+    Raises RemoteError (``operator_only``) for what there is not for customers.
+    """
+    whose = path[1] if path[:1] == ("tenants",) and len(path) > 1 else query.get("tenant")
+    if whose not in (None, OWN, tenant):
+        raise RemoteError("operator_only", f"This key is {tenant}'s, and says nothing of {whose}.")
+    match path:
+        case ("tenants", _, ("adapters" | "keys") as what, *rest):
+            return (what, *rest)
+        case ("tenants", _) | ("tenants", _, "limits"):
+            return ("me",)
+        case (("usage" | "audit") as what,):
+            more = [n for n, v in query.items() if v is not None and n not in (*_OWN_REPORTS[what], "tenant")]
+            if not more or more == ["order"]:
+                return path
+            raise RemoteError("operator_only", f"Only the operator may name {' or '.join(more)}.")
+    raise RemoteError("operator_only", "Only an admin key can ask this, and the key given is a customer's.")
+
+
 class AdminClient:
-    """One server and the key it is asked with. Every call raises RemoteError for all but success."""
+    """One server and the key it is asked with. Every call raises RemoteError for all but success.
+
+    With a customer's key the paths are those of the customer's own API; see ``own_path``.
+    """
 
     def __init__(self, url: str, key: str, transport: httpx.BaseTransport | None = None) -> None:
         import httpx
 
         self.url = url
+        self._seems_customers = _CUSTOMERS_KEY.fullmatch(key) is not None
+        self._me: dict[str, Any] | None = None
         try:
             self._http = httpx.Client(
                 base_url=url,
@@ -46,7 +83,7 @@ class AdminClient:
         """Closes the connections."""
         self._http.close()
 
-    def get(self, *path: str | int, **query: str | int | None) -> Any:
+    def get(self, *path: str | int, **query: str | float | None) -> Any:
         """The answer's document; ``path`` is below ``/admin/v1``, in parts that are quoted here."""
         asked = {name: value for name, value in query.items() if value is not None}
         return self._ask("GET", path, params=asked).json()
@@ -61,9 +98,47 @@ class AdminClient:
     def delete(self, *path: str | int) -> None:
         self._ask("DELETE", path)
 
-    def upload(self, *path: str | int, files: Mapping[str, IO[bytes]]) -> Any:
-        """Sends open files as they are read, in fields of their names."""
-        return self._ask("POST", path, files=files, timeout=_UPLOAD_SECONDS).json()
+    def upload(
+        self, *path: str | int, files: Mapping[str, IO[bytes]], key: str, query: Mapping[str, Any]
+    ) -> Any:
+        """Sends open files as they are read, in fields of their names; ``key`` is the Idempotency-Key."""
+        headers = {"Idempotency-Key": key}
+        options = {"files": files, "headers": headers, "params": query, "timeout": _UPLOAD_SECONDS}
+        return self._ask("POST", path, **options).json()
+
+    def me(self) -> dict[str, Any] | None:
+        """``/v1/me`` with a customer's key; None with an operator's, which has another form."""
+        if self._me is None and self._seems_customers:
+            try:
+                self._me = self._send("GET", "/v1/me").json()
+            except RemoteError as exc:
+                if exc.code != "permission_denied":  # as an admin key is, whatever its form
+                    raise
+                self._seems_customers = False
+        return self._me
+
+    @contextmanager
+    def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+        """The documents of a stream of events, until ``[DONE]``."""
+        import httpx
+
+        try:
+            with self._http.stream("POST", path, json=body, timeout=_UPLOAD_SECONDS) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    self._refused(answer)
+                yield _documents(answer.iter_lines())
+        except httpx.HTTPError as exc:
+            self._unanswered(exc)
+
+    def ready(self) -> dict[str, Any]:
+        """``/ready``, also of a server that is not."""
+        import httpx
+
+        try:
+            return dict(self._http.get("/ready").json())
+        except httpx.HTTPError as exc:
+            self._unanswered(exc)
 
     def metrics(self) -> str:
         """The page that Prometheus reads."""
@@ -72,8 +147,18 @@ class AdminClient:
     def _ask(self, method: str, path: tuple[str | int, ...], **options: Any) -> httpx.Response:
         if not all(str(part).strip(".") for part in path):  # which a URL takes for a step upwards
             raise RemoteError("name_invalid", "A name is not empty, nor of dots alone.")
+        root = ADMIN
+        if (me := self.me()) is not None:
+            query = options.get("params") or {}
+            root, path = "/v1", own_path(path, query, me["tenant"]["id"])
+            if query:
+                options["params"] = {n: v for n, v in query.items() if n not in ("tenant", "order")}
+        elif OWN in path:
+            raise RemoteError(
+                "tenant_missing", "Name the customer first; only a customer's own key says who."
+            )
         parts = "/".join(quote(str(part), safe="") for part in path)
-        answer = self._send(method, f"{ADMIN}/{parts}", **options)
+        answer = self._send(method, f"{root}/{parts}", **options)
         if answer.content and "json" not in answer.headers.get("content-type", ""):
             raise self._stranger(answer)
         return answer
@@ -85,8 +170,9 @@ class AdminClient:
             answer = self._http.request(method, path, **options)
         except httpx.HTTPError as exc:
             self._unanswered(exc)
-        if answer.is_success:
-            return answer
+        return answer if answer.is_success else self._refused(answer)
+
+    def _refused(self, answer: httpx.Response) -> NoReturn:
         try:
             error = answer.json()["error"]
             raise RemoteError(str(error["code"]), str(error["message"]))
@@ -115,3 +201,15 @@ class AdminClient:
                 "timeout", f"{self.url} took too long; what was asked may still happen."
             ) from exc
         raise RemoteError("connection_lost", f"The connection to {self.url} broke: {exc}") from exc
+
+
+def _documents(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """What the lines of an event stream hold; RemoteError for an error among them."""
+    for line in lines:
+        data = line.removeprefix("data: ")
+        if data == line or data == "[DONE]":
+            continue
+        document = json.loads(data)
+        if error := document.get("error"):
+            raise RemoteError(str(error.get("code")), str(error.get("message")))
+        yield document

@@ -17,12 +17,16 @@ import typer
 from typer.core import TyperCommand
 
 from server.cli.arguments import Name, Tenant
-from server.cli.client import AdminClient, RemoteError
+from server.cli.client import OWN, AdminClient, RemoteError
 from server.cli.tables import Shown
 
 Url = Annotated[str, typer.Option("--url", envvar="LORAPLEX_URL", help="Where the server is.")]
+KEY_VARIABLES = ["LORAPLEX_KEY", "LORAPLEX_ADMIN_KEY"]
 Key = Annotated[
-    str, typer.Option("--key", envvar="LORAPLEX_ADMIN_KEY", help="The admin key.", show_default=False)
+    str,
+    typer.Option(
+        "--key", envvar=KEY_VARIABLES, help="An admin key, or a customer's own.", show_default=False
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Command = Callable[..., Shown]
@@ -78,7 +82,10 @@ def _keyword(name: str, **of: Any) -> inspect.Parameter:
 
 
 def _named_first(names: list[str]) -> type[TyperCommand]:
-    """Commands whose first arguments are ``names``, where ``--tenant acme`` says the same as ``acme``."""
+    """Commands whose first arguments are ``names``, where ``--tenant acme`` says the same as ``acme``.
+
+    A customer that is not named is the one whose key is used.
+    """
 
     class NamedFirst(TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -91,10 +98,22 @@ def _named_first(names: list[str]) -> type[TyperCommand]:
                     found[option[2:]] = value if is_joined else next(rest, "")
                 else:
                     others.append(word)
+            if (
+                names[:1] == ["tenant"]
+                and "tenant" not in found
+                and self._lacks(ctx, others) == len(found) + 1
+            ):
+                found["tenant"] = OWN
             for place, name in enumerate(names):
                 if name in found and not any(word.startswith("-") for word in others[:place]):
                     others.insert(place, found[name])
             return super().parse_args(ctx, others)
+
+        def _lacks(self, ctx: Any, args: list[str]) -> int:
+            """How many arguments that must be there are not."""
+            given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+            needed = [p.name for p in self.params if p.param_type_name == "argument" and p.required]
+            return sum(given.get(name) is None for name in needed)
 
     return NamedFirst
 
@@ -112,7 +131,7 @@ def connected(url: str, key: str) -> Iterator[AdminClient]:
     """A client; whatever it refuses is printed, and ends the program with 1."""
     try:
         if not key:
-            raise RemoteError("no_key", "Give the admin key with LORAPLEX_ADMIN_KEY or --key.")
+            raise RemoteError("no_key", "Give a key with LORAPLEX_KEY, LORAPLEX_ADMIN_KEY or --key.")
         server = AdminClient(url, key)
         try:
             yield server

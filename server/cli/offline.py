@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,10 +21,28 @@ from adapters.offline.merge import Merge, MergeError, Probe
 OK, REFUSED, FAILED = 0, 1, 2
 
 
-def doctor(adapter: Path, base_dir: Path, *, max_rank: int, dtype: str | None, as_json: bool) -> int:
-    """Prints what an upload of ``adapter`` would be answered; 0 accepted, 1 refused, 2 not to be told."""
+def doctor(
+    adapter: Path,
+    base_dir: Path | None,
+    *,
+    max_rank: int,
+    dtype: str | None,
+    server: Mapping[str, Any] | None = None,
+    as_json: bool,
+) -> int:
+    """Prints what an upload of ``adapter`` would be answered; 0 accepted, 1 refused, 2 not to be told.
+
+    ``server`` is a running one's ``/admin/v1/server``: its rank and dtype hold, its base must be this one.
+    """
     try:
+        if server is not None:
+            max_rank, dtype = server["capacity"]["max_lora_rank"], server["dtype"]
+            base_dir = base_dir or _source_of(server)
+        if base_dir is None:
+            raise ValueError("name the base model's folder with --base, or ask a server with --server")
         base = read_base_quietly(base_dir, max_rank)
+        if server is not None and base.fingerprint != server["base"]["fingerprint"]:
+            raise ValueError(f"{base_dir} is not the base that the server has, {server['base']['name']}")
         if not adapter.is_dir():
             raise FileNotFoundError(f"there is no folder {adapter}")
         diagnosis = diagnose(adapter, base, serving_dtype=dtype or dtype_of(base_dir))
@@ -33,6 +53,14 @@ def doctor(adapter: Path, base_dir: Path, *, max_rank: int, dtype: str | None, a
     else:
         _show(adapter, diagnosis)
     return OK if diagnosis.error is None else REFUSED
+
+
+def _source_of(server: Mapping[str, Any]) -> Path:
+    """The folder of a server's base, if this is its machine; ValueError."""
+    folder = Path(server["base"]["source"] or "")
+    if server["base"]["source"] and folder.is_dir():
+        return folder
+    raise ValueError(f"{server['base']['name']} does not lie on this machine; name its folder with --base")
 
 
 def merge(base_dir: Path, adapter: Path, out: Path, *, verify: bool, tolerance: float) -> int:

@@ -1,4 +1,4 @@
-"""``loraplex usage``, ``audit``, ``residency`` and ``top``: what a running server did and does."""
+"""``loraplex usage``, ``requests``, ``audit``, ``residency``, ``top``: what a running server did and does."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ To = Annotated[str | None, typer.Option("--to", help="The first moment that does
 def add_to(cli: typer.Typer) -> None:
     """Adds these commands to the command line."""
     command(cli, "usage")(usage)
+    command(cli, "requests")(requests)
     command(cli, "audit")(audit)
     command(cli, "residency")(residency)
     command(cli, "replicas")(replicas)
@@ -44,6 +45,46 @@ def usage(
 def _tokens(row: dict[str, Any]) -> dict[str, Any]:
     """What fits a terminal: requests, tokens and costs; the times are in the document."""
     return {n.removesuffix("_tokens"): value for n, value in row.items() if not n.endswith("seconds")}
+
+
+def requests(
+    server: AdminClient,
+    tenant: OfTenant = None,
+    adapter: Annotated[str | None, typer.Option(help="Of this adapter only.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Of this version only.")] = None,
+    outcome: Annotated[
+        str | None, typer.Option(help="completed, refused, unavailable, failed, cut …")
+    ] = None,
+    id_: Annotated[str | None, typer.Option("--id", help="The server's id or the client's.")] = None,
+    slower_than: Annotated[float | None, typer.Option(min=0, help="Seconds in all.")] = None,
+    start: From = None,
+    end: To = None,
+    after: Annotated[int | None, typer.Option(min=0, help="`next` of the page before.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Most requests shown.")] = 30,
+) -> Shown:
+    """Show single requests, newest first: how they ended, and where the time went (in seconds)."""
+    document = server.get(
+        "requests", tenant=tenant, adapter=adapter, version=version, outcome=outcome, request_id=id_,
+        slower_than=slower_than, after=after, limit=limit, **{"from": start, "to": end},
+    )  # fmt: skip
+    return document, show.rows([_request(row) for row in document["data"]])
+
+
+def _request(row: dict[str, Any]) -> dict[str, Any]:
+    model = f"{row['adapter']}@{row['version']}" if row["adapter"] else "base"
+    return {
+        "at": row["at"],
+        "tenant": row["tenant"],
+        "model": model,
+        "outcome": f"{row['outcome']} ({row['code']})" if row["code"] else row["outcome"],
+        "prompt": row["prompt_tokens"],
+        "output": row["output_tokens"],
+        "queue": row["queue_seconds"],
+        "load": row["load_seconds"] if row["cold"] else None,
+        "first": row["first_token_seconds"],
+        "total": row["seconds"],
+        "id": row["request_id"],
+    }
 
 
 def audit(

@@ -101,31 +101,67 @@ def adapter_cells(adapter: dict[str, Any]) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def adapter(document: dict[str, Any]) -> Shown:
-    """An adapter's versions, one in a row, then what their reports say."""
+def adapter(document: dict[str, Any], covered: int | None = None) -> Shown:
+    """An adapter's versions, one in a row; their reports; what ``covered`` (the live one) changes."""
     from rich.console import Group
     from rich.markup import escape
 
     rows, notes = [], []
+    coverage: list[RenderableType] = []
     for version in document["versions"]:
         number, report = version["version"], version["report"]
-        live = "live" if number == document["live"] else ""
-        share = (document.get("split") or {}).get(str(number))
-        live = f"{share} %" if share else live
-        if out := version.get("quarantine"):
-            live = f"{live} out of service".strip()
-            since = when(out["at"])
-            notes.append(escape(f"version {number}: out of service since {since}: {out['reason']}"))
         weights = report.get("rank"), size(report.get("size_bytes"))
+        since = when(version["created_at"])
         rows.append(
-            (number, live, version["tier"], *weights, version["digest"][:12], when(version["created_at"]))
+            (number, _state(document, version), version["tier"], *weights, version["digest"][:12], since)
         )
-        notes += [escape(f"version {number}: {note}") for note in _notes(report)]
+        notes += [escape(f"version {number}: {note}") for note in (*_troubles(version), *_notes(report))]
+        if number == (covered or document["live"]) and report.get("coverage"):
+            coverage = ["", f"version {number} changes", _coverage(report["coverage"])]
     made = table(("version", "", "tier", "rank", "size", "digest", "since"), rows)
     marks = ", ".join(mark for mark in ("default", "pinned") if document[mark])
     made.title = escape(f"{document['tenant']}/{document['name']}") + (f" ({marks})" if marks else "")
     made.title_justify = "left"
-    return document, Group(made, *notes)
+    return document, Group(made, *notes, *coverage)
+
+
+def _state(document: dict[str, Any], version: dict[str, Any]) -> str:
+    """Whether a version answers, or its share in percent, and whether it is out of service."""
+    share = (document.get("split") or {}).get(str(version["version"]))
+    live = "live" if version["version"] == document["live"] else ""
+    out = "out of service" if version.get("quarantine") else ""
+    return f"{f'{share} %' if share else live} {out}".strip()
+
+
+def _troubles(version: dict[str, Any]) -> Iterator[str]:
+    if out := version.get("quarantine"):
+        yield f"out of service since {when(out['at'])}: {out['reason']}"
+    if problem := version.get("problem"):
+        yield f"not served: {problem['code']}: {problem['message']}"
+    if note := version.get("note"):
+        yield f"note: {note}"
+
+
+def _coverage(found: list[dict[str, Any]]) -> Table:
+    """What an adapter does to each kind of module, over all layers."""
+    headings = ("module", "layers", "of", "rank", "scaling", "norm of the change")
+    return table(
+        headings,
+        (
+            (
+                row["module"],
+                row["layers"],
+                row["available"],
+                *(_span(row[n]) for n in ("rank", "scaling", "norm")),
+            )
+            for row in found
+        ),
+    )
+
+
+def _span(bounds: list[float]) -> str:
+    low, high = bounds
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
 
 def _notes(report: dict[str, Any]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from server.__main__ import cli
 from server.cli import client as remote
 from server.cli import top
-from server.metrics import OUTPUT_TOKENS, Metrics, by_tenant
+from server.metrics import Metrics
 from server.publishing.quarantine import quarantine
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
@@ -257,17 +257,19 @@ async def test_residency_and_top(site: Site) -> None:
     now = await document(site, "residency")
     assert now["slots"][0]["version"].startswith("acme/support@")
     rows = await shown(site, "residency")
-    assert rows[0] == ["0 queued, 1 running, 0 put aside, 0 drains, 0 preemptions"]
+    assert rows[0][0].startswith("0 queued, 1 running, 0 put aside, 0 drains, 0 preemptions, first token ")
     assert rows[2][0] == "0"
-    assert re.fullmatch(r"acme/support@[0-9a-f]{12}", rows[2][1])
+    assert rows[2][1] == "acme/support@1"
     assert rows[3] == ["1", "free", "-", "-"]
     assert ["tenant", "queued", "running", "tokens had"] in rows
 
     rows = await shown(site, "top", "--interval", "0.5", "--count", "2")
     assert re.search(r"([\d.]+) tokens/s$", rows[0][0])
-    assert ["tenant", "queued", "running", "tokens had", "tokens/s"] in rows
+    last = ["tokens/s", "first token s", "refused", "cached %"]
+    assert ["tenant", "queued", "running", "tokens had", *last] in rows
     (acme,) = (row for row in rows if row[0] == "acme")
     assert acme[:3] == ["acme", "0", "1"]
+    assert acme[5:] == ["-", "0", "-"]
     assert 10 < float(acme[4]) < 100, "while the answer is being made, not when it is done"
     talking.cancel()
 
@@ -292,19 +294,28 @@ async def test_usage_and_audit(site: Site) -> None:
     assert [entry["id"] for entry in page["data"]] == [others[-1]["id"]]
 
 
-def test_rates_are_of_what_came_meanwhile() -> None:
+def test_changes_are_what_came_meanwhile() -> None:
     before, now = (
-        {"a": 10.0, "b": 5.0, "restarted": 100.0},
-        {"a": 30.0, "b": 5.0, "restarted": 4.0, "new": 6.0},
+        {"a": {"output": 10.0}, "b": {"output": 5.0}, "restarted": {"output": 100.0}},
+        {"a": {"output": 30.0}, "b": {"output": 5.0}, "restarted": {"output": 4.0}, "new": {"output": 6.0}},
     )
-    assert top.rates_of(before, now, 2.0) == {"a": 10.0, "b": 0.0, "restarted": 2.0, "new": 3.0}
+    came = {tenant: counts["output"] for tenant, counts in top.changes(before, now).items()}
+    assert came == {"a": 20.0, "b": 0.0, "restarted": 4.0, "new": 6.0}
 
 
-def test_a_counter_is_read_from_the_page() -> None:
+def test_counts_are_read_from_the_page() -> None:
     metrics = Metrics()
-    metrics.consumed("acme", 3, 0, 12)
+    metrics.consumed("acme", 3, 1, 12)
+    metrics.ended("acme", "refused")
+    metrics.ended("acme", "completed")
+    metrics.token_times("acme").first(0.5)
     metrics.consumed("zeta", 0, 0, 1)
-    assert by_tenant(metrics.render().decode(), OUTPUT_TOKENS) == {"acme": 12.0, "zeta": 1.0}
+    found = top.counts_of(metrics.render().decode())
+    assert found["acme"] == {
+        "output": 12.0, "prompt": 3.0, "cached": 1.0, "ended": 2.0, "refused": 1.0,
+        "first_seconds": 0.5, "first_tokens": 1.0,
+    }  # fmt: skip
+    assert found["zeta"]["output"] == 1.0
 
 
 # --- what goes wrong --------------------------------------------------------------------------------
