@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
@@ -274,9 +274,18 @@ def _serve(settings: Settings) -> int:
 
 
 def main() -> None:
-    """Entry point of the ``loraplex`` script."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    cli()
+    """Entry point of the ``loraplex`` script.
+
+    SIGPIPE stays ignored: its default would end a server that writes to a client who has just gone. Whoever
+    reads no further than some lines of the output is met here instead.
+    """
+    try:
+        cli()
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

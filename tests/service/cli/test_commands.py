@@ -443,3 +443,32 @@ async def test_what_is_out_of_service_is_shown_and_released(site: Site) -> None:
     released = (await run(site, "adapters", "release", "acme", "a", "1")).stdout
     assert "out of service" not in released
     assert "version 9" in await refusal(site, "adapters", "release", "acme", "a", "9")
+
+
+def test_writing_to_who_has_gone_is_an_error_and_not_the_end() -> None:
+    """A server's client may leave at any moment: the default of SIGPIPE would end the server."""
+    program = """
+import socket, server.__main__ as command
+
+def writes() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    try:
+        ours.send(b"x")
+    except BrokenPipeError:
+        print("went on")
+
+command.cli = writes
+command.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "went on\n"), done
+
+
+def test_whoever_reads_no_further_gets_no_traceback() -> None:
+    command = [sys.executable, "-m", "server", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
