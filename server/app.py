@@ -164,6 +164,7 @@ class _Stores:
     usage_writer: UsageWriter
     metrics: Metrics
     quotas: Quotas
+    cache: Cache | None
 
 
 async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
@@ -226,6 +227,9 @@ async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
         prices=settings.prices,
         metrics=metrics,
     )
+    cache = None
+    if blobs.objects is not None:
+        cache = Cache(blobs, settings.blobs_cache, fitness, metrics.fetched)
     return _Stores(
         lock,
         database,
@@ -238,6 +242,7 @@ async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
         usage_writer,
         metrics,
         quotas,
+        cache,
     )
 
 
@@ -276,9 +281,7 @@ async def _start(
         work = quarantine_key(publishing.quarantine, catalog, dispatcher, key, reason)
         services.in_background(work)
 
-    cache = None
-    if stores.blobs.objects is not None:
-        cache = Cache(stores.blobs, settings.blobs_cache, fitness, metrics.fetched)
+    cache = stores.cache
     dispatcher = Dispatcher(
         engine,
         _capacity(settings, engine),
@@ -296,7 +299,7 @@ async def _start(
         await cache.open()
     dispatcher.start()
     stack.push_async_callback(dispatcher.stop)
-    answers = LocalAnswers(engine, dispatcher, metrics)
+    answers = LocalAnswers(engine, dispatcher, metrics, cache)
     publishing = Publishing(
         engine,
         dispatcher,
@@ -359,6 +362,7 @@ def _services(
             reserve=settings.disk_reserve,
         ),
         replicas=Replicas(stores.database),
+        cache=stores.cache,
         started=int(time.time()),
     )
 
@@ -415,8 +419,11 @@ async def _start_gateway(settings: Settings, stores: _Stores, stack: AsyncExitSt
         shared=True,
         elsewhere=RemotePublisher(directory, stores.blobs),
     )
+    services = _services(settings, stores, engine, dispatcher, answers, publishing)
+    if stores.cache is not None:
+        services.in_background(stores.cache.open())
     logger.info("ready: a gateway, with %d replicas", len(directory.all()))
-    return _services(settings, stores, engine, dispatcher, answers, publishing)
+    return services
 
 
 def _fleet_key(settings: Settings) -> str:

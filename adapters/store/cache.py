@@ -2,6 +2,7 @@
 digest.
 
     prepare   fetches a version's files, if they are not here, before the engine reads them
+    held      the same for whoever else reads them: they stay as long
     trim      lets go of what was used longest ago, until the rest fits
 
 A fetch that fails is that version's failure alone: whoever waits for it is told, and the next request tries
@@ -15,8 +16,9 @@ import logging
 import os
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -64,6 +66,7 @@ class Cache:
         self._on_fetch = on_fetch
         self._sizes: OrderedDict[str, int] = OrderedDict()  # the longest unused first
         self._missing: dict[str, float] = {}
+        self._held: Counter[str] = Counter()
         self._trimming = asyncio.Lock()
         self._all_in_store = False
 
@@ -77,7 +80,8 @@ class Cache:
 
     async def open(self) -> None:
         """Finds what is here from before, and lets go of what is too much."""
-        self._sizes = OrderedDict(await run_in_thread(self._found, await self._blobs.local()))
+        found = OrderedDict(await run_in_thread(self._found, await self._blobs.local()))
+        self._sizes = found | self._sizes  # what has been fetched meanwhile too
         await self.trim()
 
     def is_ready(self, version: Version) -> bool:
@@ -102,6 +106,18 @@ class Cache:
             await self._then.prepare(version)
         await self.trim()
 
+    @asynccontextmanager
+    async def held(self, version: Version) -> AsyncIterator[None]:
+        """The files are here for as long as the block. Raises as ``prepare``."""
+        self._held[version.digest] += 1
+        try:
+            await self.prepare(version)
+            yield
+        finally:
+            self._held[version.digest] -= 1
+            if not self._held[version.digest]:
+                del self._held[version.digest]
+
     async def trim(self) -> None:
         """Lets go of what was used longest ago, but not of what is in use, until the rest fits.
 
@@ -110,7 +126,7 @@ class Cache:
         async with self._trimming:
             if not await self._put_all() or self.size_bytes <= self.max_bytes:
                 return
-            kept = set(self.in_use())
+            kept = {*self.in_use(), *self._held}
             for digest in list(self._sizes):
                 if self.size_bytes <= self.max_bytes:
                     return

@@ -110,10 +110,10 @@ class RemoteAnswers:
     async def tokens(
         self, dialect: Dialect, fields: dict[str, Any], version: Version | None = None
     ) -> dict[str, Any]:
-        """Asked of any replica."""
+        """Asked of the best replica for the version, which may chat in its own way."""
         sent = as_json(version) if version is not None else None
         question = {"dialect": dialect.name, "fields": fields, "version": sent}
-        return await self.directory.ask("tokens", question)
+        return await self.directory.ask("tokens", question, version)
 
     async def _reserve(self, order: Order) -> Granted | None:
         """What is known here of the request's size; its replica counts the prompt."""

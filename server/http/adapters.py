@@ -194,7 +194,8 @@ async def download(services: Services, tenant: Tenant, name: str, version: int) 
         golden = (await catalog.golden(found)).model_dump()
     except AdapterNotFound:
         golden = None
-    tar = await asyncio.to_thread(Download, found.path, golden)
+    async with services.held(found):
+        tar = await asyncio.to_thread(Download, found.path, golden)
     headers = {
         "Content-Length": str(tar.size_bytes),
         "Content-Disposition": f'attachment; filename="{name}-{version}.tar"',

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
 from adapters.database.database import Database
+from adapters.model import Version
 from adapters.store.blobs import BlobStore
+from adapters.store.cache import Cache
 from adapters.store.replicas import Replicas
 from server.accounts.authentication import Authentication
 from server.accounts.people import People
@@ -36,8 +39,8 @@ logger = logging.getLogger(__name__)
 class Services:
     """Everything that a route may need; complete once the server has started.
 
-    ``redis_ledger`` is None where limits are counted in this process alone. ``started`` is in seconds since
-    1970.
+    ``redis_ledger`` is None where limits are counted in this process alone, ``cache`` where all files are in
+    the data folder. ``started`` is in seconds since 1970.
     ``on_drain`` goes on beside what still runs.
     """
 
@@ -57,6 +60,7 @@ class Services:
     publishing: Publishing
     intake: Intake
     replicas: Replicas
+    cache: Cache | None
     started: int
     on_drain: Callable[[], Coroutine[Any, Any, None]] | None = None
     draining: bool = False
@@ -65,6 +69,13 @@ class Services:
     holding: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     checking: asyncio.Task[dict[str, str]] | None = None
+
+    def held(self, version: Version) -> AbstractAsyncContextManager[None]:
+        """The files of ``version`` are in the data folder for as long as the block, or are known to be gone.
+
+        Raises as ``Cache.prepare``.
+        """
+        return self.cache.held(version) if self.cache is not None else nullcontext()
 
     async def ready_checks(self, look: Callable[[Services], Awaitable[dict[str, str]]]) -> dict[str, str]:
         """What ``look`` says, once for all who ask at the same time: it writes to the disk."""

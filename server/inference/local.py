@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapters.model import BaseModel, Version
+from adapters.store.cache import Cache
 from server.engine.calls import Call, InFlight
 from server.engine.engine import Engine
 from server.engine.manners import Manners
@@ -43,12 +44,18 @@ class Admitted:
 
 
 class LocalAnswers:
-    """``server.inference.completion.Answers``, by an engine and a dispatcher of this process."""
+    """``server.inference.completion.Answers``, by an engine and a dispatcher of this process.
 
-    def __init__(self, engine: Engine, dispatcher: Dispatcher, metrics: Metrics) -> None:
+    ``cache`` has the files of versions where not all are in the data folder.
+    """
+
+    def __init__(
+        self, engine: Engine, dispatcher: Dispatcher, metrics: Metrics, cache: Cache | None = None
+    ) -> None:
         self.engine = engine
         self.dispatcher = dispatcher
         self._metrics = metrics
+        self._cache = cache
         self._manners = Manners()
 
     @property
@@ -67,8 +74,12 @@ class LocalAnswers:
     async def tokens(
         self, dialect: Dialect, fields: dict[str, Any], version: Version | None = None
     ) -> dict[str, Any]:
-        manner = await self._manners.of(version)
         request = await self.engine.parse_in_turns(dialect.name, fields)
+        if self._cache is None or version is None or not version.chat.get("kept"):
+            manner = await self._manners.of(version)
+        else:
+            async with self._cache.held(version):
+                manner = await self._manners.of(version)
         return await self.engine.tokens(dialect.name, request, manner)
 
     async def admit(self, order: Order) -> Admitted:
