@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -20,7 +22,9 @@ from tests.support.site import bearer
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 
 FLEET = {"FLEET_KEY": "fleet-key-of-the-tests", "ENGINE_ARGS": '{"max_num_seqs": 4, "dtype": "float32"}'}
-TOKENS = 150
+TOKENS = 60
+# How often each fault is tried; a replica that has ended is then replaced by a new one.
+ROUNDS = int(os.environ.get("ROUNDS", "1"))
 BODY: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Count to a hundred."}],
     "temperature": 0,
@@ -83,9 +87,6 @@ class Answer:
         assert len({(event["id"], event["created"]) for event in self.events}) == 1
 
 
-@pytest.mark.xfail(
-    run=False, reason="a replica that was stopped for 12 s is gone when it goes on; not understood"
-)
 async def test_no_answer_is_lost_with_a_replica(base_dir: Path, reference: Reference, tmp_path: Path) -> None:
     folder = await asyncio.to_thread(reference.make, Spec(seed=6, rank=8, targets=ATTENTION), tmp_path / "a")
     data = tmp_path / "data"
@@ -102,53 +103,74 @@ async def test_no_answer_is_lost_with_a_replica(base_dir: Path, reference: Refer
         key = await gateway.tenant("acme")
         made = await gateway.upload("acme", "a", folder)
         assert made.status_code == 201, made.text
-        wanted = {name: await Answer().read(gateway, key, name) for name in ("a", base_dir.name)}
-        assert wanted["a"].text != wanted[base_dir.name].text
+        wanted = await Answer().read(gateway, key, "a")
+        assert wanted.text != (await Answer().read(gateway, key, base_dir.name)).text
         asked = 2
 
-        async def hit(how: Callable[[Running], object], model: str) -> Running:
-            """Lets ``model`` answer, does ``how`` to its replica half-way; the answer is whole and equal."""
+        async def hit(how: Callable[[Running], object]) -> Running:
+            """Does ``how`` to a replica half-way through its answer, which is whole and equal."""
             nonlocal asked
             asked += 1
             answer = Answer()
-            reading = asyncio.create_task(answer.read(gateway, key, model))
+            reading = asyncio.create_task(answer.read(gateway, key, "a"))
             while len(answer.events) < TOKENS // 3:
                 assert not reading.done(), reading
                 await asyncio.sleep(0.01)
             (busy,) = [one for one in replicas if await _runs(one)]
             how(busy)
-            (await reading).check(wanted[model])
-            print(f"{how.__name__} of {model}'s replica: longest pause {answer.longest:.1f} s")
+            (await reading).check(wanted)
+            print(f"{how.__name__}: longest pause {answer.longest:.1f} s")
             return busy
 
-        def stop(one: Running) -> None:
-            """For longer than a replica may be silent, and less than its engine."""
-            one.process.send_signal(signal.SIGSTOP)
-            loop = asyncio.get_running_loop()
-            loop.call_later(12, one.process.send_signal, signal.SIGCONT)
+        async def replaced(one: Running) -> None:
+            replicas.remove(one)
+            replicas.append(await replica())
+            await replicas[-1].until_ready()
+            await _all_up(gateway, 2)
 
-        def kill(one: Running) -> None:
-            one.process.kill()
-
-        def terminate(one: Running) -> None:
-            one.process.terminate()
-
-        await hit(stop, "a")
-        await _all_up(gateway, 2)
-        killed = await hit(kill, "a")
-        family = killed.family() if psutil.pid_exists(killed.process.pid) else []
-        assert not await gone(family, 20)
-        replicas.remove(killed)
-        replicas.append(await replica())
-        await replicas[-1].until_ready()
-        await _all_up(gateway, 2)
-        terminated = await hit(terminate, base_dir.name)
-        assert await terminated.exit_status() == 0
+        for number in range(ROUNDS):
+            await hit(stop)
+            await _all_up(gateway, 2)
+            killed = await hit(kill)
+            await killed.exit_status()
+            assert not await gone(_of_session(killed.process.pid), 20)
+            if number < ROUNDS - 1:  # the last one is terminated with nowhere to go to: it ends its answer
+                await replaced(killed)
+            else:
+                replicas.remove(killed)
+            terminated = await hit(terminate)
+            assert await terminated.exit_status() == 0
+            if number < ROUNDS - 1:
+                await replaced(terminated)
         assert '"replica_lost"' not in gateway.log.read_text()
         rows = (await gateway.http.get("/admin/v1/usage?by=outcome", headers=gateway.admin)).json()["data"]
         assert [(row["outcome"], row["requests"], row["output_tokens"]) for row in rows] == [
             ("completed", asked, asked * TOKENS)
         ]
+
+
+def stop(one: Running) -> None:
+    """For longer than a replica may be silent, and less than its engine."""
+    one.process.send_signal(signal.SIGSTOP)
+    asyncio.get_running_loop().call_later(8, one.process.send_signal, signal.SIGCONT)
+
+
+def kill(one: Running) -> None:
+    one.process.kill()
+
+
+def terminate(one: Running) -> None:
+    one.process.terminate()
+
+
+def _of_session(leader: int) -> list[psutil.Process]:
+    """What a server's process, which led a session of its own, has left."""
+    found = []
+    for one in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(one.pid) == leader:
+                found.append(one)
+    return found
 
 
 def _check_light(gateway: Running) -> None:
@@ -165,7 +187,7 @@ async def _runs(replica: Running) -> bool:
 
 
 async def _all_up(gateway: Running, number: int) -> None:
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(60):
         while True:
             page = (await gateway.http.get("/metrics")).text
             if (
