@@ -47,22 +47,9 @@ from server.fleet.directory import Directory
 from server.fleet.gateway import FleetDispatcher, FleetEngine, RemotePublisher
 from server.fleet.remote import RemoteAnswers
 from server.fleet.replica import Replica
-from server.http import (
-    account,
-    admin,
-    docs,
-    inference,
-    maintenance,
-    observation,
-    operations,
-    people,
-    reports,
-    residency,
-    self_service,
-)
-from server.http.auth import SINGLE
 from server.http.middleware import RequestContext, allow_origins, install_error_handlers
 from server.http.openapi import document
+from server.http.routes import router_of
 from server.http.services import Services
 from server.inference.completion import Answers, Completions
 from server.inference.dialects.registry import DIALECTS
@@ -115,7 +102,6 @@ def create_app(
         title="Loraplex",
         version=__version__,
         lifespan=lifespan,
-        dependencies=[SINGLE],
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -126,23 +112,7 @@ def create_app(
     app.add_middleware(RequestContext)
     allow_origins(app, settings.cors_origins)
     install_error_handlers(app)
-    if settings.role == "replica":
-        app.include_router(internal.router)
-    else:
-        app.include_router(inference.router)
-        app.include_router(inference.tokens)
-        app.include_router(admin.router)
-        app.include_router(observation.router)
-        app.include_router(residency.router)
-        app.include_router(maintenance.router)
-        app.include_router(people.router)
-        app.include_router(reports.operators)
-        app.include_router(reports.customers)
-        app.include_router(account.router)
-        app.include_router(self_service.router)
-    app.include_router(operations.router)
-    if settings.role != "replica":
-        app.include_router(docs.router)
+    app.router.routes.extend(router_of(internal.router if settings.role == "replica" else None).routes)
     if settings.console and settings.role != "replica":
         console.install(app, settings.served_model_name)
     app.openapi = document(app)  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from server.settings import Settings
 
 ADMIN_KEY = "admin-key-of-the-tests"
 SERVICE_KEY = "service-key-of-the-tests"
+
+
+# Made once: to read the system's certificates takes as long as ten requests.
+TLS = ssl.create_default_context()
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,14 @@ class Site:
         return await self.admin.post(f"/admin/v1/tenants/{tenant}/adapters/{name}/versions", files=files)
 
     def openai(self, key: str, **options: Any) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+        client = openai.DefaultAsyncHttpxClient(verify=TLS)
+        own = {"base_url": f"{self.url}/v1", "api_key": key, "max_retries": 0, "http_client": client}
+        return openai.AsyncOpenAI(**own | options)
 
     def anthropic(self, key: str, **options: Any) -> anthropic.AsyncAnthropic:
-        return anthropic.AsyncAnthropic(base_url=self.url, api_key=key, max_retries=0, **options)
+        client = anthropic.DefaultAsyncHttpxClient(verify=TLS)
+        own = {"base_url": self.url, "api_key": key, "max_retries": 0, "http_client": client}
+        return anthropic.AsyncAnthropic(**own | options)
 
     async def chat(self, key: str, text: str, **fields: Any) -> httpx.Response:
         body = {"messages": [{"role": "user", "content": text}], **fields}
@@ -97,8 +106,10 @@ async def serving(app: FastAPI) -> AsyncIterator[Site]:
     # A connection is given up before the server does so, or a request may meet it just as it closes.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2)
     async with (
-        httpx.AsyncClient(base_url=url, headers=bearer(ADMIN_KEY), timeout=120, limits=limits) as admin,
-        httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http,
+        httpx.AsyncClient(
+            base_url=url, headers=bearer(ADMIN_KEY), timeout=120, limits=limits, verify=TLS
+        ) as admin,
+        httpx.AsyncClient(base_url=url, timeout=300, limits=limits, verify=TLS) as http,
     ):
         yield Site(app, url, admin, http)
     server.should_exit = True
