@@ -84,6 +84,8 @@ class BaseModel:
 
     ``modules`` maps the full name of every layer that can carry a LoRA, in the names of the
     checkpoint (``model.layers.0.self_attn.q_proj``, never the fused ``qkv_proj``), to its shape.
+    ``aliases`` maps other full names for the same layers (of older releases of transformers, or of a
+    multimodal model's language model by itself) to those.
     ``fused`` maps a fused suffix to its parts in the order of their rows (``qkv_proj`` -> q, k, v).
     ``source`` is the folder or hub id it was loaded from; ``fingerprint`` is that of
     ``adapters.inspection.base_model``.
@@ -94,6 +96,7 @@ class BaseModel:
     modules: Mapping[str, ModuleShape]
     max_lora_rank: int
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     source: str | None = None
     fingerprint: str | None = None
     pooling: bool = False

@@ -1,8 +1,9 @@
 """Uploads that say what we could serve in a form that vLLM would refuse or lose, rewritten into PEFT's.
 
     names      wrappers of torch (FSDP, compile, DDP, checkpointing), the adapter's name inside a tensor's
-               (``lora_A.default.weight``), a bare backbone without its ``model.``; what VeLoRA saves for
-               training alone is left out
+               (``lora_A.default.weight``), a bare backbone without its ``model.``, the names of another
+               release of transformers or of a text model by itself; what VeLoRA saves for training alone is
+               left out
     fused      ``qkv_proj`` of a model whose checkpoint has ``q_proj``, ``k_proj``, ``v_proj``: each part gets
                all of lora_A and its own rows of lora_B
     initial    PiSSA, OLoRA, CorDA and LoRA-GA change the base weights before training. With the weights from
@@ -153,6 +154,8 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
         fields = _with_patterns_of_parts(fields, config, parts)
         for fused in sorted({leaf(module) for module in parts}):
             notes.append(f"{fused} was split into {', '.join(base.fused[fused])}, rows in this order")
+    if upload.trained_as:
+        fields = _with_renamed_keys(fields, {old: new for new, old in upload.trained_as.items()})
     if parts or upload.trained_as:
         fields = _with_exact_targets(fields, {module for module, _ in tensors})
     conversion = Conversion(fields, tensors, tuple(notes))
@@ -160,7 +163,7 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
     check_tensors(conversion.headers(), converted, base)
     for module in modules:
         for part in parts.get(module, (module,)):
-            _check_same(config, module, converted, part, twice)
+            _check_same(config, upload.trained_as.get(module, module), converted, part, twice)
     return conversion
 
 
@@ -175,7 +178,7 @@ def _refuse(code: str, message: str, file: str = WEIGHTS_FILE) -> AdapterRejecte
 class _Named:
     """The tensors of one file under the names of the base's modules (a fused one under its own).
 
-    ``trained_as`` holds the module names of a bare backbone, where they were others.
+    ``trained_as`` holds the names that the modules had in training, where they were others.
     """
 
     tensors: Mapping[Side, _Tensor]
@@ -222,8 +225,11 @@ def _named(file: str, headers: Mapping[str, TensorHeader], base: BaseModel) -> _
         notes.append(f"torch's wrappers were taken out of the tensors' names: {', '.join(sorted(wrappers))}")
     if adapters != {""}:
         notes.append(f"the adapter's name was taken out of the tensors' names: {show(adapters.pop())}")
-    if trained_as:
+    if any(module == f"model.{trained}" for module, trained in trained_as.items()):
         notes.append("'model.' was put before the names of a bare backbone's modules")
+    other = next((both for both in trained_as.items() if both[0] != f"model.{both[1]}"), None)
+    if other is not None:
+        notes.append(f"modules were renamed as the served checkpoint has them, {other[1]} to {other[0]}")
     return _Named(tensors, trained_as, tuple(notes))
 
 
@@ -238,11 +244,20 @@ def _unwrapped(name: str) -> tuple[str, set[str]]:
 
 
 def _rooted(module: str, base: BaseModel) -> str:
-    """PEFT on a backbone alone (``AutoModel``) knows its modules without the ``model.`` in front."""
-    if module in base.modules or _parts(module, base):
-        return module
-    rooted = f"model.{module}"
-    return rooted if rooted in base.modules or _parts(rooted, base) else module
+    """The base's name for a module that has another where it was trained.
+
+    PEFT on a backbone alone (``AutoModel``) knows its modules without the ``model.`` in front.
+    """
+    for name in (module, f"model.{module}"):
+        if name in base.modules or _parts(name, base):
+            return name
+        if name in base.aliases:
+            return base.aliases[name]
+        parent, _, last = name.rpartition(".")
+        parts = [base.aliases.get(f"{parent}.{part}") for part in base.fused.get(last, ())]
+        if parts and parts[0] is not None and None not in parts:
+            return f"{parts[0].rpartition('.')[0]}.{last}"
+    return module
 
 
 def _parts(module: str, base: BaseModel) -> tuple[str, ...]:
@@ -368,6 +383,14 @@ def _with_patterns_of_parts(
             for name in names.get(last, [last]):
                 expanded.setdefault(f"{parent}{dot}{name}", value)
         changed[field] = expanded
+    return changed
+
+
+def _with_renamed_keys(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A pattern's key that is a module's whole name follows it; suffixes are the same under either name."""
+    changed = dict(fields)
+    for field in ("rank_pattern", "alpha_pattern"):
+        changed[field] = {names.get(key, key): value for key, value in (fields.get(field) or {}).items()}
     return changed
 
 

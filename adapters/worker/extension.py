@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ import psutil
 
 from adapters.worker.cpu.onednn import make_kernels
 from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine
+from adapters.worker.names import Names, checkpoint_modules, names_of
 from adapters.worker.not_finite import NotFiniteGuard
 
 logger = logging.getLogger(__name__)
@@ -47,11 +49,12 @@ class LoraplexWorker:
     def loraplex_open(self, gpu_slots: int, host_slots: int) -> dict[str, Any]:
         """Starts paging within these caps; returns the base model's adaptable layers, as plain data.
 
-        ``modules``: checkpoint name -> [in_features, out_features]; ``fused``: suffix -> its parts;
-        ``slot_bytes``: what one slot takes on this worker.
+        ``modules``: checkpoint name -> [in_features, out_features]; ``aliases``: another name for one of them
+        -> its checkpoint name; ``fused``: suffix -> its parts; ``slot_bytes``: what one slot takes here.
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        self._loraplex_state = _Pager(runner.lora_manager, gpu_slots, host_slots)
+        checkpoint = Path(runner.model_config.model)
+        self._loraplex_state = _Pager(runner.lora_manager, gpu_slots, host_slots, checkpoint)
         self._loraplex_state.make_kernels(runner.scheduler_config)
         self._loraplex_guard = NotFiniteGuard(runner)
         return self._loraplex_state.describe()
@@ -84,13 +87,14 @@ class _Pager:
     what opens files in ``vllm.lora.lora_model`` (``adapters.worker.host_memory``).
     """
 
-    def __init__(self, manager: Any, gpu_slots: int, host_slots: int) -> None:
+    def __init__(self, manager: Any, gpu_slots: int, host_slots: int, checkpoint: Path) -> None:
         from vllm.platforms import current_platform
 
         self.manager = manager
         self.tables = manager._adapter_manager
         self.gpu_slots = gpu_slots
         self.host_slots = host_slots
+        self._checkpoint = checkpoint
         self._on_cpu = on_cpu = current_platform.is_cpu()
         self._kernels = (0, 0)
         if on_cpu:
@@ -129,28 +133,38 @@ class _Pager:
         return self._load(request)
 
     def describe(self) -> dict[str, Any]:
-        mapper = getattr(self.tables.model, "hf_to_vllm_mapper", None)
-        modules: dict[str, list[int]] = {}
+        shapes: dict[str, list[int]] = {}
         for name, layer in self.tables.modules.items():
-            shapes = _part_shapes(layer)
+            sizes = _part_shapes(layer)
             parts = self.tables.packed_modules.get(name) or [name]
-            if shapes is None or len(parts) not in (1, len(shapes)):
+            if sizes is None or len(parts) not in (1, len(sizes)):
                 continue
             if len(parts) == 1:
-                shapes = [(shapes[0][0], sum(out for _, out in shapes))]
-            for part, shape in zip(parts, shapes, strict=True):
-                modules[_checkpoint_name(part, mapper)] = list(shape)
+                sizes = [(sizes[0][0], sum(out for _, out in sizes))]
+            shapes |= {part: list(size) for part, size in zip(parts, sizes, strict=True)}
+        names = self._names(list(shapes))
         fused = {
             suffix: list(parts)
             for suffix, parts in self.tables.packed_modules_mapping.items()
             if len(parts) > 1 and not suffix.startswith("experts")
         }
         return {
-            "modules": modules,
+            "modules": {name: shapes[module] for module, name in names.canonical.items()},
+            "aliases": dict(names.aliases),
             "fused": fused,
             "max_lora_rank": self.manager.lora_config.max_lora_rank,
             "slot_bytes": self._allocated() // self.tables.lora_slots,
         }
+
+    def _names(self, modules: list[str]) -> Names:
+        model = self.tables.model
+        language = getattr(self.tables, "mm_mapping", None)
+        return names_of(
+            modules,
+            getattr(model, "hf_to_vllm_mapper", None),
+            known=checkpoint_modules(self._checkpoint),
+            language_model=language.language_model[0] if language is not None else None,
+        )
 
     def _allocated(self) -> int:
         """Bytes of all slots, of layers that Loraplex serves no adapters on too."""
@@ -273,15 +287,6 @@ def _part_shapes(layer: Any) -> list[tuple[int, int]] | None:
     if sizes:
         return [(inputs, int(size)) for size in sizes]
     return [(inputs, int(base.output_size))]
-
-
-def _checkpoint_name(name: str, mapper: Any) -> str:
-    """The name that a checkpoint and PEFT use for vLLM's ``name``; prefixes are all that is inverted."""
-    prefixes = getattr(mapper, "orig_to_new_prefix", None) or {}
-    for original, new in sorted(prefixes.items(), key=lambda item: -len(item[1] or "")):
-        if new and name.startswith(new):
-            return f"{original}{name[len(new) :]}"
-    return name
 
 
 def _size_of(lora: Any) -> int:

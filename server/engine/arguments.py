@@ -279,6 +279,7 @@ def base_model_of(name: str, described: Sequence[dict[str, Any]]) -> BaseModel:
     return BaseModel(
         name=name,
         modules=dict(sorted(modules.items())),
+        aliases={alias: module for one in described for alias, module in one["aliases"].items()},
         max_lora_rank=described[0]["max_lora_rank"],
         fused={suffix: tuple(parts) for suffix, parts in described[0]["fused"].items()},
     )

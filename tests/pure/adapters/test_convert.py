@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,24 @@ def test_a_fused_layer_is_split_into_its_parts(dtype: torch.dtype, base: BaseMod
     assert stored.keys() == expected.keys()
     assert all(torch.equal(stored[name], expected[name]) for name in expected)
     assert torch.equal(answer(tmp_path / "fused"), answer(split))
+
+
+@pytest.mark.parametrize("style", ["split", "fused"])
+def test_names_of_another_release_become_the_checkpoints(style: str, base: BaseModel, tmp_path: Path) -> None:
+    """As of a multimodal base: its layers have had two names, and a text model knows them by a third."""
+    key = "model.layers.1.self_attn.o_proj"
+    targets = [part for of in FUSED.values() for part in of] + ["o_proj"]
+    config, tensors = read(train(tmp_path / "trained", target_modules=targets, rank_pattern={key: 2}))
+    if style == "fused":
+        tie(tensors)
+        fuse(config, tensors)
+    renamed = {f"model.language_{name}": shape for name, shape in base.modules.items()}
+    served = replace(base, modules=renamed, aliases={name: f"model.language_{name}" for name in base.modules})
+    manifest = admit(write(tmp_path / "upload", config, tensors), served)
+    assert any("renamed as the served checkpoint" in note for note in manifest.conversions)
+    assert all(name.startswith("model.language_model.layers.") for name in manifest.modules)
+    stored, _ = read(tmp_path / "upload")
+    assert stored["rank_pattern"] == {f"model.language_{key}": 2}
 
 
 # --- initial weights ------------------------------------------------------------------------------------
