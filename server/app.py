@@ -181,7 +181,7 @@ async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
         stack.push_async_callback(_cancel, remembering)
     watching = asyncio.create_task(database.watch(), name="loraplex-watch")
     stack.push_async_callback(_cancel, watching)
-    metrics = Metrics(tenants=settings.metrics_tenants)
+    metrics = Metrics(tenants=settings.metrics_tenants, adapters=settings.metrics_adapters)
 
     stack.push_async_callback(close_templates)
 

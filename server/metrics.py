@@ -7,27 +7,24 @@ served from the same page.
 
 from __future__ import annotations
 
-import math
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    REGISTRY,
-    CollectorRegistry,
-    Counter,
-    Histogram,
-    disable_created_metrics,
-)
-from prometheus_client import generate_latest as _generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, disable_created_metrics
+from prometheus_client import generate_latest as _as_text
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as _OPENMETRICS
+from prometheus_client.openmetrics.exposition import generate_latest as _as_openmetrics
+
+from server.logs import REQUEST
+from server.telemetry.by_adapter import ByAdapter, Loaded
+from server.telemetry.recent import Recent
+from server.telemetry.series import Count, Family, Form, counter, gauge, histogram
 
 # A creation time beside every counter says nothing here and makes the page a third longer.
 disable_created_metrics()  # type: ignore[no-untyped-call]
+
+CONTENT_TYPES: dict[Form, str] = {"text": CONTENT_TYPE_LATEST, "openmetrics": _OPENMETRICS}
 
 Outcome = Literal["completed", "disconnected", "rejected", "refused", "unavailable", "failed", "cut"]
 
@@ -38,7 +35,10 @@ OTHER = "other"
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """The server's state at one moment. ``adapters`` counts versions by tier, disk meaning on disk alone."""
+    """The server's state at one moment. ``adapters`` counts versions by tier, disk meaning on disk alone.
+
+    ``loaded`` are the versions in memory; ``build`` says what runs here, as labels.
+    """
 
     adapters: Mapping[str, int]
     slots: int
@@ -51,6 +51,8 @@ class Gauges:
     unfit: int = 0
     damaged: int = 0
     replicas: Sequence[ReplicaGauges] = ()
+    loaded: Sequence[Loaded] = ()
+    build: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,163 +74,96 @@ class TokenTimes:
     gap: Callable[[float], None]
 
 
-class Recent:
-    """How fast the server is now, for people who look: nothing is computed while nobody does.
+class Metrics:
+    """One server's metrics.
 
-    ``output`` counts output tokens ever produced. Tokens per second are those since a look at most
-    ``WINDOW_S`` ago: the first look has none. First-token times are of streams in the last ``FIRSTS_S``.
+    ``tenants`` bounds the label values; tenants beyond it share ``other``. ``adapters`` bounds versions with
+    metrics of their own.
     """
 
-    WINDOW_S, FIRSTS_S, APART_S, FIRSTS = 10.0, 60.0, 0.5, 512
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.output = 0
-        self._clock = clock
-        self._looks: deque[tuple[float, int]] = deque()
-        self._firsts: deque[tuple[float, float]] = deque(maxlen=self.FIRSTS)
-
-    def first(self, seconds: float) -> None:
-        """A stream had its first token ``seconds`` after its arrival."""
-        self._firsts.append((self._clock(), seconds))
-
-    def rates(self) -> dict[str, float | int | None]:
-        """Tokens per second over ``seconds``, and percentiles of the time to the first token, in seconds."""
-        now = self._clock()
-        while self._looks and now - self._looks[0][0] > self.WINDOW_S:
-            self._looks.popleft()
-        began, before = self._looks[0] if self._looks else (now, self.output)
-        if not self._looks or now - self._looks[-1][0] >= self.APART_S:
-            self._looks.append((now, self.output))
-        passed = now - began
-        firsts = sorted(seconds for at, seconds in self._firsts if now - at <= self.FIRSTS_S)
-        return {
-            "seconds": round(passed, 3),
-            "output_tokens_per_second": round((self.output - before) / passed, 2) if passed > 0 else None,
-            "first_tokens": len(firsts),
-            "first_token_p50": _percentile(firsts, 0.5),
-            "first_token_p99": _percentile(firsts, 0.99),
-        }
-
-
-def _percentile(ordered: list[float], share: float) -> float | None:
-    """The smallest value that at least ``share`` of them do not exceed; None of none."""
-    return round(ordered[math.ceil(share * len(ordered)) - 1], 4) if ordered else None
-
-
-class Metrics:
-    """One server's metrics. ``tenants`` bounds the label values; tenants beyond it share ``other``."""
-
-    content_type = CONTENT_TYPE_LATEST
-
-    def __init__(self, *, tenants: int = 100) -> None:
+    def __init__(self, *, tenants: int = 100, adapters: int = 100) -> None:
         self._limit = tenants
         self._labels: set[str] = set()
+        self._consumption: dict[str, tuple[Count, Count, Count]] = {}
         self.recent = Recent()
-        self._registry = CollectorRegistry()
-        r = self._registry
-        self._requests = Counter(
-            "loraplex_requests", "Inference requests, by how they ended.", ["tenant", "outcome"], registry=r
+        self.by_adapter = ByAdapter(adapters)
+        self._requests = counter(
+            "loraplex_requests", "Inference requests, by how they ended.", "tenant", "outcome"
         )
-        self._prompt_tokens = Counter(
-            "loraplex_prompt_tokens", "Prompt tokens of requests that ran.", ["tenant"], registry=r
+        self._prompt_tokens = counter(
+            "loraplex_prompt_tokens", "Prompt tokens of requests that ran.", "tenant"
         )
-        self._cached_tokens = Counter(
-            "loraplex_cached_tokens", "Prompt tokens found in the prefix cache.", ["tenant"], registry=r
+        self._cached_tokens = counter(
+            "loraplex_cached_tokens", "Prompt tokens found in the prefix cache.", "tenant"
         )
-        self._output_tokens = Counter(
-            "loraplex_output_tokens",
-            "Output tokens produced, also for clients that left.",
-            ["tenant"],
-            registry=r,
+        self._output_tokens = counter(
+            "loraplex_output_tokens", "Output tokens produced, also for clients that left.", "tenant"
         )
-        self._ttft = Histogram(
+        self._ttft = histogram(
             "loraplex_time_to_first_token_seconds",
             "From arrival to the first token of a streamed answer.",
-            ["tenant"],
+            "tenant",
             buckets=_LATENCY,
-            registry=r,
         )
-        self._itl = Histogram(
+        self._itl = histogram(
             "loraplex_inter_token_latency_seconds",
             "Between two tokens of a streamed answer.",
-            ["tenant"],
+            "tenant",
             buckets=_TOKEN_GAP,
-            registry=r,
         )
-        self._queue = Histogram(
+        self._queue = histogram(
             "loraplex_queue_seconds",
             "From arrival until the engine took the request.",
-            ["tenant"],
+            "tenant",
             buckets=_LATENCY,
-            registry=r,
         )
-        self._stage = Histogram(
-            "loraplex_stage_seconds", "Disk to host memory.", buckets=_LATENCY, registry=r
-        )
-        self._fetch = Histogram(
+        self._stage = histogram("loraplex_stage_seconds", "Disk to host memory.", buckets=_LATENCY)
+        self._fetch = histogram(
             "loraplex_fetch_seconds",
             "Object store to the data folder, by outcome.",
-            ["outcome"],
+            "outcome",
             buckets=_LATENCY,
-            registry=r,
         )
-        self._activate = Histogram(
-            "loraplex_activation_seconds", "Host memory to a slot.", buckets=_LATENCY, registry=r
+        self._activate = histogram("loraplex_activation_seconds", "Host memory to a slot.", buckets=_LATENCY)
+        self._evictions = counter("loraplex_evictions", "Adapters moved out of a tier.", "tier")
+        self._preemptions = counter(
+            "loraplex_preemptions", "Answers put aside for another adapter.", "tenant"
         )
-        self._evictions = Counter("loraplex_evictions", "Adapters moved out of a tier.", ["tier"], registry=r)
-        self._preemptions = Counter(
-            "loraplex_preemptions", "Answers put aside for another adapter.", ["tenant"], registry=r
+        self._failures = counter("loraplex_load_failures", "Loads that failed, by step.", "step")
+        self._restarts = counter(
+            "loraplex_engine_restarts", "Times the engine was lost and started again.", "reason"
         )
-        self._failures = Counter(
-            "loraplex_load_failures", "Loads that failed, by step.", ["step"], registry=r
+        self._plan_checks = counter(
+            "loraplex_plan_check_failures", "Times the scheduler's check of itself failed."
         )
-
-        self._restarts = Counter(
-            "loraplex_engine_restarts",
-            "Times the engine was lost and started again.",
-            ["reason"],
-            registry=r,
-        )
-        self._plan_checks = Counter(
-            "loraplex_plan_check_failures", "Times the scheduler's check of itself failed.", registry=r
-        )
-        self._verified = Counter(
+        self._verified = counter(
             "loraplex_verified_versions",
             "Versions held against their probes.json because the engine, its dtype or the base had changed.",
-            ["result"],
-            registry=r,
+            "result",
         )
-        self._wrong_keys = Counter("loraplex_wrong_keys", "Requests with a key that is nobody's.", registry=r)
-        self._local_limits = Counter(
-            "loraplex_limited_locally", "Requests whose limits were counted without Redis.", registry=r
+        self._wrong_keys = counter("loraplex_wrong_keys", "Requests with a key that is nobody's.")
+        self._local_limits = counter(
+            "loraplex_limited_locally", "Requests whose limits were counted without Redis."
         )
-        self._budgets = Counter(
+        self._budgets = counter(
             "loraplex_budget_requests",
             "Requests beyond a soft budget (warned) or a hard one (refused).",
-            ["tenant", "kind"],
-            registry=r,
+            "tenant",
+            "kind",
         )
-
-        self._placements = Counter(
+        self._placements = counter(
             "loraplex_placements",
             "Requests sent to a replica, by the tier of their adapter there; gpu for the base.",
-            ["tier"],
-            registry=r,
+            "tier",
         )
-        self._adapter_moves = Counter(
-            "loraplex_adapter_moves",
-            "Adapters loaded at a replica for what a gateway will send there.",
-            registry=r,
+        self._adapter_moves = counter(
+            "loraplex_adapter_moves", "Adapters loaded at a replica for what a gateway will send there."
         )
-        self._moves = Counter(
+        self._moves = counter(
             "loraplex_moved_answers",
             "Answers that left their replica, which was lost or drained, or failed with it.",
-            ["reason"],
-            registry=r,
+            "reason",
         )
-
-        self._state = _State(self.label)
-        r.register(self._state)
 
     def label(self, tenant: str) -> str:
         """``tenant``, or ``other`` once there are as many labels as there may be."""
@@ -241,7 +176,7 @@ class Metrics:
 
     def queued(self, tenant: str, seconds: float) -> None:
         """A request left the queue after ``seconds``."""
-        self._queue.labels(self.label(tenant)).observe(seconds)
+        self._queue.labels(self.label(tenant)).observe(seconds, _trace())
 
     def token_times(self, tenant: str) -> TokenTimes:
         """For one stream of ``tenant``: finding a label for every token costs as much as counting it."""
@@ -249,7 +184,7 @@ class Metrics:
         observe = self._ttft.labels(label).observe
 
         def first(seconds: float) -> None:
-            observe(seconds)
+            observe(seconds, _trace())
             self.recent.first(seconds)
 
         return TokenTimes(first, self._itl.labels(label).observe)
@@ -263,13 +198,17 @@ class Metrics:
         """Tokens since the last call, of a request that may still run."""
         self.recent.output += output
         label = self.label(tenant)
-        self._prompt_tokens.labels(label).inc(prompt)
-        self._cached_tokens.labels(label).inc(cached)
-        self._output_tokens.labels(label).inc(output)
+        counts = self._consumption.get(label)
+        if counts is None:
+            families = self._prompt_tokens, self._cached_tokens, self._output_tokens
+            counts = families[0].labels(label), families[1].labels(label), families[2].labels(label)
+            self._consumption[label] = counts
+        for count, tokens in zip(counts, (prompt, cached, output), strict=True):
+            count.inc(tokens)
 
     def staged(self, seconds: float) -> None:
         """A load from disk into host memory took ``seconds``."""
-        self._stage.observe(seconds)
+        self._stage.labels().observe(seconds)
 
     def fetched(self, fetched: bool, seconds: float) -> None:
         """A fetch of a version's files took ``seconds``, and came to be or failed."""
@@ -277,7 +216,7 @@ class Metrics:
 
     def activated(self, seconds: float) -> None:
         """A copy into a slot took ``seconds``."""
-        self._activate.observe(seconds)
+        self._activate.labels().observe(seconds)
 
     def evicted(self, tier: Literal["gpu", "host"]) -> None:
         """An adapter had to leave ``tier``."""
@@ -293,11 +232,11 @@ class Metrics:
 
     def limited_locally(self) -> None:
         """Counts a request that was admitted while Redis did not answer."""
-        self._local_limits.inc()
+        self._local_limits.labels().inc()
 
     def wrong_key(self) -> None:
         """Counts a request with a key that is nobody's."""
-        self._wrong_keys.inc()
+        self._wrong_keys.labels().inc()
 
     def verified(self, result: Literal["matches", "differs", "not_possible"]) -> None:
         """Golden probes were held against this engine."""
@@ -313,7 +252,7 @@ class Metrics:
 
     def moved_adapter(self) -> None:
         """A gateway had an adapter loaded at one more replica, without a request."""
-        self._adapter_moves.inc()
+        self._adapter_moves.labels().inc()
 
     def moved(self, reason: Literal["lost", "drained", "failed"]) -> None:
         """An answer left its replica."""
@@ -325,75 +264,70 @@ class Metrics:
 
     def plan_check_failed(self) -> None:
         """The scheduler found itself in a state that cannot be."""
-        self._plan_checks.inc()
+        self._plan_checks.labels().inc()
 
-    def render(self, now: Gauges | None = None) -> bytes:
-        """The text exposition: ours with the gauges ``now``, then what vLLM keeps in the default registry."""
-        self._state.now = now
-        return _generate_latest(self._registry) + _generate_latest(REGISTRY)
+    def render(self, now: Gauges | None = None, form: Form = "text") -> bytes:
+        """The page: ours with the gauges ``now``, then what vLLM keeps in the default registry.
 
+        OpenMetrics has exemplars: the traces that times were measured in.
+        """
+        lines = [line for family in self._families() for line in family.page(form)]
+        lines += self.by_adapter.page(form, now.loaded if now else ())
+        if now is not None:
+            lines += self._state(now)
+        ours = "".join(lines).encode()
+        return ours + (_as_text(REGISTRY) if form == "text" else _as_openmetrics(REGISTRY))  # type: ignore[no-untyped-call]
 
-class _State(Collector):
-    """The gauges ``now``, which ``render`` sets; none without them."""
+    def _families(self) -> Iterator[Family[Any]]:
+        return (value for value in vars(self).values() if isinstance(value, Family))
 
-    def __init__(self, label: Callable[[str], str]) -> None:
-        self.now: Gauges | None = None
-        self._label = label
-
-    def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Empty: there are no gauges yet when this is registered."""
-        return iter(())
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def _state(self, now: Gauges) -> Iterator[str]:
         """The gauges of the state given to ``render``."""
-        now = self.now
-        if now is None:
-            return
-        adapters = GaugeMetricFamily("loraplex_adapters", "Adapter versions by tier.", labels=["tier"])
-        for tier, count in now.adapters.items():
-            adapters.add_metric([tier], count)
-        yield adapters
-        yield GaugeMetricFamily("loraplex_gpu_slots", "Slots there are.", value=now.slots)
-        yield GaugeMetricFamily(
-            "loraplex_gpu_slots_used", "Slots that hold an adapter.", value=now.slots_used
-        )
-        yield GaugeMetricFamily(
-            "loraplex_host_slots", "Adapters that fit in host memory.", value=now.host_slots
-        )
-        yield GaugeMetricFamily(
+        if now.build is not None:
+            yield gauge("loraplex_build_info", "What runs here.", [(now.build, 1)])
+        tiers = [({"tier": tier}, count) for tier, count in now.adapters.items()]
+        yield gauge("loraplex_adapters", "Adapter versions by tier.", tiers)
+        yield gauge("loraplex_gpu_slots", "Slots there are.", [({}, now.slots)])
+        yield gauge("loraplex_gpu_slots_used", "Slots that hold an adapter.", [({}, now.slots_used)])
+        yield gauge("loraplex_host_slots", "Adapters that fit in host memory.", [({}, now.host_slots)])
+        yield gauge(
             "loraplex_in_step_loads",
             "Adapters loaded inside an engine step; anything but 0 is a defect.",
-            value=now.in_step_loads,
+            [({}, now.in_step_loads)],
         )
-        yield GaugeMetricFamily(
+        yield gauge(
             "loraplex_quarantined_versions",
             "Versions that are out of service until an operator releases them.",
-            value=now.quarantined,
+            [({}, now.quarantined)],
         )
-        unserved = GaugeMetricFamily(
+        yield gauge(
             "loraplex_unserved_versions",
             "Versions that this engine does not serve (unfit), or whose files are not whole (damaged).",
-            labels=["reason"],
+            [({"reason": "unfit"}, now.unfit), ({"reason": "damaged"}, now.damaged)],
         )
-        unserved.add_metric(["unfit"], now.unfit)
-        unserved.add_metric(["damaged"], now.damaged)
-        yield unserved
         yield from _by_replica(now.replicas)
         yield self._by_tenant("loraplex_queue_depth", "Waiting requests.", now.queued)
         yield self._by_tenant("loraplex_running", "Requests in the engine.", now.running)
 
-    def _by_tenant(self, name: str, help_: str, counts: Mapping[str, int]) -> GaugeMetricFamily:
+    def _by_tenant(self, name: str, help_: str, counts: Mapping[str, int]) -> str:
         summed: dict[str, int] = {}
         for tenant, count in counts.items():
-            label = self._label(tenant)
+            label = self.label(tenant)
             summed[label] = summed.get(label, 0) + count
-        family = GaugeMetricFamily(name, help_, labels=["tenant"])
-        for label, count in summed.items():
-            family.add_metric([label], count)
-        return family
+        return gauge(name, help_, (({"tenant": label}, count) for label, count in summed.items()))
 
 
-def _by_replica(replicas: Sequence[ReplicaGauges]) -> Iterator[GaugeMetricFamily]:
+def form_of(accept: str) -> Form:
+    """The form that a scraper asks for; plain text where it does not name OpenMetrics."""
+    return "openmetrics" if "application/openmetrics-text" in accept else "text"
+
+
+def _trace() -> str | None:
+    ids = REQUEST.get()
+    return ids.trace_id if ids is not None else None
+
+
+def _by_replica(replicas: Sequence[ReplicaGauges]) -> Iterator[str]:
     """What a gateway knows of each replica; nothing where there are none."""
     shown: dict[str, tuple[str, Callable[[ReplicaGauges], float]]] = {
         "loraplex_replica_up": ("Whether a replica is sent requests.", lambda one: float(one.up)),
@@ -402,7 +336,4 @@ def _by_replica(replicas: Sequence[ReplicaGauges]) -> Iterator[GaugeMetricFamily
         "loraplex_replica_slots_used": ("Slots there that hold an adapter.", lambda one: one.slots_used),
     }
     for name, (help_, value) in shown.items() if replicas else ():
-        family = GaugeMetricFamily(name, help_, labels=["replica"])
-        for one in replicas:
-            family.add_metric([one.id], value(one))
-        yield family
+        yield gauge(name, help_, [({"replica": one.id}, value(one)) for one in replicas])

@@ -318,6 +318,9 @@ class Settings(BaseSettings):
     metrics_tenants: int = Field(
         100, ge=0, description="Tenants with a metric label of their own; the rest share `other`."
     )
+    metrics_adapters: int = Field(
+        100, ge=0, description="Adapter versions with metrics of their own; the rest share `other`. 0: none."
+    )
     console: bool = Field(True, description="Whether `/console` is there; see [console.md](console.md).")
     log_format: Literal["json", "text"] = Field("json", description="Form of the log lines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -6,14 +6,15 @@ import asyncio
 import logging
 from dataclasses import replace
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from adapters.store.versions import count_of
+from server import __version__
 from server.http.answers import Health, Readiness
 from server.http.auth import METRICS
 from server.http.services import Services, ServicesOf
-from server.metrics import Metrics
+from server.metrics import CONTENT_TYPES, form_of
 
 logger = logging.getLogger(__name__)
 router = APIRouter(tags=["operations"])
@@ -52,7 +53,8 @@ def _first_problem(checks: dict[str, str], needs: tuple[str, ...]) -> str:
 
 @router.head("/metrics", dependencies=[METRICS], include_in_schema=False)
 @router.get("/metrics", dependencies=[METRICS])
-async def metrics(services: ServicesOf) -> Response:
+async def metrics(request: Request, services: ServicesOf) -> Response:
+    """Text, or OpenMetrics with exemplars for who asks for it."""
     versions = await services.publishing.catalog.count_versions()
     quarantined = await services.publishing.quarantine.count()
     fitness, database = services.publishing.fitness, services.database
@@ -61,9 +63,22 @@ async def metrics(services: ServicesOf) -> Response:
         quarantined=quarantined,
         unfit=await count_of(database, fitness.unfit, fitness.bases),
         damaged=await count_of(database, fitness.damaged),
+        build=_build(services),
     )
-    page = services.metrics.render(gauges)
-    return Response(page, media_type=Metrics.content_type)
+    form = form_of(request.headers.get("accept", ""))
+    return Response(services.metrics.render(gauges, form), media_type=CONTENT_TYPES[form])
+
+
+def _build(services: Services) -> dict[str, str]:
+    """What runs here, as labels."""
+    engine = services.engine
+    return {
+        "version": __version__,
+        "engine": engine.version,
+        "base": engine.base.name,
+        "dtype": str(engine.lora_dtype),
+        "role": services.settings.role,
+    }
 
 
 async def _checks(services: Services) -> dict[str, str]:

@@ -44,6 +44,7 @@ from server.scheduling.nouns import (
     Warmed,
 )
 from server.scheduling.refusals import engine_stopped, error_of
+from server.telemetry.by_adapter import Loaded
 
 logger = logging.getLogger(__name__)
 
@@ -296,6 +297,13 @@ class Dispatcher(EngineLoop):
             queued=snapshot.queued,
             running=snapshot.running,
             in_step_loads=self._in_step_loads,
+            loaded=[
+                Loaded(
+                    self._versions[entry.version], "gpu" if entry.tier is Tier.GPU else "cpu", entry.pinned
+                )
+                for entry in snapshot.host
+                if entry.tier is not Tier.DISK and entry.version in self._versions
+            ],
         )
 
     # --- effects ---------------------------------------------------------------------------------
@@ -451,6 +459,7 @@ class Dispatcher(EngineLoop):
         if lease.account is not None:
             lease.account.closed(lease)
         self.metrics.ended(lease.tenant, lease.outcome)
+        self.metrics.by_adapter.ended(lease, lease.outcome)
         self._tell(self._plan.finished, lease.id, lease.outcome == "completed")
 
     def _forget(self, id_: str) -> None:

@@ -77,7 +77,8 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "cors_origins": '["https://app.example"]', "root_path": "/llm", "sse_keepalive": "3.0",
         "tool_parser": "hermes", "reasoning_parser": "none", "console": "False", "role": "all",
         "fleet_key": "f" * 16, "replica_url": "http://h:1", "replica_stall": "3.0",
-        "drain_timeout": "0.0", "metrics_tenants": "0", "log_format": "text", "log_level": "debug",
+        "drain_timeout": "0.0", "metrics_tenants": "0", "metrics_adapters": "0",
+        "log_format": "text", "log_level": "debug",
     }  # fmt: skip
     assert values.keys() == Settings.model_fields.keys()
     for name, value in values.items():
