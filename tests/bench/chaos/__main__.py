@@ -1,0 +1,138 @@
+"""The run: faults in random order at random moments, and a table of what came of them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from server.demo.base import CHECKOUT
+from tests.bench.chaos import service as services
+from tests.bench.chaos.faults import FAULTS, Fault
+from tests.bench.chaos.load import TENANTS, Load
+from tests.bench.chaos.report import Row, longest_pause, table
+from tests.bench.chaos.service import Kind, Service
+from tests.bench.chaos.world import Missed, World
+from tests.support.services import PostgresServer, RedisServer
+
+AGAIN = 90.0  # seconds after a fault within which there must be service; three times that of the real engine
+ANSWERS = 3  # of each customer, until a fault is survived
+OUT = CHECKOUT / "bench-results"
+
+
+async def survived(world: World, since: float) -> bool:
+    """Wait until each customer had answers that began after ``since``, and a change was acknowledged."""
+    service, load = world.service, world.load
+    deadline = time.monotonic() + AGAIN * (3 if load.real else 1)
+    while time.monotonic() < deadline:
+        served = all(sum(at > since + 0.5 for at in load.served[tenant]) >= ANSWERS for tenant in TENANTS)
+        if served and load.changed and load.changed[-1] > since and await service.ready():
+            return True
+        await asyncio.sleep(0.1)
+    return False
+
+
+async def disturbed(world: World, fault: Fault) -> Row:
+    """One fault at a random moment, and all that has to be true after it."""
+    service, load = world.service, world.load
+    if fault.fresh:
+        load.cuts = True
+        await service.again()
+        await survived(world, time.monotonic())
+        await load.look([])
+    await asyncio.sleep(world.rng.uniform(0.5, 2.5))
+    load.outcomes, load.wrong, load.cuts = Counter(), [], fault.cuts
+    world.killed, service.ends = [], []
+    start = time.monotonic()
+    said, missed = "", []
+    try:
+        said = await fault.make(world)
+    except Exception as exc:
+        missed = [str(exc) if isinstance(exc, Missed) else f"{type(exc).__name__}: {exc}"]
+    again = await survived(world, time.monotonic())
+    end = time.monotonic()
+    try:
+        missed += await asyncio.wait_for(load.look(world.killed), 60)
+    except Exception as exc:
+        missed += [f"it could not be looked at: {type(exc).__name__}: {exc}"]
+    pause = max(longest_pause(load.served[tenant], start, end) for tenant in TENANTS)
+    if (unfit := service.work / "violations").exists():
+        missed += [f"the engine was misused: {unfit.read_text()[:200]}"]
+        unfit.unlink()
+    return Row(
+        fault.name,
+        pause if again else float("inf"),
+        longest_pause(load.changed, start, end),
+        Counter(load.outcomes),
+        said,
+        (*missed, *load.wrong),
+        tuple(service.ends),
+    )
+
+
+async def measure(kind: Kind, faults: Sequence[Fault], times: int, seed: int, root: Path) -> list[Row]:
+    rng = random.Random(seed)
+    with services.folder(kind, root) as work:
+        redis = RedisServer() if kind.postgres else None
+        postgres = PostgresServer() if kind.postgres else None
+        service = Service(kind, work, root / "clock", postgres, redis)
+        load = Load(service, seed)
+        watching = None
+        try:
+            service.start()
+            await service.until_ready()
+            await load.prepare()
+            watching = asyncio.create_task(service.watch())
+            load.begin()
+            world, rows = World(service, load, rng), []
+            order = [fault for _ in range(times) for fault in rng.sample(faults, len(faults))]
+            for fault in order:
+                rows.append(await disturbed(world, fault))
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+            return rows
+        finally:
+            await load.end()
+            if watching:
+                watching.cancel()
+            await service.close()
+            OUT.mkdir(exist_ok=True)
+            shutil.copy(work / "log" / "server.log", OUT / "chaos-server.log")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make faults under load, and look at what was promised.")
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {'; '.join(FAULTS)}; all if none")
+    given = parser.parse_args()
+    if unknown := set(given.faults) - set(FAULTS):
+        parser.error(f"no such fault: {', '.join(sorted(unknown))}")
+    settings = {name: os.environ.get(name, "") for name in ("DB", "ENGINE", "RUNS", "SEED")}
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        postgres = settings["DB"] == "postgres"
+        kind = Kind(settings["ENGINE"] == "real", postgres, services.can_mount(root))
+        lied = services.lie_about_time(root, root / "clock")
+        services.start_forking()
+        faults = [f for f in FAULTS.values() if f.fits(kind) and (lied or "clock" not in f.name)]
+        if given.faults:
+            faults = [fault for fault in faults if fault.name in given.faults]
+        times, seed = int(settings["RUNS"] or 3), int(settings["SEED"] or 1)
+        rows = asyncio.run(measure(kind, faults, times, seed, root))
+    heading = f"{kind}, seed {seed}"
+    OUT.mkdir(exist_ok=True)
+    file = OUT / f"chaos-{'real' if kind.real else 'postgres' if kind.postgres else 'sqlite'}.md"
+    file.write_text(f"{heading}\n\n{table(rows)}\n")
+    print(f"\n{heading}\n\n{table(rows)}\n\nwritten to {file}")
+    return int(any(row.misses for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
