@@ -213,6 +213,11 @@ class Settings(BaseSettings):
         ge=1,
         description="Main memory that adapters may take, where HOST_SLOTS is `auto`.",
     )
+    host_shards: bool = Field(
+        True,
+        description="Where several GPUs share the model, each of their workers keeps its part of an adapter"
+        " in host memory; `false`: all of it.",
+    )
     max_lora_rank: int = Field(
         64, description=f"Largest rank served, one of {', '.join(map(str, ALLOWED_MAX_RANKS))}."
     )

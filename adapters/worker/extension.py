@@ -29,10 +29,12 @@ from adapters.worker.cpu.onednn import make_kernels
 from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine
 from adapters.worker.names import Names, checkpoint_modules, names_of
 from adapters.worker.not_finite import NotFiniteGuard
+from adapters.worker.shards import cut_when_read, is_divided
 
 logger = logging.getLogger(__name__)
 
 STAGING = 8  # loads at once
+KEPT_FOR_READING = 2  # buffers for whole adapters, where a worker keeps a part of each
 PREFAULTED_BYTES = 1 << 30  # host memory that is touched ahead for the first loads on a GPU machine
 PREFAULTED_BYTES_ON_CPU = 4 << 30  # where an adapter stays in the memory that it is read into
 
@@ -46,15 +48,18 @@ class LoraplexWorker:
     _loraplex_state: _Pager
     _loraplex_guard: NotFiniteGuard
 
-    def loraplex_open(self, gpu_slots: int, host_slots: int) -> dict[str, Any]:
+    def loraplex_open(self, gpu_slots: int, host_slots: int, *, shards: bool = True) -> dict[str, Any]:
         """Starts paging within these caps; returns the base model's adaptable layers, as plain data.
 
+        ``shards``: where several workers share the model, each keeps its part of an adapter only.
+
         ``modules``: checkpoint name -> [in_features, out_features]; ``aliases``: another name for one of them
-        -> its checkpoint name; ``fused``: suffix -> its parts; ``slot_bytes``: what one slot takes here.
+        -> its checkpoint name; ``fused``: suffix -> its parts; ``slot_bytes``: what one slot takes here;
+        ``entry_bytes``: what the largest adapter takes in host memory here, None where that is all of it.
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         checkpoint = Path(runner.model_config.model)
-        self._loraplex_state = _Pager(runner.lora_manager, gpu_slots, host_slots, checkpoint)
+        self._loraplex_state = _Pager(runner.lora_manager, gpu_slots, host_slots, checkpoint, shards=shards)
         self._loraplex_state.make_kernels(runner.scheduler_config)
         self._loraplex_guard = NotFiniteGuard(runner)
         return self._loraplex_state.describe()
@@ -87,7 +92,9 @@ class _Pager:
     what opens files in ``vllm.lora.lora_model`` (``adapters.worker.host_memory``).
     """
 
-    def __init__(self, manager: Any, gpu_slots: int, host_slots: int, checkpoint: Path) -> None:
+    def __init__(
+        self, manager: Any, gpu_slots: int, host_slots: int, checkpoint: Path, *, shards: bool = True
+    ) -> None:
         from vllm.platforms import current_platform
 
         self.manager = manager
@@ -101,21 +108,31 @@ class _Pager:
             from adapters.worker.cpu.kernels import install
 
             install(self.tables)
-        # On a GPU machine what is read is copied on into pinned memory, and its buffer is free at once.
-        pool = BufferPool(self._allocated() // self.tables.lora_slots, host_slots if on_cpu else STAGING)
-        pool.prefault(
-            min(
-                PREFAULTED_BYTES_ON_CPU if on_cpu else PREFAULTED_BYTES,
-                psutil.virtual_memory().available // 4,
-            )
-        )
-        read_with(Loader(pool, manager.lora_config.lora_dtype))
+        self._cuts = shards and is_divided(self.tables)
+        self._make_room()
         self._load = manager._load_adapter
         self._threads = ThreadPoolExecutor(STAGING, "loraplex-stage", initializer=stay_beside_the_engine)
         self._staging: dict[int, Future[tuple[Any, float]]] = {}
         self._evicted_while_staging: set[int] = set()
         self.in_step_loads = 0
         manager._load_adapter = self._load_inside_a_step
+
+    def _make_room(self) -> None:
+        """Memory that adapters are read into, and, where this worker keeps a part of them, for those parts.
+
+        On a GPU machine what is read is copied on into pinned memory, and its buffer is free at once.
+        """
+        dtype = self.manager.lora_config.lora_dtype
+        entry = self._allocated() // self.tables.lora_slots
+        pool = BufferPool(entry, self.host_slots if self._on_cpu else STAGING)
+        most = PREFAULTED_BYTES_ON_CPU if self._on_cpu else PREFAULTED_BYTES
+        pool.prefault(min(most, psutil.virtual_memory().available // 4))
+        if not self._cuts:
+            read_with(Loader(pool, dtype))
+            return
+        # What is read is as large as all workers' parts together, and free again as soon as it is cut.
+        read_with(Loader(BufferPool(1, KEPT_FOR_READING), dtype))
+        cut_when_read(self.tables, lambda elements: pool.tensor(elements, dtype))
 
     def make_kernels(self, steps: Any) -> None:
         """``steps``: vLLM's ``SchedulerConfig``."""
@@ -154,6 +171,7 @@ class _Pager:
             "fused": fused,
             "max_lora_rank": self.manager.lora_config.max_lora_rank,
             "slot_bytes": self._allocated() // self.tables.lora_slots,
+            "entry_bytes": self._largest_entry() if self._cuts else None,
         }
 
     def _names(self, modules: list[str]) -> Names:
@@ -165,6 +183,12 @@ class _Pager:
             known=checkpoint_modules(self._checkpoint),
             language_model=language.language_model[0] if language is not None else None,
         )
+
+    def _largest_entry(self) -> int:
+        """Bytes of an adapter of the largest rank on all layers that are served, of this worker's part."""
+        served = [layer for layer in self.tables.modules.values() if _part_shapes(layer) is not None]
+        stacked = [t for layer in served for t in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
+        return int(sum(t.nbytes for t in stacked) // self.tables.lora_slots)
 
     def _allocated(self) -> int:
         """Bytes of all slots, of layers that Loraplex serves no adapters on too."""

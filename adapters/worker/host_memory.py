@@ -74,6 +74,11 @@ class BufferPool:
         weakref.finalize(buffer, self._take_back, region).atexit = False
         return buffer
 
+    def tensor(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """A flat tensor in a buffer of its own; its contents are undefined."""
+        buffer = self.lend(max(1, elements) * dtype.itemsize)
+        return torch.frombuffer(buffer, dtype=dtype)[:elements]
+
     def _take_back(self, region: mmap.mmap) -> None:
         with self._lock:
             self._free = sorted([*self._free, region], key=len)[-self._keep :]

@@ -53,17 +53,22 @@ def slots_of(settings: Settings) -> Slots:
     config = vllm_arguments(settings, Slots(1, 1))[1].create_engine_config()
     layers, lora = _slot_layers(config), config.lora_config
     rank, itemsize = settings.max_lora_rank, lora.lora_dtype.itemsize
-    workers = config.parallel_config.tensor_parallel_size
-    slot = sizing.slot_bytes(
-        layers, rank=rank, itemsize=itemsize, workers=workers, fully_sharded=lora.fully_sharded_loras
-    )
+    workers, fully = config.parallel_config.tensor_parallel_size, lora.fully_sharded_loras
+    slot = sizing.slot_bytes(layers, rank=rank, itemsize=itemsize, workers=workers, fully_sharded=fully)
     gpu, host = settings.gpu_slots, settings.host_slots
     if gpu == "auto":
         most = config.scheduler_config.max_num_seqs
         most = min(most, settings.max_running or most, most if host == "auto" else host or most)
         gpu = sizing.gpu_slots(settings.adapter_gpu_memory, slot, most)
     if host == "auto":
-        entry = sizing.entry_bytes(layers, rank=rank, itemsize=itemsize, workers=workers)
+        entry = sizing.entry_bytes(
+            layers,
+            rank=rank,
+            itemsize=itemsize,
+            workers=workers,
+            fully_sharded=fully,
+            shards=settings.host_shards,
+        )
         host = sizing.host_slots(settings.adapter_host_memory, entry, gpu)
     return Slots(gpu, host or HOST_PER_GPU_SLOT * gpu, slot)
 
@@ -216,7 +221,8 @@ def capacity_of(
             slot,
         )
     layers = [Layer(shape.in_features, shape.out_features) for shape in base.modules.values()]
-    entry = sizing.entry_bytes(layers, rank=base.max_lora_rank, itemsize=itemsize, workers=len(described))
+    whole = sizing.entry_bytes(layers, rank=base.max_lora_rank, itemsize=itemsize)
+    entry = sum(whole if one["entry_bytes"] is None else int(one["entry_bytes"]) for one in described)
     return EngineCapacity(slots.gpu, slots.host, slot, entry)
 
 

@@ -317,6 +317,7 @@ USES: tuple[Use, ...] = (
             "_active_adapters",
             "_last_mapping",
             "_create_merged_loras_inplace(lora_model)",
+            "_get_lora_layer_weights(lora_model, module_name)",
             "activate_adapter(lora_id)",
             "deactivate_adapter(adapter_id)",
             "remove_adapter(adapter_id)",
@@ -339,6 +340,19 @@ USES: tuple[Use, ...] = (
         ),
         why="replaced by a reader into our own buffers",
     ),
+    Use(
+        "vllm.lora.layers",
+        "ColumnParallelLinearWithLoRA",
+        ("slice_lora_a(lora_a)", "slice_lora_b(lora_b)", "n_slices"),
+        "wrapped: adapters are cut when they are read",
+    ),
+    Use(
+        "vllm.lora.layers",
+        "RowParallelLinearWithLoRA",
+        ("slice_lora_a(lora_a)", "slice_lora_b(lora_b)", "n_slices"),
+        "as above",
+    ),
+    Use("vllm.model_executor.models.utils", "PPMissingLayer", why="tells that there are pipeline stages"),
     Use("vllm.lora.request", "LoRARequest", ("lora_name", "lora_int_id", "lora_path"), "names a load"),
     Use("vllm.lora.layers", "BaseLayerWithLoRA", ("set_lora(index, lora_a, lora_b)", "reset_lora"), "slots"),
     Use(

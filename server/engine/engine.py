@@ -32,8 +32,6 @@ from server.engine.calls import (
     Kind,
     PageOp,
     PageReport,
-    PageResult,
-    StageResult,
     Unmetered,
     WorkerReport,
     current_call,
@@ -41,6 +39,7 @@ from server.engine.calls import (
 from server.engine.errors import engine_errors, filled, named, request_errors
 from server.engine.grammars import Grammars
 from server.engine.manners import Manner, current_manner
+from server.engine.paging import Paging, worker_options
 from server.engine.parsers import Parsers
 from server.engine.sizing import EngineCapacity
 from server.engine.validation import parsed, parsed_in_turns, resumable
@@ -72,6 +71,7 @@ class Engine:
         self,
         llm: Any,
         state: State,
+        paging: Paging,
         base: BaseModel,
         capacity: EngineCapacity,
         max_running: int,
@@ -84,10 +84,8 @@ class Engine:
         self.max_model_len = max_model_len
         self._llm = llm
         self._state = state
+        self._paging = paging
         self._dialects = dialects
-        self._loads: dict[int, PageOp] = {}
-        self._half_staged: dict[int, list[StageResult]] = {}
-        self._workers = 1
         self.parsers = Parsers(None, None, tools_shown=False)
         # Told (model, reason) when a model's answer was not a number; see ``_not_finite``.
         self.on_fault: Callable[[str, str], None] = _log_fault
@@ -139,7 +137,9 @@ class Engine:
                     f" it supports {', '.join(tasks)}"
                 )
             await init_app_state(llm, state, args, tasks)
-            described = await llm.collective_rpc("loraplex_open", args=(slots.gpu, slots.host))
+            names = state.openai_serving_models.lora_requests
+            paging = Paging(llm, names, worker_options(settings))
+            described = await paging.open(slots.gpu, slots.host)
             base = arguments.base_model_of(settings.served_model_name, described)
             found = await asyncio.to_thread(fingerprint, Path(settings.model))
             base = replace(base, source=settings.model, fingerprint=found, pooling=pooling)
@@ -150,6 +150,7 @@ class Engine:
             engine = cls(
                 llm,
                 state,
+                paging,
                 base,
                 arguments.capacity_of(slots, base, described, config.lora_config.lora_dtype.itemsize),
                 max_running=config.scheduler_config.max_num_seqs,
@@ -157,7 +158,6 @@ class Engine:
                 dialects=dialects,
             )
             engine.parsers = parsers
-            engine._workers = len(described)
             llm.watch_for_nan(engine._not_finite)
             engine._adapt_serving(settings.served_model_name)
             if not pooling:
@@ -241,9 +241,7 @@ class Engine:
         A call that can go on exactly (see ``pause``) is paused, and resumes in the next engine; every other
         one ends with EngineDied. Safe to call again.
         """
-        self._loads.clear()
-        self._half_staged.clear()
-        self._state.openai_serving_models.lora_requests.clear()
+        self._paging.forget()
         self._llm.detach(reason)
 
     async def kill(self) -> None:
@@ -257,9 +255,7 @@ class Engine:
             await self._while_it_lives(self._open())
 
     async def _open(self) -> None:
-        await self._llm.collective_rpc(
-            "loraplex_open", args=(self.capacity.gpu_slots, self.capacity.host_slots)
-        )
+        await self._paging.open(self.capacity.gpu_slots, self.capacity.host_slots)
         await self._first_token()
 
     async def _while_it_lives(self, work: Coroutine[Any, Any, None]) -> None:
@@ -325,29 +321,13 @@ class Engine:
 
         An operation that fails is reported in its result; EngineDied is the only exception.
         """
-        wire = [(op.verb, op.load_id, op.name, op.path) for op in ops]
         with engine_errors():
-            reports = await self._llm.collective_rpc("loraplex_page", args=(wire,))
-        results = []
-        for op, per_worker in zip(ops, zip(*(r["results"] for r in reports), strict=True), strict=True):
-            errors = [error for error, _ in per_worker if error is not None]
-            results.append(PageResult(errors[0] if errors else None, max(s for _, s in per_worker)))
-            self._remember(op, failed=bool(errors))
-        return PageReport(tuple(results), self._whole_stages(reports))
+            return await self._paging.page(ops)
 
     async def report(self) -> WorkerReport:
         """The workers' own account. With several workers: host and slots hold what all of them hold."""
         with engine_errors():
-            reports = await self._llm.collective_rpc("loraplex_report")
-        first = reports[0]
-        return WorkerReport(
-            host=frozenset.intersection(*(frozenset(r["host"]) for r in reports)),
-            slots=tuple(
-                load if all(load in r["slots"] for r in reports) else None for load in first["slots"]
-            ),
-            staging=frozenset().union(*(r["staging"] for r in reports)),
-            in_step_loads=sum(r["in_step_loads"] for r in reports),
-        )
+            return await self._paging.report()
 
     def parse(self, kind: Kind, body: dict[str, Any]) -> Any:
         """``body`` as vLLM's request model. Raises BadRequest naming the field that is wrong."""
@@ -463,36 +443,3 @@ class Engine:
             await self._llm.collective_rpc("loraplex_scrub")
             while not await self._llm.reset_prefix_cache():
                 await asyncio.sleep(PREFIX_RESET_RETRY_S)
-
-    def _remember(self, op: PageOp, *, failed: bool) -> None:
-        """Keeps vLLM's table of servable names equal to what is in a slot."""
-        from vllm.lora.request import LoRARequest
-
-        names = self._state.openai_serving_models.lora_requests
-        if op.verb == "stage" and not failed:
-            self._loads[op.load_id] = op
-        elif op.verb == "activate" and not failed:
-            load = self._loads[op.load_id]
-            names[load.name] = LoRARequest(load.name, load.load_id, load.path)
-        elif op.verb in ("deactivate", "evict"):
-            load = self._loads.pop(op.load_id, op) if op.verb == "evict" else self._loads.get(op.load_id, op)
-            served = names.get(load.name)
-            if served is not None and served.lora_int_id == op.load_id:
-                del names[load.name]
-
-    def _whole_stages(self, reports: Sequence[dict[str, Any]]) -> tuple[StageResult, ...]:
-        """A load is staged when every worker has it, and failed when one of them could not."""
-        whole = []
-        for report in reports:
-            for load_id, error, seconds, size in report["staged"]:
-                parts = self._half_staged.setdefault(load_id, [])
-                parts.append(StageResult(load_id, error, seconds, size))
-                if len(parts) == self._workers:
-                    del self._half_staged[load_id]
-                    errors = [part.error for part in parts if part.error is not None]
-                    if errors:
-                        self._loads.pop(load_id, None)
-                    slowest = max(part.seconds for part in parts)
-                    size = sum(part.size_bytes for part in parts)
-                    whole.append(StageResult(load_id, errors[0] if errors else None, slowest, size))
-        return tuple(whole)

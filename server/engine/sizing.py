@@ -8,7 +8,8 @@ workers, each of them holds
     a layer split by row       A 1/W          B whole                   fully sharded: B 1/W of the outputs
     a layer that is not split  A whole        B whole                   the same
 
-In host memory every worker keeps whole adapters, of their own rank, which is R at the most.
+In host memory every worker keeps the same parts of an adapter, of its own rank, which is R at the most
+(``adapters.worker.shards``); or all of it, where HOST_SHARDS is off.
 """
 
 from __future__ import annotations
@@ -74,9 +75,22 @@ def slot_bytes(
     return elements * itemsize
 
 
-def entry_bytes(layers: Iterable[Layer], *, rank: int, itemsize: int, workers: int = 1) -> int:
+def entry_bytes(
+    layers: Iterable[Layer],
+    *,
+    rank: int,
+    itemsize: int,
+    workers: int = 1,
+    fully_sharded: bool = False,
+    shards: bool = True,
+) -> int:
     """Bytes that an adapter of ``rank`` on every served layer takes in the memory of all workers."""
-    return workers * rank * itemsize * sum(layer.inputs + layer.outputs for layer in layers if layer.served)
+    served = [layer for layer in layers if layer.served]
+    if not shards:
+        return workers * slot_bytes(served, rank=rank, itemsize=itemsize)
+    return workers * slot_bytes(
+        served, rank=rank, itemsize=itemsize, workers=workers, fully_sharded=fully_sharded
+    )
 
 
 def gpu_slots(memory: int, slot: int, most_running: int) -> int:

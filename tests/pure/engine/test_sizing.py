@@ -109,8 +109,13 @@ def test_sizes_scale_as_they_must(seed: int) -> None:
         full = sizing.slot_bytes(layers, **size, workers=workers, fully_sharded=True)
         assert whole / workers <= full <= half <= whole
         assert workers * half >= whole, "together they hold all of it"
-        entry = sizing.entry_bytes(layers, **size, workers=workers)
-        assert entry == workers * sizing.entry_bytes(layers, **size)
+        one = sizing.entry_bytes(layers, **size)
+        assert sizing.entry_bytes(layers, **size, workers=workers, shards=False) == workers * one
+        assert one <= sizing.entry_bytes(layers, **size, workers=workers) <= workers * one
+        divided = [layer for layer in layers if layer.split != "none"]
+        assert sizing.entry_bytes(divided, **size, workers=workers, fully_sharded=True) == sizing.entry_bytes(
+            divided, **size
+        ), "one copy, whoever has it"
     assert sizing.entry_bytes(layers, **size) <= whole
     assert sizing.slot_bytes(layers, rank=2 * size["rank"], itemsize=size["itemsize"]) == 2 * whole
 

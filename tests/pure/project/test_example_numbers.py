@@ -1,0 +1,71 @@
+"""The numbers in ``config/llama-70b.yaml``, computed again from the model's shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+
+from server.engine import sizing
+from server.engine.layers import lora_layers
+from server.engine.sizing import Layer
+from tests.pure.engine.test_sizing import FUSED
+
+FILE = Path(__file__).parents[3] / "config" / "llama-70b.yaml"
+ITEM = 2  # bytes of bfloat16
+DEPTH = 80
+# Of one of its layers; the others are the same.
+LLAMA_70B = transformers.LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=8192,
+    intermediate_size=28_672,
+    num_hidden_layers=1,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+)
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[Layer]:
+    found = lora_layers(
+        LLAMA_70B, vocabulary=("embed_tokens", "lm_head"), fused=FUSED, targets=None, workers=4
+    )
+    return [layer for layer in found if layer.served] * DEPTH + [y for y in found if not y.served]
+
+
+def slot(layers: list[Layer], rank: int = 32, *, fully: bool = True) -> float:
+    return sizing.slot_bytes(layers, rank=rank, itemsize=ITEM, workers=4, fully_sharded=fully)
+
+
+def entries(layers: list[Layer], rank: int, *, fully: bool = True, shards: bool = True) -> str:
+    """What 50 of them take in the memory of the host."""
+    one = sizing.entry_bytes(layers, rank=rank, itemsize=ITEM, workers=4, fully_sharded=fully, shards=shards)
+    return f"{50 * one / 1e9:.0f} GB"
+
+
+def test_its_comments_say_what_is_so(layers: list[Layer]) -> None:
+    text, settings = FILE.read_text(), yaml.safe_load(FILE.read_text())
+    served = [layer for layer in layers if layer.served]
+    assert (settings["max_lora_rank"], settings["gpu_slots"], settings["host_slots"]) == (32, 16, 50)
+    assert settings["engine_args"]["tensor_parallel_size"] == 4
+    assert settings["engine_args"]["fully_sharded_loras"] is True
+    per_layer = sum(layer.inputs + layer.outputs for layer in served) // DEPTH
+    adapter = sizing.entry_bytes(served, rank=1, itemsize=ITEM)
+    vocabulary = slot(layers) - slot(served)
+    kv_token = 2 * DEPTH * 8 * 128 * ITEM // 4  # keys and values of a GPU's two heads
+    for said in (
+        f"{per_layer:,} a layer x {DEPTH} layers x {ITEM} bytes = {adapter / 1e6:.1f} MB",
+        f"an adapter of rank 16 is {16 * adapter / 1e6:.0f} MB, of rank 32 {32 * adapter / 1e6:.0f} MB",
+        f"{adapter / 1e6:.1f} MB / 4 = {slot(served) / 32e6:.1f} MB, and {vocabulary / 32e6:.1f} MB",
+        f"not sharded: {slot(layers) / 32e6:.1f} MB per unit of rank",
+        f"{slot(layers) / 1e6:.0f} MB a slot; 16 slots {16 * slot(layers) / 1e9:.1f} GB,"
+        f" all 50 in slots {50 * slot(layers) / 1e9:.1f} GB",
+        f"({slot(layers, fully=False) / 32e6:.1f} MB per unit of rank)",
+        f"rank 16: 50 x {16 * adapter / 1e6:.0f} MB = {entries(layers, 16)}; rank 32: {entries(layers, 32)}",
+        f"{entries(layers, 16, shards=False)} and {entries(layers, 32, shards=False)}",
+        f"{entries(layers, 16, fully=False)} and {entries(layers, 32, fully=False)}",
+        f"at {kv_token:,} bytes a token",
+    ):
+        assert said in text.replace("\n#  ", ""), said
