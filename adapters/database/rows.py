@@ -34,7 +34,9 @@ from sqlalchemy import (
     func,
     text,
 )
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 Q = TypeVar("Q", bound=Select[Any])
@@ -74,6 +76,23 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+class database_now(FunctionElement[datetime]):
+    """The time by the database's clock, which those share who compare times that others wrote."""
+
+    type = UtcDateTime()
+    inherit_cache = True
+
+
+@compiles(database_now, "postgresql")
+def _of_postgresql(*_: Any, **__: Any) -> str:
+    return "clock_timestamp()"  # now() is that of the transaction's begin
+
+
+@compiles(database_now, "sqlite")
+def _of_sqlite(*_: Any, **__: Any) -> str:
+    return "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 
 
 _began, _mark = now(), time.monotonic()

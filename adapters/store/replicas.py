@@ -1,7 +1,7 @@
 """The replicas of a fleet, as they announce themselves, and what only one process of a fleet may do.
 
-A row is written by its own replica alone. Times are of the clocks of those who write them, which must agree
-to within some seconds.
+A row is written by its own replica alone. Times are of the database's clock: those of the machines need not
+agree.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 from sqlalchemy import delete, or_, select, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
-from adapters.database.rows import LeaseRow, ReplicaRow, now
+from adapters.database.rows import LeaseRow, ReplicaRow, database_now
 
 # A replica that has not announced itself for so long is lost: it holds no lease and no pins.
 SILENT_S = 10.0
@@ -23,7 +24,10 @@ SILENT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ReplicaInfo:
-    """``state`` is ``ready``, ``restarting`` or ``draining``; ``facts`` and ``load`` are JSON of its own."""
+    """``state`` is ``ready``, ``restarting`` or ``draining``; ``facts`` and ``load`` are JSON of its own.
+
+    ``silent_s`` is how many seconds ago it announced itself last.
+    """
 
     id: str
     url: str
@@ -32,6 +36,12 @@ class ReplicaInfo:
     beat_at: datetime
     facts: Mapping[str, Any]
     load: Mapping[str, Any]
+    silent_s: float
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has been silent for ``SILENT_S``."""
+        return self.silent_s > SILENT_S
 
 
 class Replicas:
@@ -43,19 +53,16 @@ class Replicas:
     async def all(self) -> list[ReplicaInfo]:
         """Every replica that has announced itself and has not left, by id; also those that are dead."""
         async with self._database.read() as session:
-            rows = await session.scalars(select(ReplicaRow).order_by(ReplicaRow.id))
-            return [
-                ReplicaInfo(row.id, row.url, row.state, row.started_at, row.beat_at, row.facts, row.load)
-                for row in rows
-            ]
+            rows = await session.execute(select(ReplicaRow, database_now()).order_by(ReplicaRow.id))
+            return [_info(row, at) for row, at in rows]
 
     async def beat(
         self, id: str, url: str, state: str, facts: Mapping[str, Any], load: Mapping[str, Any]
     ) -> None:
         """Announces the replica, or says that it is still there."""
-        at = now()
-        values = {"url": url, "state": state, "beat_at": at, "facts": dict(facts), "load": dict(load)}
         async with self._database.append() as session:
+            at = await _time(session)
+            values = {"url": url, "state": state, "beat_at": at, "facts": dict(facts), "load": dict(load)}
             row = await session.get(ReplicaRow, id)
             if row is None:
                 session.add(ReplicaRow(id=id, started_at=at, **values))
@@ -71,15 +78,16 @@ class Replicas:
     async def forget(self, silent_for: timedelta) -> None:
         """Removes replicas without a beat for so long: they died without leaving."""
         async with self._database.append() as session:
-            await session.execute(delete(ReplicaRow).where(ReplicaRow.beat_at < now() - silent_for))
+            before = await _time(session) - silent_for
+            await session.execute(delete(ReplicaRow).where(ReplicaRow.beat_at < before))
 
     async def hold(self, name: str, holder: str, seconds: float) -> bool:
         """Takes or keeps the lease ``name`` for so long; False while another holder has it."""
-        at = now()
-        free = or_(LeaseRow.holder == holder, LeaseRow.until < at)
-        values = {"holder": holder, "until": at + timedelta(seconds=seconds)}
         try:
             async with self._database.append() as session:
+                at = await _time(session)
+                free = or_(LeaseRow.holder == holder, LeaseRow.until < at)
+                values = {"holder": holder, "until": at + timedelta(seconds=seconds)}
                 taken = await session.scalar(
                     update(LeaseRow)
                     .where(LeaseRow.name == name, free)
@@ -101,16 +109,26 @@ class Replicas:
             await session.execute(delete(LeaseRow).where(LeaseRow.holder == holder))
 
 
+async def _time(session: AsyncSession) -> datetime:
+    at: datetime | None = await session.scalar(select(database_now()))
+    assert at is not None
+    return at
+
+
+def _info(row: ReplicaRow, at: datetime) -> ReplicaInfo:
+    silent = max(0.0, (at - row.beat_at).total_seconds())
+    return ReplicaInfo(row.id, row.url, row.state, row.started_at, row.beat_at, row.facts, row.load, silent)
+
+
 def as_json(row: ReplicaInfo) -> dict[str, Any]:
     """As operators see it; ``lost`` where it has been silent for ``SILENT_S``."""
     facts = ("base", "fingerprint", "engine", "dtype")
     sizes = ("max_model_len", "max_running", "gpu_slots", "host_slots")
     load = ("running", "queued", "busy_slots", "in_slots", "in_host")
-    silent = now() - row.beat_at > timedelta(seconds=SILENT_S)
     return {
         "id": row.id,
         "url": row.url,
-        "state": "lost" if silent else row.state,
+        "state": "lost" if row.is_lost else row.state,
         "started_at": row.started_at.isoformat(),
         "beat_at": row.beat_at.isoformat(),
         **{name: row.facts[name] for name in (*facts, *sizes)},

@@ -12,9 +12,8 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, Protocol
 
-from adapters.database.rows import now
 from adapters.model import Tier, Version
-from adapters.store.replicas import SILENT_S, ReplicaInfo, Replicas
+from adapters.store.replicas import ReplicaInfo, Replicas
 from server.fleet.placement import Placement, Report
 from server.fleet.wire import Kind, framed
 from server.http.services import Services
@@ -185,7 +184,7 @@ class Replica:
 
     async def _follow(self) -> None:
         """Pins what is this replica's part, and lets go of what nothing links to any more."""
-        alive = [row for row in await self._rows.all() if now() - row.beat_at < timedelta(seconds=SILENT_S)]
+        alive = [row for row in await self._rows.all() if not row.is_lost]
         peers = frozenset(row.id for row in alive if row.state == "ready")
         generation = self.services.database.generation
         if (generation, peers) == (self._seen, self._peers):
