@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from fastapi import APIRouter
 
 from server.http import (
@@ -21,10 +19,16 @@ from server.http import (
 )
 from server.http.auth import SINGLE
 
+# By the identity of ``internal``, which is a module's and stays: a router has no hash.
+_made: dict[int, APIRouter] = {}
 
-@cache
+
 def router_of(internal: APIRouter | None = None) -> APIRouter:
     """All routes for customers and operators; of a replica, whose gateways ask it, ``internal`` instead."""
+    return _made.get(id(internal)) or _made.setdefault(id(internal), _router_of(internal))
+
+
+def _router_of(internal: APIRouter | None) -> APIRouter:
     whole = APIRouter(dependencies=[SINGLE])
     if internal is not None:
         whole.include_router(internal)
