@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 from cachetools import LRUCache
 
 from adapters.database.database import Database
+from adapters.errors import DatabaseUnavailable
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -36,7 +37,16 @@ class ReadCache(Generic[K, T]):
             self._generation = generation
         if key in self._answers:
             return self._answers[key]
-        answer = await read()
+        answer = await self._read(read)
         if self._database.generation == generation:
             self._answers[key] = answer
         return answer
+
+    async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
+        """Once more where a connection was lost: the next one is new. Not after a silence."""
+        try:
+            return await read()
+        except DatabaseUnavailable as error:
+            if isinstance(error.__cause__, TimeoutError):
+                raise
+            return await read()

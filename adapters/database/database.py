@@ -24,12 +24,12 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, event, make_url, select, text, update
-from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection
 
+from adapters.database import postgres
 from adapters.database.rows import MetaRow
 from adapters.errors import DatabaseUnavailable, StorageBusy, StorageFailed, StorageFull
 from adapters.tasks import uninterruptible
@@ -152,9 +152,12 @@ class Database:
 
         Raises StorageFailed where SQLite's disk is the reason, DatabaseUnavailable where PostgreSQL is away.
         """
-        async with self._reader() as session:
+        session = self._reader()
+        try:
             with _disk_errors():
                 yield session
+        finally:
+            await _close(session)
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncSession]:
@@ -179,16 +182,18 @@ class Database:
     async def append(self) -> AsyncIterator[AsyncSession]:
         """As ``write``, for rows that no read cache holds anything of."""
         async with self._its_turn():
-            session = self._writer()
+            session, committing = self._writer(), False
             try:
                 with _disk_errors():
                     yield session
+                    committing = True  # from here on it may be on disk, whatever is raised
                     await uninterruptible(session.commit())
             finally:
                 try:
-                    await uninterruptible(session.close())
+                    await _close(session)
                 finally:
-                    self.generation += session.info.get("invalidates", False)
+                    # One that failed before has changed nothing, and must not cost others what is remembered.
+                    self.generation += committing and session.info.get("invalidates", False)
 
     @asynccontextmanager
     async def _its_turn(self) -> AsyncIterator[None]:
@@ -233,6 +238,14 @@ class Database:
             await asyncio.sleep(WATCH_EVERY)
 
 
+async def _close(session: AsyncSession) -> None:
+    """Whatever was read or written is; where its connection was lost since, that is nobody's error."""
+    try:
+        await uninterruptible(session.close())
+    except (DBAPIError, OSError, TimeoutError) as error:
+        logger.debug("a connection was lost as it was given back: %s", error)
+
+
 @contextmanager
 def _disk_errors() -> Iterator[None]:
     try:
@@ -256,18 +269,12 @@ def _disk_errors() -> Iterator[None]:
                     "The disk failed, and nothing was changed. Try again; the operator finds the reason in"
                     " the log."
                 ) from error
-        if error.connection_invalidated or _is_outage(error.orig):
+        if error.connection_invalidated or postgres.is_outage(error.orig):
             raise _unavailable() from error
         raise
     # It listens no more, says nothing, or all connections wait for it.
     except (ConnectionError, TimeoutError, NoConnectionFree) as error:
         raise _unavailable() from error
-
-
-def _is_outage(error: BaseException | None) -> bool:
-    """Whether PostgreSQL says that it starts, stops or has no connection left (classes 08, 53 and 57P)."""
-    state = str(getattr(error, "sqlstate", None) or "")
-    return state.startswith(("08", "53", "57P"))
 
 
 def _unavailable() -> DatabaseUnavailable:
@@ -308,7 +315,7 @@ def _engine(
     statement_timeout: float | None = ANSWER_TIMEOUT_S,
 ) -> AsyncEngine:
     if url.get_backend_name() != "sqlite":
-        return _postgres(url, connect_timeout, statement_timeout)
+        return postgres.engine(url, connect_timeout, statement_timeout)
     engine = create_async_engine(url)
 
     # SQLAlchemy's recipe for transactions with the sqlite3 driver: the driver begins none, we begin all.
@@ -328,20 +335,6 @@ def _engine(
     def began(connection: Connection) -> None:
         writes = connection.get_execution_options().get("loraplex_writes", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return engine
-
-
-def _postgres(url: URL, connect_timeout: float, statement_timeout: float | None) -> AsyncEngine:
-    """A server that was stopped, or a network that swallows, ends no connection: only a clock notices."""
-    timeouts = {"timeout": connect_timeout, "command_timeout": statement_timeout}
-    engine = create_async_engine(url, pool_pre_ping=True, pool_timeout=connect_timeout, connect_args=timeouts)
-
-    # The driver's TimeoutError is none of its errors, so SQLAlchemy would keep the connection for the next.
-    @event.listens_for(engine.sync_engine, "handle_error")
-    def failed(context: ExceptionContext) -> None:
-        if isinstance(context.original_exception, TimeoutError):
-            context.is_disconnect = True
 
     return engine
 

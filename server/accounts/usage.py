@@ -22,6 +22,7 @@ from sqlalchemy import ColumnElement, Select, delete, func, insert, null, select
 
 from adapters.database.database import Database
 from adapters.database.rows import AdminKeyRow, KeyRow, UsageRow, matching, now
+from adapters.errors import AdapterError
 from server.accounts.terms import COST_UNIT
 from server.errors import Unprocessable
 from server.metrics import Outcome
@@ -198,6 +199,8 @@ class UsageWriter:
             began = clock()
             try:
                 await self.flush()
+            except AdapterError as error:  # a disk or a database, which may be away for long
+                logger.error("usage could not be written; %d records wait: %s", len(self._waiting), error)
             except Exception:
                 logger.exception("usage could not be written; %d records wait", len(self._waiting))
             took = clock() - began

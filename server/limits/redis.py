@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 LEASE_S = 15.0
 REPORT_INTERVAL_S = 1.0
+RETRY_S = 0.2  # between two attempts while Redis does not answer
 # One question to Redis may take so long; on a machine that is full, hundreds at once take more than a second.
 TIMEOUT_S = 3.0
 CONNECTIONS = 32
@@ -295,7 +296,7 @@ class RedisLedger:
     async def _report_forever(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(REPORT_INTERVAL_S):
+                async with asyncio.timeout(REPORT_INTERVAL_S if self._up else RETRY_S):
                     await self._report_now.wait()
                 only_closed = self._up
             except TimeoutError:
@@ -311,7 +312,7 @@ class RedisLedger:
                     logger.warning("Redis answers again: it counts limits and budgets")
             except Exception as exc:  # a defect, too, must not end what gives places back
                 self._lost(exc)
-                await asyncio.sleep(REPORT_INTERVAL_S)
+                await asyncio.sleep(RETRY_S)
 
     async def _report(self, *, only_closed: bool = False) -> None:
         """Renews what is reserved, and reports what was used and what has ended.

@@ -374,7 +374,11 @@ async def unpublish(service: Publishing, versions: list[Version]) -> None:
         return
     while service.dispatcher.in_use(gone.keys()):
         await asyncio.sleep(_RECLAIM_EVERY)
-    await remove_unlinked(service, {version.digest for version in versions})
+    try:
+        await remove_unlinked(service, {version.digest for version in versions})
+    except AdapterError as error:
+        # Nobody waits for it any more, and what nobody links is removed at a start.
+        logger.warning("files of a deleted version stay until the next start: %s", error)
 
 
 async def remove_unlinked(service: Publishing, digests: set[str]) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.service.http.test_api import error
 from tests.support import databases, tiny
 from tests.support.fakes import FakeEngine, Times
 from tests.support.proxy import Proxy, proxy
+from tests.support.services import postgres
 from tests.support.site import Site, bearer
 from tests.support.tiny import fake_site
 
@@ -123,3 +126,49 @@ async def test_a_database_that_says_nothing_hangs_nobody(tmp_path: Path, way: tu
         await site.services.usage_writer.flush()
         used = (await site.admin.get("/admin/v1/usage?tenant=acme")).json()
         assert sum(row["requests"] for row in used["data"]) == 4, json.dumps(used)
+
+
+async def test_connections_that_are_cut_again_and_again_end_in_no_500(
+    tmp_path: Path, way: tuple[str, Proxy]
+) -> None:
+    """In the middle of statements, of a rollback, of a ping: the driver has another error for each."""
+    url, _ = way
+    statuses: Counter[int] = Counter()
+    async with fake_site(tmp_path, database_url=url) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        done = asyncio.Event()
+
+        async def ask(number: int) -> None:
+            while not done.is_set():
+                made = await site.admin.post("/admin/v1/tenants", json={"id": f"t{number}"})
+                read = await site.chat(key, "hi", model="a", max_tokens=1)
+                gone = await site.admin.delete(f"/admin/v1/tenants/t{number}")
+                statuses.update(one.status_code for one in (made, read, gone))
+
+        asking = [asyncio.create_task(ask(number)) for number in range(8)]
+        killer = create_async_engine(make_url(postgres()), isolation_level="AUTOCOMMIT")
+        others = "datname = :name AND pid <> pg_backend_pid()"
+        end = text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+        async with killer.connect() as connection:
+            for _ in range(60):
+                await connection.execute(end, {"name": make_url(url).database})
+                await asyncio.sleep(0.03)
+        await killer.dispose()
+        done.set()
+        await asyncio.gather(*asking)
+        assert await until_ready(site) < 5
+    assert statuses.keys() <= {200, 201, 204, 404, 409, 503}, statuses
+    assert statuses[200] + statuses[201] + statuses[204] > 0
+
+
+async def test_a_write_that_cannot_begin_does_not_make_the_server_forget(
+    tmp_path: Path, way: tuple[str, Proxy]
+) -> None:
+    url, between = way
+    async with fake_site(tmp_path, database_url=url) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        assert (await site.chat(key, "hi", model="a", max_tokens=1)).status_code == 200
+        between.cut()
+        error(await site.admin.post("/admin/v1/tenants", json={"id": "late"}), 503, "database_unavailable")
+        assert (await site.chat(key, "hi", model="a", max_tokens=1)).status_code == 200
+        await between.mend()
