@@ -11,7 +11,11 @@ AdapterError
 ├── StoreUnavailable       the object store does not answer
 │   └── BlobMissing        it answers, and has not the files
 ├── AdapterNotFound        no such adapter or version of this tenant
+│   ├── FileNotFound       no such file
+│   └── BatchNotFound      no such batch
 ├── AdapterConflict        a name taken, or a version still needed
+│   ├── FileInUse          a batch still reads the file
+│   ├── BatchEnded         it cannot be cancelled any more
 │   ├── AdapterQuarantined it harmed the server, and is out of service until an operator releases it
 │   └── AdapterUnfit       the engine that runs now cannot serve it faithfully
 ├── QuotaExceeded          more adapters or bytes than the tenant may have
@@ -109,10 +113,34 @@ class AdapterNotFound(AdapterError):
     code = "adapter_not_found"
 
 
+class FileNotFound(AdapterNotFound):
+    """The tenant has no such file, or it has expired."""
+
+    code = "file_not_found"
+
+
+class BatchNotFound(AdapterNotFound):
+    """The tenant has no such batch."""
+
+    code = "batch_not_found"
+
+
 class AdapterConflict(AdapterError):
     """A name is taken, or a version still needed."""
 
     code = "adapter_conflict"
+
+
+class FileInUse(AdapterConflict):
+    """A batch that has not ended reads the file."""
+
+    code = "file_in_use"
+
+
+class BatchEnded(AdapterConflict):
+    """The batch has ended otherwise."""
+
+    code = "batch_ended"
 
 
 class AdapterQuarantined(AdapterConflict):
@@ -128,7 +156,7 @@ class AdapterUnfit(AdapterConflict):
 
 
 class QuotaExceeded(AdapterError):
-    """The tenant would have more adapters or bytes than it may."""
+    """The tenant would have more adapters, files, batches or bytes than it may."""
 
     code = "quota_exceeded"
 

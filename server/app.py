@@ -37,6 +37,7 @@ from server.accounts.people import People
 from server.accounts.tenants import Tenants
 from server.accounts.usage import UsageWriter, spent
 from server.accounts.wrong_keys import WrongKeys
+from server.batches.runner import runner_of
 from server.console import site as console
 from server.engine.calls import EngineDied
 from server.engine.engine import Engine
@@ -95,6 +96,8 @@ def create_app(
                 expected = isinstance(exc, ValueError | OSError | StoreUnavailable)
                 logger.critical("cannot start: %s", exc, exc_info=None if expected else exc)
                 raise
+            if settings.role != "replica":
+                services.batches.start(stack)
             yield
             await services.cancel_tasks()
 
@@ -309,6 +312,7 @@ def _services(
     answers: Answers,
     publishing: Publishing,
 ) -> Services:
+    completions = Completions(answers, stores.catalog, stores.metrics, stores.quotas)
     return Services(
         settings=settings,
         database=stores.database,
@@ -322,7 +326,8 @@ def _services(
         engine=engine,
         metrics=stores.metrics,
         dispatcher=dispatcher,
-        completions=Completions(answers, stores.catalog, stores.metrics, stores.quotas),
+        completions=completions,
+        batches=runner_of(settings, stores.database, completions, stores.authentication, dispatcher),
         publishing=publishing,
         intake=Intake(
             settings.data_dir,

@@ -165,6 +165,14 @@ class Metrics:
             "reason",
         )
 
+        self._batch_lines = counter(
+            "loraplex_batch_lines",
+            "Lines of batches that have their result, by what it is.",
+            "tenant",
+            "result",
+        )
+        self._batches = counter("loraplex_batches", "Batches that have ended, by how.", "tenant", "state")
+
     def label(self, tenant: str) -> str:
         """``tenant``, or ``other`` once there are as many labels as there may be."""
         if tenant in self._labels:
@@ -257,6 +265,14 @@ class Metrics:
     def moved(self, reason: Literal["lost", "drained", "failed"]) -> None:
         """An answer left its replica."""
         self._moves.labels(reason).inc()
+
+    def batch_line(self, tenant: str, result: Literal["completed", "failed"]) -> None:
+        """A line of a batch has its result."""
+        self._batch_lines.labels(self.label(tenant), result).inc()
+
+    def batch_ended(self, tenant: str, state: str) -> None:
+        """A batch is ``completed``, ``failed``, ``expired`` or ``cancelled``."""
+        self._batches.labels(self.label(tenant), state).inc()
 
     def engine_restarted(self, reason: str) -> None:
         """The engine was lost (``reason``: "death" or "hang"), and is back."""

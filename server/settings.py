@@ -290,6 +290,16 @@ class Settings(BaseSettings):
         " again; 0: never.",
     )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest inference request body, in bytes.")
+    batch_running: int = Field(
+        8,
+        ge=0,
+        le=4096,
+        description="Lines of batches in the engine at once while nobody else asks for anything, and one"
+        " beside others; 0: no batches.",
+    )
+    max_file_bytes: ByteSize = Field(
+        ByteSize(200 << 20), ge=1024, description="Largest file of `/v1/files`, in bytes."
+    )
     client_timeout: float = Field(
         60.0,
         gt=0,

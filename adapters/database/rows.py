@@ -3,7 +3,9 @@
 tenants ──< keys
    ├─────< adapters ──< versions          meta: key -> value
    ├─────< uploads
-   └─────< upload_jobs                   admin_keys: people who operate
+   ├─────< upload_jobs                   admin_keys: people who operate
+   ├─────< files ──< file_pieces
+   └─────< batches ──< batch_results
 usage, audit: what happened; they outlive whom it happened to
 replicas, leases: the processes of a fleet, and who does what for all of them
 """
@@ -25,6 +27,7 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Select,
     SQLColumnExpression,
@@ -323,6 +326,79 @@ class ReplicaRow(Base):
     beat_at: Mapped[datetime] = mapped_column(UtcDateTime)
     facts: Mapped[dict[str, Any]] = mapped_column(JSON)
     load: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class FileRow(Base):
+    """A customer's file; see ``adapters.store.files``. ``ready`` once all of its bytes are here.
+
+    What a batch wrote has no pieces: it is that batch's results, those that failed or the others.
+    """
+
+    __tablename__ = "files"
+    __table_args__ = (Index("ix_files_tenant_created_at", "tenant", "created_at"),)
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
+    filename: Mapped[str] = mapped_column(String(255))
+    purpose: Mapped[str] = mapped_column(String(32))
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    ready: Mapped[bool]
+    batch: Mapped[str | None] = mapped_column(String(64))
+    failures: Mapped[bool] = mapped_column(default=False, server_default=false())
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+
+
+class FilePieceRow(Base):
+    __tablename__ = "file_pieces"
+
+    file: Mapped[str] = mapped_column(ForeignKey("files.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    data: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class BatchRow(Base):
+    """See ``adapters.store.batches``. ``times`` are seconds since 1970 by state, ``counts`` are there once it
+    has ended, ``key`` is the id of the key that asked for it.
+    """
+
+    __tablename__ = "batches"
+    __table_args__ = (
+        Index("ix_batches_tenant_created_at", "tenant", "created_at"),
+        Index("ix_batches_state", "state"),
+    )
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
+    key: Mapped[str | None] = mapped_column(String(16))
+    endpoint: Mapped[str] = mapped_column(String(64))
+    input_file: Mapped[str] = mapped_column(String(64))
+    output_file: Mapped[str | None] = mapped_column(String(64))
+    error_file: Mapped[str | None] = mapped_column(String(64))
+    state: Mapped[str] = mapped_column(String(16))
+    total: Mapped[int]
+    notes: Mapped[dict[str, Any] | None] = mapped_column(_Json)
+    errors: Mapped[list[dict[str, Any]] | None] = mapped_column(_Json)
+    times: Mapped[dict[str, int]] = mapped_column(JSON)
+    counts: Mapped[dict[str, int] | None] = mapped_column(_Json)
+    keep_seconds: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class BatchResultRow(Base):
+    """What became of one line: ``document`` is its line of the output or of the error file."""
+
+    __tablename__ = "batch_results"
+
+    batch: Mapped[str] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    failed: Mapped[bool]
+    document: Mapped[str] = mapped_column(Text)
+    size_bytes: Mapped[int]
+    prompt_tokens: Mapped[int]
+    cached_tokens: Mapped[int]
+    output_tokens: Mapped[int]
 
 
 class LeaseRow(Base):

@@ -37,7 +37,7 @@ from adapters.model import (
 from adapters.split import WHOLE, choose
 from adapters.store.idempotency import Receipt
 from adapters.store.quarantine import in_service, refuse_quarantined_files
-from adapters.store.versions import info_of, linked_digests, version_of
+from adapters.store.versions import bytes_of, info_of, linked_digests, version_of
 
 NUMBERED = re.compile(r"([^@]+)@([1-9][0-9]{0,8})", re.ASCII)
 RESOLVED = 65_536
@@ -467,20 +467,15 @@ async def _lock(session: AsyncSession, tenant: str) -> bool:
 async def _check_quota(
     session: AsyncSession, tenant: str, adapter: str, quota: Quota, size_bytes: int
 ) -> None:
-    names, used = (
-        await session.execute(
-            select(func.count(VersionRow.adapter.distinct()), func.sum(VersionRow.size_bytes)).where(
-                VersionRow.tenant == tenant
-            )
-        )
-    ).one()
+    distinct = select(func.count(VersionRow.adapter.distinct())).where(VersionRow.tenant == tenant)
+    names, used = await session.scalar(distinct) or 0, await bytes_of(session, tenant)
     if quota.adapters is not None and names >= quota.adapters and not await _any(session, tenant, adapter):
         raise QuotaExceeded(
             f"You have {names} adapters, and may have {quota.adapters}. Delete one, or ask for more."
         )
-    if quota.size_bytes is not None and (used or 0) + size_bytes > quota.size_bytes:
+    if quota.size_bytes is not None and used + size_bytes > quota.size_bytes:
         raise QuotaExceeded(
-            f"Your adapters take {used or 0} bytes, this version {size_bytes}, and you may have"
+            f"What you store takes {used} bytes, this version {size_bytes}, and you may have"
             f" {quota.size_bytes}. Delete versions that you do not need, or ask for more."
         )
 

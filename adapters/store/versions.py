@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import func, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
-from adapters.database.rows import AdapterRow, VersionRow
+from adapters.database.rows import AdapterRow, FileRow, VersionRow
 from adapters.model import Version, VersionInfo
 
 _PAGE = 500
@@ -50,10 +51,16 @@ async def linked_digests(database: Database) -> set[str]:
 
 
 async def size_of(database: Database, tenant: str) -> int:
-    """Bytes of all versions of ``tenant``."""
+    """Bytes of all versions and all files of ``tenant``."""
     async with database.read() as session:
-        size = select(func.sum(VersionRow.size_bytes)).where(VersionRow.tenant == tenant)
-        return await session.scalar(size) or 0
+        return await bytes_of(session, tenant)
+
+
+async def bytes_of(session: AsyncSession, tenant: str) -> int:
+    """As ``size_of``."""
+    versions = select(func.sum(VersionRow.size_bytes)).where(VersionRow.tenant == tenant)
+    files = select(func.sum(FileRow.size_bytes)).where(FileRow.tenant == tenant)
+    return int(await session.scalar(versions) or 0) + int(await session.scalar(files) or 0)
 
 
 async def versions_of(database: Database, digests: Collection[str]) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from sqlalchemy import select
 from adapters.database.cache import ReadCache
 from adapters.database.database import Database
 from adapters.database.rows import KeyRow, MetaRow, TenantRow
-from server.accounts.keys import DEFAULT_SCOPES, KeyScope, digest_of, key_info
+from server.accounts.keys import DEFAULT_SCOPES, KeyInfo, KeyScope, digest_of, key_info
 from server.accounts.people import SETTINGS_KEY, People, Person, Role
 from server.accounts.tenants import Tenant, Tenants, tenant_of
 from server.errors import BadRequest, Forbidden, NotFound, Unauthorized
@@ -80,6 +80,7 @@ class Authentication:
         self._metrics = digest_of(metrics_key) if metrics_key is not None else None
         self._by_key: ReadCache[str, Tenant] = ReadCache(database, CACHED_TENANTS)
         self._by_id: ReadCache[str, Tenant] = ReadCache(database, CACHED_TENANTS)
+        self._by_key_id: ReadCache[str, KeyInfo] = ReadCache(database, CACHED_TENANTS)
 
     async def open(self) -> str | None:
         """Makes the admin key where none is configured or stored, and returns it: the only time it is
@@ -135,6 +136,20 @@ class Authentication:
         tenant.check()
         return tenant
 
+    async def acting(self, tenant: str, key: str | None) -> Tenant:
+        """``tenant`` for work that goes on without a request: with the key of this id that asked for it.
+
+        NotFound without the tenant; Unauthorized where the key is gone or has expired; Forbidden as for
+        ``authenticate``.
+        """
+        found = await self._by_id.get(tenant, lambda: self._tenants.get(tenant))
+        if key is not None:
+            held = await self._by_key_id.get(key, lambda: self._key(tenant, key))
+            held.check(*DEFAULT_SCOPES)
+            found = replace(found, key=held)
+        found.check()
+        return found
+
     async def require_admin(self, authorization: str | None, role: Role = "admin") -> Person:
         """Who operates, with at least ``role``.
 
@@ -182,6 +197,13 @@ class Authentication:
             raise WrongKey(WRONG_KEY)
         digest = digest_of(key)
         return await self._by_key.get(digest, lambda: self._look_up(digest))
+
+    async def _key(self, tenant: str, key: str) -> KeyInfo:
+        async with self._database.read() as session:
+            row = await session.get(KeyRow, key)
+        if row is None or row.tenant != tenant:
+            raise Unauthorized("The API key that asked for this has been revoked.")
+        return key_info(row)
 
     async def _look_up(self, digest: str) -> Tenant:
         query = select(TenantRow, KeyRow).join(KeyRow, KeyRow.tenant == TenantRow.id)

@@ -9,7 +9,7 @@ import builtins
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -39,6 +39,8 @@ Priority = Literal["interactive", "standard", "batch"]
 # that it is never forgotten; alone it has everything.
 PRIORITIES: dict[Priority, float] = {"interactive": 4.0, "standard": 1.0, "batch": 0.01}
 
+# Ends the name of a queue of requests in the background; no tenant's id has a slash.
+BACKGROUND = "/batch"
 KEY_ID = re.compile(r"[0-9a-f]{16}", re.ASCII)
 
 
@@ -48,6 +50,7 @@ class Tenant:
 
     ``weight`` is its share relative to others of its priority. ``cache_salt`` keeps its prefix cache apart
     from everybody else's and is never shown. ``key`` is the one it came with, None where a gateway vouches.
+    ``background`` where nobody waits for its request: see ``in_background``.
     """
 
     id: str
@@ -63,6 +66,7 @@ class Tenant:
     budgets: Budgets | None = None
     suspended: bool = False
     key: KeyInfo | None = field(default=None, compare=False)
+    background: bool = False
 
     def check(self) -> None:
         """Forbidden (``tenant_suspended``) while it is suspended."""
@@ -73,6 +77,15 @@ class Tenant:
     def share(self) -> float:
         """Its weight among all tenants, whatever their priority."""
         return self.weight * PRIORITIES[self.priority]
+
+    @property
+    def queue(self) -> str:
+        """Where its requests wait: those in the background apart, so that they delay none of its others."""
+        return f"{self.id}{BACKGROUND}" if self.background else self.id
+
+    def in_background(self) -> Tenant:
+        """The same, as of whom a request is that nobody waits for: with the priority ``batch``."""
+        return replace(self, priority="batch", background=True)
 
     def shown(self) -> dict[str, Any]:
         """As JSON for the operator."""

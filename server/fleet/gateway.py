@@ -181,6 +181,10 @@ class FleetDispatcher:
                     await asyncio.sleep(0.02)
         return not self._answers.leases
 
+    def foreground(self) -> int:
+        """How many requests run for this gateway that are not in the background."""
+        return sum(not lease.background for lease in self._answers.leases.values())
+
     def open_leases(self) -> list[Lease]:
         """What runs for this gateway."""
         return list(self._answers.leases.values())

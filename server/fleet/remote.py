@@ -85,6 +85,7 @@ class RemoteAnswers:
         tenant = order.tenant
         lease = Lease(self, order.id, tenant.id, order.version, self.now())
         lease.streamed = bool(order.fields.get("stream"))
+        lease.background = tenant.background
         with counted_refusals(self.metrics, tenant):
             granted = await self._reserve(order)
             call = RemoteCall(self, order, lease, granted)
@@ -387,7 +388,7 @@ class RemoteCall:
             prompt_bound=order.prompt_bound,
             prompt_tokens=order.prompt_tokens,
             elastic=order.elastic,
-            elsewhere=self._directory.served_elsewhere(order.tenant.id, replica),
+            elsewhere=self._directory.served_elsewhere(order.tenant.queue, replica),
             granted=self._granted,
             said=self._said,
             cached=self._totals[1],

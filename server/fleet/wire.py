@@ -98,6 +98,7 @@ class WireOrder:
             {
                 "id": self.id,
                 "tenant": [tenant.id, tenant.cache_salt, tenant.share, tenant.max_queued, tenant.max_running],
+                "background": tenant.background,
                 "dialect": self.dialect,
                 "fields": self.fields,
                 "version": as_json(self.version) if self.version else None,
@@ -124,7 +125,7 @@ class WireOrder:
             granted, version = sent["granted"], sent["version"]
             return cls(
                 id=str(sent["id"]),
-                tenant=_tenant(*sent["tenant"]),
+                tenant=_tenant(*sent["tenant"], background=bool(sent.get("background"))),
                 dialect=str(sent["dialect"]),
                 fields=dict(sent["fields"]),
                 version=version_of(version, path) if version else None,
@@ -141,7 +142,9 @@ class WireOrder:
             raise Malformed(f"not an order: {exc}") from exc
 
 
-def _tenant(id_: str, salt: str, share: float, max_queued: int | None, max_running: int | None) -> Tenant:
+def _tenant(
+    id_: str, salt: str, share: float, max_queued: int | None, max_running: int | None, *, background: bool
+) -> Tenant:
     """As much of a tenant as a replica needs: its weight is its share already."""
     return Tenant(
         id=id_,
@@ -152,6 +155,7 @@ def _tenant(id_: str, salt: str, share: float, max_queued: int | None, max_runni
         max_running=max_running,
         created_at=datetime.fromtimestamp(0, UTC),
         cache_salt=salt,
+        background=background,
     )
 
 

@@ -15,11 +15,9 @@ from adapters.errors import UploadTooLarge
 from adapters.inspection import strict_json
 from server.errors import BadRequest, RequestTimeout, UnsupportedEncoding
 from server.http.services import services_of
+from server.inference.bounds import CLIENT_JSON
 
 T = TypeVar("T")
-
-# What a prompt's text may hold, an adapter's file may not; tools' schemas nest deeper than either.
-CLIENT_JSON = strict_json.Bounds(max_items=1 << 18, max_nodes=1 << 15, max_depth=100, allow_nul=True)
 
 
 async def limited_body(request: Request, limit: int) -> AsyncIterator[bytes]:

@@ -60,6 +60,10 @@ def _complete(path: str, method: str, operation: Schema) -> None:
         operation["requestBody"] = {"required": True, "content": _UPLOAD}
         accepted = _json({"$ref": "#/components/schemas/Upload"})
         responses["202"] = {"description": "The bytes are here; see `wait`.", "content": accepted}
+    if path == "/v1/files" and method == "post":
+        operation["requestBody"] = {"required": True, "content": _FILE_UPLOAD}
+    if path == "/v1/files/{file_id}/content":
+        responses["200"]["content"] = {"application/jsonl": {"schema": _TEXT}}
     if path.endswith("/download"):
         responses["200"]["content"] = {"application/x-tar": {"schema": _FILE}}
     _describe(path if tag == "inference" else _short(path), method, operation)
@@ -103,13 +107,13 @@ def _statuses(tag: str, path: str, arguments: bool, body: bool) -> list[str]:
         found += ["408", "413", "415"]
     if body and tag == "inference":
         found += ["503"]
-    if "{" in path or tag == "inference":
+    if "{" in path or tag == "inference" or path.endswith(("/files", "/batches")):
         found += ["404"]
     if tag != "inference" and arguments:
         found += ["409", "422"]
-    if path.endswith(("/versions", "/warm", "/verify")):
+    if path.endswith(("/versions", "/warm", "/verify", "/files")):
         found += ["503"]
-    if path.endswith("/versions"):
+    if path.endswith(("/versions", "/files")):
         found += ["507"]
     return found
 
@@ -166,6 +170,20 @@ _UPLOAD = {
     **{kind: {"schema": _FILE} for kind in ("application/x-tar", "application/gzip", "application/zip")},
     # Where the operator allows sources.
     "application/json": {"schema": _object("source", source=_TEXT) | {"additionalProperties": False}},
+}
+_FILE_UPLOAD = {
+    "multipart/form-data": {
+        "schema": {
+            "type": "object",
+            "required": ["purpose", "file"],
+            "properties": {
+                "purpose": {"enum": ["batch"]},
+                "file": _FILE,
+                "expires_after[anchor]": {"enum": ["created_at"]},
+                "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+            },
+        }
+    }
 }
 _OTHER_FORMS = {"/usage": "text/csv", "/audit": "application/jsonl"}
 _SCHEMES: Schema = {

@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from server.http import (
     account,
     admin,
+    batches,
     docs,
     inference,
     maintenance,
@@ -37,6 +38,8 @@ def _router_of(internal: APIRouter | None) -> APIRouter:
     for router in (
         inference.router,
         inference.tokens,
+        batches.router,
+        batches.operators,
         admin.router,
         observation.router,
         residency.router,

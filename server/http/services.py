@@ -21,6 +21,7 @@ from server.accounts.people import People
 from server.accounts.tenants import Tenants
 from server.accounts.usage import UsageWriter
 from server.accounts.wrong_keys import WrongKeys
+from server.batches.runner import Runner
 from server.engine.engine import Engine
 from server.inference.completion import Completions
 from server.limits.redis import RedisLedger
@@ -57,6 +58,7 @@ class Services:
     metrics: Metrics
     dispatcher: Dispatcher
     completions: Completions
+    batches: Runner
     publishing: Publishing
     intake: Intake
     replicas: Replicas

@@ -90,27 +90,41 @@ async def _only_archive(first: bytes, fields: Files) -> AsyncIterator[bytes]:
         yield piece
 
 
-def boundary_of(content_type: str | None) -> bytes:
-    """The boundary of a multipart/form-data header. Raises BadRequest for anything else."""
+_ADVICE = (
+    "Send the files as multipart/form-data, in fields named adapter_config.json and"
+    " adapter_model.safetensors, or as a tar or zip in a field named archive."
+)
+
+
+def boundary_of(content_type: str | None, advice: str = _ADVICE) -> bytes:
+    """The boundary of a multipart/form-data header. Raises BadRequest with ``advice`` for anything else."""
     header = Message()
     header["content-type"] = content_type or ""
     boundary = header.get_param("boundary")
     is_form = header.get_content_type() == "multipart/form-data"
     if not is_form or not isinstance(boundary, str) or not 1 <= len(boundary) <= _MAX_BOUNDARY:
-        raise BadRequest(
-            "Send the files as multipart/form-data, in fields named adapter_config.json and"
-            " adapter_model.safetensors, or as a tar or zip in a field named archive."
-        )
+        raise BadRequest(advice)
     return boundary.encode("latin-1", "replace")
 
 
 async def parts(body: AsyncIterator[bytes], boundary: bytes) -> AsyncIterator[tuple[str, bytes]]:
     """(field name, bytes) for every piece of every part, in order; each part begins with an empty piece.
 
+    Raises as ``segments``.
+    """
+    async for part, piece in segments(body, boundary):
+        yield _field_of(part), piece
+
+
+async def segments(
+    body: AsyncIterator[bytes], boundary: bytes
+) -> AsyncIterator[tuple[MultipartSegment, bytes]]:
+    """(part, bytes) for every piece of every part, in order; each part begins with an empty piece.
+
     Raises BadRequest when the body is not well-formed or ends too early. What follows its end is ignored.
     """
     ended = False
-    field = ""
+    part: MultipartSegment | None = None
     try:
         parser = PushMultipartParser(
             boundary, max_header_size=_MAX_HEADER, max_segment_count=_MAX_PARTS, strict=True
@@ -121,10 +135,12 @@ async def parts(body: AsyncIterator[bytes], boundary: bytes) -> AsyncIterator[tu
             try:
                 for event in parser.parse(chunk):
                     if isinstance(event, MultipartSegment):
-                        field = _field_of(event)
-                        yield field, b""
+                        part = event
+                        _field_of(part)
+                        yield part, b""
                     elif event:
-                        yield field, bytes(event)
+                        assert part is not None
+                        yield part, bytes(event)
             except StrictParserError:
                 ended = _has_ended(parser)
                 if not ended:

@@ -1,7 +1,7 @@
 """How many items the fields of a request may have, looked at before a model of vLLM sees them.
 
 The vendors' own bounds where they have one (tools, logit_bias, metadata), else far more than anybody sends.
-Text is bounded by the body, and all items together by ``server.http.bodies.CLIENT_JSON``.
+Text is bounded by the body, and all items together by ``CLIENT_JSON``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from adapters.inspection import strict_json
 from server.errors import BadRequest
 
+# What a prompt's text may hold, an adapter's file may not; tools' schemas nest deeper than either.
+CLIENT_JSON = strict_json.Bounds(max_items=1 << 18, max_nodes=1 << 15, max_depth=100, allow_nul=True)
 MAX_ITEMS: Mapping[str, int] = {
     "bad_words": 1024,
     "documents": 1024,

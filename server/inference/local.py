@@ -125,6 +125,7 @@ class LocalAnswers:
                 max_running=tenant.max_running,
                 resumable=resumable,
                 elsewhere=order.elsewhere,
+                queue=tenant.queue,
             )
         except BaseException:
             reservation.withdraw()

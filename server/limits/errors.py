@@ -12,6 +12,10 @@ from server.limits.rate import LimitExceeded, duration
 RETRY_AFTER_OUTAGE_S = 2.0
 
 
+class BeyondLimits(TooManyRequests):
+    """One that is larger than the limit itself: it is refused however often it is tried."""
+
+
 def rate_limit_exceeded(exceeded: LimitExceeded, whose: str) -> TooManyRequests:
     """``whose`` is the limit: ``tenant`` or ``key <id>``."""
     what = exceeded.limit.replace("_", " ")
@@ -20,7 +24,8 @@ def rate_limit_exceeded(exceeded: LimitExceeded, whose: str) -> TooManyRequests:
         text += f" This request may use {exceeded.asked}; make it shorter, or ask for fewer max_tokens."
     else:
         text += f" Try again in {duration(exceeded.retry_after)}."
-    return TooManyRequests(text, code="rate_limit_exceeded", retry_after=exceeded.retry_after)
+    error = BeyondLimits if exceeded.never else TooManyRequests
+    return error(text, code="rate_limit_exceeded", retry_after=exceeded.retry_after)
 
 
 def insufficient_quota(exceeded: BudgetExceeded, tokens: int, now: datetime) -> TooManyRequests:

@@ -75,8 +75,8 @@ class Place:
         stored = self._used + self._intake.stored[self.tenant] - self._stored_before
         if self._most is not None and stored + coming > self._most:
             raise QuotaExceeded(
-                f"Your adapters take {stored} bytes, the uploads that are coming {coming}, and you may have"
-                f" {self._most}. Delete versions that you do not need, or ask for more."
+                f"What you store takes {stored} bytes, the uploads that are coming {coming}, and you may have"
+                f" {self._most}. Delete versions or files that you do not need, or ask for more."
             )
         if self._came + self._wrote - self._looked >= LOOK_EVERY:
             self._looked = self._came + self._wrote

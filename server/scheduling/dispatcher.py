@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Protocol
 
 from adapters.errors import AdapterError, AdapterUnavailable
@@ -136,8 +136,11 @@ class Dispatcher(EngineLoop):
         max_running: int | None = None,
         resumable: bool = False,
         elsewhere: float = 0.0,
+        queue: str | None = None,
     ) -> Lease:
         """Waits until the request may run. Raises TooManyRequests, Unavailable or AdapterUnavailable.
+
+        ``queue`` is where it waits, which is its tenant's own unless told otherwise.
 
         Cancelling the wait takes the request out of the queue; a lease that comes at the same moment is
         given back.
@@ -146,7 +149,7 @@ class Dispatcher(EngineLoop):
             raise engine_stopped()
         ask = Ask(
             id=f"{tenant}-{next(self._ids)}",
-            tenant=tenant,
+            tenant=queue or tenant,
             version=version.key if version else None,
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
@@ -160,6 +163,7 @@ class Dispatcher(EngineLoop):
         if version is not None:
             self._versions[version.key] = version
         lease = Lease(self, ask.id, tenant, version, self.now())
+        lease.background = queue is not None and queue != tenant
         loaded = self._loaded.get(ask.version, 0.0) if ask.version else 0.0
         granted = asyncio.get_running_loop().create_future()
         self._waiting[ask.id] = granted
@@ -194,6 +198,10 @@ class Dispatcher(EngineLoop):
     def drain(self) -> None:
         """Refuses what waits and what comes; what runs goes on."""
         self._tell(self._plan.drain)
+
+    def foreground(self) -> int:
+        """How many requests wait or run that are not in the background."""
+        return sum(not lease.background for lease in self._leases.values())
 
     def open_leases(self) -> list[Lease]:
         """What still runs, for closing at the end of a drain."""
@@ -294,8 +302,8 @@ class Dispatcher(EngineLoop):
             slots=self._capacity.gpu_slots,
             slots_used=gpu,
             host_slots=self._capacity.host_slots,
-            queued=snapshot.queued,
-            running=snapshot.running,
+            queued=_by_tenant(snapshot.queued),
+            running=_by_tenant(snapshot.running),
             in_step_loads=self._in_step_loads,
             loaded=[
                 Loaded(
@@ -472,3 +480,12 @@ class Dispatcher(EngineLoop):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _by_tenant(queues: Mapping[str, int]) -> dict[str, int]:
+    """What waits in the background counts as its tenant's."""
+    found: dict[str, int] = {}
+    for queue, number in queues.items():
+        tenant = queue.partition("/")[0]
+        found[tenant] = found.get(tenant, 0) + number
+    return found

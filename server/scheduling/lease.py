@@ -74,6 +74,7 @@ class Lease:
         self.cached_tokens = 0
         self.outcome: Outcome = "completed"
         self.streamed = False
+        self.background = False  # nobody waits for it
         self.work: Work | None = None
         self.account: Account | None = None
         self.admission: Admission | None = None

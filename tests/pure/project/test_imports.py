@@ -18,6 +18,7 @@ FLOORS: list[set[str]] = [
     {"server.app", "server.cli", "server.demo"},
     {"server.fleet"},
     {"server.http", "server.console"},
+    {"server.batches"},
     {"server.inference", "server.publishing"},
     {"server.limits"},
     {"server.scheduling"},

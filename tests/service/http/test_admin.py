@@ -47,6 +47,7 @@ ROUTES = [
     ("GET", "/tenants/{tenant}/adapters/{name}/versions/{version}/download"),
     ("GET", "/adapters"),
     ("GET", "/requests"),
+    ("GET", "/batches"),
     ("POST", "/tenants/{tenant}/adapters/{name}/versions"),
     ("GET", "/tenants/{tenant}/adapters"),
     ("GET", "/tenants/{tenant}/adapters/{name}"),

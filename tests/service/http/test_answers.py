@@ -132,7 +132,19 @@ async def test_every_field_is_documented(tmp_path: Path) -> None:
         await call("POST", "/admin/v1/people", "/admin/v1/people", json={"name": "alice"})
         await call("POST", "/admin/v1/check", "/admin/v1/check", json={})
         await call("POST", "/admin/v1/backup", "/admin/v1/backup", json={})
+        sent = {"files": {"file": b"{}"}, "data": {"purpose": "batch"}}
+        file = await call("POST", "/v1/files", "/v1/files", key=key, **sent)
+        batch = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        id_ = (await call("POST", "/v1/batches", "/v1/batches", key=key, json=batch))["id"]
+        await call("GET", "/v1/batches/{batch_id}", f"/v1/batches/{id_}", key=key)
+        await call("POST", "/v1/batches/{batch_id}/cancel", f"/v1/batches/{id_}/cancel", key=key)
+        for path in ("/v1/files", "/v1/batches"):
+            await call("GET", path, path, key=key)
+        await call("GET", "/v1/files/{file_id}", f"/v1/files/{file['id']}", key=key)
+        other = await call("POST", "/v1/files", "/v1/files", key=key, **sent)
+        await call("DELETE", "/v1/files/{file_id}", f"/v1/files/{other['id']}", key=key)
         for path in (
+            "/batches",
             "/me",
             "/people",
             "/replicas",
