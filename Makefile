@@ -50,8 +50,9 @@ fleet: $(STAMP) ## A gateway, two replicas, six customers; one replica is killed
 quick: $(STAMP) ## Run the pure layer of the tests, under a minute: no vLLM, no server
 	$(PY) -m pytest -q -n 2 --dist loadfile tests/pure
 
+# Three processes on two cores: tests that kill, restart and expire wait for much of their time.
 test: $(STAMP) ## Run all tests, on the real engine too
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 3 --dist loadfile
 
 check: $(STAMP) ## Lint, formatting, types, and which module may import which
 	$(PY) -m ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 # Before torch is imported. Processes run side by side, and two threads that spin for each other take up to
 # ten times the processor time of one. Engines set their own number of threads.
@@ -16,16 +17,24 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 ENGINE = "tests/engine/"
-# These start engines of their own and leave the shared one alone, so that they can run beside it.
-OWN_ENGINE = frozenset(
-    {"test_embeddings.py", "test_healing.py", "test_process.py", "test_truth.py", "test_zoo.py"}
+# These start engines of their own and leave the shared one alone, so that they can run beside it. The longest
+# come first.
+OWN_ENGINE = (
+    "test_healing.py",
+    "test_zoo.py",
+    "test_fleet.py",
+    "test_truth.py",
+    "test_process.py",
+    "test_embeddings.py",
 )
+# An engine keeps a core busy, its process and the server's half of another.
+ENGINES_AT_ONCE = 2
 
 
 class Layers(LoadFileScheduling):
     """A file is run by one process, and all files that share an engine are run by the same one.
 
-    These come first, as they take longest; then those with engines of their own, then the other layers.
+    The first ``ENGINES_AT_ONCE`` processes take what needs an engine first, the others what needs none.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -33,7 +42,15 @@ class Layers(LoadFileScheduling):
         shared = file.startswith(ENGINE) and file.removeprefix(ENGINE) not in OWN_ENGINE
         return ENGINE if shared else file
 
+    def _assign_work_unit(self, node: Any) -> None:
+        with_engine = int(node.gateway.id.removeprefix("gw")) < ENGINES_AT_ONCE
+        scope = next((it for it in self.workqueue if it.startswith(ENGINE) == with_engine), None)
+        if scope is not None:
+            self.workqueue.move_to_end(scope, last=False)
+        super()._assign_work_unit(node)
 
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Layers | None:
     """What `--dist loadfile` means here; None leaves other values to xdist."""
     if config.getoption("dist") != "loadfile":
@@ -45,4 +62,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Layers | 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest first where several processes share them, so that none is left with one at the end."""
     if os.environ.get("PYTEST_XDIST_WORKER"):
-        items.sort(key=lambda item: not item.nodeid.startswith(ENGINE))
+        items.sort(key=lambda item: _turn(item.nodeid))
+
+
+def _turn(nodeid: str) -> tuple[int, int]:
+    if not nodeid.startswith(ENGINE):
+        return 2, nodeid.startswith("tests/pure/")
+    file = nodeid.removeprefix(ENGINE).split("::")[0]
+    return (1, OWN_ENGINE.index(file)) if file in OWN_ENGINE else (0, 0)
