@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -26,14 +25,11 @@ import pytest
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.support import crashes, tiny
+from tests.support.crashes import PROCESSES
 from tests.support.site import ADMIN_KEY, bearer
 
 pytestmark = pytest.mark.timeout(300)
 
-_processes = multiprocessing.get_context("forkserver")
-_protocols = [f"vllm.entrypoints.openai.{kind}.protocol" for kind in ("chat_completion", "completion")]
-# Or every start would wait for them.
-_processes.set_forkserver_preload(["tests.support.crashes", *_protocols])
 
 TENANTS = ("acme", "globex", "initech")
 REQUESTS = 1000
@@ -160,7 +156,7 @@ class Server:
     async def start(self) -> None:
         settings = tiny.settings(self.folder / "data", port=self.port, drain_timeout=0.3, log_level="error")
         arguments = (settings, tiny.base(), self.folder)
-        self.process = _processes.Process(target=crashes.serve, args=arguments)
+        self.process = PROCESSES.Process(target=crashes.serve, args=arguments)
         self.process.start()
         async with asyncio.timeout(120):
             while not await self._ready():

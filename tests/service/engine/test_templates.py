@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
+import pytest_asyncio
 
 from server.engine.templates import TemplateFailed, Templates
 from server.errors import BadRequest
@@ -17,8 +18,19 @@ PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% e
 PARTS = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
 
 
-@pytest.fixture
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def rooms() -> AsyncIterator[Templates]:
+    """For all tests: each process takes two seconds to begin."""
+    made = Templates()
+    yield made
+    await made.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def fresh() -> AsyncIterator[Templates]:
     made = Templates()
     yield made
     await made.close()
@@ -62,18 +74,18 @@ async def test_one_that_runs_away_leaves_the_other_room(rooms: Templates) -> Non
         await running
 
 
-async def test_it_knows_no_secrets(rooms: Templates, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_knows_no_secrets(fresh: Templates, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAPLEX_ADMIN_KEY", "secret")
-    await rooms.check(PLAIN)
-    process = rooms._free._queue[-1]._process  # type: ignore[attr-defined]
+    await fresh.check(PLAIN)
+    process = fresh._free._queue[-1]._process  # type: ignore[attr-defined]
     environment = await asyncio.to_thread(open, f"/proc/{process.pid}/environ", "rb")
     with environment:
         assert b"secret" not in environment.read()
 
 
-async def test_it_ends_with_the_server(rooms: Templates) -> None:
-    await rooms.check(PLAIN)
-    process = rooms._free._queue[-1]._process  # type: ignore[attr-defined]
+async def test_it_ends_with_the_server(fresh: Templates) -> None:
+    await fresh.check(PLAIN)
+    process = fresh._free._queue[-1]._process  # type: ignore[attr-defined]
     process.stdin.close()
     began = time.monotonic()
     await process.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 import socket
@@ -17,13 +16,12 @@ import pytest
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.support import crashes, tiny
+from tests.support.crashes import PROCESSES
 from tests.support.site import ADMIN_KEY, bearer
 
 pytestmark = pytest.mark.timeout(300)
 
 DESCRIPTORS = 256
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.support.crashes"])
 
 
 class Small:
@@ -56,7 +54,7 @@ async def small(tmp_path: Path) -> AsyncIterator[Small]:
         port = free.getsockname()[1]
     settings = tiny.settings(tmp_path / "data", port=port, drain_timeout=0.3, log_level="error")
     arguments = (DESCRIPTORS, settings, tiny.base(), tmp_path)
-    process = _processes.Process(target=crashes.serve_with, args=arguments)
+    process = PROCESSES.Process(target=crashes.serve_with, args=arguments)
     process.start()
     server = Small(port)
     try:

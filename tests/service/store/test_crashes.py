@@ -5,7 +5,6 @@ Real processes on the real store and SQLite. Each of them is killed one step lat
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -23,13 +22,11 @@ from adapters.store.blobs import BlobStore
 from adapters.store.catalog import Catalog
 from adapters.store.digests import digest_of
 from tests.support import crashes, tiny
-from tests.support.crashes import Operation
+from tests.support.crashes import PROCESSES, Operation
 from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.timeout(300)
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.support.crashes"])
 
 # tenant, adapter -> (live, default, pinned, ((number, digest), …))
 State = dict[tuple[str, str], tuple[int | None, bool, bool, tuple[tuple[int, str], ...]]]
@@ -76,8 +73,8 @@ async def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_a_process(target: Callable[..., None], *args: Any) -> tuple[list[Any], bool]:
     """What it said, and whether it was killed."""
-    ours, theirs = _processes.Pipe(duplex=False)
-    process = _processes.Process(target=target, args=(*args, theirs))
+    ours, theirs = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=target, args=(*args, theirs))
     process.start()
     theirs.close()
     process.join(60)
