@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, disable_created_metrics
 from prometheus_client import generate_latest as _as_text
@@ -37,7 +37,8 @@ OTHER = "other"
 class Gauges:
     """The server's state at one moment. ``adapters`` counts versions by tier, disk meaning on disk alone.
 
-    ``loaded`` are the versions in memory; ``build`` says what runs here, as labels.
+    ``loaded`` are the versions in memory; ``build`` says what runs here, as labels;
+    ``disk_free`` are the bytes left for adapters.
     """
 
     adapters: Mapping[str, int]
@@ -53,6 +54,7 @@ class Gauges:
     replicas: Sequence[ReplicaGauges] = ()
     loaded: Sequence[Loaded] = ()
     build: Mapping[str, str] | None = None
+    disk_free: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class Metrics:
     def __init__(self, *, tenants: int = 100, adapters: int = 100) -> None:
         self._limit = tenants
         self._labels: set[str] = set()
+        self._started: set[str] = set()
         self._consumption: dict[str, tuple[Count, Count, Count]] = {}
         self.recent = Recent()
         self.by_adapter = ByAdapter(adapters)
@@ -164,6 +167,17 @@ class Metrics:
             "Answers that left their replica, which was lost or drained, or failed with it.",
             "reason",
         )
+        # There from the start: an increase from nothing to 1 is none to Prometheus.
+        for family, values in (
+            (self._restarts, ("death", "hang")),
+            (self._failures, ("stage", "activate")),
+            (self._verified, ("matches", "differs", "not_possible")),
+            (self._fetch, ("fetched", "failed")),
+            (self._evictions, ("gpu", "host")),
+            (self._moves, ("lost", "drained", "failed")),
+        ):
+            for value in values:
+                family.labels(value)
 
         self._batch_lines = counter(
             "loraplex_batch_lines",
@@ -199,8 +213,13 @@ class Metrics:
 
     def ended(self, tenant: str, outcome: Outcome) -> None:
         """A request of ``tenant`` had its outcome."""
-        self._requests.labels(self.label(tenant), outcome).inc()
-        self.consumed(tenant, 0, 0, 0)  # a series of its own, also of those who were only refused
+        label = self.label(tenant)
+        if label not in self._started:  # all series from the start: a rate needs a 0 to begin with
+            self._started.add(label)
+            for possible in get_args(Outcome):
+                self._requests.labels(label, possible)
+            self.consumed(tenant, 0, 0, 0)
+        self._requests.labels(label, outcome).inc()
 
     def consumed(self, tenant: str, prompt: int, cached: int, output: int) -> None:
         """Tokens since the last call, of a request that may still run."""
@@ -306,6 +325,9 @@ class Metrics:
         yield gauge("loraplex_gpu_slots", "Slots there are.", [({}, now.slots)])
         yield gauge("loraplex_gpu_slots_used", "Slots that hold an adapter.", [({}, now.slots_used)])
         yield gauge("loraplex_host_slots", "Adapters that fit in host memory.", [({}, now.host_slots)])
+        if now.disk_free is not None:
+            help_ = "Bytes left on the file system of the data folder."
+            yield gauge("loraplex_disk_free_bytes", help_, [({}, now.disk_free)])
         yield gauge(
             "loraplex_in_step_loads",
             "Adapters loaded inside an engine step; anything but 0 is a defect.",

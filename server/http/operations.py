@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 from dataclasses import replace
 
 from fastapi import APIRouter, Request
@@ -64,6 +65,7 @@ async def metrics(request: Request, services: ServicesOf) -> Response:
         unfit=await count_of(database, fitness.unfit, fitness.bases),
         damaged=await count_of(database, fitness.damaged),
         build=_build(services),
+        disk_free=(await asyncio.to_thread(shutil.disk_usage, services.settings.data_dir)).free,
     )
     form = form_of(request.headers.get("accept", ""))
     return Response(services.metrics.render(gauges, form), media_type=CONTENT_TYPES[form])

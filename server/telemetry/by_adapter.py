@@ -64,8 +64,7 @@ class ByAdapter:
         self._prompt.labels(*of).inc(request.prompt_tokens)
         self._output.labels(*of).inc(request.output_tokens)
         self._queue.labels(*of).observe(request.queued_for)
-        if request.load_seconds > 0:
-            self._cold.labels(*of).inc()
+        self._cold.labels(*of).inc(1 if request.load_seconds > 0 else 0)
         if request.first_token_after is not None:
             self._first.labels(*of).observe(request.first_token_after)
 

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -197,13 +198,25 @@ def test_compose_starts_the_server_on_the_gpu_with_its_data_kept(compose: Any) -
 
 def test_prometheus_scrapes_the_service_that_compose_starts(compose: Any) -> None:
     (volume,) = (v for v in compose["services"]["prometheus"]["volumes"] if v.startswith("./"))
-    scrape = yaml.safe_load((ROOT / volume.split(":")[0]).read_text())
+    folder = ROOT / volume.split(":")[0]
+    scrape = yaml.safe_load((folder / "prometheus.yml").read_text())
+    assert all((folder / rules).exists() for rules in scrape["rule_files"])
     (job,) = scrape["scrape_configs"]
     (target,) = job["static_configs"][0]["targets"]
     host, port = target.split(":")
     assert host in compose["services"]
     assert f"{port}:{port}" in compose["services"][host]["ports"]
     assert f"EXPOSE {port}" in (ROOT / "Dockerfile").read_text()
+
+
+def test_grafana_finds_prometheus_and_the_dashboards(compose: Any) -> None:
+    volumes = compose["services"]["grafana"]["volumes"]
+    mounted = {v.split(":")[1]: ROOT / v.split(":")[0] for v in volumes if v.startswith("./")}
+    provisioned = mounted["/etc/grafana/provisioning"]
+    for source in yaml.safe_load((provisioned / "datasources/loraplex.yml").read_text())["datasources"]:
+        assert (urlsplit(source["url"]).hostname or "") in compose["services"]
+    (provider,) = yaml.safe_load((provisioned / "dashboards/loraplex.yml").read_text())["providers"]
+    assert list(mounted[provider["options"]["path"]].glob("*.json"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
