@@ -12,6 +12,7 @@ from tests.bench.scenarios import (
     overload,
     replay,
     residency,
+    rollouts,
     scale,
     starvation,
     storm,
@@ -35,7 +36,8 @@ SCENARIOS: dict[str, Scenario | Simulation] = {
         overload,
         limited,
         fleet_simulation,
+        rollouts,
     )
 }
-_ALONE = ("replay", "residency", "overload", "limited", "fleet-simulation")
+_ALONE = ("replay", "residency", "overload", "limited", "fleet-simulation", "rollouts")
 FULL_RUN = tuple(name for name in SCENARIOS if name not in _ALONE)

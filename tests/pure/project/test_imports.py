@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"server.app", "server.cli", "server.demo"},
     {"server.fleet"},
     {"server.http", "server.console"},
-    {"server.batches"},
+    {"server.batches", "server.rollouts"},  # rollouts: above publishing, whose probes it asks for
     {"server.inference", "server.publishing"},
     {"server.limits"},
     {"server.scheduling"},
@@ -78,6 +78,9 @@ PURE = {
     "server.limits.ledger",
     "server.limits.permissions",
     "server.limits.rate",
+    "server.rollouts.evidence",
+    "server.rollouts.guards",
+    "server.rollouts.plan",
     "server.scheduling.fair_queue",
     "server.scheduling.indices",
     "server.scheduling.loads",

@@ -1,0 +1,371 @@
+"""What a new version is held against the live one in, request by request. Pure.
+
+Each guard has a tolerance and one or two tests, of which each gathers evidence of two kinds:
+  harm   that the new version is worse: by anything at all where requests fail, else by half the tolerance
+  safe   that it is worse by less than the tolerance
+All tests together call a version that is not worse harmful with a chance of at most ``error_rate`` (each has
+an equal part of it: Bonferroni), and each calls one beyond its tolerance safe with at most that chance. In
+between either may be said.
+
+A request of the new version is compared once, with those of the live one that ended since the one before it.
+Times and lengths are compared by which is larger (as Mann and Whitney do), so that no single slow request
+decides; to be "1.5 times as slow" is that 1.5 times the live version's times would be as often larger as
+smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.rollouts.evidence import Bets, Rates
+
+# Requests that wait for one of the other version; the oldest go, since times change.
+MAX_WAITING = 100
+# A test that has compared less than this part of the requests does not apply, as lengths to embeddings.
+APPLIES = 0.1
+
+Share = Field(ge=0.001, le=0.5)
+Ratio = Field(ge=1.01, le=100)
+
+
+class Guards(BaseModel):
+    """How much worse a new version may be; null takes a guard away.
+
+    ``errors``, ``refusals`` and ``finish`` are parts of the requests (0.02 is two in a hundred more),
+    ``first_token``, ``tokens_per_second`` and ``length`` are ratios. ``min_samples`` requests of the new
+    version are looked at before each step. ``probes``: whether golden probes must match at each step.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    error_rate: float = Field(0.05, ge=0.0001, le=0.5)
+    min_samples: int = Field(50, ge=1, le=1_000_000)
+    errors: float | None = Field(0.02, ge=0.001, le=0.5)
+    refusals: float | None = Field(0.02, ge=0.001, le=0.5)
+    first_token: float | None = Field(1.5, ge=1.01, le=100)
+    tokens_per_second: float | None = Field(1.5, ge=1.01, le=100)
+    length: float | None = Field(1.25, ge=1.01, le=100)
+    finish: float | None = Field(0.1, ge=0.001, le=0.5)
+    probes: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One request that has ended. Times are in seconds; None is what it does not have.
+
+    ``failed`` is the server's fault, ``refused`` what the engine or the version's own template did not take.
+    ``first_token`` is without the wait for a turn, ``token`` between two tokens, ``length`` in tokens,
+    ``cut`` if it ended because it was as long as it might be.
+    """
+
+    failed: bool = False
+    refused: bool = False
+    first_token: float | None = None
+    token: float | None = None
+    length: int | None = None
+    cut: bool | None = None
+
+
+def _log(value: float | None) -> float | None:
+    return None if value is None else math.log(max(value, 1e-4))
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else -value
+
+
+class _Test(Protocol):
+    """Gathers evidence from a value of the new version and those of the live one beside it."""
+
+    def see(self, new: float, live: list[float]) -> None: ...
+    def harm(self) -> float: ...
+    def safe(self) -> float: ...
+    def as_json(self) -> dict[str, Any]: ...
+    def restore(self, kept: dict[str, Any]) -> None: ...
+
+
+class _Failures:
+    """Of things that should not happen at all."""
+
+    def __init__(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+        self._harm, self._safe = Rates(), Bets()
+
+    def see(self, new: float, live: list[float]) -> None:
+        self._harm.see(bool(new), [bool(one) for one in live])
+        more = new - sum(live) / len(live)
+        self._safe.see(self._tolerance - more, self._tolerance - 1)
+
+    def harm(self) -> float:
+        return self._harm.log_e
+
+    def safe(self) -> float:
+        return self._safe.log_e
+
+    def as_json(self) -> dict[str, Any]:
+        known = [self._harm.failures, self._harm.requests]
+        return {"harm": self._harm.money, "safe": self._safe.money, "known": known}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        self._harm = Rates(list(kept["harm"]), *kept["known"])
+        self._safe = Bets(list(kept["safe"]))
+
+
+class _Bounded:
+    """Of what may differ a little. ``more`` (new, live, by) is from -1, less than ``by`` more, to 1."""
+
+    def __init__(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+        self._harm, self._safe = Bets(), Bets()
+
+    def _more(self, new: float, live: list[float], by: float) -> tuple[float, float]:
+        """How much more the new one is than ``by``, and the least that this could have been."""
+        raise NotImplementedError
+
+    def see(self, new: float, live: list[float]) -> None:
+        self._harm.see(*self._more(new, live, self._tolerance / 2))
+        more, _ = self._more(new, live, self._tolerance)
+        self._safe.see(-more, self._least_safe())
+
+    def _least_safe(self) -> float:
+        return -1.0
+
+    def harm(self) -> float:
+        return self._harm.log_e
+
+    def safe(self) -> float:
+        return self._safe.log_e
+
+    def as_json(self) -> dict[str, Any]:
+        return {"harm": self._harm.money, "safe": self._safe.money}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        self._harm, self._safe = Bets(list(kept["harm"])), Bets(list(kept["safe"]))
+
+
+class _Shares(_Bounded):
+    """Of a part of the requests: values are 0 or 1, or 0 or -1 where fewer is what matters."""
+
+    def _more(self, new: float, live: list[float], by: float) -> tuple[float, float]:
+        return new - sum(live) / len(live) - by, -1 - by
+
+    def _least_safe(self) -> float:
+        return self._tolerance - 1
+
+
+class _Ratios(_Bounded):
+    """Of times and lengths, as logarithms: a ratio becomes a difference."""
+
+    def _more(self, new: float, live: list[float], by: float) -> tuple[float, float]:
+        return sum((new > one + by) - (new < one + by) for one in live) / len(live), -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One test of a guard: what of a request it takes, and what it gathers evidence with."""
+
+    guard: str
+    worse: str  # what the new version does where this test says harm
+    value: Callable[[Seen], float | None]
+    make: Callable[[float], _Test]
+    logarithmic: bool = False
+
+
+KINDS: dict[str, Kind] = {
+    "errors": Kind("errors", "fails more often", lambda seen: float(seen.failed), _Failures),
+    "refusals": Kind("refusals", "refuses more often", lambda seen: float(seen.refused), _Failures),
+    "first_token": Kind(
+        "first_token", "begins later", lambda seen: _log(seen.first_token), _Ratios, logarithmic=True
+    ),
+    "tokens_per_second": Kind(
+        "tokens_per_second", "is slower", lambda seen: _log(seen.token), _Ratios, logarithmic=True
+    ),
+    "longer": Kind("length", "gives longer answers", lambda seen: _log(seen.length), _Ratios, True),
+    "shorter": Kind("length", "is briefer", lambda seen: _negative(_log(seen.length)), _Ratios, True),
+    "cut_more": Kind("finish", "more often runs into the limit of tokens", lambda seen: seen.cut, _Shares),
+    "cut_less": Kind(
+        "finish", "less often runs into the limit of tokens", lambda seen: _negative(seen.cut), _Shares
+    ),
+}  # fmt: skip
+
+Verdict = Literal["harm", "safe", "open"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one test says now: ``harm`` and ``safe`` are logarithms of evidence, ``enough_…`` what decides.
+
+    ``leans`` if the new version looks worse than the tolerance, though that is not proven.
+    """
+
+    test: str
+    guard: str
+    worse: str
+    compared: int
+    harm: float
+    safe: float
+    enough_harm: float
+    enough_safe: float
+    applies: bool
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.harm >= self.enough_harm:
+            return "harm"
+        return "safe" if self.safe >= self.enough_safe else "open"
+
+    @property
+    def leans(self) -> bool:
+        """Half of the evidence of harm is there, in logarithms."""
+        return self.verdict != "safe" and self.harm >= self.enough_harm / 2
+
+    def as_json(self) -> dict[str, Any]:
+        """Evidence as parts of what decides: 1 is enough."""
+        return {
+            "test": self.test,
+            "guard": self.guard,
+            "verdict": self.verdict,
+            "compared": self.compared,
+            "harm": round(max(0.0, self.harm / self.enough_harm), 3),
+            "safe": round(max(0.0, self.safe / self.enough_safe), 3),
+            "applies": self.applies,
+        }
+
+
+@dataclass(slots=True)
+class _Running:
+    test: _Test
+    compared: int = 0
+    new: list[float] = field(default_factory=list)
+    live: list[float] = field(default_factory=list)
+
+    def see(self, value: float, is_new: bool) -> None:
+        mine = self.new if is_new else self.live
+        mine.append(value)
+        if self.new and self.live:
+            self.test.see(self.new.pop(0), self.live)
+            self.compared += 1
+            self.live.clear()
+        del mine[:-MAX_WAITING]
+
+
+NUMBERS = ("requests", "failed", "refused", "cut", "finished")
+SUMS = ("first_token", "token", "length")
+
+
+def _no_numbers() -> dict[str, float]:
+    return dict.fromkeys((*NUMBERS, *SUMS, *(f"{name}_of" for name in SUMS)), 0)
+
+
+class Evidence:
+    """All that was seen of both versions since a rollout began, and what it says."""
+
+    def __init__(self, guards: Guards) -> None:
+        self._guards = guards
+        self._running = {
+            name: _Running(kind.make(_tolerance(kind, tolerance)))
+            for name, kind in KINDS.items()
+            if (tolerance := getattr(guards, kind.guard)) is not None
+        }
+        self.new = _no_numbers()
+        self.live = _no_numbers()
+
+    def see(self, seen: Seen, *, is_new: bool) -> None:
+        """Takes one request, in the order in which they ended."""
+        _count(self.new if is_new else self.live, seen)
+        for name, running in self._running.items():
+            value = KINDS[name].value(seen)
+            if value is not None:
+                running.see(float(value), is_new)
+
+    def findings(self) -> list[Finding]:
+        """What each test says, those with the most evidence of harm first."""
+        most = max((running.compared for running in self._running.values()), default=0)
+        rate = self._guards.error_rate
+        found = [
+            Finding(
+                test=name,
+                guard=KINDS[name].guard,
+                worse=KINDS[name].worse,
+                compared=running.compared,
+                harm=running.test.harm(),
+                safe=running.test.safe(),
+                enough_harm=math.log(len(self._running) / rate),
+                enough_safe=math.log(1 / rate),
+                applies=running.compared > 0 and running.compared >= most * APPLIES,
+            )
+            for name, running in self._running.items()
+        ]
+        return sorted(found, key=lambda finding: -finding.harm)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for ``from_json``."""
+        tests = {
+            name: running.test.as_json()
+            | {"compared": running.compared, "waiting": running.new, "beside": running.live}
+            for name, running in self._running.items()
+        }
+        return {"tests": tests, "new": self.new, "live": self.live}
+
+    @classmethod
+    def from_json(cls, guards: Guards, kept: dict[str, Any] | None) -> Evidence:
+        evidence = cls(guards)
+        if kept:
+            for name, running in evidence._running.items():
+                one = kept["tests"][name]
+                running.test.restore(one)
+                running.compared = one["compared"]
+                running.new, running.live = list(one["waiting"]), list(one["beside"])
+            evidence.new, evidence.live = dict(kept["new"]), dict(kept["live"])
+        return evidence
+
+    def numbers(self) -> dict[str, Any]:
+        """For people: rates and means of both versions, and what each test says."""
+        return {
+            "new": _shown(self.new),
+            "live": _shown(self.live),
+            "tests": [finding.as_json() for finding in self.findings()],
+        }
+
+
+def _tolerance(kind: Kind, tolerance: float) -> float:
+    return math.log(tolerance) if kind.logarithmic else tolerance
+
+
+def _count(numbers: dict[str, float], seen: Seen) -> None:
+    numbers["requests"] += 1
+    numbers["failed"] += seen.failed
+    numbers["refused"] += seen.refused
+    if seen.cut is not None:
+        numbers["finished"] += 1
+        numbers["cut"] += seen.cut
+    for name in SUMS:
+        if (value := getattr(seen, name)) is not None:
+            numbers[name] += value
+            numbers[f"{name}_of"] += 1
+
+
+def _shown(numbers: dict[str, float]) -> dict[str, float | None]:
+    def mean(what: str, of: str) -> float | None:
+        return round(numbers[what] / numbers[of], 5) if numbers[of] else None
+
+    token = mean("token", "token_of")
+    return {
+        "requests": int(numbers["requests"]),
+        "errors": mean("failed", "requests"),
+        "refusals": mean("refused", "requests"),
+        "first_token_seconds": mean("first_token", "first_token_of"),
+        "tokens_per_second": round(1 / token, 3) if token else None,
+        "output_tokens": mean("length", "length_of"),
+        "cut_short": mean("cut", "finished"),
+    }
+
+
+def names(findings: Iterable[Finding]) -> str:
+    """The guards of these, for a sentence."""
+    return ", ".join(dict.fromkeys(finding.guard for finding in findings))
