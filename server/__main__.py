@@ -20,6 +20,7 @@ from server.cli.chat import chat
 from server.cli.command import LOCAL, Key, Url, connected, say
 from server.cli.keys import keys
 from server.cli.people import people
+from server.cli.rollouts import rollouts
 from server.cli.tenants import tenants
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ def version() -> None:
 cli.add_typer(tenants, name="tenants")
 cli.add_typer(keys, name="keys")
 cli.add_typer(adapters, name="adapters")
+cli.add_typer(rollouts, name="rollouts")
 cli.add_typer(people, name="people")
 cli.command("chat")(chat)
 reports.add_to(cli)

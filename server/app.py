@@ -28,6 +28,7 @@ from adapters.store.objects import ObjectStore
 from adapters.store.ownership import FolderLock, Ownership
 from adapters.store.quarantine import Quarantine
 from adapters.store.replicas import Replicas
+from adapters.store.rollouts import Rollouts
 from adapters.store.suspects import StoredSuspects
 from adapters.store.upload_jobs import UploadJobs
 from adapters.store.versions import size_of
@@ -65,6 +66,8 @@ from server.publishing.intake import Intake
 from server.publishing.probe import Prober
 from server.publishing.publish import Publishing, verify_all
 from server.publishing.quarantine import quarantine_key
+from server.rollouts.judge import Judge
+from server.rollouts.runner import looking
 from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.nouns import Capacity
 from server.settings import Settings
@@ -301,6 +304,7 @@ async def _start(
     for version in await catalog.pinned():
         dispatcher.pin(version, version.quarantine is None and fitness.problem(version) is None)
     services.in_background(verify_all(services.publishing, metrics))
+    await stack.enter_async_context(looking(services.judge))
     return services
 
 
@@ -329,6 +333,7 @@ def _services(
         completions=completions,
         batches=runner_of(settings, stores.database, completions, stores.authentication, dispatcher),
         publishing=publishing,
+        judge=Judge(Rollouts(stores.database), publishing),
         intake=Intake(
             settings.data_dir,
             partial(size_of, stores.database),
@@ -398,6 +403,7 @@ async def _start_gateway(settings: Settings, stores: _Stores, stack: AsyncExitSt
     if stores.cache is not None:
         services.in_background(stores.cache.open())
     logger.info("ready: a gateway, with %d replicas", len(directory.all()))
+    await stack.enter_async_context(looking(services.judge, services.replicas))
     return services
 
 

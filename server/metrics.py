@@ -8,7 +8,7 @@ served from the same page.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, disable_created_metrics
@@ -51,6 +51,7 @@ class Gauges:
     quarantined: int = 0
     unfit: int = 0
     damaged: int = 0
+    rollouts: Mapping[str, int] = field(default_factory=dict)
     replicas: Sequence[ReplicaGauges] = ()
     loaded: Sequence[Loaded] = ()
     build: Mapping[str, str] | None = None
@@ -343,6 +344,9 @@ class Metrics:
             "Versions that this engine does not serve (unfit), or whose files are not whole (damaged).",
             [({"reason": "unfit"}, now.unfit), ({"reason": "damaged"}, now.damaged)],
         )
+        states = ("running", "held", "completed", "rolled_back")
+        rollouts = [({"state": state}, now.rollouts.get(state, 0)) for state in states]
+        yield gauge("loraplex_rollouts", "Rollouts by state.", rollouts)
         yield from _by_replica(now.replicas)
         yield self._by_tenant("loraplex_queue_depth", "Waiting requests.", now.queued)
         yield self._by_tenant("loraplex_running", "Requests in the engine.", now.running)

@@ -3,6 +3,7 @@
 tenants ──< keys
    ├─────< adapters ──< versions          meta: key -> value
    ├─────< uploads
+   ├─────< rollouts
    ├─────< upload_jobs                   admin_keys: people who operate
    ├─────< files ──< file_pieces
    └─────< batches ──< batch_results
@@ -234,6 +235,40 @@ class UploadJobRow(Base):
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
+class RolloutRow(Base):
+    """A version that gets a growing share of its adapter's requests; see ``adapters.store.rollouts``.
+
+    ``answering`` is what is to answer to the adapter's name, ``seen`` the last row of ``usage`` that
+    ``evidence`` has. At most one of an adapter has not ended.
+    """
+
+    __tablename__ = "rollouts"
+    __table_args__ = (
+        Index(
+            "ix_rollouts_active",
+            "tenant",
+            "adapter",
+            unique=True,
+            sqlite_where=text("state IN ('running', 'held')"),
+            postgresql_where=text("state IN ('running', 'held')"),
+        ),
+        Index("ix_rollouts_tenant_adapter", "tenant", "adapter", "created_at"),
+    )
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
+    adapter: Mapped[str] = mapped_column(String(128))
+    version: Mapped[int]
+    state: Mapped[str] = mapped_column(String(16))
+    answering: Mapped[dict[str, Any]] = mapped_column(JSON)
+    document: Mapped[dict[str, Any]] = mapped_column(JSON)
+    evidence: Mapped[dict[str, Any] | None] = mapped_column(_Json, deferred=True)
+    seen: Mapped[int] = mapped_column(BigInteger)
+    revision: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
 class AdminKeyRow(Base):
     """A person who operates the server. ``digest`` is the SHA-256 of the key, in hex."""
 
@@ -252,7 +287,8 @@ class UsageRow(Base):
     """What one request used or, once rolled up (``request_id`` is NULL), ``requests`` of one day.
 
     A request that was refused is there with ``requests`` 0, so that it can be found and counts nowhere.
-    ``code`` is the error that it ended with.
+    ``code`` is the error that it ended with, ``finish`` why its answer did, ``numbered`` if it named its
+    version.
 
     ``at`` is when it ended, ``hour`` the same in hours since 1970. Tokens, seconds and ``cost`` (in 1e-9 of
     the currency) are sums over the requests. It refers to no row, because it has to outlive them.
@@ -286,6 +322,8 @@ class UsageRow(Base):
     load_seconds: Mapped[float] = mapped_column(Double, default=0.0, server_default="0")
     client_request_id: Mapped[str | None] = mapped_column(String(128))
     code: Mapped[str | None] = mapped_column(String(64))
+    finish: Mapped[str | None] = mapped_column(String(16))
+    numbered: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
 class AuditRow(Base):

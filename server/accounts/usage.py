@@ -47,7 +47,8 @@ class Usage:
 
     ``key`` is None for a gateway's request, ``adapter`` and ``version`` for one to the base model.
     ``load_seconds`` are those of ``queue_seconds`` in which its adapter was loaded. ``code`` is the error
-    that it ended with. ``requests`` is 0 for one that was refused.
+    that it ended with. ``requests`` is 0 for one that was refused. ``finish`` is why the answer ended
+    (``stop``, ``length`` …), ``numbered`` whether the request named its version.
     """
 
     at: datetime
@@ -69,6 +70,8 @@ class Usage:
     load_seconds: float = 0.0
     client_request_id: str | None = None
     code: str | None = None
+    finish: str | None = None
+    numbered: bool = False
 
     @property
     def hour(self) -> int:
@@ -102,7 +105,8 @@ def added_up(records: Iterable[Usage]) -> list[Usage]:
         total = totals.get(record.origin())
         if total is not None:
             sums = {name: getattr(total, name) + getattr(record, name) for name in SUMS}
-            record = replace(total, request_id=None, client_request_id=None, code=None, **sums)
+            of_one: dict[str, Any] = dict.fromkeys(("request_id", "client_request_id", "code", "finish"))
+            record = replace(total, numbered=False, **of_one, **sums)
         totals[record.origin()] = record
     return list(totals.values())
 

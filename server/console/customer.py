@@ -85,7 +85,8 @@ async def adapter(page: Page) -> Response:
         except Refused as exc:
             if exc.code != "scope_missing":
                 raise
-    return shared.adapter_page(page, found, used, "v1/adapters", operator=False)
+    rollout = await shared.newest_rollout(page, f"/v1/adapters/{segment(name)}")
+    return shared.adapter_page(page, found, used, "v1/adapters", rollout, operator=False)
 
 
 async def keys(page: Page) -> Response:

@@ -133,7 +133,8 @@ async def adapter(page: Page) -> Response:
     if found["split"]:
         asked = {"tenant": tenant, "adapter": name, "by": "version,outcome", "from": shared.ago(1)}
         used = await page.api.get(f"{ADMIN}/usage", asked)
-    return shared.adapter_page(page, found, used["data"], where.lstrip("/"), operator=True)
+    rollout = await shared.newest_rollout(page, f"{where}/{segment(name)}")
+    return shared.adapter_page(page, found, used["data"], where.lstrip("/"), rollout, operator=True)
 
 
 async def requests(page: Page) -> Response:

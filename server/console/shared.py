@@ -66,8 +66,23 @@ def rows_of(adapters: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+async def newest_rollout(page: Page, where: str) -> Mapping[str, Any] | None:
+    """The adapter's newest rollout in full, if it ever had one; ``where`` is the adapter's path."""
+    listed = (await page.api.get(f"{where}/rollouts", {"limit": 1}))["data"]
+    if not listed:
+        return None
+    found: Mapping[str, Any] = await page.api.get(f"{where}/rollouts/{listed[0]['id']}")
+    return found
+
+
 def adapter_page(
-    page: Page, adapter: Mapping[str, Any], used: Sequence[Mapping[str, Any]], where: str, *, operator: bool
+    page: Page,
+    adapter: Mapping[str, Any],
+    used: Sequence[Mapping[str, Any]],
+    where: str,
+    rollout: Mapping[str, Any] | None,
+    *,
+    operator: bool,
 ) -> Response:
     """``where`` is the call's path up to the adapter's name; ``used`` sums by version and outcome."""
     split = {int(v): share for v, share in (adapter["split"] or {}).items()}
@@ -88,6 +103,7 @@ def adapter_page(
         chosen=chosen,
         report=report,
         canary=_canary(split, used),
+        rollout=rollout,
         facts=_facts(report, chosen),
         probe=_numbers(report.get("probe"), skip=("effect",)),
         golden=_numbers(report.get("golden"), skip=("matches",)),

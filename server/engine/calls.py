@@ -79,10 +79,15 @@ class Meter(Protocol):
     """
 
     def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None: ...
+    def finished(self, reasons: Sequence[str | None]) -> None:
+        """A part has ended; why, for each of its answers."""
 
 
 class Unmetered:
     """A meter of what nobody pays for."""
+
+    def finished(self, reasons: Sequence[str | None]) -> None:
+        pass
 
     def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None:
         pass

@@ -147,7 +147,7 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
     @staticmethod
     async def _metered(stream: AsyncIterator[Any], meter: Meter, part: str) -> AsyncIterator[Any]:
         # While streaming an output holds what is new; otherwise one output holds everything.
-        produced = 0
+        produced, output = 0, None
         async for output in stream:
             if isinstance(output.outputs, list):  # an embedding's is no list
                 for completion in output.outputs:
@@ -155,12 +155,13 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
             prompt = len(output.prompt_token_ids or ())
             meter.progressed(part, prompt, produced, output.num_cached_tokens or 0)
             yield output
+        meter.finished(reasons_of(output))
 
     async def _relayed(
         self, stream: AsyncIterator[Any], call: Call, relay: Relay, part: str
     ) -> AsyncIterator[Any]:
         """``stream``, metered and told to ``relay``; goes on in the core once what it has said is taken."""
-        produced = 0
+        produced, output = 0, None
         async for output in stream:
             ids = [token for completion in output.outputs for token in completion.token_ids]
             produced += len(ids)
@@ -174,6 +175,7 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
                 call.replaying = False
                 ((sent, _),) = self._unfinished(call) or [(None, None)]
                 await self.resume(call, sent.lora_request if sent is not None else None)
+        call.meter.finished(reasons_of(output))
 
     async def _add_request(self, request: Any, prompt: Any, parent: Any, index: int, queue: Any) -> None:
         call = self._calls.get(request.external_req_id)
@@ -375,6 +377,12 @@ def call_of_request(request_id: str) -> Call:
         raise RuntimeError("the engine was asked to run something outside an admitted call")
     call.request_ids.append(request_id)
     return call
+
+
+def reasons_of(output: Any) -> list[str | None]:
+    """Why each answer of a part ended, by its last output; none for an embedding."""
+    answers = output.outputs if output is not None else ()
+    return [answer.finish_reason for answer in answers] if isinstance(answers, list) else []
 
 
 def tokens_of(prompt: Any) -> int:

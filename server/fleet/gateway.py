@@ -208,6 +208,7 @@ class RemotePublisher:
         quota: Quota | None,
         annotation: str | None,
         keep_reason: bool,
+        make_live: bool,
     ) -> Published:
         """As ``server.publishing.publish.publish``; Unavailable where no replica can take it."""
         options = {
@@ -218,6 +219,7 @@ class RemotePublisher:
             "quota": [quota.adapters, quota.size_bytes] if quota is not None else None,
             "note": annotation,
             "keep_reason": keep_reason,
+            "make_live": make_live,
             "actor": [ACTOR.get().name, ACTOR.get().request_id],
         }
         wrong: list[Exception] = []

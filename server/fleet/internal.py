@@ -216,7 +216,8 @@ class RelayedCall(Response):
             await self._ended(body, error)
 
     async def _ended(self, body: dict[str, Any] | None = None, error: Exception | None = None) -> None:
-        await self.tell(End(*self._counted(), "".join(self._text), body, error).encoded())
+        finish = self._lease.finish if self._lease is not None else None
+        await self.tell(End(*self._counted(), "".join(self._text), body, error, finish).encoded())
 
     def _counted(self) -> tuple[int, int, int]:
         lease = self._lease
@@ -351,6 +352,7 @@ async def publish_(request: Request) -> Response:
             quota=quota,
             annotation=sent["note"],
             keep_reason=sent["keep_reason"],
+            make_live=sent.get("make_live", True),
         )
         return {"answer": dict(made.answer), "gone": [wire.as_json(version) for version in made.gone]}
 

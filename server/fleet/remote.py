@@ -237,6 +237,7 @@ class RemoteCall:
                         yield self._as_before(end.tail)
                     raise end.error
                 self.body = end.body
+                self._lease.finished([end.finish])
                 if end.tail:
                     yield self._as_before(end.tail)
                 await self._drained()

@@ -211,7 +211,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How it ended. ``error`` is None where it was answered: with ``tail``, the last text, or ``body``."""
+    """How it ended. ``error`` is None where it was answered: with ``tail``, the last text, or ``body``.
+
+    ``finish`` is why the answer ended, see ``Lease``.
+    """
 
     prompt: int
     cached: int
@@ -219,18 +222,21 @@ class End:
     tail: str = ""
     body: dict[str, Any] | None = None
     error: Exception | None = None
+    finish: str | None = None
 
     def encoded(self) -> bytes:
         totals = [self.prompt, self.cached, self.output]
         error = error_as_json(self.error) if self.error is not None else None
-        return framed(Kind.END, {"totals": totals, "tail": self.tail, "body": self.body, "error": error})
+        sent = {"totals": totals, "tail": self.tail, "body": self.body, "error": error}
+        return framed(Kind.END, sent | {"finish": self.finish})
 
     @classmethod
     def decoded(cls, payload: bytes) -> End:
         sent = json.loads(payload)
         error = error_of(sent["error"]) if sent["error"] else None
         prompt, cached, output = sent["totals"]
-        return cls(prompt, cached, output, sent["tail"], sent["body"], error)
+        # A replica of the release before, during an upgrade, does not say why the answer ended.
+        return cls(prompt, cached, output, sent["tail"], sent["body"], error, sent.get("finish"))
 
 
 def piece(name: str, data: bytes) -> bytes:

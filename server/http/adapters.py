@@ -31,7 +31,8 @@ from server.http.reports import page_of
 from server.http.services import Services, services_of
 from server.http.uploads import files_of
 from server.publishing.jobs import publish_later
-from server.publishing.publish import move_pin, publish, unpublish
+from server.publishing.publish import Published, move_pin, publish, unpublish
+from server.rollouts.stored import as_json as rollout_as_json
 
 Note = Annotated[str, Field(min_length=1, max_length=500, pattern=r"^[^\x00]*$")]
 
@@ -90,12 +91,16 @@ VersionChangeBody = Annotated[VersionChange, body_as(VersionChange)]
 
 
 class UploadOptions(NamedTuple):
-    """``key`` is the client's Idempotency-Key. ``wait`` for the outcome, or answer with a job."""
+    """``key`` is the client's Idempotency-Key. ``wait`` for the outcome, or answer with a job.
+
+    ``rollout``: the version does not go live at once, but by a rollout.
+    """
 
     waived: Waivers
     key: str | None = None
     note: str | None = None
     wait: bool = True
+    rollout: Literal["standard"] | None = None
 
 
 def _upload_options(
@@ -104,6 +109,9 @@ def _upload_options(
     ignore_fields: Annotated[str, Query(max_length=4096)] = "",
     note: Annotated[Note | None, Query(description="Kept with the version, for people.")] = None,
     wait: Annotated[bool, Query(description="`false`: answer 202 once the bytes are here.")] = True,
+    rollout: Annotated[
+        Literal["standard"] | None, Query(description="Goes live by a standard rollout, not at once.")
+    ] = None,
     prefer: Annotated[str, Header(description="`respond-async` is the same as `wait=false`.")] = "",
     idempotency_key: Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")] = None,
 ) -> UploadOptions:
@@ -111,7 +119,7 @@ def _upload_options(
     fields = {name for part in ignore_fields.split(",") if (name := part.strip())}
     waived = Waivers(allow_no_effect, allow_implausible, tuple(sorted(fields)))
     later = "respond-async" in (word.strip().lower() for word in prefer.split(","))
-    return UploadOptions(waived, idempotency_key, note, wait and not later)
+    return UploadOptions(waived, idempotency_key, note, wait and not later, rollout)
 
 
 class Warm(Body):
@@ -150,8 +158,16 @@ async def receive_version(
     """Publishes the files in the body of ``request``; ``prefixes`` are the sources that may be fetched."""
     services = services_of(request)
     given: dict[str, Any] = {
-        "waived": options.waived, "key": options.key, "quota": quota, "annotation": options.note
+        "waived": options.waived, "key": options.key, "quota": quota, "annotation": options.note,
+        "make_live": options.rollout is None,
     }  # fmt: skip
+    if options.rollout is not None:
+        await services.judge.check_idle(tenant.id, name)
+
+    async def finished(published: Published) -> dict[str, Any]:
+        _free(services, published.gone)
+        return await _rolled_out(services, tenant, published) if options.rollout else dict(published.answer)
+
     async with services.intake.enter(tenant.id, quota.size_bytes if quota else None) as place:
         files = place.written(
             files_of(
@@ -168,14 +184,26 @@ async def receive_version(
             def in_background(work: Coroutine[Any, Any, None]) -> None:
                 place.keep_until(services.in_background(work))
 
-            later = in_background, lambda published: _free(services, published.gone)
+            later = in_background, finished
             job = await publish_later(services.publishing, tenant.id, name, files, *later, **given)
             # Where the rest is asked for, by whoever sent this.
             where = request.url.path.removesuffix("/versions") + f"/uploads/{job['id']}"
             return JSONResponse(job, status_code=202, headers={"Location": where})
         published = await publish(services.publishing, tenant.id, name, files, **given)
-    _free(services, published.gone)
-    return JSONResponse(dict(published.answer), status_code=201)
+    return JSONResponse(await finished(published), status_code=201)
+
+
+async def _rolled_out(services: Services, tenant: Tenant, published: Published) -> dict[str, Any]:
+    """The answer to an upload, with its rollout: null for a first version, which is live at once.
+
+    An upload that is repeated with its key has the rollout that it began.
+    """
+    answer = dict(published.answer)
+    name, version = str(answer["adapter"]), int(answer["version"])
+    begun = await services.judge.rows.of_version(tenant.id, name, version)
+    if begun is None and answer["live"] != version:
+        begun = await services.judge.start(tenant.id, name, version)
+    return answer | {"rollout": rollout_as_json(begun) if begun is not None else None}
 
 
 async def uploads(services: Services, search: JobSearch, limit: int) -> dict[str, Any]:
@@ -234,6 +262,8 @@ async def update(services: Services, tenant: Tenant, name: str, change: AdapterC
         live = (await services.publishing.catalog.adapter(tenant.id, name)).live
         if live is not None:
             await services.publishing.quarantine.release(tenant.id, name, live)
+    if "split" in changes:
+        await services.judge.check_idle(tenant.id, name)
     adapter = await services.publishing.catalog.update(tenant.id, name, **changes)
     move_pin(services.dispatcher, adapter)
     return as_json(adapter, services)

@@ -211,6 +211,9 @@ class NewVersion(Answer):
     digest: Digest
     live: Number | None
     report: Report
+    rollout: Annotated[
+        dict[str, JsonValue] | None, Field(description="Only where one was asked for; see rollouts.")
+    ] = None
 
 
 class Warmed(Answer):

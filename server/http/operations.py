@@ -66,6 +66,7 @@ async def metrics(request: Request, services: ServicesOf) -> Response:
         damaged=await count_of(database, fitness.damaged),
         build=_build(services),
         disk_free=(await asyncio.to_thread(shutil.disk_usage, services.settings.data_dir)).free,
+        rollouts=await services.judge.rows.counts(),
     )
     form = form_of(request.headers.get("accept", ""))
     return Response(services.metrics.render(gauges, form), media_type=CONTENT_TYPES[form])

@@ -16,6 +16,7 @@ from server.http import (
     people,
     reports,
     residency,
+    rollouts,
     self_service,
 )
 from server.http.auth import SINGLE
@@ -49,6 +50,7 @@ def _router_of(internal: APIRouter | None) -> APIRouter:
         reports.customers,
         account.router,
         self_service.router,
+        rollouts.router,
         operations.router,
         docs.router,
     ):

@@ -28,6 +28,7 @@ from server.limits.redis import RedisLedger
 from server.metrics import Metrics
 from server.publishing.intake import Intake
 from server.publishing.publish import Publishing
+from server.rollouts.judge import Judge
 from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.lease import Lease
 from server.scheduling.refusals import shutting_down
@@ -60,6 +61,7 @@ class Services:
     completions: Completions
     batches: Runner
     publishing: Publishing
+    judge: Judge
     intake: Intake
     replicas: Replicas
     cache: Cache | None

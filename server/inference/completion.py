@@ -134,6 +134,7 @@ async def open_completion(
             resolved = await resolve_allowed(service, tenant, dialect, body, request_id)
             version, public, reservation = resolved
             asked.version, asked.reservation = version, reservation
+            asked.numbered = is_numbered(body.get("model"))
             if version is not None and version.chat:
                 body = with_defaults(dialect, body, version.chat)
             text = _prompt_text(body)
@@ -162,6 +163,7 @@ class Asked:
 
     version: Version | None = None
     reservation: Reservation | None = None
+    numbered: bool = False
 
 
 @contextmanager
@@ -181,6 +183,7 @@ def recorded_refusals(
                 outcome=outcome,
                 code=code,
                 seconds=time.monotonic() - began,
+                numbered=asked.numbered,
             )
 
     try:
@@ -294,8 +297,19 @@ async def resolve_allowed(
     """As ``resolve``, with a reservation, if the tenant may use it; see ``Quotas.open``."""
     unit = body.get("user") or request_id
     version, public = await resolve(service, tenant, body.get("model"), str(unit))
-    reservation = await service.quotas.open(tenant, version, endpoint=dialect.name, request_id=request_id)
+    reservation = await service.quotas.open(
+        tenant,
+        version,
+        endpoint=dialect.name,
+        request_id=request_id,
+        numbered=is_numbered(body.get("model")),
+    )
     return version, public, reservation
+
+
+def is_numbered(model: Any) -> bool:
+    """Whether a request names a version, as in ``name@3``; no adapter's name has an @ in it."""
+    return isinstance(model, str) and "@" in model
 
 
 async def resolve(

@@ -19,6 +19,7 @@ from server.inference.completion import (
     check_base,
     counted_refusals,
     estimate_prompt_tokens,
+    is_numbered,
     prompt_tokens_bound,
     recorded_refusals,
     resolve_allowed,
@@ -41,6 +42,7 @@ async def embed(
             resolved = await resolve_allowed(service, tenant, dialect, body, request_id)
             version, public, reservation = resolved
             asked.version, asked.reservation = version, reservation
+            asked.numbered = is_numbered(body.get("model"))
             fields = dialect.allowed_fields(body)
             text = str(body.get("input", ""))
         order = Order(

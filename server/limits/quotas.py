@@ -61,9 +61,17 @@ class Quotas:
         self._wall = wall
 
     async def open(
-        self, tenant: Tenant, version: Version | None, *, endpoint: str, request_id: str
+        self,
+        tenant: Tenant,
+        version: Version | None,
+        *,
+        endpoint: str,
+        request_id: str,
+        numbered: bool = False,
     ) -> Reservation:
         """For a request to ``version``, or to the base model (None); what the tenant has used is then known.
+
+        ``numbered`` if it named the version, and not only its adapter.
 
         Forbidden (``model_not_allowed``) where tenant or key may not use the model; Unavailable
         (``limits_unavailable``) where the tenant has budgets and the ledger cannot be reached.
@@ -73,7 +81,8 @@ class Quotas:
         await self.ledger.refresh(budget)
         ids = REQUEST.get()
         client_id = ids.client if ids is not None else None
-        return Reservation(self._books, Request(tenant, version, endpoint, request_id, client_id), budget)
+        request = Request(tenant, version, endpoint, request_id, client_id, numbered)
+        return Reservation(self._books, request, budget)
 
     def refused(
         self,
@@ -85,6 +94,7 @@ class Quotas:
         outcome: Outcome,
         code: str | None,
         seconds: float,
+        numbered: bool = False,
     ) -> None:
         """Records a request that got no lease, so that it can be found; it counts nowhere."""
         ids = REQUEST.get()
@@ -103,6 +113,7 @@ class Quotas:
                 seconds=seconds,
                 client_request_id=ids.client if ids is not None else None,
                 code=code,
+                numbered=numbered,
             )
         )
 

@@ -26,13 +26,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Who asks for what. ``version`` is None for the base model, ``client_id`` the client's own id of it."""
+    """Who asks for what. ``version`` is None for the base model, ``client_id`` the client's own id of it.
+
+    ``numbered`` if the request named the version, and not only its adapter.
+    """
 
     tenant: Tenant
     version: Version | None
     endpoint: str
     id: str
     client_id: str | None = None
+    numbered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +222,8 @@ class Reservation:
                 load_seconds=lease.load_seconds,
                 client_request_id=request.client_id,
                 code=lease.code,
+                finish=lease.finish,
+                numbered=request.numbered,
             )
         )
 

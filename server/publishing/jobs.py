@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -24,10 +24,12 @@ async def publish_later(
     name: str,
     files: AsyncIterator[tuple[str, bytes]],
     in_background: Callable[[Coroutine[Any, Any, None]], object],
-    published: Callable[[Published], None],
+    published: Callable[[Published], Awaitable[Mapping[str, Any]]],
     **options: Any,
 ) -> dict[str, Any]:
-    """As ``publish``, but returns the job once all bytes are here; ``published`` is called at the end.
+    """As ``publish``, but returns the job once all bytes are here.
+
+    ``published`` is called at the end, and returns what the job is answered with.
 
     Raises what ``publish`` does where that happens before: the body is at fault, or a quota.
     """
@@ -44,8 +46,7 @@ async def publish_later(
         beating = asyncio.create_task(_beat(jobs, id_))
         try:
             done = await publish(service, tenant, name, files, progress=told, keep_reason=False, **options)
-            published(done)
-            await jobs.done(id_, dict(done.answer))
+            await jobs.done(id_, dict(await published(done)))
         except (AdapterError, ServerError) as exc:
             with suppress(Exception):
                 await jobs.refused(tenant, name, exc.code, exc.message, id_)

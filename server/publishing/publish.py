@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from adapters.errors import AdapterError, fault
+from adapters.errors import AdapterError, AdapterNotFound, fault
 from adapters.inspection.chat_files import read_chat_files, take_chat_files
 from adapters.inspection.golden import Golden, take
 from adapters.inspection.pickles import PICKLES, ignored_pickles
@@ -54,6 +54,7 @@ class Elsewhere(Protocol):
         quota: Quota | None,
         annotation: str | None,
         keep_reason: bool,
+        make_live: bool,
     ) -> Published: ...
 
     async def verify(self, tenant: str, name: str, number: int | None) -> dict[str, Any]: ...
@@ -101,6 +102,7 @@ class Upload:
     quota: Quota | None
     annotation: str | None
     progress: Progress
+    make_live: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +125,11 @@ async def publish(
     annotation: str | None = None,
     progress: Progress = _no_progress,
     keep_reason: bool = True,
+    make_live: bool = True,
 ) -> Published:
     """Receives ``files`` as (file name, bytes) pieces and makes them the live version of ``name``.
+
+    Without ``make_live`` the version before it stays live, if there is one.
 
     When it returns, the files and the row are on disk. Raises an AdapterError or ServerError, with nothing
     kept but, with ``keep_reason``, the reason, and logs one line that names the adapter. ``waived`` are
@@ -142,8 +147,9 @@ async def publish(
             quota=quota,
             annotation=annotation,
             keep_reason=keep_reason,
+            make_live=make_live,
         )
-    upload = Upload(tenant, name, waived, key, quota, annotation, progress)
+    upload = Upload(tenant, name, waived, key, quota, annotation, progress, make_live)
     try:
         return await _publish(service, upload, files)
     except (AdapterError, ServerError) as exc:
@@ -222,6 +228,7 @@ async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tup
                     receipt=receipt,
                     quota=quota,
                     annotation=upload.annotation,
+                    make_live=upload.make_live or await _none_is_live(service, tenant, name),
                 )
                 adapter, version = await uninterruptible(link)
     service.dispatcher.numbered(version)
@@ -249,6 +256,13 @@ async def _chat_of(service: Publishing, incoming: Incoming) -> dict[str, Any] | 
         return None
     kept = found.template is not None or bool(found.stop_token_ids)
     return found.as_json() | {"kept": kept, "content_format": form}
+
+
+async def _none_is_live(service: Publishing, tenant: str, name: str) -> bool:
+    try:
+        return (await service.catalog.adapter(tenant, name)).live is None
+    except AdapterNotFound:
+        return True
 
 
 def _asked(waived: Waivers) -> tuple[object, ...]:

@@ -176,10 +176,10 @@ def forward(rollout: Rollout, by: str, at: datetime, numbers: dict[str, Any]) ->
     return _further(going, by, at, numbers, "taken further by hand")
 
 
-def pause(rollout: Rollout, by: str, at: datetime) -> Rollout:
+def pause(rollout: Rollout, by: str, at: datetime, reason: str = "paused by hand") -> Rollout:
     """Keeps the share as it is until ``resume``; the guards go on watching."""
     paused = replace(rollout, state="held", held_by=by)
-    return _decided(paused, "pause", by, at, "paused by hand", {})
+    return _decided(paused, "pause", by, at, reason, {})
 
 
 def resume(rollout: Rollout, by: str, at: datetime) -> Rollout:

@@ -8,7 +8,7 @@ await lease.close()                                      always, once; gives the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Protocol
 
 from adapters.errors import AdapterError
@@ -60,7 +60,8 @@ class Lease:
     Its totals are cumulative: ``prompt_tokens``, ``output_tokens`` and ``cached_tokens`` over all parts.
     ``queued_for`` and ``first_token_after`` are seconds since arrival; an answer that is not streamed shows
     its first token at the next poll of its meter. ``load_seconds`` are those of ``queued_for`` in which its
-    version was loaded, 0 where it was in a slot. ``code`` is the error that the request ended with.
+    version was loaded, 0 where it was in a slot. ``code`` is the error that the request ended with,
+    ``finish`` why its answer did: ``length`` if that is why any of several did.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Lease:
         self.admission: Admission | None = None
         self.failure: ServerError | AdapterError | None = None  # why it ended, where the client did not
         self.code: str | None = None
+        self.finish: str | None = None
         self.queued_for = 0.0
         self.load_seconds = 0.0
         self.first_token_after: float | None = None
@@ -112,6 +114,11 @@ class Lease:
         counted = self._counted[2]
         if counted == 0 or self.output_tokens - counted >= REPORT_EVERY:
             self._report()
+
+    def finished(self, reasons: Sequence[str | None]) -> None:
+        """A part of the call has ended, with this reason for each of its answers."""
+        known = [reason for reason in (self.finish, *reasons) if reason]
+        self.finish = "length" if "length" in known else next(iter(known), None)
 
     async def close(self, outcome: Outcome | None = None) -> None:
         """Ends the call in the engine if it still runs, then gives slot and place back. Idempotent.

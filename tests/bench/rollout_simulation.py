@@ -62,7 +62,7 @@ class Case:
 
 def _day(seconds: float) -> float:
     """Up to three times as slow and back, every 20 minutes."""
-    return 3.0 ** math.sin(seconds / 1200 * 2 * math.pi)
+    return float(3.0 ** math.sin(seconds / 1200 * 2 * math.pi))
 
 
 CASES = {

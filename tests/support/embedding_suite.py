@@ -82,6 +82,9 @@ class Counted:
     def __init__(self) -> None:
         self.parts: dict[str, tuple[int, int, int]] = {}
 
+    def finished(self, reasons: Sequence[str | None]) -> None:
+        assert not list(reasons), "an embedding has no answer that ends"
+
     def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None:
         self.parts[part] = prompt_tokens, output_tokens, cached_tokens
 

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,13 @@ PUBLIC = "my-adapter"
 
 @dataclass
 class RecordingMeter:
-    """part -> (prompt tokens, output tokens)."""
+    """part -> (prompt tokens, output tokens); why answers ended."""
 
     parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    reasons: list[str | None] = field(default_factory=list)
+
+    def finished(self, reasons: Sequence[str | None]) -> None:
+        self.reasons += reasons
 
     def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None:
         before = self.parts.get(part, (0, 0))
@@ -356,7 +360,7 @@ class EngineSuite:
         assert spoken(chunks) == said(whole.body)
         assert {chunk["model"] for chunk in chunks} == {PUBLIC}
         reasons = [c["finish_reason"] for chunk in chunks for c in chunk["choices"] if c.get("finish_reason")]
-        assert reasons == ["length"]
+        assert reasons == meter.reasons == counted.reasons == ["length"]
         assert chunks[-1]["choices"] == []
         usage = chunks[-1]["usage"]
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == meter.usage() == counted.usage()

@@ -514,6 +514,8 @@ class FakeEngine:
                 for part in run.produced:
                     run.produced[part] += run.choices
                 yield i
+            if run.call.kind != "embedding":
+                run.call.meter.finished([_finish(run, run.limit - 1)])
         finally:
             run.settle()
             for runs in (self.running, self.paused):

@@ -38,8 +38,8 @@ def _measures() -> tuple[Measure, ...]:
         ("peeked", "its wrong decisions, looked at on the way", "%", None),
     )
     return tuple(
-        Measure(f"{name}/{key}", f"{case.title}: {title}", unit, goal)
-        for name, case in CASES.items()
+        Measure(f"{name}/{key}", f"{name}: {title}", unit, goal)
+        for name in CASES
         for key, title, unit, goal in columns
     )
 

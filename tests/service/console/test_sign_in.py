@@ -263,6 +263,27 @@ async def test_a_setting_takes_it_away(tmp_path: Path) -> None:
             assert (await site.http.get(path)).status_code == 404
 
 
+async def test_an_adapters_page_shows_its_rollout(site: Site) -> None:
+    key = await full_key(site, "acme")
+    await site.upload("acme", "support", tiny.adapter(2))
+    adapter = "/admin/v1/tenants/acme/adapters/support"
+    await site.admin.patch(adapter, json={"live": 1})
+    pages = {key: "/console/adapters/support", ADMIN_KEY: "/console/customers/acme/adapters/support"}
+    for who, path in pages.items():
+        async with browser(site, who) as client:
+            assert "Roll it out" in (await client.get(path)).text
+            made = (await site.admin.post(f"{adapter}/rollouts", json={"version": 2})).json()
+            one = f"{adapter}/rollouts/{made['id']}"
+            await site.admin.patch(one, json={"action": "forward"})
+            shown = (await client.get(path)).text
+            assert "version 2 beside 1, " in shown
+            assert ("Pause" in shown, "Roll back" in shown, "Divide requests" in shown) == (True, True, False)
+            await site.admin.patch(one, json={"action": "roll_back"})
+            shown = (await client.get(path)).text
+            assert "rolled back" in shown
+            assert "Divide requests" in shown
+
+
 async def test_what_is_shown_is_escaped(site: Site) -> None:
     name = "<img src=x onerror=alert(1)>"
     await site.tenant("acme", name=name)

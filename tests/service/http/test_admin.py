@@ -57,6 +57,10 @@ ROUTES = [
     ("PATCH", "/tenants/{tenant}/adapters/{name}/versions/{version}"),
     ("DELETE", "/tenants/{tenant}/adapters/{name}/versions/{version}"),
     ("POST", "/tenants/{tenant}/adapters/{name}/verify"),
+    ("POST", "/tenants/{tenant}/adapters/{name}/rollouts"),
+    ("GET", "/tenants/{tenant}/adapters/{name}/rollouts"),
+    ("GET", "/tenants/{tenant}/adapters/{name}/rollouts/{rollout}"),
+    ("PATCH", "/tenants/{tenant}/adapters/{name}/rollouts/{rollout}"),
     ("GET", "/residency"),
     ("GET", "/usage"),
     ("GET", "/audit"),
@@ -65,7 +69,13 @@ ROUTES = [
 
 def url(path: str, tenant: str = "acme") -> str:
     return "/admin/v1" + path.format(
-        tenant=tenant, name="a", key_id="0123456789abcdef", version=1, upload="0" * 32, person="0" * 16
+        tenant=tenant,
+        name="a",
+        key_id="0123456789abcdef",
+        version=1,
+        upload="0" * 32,
+        person="0" * 16,
+        rollout="0" * 32,
     )
 
 

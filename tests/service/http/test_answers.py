@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,19 @@ async def test_every_field_is_documented(tmp_path: Path) -> None:
             ("/admin/v1/uploads", "/admin/v1/uploads", None),
         ):
             await call("GET", path, url, **({"key": own} if own else {}))
+        while (await site.admin.get(f"{TENANT}/adapters/a/uploads/{upload_id}")).json()["state"] != "done":
+            await asyncio.sleep(0.05)
+        await site.admin.patch(f"{TENANT}/adapters/a", json={"live": 1})
+        for path, url, own in (
+            (f"{one}/rollouts", f"{TENANT}/adapters/a/rollouts", {}),
+            ("/v1/adapters/{name}/rollouts", "/v1/adapters/a/rollouts", {"key": key}),
+        ):
+            begun = await call("POST", path, url, json={"version": 2}, **own)
+            await call("GET", path, url, **own)
+            single = f"{path}/{{rollout}}", f"{url}/{begun['id']}"
+            await call("PATCH", *single, json={"action": "forward"}, **own)
+            await call("PATCH", *single, json={"action": "roll_back"}, **own)
+            await call("GET", *single, **own)
         await call("PATCH", f"{admin}/keys/{{key_id}}", f"{TENANT}/keys/{old}", json={"name": "old"})
         await call("GET", f"{admin}/limits", f"{TENANT}/limits")
         own = await call("POST", "/v1/keys", "/v1/keys", key=key, json={"name": "own"})

@@ -25,6 +25,10 @@ ROUTES = [
     ("PATCH", "/v1/adapters/a"),
     ("DELETE", "/v1/adapters/a"),
     ("DELETE", "/v1/adapters/a/versions/1"),
+    ("POST", "/v1/adapters/a/rollouts"),
+    ("GET", "/v1/adapters/a/rollouts"),
+    ("GET", "/v1/adapters/a/rollouts/0"),
+    ("PATCH", "/v1/adapters/a/rollouts/0"),
 ]
 
 

@@ -1,0 +1,320 @@
+"""Rollouts as rows: which new version gets which part of an adapter's requests, and why.
+
+What a rollout is made of (its document) and what was seen of it (its evidence) are JSON to this module, which
+keeps them, and what answers to the adapter, in one transaction: a process may be killed at any point, and the
+next one finds either the state before or the one after. ``revision`` grows with every change, so of two that
+decide at the same time the second one changes nothing.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import undefer
+
+from adapters.database.audit import note
+from adapters.database.database import Database
+from adapters.database.rows import MAX_INTEGER, AdapterRow, RolloutRow, TenantRow, UsageRow, VersionRow, now
+from adapters.errors import AdapterConflict, AdapterNotFound, AdapterQuarantined
+from adapters.model import is_adapter_name, is_tenant_id
+
+ACTIVE = ("running", "held")
+# Requests read at once.
+PAGE = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """What is to answer to the adapter's name."""
+
+    live: int | None
+    split: Mapping[int, int] | None = None
+
+    @classmethod
+    def of(cls, row: AdapterRow) -> Answering:
+        split = {int(number): share for number, share in row.split.items()} if row.split else None
+        return cls(row.live, split)
+
+    def as_json(self) -> dict[str, Any]:
+        split = {str(number): share for number, share in sorted(self.split.items())} if self.split else None
+        return {"live": self.live, "split": split}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A rollout's row. ``seen`` is the last row of ``usage`` that its evidence has."""
+
+    id: str
+    tenant: str
+    adapter: str
+    version: int
+    state: str
+    answering: Answering
+    document: Mapping[str, Any]
+    evidence: Mapping[str, Any] | None
+    seen: int
+    revision: int
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """An adapter and two of its versions, as they are now; a version that is gone is None."""
+
+    answering: Answering
+    quarantined: Mapping[int, str | None]
+    reports: Mapping[int, Mapping[str, Any]]
+
+
+class Rollouts:
+    """The rows of all rollouts."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def start(
+        self, tenant: str, adapter: str, version: int, make: Callable[[int], Mapping[str, Any]]
+    ) -> Stored:
+        """Begins one; ``make`` gives its document, told which version is live.
+
+        AdapterNotFound; AdapterConflict where one is under way (``rollout_running``), the version is live,
+        nothing is, or the requests are split by hand. AdapterQuarantined.
+        """
+        try:
+            async with self._database.append() as session:
+                row = await _locked(session, tenant, adapter)
+                new = await _version(session, tenant, adapter, version)
+                if await _active(session, tenant, adapter) is not None:
+                    raise _running(adapter)
+                _check(row, new)
+                assert row.live is not None
+                at = now()
+                made = RolloutRow(
+                    id=uuid.uuid4().hex,
+                    tenant=tenant,
+                    adapter=adapter,
+                    version=version,
+                    state="running",
+                    answering=Answering(row.live).as_json(),
+                    document=dict(make(row.live)),
+                    evidence=None,
+                    seen=await session.scalar(select(func.max(UsageRow.id))) or 0,
+                    revision=1,
+                    created_at=at,
+                    updated_at=at,
+                )
+                session.add(made)
+                note(session, "rollout.create", tenant, f"{adapter}@{version}", after={"rollout": made.id})
+                await session.flush()
+                return _stored(made)
+        except IntegrityError as exc:  # another process was first
+            raise _running(adapter) from exc
+
+    async def save(
+        self,
+        before: Stored,
+        *,
+        state: str,
+        answering: Answering,
+        document: Mapping[str, Any],
+        evidence: Mapping[str, Any] | None,
+        seen: int,
+        action: str | None = None,
+    ) -> Stored | None:
+        """What has become of ``before``, and what answers to the adapter from now on, at once.
+
+        None, with nothing changed, where somebody else has changed the rollout or what answers since.
+        ``action`` is what the audit calls it. What only the evidence has gained empties no read cache.
+        """
+        changes = answering != before.answering or state != before.state
+        async with (self._database.write if changes else self._database.append)() as session:
+            if changes:
+                row = await _adapter(session, before.tenant, before.adapter)
+                if state in ACTIVE or answering != before.answering:
+                    if row is None or Answering.of(row) != before.answering:
+                        return None
+                    row.live, row.split = answering.live, answering.as_json()["split"]
+            values: dict[str, Any] = {
+                "state": state,
+                "answering": answering.as_json(),
+                "document": dict(document),
+                "evidence": evidence,
+                "seen": seen,
+                "revision": before.revision + 1,
+                "updated_at": now(),
+            }
+            mine = (RolloutRow.id == before.id, RolloutRow.revision == before.revision)
+            done = await session.execute(update(RolloutRow).where(*mine).values(values))
+            if not done.rowcount:  # type: ignore[attr-defined]
+                await session.rollback()
+                return None
+            if action is not None:
+                target = f"{before.adapter}@{before.version}"
+                was = before.answering.as_json()
+                is_ = answering.as_json()
+                note(session, f"rollout.{action}", before.tenant, target, before=was, after=is_)
+        return await self._again(before.id)
+
+    async def get(self, tenant: str, adapter: str, id_: str) -> Stored:
+        """AdapterNotFound (``rollout_not_found``)."""
+        async with self._database.read() as session:
+            row = await _whole(session, id_)
+        if row is None or (row.tenant, row.adapter) != (tenant, adapter):
+            raise AdapterNotFound("There is no such rollout.", code="rollout_not_found")
+        return _stored(row)
+
+    async def of_adapter(self, tenant: str, adapter: str, most: int) -> list[Stored]:
+        """Newest first; without their evidence. AdapterNotFound where the adapter never was."""
+        async with self._database.read() as session:
+            known = is_tenant_id(tenant) and is_adapter_name(adapter)
+            if not known or await session.get(AdapterRow, (tenant, adapter)) is None:
+                raise AdapterNotFound(f"There is no adapter `{adapter[:128]}`.")
+            query = select(RolloutRow).where(RolloutRow.tenant == tenant, RolloutRow.adapter == adapter)
+            newest = query.order_by(RolloutRow.created_at.desc(), RolloutRow.id).limit(most)
+            return [_stored(row, whole=False) for row in await session.scalars(newest)]
+
+    async def of_version(self, tenant: str, adapter: str, version: int) -> Stored | None:
+        """The newest one of this version, if there was any."""
+        mine = (
+            RolloutRow.tenant == tenant,
+            RolloutRow.adapter == adapter,
+            RolloutRow.version == version,
+        )
+        query = select(RolloutRow).where(*mine).order_by(RolloutRow.created_at.desc()).limit(1)
+        async with self._database.read() as session:
+            row = await session.scalar(query)
+        return _stored(row, whole=False) if row is not None else None
+
+    async def active(self, tenant: str | None = None, adapter: str | None = None) -> list[Stored]:
+        """Those that have not ended, oldest first; of one adapter, or of all."""
+        query = select(RolloutRow).where(RolloutRow.state.in_(ACTIVE)).options(undefer(RolloutRow.evidence))
+        if tenant is not None:
+            query = query.where(RolloutRow.tenant == tenant, RolloutRow.adapter == adapter)
+        async with self._database.read() as session:
+            rows = await session.scalars(query.order_by(RolloutRow.created_at))
+            return [_stored(row) for row in rows]
+
+    async def counts(self) -> dict[str, int]:
+        """How many there are in each state."""
+        query = select(RolloutRow.state, func.count()).group_by(RolloutRow.state)
+        async with self._database.read() as session:
+            return {str(state): int(count) for state, count in (await session.execute(query)).all()}
+
+    async def adapted(self, stored: Stored, live: int) -> Adapted | None:
+        """The adapter now, with the new version and the one that was live; None where it is gone."""
+        async with self._database.read() as session:
+            row = await session.get(AdapterRow, (stored.tenant, stored.adapter))
+            if row is None or row.live is None:
+                return None
+            query = select(VersionRow).where(
+                VersionRow.tenant == stored.tenant,
+                VersionRow.adapter == stored.adapter,
+                VersionRow.number.in_((stored.version, live)),
+            )
+            found = list(await session.scalars(query))
+        reasons = {v.number: v.quarantine["reason"] if v.quarantine else None for v in found}
+        return Adapted(Answering.of(row), reasons, {v.number: v.report for v in found})
+
+    async def requests(self, stored: Stored, versions: Sequence[int]) -> list[UsageRow]:
+        """Single requests to the adapter's bare name that ended since, in that order; at most ``PAGE``.
+
+        On PostgreSQL a process may write a row of a lower number after one of a higher; it is not counted.
+        """
+        query = select(UsageRow).where(
+            UsageRow.id > stored.seen,
+            UsageRow.tenant == stored.tenant,
+            UsageRow.adapter == stored.adapter,
+            UsageRow.version.in_(versions),
+            UsageRow.request_id.is_not(None),
+            UsageRow.numbered.is_(False),
+        )
+        async with self._database.read() as session:
+            return list(await session.scalars(query.order_by(UsageRow.id).limit(PAGE)))
+
+    async def _again(self, id_: str) -> Stored | None:
+        async with self._database.read() as session:
+            row = await _whole(session, id_)
+        return _stored(row) if row is not None else None
+
+
+def _check(row: AdapterRow, new: VersionRow) -> None:
+    name = f"Version {new.number} of `{new.adapter}`"
+    if new.quarantine is not None:
+        raise AdapterQuarantined(f"{name} is out of service: {new.quarantine['reason']}.")
+    if row.live is None:
+        raise AdapterConflict(f"`{new.adapter}` has no live version to compare with. Set one live first.")
+    if row.live == new.number:
+        raise AdapterConflict(
+            f"{name} is live already. Set the version before it live, or upload with `?rollout=standard`.",
+            param="version",
+        )
+    if row.split:
+        raise AdapterConflict(f"The requests of `{new.adapter}` are split by hand. End the split first.")
+
+
+def _running(adapter: str) -> AdapterConflict:
+    return AdapterConflict(
+        f"A rollout of `{adapter}` is under way. Wait for its end, or roll it back.", code="rollout_running"
+    )
+
+
+async def _whole(session: AsyncSession, id_: str) -> RolloutRow | None:
+    query = select(RolloutRow).where(RolloutRow.id == id_[:32].replace("\0", ""))
+    found: RolloutRow | None = await session.scalar(query.options(undefer(RolloutRow.evidence)))
+    return found
+
+
+async def _adapter(session: AsyncSession, tenant: str, name: str) -> AdapterRow | None:
+    """The adapter's row, locked as by every write to the tenant's adapters."""
+    await session.get(TenantRow, tenant, with_for_update=True)
+    row: AdapterRow | None = await session.get(AdapterRow, (tenant, name))
+    return row
+
+
+async def _locked(session: AsyncSession, tenant: str, name: str) -> AdapterRow:
+    known = is_tenant_id(tenant) and is_adapter_name(name)
+    row = await _adapter(session, tenant, name) if known else None
+    if row is None:
+        raise AdapterNotFound(f"There is no adapter `{name[:128]}`.")
+    return row
+
+
+async def _version(session: AsyncSession, tenant: str, name: str, number: int) -> VersionRow:
+    found = await session.get(VersionRow, (tenant, name, number)) if 1 <= number <= MAX_INTEGER else None
+    if found is None:
+        message = f"The adapter `{name}` has no version {number}."
+        raise AdapterNotFound(message, code="version_not_found", param="version")
+    return found
+
+
+async def _active(session: AsyncSession, tenant: str, adapter: str) -> str | None:
+    mine = (RolloutRow.tenant == tenant, RolloutRow.adapter == adapter, RolloutRow.state.in_(ACTIVE))
+    found: str | None = await session.scalar(select(RolloutRow.id).where(*mine).limit(1))
+    return found
+
+
+def _stored(row: RolloutRow, *, whole: bool = True) -> Stored:
+    split = row.answering["split"]
+    answering = Answering(row.answering["live"], {int(n): w for n, w in split.items()} if split else None)
+    return Stored(
+        id=row.id,
+        tenant=row.tenant,
+        adapter=row.adapter,
+        version=row.version,
+        state=row.state,
+        answering=answering,
+        document=row.document,
+        evidence=row.evidence if whole else None,
+        seen=row.seen,
+        revision=row.revision,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )

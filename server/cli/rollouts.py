@@ -1,0 +1,166 @@
+"""``loraplex rollouts``: new versions that are judged on real requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from server.cli import tables as show
+from server.cli.adapters import Number
+from server.cli.arguments import Document, Name, Tenant, json_objects
+from server.cli.client import AdminClient
+from server.cli.command import command
+from server.cli.tables import Shown
+
+Rollout = Annotated[
+    str | None, typer.Option("--rollout", help="Its id; the newest if not given.", show_default=False)
+]
+_ENDED = ("completed", "rolled_back")
+
+rollouts = typer.Typer(no_args_is_help=True, help="New versions, judged on real requests.")
+
+
+@command(rollouts, "start")
+def start(
+    server: AdminClient,
+    tenant: Tenant,
+    name: Name,
+    version: Number,
+    steps: Annotated[str | None, typer.Option(help="Percent, as in 5,25,100.")] = None,
+    hold: Annotated[str | None, typer.Option(help="How long at least at each step, as in 10m.")] = None,
+    guards: Document = None,
+) -> Shown:
+    """Give a version a growing share of its adapter's requests."""
+    body: dict[str, Any] = {"version": version, **json_objects(guards=guards)}
+    if steps is not None:
+        try:
+            body["steps"] = [int(step) for step in steps.split(",")]
+        except ValueError as exc:
+            raise typer.BadParameter("say percents, as in 5,25,100", param_hint="--steps") from exc
+    if hold is not None:
+        body["hold"] = hold
+    document = server.post(*_path(tenant, name), body=body)
+    return document, view(document)
+
+
+@command(rollouts, "list")
+def list_rollouts(server: AdminClient, tenant: Tenant, name: Name) -> Shown:
+    """An adapter's rollouts, newest first."""
+    document = server.get(*_path(tenant, name))
+    headings = ("rollout", "version", "state", "share", "begun", "reason")
+    rows = [
+        (one["id"], one["version"], one["state"], f"{one['share']} %", one["created_at"], one["reason"])
+        for one in document["data"]
+    ]
+    return document, show.table(headings, rows)
+
+
+@command(rollouts, "show")
+def show_rollout(server: AdminClient, tenant: Tenant, name: Name, rollout: Rollout = None) -> Shown:
+    """What was decided so far, and with which numbers."""
+    document = _found(server, tenant, name, rollout)
+    return document, view(document)
+
+
+@command(rollouts, "watch")
+def watch(
+    server: AdminClient,
+    tenant: Tenant,
+    name: Name,
+    rollout: Rollout = None,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 2.0,
+    count: Annotated[int | None, typer.Option(help="Looks; until it has ended if not given.")] = None,
+) -> Shown:
+    """Look at a rollout again and again, until it has ended."""
+    from rich.console import Console
+    from rich.live import Live
+
+    document = _found(server, tenant, name, rollout)
+    with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
+        try:
+            while document["state"] not in _ENDED and (count is None or count > 1):
+                live.update(view(document), refresh=True)
+                time.sleep(interval)
+                count = None if count is None else count - 1
+                document = server.get(*_path(tenant, name), document["id"])
+        except KeyboardInterrupt:
+            pass
+    return document, view(document)
+
+
+@command(rollouts, "pause")
+def pause(server: AdminClient, tenant: Tenant, name: Name, rollout: Rollout = None) -> Shown:
+    """Keep the share as it is."""
+    return _act(server, tenant, name, rollout, "pause")
+
+
+@command(rollouts, "resume")
+def resume(server: AdminClient, tenant: Tenant, name: Name, rollout: Rollout = None) -> Shown:
+    """Let it go on."""
+    return _act(server, tenant, name, rollout, "resume")
+
+
+@command(rollouts, "forward")
+def forward(server: AdminClient, tenant: Tenant, name: Name, rollout: Rollout = None) -> Shown:
+    """Take the next step at once."""
+    return _act(server, tenant, name, rollout, "forward")
+
+
+@command(rollouts, "back")
+def back(server: AdminClient, tenant: Tenant, name: Name, rollout: Rollout = None) -> Shown:
+    """Give the live version all requests back."""
+    return _act(server, tenant, name, rollout, "roll_back")
+
+
+def _act(server: AdminClient, tenant: str, name: str, rollout: str | None, action: str) -> Shown:
+    found = _found(server, tenant, name, rollout)
+    document = server.patch(*_path(tenant, name), found["id"], body={"action": action})
+    return document, view(document)
+
+
+def _path(tenant: str, name: str) -> tuple[str, ...]:
+    return "tenants", tenant, "adapters", name, "rollouts"
+
+
+def _found(server: AdminClient, tenant: str, name: str, rollout: str | None) -> Any:
+    if rollout is None:
+        newest = server.get(*_path(tenant, name), limit=1)["data"]
+        if not newest:
+            raise typer.BadParameter(f"{name} has had no rollout", param_hint="--rollout")
+        rollout = newest[0]["id"]
+    return server.get(*_path(tenant, name), rollout)
+
+
+def view(document: Mapping[str, Any]) -> Any:
+    """A rollout as tables: how far it is, what was seen of both versions, its tests, its decisions."""
+    from rich.console import Group
+    from rich.markup import escape
+
+    line = f"version {document['version']} beside {document['live']}: [bold]{document['state']}[/bold]"
+    line += f" at {document['share']} % (steps {', '.join(map(str, document['steps']))})"
+    if document["waits_for"] and document["state"] not in _ENDED:
+        line += f", waits for {escape(document['waits_for'])}"
+    decisions = [
+        (decision["at"], decision["action"], f"{decision['share']} %", decision["by"], decision["reason"])
+        for decision in document["decisions"]
+    ]
+    parts = [line, "", *_numbers(document), show.table(("at", "what", "share", "by", "why"), decisions)]
+    return Group(*parts)
+
+
+def _numbers(document: Mapping[str, Any]) -> Sequence[Any]:
+    numbers = document["numbers"]
+    if not numbers:
+        return ()
+    new, live = numbers["new"], numbers["live"]
+    seen = [(what.replace("_", " "), new[what], live[what]) for what in new]
+    versions = (f"version {document['version']}", f"version {document['live']}")
+    tests = [
+        (one["test"], one["verdict"], f"{one['harm']:.0%}", f"{one['safe']:.0%}", one["compared"])
+        for one in numbers["tests"]
+    ]
+    headings = ("test", "verdict", "evidence of harm", "of being safe", "compared")
+    return show.table(("", *versions), seen), "", show.table(headings, tests), ""

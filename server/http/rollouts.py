@@ -1,0 +1,189 @@
+"""Rollouts, for operators (``/admin/v1/tenants/{tenant}/…``) and for customers (``/v1/adapters/…``)."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from fastapi import APIRouter, Query
+from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.accounts.tenants import Tenant
+from server.http.answers import Number, Time
+from server.http.auth import ADMIN, AdapterOwner, NamedTenant
+from server.http.bodies import Body, body_as, documented
+from server.http.services import Services, ServicesOf
+from server.inference.dialects.answers import Answer, Count
+from server.rollouts.guards import Guards
+from server.rollouts.judge import Act, Wish
+from server.rollouts.plan import STANDARD_GUARDS, STANDARD_HOLD_S, STANDARD_STEPS, WHOLE
+from server.rollouts.stored import as_json
+
+operators = APIRouter(prefix="/admin/v1/tenants/{tenant}/adapters/{name}/rollouts", dependencies=[ADMIN])
+customers = APIRouter(prefix="/v1/adapters/{name}/rollouts")
+router = APIRouter()
+
+MAX_STEPS = 20
+LONGEST_HOLD_S = 30 * 86400
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(?:\d{1,7}[smhd])+", re.ASCII)
+
+
+class NewRollout(Body):
+    """A rollout to begin; what is not said is as in a standard one. ``hold`` in seconds, or as in `10m`."""
+
+    version: int = Field(ge=1)
+    steps: list[Annotated[int, Field(ge=1, le=WHOLE)]] = Field(
+        list(STANDARD_STEPS), min_length=1, max_length=MAX_STEPS
+    )
+    hold: float = Field(STANDARD_HOLD_S, ge=0, le=LONGEST_HOLD_S, allow_inf_nan=False)
+    guards: Guards = STANDARD_GUARDS
+
+    @field_validator("hold", mode="before")
+    @classmethod
+    def _seconds(cls, hold: Any) -> Any:
+        if not isinstance(hold, str):
+            return hold
+        if not _DURATION.fullmatch(hold):
+            raise PydanticCustomError("duration", "Say it as in 90s, 10m, 1h30m or 2d, or in seconds.")
+        return float(sum(int(n) * _UNITS[unit] for n, unit in re.findall(r"(\d+)([smhd])", hold)))
+
+    @model_validator(mode="after")
+    def _grow(self) -> Self:
+        if self.steps != sorted(set(self.steps)) or self.steps[-1] != WHOLE:
+            raise PydanticCustomError("steps", "Steps grow, and the last one is 100, as in [5, 25, 100].")
+        return self
+
+
+class RolloutChange(Body):
+    """What becomes of it: `forward` takes the next step at once, `roll_back` gives the live one all back."""
+
+    action: Act
+
+
+class RolloutDecision(Answer):
+    """One decision, with what decided it: of both versions, and of each test its evidence (1 is enough)."""
+
+    at: Time
+    action: Literal["start", "forward", "hold", "resume", "pause", "complete", "roll_back"]
+    by: Annotated[str, Field(description="`guards`, `server`, `hand`, or who asked for it.")]
+    step: Count
+    share: Annotated[int, Field(ge=0, le=WHOLE)]
+    reason: str
+    numbers: dict[str, JsonValue]
+
+
+class Rollout(Answer):
+    """A version that gets a growing share of an adapter's requests."""
+
+    id: str
+    tenant: str
+    adapter: str
+    version: Number
+    live: Annotated[Number, Field(description="The version that it is compared with.")]
+    state: Literal["running", "held", "completed", "rolled_back"]
+    steps: list[int]
+    step: Annotated[Count, Field(description="Which of `steps` it is at, from 0.")]
+    share: Annotated[int, Field(ge=0, le=WHOLE, description="Percent of the requests, now.")]
+    hold: Annotated[float, Field(description="Seconds.")]
+    guards: dict[str, JsonValue]
+    held_by: Annotated[str | None, Field(description="`guards`, `server`, or who has paused it.")]
+    waits_for: Annotated[str | None, Field(description="What is missing for the next step.")]
+    reason: Annotated[str | None, Field(description="Of the last decision.")]
+    created_at: Time
+    updated_at: Time
+    decisions: list[RolloutDecision]
+    numbers: Annotated[dict[str, JsonValue] | None, Field(description="What was seen so far; null in lists.")]
+
+
+class Rollouts(Answer):
+    """The newest first."""
+
+    object: Literal["list"]
+    data: list[Rollout]
+
+
+_New = Annotated[NewRollout, body_as(NewRollout)]
+_Change = Annotated[RolloutChange, body_as(RolloutChange)]
+_Most = Annotated[int, Query(ge=1, le=100)]
+
+
+async def _start(services: Services, tenant: Tenant, name: str, body: NewRollout) -> dict[str, Any]:
+    wish = Wish(tuple(body.steps), body.hold, body.guards)
+    return as_json(await services.judge.start(tenant.id, name, body.version, wish))
+
+
+async def _list(services: Services, tenant: Tenant, name: str, limit: int) -> dict[str, Any]:
+    found = await services.judge.rows.of_adapter(tenant.id, name, limit)
+    return {"object": "list", "data": [as_json(one) for one in found]}
+
+
+@operators.post(
+    "", status_code=201, response_model=Rollout, openapi_extra=documented(NewRollout), tags=["admin"]
+)
+async def create_rollout(owner: NamedTenant, name: str, body: _New, services: ServicesOf) -> dict[str, Any]:
+    """Begins to give a version a growing share of the requests; 409 while another rollout runs."""
+    return await _start(services, owner, name, body)
+
+
+@operators.get("", response_model=Rollouts, tags=["admin"])
+async def list_rollouts(
+    owner: NamedTenant, name: str, services: ServicesOf, limit: _Most = 20
+) -> dict[str, Any]:
+    return await _list(services, owner, name, limit)
+
+
+@operators.get("/{rollout}", response_model=Rollout, tags=["admin"])
+async def get_rollout(owner: NamedTenant, name: str, rollout: str, services: ServicesOf) -> dict[str, Any]:
+    """How far it has come, what it waits for, and what was decided with which numbers."""
+    return as_json(await services.judge.rows.get(owner.id, name, rollout))
+
+
+@operators.patch(
+    "/{rollout}", response_model=Rollout, openapi_extra=documented(RolloutChange), tags=["admin"]
+)
+async def change_rollout(
+    owner: NamedTenant, name: str, rollout: str, body: _Change, services: ServicesOf
+) -> dict[str, Any]:
+    """Pauses it, lets it go on, takes it a step further, or back; 409 for one that has ended."""
+    return as_json(await services.judge.act(owner.id, name, rollout, body.action))
+
+
+@customers.post(
+    "", status_code=201, response_model=Rollout, openapi_extra=documented(NewRollout), tags=["self-service"]
+)
+async def create_own_rollout(
+    owner: AdapterOwner, name: str, body: _New, services: ServicesOf
+) -> dict[str, Any]:
+    """Begins to give a version a growing share of the requests; 409 while another rollout runs."""
+    return await _start(services, owner, name, body)
+
+
+@customers.get("", response_model=Rollouts, tags=["self-service"])
+async def list_own_rollouts(
+    owner: AdapterOwner, name: str, services: ServicesOf, limit: _Most = 20
+) -> dict[str, Any]:
+    return await _list(services, owner, name, limit)
+
+
+@customers.get("/{rollout}", response_model=Rollout, tags=["self-service"])
+async def get_own_rollout(
+    owner: AdapterOwner, name: str, rollout: str, services: ServicesOf
+) -> dict[str, Any]:
+    """How far it has come, what it waits for, and what was decided with which numbers."""
+    return as_json(await services.judge.rows.get(owner.id, name, rollout))
+
+
+@customers.patch(
+    "/{rollout}", response_model=Rollout, openapi_extra=documented(RolloutChange), tags=["self-service"]
+)
+async def change_own_rollout(
+    owner: AdapterOwner, name: str, rollout: str, body: _Change, services: ServicesOf
+) -> dict[str, Any]:
+    """Pauses it, lets it go on, takes it a step further, or back; 409 for one that has ended."""
+    return as_json(await services.judge.act(owner.id, name, rollout, body.action))
+
+
+router.include_router(operators)
+router.include_router(customers)

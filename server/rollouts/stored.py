@@ -1,0 +1,118 @@
+"""A rollout as the database has it, and back; and a request's record as the guards look at it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+
+from adapters.store.rollouts import Answering, Stored
+from server.rollouts.guards import Guards, Seen
+from server.rollouts.plan import Decision, Rollout
+
+# What failed was the server's fault, or the version's; not what limits refused, nor whom its client left.
+_FAILED = ("failed", "unavailable")
+
+
+def document(rollout: Rollout) -> dict[str, Any]:
+    """All of a rollout but its version and state, which have columns."""
+    return {
+        "live": rollout.live,
+        "since": rollout.since.isoformat(),
+        "steps": list(rollout.steps),
+        "hold": rollout.hold.total_seconds(),
+        "guards": rollout.guards.model_dump(),
+        "step": rollout.step,
+        "share": rollout.share,
+        "due": rollout.due,
+        "held_by": rollout.held_by,
+        "samples": rollout.samples,
+        "waits_for": rollout.waits_for,
+        "decisions": [decision.as_json() for decision in rollout.decisions],
+    }
+
+
+def rollout_of(stored: Stored) -> Rollout:
+    """The rollout that ``document`` was made of."""
+    kept: Mapping[str, Any] = stored.document
+    state: Any = stored.state
+    return Rollout(
+        version=stored.version,
+        live=kept["live"],
+        since=datetime.fromisoformat(kept["since"]),
+        steps=tuple(kept["steps"]),
+        hold=timedelta(seconds=kept["hold"]),
+        guards=Guards.model_validate(kept["guards"]),
+        state=state,
+        step=kept["step"],
+        share=kept["share"],
+        due=kept["due"],
+        held_by=kept["held_by"],
+        samples=kept["samples"],
+        waits_for=kept["waits_for"],
+        decisions=tuple(map(Decision.from_json, kept["decisions"])),
+    )
+
+
+def answering(rollout: Rollout) -> Answering:
+    """What is to answer to the adapter's name."""
+    return Answering(rollout.answers, rollout.split)
+
+
+class Record(Protocol):
+    """A row of ``usage``."""
+
+    outcome: str
+    queue_seconds: float
+    first_token_seconds: float
+    seconds: float
+    output_tokens: int
+    finish: str | None
+
+
+def seen_of(record: Record) -> Seen | None:
+    """None for what says nothing of the version: a limit refused it, its client left, the server stopped."""
+    if record.outcome in _FAILED:
+        return Seen(failed=True)
+    if record.outcome == "rejected":
+        return Seen(refused=True)
+    if record.outcome != "completed":
+        return None
+    tokens, first = record.output_tokens, record.first_token_seconds
+    begun = tokens > 0 and first > 0
+    return Seen(
+        first_token=max(0.0, first - record.queue_seconds) if begun else None,
+        token=max(0.0, record.seconds - first) / (tokens - 1) if begun and tokens > 1 else None,
+        length=tokens if tokens else None,
+        cut=record.finish == "length" if record.finish is not None else None,
+    )
+
+
+def as_json(stored: Stored) -> dict[str, Any]:
+    """As both APIs show it; ``numbers`` are there where its evidence was read along."""
+    from server.rollouts.guards import Evidence
+
+    rollout = rollout_of(stored)
+    numbers = None
+    if stored.evidence is not None:
+        numbers = Evidence.from_json(rollout.guards, dict(stored.evidence)).numbers()
+    return {
+        "id": stored.id,
+        "tenant": stored.tenant,
+        "adapter": stored.adapter,
+        "version": rollout.version,
+        "live": rollout.live,
+        "state": rollout.state,
+        "steps": list(rollout.steps),
+        "step": rollout.step,
+        "share": rollout.share,
+        "hold": rollout.hold.total_seconds(),
+        "guards": rollout.guards.model_dump(),
+        "held_by": rollout.held_by,
+        "waits_for": rollout.waits_for,
+        "reason": rollout.reason,
+        "created_at": stored.created_at.isoformat(),
+        "updated_at": stored.updated_at.isoformat(),
+        "decisions": [decision.as_json() for decision in rollout.decisions],
+        "numbers": numbers,
+    }

@@ -1,0 +1,50 @@
+"""``loraplex rollouts`` against a served app."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.service.cli.test_commands import document, push, run, shown
+from tests.support import tiny
+from tests.support.fakes import FakeEngine
+from tests.support.site import Site
+from tests.support.tiny import fake_site
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with fake_site(tmp_path, FakeEngine(tiny.base())) as site:
+        yield site
+
+
+async def test_a_rollout_from_a_terminal(site: Site) -> None:
+    await document(site, "tenants", "create", "acme")
+    for seed in (1, 2):
+        await push(site, tiny.adapter(seed))
+    await document(site, "adapters", "live", "acme", "a", "1")
+    which = ("acme", "a")
+    result = await run(site, "rollouts", "show", *which)
+    assert (result.exit_code, "has had no rollout" in result.stderr) == (2, True)
+    options = ("--steps", "5,50,100", "--hold", "1h", "--guards", '{"length": null}')
+    made = await document(site, "rollouts", "start", *which, "2", *options)
+    assert (made["steps"], made["hold"], made["guards"]["length"]) == ([5, 50, 100], 3600, None)
+    assert (await run(site, "rollouts", "start", *which, "2", "--steps", "some")).exit_code == 2
+    assert (await document(site, "rollouts", "forward", *which))["share"] > 0
+    assert (await document(site, "rollouts", "pause", *which))["state"] == "held"
+    assert (await document(site, "rollouts", "resume", *which))["state"] == "running"
+    seen = await document(site, "rollouts", "watch", *which, "--interval", "0.05", "--count", "3")
+    assert (seen["id"], seen["state"]) == (made["id"], "running")
+    assert (await document(site, "rollouts", "back", *which, "--rollout", made["id"]))[
+        "state"
+    ] == "rolled_back"
+    first, *rows = await shown(site, "rollouts", "show", *which)
+    assert first[0].startswith("version 2 beside 1: rolled_back at 0 % (steps 5, 50, 100)")
+    assert ["errors", "open"] in [row[:2] for row in rows]
+    assert [row[-1] for row in rows if row[1:2] == ["roll_back"]] == ["rolled back by hand"]
+    headings, row = await shown(site, "rollouts", "list", *which)
+    assert headings[:4] == ["rollout", "version", "state", "share"]
+    assert row[1:4] == ["2", "rolled_back", "0 %"]
+    assert (await document(site, "rollouts", "watch", *which))["state"] == "rolled_back"
