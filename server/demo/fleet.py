@@ -4,12 +4,14 @@ notices."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import secrets
 import signal
 import sys
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import httpx
@@ -32,6 +34,7 @@ from server.demo.run import (
 QUESTION = "How do I learn to play the guitar?"
 # Two customers to each voice: six adapters of their own.
 SIX = {f"{name}{suffix}": name for name in CUSTOMERS for suffix in ("", "-two")}
+SHOWN = 36  # characters of an answer: the table fits a terminal of 80
 LONG_ENOUGH = 0.6  # seconds into the answers, before the kill
 
 
@@ -47,7 +50,13 @@ async def _fleet(once: bool, wanted: int, cache: Path) -> int:
     data.mkdir(parents=True, exist_ok=True)
     log, url = data / "fleet.log", f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "server", "fleet", "up", "--replicas", "2"]
-    more = {"LORAPLEX_FLEET_KEY": secrets.token_urlsafe(32)}
+    # In float32: in bfloat16 two words that are nearly as likely may change places with the number of
+    # requests that are answered at once, on one engine as on two.
+    engine = {"max_num_seqs": 16, "dtype": "float32"}
+    more = {
+        "LORAPLEX_FLEET_KEY": secrets.token_urlsafe(32),
+        "LORAPLEX_ENGINE_ARGS": json.dumps(engine),
+    }
     async with (
         running(command, environment(base_folder(cache), data, port, key) | more, log) as fleet,
         httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as client,
@@ -111,12 +120,20 @@ def _process_of(name: str, log: Path) -> int:
 
 def _table(before: dict[str, Answer], after: dict[str, Answer]) -> Table:
     table = Table(title=f"“{QUESTION}”", title_justify="left")
-    table.add_column("customer", no_wrap=True)
-    table.add_column("answer", ratio=1, no_wrap=True)
-    table.add_column("seconds", justify="right", no_wrap=True)
-    table.add_column("with the kill", justify="right", no_wrap=True)
-    table.add_column("same", no_wrap=True)
+    table.add_column("customer", no_wrap=True, min_width=max(map(len, SIX)))
+    table.add_column("answer", no_wrap=True)
+    table.add_column("seconds", justify="right", min_width=7)
+    table.add_column("with kill", justify="right", min_width=9)
+    table.add_column("same", min_width=4)
     for name, answer in before.items():
         same = "yes" if answer.text == after[name].text else "NO"
-        table.add_row(name, answer.text, f"{answer.total:.1f}", f"{after[name].total:.1f}", same)
+        table.add_row(
+            name,
+            shorten(answer.text, SHOWN, placeholder=" …"),
+            f"{answer.total:.1f}",
+            f"{after[name].total:.1f}",
+            same,
+        )
+        if same == "NO":
+            table.add_row("", shorten(after[name].text, SHOWN, placeholder=" …"), "", "", "")
     return table
