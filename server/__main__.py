@@ -60,13 +60,30 @@ def demo(
 
 @fleet.command("up")
 def fleet_up(
-    replicas: Annotated[int, typer.Option(min=1, help="How many, on the ports after the gateway's.")] = 2,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="How many; here on the ports after the gateway's.")
+    ] = 2,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+    by_ray: Annotated[bool, typer.Option("--ray", help="On Ray, in RAY_ADDRESS's cluster if set.")] = False,
+    most: Annotated[int | None, typer.Option(min=1, help="With --ray: at most so many, by work.")] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="With --ray: GPUs of each replica.")] = 0,
+    cpus: Annotated[float, typer.Option(min=0, help="With --ray: cores that each replica counts as.")] = 1,
 ) -> None:
-    """Run a gateway and replicas on this machine, and start again what dies."""
-    from server.fleet.processes import up
+    """Run a gateway and replicas, and start again what dies; without Ray on this machine alone."""
+    settings = _settings(config)
+    if not by_ray:
+        from server.fleet.processes import up
 
-    raise SystemExit(up(_settings(config), replicas, config))
+        raise SystemExit(up(settings, replicas, config))
+    try:
+        from server.fleet import ray
+    except ModuleNotFoundError as exc:
+        if exc.name is None or exc.name.partition(".")[0] != "ray":
+            raise
+        say("red", "Ray is not installed:", "pip install '.[ray]'")
+        raise SystemExit(2) from exc
+    plan = ray.Plan(replicas=replicas, most=most, gpus=gpus, cpus=cpus)
+    raise SystemExit(ray.up(settings, plan, config))
 
 
 @fleet.command("demo")

@@ -54,8 +54,13 @@ class Scaler:
         One that is starting or restarting has no pressure, and what waits for it presses on the others: a
         fleet at most doubles at once.
         """
+        total = sum(pressure(report) for report in reports if report.state == READY)
+        return self.wanted_for(now, total, current)
+
+    def wanted_for(self, now: float, total: float, current: int) -> int:
+        """The same, for replicas whose pressures come to ``total``."""
         bounds = self.bounds
-        needed = self._need(reports, current)
+        needed = self._need(total, current)
         self._needed.append((now, needed))
         while self._needed and now - self._needed[0][0] > bounds.calm:
             self._needed.popleft()
@@ -66,8 +71,7 @@ class Scaler:
         most = max(need for _, need in self._needed)
         return max(bounds.least, min(current, most, bounds.most))
 
-    def _need(self, reports: Collection[Report], current: int) -> int:
-        total = sum(pressure(report) for report in reports if report.state == READY)
+    def _need(self, total: float, current: int) -> int:
         exact = total / self.bounds.target
         if abs(exact - current) <= self.bounds.band * current:
             return current

@@ -52,6 +52,7 @@ ONLY_IN = {
     "typer": {"server.__main__", "server.cli"},
     "prometheus_client": {"server.metrics"},
     "obstore": {"adapters.store"},
+    "ray": {"server.fleet"},
     "redis": {"server.limits"},
     "sqlalchemy": {"adapters.database", "adapters.store", "server.accounts", "server.settings"},
     "torch": {
