@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from adapters.model import Tier
 from server.fleet.placement import Rules
 from tests.service.fleet.test_fleet import body, read
 from tests.support import tiny
+from tests.support.fakes import Times
 from tests.support.fleet import FakeReplica, Fleet, fleet
 
 
@@ -76,3 +78,28 @@ async def test_a_replica_hears_what_others_have_served_a_customer(two: Fleet) ->
     assert told["elsewhere"] > 10.0
     first.cancel()
     await asyncio.wait([first])
+
+
+async def test_forty_customers_are_loaded_once_each(tmp_path: Path) -> None:
+    """By Zipf: each is answered by its own adapter, and nearly all loads are the first one of an adapter."""
+    customers, requests = 40, 160
+    weights = [1 / rank for rank in range(1, customers + 1)]
+    order = [*range(customers), *random.Random(3).choices(range(customers), weights, k=requests)]
+    async with fleet(tmp_path, times=Times(step=0.002), gpu_slots=8, host_slots=48) as made:
+        keys, digests = [], []
+        for number in range(customers):
+            keys.append(await made.gateway.tenant(f"customer-{number}", {"a": tiny.adapter(number)}))
+            shown = await made.gateway.admin.get(f"/admin/v1/tenants/customer-{number}/adapters/a")
+            digests.append(shown.json()["versions"][0]["digest"])
+        assert len(set(digests)) == customers
+        room = asyncio.Semaphore(8)
+
+        async def ask(number: int) -> None:
+            async with room:
+                answer = await made.gateway.chat(keys[number], "hello", model="a", max_tokens=3)
+            assert answer.json()["choices"][0]["message"]["content"] == f"{digests[number]} 1 2"
+
+        await asyncio.gather(*map(ask, order))
+        loads = [sum(op.verb == "stage" for op in one.engine.ops) for one in made.replicas]
+        assert sum(loads) <= 1.1 * customers, loads
+        assert min(loads) >= customers / 4, "both have a share"
