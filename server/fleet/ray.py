@@ -215,7 +215,9 @@ class Policy:
         """By the newest report of each replica that runs."""
         told = (context.raw_metrics or {}).get("pressure", {})
         latest = [told[one][-1].value for one in context.running_replicas if told.get(one)]
-        return self._scaler.wanted_for(time.monotonic(), sum(latest), context.target_num_replicas), {}
+        wanted = self._scaler.wanted_for(time.monotonic(), sum(latest), context.target_num_replicas)
+        # It is asked ten times a second, and what is coming does not take its share yet.
+        return min(wanted, max(context.target_num_replicas, 2 * len(context.running_replicas))), {}
 
 
 def application(
