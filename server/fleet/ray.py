@@ -1,7 +1,7 @@
 """A fleet that Ray Serve places, watches, starts again, updates and scales. Needs the extra ``ray``.
 
     loraplex fleet up --ray            on this machine, or on the cluster that RAY_ADDRESS names
-    serve run config/ray.yaml          the same by Serve's own tools
+    serve run config/ray.yml          the same by Serve's own tools
 
     Serve's controller ─▶ actor "Replica" × N ─▶ its process: ROLE=replica, on a free port of its node
                        └▶ actor "Gateway" × M ─▶ its process: ROLE=gateway, on PORT of its node
