@@ -14,7 +14,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install runtime demo fleet quick test check bench attack chaos fuzz clean help
+.PHONY: install runtime demo fleet quick test check bench attack chaos families fuzz clean help
 
 install: $(STAMP) ## Make .venv with everything pinned (about two minutes; a second time nothing)
 
@@ -69,6 +69,9 @@ attack: $(STAMP) ## Send every hostile input beside a customer who must not noti
 
 chaos: $(STAMP) ## Make faults under load and look for what is lost, 20 minutes; DB=postgres, ENGINE=real, FAULT="the engine dies"
 	DB=$(DB) ENGINE=$(ENGINE) RUNS=$(RUNS) SEED=$(SEED) $(PY) -m tests.bench.chaos $(if $(FAULT),"$(FAULT)")
+
+families: $(STAMP) ## Adapters on tiny bases of twelve families against PEFT, ten minutes; FAMILY=qwen3 for one
+	@$(PY) -W ignore -m tests.families $(or $(FAMILY),--write)
 
 fuzz: $(STAMP) ## Parsers of uploads, four minutes; then the API, two hours; COUNT=200000, SEED=0, CASES=2000
 	$(PY) -m tests.fuzz $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED))

@@ -89,7 +89,7 @@ class BaseModel:
     ``fused`` maps a fused suffix to its parts in the order of their rows (``qkv_proj`` -> q, k, v).
     ``source`` is the folder or hub id it was loaded from; ``fingerprint`` is that of
     ``adapters.inspection.base_model``.
-    ``pooling`` if it makes embeddings instead of text.
+    ``pooling`` if it makes embeddings instead of text. ``dora`` if DoRA can be computed on it.
     """
 
     name: str
@@ -100,6 +100,7 @@ class BaseModel:
     source: str | None = None
     fingerprint: str | None = None
     pooling: bool = False
+    dora: bool = False
     chat: BaseChat | None = field(default=None, compare=False, repr=False)
 
 

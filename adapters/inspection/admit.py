@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adapters.inspection import dora
 from adapters.inspection.convert import Conversion, plan
-from adapters.inspection.inspect import inspect
-from adapters.model import NOTHING_WAIVED, BaseModel, Manifest, Waivers
+from adapters.inspection.inspect import Upload, check_tensors, inspect
+from adapters.inspection.tensor_stats import one_thread
+from adapters.model import CONFIG_FILE, NOTHING_WAIVED, WEIGHTS_FILE, BaseModel, Manifest, Waivers
 
 
 def admit(
@@ -29,9 +32,29 @@ def admit(
     """
     options: Any = {"serving_dtype": serving_dtype, "waived": waived}
     found = plan(folder, base)
-    if not isinstance(found, Conversion):
-        return inspect(folder, base, upload=found, **options)
     into = into or folder
-    found.write(folder, into)
+    notes: tuple[str, ...] = (dora.NOTE,)
+    if isinstance(found, Conversion):
+        found.write(folder, into)
+        notes = found.notes
+    elif found.config.dora:
+        _complete(folder, found, base, into)
+    else:
+        return inspect(folder, base, upload=found, **options)
     manifest = inspect(into, base, **options)
-    return replace(manifest, conversions=found.notes, original_digest=original_digest)
+    return replace(manifest, conversions=notes, original_digest=original_digest)
+
+
+def _complete(folder: Path, upload: Upload, base: BaseModel, into: Path) -> None:
+    """Writes both files of a DoRA into ``into``, with what it needs of the base's weights."""
+    pairs = check_tensors(upload.tensors, upload.config, base)
+    layers = {
+        module: dora.Layer(
+            pair.a_name, pair.b_name, upload.config.scaling_of(module), base.modules[module].out_features
+        )
+        for module, pair in pairs.items()
+    }
+    with one_thread():
+        dora.complete(folder / WEIGHTS_FILE, upload.tensors, layers, base, into / WEIGHTS_FILE)
+    if into != folder:
+        shutil.copyfile(folder / CONFIG_FILE, into / CONFIG_FILE)

@@ -33,6 +33,7 @@ def read_base(model_dir: Path, *, max_lora_rank: int, name: str | None = None) -
         fused={fused: parts for fused, parts in FUSED.items() if leaves.issuperset(parts)},
         source=str(folder),
         fingerprint=fingerprint(folder),
+        dora=True,
     )
 
 

@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adapters.errors import AdapterRejected, fault
+from adapters.inspection.dora import without_doras
 from adapters.inspection.inspect import (
     PREFIX,
     Upload,
@@ -138,10 +139,12 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
         initial = _named(INITIAL_FILE, read_header(folder / INITIAL_FILE), base)
     config = parse_config(fields, base)
     headers = read_header(folder / WEIGHTS_FILE)
-    upload = _named(WEIGHTS_FILE, headers, base)
+    upload = _named(WEIGHTS_FILE, without_doras(headers) if config.dora else headers, base)
     parts = {module: parts for module, _ in upload.tensors if (parts := _parts(module, base))}
     if initial is None and not parts and not upload.notes:
         return Upload(config, headers)
+    if config.dora:
+        raise _refuse("dora_unsupported", "a DoRA is served as PEFT saves it, with the checkpoint's names.")
     modules = {module for module, _ in upload.tensors}
     config.check_targets(base, {upload.trained_as.get(module, module) for module in modules})
     tensors, notes, twice = upload.tensors, list(upload.notes), 1

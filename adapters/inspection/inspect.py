@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adapters.errors import AdapterRejected, fault
+from adapters.inspection.dora import check_stored, without_doras
 from adapters.inspection.magnitude import implausible
 from adapters.inspection.module_names import kind_of, layer_of, leaf, template
 from adapters.inspection.peft_config import PeftConfig, check_base, check_unknown_fields, read_config
@@ -151,7 +152,7 @@ def check_tensors(
 
     Raises AdapterRejected. Headers only: no value is looked at.
     """
-    pairs = _pair(tensors, base)
+    pairs = _pair(without_doras(tensors) if config.dora else tensors, base)
     for module, pair in pairs.items():
         _check_shape(module, pair, base)
         _check_rank(module, pair, config)
@@ -169,6 +170,8 @@ def check_fit(folder: Path, base: BaseModel, *, serving_dtype: str | None = None
     upload = read_upload(folder, base)
     check_base(upload.config, base)
     pairs = check_tensors(upload.tensors, upload.config, base)
+    if upload.config.dora:
+        check_stored(folder / WEIGHTS_FILE, upload.tensors, base)
     if serving_dtype is not None:
         with one_thread():
             _sizes(folder / WEIGHTS_FILE, pairs, upload.config, base, serving_dtype)

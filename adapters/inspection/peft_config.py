@@ -43,7 +43,11 @@ def _modifies_base(init: Any) -> bool:
 
 # field -> (code, when it is refused, why)
 REFUSED: dict[str, tuple[str, Callable[[Any], bool], str]] = {
-    "use_dora": ("dora_unsupported", bool, "DoRA scales the columns of the merged weight"),
+    "use_dora": (
+        "dora_unsupported",
+        bool,
+        "DoRA needs the base's weights as they were trained, on one CPU worker",
+    ),
     "bias": ("bias_unsupported", lambda bias: bias != "none", "trained biases are not served"),
     "lora_bias": ("bias_unsupported", bool, "a bias on lora_B is not served"),
     "modules_to_save": ("modules_to_save_unsupported", bool, "fully trained layers would be dropped"),
@@ -111,6 +115,11 @@ class PeftConfig(pydantic.BaseModel):
     base_model_name_or_path: str | None = Field(None, max_length=1024)
     base_model_fingerprint: str | None = Field(None, max_length=128)
     task_type: str | None = Field(None, max_length=64)
+
+    @property
+    def dora(self) -> bool:
+        """Whether each output has a magnitude of its own; see ``adapters.inspection.dora``."""
+        return bool((self.model_extra or {}).get("use_dora"))
 
     def rank_of(self, module: str) -> int:
         """The rank PEFT gave ``module``, a name without the ``base_model.model.`` prefix."""
@@ -231,7 +240,7 @@ def read_config(path: Path, base: BaseModel) -> PeftConfig:
 def parse_config(fields: Mapping[str, Any], base: BaseModel) -> PeftConfig:
     """``fields`` as a configuration; raises AdapterRejected for what ``base`` cannot serve faithfully."""
     _check_type(fields)
-    _check_features(fields)
+    _check_features(fields, base)
     config = _validate(fields)
     _check_alpha(config)
     _check_max_rank(config, base)
@@ -300,8 +309,10 @@ def _check_type(fields: Mapping[str, Any]) -> None:
         raise _refuse("not_lora", f"peft_type is {show(fields.get('peft_type'))} instead of 'LORA'.")
 
 
-def _check_features(fields: Mapping[str, Any]) -> None:
+def _check_features(fields: Mapping[str, Any], base: BaseModel) -> None:
     for field, (code, is_refused, why) in REFUSED.items():
+        if field == "use_dora" and base.dora and fields.get(field) is True:
+            continue
         if field in fields and is_refused(fields[field]):
             raise _refuse(code, f"{field} is {show(fields[field])}: {why}.")
 

@@ -94,9 +94,9 @@ def read_entries(file: int) -> tuple[int, dict[str, TensorHeader]]:
     return 8 + length, dict(_by_offset(tensors.items()))
 
 
-def write_header(file: BinaryIO, tensors: Mapping[str, TensorHeader]) -> None:
+def write_header(file: BinaryIO, tensors: Mapping[str, TensorHeader], **metadata: str) -> None:
     """Writes the length and the header of a file that holds ``tensors``, padded to 8 bytes as they align."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     for name, tensor in tensors.items():
         header[name] = {
             "dtype": FILE_NAMES[tensor.dtype],

@@ -25,6 +25,7 @@ from safetensors import safe_open
 
 from adapters.files import sync_path, write_all
 from adapters.inspection.admit import admit
+from adapters.inspection.dora import SCALE
 from adapters.inspection.inspect import check_tensors
 from adapters.inspection.peft_config import read_config
 from adapters.inspection.safetensors_header import FILE_NAMES, ITEM_BYTES, read_entries, read_header
@@ -49,12 +50,16 @@ class MergeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """What is added to one weight: ``scaling * b @ a``, both by their names in the adapter's file."""
+    """What is added to one weight: ``scaling * b @ a``, both by their names in the adapter's file.
+
+    With DoRA the sum's rows are then multiplied by what is called ``scale_name`` there.
+    """
 
     weight: str
     a_name: str
     b_name: str
     scaling: float
+    scale_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +164,11 @@ class Merge(AbstractContextManager["Merge"]):
         pairs = check_tensors(read_header(self._adapter / WEIGHTS_FILE), config, self.base)
         return {
             f"{module}.weight": _Change(
-                f"{module}.weight", pair.a_name, pair.b_name, config.scaling_of(module)
+                f"{module}.weight",
+                pair.a_name,
+                pair.b_name,
+                config.scaling_of(module),
+                pair.a_name.removesuffix(".lora_A.weight") + SCALE if config.dora else None,
             )
             for module, pair in pairs.items()
         }
@@ -184,11 +193,21 @@ class Merge(AbstractContextManager["Merge"]):
                     )
                 a = adapter.get_tensor(change.a_name).float()
                 b = adapter.get_tensor(change.b_name).float()
-                _add(shard.fileno(), data + entry.begin, entry.dtype, a, b * change.scaling, change.weight)
+                scale = adapter.get_tensor(change.scale_name) if change.scale_name else None
+                begin = data + entry.begin
+                _add(shard.fileno(), begin, entry.dtype, a, b * change.scaling, change.weight, scale)
 
 
-def _add(descriptor: int, begin: int, dtype: str, a: torch.Tensor, b: torch.Tensor, weight: str) -> None:
-    """Adds ``b @ a`` to the matrix at byte ``begin`` of an open file, rows by rows."""
+def _add(
+    descriptor: int,
+    begin: int,
+    dtype: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    weight: str,
+    scale: torch.Tensor | None = None,
+) -> None:
+    """Adds ``b @ a`` to the matrix at byte ``begin`` of an open file, rows by rows; ``scale`` is DoRA's."""
     size = ITEM_BYTES[dtype]
     columns = a.shape[1]
     step = max(1, _ROWS // columns)
@@ -197,7 +216,8 @@ def _add(descriptor: int, begin: int, dtype: str, a: torch.Tensor, b: torch.Tens
         place = begin + at * columns * size
         data = bytearray(os.pread(descriptor, len(part) * columns * size, place))
         rows = torch.frombuffer(data, dtype=TORCH_DTYPES[dtype]).view(len(part), columns)
-        total = torch.addmm(rows.float(), part, a).to(rows.dtype)
+        added = torch.addmm(rows.float(), part, a)
+        total = (added if scale is None else added * scale[at : at + step, None]).to(rows.dtype)
         if not total.isfinite().all():
             raise MergeError(f"{weight} with the adapter is too large for {dtype}")
         write_all(descriptor, total.flatten().view(torch.uint8).numpy(), place)

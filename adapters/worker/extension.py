@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from adapters.worker.cpu.onednn import make_kernels
+from adapters.worker.dora import DoraScales
 from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine
 from adapters.worker.names import Names, checkpoint_modules, names_of
 from adapters.worker.not_finite import NotFiniteGuard
@@ -55,11 +56,12 @@ class LoraplexWorker:
 
         ``modules``: checkpoint name -> [in_features, out_features]; ``aliases``: another name for one of them
         -> its checkpoint name; ``fused``: suffix -> its parts; ``slot_bytes``: what one slot takes here;
-        ``entry_bytes``: what the largest adapter takes in host memory here, None where that is all of it.
+        ``entry_bytes``: what the largest adapter takes in host memory here, None where that is all of it;
+        ``dora``: whether DoRA is computed.
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        checkpoint = Path(runner.model_config.model)
-        self._loraplex_state = _Pager(runner.lora_manager, gpu_slots, host_slots, checkpoint, shards=shards)
+        model = runner.model_config
+        self._loraplex_state = _Pager(runner.lora_manager, gpu_slots, host_slots, model, shards=shards)
         self._loraplex_state.make_kernels(runner.scheduler_config)
         self._loraplex_guard = NotFiniteGuard(runner)
         return self._loraplex_state.describe()
@@ -93,7 +95,7 @@ class _Pager:
     """
 
     def __init__(
-        self, manager: Any, gpu_slots: int, host_slots: int, checkpoint: Path, *, shards: bool = True
+        self, manager: Any, gpu_slots: int, host_slots: int, model: Any, *, shards: bool = True
     ) -> None:
         from vllm.platforms import current_platform
 
@@ -101,13 +103,16 @@ class _Pager:
         self.tables = manager._adapter_manager
         self.gpu_slots = gpu_slots
         self.host_slots = host_slots
-        self._checkpoint = checkpoint
+        self._checkpoint = Path(model.model)
+        self._dora: DoraScales | None = None
         self._on_cpu = on_cpu = current_platform.is_cpu()
         self._kernels = (0, 0)
         if on_cpu:
             from adapters.worker.cpu.kernels import install
 
             install(self.tables)
+            if model.quantization is None:
+                self._dora = DoraScales(self.tables)
         self._cuts = shards and is_divided(self.tables)
         self._make_room()
         self._load = manager._load_adapter
@@ -168,6 +173,7 @@ class _Pager:
         return {
             "modules": {name: shapes[module] for module, name in names.canonical.items()},
             "aliases": dict(names.aliases),
+            "dora": self._dora is not None,
             "fused": fused,
             "max_lora_rank": self.manager.lora_config.max_lora_rank,
             "slot_bytes": self._allocated() // self.tables.lora_slots,
@@ -242,6 +248,7 @@ class _Pager:
         started = time.perf_counter()
         lora = self._load(LoRARequest(lora_name=name, lora_int_id=load_id, lora_path=path))
         self.tables._create_merged_loras_inplace(lora)
+        lora.loraplex_scales = self._dora.read(path) if self._dora is not None else {}
         return lora, time.perf_counter() - started
 
     def _collect(self) -> list[list[Any]]:
@@ -273,6 +280,9 @@ class _Pager:
             raise LookupError("no slot is free")
         try:
             self.tables.activate_adapter(load_id)
+            if self._dora is not None:
+                slot = self.tables.lora_index_to_id.index(load_id)
+                self._dora.fill(slot, self.tables._registered_adapters[load_id].loraplex_scales)
         except BaseException:
             # vLLM marks the slot before it copies: half an adapter must not be mistaken for a whole one.
             self.tables.remove_adapter(load_id)

@@ -23,6 +23,7 @@ from collections.abc import KeysView
 
 import torch
 
+from adapters.inspection.dora import is_doras
 from adapters.inspection.safetensors_header import ITEM_BYTES, TensorHeader, read_entries
 from adapters.inspection.tensor_stats import TORCH_DTYPES
 
@@ -154,6 +155,7 @@ class Loader:
         views = {
             name: flat[start : start + tensor.elements].view(tensor.shape)
             for start, (name, tensor) in zip(starts, tensors.items(), strict=False)
+            if not is_doras(name)  # which vLLM would refuse: see adapters.worker.dora
         }
         return Weights(views)
 

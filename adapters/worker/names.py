@@ -48,13 +48,13 @@ def names_of(
     wanted = set(modules)
     by_module: dict[str, list[str]] = {}
     for name in known:
-        module = _forward(name, renames)
+        module = forward(name, renames)
         if module in wanted:
             by_module.setdefault(module, []).append(name)
     canonical: dict[str, str] = {}
     others: dict[str, set[str]] = {}
     for module in modules:
-        guesses = [name for name in _guesses(module, renames) if _forward(name, renames) == module]
+        guesses = [name for name in _guesses(module, renames) if forward(name, renames) == module]
         found = list(dict.fromkeys([*by_module.get(module, ()), *guesses]))
         if found:
             canonical[module] = found[0]
@@ -85,8 +85,11 @@ def checkpoint_modules(folder: Path) -> set[str]:
     return {tensor.rpartition(".")[0] for tensor in tensors}
 
 
-def _forward(name: str, renames: Any) -> str:
-    """vLLM's name for the layer that it applies an adapter's tensors called ``name`` to."""
+def forward(name: str, renames: Any) -> str:
+    """vLLM's name for the layer that it applies an adapter's tensors called ``name`` to.
+
+    ``renames``: its ``WeightsMapper.get_rename_mapper()``, or None.
+    """
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
     module, _ = parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", renames)

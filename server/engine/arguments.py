@@ -287,5 +287,6 @@ def base_model_of(name: str, described: Sequence[dict[str, Any]]) -> BaseModel:
         modules=dict(sorted(modules.items())),
         aliases={alias: module for one in described for alias, module in one["aliases"].items()},
         max_lora_rank=described[0]["max_lora_rank"],
+        dora=len(described) == 1 and described[0]["dora"],
         fused={suffix: tuple(parts) for suffix, parts in described[0]["fused"].items()},
     )

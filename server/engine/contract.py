@@ -309,6 +309,9 @@ USES: tuple[Use, ...] = (
         ("_adapter_manager", "_load_adapter(lora_request)", "lora_config"),
         "loads run in our threads; a load inside a step is counted",
     ),
+    Use("vllm.lora.worker_manager", "PEFTHelper", ("__post_init__", "use_dora"), "refuses DoRA by itself"),
+    Use("vllm.lora.utils", "parse_fine_tuned_lora_name(name, weights_mapper)", why="vLLM's name of a layer"),
+    Use("vllm.model_executor.models.utils", "WeightsMapper", ("get_rename_mapper",), "as above"),
     Use(
         "vllm.lora.model_manager",
         "LRUCacheLoRAModelManager",

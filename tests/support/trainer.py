@@ -46,7 +46,7 @@ LENGTH = 16
 # Standard deviation of what an adapter adds to a layer's output, which is itself about 1.5.
 EFFECT = 0.5
 
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -75,8 +75,12 @@ def make_base(kind: str, folder: Path) -> Base:
     Its tokenizer, of one word for each id, is in a folder of its own, ``tokenizer``: transformers would take
     it for Qwen's own beside Qwen's config.
     """
+    return build(_CONFIGS[kind](**SIZES, tie_word_embeddings=kind == "qwen"), folder)
+
+
+def build(config: Any, folder: Path) -> Base:
+    """A random checkpoint of ``config`` (of transformers), its tokenizer as ``make_base`` says."""
     torch.manual_seed(7)
-    config = _CONFIGS[kind](**_SIZES, tie_word_embeddings=kind == "qwen")
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -168,6 +172,10 @@ def _train(model: Any, one: Specimen) -> Any:
                     weight.copy_(weight.to(rounded))
                 if one.dtype == "float16 beside float32":
                     a.copy_(a.half())
+                if adapter in layer.lora_magnitude_vector:
+                    magnitude = layer.lora_magnitude_vector[adapter].weight
+                    magnitude.mul_(1 + 0.2 * torch.randn_like(magnitude))
+                    magnitude.copy_(magnitude.to(rounded))
     return model
 
 
@@ -307,7 +315,7 @@ def _diverged(base: Base, one: Specimen, folder: Path) -> None:
 
 def _of_another(**sizes: int) -> Callable[[Base, Specimen, Path], None]:
     def make(base: Base, one: Specimen, folder: Path) -> None:
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**_SIZES | sizes))
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | sizes))
         _train(get_peft_model(model, _config(one)), one).save_pretrained(folder, save_embedding_layers=False)
 
     return make
@@ -322,7 +330,7 @@ def _tuner(base: Base, one: Specimen, folder: Path) -> None:
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[one.tuner]
     usual = {"target_modules": ["q_proj", "v_proj"], "num_virtual_tokens": 4}
     usual = {name: value for name, value in usual.items() if name in kind.__dataclass_fields__}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**_SIZES))  # not every tuner knows a Qwen
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))  # not every tuner knows a Qwen
     model = get_peft_model(model, kind(task_type="CAUSAL_LM", **(usual | dict(one.options))))
     model.save_pretrained(folder, save_embedding_layers=False)
 

@@ -151,8 +151,12 @@ INITIALISATIONS = {
 }
 
 VARIANTS = {
-    "DoRA": _of({"use_dora": True}, "dora_unsupported"),
-    "DoRA with rsLoRA": _of({"use_dora": True, "use_rslora": True}, "dora_unsupported"),
+    "DoRA": _of({"use_dora": True}, converted=True),
+    "DoRA on every linear layer": _of({"use_dora": True, "target_modules": LINEAR}, converted=True),
+    "DoRA with rsLoRA": _of({"use_dora": True, "use_rslora": True}, converted=True),
+    "DoRA with patterns": _of({**_PATTERNED, "use_dora": True}, converted=True),
+    "DoRA, in bfloat16": _of({"use_dora": True}, dtype="bfloat16", converted=True),
+    "DoRA under DDP": _of({"use_dora": True}, "dora_unsupported", style="ddp"),
     "all biases": _of({"bias": "all"}, "bias_unsupported"),
     "LoRA's biases": _of({"bias": "lora_only"}, "bias_unsupported"),
     "a bias on lora_B": _of({"lora_bias": True}, "bias_unsupported"),

@@ -17,7 +17,7 @@ On a CPU vLLM runs LoRA eagerly, so what is installed later is what runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ import torch
 from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from adapters.worker.dora import Scaling
 
 # What one slot does to one slice of a layer's output: matrices by which its tokens are multiplied, one after
 # the other, (features, rank) and (rank, features). None: its adapter leaves that slice alone.
@@ -85,6 +87,8 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is n
         self._samples = Groups(())
         # id of a layer's B weights (which the layer keeps, so it names nothing else) -> slot -> slices.
         self._parts: dict[int, list[list[Part]]] = {}
+        # By the same id and slot: what DoRA multiplies outputs with. See adapters.worker.dora.
+        self.scalings: dict[int, dict[int, list[Scaling]]] = {}
 
     def __repr__(self) -> str:
         return f"GroupedPunicaWrapper({len(self._parts)} layers, runs {list(self._tokens.runs)})"
@@ -147,6 +151,15 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is n
     ) -> None:
         parts = self._parts.get(id(lora_b_stacked)) or _pairs(lora_a_stacked, lora_b_stacked)
         _add(self._tokens, y, x, parts, output_slices, scale=scale)
+        if by_slot := self.scalings.get(id(lora_b_stacked)):
+            self._scale(y.view(-1, y.shape[-1]), by_slot)
+
+    def _scale(self, y: torch.Tensor, by_slot: Mapping[int, Sequence[Scaling]]) -> None:
+        for slot, first, last in self._tokens.runs:
+            order = self._tokens.order
+            rows = slice(first, last) if order is None else order[first:last]
+            for scaling in by_slot.get(slot, ()):
+                scaling.apply(y, rows)
 
     def add_lora_logits(
         self,

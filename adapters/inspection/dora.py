@@ -1,0 +1,215 @@
+"""DoRA (arXiv:2402.09353): what a served adapter needs beyond its two matrices, computed at the intake.
+
+PEFT makes of a layer's output Wx + bias
+
+    y = d * (Wx + s BAx) + bias      d = m / |W + s BA|, one number for each row of W, s the scaling
+
+with m, the magnitudes, among the adapter's tensors. An engine has no time for d, nor the weights any more, so
+it is computed here from the base's checkpoint, in float32 and some rows at a time, and stored beside what
+PEFT wrote: PEFT passes over the tensors that it does not know. d belongs to one base model, whose fingerprint
+is kept with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from adapters.errors import AdapterRejected, fault
+from adapters.inspection.safetensors_header import (
+    DTYPES,
+    ITEM_BYTES,
+    TensorHeader,
+    read_entries,
+    write_header,
+)
+from adapters.inspection.strict_json import show
+from adapters.model import WEIGHTS_FILE, BaseModel
+
+MAGNITUDE = ".lora_magnitude_vector"  # PEFT's name for m
+SCALE = ".lora_dora_scale"  # ours for d
+FINGERPRINT = "loraplex_dora_base"  # in the file's metadata: the base that d is for
+# No training turns a row into a hundred times itself; a wrong base or wrong magnitudes do.
+MOST = 100.0
+NOTE = "DoRA's scale of each output was computed from the base model's weights and is stored beside it"
+
+_ROWS = 1 << 20  # elements of a weight that are in memory at once
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """An adapted layer: its two tensors by name, and what B is multiplied with."""
+
+    a_name: str
+    b_name: str
+    scaling: float
+    outputs: int
+
+    @property
+    def stem(self) -> str:
+        return self.a_name.removesuffix(".lora_A.weight")
+
+
+def is_doras(name: str) -> bool:
+    """Whether a tensor is one that DoRA has beside lora_A and lora_B."""
+    return name.removesuffix(".weight").endswith((MAGNITUDE, SCALE))
+
+
+def without_doras(tensors: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    return {name: tensor for name, tensor in tensors.items() if not is_doras(name)}
+
+
+def check_stored(path: Path, tensors: Mapping[str, TensorHeader], base: BaseModel) -> None:
+    """Raises AdapterRejected where the stored d of the file ``path`` is not for ``base``, or not there."""
+    with safe_open(path, framework="pt") as weights:
+        made_for = (weights.metadata() or {}).get(FINGERPRINT)
+    if not any(name.endswith(SCALE) for name in tensors) or made_for != (base.fingerprint or ""):
+        raise _refuse("its scale was computed for another base model; upload it again.")
+
+
+def complete(
+    path: Path, tensors: Mapping[str, TensorHeader], layers: Mapping[str, Layer], base: BaseModel, into: Path
+) -> None:
+    """Writes the file ``path`` to ``into`` with a ``SCALE`` for each of ``layers``, by module.
+
+    Reads every adapted weight of ``base`` once. Raises AdapterRejected where magnitudes are missing, of
+    another shape or not plausible, and where the base's weights cannot be read; OSError.
+    """
+    magnitudes = _magnitudes(tensors, layers)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(SCALE)}
+    try:
+        with _Checkpoint(base) as checkpoint, safe_open(path, framework="pt") as weights:
+            scales = {
+                f"{layer.stem}{SCALE}": _scale(module, layer, magnitudes[module], weights, checkpoint)
+                for module, layer in layers.items()
+            }
+    except SafetensorError as error:
+        raise fault("weights_invalid", f"{WEIGHTS_FILE}: safetensors cannot read it: {error}.") from None
+    _write(path, kept, scales, base.fingerprint or "", into)
+
+
+def _refuse(message: str) -> AdapterRejected:
+    return fault("dora_unsupported", f"{WEIGHTS_FILE}: {message}", param=WEIGHTS_FILE)
+
+
+def _magnitudes(tensors: Mapping[str, TensorHeader], layers: Mapping[str, Layer]) -> dict[str, str]:
+    """Module -> the name of its magnitudes; each layer has them, and nothing else does."""
+    given = {name for name in tensors if is_doras(name) and not name.endswith(SCALE)}
+    found = {}
+    for module, layer in layers.items():
+        names = {f"{layer.stem}{MAGNITUDE}", f"{layer.stem}{MAGNITUDE}.weight"} & given
+        if len(names) != 1:
+            raise fault("tensor_unpaired", f"{WEIGHTS_FILE}: {show(module)} has no {MAGNITUDE[1:]}.")
+        (found[module],) = names
+        shape = tensors[found[module]].shape
+        if shape != (layer.outputs,):
+            raise fault(
+                "shape_mismatch",
+                f"{WEIGHTS_FILE}: tensor {show(found[module])} is {shape}, and ({layer.outputs},) is needed.",
+            )
+    if beyond := sorted(given - set(found.values())):
+        raise fault("tensor_unpaired", f"{WEIGHTS_FILE}: {show(beyond[0])} has no lora_A and lora_B.")
+    return found
+
+
+def _scale(module: str, layer: Layer, magnitude: str, weights: Any, checkpoint: _Checkpoint) -> torch.Tensor:
+    a = weights.get_tensor(layer.a_name).float()
+    b = weights.get_tensor(layer.b_name).float() * layer.scaling
+    norms = torch.cat(
+        [torch.addmm(w, b[at : at + len(w)], a).norm(dim=1) for at, w in checkpoint.rows(module)]
+    )
+    if len(norms) != layer.outputs:
+        raise _refuse(f"the base's weight {show(module)} has another shape than it is served in.")
+    scale: torch.Tensor = weights.get_tensor(magnitude).float() / norms
+    if not scale.isfinite().all():
+        raise fault("weights_not_finite", f"{WEIGHTS_FILE}: DoRA's scale of {show(module)} is not finite.")
+    if (largest := scale.abs().max().item()) > MOST:
+        raise fault(
+            "adapter_implausible",
+            f"{WEIGHTS_FILE}: DoRA multiplies a row of {show(module)} by {largest:.4g}: its magnitudes are"
+            " those of another base model.",
+        )
+    return scale
+
+
+class _Checkpoint:
+    """The weights of the base model's folder, some rows at a time."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._folder = Path(base.source or "")
+        self._stack = ExitStack()
+        self._opened: dict[Path, Any] = {}
+        self._files: dict[str, Path] = {}
+
+    def __enter__(self) -> _Checkpoint:
+        index = self._folder / _INDEX
+        if index.is_file():
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self._files = {name: self._folder / Path(file).name for name, file in names.items()}
+        elif self._folder.is_dir():
+            for path in self._folder.glob("*.safetensors"):
+                self._files |= dict.fromkeys(self._open(path).keys(), path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._opened:
+            self._opened[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        return self._opened[path]
+
+    def rows(self, module: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """(number of the first row, rows in float32) of a module's weight, block by block."""
+        file = self._files.get(f"{module}.weight")
+        if file is None:
+            raise _refuse(f"the base's folder has no weight of {show(module)}; it may be quantized.")
+        weight = self._open(file).get_slice(f"{module}.weight")
+        if weight.get_dtype() not in DTYPES or len(weight.get_shape()) != 2:
+            raise _refuse(f"the base's weight of {show(module)} is quantized, {weight.get_dtype()}.")
+        rows, columns = weight.get_shape()
+        step = max(1, _ROWS // columns)
+        for at in range(0, rows, step):
+            yield at, weight[at : at + step].float()
+
+
+def _write(
+    path: Path,
+    tensors: Mapping[str, TensorHeader],
+    scales: Mapping[str, torch.Tensor],
+    fingerprint: str,
+    into: Path,
+) -> None:
+    headers, at = {}, 0
+    for name, tensor in tensors.items():
+        size = tensor.elements * ITEM_BYTES[tensor.dtype]
+        headers[name] = TensorHeader(tensor.dtype, tensor.shape, at, at + size)
+        at += size
+    for name, scale in scales.items():
+        headers[name] = TensorHeader("float32", tuple(scale.shape), at, at + scale.nbytes)
+        at += scale.nbytes
+    partial = into.with_name(f".{into.name}.part")
+    try:
+        with path.open("rb") as source, partial.open("xb") as file:
+            write_header(file, headers, **{FINGERPRINT: fingerprint})
+            data, entries = read_entries(source.fileno())
+            for name in tensors:
+                source.seek(data + entries[name].begin)
+                file.write(source.read(entries[name].end - entries[name].begin))
+            for scale in scales.values():
+                file.write(scale.contiguous().view(torch.uint8).numpy().tobytes())
+            file.flush()
+            os.fchmod(file.fileno(), 0o444)
+            os.fsync(file.fileno())
+        partial.rename(into)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+"""One family: a server on a tiny base of it, adapters by PEFT, and how far their answers are apart."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+
+from server.app import create_app
+from server.settings import Settings
+from tests.support.families import FAMILIES, adapters
+from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer, serving
+from tests.support.trainer import LENGTH, PROMPT, SIZES, Truth, answer, breed, build, token, words
+
+TOLERANCE = 1e-2
+# A base that answers in place of an adapter must not pass for it.
+LEAST_EFFECT = 10 * TOLERANCE
+
+
+@dataclass(frozen=True)
+class Row:
+    """``difference``: the largest between log-probabilities of the server and of PEFT. ``wrong``: why not."""
+
+    title: str
+    tried: int
+    difference: float
+    wrong: dict[str, str]
+
+
+async def measure(name: str, root: Path) -> Row:
+    """Starts an engine on the family ``name``, in ``root``, and tries all its adapters."""
+    family = FAMILIES[name]
+    torch.set_num_threads(1)
+    base = build(family.make_config(SIZES), root / "base")
+    tried = adapters(family)
+    folders = {kind: root / f"adapter-{i}" for i, kind in enumerate(tried)}
+    differences: list[float] = []
+    wrong: dict[str, str] = {}
+    async with serving(create_app(_settings(root))) as site:
+        key, bare = await site.tenant("t"), answer(base.fresh())
+        try:
+            differences.append(_distance(await _ask(site, key, site.services.engine.base.name), bare))
+        except ValueError as error:
+            wrong["the base alone"] = str(error)
+        for kind, one in tried.items():
+            truth = await asyncio.to_thread(breed, base, kind, one, folders[kind])
+            assert truth is not None
+            try:
+                uploaded = await site.upload("t", folders[kind].name, folders[kind])
+                if uploaded.status_code != 201:
+                    raise ValueError(uploaded.text[:300])
+                differences.append(_distance(await _ask(site, key, folders[kind].name), truth))
+                if truth.ids == bare.ids and _apart(truth, bare) < LEAST_EFFECT:
+                    raise ValueError("the base says the same")
+            except ValueError as error:
+                wrong[kind] = str(error)
+    return Row(family.title, len(tried), max(differences, default=float("inf")), wrong)
+
+
+def _settings(root: Path) -> Settings:
+    return Settings(
+        model=str(root / "base"),
+        data_dir=root / "data",
+        admin_key=ADMIN_KEY,
+        service_key=SERVICE_KEY,
+        gpu_slots=4,
+        host_slots=16,
+        max_lora_rank=64,
+        max_model_len=128,
+        engine_args={"dtype": "float32", "max_num_seqs": 4, "tokenizer": str(root / "base" / "tokenizer")},
+        log_format="text",
+        log_level="warning",
+    )
+
+
+async def _ask(site: Site, key: str, model: str) -> Truth:
+    body = {"model": model, "prompt": PROMPT, "max_tokens": LENGTH, "temperature": 0, "logprobs": 1}
+    response: httpx.Response = await site.http.post("/v1/completions", json=body, headers=bearer(key))
+    if response.status_code != 200:
+        raise ValueError(response.text[:300])
+    said = response.json()["choices"][0]["logprobs"]
+    return Truth(tuple(map(token, said["tokens"])), tuple(said["token_logprobs"]))
+
+
+def _distance(got: Truth, truth: Truth) -> float:
+    """ValueError where the tokens differ or the log-probabilities are too far apart."""
+    if got.ids != truth.ids:
+        raise ValueError(f"said {words(got.ids)} instead of {words(truth.ids)}")
+    apart = _apart(got, truth)
+    if apart > TOLERANCE:
+        raise ValueError(f"log-probabilities are {apart:.3g} apart")
+    return apart
+
+
+def _apart(one: Truth, other: Truth) -> float:
+    return max(abs(a - b) for a, b in zip(one.log_probs, other.log_probs, strict=True))
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [
+        "| family | adapters | largest difference | not served as trained |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        wrong = "; ".join(f"{kind}: {why[:80]}" for kind, why in row.wrong.items()).replace("|", "\\|")
+        lines.append(f"| {row.title} | {row.tried} | {row.difference:.1e} | {wrong} |")
+    return "\n".join(lines) + "\n"
