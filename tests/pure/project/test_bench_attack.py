@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.bench.attack import GAP, MEMORY, Seen, table, verdict
 from tests.bench.hostile import KINDS, Kind, head, write_adapter
+from tests.bench.hostile_time import Long, growth, report
 
 
 async def nothing(_: object) -> Counter[str]:
@@ -76,3 +77,24 @@ def test_a_written_adapter_is_one_of_rank_one(tmp_path: Path) -> None:
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert (config["r"], config["lora_alpha"]) == (1, 2)
     assert sorted(t.shape for t in load_file(tmp_path / WEIGHTS_FILE).values()) == [(1, 8), (4, 1)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "grows"),
+    [([100, 100, 100], 0), ([100, 150, 200], 66.7), ([200, 100], -66.7), ([100, 102, 100, 102, 100], 0)],
+)
+def test_the_slope_of_memory_is_that_of_a_line_through_all_of_it(sizes: list[float], grows: float) -> None:
+    assert growth(list(enumerate(sizes))) == pytest.approx(grows, abs=0.1)
+
+
+def test_a_long_attack_misses_by_growth_answers_and_outcomes() -> None:
+    flat, steep = ([(float(at), 500 + at * each) for at in range(100)] for each in (0.0, 1.0))
+    assert report(Long(memory=flat), seen(), seen(), 1)[1] == []
+    _, misses = report(Long(memory=steep, wrong=["a kind: 500"] * 2), seen(), seen(answer=""), 1)
+    assert misses == ["memory grew by 13.2 %", "answers differ for 1 prompts", "a kind: 500"]
+
+
+def test_what_is_not_a_refusal_is_noted_by_its_kind() -> None:
+    long = Long()
+    long.note(KIND, Counter({"400": 2, "500": 1}))
+    assert (long.attacks, long.wrong) == (Counter({"a kind": 1}), ["a kind: 500"])
