@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError, SchemaValidator
@@ -19,7 +20,9 @@ from server.errors import BadRequest
 
 CONVERSATIONS = ("messages", "input")
 NEEDED = ("model", "max_tokens")  # by some model that has a conversation
-PIECE = 256
+PIECE = 64
+# One piece in each turn of the event loop, however many bodies there are.
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 _LISTS = ("list", "tuple", "set", "frozenset")
 
 
@@ -29,26 +32,32 @@ def validate(model: type[BaseModel], body: dict[str, Any]) -> Any:
 
 
 async def validate_in_turns(model: type[BaseModel], body: dict[str, Any]) -> Any:
-    """As ``validate``, with a turn for everybody else after each few hundred items of a conversation.
+    """As ``validate``, with a turn for everybody else after each few dozen items of a conversation.
 
     2,000 turns of ``/v1/responses`` take 150 ms. A thread would not help, since pydantic keeps Python's lock.
+    Bodies take turns with each other, too.
     """
     name = next((name for name in CONVERSATIONS if _is_long(body.get(name))), None)
     if name is None:
         return validate(model, body)
     pieces = _pieces(body[name])
-    request = validate(model, body | {name: pieces[0]})
+    request = await _in_turn(model, body | {name: pieces[0]})
     needed = {field: body[field] for field in NEEDED if field in body}
     items, done = list(getattr(request, name)), len(pieces[0])
     for piece in pieces[1:]:
-        await asyncio.sleep(0)
         try:
-            items += getattr(validate(model, needed | {name: piece}), name)
+            items += getattr(await _in_turn(model, needed | {name: piece}), name)
         except ValidationError as exc:
             raise _moved(exc, done) from exc
         done += len(piece)
     setattr(request, name, items)
     return request
+
+
+async def _in_turn(model: type[BaseModel], body: dict[str, Any]) -> Any:
+    async with _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
+        await asyncio.sleep(0)
+        return validate(model, body)
 
 
 def _is_long(value: Any) -> bool:

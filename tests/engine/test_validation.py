@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from server.engine import validation
 from server.engine.serving import resolve
 from server.engine.validation import validate, validate_in_turns
 from server.inference.dialects.registry import ANSWERING, COUNTING
@@ -87,6 +88,29 @@ async def test_a_long_conversation_is_read_in_turns_and_is_the_same(
     assert turns > 2
     fresh = {"request_id", "created_at"}
     assert made.result().model_dump(exclude=fresh) == validate(model, body).model_dump(exclude=fresh)
+
+
+async def test_many_long_conversations_take_turns_with_each_other_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A hundred of them would otherwise each read a piece before anybody else has a turn."""
+    body = {"model": "a", "messages": [USER] * 500}
+    model, calls = model_of("chat", body), [0]
+
+    def counted(model: Any, body: Any) -> Any:
+        calls[0] += 1
+        return validate(model, body)
+
+    monkeypatch.setattr(validation, "validate", counted)
+    made = [asyncio.create_task(validate_in_turns(model, body)) for _ in range(10)]
+    most = 0
+    while not all(one.done() for one in made):
+        before = calls[0]
+        await asyncio.sleep(0)
+        most = max(most, calls[0] - before)
+    assert calls[0] == 10 * -(-500 // validation.PIECE)
+    assert most == 1
+    assert {len(one.result().messages) for one in made} == {500}
 
 
 @pytest.mark.parametrize(("name", "field"), LISTS)

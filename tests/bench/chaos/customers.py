@@ -73,18 +73,19 @@ async def delete_in_use(world: World) -> str:
 
 async def back_and_forth(world: World) -> str:
     """Another live version forty times, while it is asked: each answer is of the version that it names."""
-    digests = {"flip@1": await world.spare("flip"), "flip@2": await world.upload("flip")}
+    name = f"flip-{world.number}"  # numbers of versions go on after an adapter was deleted
+    digests = {f"{name}@1": await world.spare(name), f"{name}@2": await world.upload(name)}
     wrong: list[str] = []
 
     async def ask() -> None:
         for _ in range(40):
-            status, text, version = await world.ask("flip")
+            status, text, version = await world.ask(name)
             if status != 200 or not text.startswith(digests[version]):
                 wrong.append(f"{version} answered {status} {text[:100]}")
 
     asking = asyncio.gather(*(ask() for _ in range(3)))
     for number in range(40):
-        path = f"/tenants/{SPARE}/adapters/flip"
+        path = f"/tenants/{SPARE}/adapters/{name}"
         (await world.service.admin("PATCH", path, json={"live": 1 + number % 2})).raise_for_status()
     await asking
     if wrong:
