@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -38,16 +39,18 @@ async def told(site: Site, key: str, **fields: Any) -> tuple[str, str, dict[str,
     return choice["message"]["content"] or "", choice["finish_reason"], said.json()
 
 
+async def each(site: Site, key: str, *changes: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """What is told with each of ``changes``, asked at once: they share the engine's steps."""
+    return list(await asyncio.gather(*(told(site, key, **fields) for fields in changes)))
+
+
 async def test_each_sampling_field_changes_what_is_said(site: Site, key: str) -> None:
-    plain, _, _ = await told(site, key)
-    again, _, _ = await told(site, key, top_p=1)
-    assert plain == again
     hot = {"temperature": 2, "seed": 7}
-    wild, _, _ = await told(site, key, **hot)
+    (plain, _, _), (again, _, _), (wild, _, _) = await each(site, key, {}, {"top_p": 1}, hot)
+    assert plain == again
     assert wild != plain
-    for narrowed in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}):
-        assert (await told(site, key, **hot, **narrowed))[0] == plain, narrowed
-    for changed in (
+    narrow = [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}]
+    different: list[dict[str, Any]] = [
         {"repetition_penalty": 5.0},
         {"bad_words": [plain.split()[0]]},
         {"allowed_token_ids": [260, 28]},
@@ -57,45 +60,62 @@ async def test_each_sampling_field_changes_what_is_said(site: Site, key: str) ->
         {"guided_choice": ["violet"]},
         {"guided_json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},
         {"add_generation_prompt": False},
-    ):
-        other, _, _ = await told(site, key, **changed)
+    ]
+    said = [text for text, _, _ in await each(site, key, *({**hot, **one} for one in narrow), *different)]
+    for changed, other in zip(narrow, said[: len(narrow)], strict=True):
+        assert other == plain, changed
+    for changed, other in zip(different, said[len(narrow) :], strict=True):
         assert other != plain, changed
-    assert (await told(site, key, guided_choice=["violet"]))[0] == "violet"
-    assert (await told(site, key, structured_outputs={"regex": "[0-9]{3}"}))[0].isdigit()
+    texts = dict(zip(map(str, different), said[len(narrow) :], strict=True))
+    assert texts[str({"guided_choice": ["violet"]})] == "violet"
+    assert texts[str({"structured_outputs": {"regex": "[0-9]{3}"}})].isdigit()
 
 
 async def test_where_an_answer_ends(site: Site, key: str) -> None:
     brief = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 60}
-    short, finish, _ = await told(site, key, **brief)
+    endless = {**brief, "ignore_eos": True}
+    shown: dict[str, Any] = {"skip_special_tokens": False}
+    ends, goes_on, least, marked, loud, tight, ids = await each(
+        site,
+        key,
+        brief,
+        endless,
+        {**brief, "min_tokens": 50},
+        {**brief, **shown, "include_stop_str_in_output": True},
+        {**endless, **shown},
+        {**endless, **shown, "spaces_between_special_tokens": False},
+        {"return_token_ids": True},
+    )
+    short, finish, _ = ends
     assert finish == "stop"
-    longer, finish, body = await told(site, key, **brief, ignore_eos=True)
+    longer, finish, body = goes_on
     assert (finish, body["usage"]["completion_tokens"]) == ("length", 60)
     assert longer.startswith(short)
-    _, _, body = await told(site, key, **brief, min_tokens=50)
-    assert body["usage"]["completion_tokens"] >= 50
-    marked, _, _ = await told(site, key, **brief, skip_special_tokens=False, include_stop_str_in_output=True)
-    assert marked == short or "<|im_end|>" in marked
-    loud, _, _ = await told(site, key, **brief, ignore_eos=True, skip_special_tokens=False)
-    assert "<|im_end|>" in loud
-    tight, _, _ = await told(
-        site, key, **brief, ignore_eos=True, skip_special_tokens=False, spaces_between_special_tokens=False
-    )
-    assert "<|im_end|>" in tight
-    _, _, body = await told(site, key, return_token_ids=True)
-    third = body["choices"][0]["token_ids"][2]
+    assert least[2]["usage"]["completion_tokens"] >= 50
+    assert marked[0] == short or "<|im_end|>" in marked[0]
+    assert "<|im_end|>" in loud[0]
+    assert "<|im_end|>" in tight[0]
+    third = ids[2]["choices"][0]["token_ids"][2]
     _, finish, body = await told(site, key, stop_token_ids=[third])
     assert (finish, body["usage"]["completion_tokens"]) == ("stop", 3)
 
 
 async def test_more_of_an_answer(site: Site, key: str) -> None:
-    _, _, body = await told(site, key, prompt_logprobs=1)
-    assert len(body["prompt_logprobs"]) == body["usage"]["prompt_tokens"]
-    _, _, cut = await told(site, key, truncate_prompt_tokens=5)
+    prompt, cut, as_ids, chosen = [
+        body
+        for _, _, body in await each(
+            site,
+            key,
+            {"prompt_logprobs": 1},
+            {"truncate_prompt_tokens": 5},
+            {"logprobs": True, "return_tokens_as_token_ids": True},
+            {"logprobs": True, "logprob_token_ids": [260, 28]},
+        )
+    ]
+    assert len(prompt["prompt_logprobs"]) == prompt["usage"]["prompt_tokens"]
     assert cut["usage"]["prompt_tokens"] == 5
-    _, _, body = await told(site, key, logprobs=True, return_tokens_as_token_ids=True)
-    assert body["choices"][0]["logprobs"]["content"][0]["token"].startswith("token_id:")
-    _, _, body = await told(site, key, logprobs=True, logprob_token_ids=[260, 28])
-    assert len(body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) >= 2
+    assert as_ids["choices"][0]["logprobs"]["content"][0]["token"].startswith("token_id:")
+    assert len(chosen["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) >= 2
 
 
 async def test_a_message_is_gone_on_with(site: Site, key: str) -> None:

@@ -180,6 +180,13 @@ async def read_all(engine: Engine, made: Call, request: Any) -> dict[str, Any]:
     return await whole(await engine.answer(made, request))
 
 
+async def until(engine: Engine, made: Call, tokens: int) -> None:
+    """Wait until it has produced so many."""
+    while meter_of(made).output < tokens:
+        await asyncio.sleep(0.001)
+        engine.poll(made)
+
+
 # Without the tokens that end an answer, so that its length is known.
 ENDLESS = {"temperature": 0, "logit_bias": {"0": -100, "2": -100}}
 QUESTION: dict[str, Any] = {
@@ -434,60 +441,64 @@ class EngineSuite:
     # --- pauses ----------------------------------------------------------------------------------
 
     @kinds
-    @pytest.mark.parametrize("stream", [True, False])
-    @pytest.mark.parametrize("after", [0, 1, 7])
     async def test_a_paused_answer_goes_on_as_if_nothing_had_happened(
-        self,
-        engine: Engine,
-        make_adapter: MakeAdapter,
-        kind: Kind,
-        body: dict[str, Any],
-        stream: bool,
-        after: int,
+        self, engine: Engine, make_adapter: MakeAdapter, kind: Kind, body: dict[str, Any]
     ) -> None:
-        """Paused twice, and its adapter gone from memory meanwhile."""
-        long = {**body, "max_tokens": 24, **LOGPROBS[kind], **(STREAMED if stream else {})}
+        """Streamed or not, paused twice, after so many tokens each; its adapter leaves memory meanwhile."""
+        long = {**body, "max_tokens": 24, **LOGPROBS[kind]}
         load = await bring_in(engine, make_adapter(0))
-        expected, counted = await ask(engine, kind, long, load)
-        wanted = await whole(expected)
-        made, request = call(engine, kind, long, load)
-        reading = asyncio.create_task(read_all(engine, made, request))
-        for pauses in (1, 2):
-            while meter_of(made).output < pauses * after:
-                await asyncio.sleep(0.001)
-                engine.poll(made)
-            if not await engine.pause(made):
-                continue  # it has not begun, or it has ended, before
-            await engine.page([then("evict", load)])
-            await asyncio.sleep(0.05)
-            produced = meter_of(made).output
-            await asyncio.sleep(0.05)
-            engine.poll(made)
-            assert meter_of(made).output == produced, "it runs while it is paused"
-            assert not reading.done()
-            load = stage(make_adapter(0), load.name)
-            await read_in(engine, load)
-            await engine.page([then("activate", load)])
-            await engine.resume(made)
-        assert same(await reading, wanted)
-        assert meter_of(made).usage() == counted.usage()
+        asked = [await ask(engine, kind, {**long, **how}, load) for how in ({}, STREAMED)]
+        wanted = [(await whole(answer), meter.usage()) for answer, meter in asked]
+        await engine.page([then("evict", load)])
+        paging = asyncio.Lock()  # a load's end is told once, to whoever asks
 
-    @pytest.mark.parametrize("cut", range(1, 12))
-    async def test_a_stop_string_may_straddle_the_pause(self, engine: Engine, cut: int) -> None:
+        async def paused(streamed: bool, after: int) -> None:
+            async with paging:
+                mine = await bring_in(engine, make_adapter(0))
+            made, request = call(engine, kind, {**long, **(STREAMED if streamed else {})}, mine)
+            reading = asyncio.create_task(read_all(engine, made, request))
+            for pauses in (1, 2):
+                await until(engine, made, pauses * after)
+                if not await engine.pause(made):
+                    continue  # it has not begun, or it has ended, before
+                async with paging:
+                    await engine.page([then("evict", mine)])
+                await asyncio.sleep(0.05)
+                produced = meter_of(made).output
+                await asyncio.sleep(0.05)
+                engine.poll(made)
+                assert meter_of(made).output == produced, "it runs while it is paused"
+                assert not reading.done()
+                mine = stage(make_adapter(0), mine.name)
+                async with paging:
+                    await read_in(engine, mine)
+                    await engine.page([then("activate", mine)])
+                await engine.resume(made)
+            expected, usage = wanted[streamed]
+            assert same(await reading, expected)
+            assert meter_of(made).usage() == usage
+
+        await asyncio.gather(*(paused(how, after) for how in (False, True) for after in (0, 1, 7)))
+
+    async def test_a_stop_string_may_straddle_the_pause(self, engine: Engine) -> None:
         body = {**TEXT, "max_tokens": 12}
         text = said((await ask(engine, "completion", body, None))[0].body or {})
         stop = text[len(text) // 3 : 2 * len(text) // 3]
         stopping = {**body, "stop": [stop], **STREAMED}
         answer, counted = await ask(engine, "completion", stopping, None)
         wanted = await whole(answer)
-        made, request = call(engine, "completion", stopping, None)
-        reading = asyncio.create_task(read_all(engine, made, request))
-        while meter_of(made).output < cut and not reading.done():
-            await asyncio.sleep(0.001)
-        if await engine.pause(made):
-            await engine.resume(made)
-        assert same(await reading, wanted)
-        assert meter_of(made).usage() == counted.usage()
+
+        async def paused(cut: int) -> None:
+            made, request = call(engine, "completion", stopping, None)
+            reading = asyncio.create_task(read_all(engine, made, request))
+            while meter_of(made).output < cut and not reading.done():
+                await asyncio.sleep(0.001)
+            if await engine.pause(made):
+                await engine.resume(made)
+            assert same(await reading, wanted)
+            assert meter_of(made).usage() == counted.usage()
+
+        await asyncio.gather(*map(paused, range(1, 12)))
 
     @pytest.mark.parametrize(
         "changes",
@@ -509,7 +520,8 @@ class EngineSuite:
         while meter_of(made).output == 0:
             await asyncio.sleep(0.001)
             engine.poll(made)
-        assert not await engine.pause(made)
+        async with asyncio.timeout(10):
+            assert not await engine.pause(made)
         await reading
 
     async def test_a_paused_answer_can_be_aborted(self, engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,11 +85,12 @@ class RelaySuite:
         first = await relayed(engine, made, request)
         assert first.movable
         usage = meter_of(made).usage()
-        for at in range(1, len(first.frames)):
+
+        async def broken_off(at: int) -> None:
             before = first.frames[:at]
             tokens = before[-1][0]
             if not tokens:
-                continue
+                return
             made, request = call(engine, kind, body, load)
             second = await relayed(engine, made, request, tokens)
             assert second.movable
@@ -98,18 +100,23 @@ class RelaySuite:
             assert same(await told([*before, *after]), await told(first.frames))
             assert meter_of(made).usage() == usage
 
+        await asyncio.gather(*map(broken_off, range(1, len(first.frames))))
+
     async def test_a_stop_string_may_straddle_the_break(self, engine: Engine) -> None:
         made, request = call(engine, "completion", COMPLETION, None)
         text = (await told((await relayed(engine, made, request)).frames))["text"]
         stopping = {**COMPLETION, "stop": [text[len(text) // 3 : 2 * len(text) // 3]]}
         made, request = call(engine, "completion", stopping, None)
         first = await relayed(engine, made, request)
-        for at in range(1, len(first.frames)):
+
+        async def broken_off(at: int) -> None:
             before = first.frames[:at]
             made, request = call(engine, "completion", stopping, None)
             second = await relayed(engine, made, request, before[-1][0])
             after = [one for one in second.frames if len(one[0]) > len(before[-1][0])]
             assert same(await told([*before, *after]), await told(first.frames))
+
+        await asyncio.gather(*map(broken_off, range(1, len(first.frames))))
 
     async def test_what_could_not_go_on_says_so_and_does_not(self, engine: Engine) -> None:
         body = {**QUESTION, "max_tokens": 6, **STREAMED, "presence_penalty": 0.5}

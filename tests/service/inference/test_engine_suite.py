@@ -17,7 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
 @pytest.fixture
 def engine() -> Iterator[FakeEngine]:
-    fake = FakeEngine(tiny.base(), gpu_slots=3, host_slots=5, times=Times(stage=0.005, step=0.002))
+    times = Times(stage=0.005, step=0.002)
+    fake = FakeEngine(tiny.base(), gpu_slots=6, host_slots=8, max_running=16, times=times)
     yield fake
     assert fake.violations == []
 
