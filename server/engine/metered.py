@@ -211,13 +211,15 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
         return [(sent, states[sent.request_id]) for sent in call.sent if sent.request_id in states]
 
     async def pause(self, call: Call) -> bool:
+        if not call.resumable:
+            return False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RENDER_TIMEOUT_S):
                 # Until then the front end may still look for its model, whose slot is to be emptied.
                 while not call.sent and not call.aborted:
                     await asyncio.sleep(0.005)
         unfinished = self._unfinished(call)
-        if not unfinished or not call.resumable or not all(replay.can_resume(sent) for sent, _ in unfinished):
+        if not unfinished or not all(replay.can_resume(sent) for sent, _ in unfinished):
             return False
         call.paused, call.replaying = True, False
         left = [sent.request_id for sent, _ in unfinished]
