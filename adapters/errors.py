@@ -199,6 +199,10 @@ CURES: dict[str, str] = {
     "tensor_unknown": "Export the adapter with PEFT's save_pretrained; other tensors cannot be served.",
     "tensor_unpaired": "Export the adapter again: every module needs its lora_A and its lora_B.",
     "module_unknown": "Retrain on the base model that is served here, with target_modules that it has.",
+    "experts_incomplete": (
+        "Adapt the experts of a layer all together: both parameters with PEFT's target_parameters, or every"
+        " expert's gate, up and down projection with one rank each."
+    ),
     "module_fused": "Export the adapter with the parts split as the checkpoint names them.",
     "shape_mismatch": "Retrain on the base model that is served here; this one was trained on another.",
     "tensor_empty": (

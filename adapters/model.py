@@ -58,10 +58,15 @@ class Tier(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModuleShape:
-    """A linear layer of the base model as PEFT sees it: ``weight`` is (out_features, in_features)."""
+    """A linear layer of the base model as PEFT sees it: ``weight`` is (out_features, in_features).
+
+    ``experts`` of them are adapted by one pair, whose rank is that many times the adapter's; see
+    ``adapters.inspection.experts``.
+    """
 
     in_features: int
     out_features: int
+    experts: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ tensor in memory at a time. Nothing is unpickled and no pattern of the upload is
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from adapters.errors import AdapterRejected, fault
 from adapters.inspection.dora import check_stored, without_doras
+from adapters.inspection.experts import check_experts, per_expert
 from adapters.inspection.magnitude import implausible
 from adapters.inspection.module_names import kind_of, layer_of, leaf, template
 from adapters.inspection.peft_config import PeftConfig, check_base, check_unknown_fields, read_config
@@ -129,7 +131,7 @@ def inspect(
             f"{len(idle)} of {len(pairs)} modules do nothing, as lora_B times lora_A is zero: {show(idle[0])}"
         )
     return Manifest(
-        rank=max(pair.rank for pair in pairs.values()),
+        rank=max(config.rank_of(module) for module in pairs),
         alpha=config.lora_alpha,
         use_rslora=bool(config.use_rslora),
         dtype="+".join(sorted({tensor.dtype for pair in pairs.values() for tensor in (pair.a, pair.b)})),
@@ -155,7 +157,8 @@ def check_tensors(
     pairs = _pair(without_doras(tensors) if config.dora else tensors, base)
     for module, pair in pairs.items():
         _check_shape(module, pair, base)
-        _check_rank(module, pair, config)
+        _check_rank(module, pair, config, base.modules[module].experts)
+    check_experts({module: pair.rank for module, pair in pairs.items()}, base)
     config.check_targets(base, pairs)
     return pairs
 
@@ -315,8 +318,8 @@ def _check_shape(module: str, pair: Pair, base: BaseModel) -> None:
             )
 
 
-def _check_rank(module: str, pair: Pair, config: PeftConfig) -> None:
-    expected = config.rank_of(module)
+def _check_rank(module: str, pair: Pair, config: PeftConfig, experts: int) -> None:
+    expected = config.rank_of(module) * experts
     for name, rank in ((pair.a_name, pair.rank), (pair.b_name, pair.b.shape[1])):
         if rank != expected:
             raise _refuse(
@@ -341,8 +344,12 @@ def _sizes(
                 b = _served(
                     pair.b_name, file.get_tensor(pair.b_name), config.scaling_of(module), serving_dtype
                 )
-                norms[module] = product_norm(a, b)
-                found = None if why else implausible(a, b, base.modules[module], norms[module])
+                shape = base.modules[module]
+                each = [(a, b)] if shape.experts == 1 else list(per_expert(a, b, shape.experts))
+                of_each = [product_norm(*one) for one in each]
+                norms[module] = math.hypot(*of_each)
+                reasons = (implausible(*one, shape, norm) for one, norm in zip(each, of_each, strict=True))
+                found = None if why else next(filter(None, reasons), None)
                 if found is not None:
                     why = f"what it adds to {show(module)} {found}"
     except SafetensorError as error:

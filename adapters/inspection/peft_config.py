@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field
 
 from adapters.errors import AdapterRejected, fault
 from adapters.inspection import strict_json
+from adapters.inspection.experts import is_stacked, parameter_of, stacked_parameters
 from adapters.inspection.module_names import match, suffixes
 from adapters.inspection.strict_json import show
 from adapters.inspection.targets import Targets
@@ -57,7 +58,6 @@ REFUSED: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         "this initialisation changes the base weights, which are shared here",
     ),
     "trainable_token_indices": ("feature_unsupported", bool, "trained token embeddings would be dropped"),
-    "target_parameters": ("feature_unsupported", bool, "adapters on bare parameters are not served"),
     "layer_replication": (
         "feature_unsupported",
         bool,
@@ -105,7 +105,8 @@ class PeftConfig(pydantic.BaseModel):
 
     r: Rank
     lora_alpha: float
-    target_modules: list[str] | str
+    target_modules: list[str] | str | None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -123,11 +124,11 @@ class PeftConfig(pydantic.BaseModel):
 
     def rank_of(self, module: str) -> int:
         """The rank PEFT gave ``module``, a name without the ``base_model.model.`` prefix."""
-        return match(self.rank_pattern or {}, module) or self.r
+        return match(self.rank_pattern or {}, parameter_of(module)) or self.r
 
     def scaling_of(self, module: str) -> float:
         """What lora_B is multiplied with: alpha / r, with rsLoRA alpha / sqrt(r) (arXiv:2312.03732)."""
-        alpha = match(self.alpha_pattern or {}, module) or self.lora_alpha
+        alpha = match(self.alpha_pattern or {}, parameter_of(module)) or self.lora_alpha
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -147,12 +148,12 @@ class PeftConfig(pydantic.BaseModel):
     @functools.cached_property
     def targets(self) -> Targets:
         return Targets.of(
-            self.target_modules, self.exclude_modules, self.layers_to_transform, self.layers_pattern
+            self.target_modules or (), self.exclude_modules, self.layers_to_transform, self.layers_pattern
         )
 
     def check_targets(self, base: BaseModel, adapted: Collection[str]) -> None:
         """Refuses tensors that PEFT would ignore, and missing ones that it would fill at random."""
-        beyond = [module for module in adapted if self.targets.covers(module) is False]
+        beyond = [module for module in adapted if not self._covers(module)]
         if beyond:
             raise _refuse(
                 "target_mismatch",
@@ -167,6 +168,12 @@ class PeftConfig(pydantic.BaseModel):
                     f"it targets {_some(missing)}, which have no tensors, and with init_lora_weights=False"
                     " PEFT fills those at random.",
                 )
+
+    def _covers(self, module: str) -> bool:
+        """False where PEFT would ignore its tensors; True also where only an expression could tell."""
+        if is_stacked(module):
+            return any(suffix in (self.target_parameters or ()) for suffix in suffixes(parameter_of(module)))
+        return self.targets.covers(module) is not False
 
     def _other_base(self, base: BaseModel) -> Iterable[str]:
         named = self.base_model_name_or_path
@@ -242,6 +249,7 @@ def parse_config(fields: Mapping[str, Any], base: BaseModel) -> PeftConfig:
     _check_type(fields)
     _check_features(fields, base)
     config = _validate(fields)
+    _check_parameters(config, base)
     _check_alpha(config)
     _check_max_rank(config, base)
     _check_patterns(config, base)
@@ -325,6 +333,19 @@ def _validate(fields: Mapping[str, Any]) -> PeftConfig:
         where = ".".join(str(part) for part in first["loc"])[:120]
         found = "" if first["type"] == "missing" else f", found {show(first['input'])}"
         raise _refuse("config_invalid", f"{where}: {first['msg']}{found}.") from None
+
+
+def _check_parameters(config: PeftConfig, base: BaseModel) -> None:
+    """Those of experts are served; any other bare parameter is not."""
+    if config.target_modules is None and not config.target_parameters:
+        raise _refuse("config_invalid", "target_modules: Input should be a list or a string, found None.")
+    known = {suffix for name in stacked_parameters(base) for suffix in suffixes(name)}
+    beyond = [name for name in config.target_parameters or () if name not in known]
+    if beyond:
+        raise _refuse(
+            "feature_unsupported",
+            f"target_parameters names {_some(beyond)}; of bare parameters only experts' are served.",
+        )
 
 
 def _check_alpha(config: PeftConfig) -> None:

@@ -27,6 +27,7 @@ import psutil
 
 from adapters.worker.cpu.onednn import make_kernels
 from adapters.worker.dora import DoraScales
+from adapters.worker.experts import expert_shapes, has_stacked_experts
 from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine
 from adapters.worker.names import Names, checkpoint_modules, names_of
 from adapters.worker.not_finite import NotFiniteGuard
@@ -159,6 +160,7 @@ class _Pager:
         for name, layer in self.tables.modules.items():
             sizes = _part_shapes(layer)
             parts = self.tables.packed_modules.get(name) or [name]
+            shapes |= expert_shapes(self.tables, name, layer)
             if sizes is None or len(parts) not in (1, len(sizes)):
                 continue
             if len(parts) == 1:
@@ -246,7 +248,9 @@ class _Pager:
         from vllm.lora.request import LoRARequest
 
         started = time.perf_counter()
-        lora = self._load(LoRARequest(lora_name=name, lora_int_id=load_id, lora_path=path))
+        stacked = self.tables._is_moe and has_stacked_experts(path)
+        request = LoRARequest(lora_name=name, lora_int_id=load_id, lora_path=path, is_3d_lora_weight=stacked)
+        lora = self._load(request)
         self.tables._create_merged_loras_inplace(lora)
         lora.loraplex_scales = self._dora.read(path) if self._dora is not None else {}
         return lora, time.perf_counter() - started
@@ -305,7 +309,8 @@ def read_with(loader: Loader) -> None:
 def _part_shapes(layer: Any) -> list[tuple[int, int]] | None:
     """(in_features, out_features) of each checkpoint layer inside ``layer``, whole, not the local shard.
 
-    None for what Loraplex does not serve adapters on yet: embeddings, the language-model head, experts.
+    None for embeddings and the language-model head, which no adapters are served on, and for experts, of
+    which ``adapters.worker.experts`` tells.
     """
     from vllm.model_executor.layers.linear import LinearBase
 

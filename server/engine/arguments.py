@@ -220,7 +220,12 @@ def capacity_of(
             slots.slot_bytes,
             slot,
         )
-    layers = [Layer(shape.in_features, shape.out_features) for shape in base.modules.values()]
+    apart = any(".experts.0." in module for module in base.modules)
+    layers = [
+        Layer(shape.in_features * shape.experts, shape.out_features * shape.experts)
+        for shape in base.modules.values()
+        if shape.experts == 1 or not apart  # an adapter has its experts in one form
+    ]
     whole = sizing.entry_bytes(layers, rank=base.max_lora_rank, itemsize=itemsize)
     entry = sum(whole if one["entry_bytes"] is None else int(one["entry_bytes"]) for one in described)
     return EngineCapacity(slots.gpu, slots.host, slot, entry)
@@ -241,7 +246,8 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
     }
     known = {f.name for f in fields(AsyncEngineArgs)}
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    given: dict[str, Any] = {"use_tqdm_on_load": False}  # a bar is no log line
+    # A bar is no log line. Of a mixture of experts vLLM then reads adapters in both forms that PEFT saves.
+    given: dict[str, Any] = {"use_tqdm_on_load": False, "enable_mixed_moe_lora_format": True}
     if current_platform.is_cpu():
         given |= {
             # What adapters.worker.cpu.kernels multiplies fastest.

@@ -1,0 +1,41 @@
+"""The experts of a mixture in vLLM's tables: which pairs of an adapter go where.
+
+The engine is started with vLLM's ``enable_mixed_moe_lora_format``: one layer then takes experts that were
+adapted together (``is_3d_lora_weight``) and apart. Both forms are told of in ``adapters.inspection.experts``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from adapters.inspection.experts import is_stacked
+from adapters.inspection.safetensors_header import read_entries
+from adapters.model import WEIGHTS_FILE
+
+
+def expert_shapes(tables: Any, name: str, layer: Any) -> dict[str, list[int]]:
+    """vLLM's name of each pair on the experts ``layer`` -> [inputs, outputs, experts]; {} for another layer.
+
+    Of experts without a gate nothing is served: how their pairs are laid out is not known.
+    """
+    from vllm.lora.layers import FusedMoEWithLoRA
+
+    if not isinstance(layer, FusedMoEWithLoRA) or not layer.moe_config.is_act_and_mul:
+        return {}
+    hidden, experts = layer.hidden_size, layer.global_num_experts
+    inner = layer.intermediate_size_per_partition * layer.tp_size
+    found: dict[str, list[int]] = {}
+    if tables._enable_mixed_moe_lora_format or tables._is_3d_moe_model:
+        found |= {f"{name}.base_layer": [hidden, 2 * inner, experts], name: [inner, hidden, experts]}
+    if not tables._is_3d_moe_model:  # gate, down and up of one expert after the other
+        for index, part in enumerate(tables.packed_modules.get(name, ())):
+            found[part] = [inner, hidden, 1] if index % 3 == 1 else [hidden, inner, 1]
+    return found
+
+
+def has_stacked_experts(folder: str) -> bool:
+    """Whether the adapter in ``folder`` has its experts in one pair. Raises OSError and ValueError."""
+    with (Path(folder) / WEIGHTS_FILE).open("rb", buffering=0) as file:
+        _, tensors = read_entries(file.fileno())
+    return any(is_stacked(name.partition(".lora_")[0]) for name in tensors)

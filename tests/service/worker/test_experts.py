@@ -1,0 +1,296 @@
+"""Adapters on experts: what vLLM's stacked tensors hold is what PEFT adds to each expert, or it is refused.
+
+The CPU build has no kernels for a mixture of experts with LoRA, so this ends at the tensors that they read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from vllm.lora.layers import FusedMoE3DWithLoRA, FusedMoEWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.peft_helper import PEFTHelper
+
+from adapters.errors import AdapterRejected
+from adapters.inspection.admit import admit
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, ModuleShape
+from adapters.worker.experts import expert_shapes, has_stacked_experts
+
+EXPERTS, HIDDEN, INNER, RANK, SLOTS = 4, 32, 24, 3, 2
+LAYER = "model.layers.0.mlp.experts"
+PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+PREFIX = "base_model.model."
+
+
+def make_model() -> Any:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        moe_intermediate_size=INNER,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def apart() -> list[str]:
+    """As ``packed_modules`` lists them."""
+    names = ("gate_proj", "down_proj", "up_proj")
+    return [f"{LAYER}.{expert}.{name}" for expert in range(EXPERTS) for name in names]
+
+
+def tables(*, three_dimensional: bool = False) -> Any:
+    return SimpleNamespace(
+        _enable_mixed_moe_lora_format=not three_dimensional,
+        _is_3d_moe_model=three_dimensional,
+        packed_modules={} if three_dimensional else {LAYER: apart()},
+        model=SimpleNamespace(config=SimpleNamespace(architectures=["Qwen3MoeForCausalLM"])),
+        _get_lora_layer_weights=lambda lora, name: lora.get_lora(name),
+    )
+
+
+class Experts:
+    """As much of vLLM's layer as holds weights; it is asked for itself, not for what it wraps."""
+
+    hidden_size, global_num_experts, local_num_experts = HIDDEN, EXPERTS, EXPERTS
+    intermediate_size_per_partition, tp_size, ep_rank, _w13_slices = INNER, 1, 0, 2
+    use_ep = False
+    moe_config = SimpleNamespace(is_act_and_mul=True)
+    set_lora: Callable[..., None] = FusedMoEWithLoRA.set_lora
+    reset_lora = _match_expert_dim = lambda self, *given: given[0]
+
+    def __init__(self) -> None:
+        def zeros(out: int, into: int) -> torch.Tensor:
+            return torch.zeros(SLOTS, EXPERTS, out, into)
+
+        self.adapter_enabled = torch.zeros(SLOTS + 1)
+        self.w13_lora_a_stacked = (zeros(8, HIDDEN), zeros(8, HIDDEN))
+        self.w13_lora_b_stacked = (zeros(INNER, 8), zeros(INNER, 8))
+        self.w2_lora_a_stacked, self.w2_lora_b_stacked = (zeros(8, INNER),), (zeros(HIDDEN, 8),)
+
+    def _slice(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights
+
+    _slice_w13_a = _slice_w13_b = _slice_w2_a = _slice_w2_b = _slice
+
+
+class RealExperts(FusedMoEWithLoRA):  # type: ignore[misc]
+    """Passes for vLLM's layer where that is asked for."""
+
+    hidden_size, global_num_experts = HIDDEN, EXPERTS
+    intermediate_size_per_partition = INNER
+
+    def __init__(self, *, gated: bool = True) -> None:
+        torch.nn.Module.__init__(self)
+        self.tp_size, self.moe_config = 1, SimpleNamespace(is_act_and_mul=gated)
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    shapes = expert_shapes(tables(), LAYER, RealExperts())
+    modules = {name: ModuleShape(*shape) for name, shape in shapes.items()}
+    modules["model.layers.0.self_attn.q_proj"] = ModuleShape(HIDDEN, 32)
+    return BaseModel("tiny-moe", modules, max_lora_rank=8)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """An adapter with stacked experts, and PEFT's model."""
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=5,
+        use_rslora=True,
+        target_modules=["q_proj"],
+        target_parameters=PARAMETERS,
+        rank_pattern={"experts.down_proj": 2},
+        alpha_pattern={"experts.gate_up_proj": 7},
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(make_model(), config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.normal_(std=0.1)
+    folder = tmp_path_factory.mktemp("stacked")
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def deltas(model: Any) -> dict[str, torch.Tensor]:
+    """Projection -> (experts, out, in) that PEFT adds to the weights."""
+    outer = model.base_model.model.get_submodule(LAYER)
+    found = {one.parameter_name: one.get_delta_weight("default") for one in (outer, outer.base_layer)}
+    gate, up = found["gate_up_proj"].chunk(2, dim=1)
+    return {"gate_proj": gate.detach(), "up_proj": up.detach(), "down_proj": found["down_proj"].detach()}
+
+
+def loaded(folder: Path) -> LoRAModel:
+    """By vLLM's own code, as a worker does it."""
+    expected = {*apart(), "q_proj", "experts", "experts.base_layer"}
+    expected |= {name.partition("mlp.")[2] for name in apart()}
+    helper = PEFTHelper.from_local_dir(str(folder), None)
+    lora = LoRAModel.from_local_checkpoint(
+        str(folder), expected, helper, lora_model_id=1, device="cpu", dtype=torch.float32
+    )
+    for one in lora.loras.values():
+        one.optimize()
+    return lora
+
+
+def check(layer: Experts, wanted: dict[str, torch.Tensor]) -> None:
+    a, b = layer.w13_lora_a_stacked, layer.w13_lora_b_stacked
+    got = {"gate_proj": b[0][1] @ a[0][1], "up_proj": b[1][1] @ a[1][1]}
+    got["down_proj"] = layer.w2_lora_b_stacked[0][1] @ layer.w2_lora_a_stacked[0][1]
+    for name, delta in wanted.items():
+        assert torch.allclose(got[name], delta, atol=1e-6), name
+        assert delta.abs().max() > 0.01
+
+
+def test_stacked_experts_are_what_peft_adds(trained: tuple[Path, Any], base: BaseModel) -> None:
+    folder, model = trained
+    manifest = admit(folder, base, serving_dtype="float32")
+    assert manifest.rank == RANK
+    assert {f"{LAYER}.base_layer", LAYER} <= set(manifest.modules)
+    assert has_stacked_experts(str(folder))
+    lora, layer = loaded(folder), Experts()
+    LoRAModelManager._convert_3d_to_2d_moe_lora(tables(), lora, layer, LAYER)
+    made = lora.get_lora(LAYER)
+    layer.set_lora(1, made.lora_a, made.lora_b)
+    wanted = deltas(model)
+    check(layer, wanted)
+    (down,) = (row for row in manifest.coverage if row.module == "mlp.experts")
+    assert down.norm[0] == pytest.approx(wanted["down_proj"].norm().item(), rel=1e-4)
+
+
+def unstacked(folder: Path, into: Path) -> Path:
+    """The same adapter as a linear layer for each expert, as older releases of transformers have them."""
+    config, tensors = json.loads((folder / CONFIG_FILE).read_text()), load_file(folder / WEIGHTS_FILE)
+    split = {name: tensor for name, tensor in tensors.items() if "experts" not in name}
+    for inner, names in ((".base_layer", ("gate_proj", "up_proj")), ("", ("down_proj",))):
+        a, b = (tensors[f"{PREFIX}{LAYER}{inner}.lora_{side}.weight"] for side in "AB")
+        for expert, part in enumerate(a.chunk(EXPERTS)):
+            of_b = b.reshape(b.shape[0], -1, EXPERTS)[:, :, expert].chunk(len(names))
+            for name, rows in zip(names, of_b, strict=True):
+                split[f"{PREFIX}{LAYER}.{expert}.{name}.lora_A.weight"] = part.clone()
+                split[f"{PREFIX}{LAYER}.{expert}.{name}.lora_B.weight"] = rows.contiguous()
+    config |= {
+        "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+        "target_parameters": None,
+        "rank_pattern": {"down_proj": 2},
+        "alpha_pattern": {"gate_proj": 7, "up_proj": 7},
+    }
+    into.mkdir()
+    (into / CONFIG_FILE).write_text(json.dumps(config))
+    save_file(split, into / WEIGHTS_FILE)
+    return into
+
+
+def test_experts_apart_are_what_peft_adds(trained: tuple[Path, Any], base: BaseModel, tmp_path: Path) -> None:
+    from vllm.lora.lora_weights import PackedLoRALayerWeights
+
+    folder = unstacked(trained[0], tmp_path / "apart")
+    assert len(admit(folder, base, serving_dtype="float32").modules) == 3 * EXPERTS + 1
+    assert not has_stacked_experts(str(folder))
+    lora, layer = loaded(folder), Experts()
+    packed = PackedLoRALayerWeights.pack_moe([lora.get_lora(name) for name in apart()], LAYER)
+    packed.optimize()
+    layer.set_lora(1, packed.lora_a, packed.lora_b)
+    check(layer, deltas(trained[1]))
+
+
+def _add_one_apart(_: dict[str, Any], tensors: dict[str, Any]) -> None:
+    name = f"{PREFIX}{LAYER}.0.gate_proj.lora"
+    tensors[f"{name}_A.weight"] = torch.ones(RANK, HIDDEN)
+    tensors[f"{name}_B.weight"] = torch.ones(INNER, RANK)
+
+
+BAD: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str, str]] = {
+    "down_proj is left out": (
+        lambda c, t: [t.pop(name) for name in list(t) if f"{LAYER}.lora_" in name],
+        "experts_incomplete",
+        "is not adapted beside",
+    ),
+    "both forms": (
+        _add_one_apart,
+        "experts_incomplete",
+        "some apart",
+    ),
+    "not targeted": (
+        lambda c, t: c.update(target_parameters=PARAMETERS[:1]),
+        "target_mismatch",
+        "leave out",
+    ),
+    "of fewer experts": (
+        lambda c, t: t.update({n: x[: -RANK] for n, x in t.items() if "base_layer.lora_A" in n}),
+        "rank_mismatch",
+        "rank",
+    ),
+    "another parameter": (
+        lambda c, t: c.update(target_parameters=[*PARAMETERS, "mlp.gate.weight"]),
+        "feature_unsupported",
+        "mlp.gate.weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_vllm_would_serve_in_part_is_refused(
+    kind: str, trained: tuple[Path, Any], base: BaseModel, tmp_path: Path
+) -> None:
+    change, code, says = BAD[kind]
+    config, tensors = json.loads((trained[0] / CONFIG_FILE).read_text()), load_file(trained[0] / WEIGHTS_FILE)
+    change(config, tensors)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    save_file({name: x.contiguous() for name, x in tensors.items()}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(AdapterRejected, match=says) as refused:
+        admit(tmp_path, base)
+    assert refused.value.code == code
+
+
+@pytest.mark.parametrize("kind", ["one expert is left out", "another rank"])
+def test_experts_apart_are_all_there_and_alike(
+    kind: str, trained: tuple[Path, Any], base: BaseModel, tmp_path: Path
+) -> None:
+    folder = unstacked(trained[0], tmp_path / "apart")
+    config, tensors = json.loads((folder / CONFIG_FILE).read_text()), load_file(folder / WEIGHTS_FILE)
+    names = [name for name in tensors if ".experts.2.up_proj." in name]
+    if kind == "another rank":
+        config["rank_pattern"] = {"experts.2.up_proj": 2, "down_proj": 2}
+        for name in names:
+            tensors[name] = tensors[name][:2] if "lora_A" in name else tensors[name][:, :2]
+    else:
+        for name in names:
+            del tensors[name]
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    save_file({name: x.contiguous() for name, x in tensors.items()}, folder / WEIGHTS_FILE)
+    with pytest.raises(AdapterRejected) as refused:
+        admit(folder, base)
+    assert refused.value.code == "experts_incomplete"
+
+
+def test_which_forms_a_layer_takes() -> None:
+    assert len(expert_shapes(tables(), LAYER, RealExperts())) == 2 + 3 * EXPERTS
+    assert set(expert_shapes(tables(three_dimensional=True), LAYER, RealExperts())) == {
+        LAYER,
+        f"{LAYER}.base_layer",
+    }
+    assert expert_shapes(tables(), LAYER, RealExperts(gated=False)) == {}
+    assert expert_shapes(tables(), LAYER, object()) == {}
+    assert issubclass(FusedMoE3DWithLoRA, FusedMoEWithLoRA)
