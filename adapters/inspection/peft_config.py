@@ -137,6 +137,7 @@ class PeftConfig(pydantic.BaseModel):
         found = {suffix for module in adapted for suffix in suffixes(module)}
         return [
             *self._other_base(base),
+            *self._quantized_base(base),
             *self._other_task(base),
             *self._risky_init(),
             *self._without_tensors(found),
@@ -180,6 +181,15 @@ class PeftConfig(pydantic.BaseModel):
         served = {_last_part(name) for name in (base.name, base.source) if name}
         if named and _last_part(named) not in served:
             yield f"it names the base model {show(named)}, and {show(base.name)} is served"
+
+    def _quantized_base(self, base: BaseModel) -> Iterable[str]:
+        named = self.base_model_name_or_path or ""
+        served = f"{base.name} {base.source or ''}".casefold()
+        if _QUANTIZED.search(named.casefold()) and not _QUANTIZED.search(served):
+            yield (
+                f"it was trained on a quantized copy of the base, {show(named)}, and is served on another:"
+                " its answers differ a little from those in training; a probes.json says how far"
+            )
 
     def _other_task(self, base: BaseModel) -> Iterable[str]:
         served = "FEATURE_EXTRACTION" if base.pooling else "CAUSAL_LM"

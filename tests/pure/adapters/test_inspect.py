@@ -276,7 +276,6 @@ SAME_BASE = [
     "acme/tiny-llama",
     "/srv/models/Tiny-Llama/",
     "tiny-llama",
-    "unsloth/tiny-llama-unsloth-bnb-4bit",
     "/home/someone/.cache/huggingface/hub/models--acme--tiny-llama/snapshots/0123abc",
     "/models/where-it-lies",
     None,
@@ -292,6 +291,15 @@ def test_the_same_base_by_another_path_is_no_warning(
     config["base_model_name_or_path"] = named
     served = dataclasses.replace(base, source="/models/where-it-lies")
     assert inspect(write(tmp_path, config, tensors), served).warnings == ()
+
+
+def test_training_on_a_quantized_copy_is_said(good: Path, base: BaseModel, tmp_path: Path) -> None:
+    config, tensors = read(good)
+    config["base_model_name_or_path"] = "unsloth/tiny-llama-unsloth-bnb-4bit"
+    folder = write(tmp_path, config, tensors)
+    (warning,) = inspect(folder, base).warnings
+    assert "trained on a quantized copy of the base" in warning
+    assert inspect(folder, dataclasses.replace(base, source="/models/tiny-llama-bnb-4bit")).warnings == ()
 
 
 def test_another_fingerprint_is_refused_unless_it_is_meant(
