@@ -29,12 +29,16 @@ _GEMMA = {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32, "lay
 
 @dataclass(frozen=True)
 class Family:
-    """``config`` names a class of transformers; ``options`` go over the sizes of ``trainer``."""
+    """``config`` names a class of transformers; ``options`` go over the sizes of ``trainer``.
+
+    ``refused`` is why vLLM does not start on it with LoRA.
+    """
 
     title: str
     config: str
     options: Mapping[str, Any]
     modules: tuple[str, ...]
+    refused: str = ""
 
     def make_config(self, sizes: Mapping[str, Any]) -> Any:
         return getattr(transformers, self.config)(**{**sizes, "pad_token_id": 0, **self.options})
@@ -43,8 +47,10 @@ class Family:
 _SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _of(title: str, config: str, modules: tuple[str, ...] = _SPLIT, **options: Any) -> Family:
-    return Family(title, config, MappingProxyType(options), modules)
+def _of(
+    title: str, config: str, modules: tuple[str, ...] = _SPLIT, *, refused: str = "", **options: Any
+) -> Family:
+    return Family(title, config, MappingProxyType(options), modules, refused)
 
 
 FAMILIES = {
@@ -70,7 +76,13 @@ FAMILIES = {
         tie_word_embeddings=True,
     ),
     "olmo2": _of("OLMo 2", "Olmo2Config", tie_word_embeddings=False),
-    "stablelm": _of("StableLM, biases", "StableLmConfig", use_qkv_bias=True, tie_word_embeddings=False),
+    "stablelm": _of(
+        "StableLM",
+        "StableLmConfig",
+        refused="StablelmForCausalLM does not support LoRA",
+        use_qkv_bias=True,
+        tie_word_embeddings=False,
+    ),
     "cohere": _of("Command R", "CohereConfig", logit_scale=0.25),
     "glm4": _of(
         "GLM-4, fused gate_up_proj",
