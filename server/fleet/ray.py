@@ -265,9 +265,9 @@ def _number(plan: Plan) -> dict[str, Any]:
     }
 
 
-def app(plan: Plan) -> Any:
-    """What ``serve run server.fleet.ray:app replicas=2 …`` builds."""
-    return application(Settings.load(None), plan)
+def app(args: dict[str, Any]) -> Any:
+    """What ``serve run server.fleet.ray:app replicas=2 …`` builds; ``args`` are those of ``Plan``."""
+    return application(Settings.load(None), Plan.model_validate(args))
 
 
 def up(settings: Settings, plan: Plan, config: Path | None = None) -> int:

@@ -8,11 +8,13 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+import yaml
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 
@@ -104,6 +106,20 @@ def actors(name: str) -> list[psutil.Process]:
             if one.cmdline()[:1] and one.cmdline()[0].startswith(title):
                 found.append(one)
     return found
+
+
+def test_serves_own_tools_build_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They pass arguments as text, and read a file."""
+    from ray.serve.schema import ServeDeploySchema
+
+    monkeypatch.setenv("LORAPLEX_MODEL", "/models/fake")
+    written = ServeDeploySchema.model_validate(yaml.safe_load(Path("config/ray.yml").read_text()))
+    (told,) = written.applications
+    assert told.import_path == "server.fleet.ray:app"
+    for args in ({"replicas": "1", "cpus": "0"}, told.args):
+        assert isinstance(fleet.app(args), fleet.serve.Application)
+    with pytest.raises(ValueError, match="replica"):
+        fleet.app({"replica": 1})
 
 
 async def test_a_fleet_lives_through_a_killed_actor_and_an_update(
