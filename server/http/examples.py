@@ -44,6 +44,8 @@ EXAMPLES: dict[str, Any] = {
         "endpoint": "/v1/chat/completions",
         "completion_window": "24h",
     },
+    "post /v1/rerank": {"model": "support", "query": "capital of France", "documents": ["Paris", "Rome"]},
+    "post /v1/score": {"model": "support", "text_1": "capital of France", "text_2": ["Paris", "Rome"]},
     "post /tokenize": {"model": "support", "prompt": "Hello there"},
     "post /detokenize": {"model": "support", "tokens": [1, 2, 3]},
     "post /tenants": {

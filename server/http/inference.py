@@ -27,7 +27,7 @@ from server.inference.completion import (
     resolve,
 )
 from server.inference.dialects.base import Dialect
-from server.inference.dialects.registry import ANSWERING, COUNTING
+from server.inference.dialects.registry import ANSWERING, COUNTING, SCORING
 from server.inference.embeddings import embed
 from server.limits.permissions import may_name
 
@@ -156,11 +156,11 @@ def _counts(dialect: Dialect) -> Callable[[Request], Awaitable[dict[str, Any]]]:
     return route
 
 
-for _dialect in (*ANSWERING, *COUNTING):
+for _dialect in (*ANSWERING, *SCORING, *COUNTING):
     _versioned = _dialect.path.startswith("/v1/")
     (router if _versioned else tokens).add_api_route(
         _dialect.path.removeprefix("/v1"),
-        _answers(_dialect) if _dialect in ANSWERING else _counts(_dialect),
+        _counts(_dialect) if _dialect in COUNTING else _answers(_dialect),
         methods=["POST"],
         response_model=_dialect.answer,
         summary=_dialect.summary,

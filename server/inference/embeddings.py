@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import math
 from array import array
+from dataclasses import replace
 from typing import Any
 
+from adapters.tasks import run_in_thread
 from server.accounts.tenants import Tenant
 from server.errors import BadRequest, Internal
 from server.inference.completion import (
@@ -26,6 +28,7 @@ from server.inference.completion import (
 )
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.embeddings import MAX_INPUTS
+from server.inference.dialects.scoring import EMBEDDINGS, Scoring
 
 # A request takes at most one in so many of the engine's places.
 _SHARE = 4
@@ -36,6 +39,35 @@ async def embed(
     service: Completions, tenant: Tenant, dialect: Dialect, body: dict[str, Any], request_id: str
 ) -> Completion:
     """Answers ``body`` for ``tenant`` with a document; raises and may be cancelled as ``open_completion``."""
+    if isinstance(dialect, Scoring):
+        return await _score(service, tenant, dialect, body, request_id)
+    return await _embed(service, tenant, dialect, dialect, body, request_id)
+
+
+async def _score(
+    service: Completions, tenant: Tenant, dialect: Scoring, body: dict[str, Any], request_id: str
+) -> Completion:
+    """From the embeddings of what is compared, which are asked for under the dialect's name."""
+    with recorded_refusals(service, tenant, dialect, request_id), counted_refusals(service.metrics, tenant):
+        check_base(service.answers.base, dialect)
+        fields = dialect.allowed_fields(body)
+        asked = dialect.asked(fields)
+    wanted = dialect.embeddings_body(fields | {"model": body.get("model")}, asked)
+    opened = await _embed(service, tenant, dialect, EMBEDDINGS, wanted, request_id)
+    assert opened.body is not None
+    told = await run_in_thread(dialect.told, request_id, fields, asked, opened.body)
+    return replace(opened, body=told)
+
+
+async def _embed(
+    service: Completions,
+    tenant: Tenant,
+    dialect: Dialect,
+    embeddings: Dialect,
+    body: dict[str, Any],
+    request_id: str,
+) -> Completion:
+    """``dialect`` is that of the request, ``embeddings`` that of what the engine is asked."""
     with recorded_refusals(service, tenant, dialect, request_id) as asked:
         with counted_refusals(service.metrics, tenant):
             check_base(service.answers.base, dialect)
@@ -43,12 +75,12 @@ async def embed(
             version, public, reservation = resolved
             asked.version, asked.reservation = version, reservation
             asked.numbered = is_numbered(body.get("model"))
-            fields = dialect.allowed_fields(body)
+            fields = embeddings.allowed_fields(body)
             text = str(body.get("input", ""))
         order = Order(
             id=request_id,
             tenant=tenant,
-            dialect=dialect,
+            dialect=embeddings,
             fields=fields,
             version=version,
             public_model=public,

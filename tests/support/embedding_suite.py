@@ -213,3 +213,58 @@ class EmbeddingSuite:
         files[PROBES_FILE] = json.dumps(golden).encode()
         url = "/admin/v1/tenants/acme/adapters/golden/versions"
         error(await site.admin.post(url, files=files), 422, "probes_unsupported")
+
+    async def test_documents_are_ranked_by_their_embeddings(self, site: Site, key: str) -> None:
+        query, *documents = TEXTS
+        (one, *others) = await vectors(site, key, TEXTS)
+        cosines = [sum(x * y for x, y in zip(one, other, strict=True)) for other in others]
+        body = {"model": "a", "query": query, "documents": documents}
+        ranked = await site.http.post("/v1/rerank", json=body, headers=bearer(key))
+        assert ranked.status_code == 200, ranked.text
+        found = ranked.json()
+        order = sorted(range(len(documents)), key=lambda place: -cosines[place])
+        assert [result["index"] for result in found["results"]] == order
+        for result in found["results"]:
+            assert result["relevance_score"] == pytest.approx(cosines[result["index"]], abs=1e-4)
+            assert result["document"] == {"text": documents[result["index"]]}
+        best = {**body, "documents": [{"text": text} for text in documents], "top_n": 1}
+        best["return_documents"] = False
+        top = (await site.http.post("/v1/rerank", json=best, headers=bearer(key))).json()
+        assert [set(result) for result in top["results"]] == [{"index", "relevance_score"}]
+        before = await used(site, "acme")
+        sent = {"model": "a", "text_1": query, "text_2": documents}
+        scored = (await site.http.post("/v1/score", json=sent, headers=bearer(key))).json()
+        assert [each["score"] for each in scored["data"]] == pytest.approx(cosines, abs=1e-4)
+        after = await used(site, "acme")
+        assert after["requests"] - before["requests"] == 1
+        assert after["prompt_tokens"] - before["prompt_tokens"] == scored["usage"]["prompt_tokens"] > 0
+        pairs = {"model": "a", "queries": TEXTS, "documents": TEXTS[::-1]}
+        by_pair = (await site.http.post("/v1/score", json=pairs, headers=bearer(key))).json()
+        assert [each["score"] for each in by_pair["data"]][1] == pytest.approx(1.0, abs=1e-4)
+        rows = (await site.admin.get("/admin/v1/requests?limit=2")).json()["data"]
+        assert {row["endpoint"] for row in rows} == {"score"}
+
+    @pytest.mark.parametrize(
+        ("url", "body", "param"),
+        [
+            ("/v1/rerank", {"documents": ["a"]}, "query"),
+            ("/v1/rerank", {"query": ["a"], "documents": ["a"]}, "query"),
+            ("/v1/rerank", {"query": "a", "documents": []}, "documents"),
+            ("/v1/rerank", {"query": "a", "documents": [1]}, "documents"),
+            ("/v1/rerank", {"query": "a", "documents": [{"title": "a"}]}, "documents"),
+            ("/v1/rerank", {"query": "a", "documents": ["a"] * 1025}, "documents"),
+            ("/v1/rerank", {"query": "a", "documents": ["a"], "top_n": 1.5}, "top_n"),
+            ("/v1/rerank", {"query": "a", "documents": ["a"], "top_n": -1}, "top_n"),
+            ("/v1/rerank", {"query": "a", "documents": ["a"], "max_tokens_per_doc": 4}, "max_tokens_per_doc"),
+            ("/v1/rerank", {"query": "a", "documents": ["a"], "priority": 1}, "priority"),
+            ("/v1/score", {"text_1": "a"}, "text_2"),
+            ("/v1/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1"),
+            ("/v1/score", {"text_1": "a", "text_2": "b", "queries": "c"}, "text_1"),
+        ],
+    )
+    async def test_wrong_scores(
+        self, site: Site, key: str, url: str, body: dict[str, Any], param: str
+    ) -> None:
+        refused = await site.http.post(url, json={"model": "a", **body}, headers=bearer(key))
+        assert refused.status_code == 400, refused.text
+        assert refused.json()["error"]["param"] == param

@@ -130,6 +130,48 @@ class EmbeddingList(Answer):
     usage: PromptUsage
 
 
+class RankedText(Answer):
+    """A document of the request."""
+
+    text: str
+
+
+class Ranked(Answer):
+    """A document by its place in the request; `document` is left out with `return_documents` false."""
+
+    index: Count
+    document: RankedText | None = None
+    relevance_score: float
+
+
+class Reranked(Answer):
+    """Documents, the nearest first."""
+
+    id: str
+    model: str
+    results: list[Ranked]
+    usage: PromptUsage
+
+
+class PairScore(Answer):
+    """The cosine of a pair's embeddings."""
+
+    index: Count
+    object: Literal["score"]
+    score: float
+
+
+class Scores(Answer):
+    """Scores in the order of the pairs."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[PairScore]
+    usage: PromptUsage
+
+
 class TokenCount(Answer):
     """Anthropic's count of a message's tokens."""
 

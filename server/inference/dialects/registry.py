@@ -11,10 +11,13 @@ from server.inference.dialects.completions import Completions
 from server.inference.dialects.embeddings import Embeddings
 from server.inference.dialects.messages import Messages
 from server.inference.dialects.responses import Responses
+from server.inference.dialects.scoring import Rerank, Score, Scoring
 from server.inference.dialects.tokens import CountTokens, Detokenize, Tokenize
 
 # Those that run in the engine with a lease, in the order of the documentation.
 ANSWERING: tuple[Dialect, ...] = (Chat(), Completions(), Responses(), Messages(), Embeddings())
+# Those that are answered from embeddings, of which alone the engine is asked.
+SCORING: tuple[Scoring, ...] = (Rerank(), Score())
 # Those that the tokenizer answers alone.
 COUNTING: tuple[Dialect, ...] = (CountTokens(), Tokenize(), Detokenize())
 DIALECTS: Mapping[Kind, Dialect] = {dialect.name: dialect for dialect in (*ANSWERING, *COUNTING)}

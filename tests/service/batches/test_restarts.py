@@ -61,13 +61,19 @@ async def first_tokens(http: httpx.AsyncClient, key: str, over: asyncio.Event) -
             ) as response:
                 first = True
                 async for chunk in response.aiter_lines():
-                    if first and '"content":"' in chunk and '"content":""' not in chunk:
+                    if first and chunk.startswith("data: {") and said(chunk):
                         found.append(time.monotonic() - began)
                         first = False
         except httpx.TransportError:  # it was killed
             await asyncio.sleep(0.1)
         await asyncio.sleep(0.02)
     return found
+
+
+def said(chunk: str) -> bool:
+    """Whether there is text in it."""
+    choices = json.loads(chunk.removeprefix("data: "))["choices"]
+    return any(choice["delta"].get("content") for choice in choices)
 
 
 def p99(times: list[float]) -> float:
