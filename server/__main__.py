@@ -237,9 +237,9 @@ def _warn_of_strangers(known: Iterable[str]) -> None:
 def _settings(config: Path | None) -> Settings:
     from pydantic import ValidationError
 
-    from server.settings import Settings
+    from server.settings import SECRETS, Settings
 
-    _warn_of_strangers(Settings.model_fields)
+    _warn_of_strangers([*Settings.model_fields, *(f"{name}_file" for name in SECRETS)])
     try:
         return Settings.load(config)
     except ValidationError as exc:

@@ -6,6 +6,7 @@ Order of precedence: arguments, ``LORAPLEX_*`` variables, the YAML file, the def
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -30,59 +31,13 @@ from pydantic_settings import (
 )
 from sqlalchemy import URL, make_url
 
+from server.engine_args import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS
+
 # The sizes that vLLM compiles its LoRA kernels for (vllm.config.lora.MaxLoRARanks).
 ALLOWED_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 # What host_slots 0 stands for.
 HOST_PER_GPU_SLOT = 4
-
-# Engine arguments that the dispatcher depends on; setting them twice could only contradict.
-OWNED_ENGINE_ARGS = {
-    "model": "MODEL",
-    "served_model_name": "SERVED_MODEL_NAME",
-    "enable_lora": "GPU_SLOTS",
-    "max_loras": "GPU_SLOTS",
-    "max_cpu_loras": "HOST_SLOTS",
-    "max_lora_rank": "MAX_LORA_RANK",
-    "max_model_len": "MAX_MODEL_LEN",
-    "worker_extension_cls": "nothing: it is how adapters are paged",
-    "lora_modules": "the admin API",
-}
-
-_NO_FRONT_END = "Loraplex has its own HTTP server, and it would do nothing"
-_TLS = "TLS ends in a proxy in front of Loraplex, and it would do nothing"
-_KV = "the KV cache would leave the engine, where nothing keeps customers apart"
-# Arguments of vLLM that do nothing here, or that would break paging or isolation; and why.
-REFUSED_ENGINE_ARGS = {
-    "ssl_keyfile": _TLS,
-    "ssl_certfile": _TLS,
-    "ssl_ca_certs": _TLS,
-    "ssl_cert_reqs": _TLS,
-    "ssl_ciphers": _TLS,
-    "enable_ssl_refresh": _TLS,
-    "api_key": "keys are those of customers, made by the admin API",
-    "allowed_origins": _NO_FRONT_END,
-    "allowed_methods": _NO_FRONT_END,
-    "allowed_headers": _NO_FRONT_END,
-    "allow_credentials": _NO_FRONT_END,
-    "root_path": _NO_FRONT_END,
-    "middleware": _NO_FRONT_END,
-    "host": "HOST is a setting of its own",
-    "port": "PORT is a setting of its own",
-    "uds": _NO_FRONT_END,
-    "uvicorn_log_level": _NO_FRONT_END,
-    "disable_uvicorn_access_log": _NO_FRONT_END,
-    "disable_fastapi_docs": _NO_FRONT_END,
-    "enable_request_id_headers": _NO_FRONT_END,
-    "sse_keep_alive_interval": _NO_FRONT_END,
-    "kv_transfer_config": _KV,
-    "kv_events_config": _KV,
-    "kv_offloading_size": _KV,
-    "kv_offloading_backend": _KV,
-    "ec_transfer_config": _KV,
-}
-# Refused above 1: adapters are paged in the first engine only.
-ONE_ENGINE_ARGS = ("data_parallel_size", "data_parallel_size_local", "api_server_count")
 
 
 MASK = "**********"
@@ -99,6 +54,35 @@ def _masked(name: str, value: Any) -> Any:
     if isinstance(value, str) and value:
         return MASK if _SECRET.search(name) else _USER_INFO.sub(MASK, value)
     return value
+
+
+# What may be in a file that LORAPLEX_<NAME>_FILE names.
+SECRETS = ("admin_key", "service_key", "metrics_key", "fleet_key", "limits_redis_url", "database_url")
+
+
+class _SecretFiles(PydanticBaseSettingsSource):
+    """Secrets from files, as Docker, Kubernetes and systemd hand them over."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        """ValueError for a secret that is given twice, or a file without one."""
+        variable = f"LORAPLEX_{field_name.upper()}"
+        file = os.environ.get(f"{variable}_FILE") if field_name in SECRETS else None
+        if not file:
+            return None, field_name, False
+        if variable in os.environ:
+            raise ValueError(f"{variable} and {variable}_FILE are both given; one of them would be ignored")
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{variable}_FILE: there is no file {file}")
+        secret = Path(file).read_text(encoding="utf-8").strip()
+        if not secret:
+            raise ValueError(f"{variable}_FILE: {file} is empty")
+        return secret, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """The secrets that come from files."""
+        fields = self.settings_cls.model_fields.items()
+        found = {name: self.get_field_value(field, name)[0] for name, field in fields}
+        return {name: secret for name, secret in found.items() if secret is not None}
 
 
 class Price(BaseModel):
@@ -336,6 +320,17 @@ class Settings(BaseSettings):
     metrics_adapters: int = Field(
         100, ge=0, description="Adapter versions with metrics of their own; the rest share `other`. 0: none."
     )
+    traces_url: str = Field(
+        "",
+        description="Where spans are sent by OTLP over HTTP, without `/v1/traces`: `http://tempo:4318`; none"
+        " if empty.",
+    )
+    traces_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of traces kept that begin here; of clients' traces those that they keep.",
+    )
     console: bool = Field(True, description="Whether `/console` is there; see [console.md](console.md).")
     log_format: Literal["json", "text"] = Field("json", description="Form of the log lines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -488,7 +483,7 @@ class Settings(BaseSettings):
                 dotenv_settings: PydanticBaseSettingsSource,
                 file_secret_settings: PydanticBaseSettingsSource,
             ) -> tuple[PydanticBaseSettingsSource, ...]:
-                sources = (init_settings, env_settings)
+                sources = (init_settings, env_settings, _SecretFiles(settings_cls))
                 if config is None:
                     return sources
                 try:

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from server import __main__ as command_line
-from server.settings import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS, Settings
+from server.engine_args import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS
+from server.settings import SECRETS, Settings
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +80,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "tool_parser": "hermes", "reasoning_parser": "none", "console": "False", "role": "all",
         "fleet_key": "f" * 16, "replica_url": "http://h:1", "replica_stall": "3.0",
         "drain_timeout": "0.0", "metrics_tenants": "0", "metrics_adapters": "0",
+        "traces_url": "http://t:4318", "traces_share": "0.5",
         "log_format": "text", "log_level": "debug",
     }  # fmt: skip
     assert values.keys() == Settings.model_fields.keys()
@@ -295,3 +297,32 @@ def test_there_is_one_engine(name: str) -> None:
         field, message = refusal(engine_args={name: value})
         assert (field, repr(name) in message) == ("engine_args", True)
     assert made(engine_args={name: 1}).engine_args == {name: 1}
+
+
+def test_secrets_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SECRETS:
+        (tmp_path / name).write_text(f"{name}-of-the-file-{name}\n")
+        monkeypatch.setenv(f"LORAPLEX_{name.upper()}_FILE", str(tmp_path / name))
+    monkeypatch.setenv("LORAPLEX_MODEL", "/m")
+    (tmp_path / "database_url").write_text("postgresql+asyncpg://me:pass@h/db")
+    yaml = tmp_path / "settings.yaml"
+    yaml.write_text("service_key: one-of-the-yaml-file\n")
+    for file in (None, yaml):
+        settings = Settings.load(file)
+        assert settings.service_key is not None
+        assert settings.service_key.get_secret_value() == "service_key-of-the-file-service_key"
+        assert settings.database_url == "postgresql+asyncpg://me:pass@h/db"
+        assert "of-the-file" not in repr(settings)
+
+
+def test_a_secret_file_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPLEX_MODEL", "/m")
+    monkeypatch.setenv("LORAPLEX_ADMIN_KEY_FILE", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="LORAPLEX_ADMIN_KEY_FILE"):
+        Settings.load()
+    (tmp_path / "none").write_text(" \n")
+    with pytest.raises(ValueError, match="empty"):
+        Settings.load()
+    monkeypatch.setenv("LORAPLEX_ADMIN_KEY", "k" * 16)
+    with pytest.raises(ValueError, match="both"):
+        Settings.load()
