@@ -71,6 +71,7 @@ from server.rollouts.runner import looking
 from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.nouns import Capacity
 from server.settings import Settings
+from server.telemetry.spans import tracer_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +90,13 @@ def create_app(
     on_death: Callable[[EngineDied], None] = lambda _: None,
 ) -> FastAPI:
     """The whole service. ``on_death`` is called once if the engine process goes away."""
+    tracer = tracer_of(settings.traces_url, settings.traces_share, settings.role)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if tracer is not None:
+                stack.push_async_callback(tracer.close)
             try:
                 app.state.services = services = await _start(settings, start_engine, on_death, stack, app)
             except Exception as exc:
@@ -115,7 +119,7 @@ def create_app(
     )
     app.state.settings = settings
     app.state.services = None
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, tracer=tracer)
     allow_origins(app, settings.cors_origins)
     install_error_handlers(app)
     app.router.routes.extend(router_of(internal.router if settings.role == "replica" else None).routes)

@@ -6,6 +6,7 @@ Imported by ``Engine.start`` alone: importing vLLM takes seconds.
 from __future__ import annotations
 
 import logging
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -255,6 +256,10 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
             # As a class: vLLM looks for what it supports on it, which a name does not have.
             "distributed_executor_backend": YieldingExecutor,
         }
+    if settings.traces_url:
+        # vLLM's own span of a request, in the trace that ``Metered.generate`` hands on.
+        os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        given["otlp_traces_endpoint"] = f"{settings.traces_url.rstrip('/')}/v1/traces"
     given |= settings.engine_args
     for name, value in given.items():
         if name not in known and not hasattr(args, name):

@@ -29,6 +29,7 @@ from server.errors import (
 from server.inference.completion import new_request_id
 from server.inference.dialects.messages import anthropic_error, speaks_anthropic
 from server.logs import REQUEST, RequestIds, traceparent
+from server.telemetry.spans import TRACE, Tracer, end_request
 
 logger = logging.getLogger("loraplex.access")
 T = TypeVar("T")
@@ -74,8 +75,9 @@ class RequestContext:
     when the answer begins, whatever it is.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, tracer: Tracer | None = None) -> None:
         self._app = app
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,8 +92,12 @@ class RequestContext:
         log: dict[str, Any] = {"request_id": request_id}
         if shown != request_id:
             log["client_request_id"] = shown
+        given, began = _header(scope, b"traceparent"), time.time()
+        is_traced = self._tracer is not None and path not in _ASKED_BY_MACHINES
+        trace = self._tracer.begin(scope["method"], given, began) if self._tracer and is_traced else None
+        TRACE.set(trace if trace is not None and trace.is_kept else None)
         ids = RequestIds(
-            request_id, log.get("client_request_id"), traceparent(_header(scope, b"traceparent"))
+            request_id, log.get("client_request_id"), trace.traceparent if trace else traceparent(given)
         )
         log["trace_id"] = ids.trace_id
         REQUEST.set(ids)
@@ -121,6 +127,8 @@ class RequestContext:
             path = matched_path(scope)
             level = logging.DEBUG if log.pop("quiet", False) or path in _ASKED_BY_MACHINES else logging.INFO
             logger.log(level, "%s %s", scope["method"], path, extra=log)
+            if trace is not None and trace.is_kept:
+                end_request(trace, scope["method"], path, log, began)
 
 
 def _client_id(scope: Scope) -> str | None:

@@ -33,6 +33,7 @@ from server.errors import ServerError, Unavailable
 from server.metrics import Metrics
 from server.publishing.probe import Prober, no_effect
 from server.scheduling.dispatcher import Dispatcher
+from server.telemetry.spans import Stages
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +150,19 @@ async def publish(
             keep_reason=keep_reason,
             make_live=make_live,
         )
-    upload = Upload(tenant, name, waived, key, quota, annotation, progress, make_live)
+    stages = Stages(tenant, name)
+
+    async def told(state: State, received: int) -> None:
+        stages.next(state, received)
+        await progress(state, received)
+
+    upload = Upload(tenant, name, waived, key, quota, annotation, told, make_live)
     try:
-        return await _publish(service, upload, files)
+        published = await _publish(service, upload, files)
+        stages.end()
+        return published
     except (AdapterError, ServerError) as exc:
+        stages.end(exc.code)
         if keep_reason:
             await _keep_reason(service, upload, exc)
         about = {"tenant": tenant, "adapter": name[:128], "code": exc.code}

@@ -15,13 +15,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from adapters.worker.cpu.executor import YieldingExecutor
 from server.engine.arguments import Slots, refuse_what_cannot_run, vllm_arguments
-from server.settings import (
-    ALLOWED_MAX_RANKS,
-    ONE_ENGINE_ARGS,
-    OWNED_ENGINE_ARGS,
-    REFUSED_ENGINE_ARGS,
-    Settings,
-)
+from server.engine_args import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS
+from server.settings import ALLOWED_MAX_RANKS, Settings
 from tests.pure.server.test_settings import refusal
 
 
@@ -58,3 +53,10 @@ def test_the_executor_is_handed_over_as_a_class(tmp_path: Path) -> None:
     _, made = vllm_arguments(settings, Slots(1, 4))
     assert made.distributed_executor_backend is YieldingExecutor
     assert made.distributed_executor_backend.supports_pp
+
+
+def test_traces_of_the_engine_go_where_ours_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+    args = vllm_arguments(Settings(model="m", traces_url="http://t:4318/"), Slots(1, 4))[1]
+    assert args.otlp_traces_endpoint == "http://t:4318/v1/traces"
+    assert vllm_arguments(Settings(model="m"), Slots(1, 4))[1].otlp_traces_endpoint is None
