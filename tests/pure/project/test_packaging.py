@@ -173,7 +173,7 @@ def test_every_file_the_image_copies_is_there_and_not_ignored(dockerfile: Docker
         assert source.split("/")[0] in allowed, source
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "docker-compose.yml", "Makefile"])
+@pytest.mark.parametrize("name", ["Dockerfile", "docker-compose.yml", "Makefile", "config/env.example"])
 def test_every_setting_named_is_one(name: str) -> None:
     named = set(re.findall(r"LORAPLEX_([A-Z_]+)", (ROOT / name).read_text()))
     # LORAPLEX_* alone stands for all of them.
