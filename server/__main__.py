@@ -16,6 +16,7 @@ from adapters.model import PROBES_FILE
 from server import __version__
 from server.cli import reports
 from server.cli.adapters import adapters
+from server.cli.bench import bench
 from server.cli.chat import chat
 from server.cli.command import LOCAL, Key, Url, connected, say
 from server.cli.keys import keys
@@ -221,6 +222,7 @@ cli.add_typer(adapters, name="adapters")
 cli.add_typer(rollouts, name="rollouts")
 cli.add_typer(people, name="people")
 cli.command("chat")(chat)
+cli.command("bench")(bench)
 reports.add_to(cli)
 
 

@@ -1,0 +1,111 @@
+"""Sends the load of ``loraplex bench``, and notes what its clients feel."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from server.cli.bench_load import Asked, Load, Shot
+from server.cli.client import RemoteError
+
+# Common words, each about a token; random, so that no two prompts share a beginning worth caching.
+_TEXT = (
+    "the of and to in is that for it as was with be by on not he his but at are this have from or had an they"
+    " which one you were all her she there would their we him been has when who will no more if out so up"
+)
+_WORDS = _TEXT.split()
+# Seconds that the last answers are waited for.
+_PATIENCE_S = 120.0
+
+
+def run(url: str, keys: Sequence[str], models: Sequence[str], load: Load) -> list[Shot]:
+    """All requests of ``load`` to ``models`` (all, if none are named) of ``keys``. RemoteError."""
+    return asyncio.run(_run(url, keys, models, load))
+
+
+async def _run(url: str, keys: Sequence[str], models: Sequence[str], load: Load) -> list[Shot]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=_PATIENCE_S, limits=limits) as http:
+        choices = await _choices(http, keys, models)
+        rng, began = random.Random(load.seed), time.monotonic()  # noqa: S311  a load, no secret
+        picks, shots, tasks = load.picks(choices, rng), [], []
+        for at in load.arrivals(rng):
+            await asyncio.sleep(max(0.0, began + at - time.monotonic()))
+            asked = next(picks)
+            shots.append(Shot(asked.model, time.monotonic() - began))
+            prompt = " ".join(rng.choices(_WORDS, k=load.prompt_words))
+            tasks.append(asyncio.create_task(_ask(http, asked, prompt, load.max_tokens, shots[-1], began)))
+        await asyncio.gather(*tasks)
+        return shots
+
+
+async def _choices(http: httpx.AsyncClient, keys: Sequence[str], models: Sequence[str]) -> list[Asked]:
+    """Each key's models, of ``models`` if any are named; RemoteError where there are none."""
+    found = []
+    for key in keys:
+        answer = await _get(http, "/v1/models", key)
+        known = [str(one["id"]) for one in answer["data"]]
+        # A version or `default` is not in the list.
+        wanted = [name for name in models if name.split("@")[0] in known] if models else known
+        found += [Asked(name, key) for name in wanted]
+    if not found:
+        raise RemoteError("no_models", "None of the keys may ask for one of these models.")
+    return found
+
+
+async def _get(http: httpx.AsyncClient, path: str, key: str) -> Any:
+    try:
+        answer = await http.get(path, headers={"Authorization": f"Bearer {key}"})
+    except httpx.HTTPError as exc:
+        raise RemoteError("no_connection", f"{http.base_url}: {exc or type(exc).__name__}") from exc
+    if not answer.is_success:
+        raise RemoteError(_code_of(answer), f"{http.base_url} did not list its models.")
+    return answer.json()
+
+
+async def _ask(
+    http: httpx.AsyncClient, asked: Asked, prompt: str, max_tokens: int, shot: Shot, began: float
+) -> None:
+    body = {
+        "model": asked.model,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": max_tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    headers = {"Authorization": f"Bearer {asked.key}"}
+    try:
+        async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+            if not answer.is_success:
+                await answer.aread()
+                shot.error = _code_of(answer)
+                return
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    _take(shot, json.loads(line[6:]), time.monotonic() - began)
+    except httpx.HTTPError as exc:
+        shot.error = type(exc).__name__
+    finally:
+        shot.ended = time.monotonic() - began
+
+
+def _take(shot: Shot, chunk: dict[str, Any], now: float) -> None:
+    if error := chunk.get("error"):
+        shot.error = str(error.get("code"))
+    if usage := chunk.get("usage"):
+        shot.tokens = usage["completion_tokens"]
+    if any(choice["delta"].get("content") for choice in chunk.get("choices", ())):
+        shot.chunks.append(now)
+
+
+def _code_of(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return f"http_{answer.status_code}"

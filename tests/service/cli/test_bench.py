@@ -1,0 +1,84 @@
+"""``loraplex bench`` against a served app: what it counts is what the server counted."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from server.cli.bench_load import Asked, Load, Shot
+from server.cli.bench_report import as_json, page, percentile, rows
+from tests.service.cli.test_commands import run
+from tests.support import tiny
+from tests.support.fakes import FakeEngine, Times
+from tests.support.tiny import fake_site
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
+LOAD = Load(rate=50, seconds=20, burst=1, skew=1, prompt_words=5, max_tokens=4, seed=1)
+
+
+async def test_two_customers_and_their_models(tmp_path: Path) -> None:
+    async with fake_site(tmp_path / "data", FakeEngine(tiny.base(), times=Times(step=0.002))) as site:
+        keys = [
+            await site.tenant("acme", {"a": tiny.adapter(1)}),
+            await site.tenant("zeta", {"z": tiny.adapter(2)}, base_allowed=False, limits={"max_tokens": 2}),
+        ]
+        (tmp_path / "keys").write_text("\n".join(keys))
+        words = ("bench", site.url, "--keys", str(tmp_path / "keys"), "--rate", "20", "--seconds", "1")
+        more = ("--max-tokens", "4", "--skew", "0", "--plot", str(tmp_path / "page.html"), "--json")
+        done = await run(site, *words, *more)
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)
+        whole, *each = found["rows"]
+        assert whole["requests"] == len(found["requests"]) > 5
+        assert {row["model"] for row in each} <= {"a", "z", tiny.NAME}
+        counted = Counter(
+            row["outcome"] for row in (await site.admin.get("/admin/v1/requests")).json()["data"]
+        )
+        assert counted["completed"] >= whole["good"] > 0
+        (refused,) = (row for row in each if row["model"] == "z")
+        assert refused["good"] == 0
+        assert refused["first_p50"] is None
+        assert "max_tokens" in refused["errors"] or "invalid" in refused["errors"]
+        assert "<svg" in (tmp_path / "page.html").read_text()
+
+        one = await run(site, "bench", site.url, "--model", "a@1", "--key", keys[0], "--seconds", "0.5")
+        assert one.exit_code == 0
+        assert "a@1" in one.stdout
+        none = await run(site, "bench", site.url, "--model", "b", "--key", keys[0])
+        assert (none.exit_code, "no_models" in none.stderr) == (1, True)
+        wrong = await run(site, "bench", site.url, "--key", "lp-wrong")
+        assert (wrong.exit_code, "invalid_api_key" in wrong.stderr) == (1, True)
+        assert "no_key" in (await run(site, "bench", site.url)).stderr
+
+
+def test_arrivals_are_as_many_and_as_uneven_as_asked() -> None:
+    at = list(LOAD.arrivals(random.Random(1)))
+    assert 850 < len(at) < 1150
+    assert at == sorted(at)
+    assert at == list(LOAD.arrivals(random.Random(1)))
+    even = list(Load(2, 10, 0, 1, 5, 4, 1).arrivals(random.Random(1)))
+    assert even == [i / 2 for i in range(20)]
+
+
+def test_the_first_model_is_asked_most() -> None:
+    choices = [Asked(name, "k") for name in "abc"]
+    picks = LOAD.picks(choices, random.Random(1))
+    counts = Counter(next(picks).model for _ in range(3000))
+    assert counts["a"] > 1.7 * counts["b"] > 1.7 * counts["c"] * 0.9
+
+
+def test_numbers_of_a_row() -> None:
+    good = Shot("a", began=1.0, ended=3.0, chunks=[1.5, 2.0, 2.75], tokens=3)
+    bad = Shot("a", began=2.0, ended=2.5, error="queue_full")
+    (row,) = rows([good, bad])
+    assert (row["requests"], row["good"], row["errors"]) == (2, 1, "1 queue_full")
+    assert (row["first_p50"], row["gap_p50"], row["gap_p99"], row["total_p99"]) == (0.5, 0.5, 0.75, 2.0)
+    assert row["tokens_per_second"] == 1.5
+    assert as_json(bad)["first"] is None
+    assert percentile([], 0.5) is None
+    assert percentile([float("inf")], 0.5) is None
+    assert "&lt;b&gt;" in page("<b>", [row], [good, bad])
