@@ -20,6 +20,7 @@ import aiohttp
 from adapters.errors import AdapterError
 from adapters.model import BaseModel, Tier, Version
 from adapters.store.replicas import Replicas
+from server.engine.parsers import Parsers
 from server.engine.sizing import EngineCapacity
 from server.errors import ServerError, Unavailable
 from server.fleet.placement import Move, Placement, Report
@@ -61,6 +62,7 @@ class Facts:
     capacity: EngineCapacity
     dtype: str
     engine: str
+    parsers: Parsers
 
 
 @dataclass(slots=True, eq=False)
@@ -342,4 +344,8 @@ def facts_of(sent: Mapping[str, Any]) -> Facts:
     )
     capacity = EngineCapacity(**{name: int(sent[name]) for name in CAPACITY})
     sizes = int(sent["max_model_len"]), int(sent["max_running"])
-    return Facts(base, *sizes, capacity, str(sent["dtype"]), str(sent["engine"]))
+    parsers = sent.get("parsers") or {}  # an older replica says nothing of them
+    chosen = Parsers(
+        parsers.get("tool_parser"), parsers.get("reasoning_parser"), bool(parsers.get("tools_shown"))
+    )
+    return Facts(base, *sizes, capacity, str(sent["dtype"]), str(sent["engine"]), chosen)

@@ -20,6 +20,7 @@ from adapters.database.audit import ACTOR
 from adapters.errors import AdapterError
 from adapters.model import BaseModel, Quota, Tier, Version, Waivers
 from adapters.store.blobs import BlobStore
+from server.engine.parsers import Parsers
 from server.engine.sizing import EngineCapacity
 from server.errors import Unavailable
 from server.fleet.directory import Directory, Unreachable
@@ -42,6 +43,10 @@ class FleetEngine:
     @property
     def base(self) -> BaseModel:
         return self._directory.facts.base
+
+    @property
+    def parsers(self) -> Parsers:
+        return self._directory.facts.parsers
 
     @property
     def lora_dtype(self) -> str:

@@ -94,6 +94,7 @@ class Replica:
             "max_model_len": engine.max_model_len,
             "max_running": engine.max_running,
             "dtype": engine.lora_dtype,
+            "parsers": engine.parsers.as_json(),
             "engine": engine.version,
             "gpu_slots": engine.capacity.gpu_slots,
             "host_slots": engine.capacity.host_slots,

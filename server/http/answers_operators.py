@@ -47,6 +47,17 @@ class Disk(Answer):
     free: Count
 
 
+class ServedParsers(Answer):
+    """vLLM's parsers of tool calls and of reasoning, chosen by the base's template or by settings.
+
+    `tools_shown` is whether the template shows tools to the model.
+    """
+
+    tool_parser: str | None
+    reasoning_parser: str | None
+    tools_shown: bool
+
+
 class Server(Answer):
     """What runs, on what, and since when."""
 
@@ -54,6 +65,7 @@ class Server(Answer):
     engine: Annotated[str, Field(description="vLLM's version.")]
     base: ServedBase
     dtype: str
+    parsers: ServedParsers
     capacity: ServerCapacity
     settings: dict[str, JsonValue]
     started_at: Time

@@ -49,6 +49,7 @@ async def server(services: ServicesOf) -> dict[str, Any]:
             "modules": len(base.modules),
         },
         "dtype": engine.lora_dtype,
+        "parsers": engine.parsers.as_json(),
         "capacity": asdict(engine.capacity)
         | {
             "max_lora_rank": base.max_lora_rank,

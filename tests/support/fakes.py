@@ -38,6 +38,7 @@ from server.engine.calls import (
 )
 from server.engine.engine import Engine
 from server.engine.errors import from_vllm, request_errors
+from server.engine.parsers import Parsers
 from server.engine.serving import raise_errors
 from server.engine.sizing import EngineCapacity
 from server.errors import BadRequest, TooManyRequests, Unavailable
@@ -127,6 +128,7 @@ class _Run:
 
 class FakeEngine:
     lora_dtype = "float32"
+    parsers = Parsers("hermes", None, tools_shown=True)
     max_logprobs = 20
     vocabulary = 49152
     version = "fake 1"

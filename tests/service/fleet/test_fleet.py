@@ -57,6 +57,30 @@ async def usage(made: Fleet) -> list[dict[str, Any]]:
 
 
 class TestAnswering:
+    async def test_a_gateway_says_what_its_replicas_are(self, two: Fleet) -> None:
+        found = (await two.gateway.admin.get("/admin/v1/server")).json()
+        assert found["parsers"] == {"tool_parser": "hermes", "reasoning_parser": None, "tools_shown": True}
+
+    async def test_one_gateway_runs_a_batch(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        asked = {"model": "a", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+        lines = [
+            json.dumps({"custom_id": f"r{n}", "method": "POST", "url": CHAT, "body": asked}) for n in range(8)
+        ]
+        async with two.gateway.openai(key) as client:
+            file = await client.files.create(file="\n".join(lines).encode(), purpose="batch")
+            batch = await client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+            async with asyncio.timeout(30):
+                while (batch := await client.batches.retrieve(batch.id)).status != "completed":
+                    await asyncio.sleep(0.1)
+            assert batch.output_file_id is not None
+            answers = (await client.files.content(batch.output_file_id)).text.splitlines()
+        assert [json.loads(one)["custom_id"] for one in answers] == [f"r{n}" for n in range(8)]
+        runner = two.gateway.services.batches
+        assert await runner._fleet.hold(batch.id)
+        held = await runner._fleet.replicas.hold(batch.id, "another gateway", 1)
+        assert not held, "nobody else takes it meanwhile"
+
     async def test_uploads_and_answers_pass_through_the_gateway(self, two: Fleet) -> None:
         key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
         answer = await two.gateway.chat(key, "hello", model="a", max_tokens=3)
