@@ -33,6 +33,8 @@ from adapters.inspection.tensor_stats import TORCH_DTYPES, extremes, one_thread,
 from adapters.model import CONFIG_FILE, NOTHING_WAIVED, WEIGHTS_FILE, BaseModel, Coverage, Manifest, Waivers
 
 PREFIX = "base_model.model."
+# Embeddings and the language-model head by their usual names.
+VOCABULARY = ("embed_tokens", "lm_head")
 
 _MISTRAL_FINETUNE = re.compile(r"(?:.+\.)?layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123])")
 _LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -262,6 +264,11 @@ def check_module(module: str, base: BaseModel) -> None:
     for fused, parts in base.fused.items():
         if module == fused or module.endswith(f".{fused}"):
             raise _refuse("module_fused", f"{show(module)} is fused; {base.name} has {', '.join(parts)}.")
+    if leaf(module) in VOCABULARY:
+        raise _refuse(
+            "module_unknown",
+            f"{show(module)} is the vocabulary's, which takes no adapters here: train without it, or merge.",
+        )
     _explain_foreign_names(module, base)
     raise _refuse("module_unknown", f"{base.name} has no module {show(module)}{_hint(module, base)}.")
 

@@ -315,6 +315,17 @@ def test_another_fingerprint_is_refused_unless_it_is_meant(
         inspect(folder, other)
 
 
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_an_adapter_of_the_vocabulary_is_refused_with_the_reason(
+    module: str, good: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    config, tensors = read(good)
+    tensors |= {f"base_model.model.{module}.lora_{side}.weight": torch.ones(8, 8) for side in "AB"}
+    with pytest.raises(AdapterRejected, match="vocabulary") as refused:
+        inspect(write(tmp_path, config, tensors), base)
+    assert refused.value.code == "module_unknown"
+
+
 def test_pickles_beside_the_weights_are_not_looked_at(good: Path, base: BaseModel, tmp_path: Path) -> None:
     folder = write(tmp_path, *read(good))
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
