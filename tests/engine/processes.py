@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import re
@@ -20,6 +21,7 @@ import psutil
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.demo.process import free_port
+from tests.support.resting import RESTING
 from tests.support.site import bearer
 
 START = 240.0
@@ -137,6 +139,7 @@ async def starting(base: Path, data: Path, **settings: str) -> AsyncIterator[Run
         "MAX_MODEL_LEN": "512",
         **settings,
     }
+    settings["ENGINE_ARGS"] = json.dumps({**RESTING, **json.loads(settings.get("ENGINE_ARGS", "{}"))})
     environment = os.environ | {f"LORAPLEX_{name}": value for name, value in settings.items()}
     with log.open("ab") as out:
         process = await asyncio.create_subprocess_exec(

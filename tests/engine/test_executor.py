@@ -13,6 +13,7 @@ import pytest
 from adapters.model import CONFIG_FILE
 from server.engine.calls import PageOp
 from server.engine.engine import Engine
+from tests.support.resting import AS_SERVED, REST
 from tests.support.site import Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
@@ -39,7 +40,15 @@ async def test_the_engine_waits_for_its_worker_without_taking_a_core_from_a_load
     engine: Engine = site.services.engine
     config = tmp_path / CONFIG_FILE
     os.mkfifo(config)
-    await engine.page([PageOp("stage", LOAD, "patient/slow@1", str(tmp_path))])
+    await engine._llm.collective_rpc(AS_SERVED)
+    try:
+        await looked_for(site, key, config, engine)
+    finally:
+        await engine._llm.collective_rpc(REST)
+
+
+async def looked_for(site: Site, key: str, config: Path, engine: Engine) -> None:
+    await engine.page([PageOp("stage", LOAD, "patient/slow@1", str(config.parent))])
     try:
         loading = await share_of_a_core(site, key)
     finally:

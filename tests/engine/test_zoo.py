@@ -14,6 +14,7 @@ import torch
 
 from server.app import create_app
 from server.settings import Settings
+from tests.support.resting import RESTING
 from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer, serving
 from tests.support.trainer import LENGTH, PROMPT, Truth, answer, breed, make_base, token, words
 from tests.support.zoo import MAX_RANK, SPECIMENS
@@ -67,7 +68,12 @@ async def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         max_uploads=1000,
         max_uploads_each=1000,
         max_model_len=128,
-        engine_args={"dtype": "float32", "max_num_seqs": 16, "tokenizer": str(root / "base" / "tokenizer")},
+        engine_args={
+            **RESTING,
+            "dtype": "float32",
+            "max_num_seqs": 16,
+            "tokenizer": str(root / "base" / "tokenizer"),
+        },
         log_format="text",
         log_level="warning",
     )

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.http.connection import BoundedHeads
 from server.settings import Settings
+from tests.support.resting import RESTING
 
 ADMIN_KEY = "admin-key-of-the-tests"
 SERVICE_KEY = "service-key-of-the-tests"
@@ -75,8 +76,13 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def engine_settings(model: Path, data_dir: Path, **fields: Any) -> Settings:
-    """For a server on a real engine: as many slots as memory allows, and a log that says little."""
+def engine_settings(
+    model: Path, data_dir: Path, engine_args: Mapping[str, Any] | None = None, **fields: Any
+) -> Settings:
+    """For a server on a real engine: as many slots as memory allows, and a log that says little.
+
+    The engine leaves its core to other tests while it waits for a step.
+    """
     return Settings(
         model=str(model),
         data_dir=data_dir,
@@ -86,6 +92,7 @@ def engine_settings(model: Path, data_dir: Path, **fields: Any) -> Settings:
         host_slots="auto",
         log_format="text",
         log_level="warning",
+        engine_args={**RESTING, **(engine_args or {})},
         **fields,
     )
 
