@@ -164,9 +164,11 @@ class Rollouts:
         return await self._again(before.id)
 
     async def get(self, tenant: str, adapter: str, id_: str) -> Stored:
-        """AdapterNotFound (``rollout_not_found``)."""
+        """AdapterNotFound (``adapter_not_found``, ``rollout_not_found``)."""
         async with self._database.read() as session:
             row = await _whole(session, id_)
+            if row is None or (row.tenant, row.adapter) != (tenant, adapter):
+                await _known(session, tenant, adapter)
         if row is None or (row.tenant, row.adapter) != (tenant, adapter):
             raise AdapterNotFound("There is no such rollout.", code="rollout_not_found")
         return _stored(row)
@@ -174,9 +176,7 @@ class Rollouts:
     async def of_adapter(self, tenant: str, adapter: str, most: int) -> list[Stored]:
         """Newest first; without their evidence. AdapterNotFound where the adapter never was."""
         async with self._database.read() as session:
-            known = is_tenant_id(tenant) and is_adapter_name(adapter)
-            if not known or await session.get(AdapterRow, (tenant, adapter)) is None:
-                raise AdapterNotFound(f"There is no adapter `{adapter[:128]}`.")
+            await _known(session, tenant, adapter)
             query = select(RolloutRow).where(RolloutRow.tenant == tenant, RolloutRow.adapter == adapter)
             newest = query.order_by(RolloutRow.created_at.desc(), RolloutRow.id).limit(most)
             return [_stored(row, whole=False) for row in await session.scalars(newest)]
@@ -285,6 +285,13 @@ async def _locked(session: AsyncSession, tenant: str, name: str) -> AdapterRow:
     if row is None:
         raise AdapterNotFound(f"There is no adapter `{name[:128]}`.")
     return row
+
+
+async def _known(session: AsyncSession, tenant: str, name: str) -> None:
+    """AdapterNotFound where the tenant never had an adapter of this name."""
+    known = is_tenant_id(tenant) and is_adapter_name(name)
+    if not known or await session.get(AdapterRow, (tenant, name)) is None:
+        raise AdapterNotFound(f"There is no adapter `{name[:128]}`.")
 
 
 async def _version(session: AsyncSession, tenant: str, name: str, number: int) -> VersionRow:

@@ -90,7 +90,8 @@ async def test_nobody_elses(site: Site) -> None:
         assert (await upload(theirs, "secret", 1)).status_code == 201
         for method, path in ROUTES:
             if path != "/v1/adapters" and method != "POST":
-                body = {"json": {"live": 1}} if method == "PATCH" else {}
+                change = {"action": "pause"} if "rollouts" in path else {"live": 1}
+                body = {"json": change} if method == "PATCH" else {}
                 secret = path.replace("adapters/a", "adapters/secret")
                 refused = await ours.request(method, secret, **body)
                 error(refused, 404, "adapter_not_found")

@@ -168,6 +168,8 @@ async def test_a_customer_rolls_out_its_own_and_nobody_elses(site: Site) -> None
     one = f"{mine}/{made.json()['id']}"
     assert (await site.http.get(one, headers=bearer(key))).json()["version"] == 2
     error(await site.http.get(one, headers=bearer(theirs)), 404, "rollout_not_found")
+    nobodys = one.replace("/a/", "/b/")
+    error(await site.http.get(nobodys, headers=bearer(theirs)), 404, "adapter_not_found")
     act = {"action": "back"}
     error(await site.http.patch(one, json=act, headers=bearer(theirs)), 404, "rollout_not_found")
     assert (await site.http.patch(one, json=act, headers=bearer(key))).json()["state"] == "rolled_back"
