@@ -25,6 +25,7 @@ from server.engine.sizing import EngineCapacity
 from server.errors import ServerError, Unavailable
 from server.fleet.placement import Move, Placement, Report
 from server.fleet.wire import PREFIX, as_json, error_of
+from server.logs import REQUEST
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -210,8 +211,10 @@ class Directory:
         What is refused with a status and an error is raised.
         """
         assert self._session is not None
+        ids = REQUEST.get()  # what the replica logs and traces is found by the same trace
+        headers = {"traceparent": ids.traceparent} if ids is not None and ids.traceparent else None
         try:
-            response = await self._session.post(replica.url + path, data=body)
+            response = await self._session.post(replica.url + path, data=body, headers=headers)
             if response.status == 200:
                 return response
             told = await response.json(content_type=None)

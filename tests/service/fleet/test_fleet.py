@@ -56,6 +56,11 @@ async def usage(made: Fleet) -> list[dict[str, Any]]:
     return list(found.json()["data"])
 
 
+def paths(caplog: pytest.LogCaptureFixture, trace: str) -> set[str]:
+    """What was asked in a trace, as access lines have it."""
+    return {r.getMessage() for r in caplog.records if getattr(r, "trace_id", None) == trace}
+
+
 class TestAnswering:
     async def test_a_gateway_says_what_its_replicas_are(self, two: Fleet) -> None:
         found = (await two.gateway.admin.get("/admin/v1/server")).json()
@@ -93,6 +98,19 @@ class TestAnswering:
         assert counted == {"prompt_tokens": 3, "completion_tokens": 20, "total_tokens": 23}
         (row,) = await usage(two)
         assert (row["requests"], row["output_tokens"]) == (2, 23)
+
+    async def test_a_replica_works_in_the_trace_of_the_gateway(
+        self, two: Fleet, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        caplog.set_level("DEBUG", "loraplex.access")
+        trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+        headers = bearer(key) | {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+        sent = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+        assert (await two.gateway.http.post(CHAT, json=sent, headers=headers)).status_code == 200
+        await two.until(lambda: len(paths(caplog, trace)) > 1)
+        assert any(path.startswith("POST /internal/") for path in paths(caplog, trace))
+        assert f"POST {CHAT}" in paths(caplog, trace)
 
     async def test_it_is_ready_and_says_how_its_replicas_are(self, two: Fleet) -> None:
         ready = await two.gateway.http.get("/ready")
