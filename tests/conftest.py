@@ -24,6 +24,7 @@ OWN_ENGINE = (
     "test_zoo.py",
     "test_fleet.py",
     "test_truth.py",
+    "test_two_workers.py",
     "test_process.py",
     "test_embeddings.py",
 )
