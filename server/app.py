@@ -481,4 +481,5 @@ def _capacity(settings: Settings, engine: Engine) -> Capacity:
         preempt_after=settings.preempt_after,
         queue_timeout=settings.queue_timeout,
         max_queued=settings.max_queued,
+        slot_ranks=engine.capacity.slot_ranks,
     )

@@ -197,6 +197,12 @@ class Settings(BaseSettings):
         ge=1,
         description="Main memory that adapters may take, where HOST_SLOTS is `auto`.",
     )
+    rank_slots: int = Field(
+        0,
+        ge=0,
+        description="Adapters that share GPU_SLOTS at the same time, each on as many ranks of a slot as it"
+        " has; 0: each has a slot of its own. Not tried on a GPU yet.",
+    )
     host_shards: bool = Field(
         True,
         description="Where several GPUs share the model, each of their workers keeps its part of an adapter"
@@ -447,6 +453,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _slots_fit(self) -> Self:
+        if self.rank_slots and self.max_lora_rank & (self.max_lora_rank - 1):
+            raise ValueError(
+                f"rank_slots: slots of {self.max_lora_rank} ranks, no power of two, cannot be shared"
+            )
         known = isinstance(self.gpu_slots, int) and isinstance(self.host_slots, int)
         if known and self.host_slots < self.gpu_slots:  # type: ignore[operator]
             raise ValueError(

@@ -32,6 +32,7 @@ from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engi
 from adapters.worker.names import Names, checkpoint_modules, names_of
 from adapters.worker.not_finite import NotFiniteGuard
 from adapters.worker.shards import cut_when_read, is_divided
+from adapters.worker.shared_rows_gpu import offer
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +51,13 @@ class LoraplexWorker:
     _loraplex_state: _Pager
     _loraplex_guard: NotFiniteGuard
 
-    def loraplex_open(self, gpu_slots: int, host_slots: int, *, shards: bool = True) -> dict[str, Any]:
+    def loraplex_open(
+        self, gpu_slots: int, host_slots: int, *, shards: bool = True, shared: bool = False
+    ) -> dict[str, Any]:
         """Starts paging within these caps; returns the base model's adaptable layers, as plain data.
 
         ``shards``: where several workers share the model, each keeps its part of an adapter only.
+        ``shared``: as many adapters as ``gpu_slots`` share vLLM's slots, each on ranks of its own.
 
         ``modules``: checkpoint name -> [in_features, out_features]; ``aliases``: another name for one of them
         -> its checkpoint name; ``fused``: suffix -> its parts; ``slot_bytes``: what one slot takes here;
@@ -62,7 +66,9 @@ class LoraplexWorker:
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         model = runner.model_config
-        self._loraplex_state = _Pager(runner.lora_manager, gpu_slots, host_slots, model, shards=shards)
+        self._loraplex_state = _Pager(
+            runner.lora_manager, gpu_slots, host_slots, model, shards=shards, shared=shared
+        )
         self._loraplex_state.make_kernels(runner.scheduler_config)
         self._loraplex_guard = NotFiniteGuard(runner)
         return self._loraplex_state.describe()
@@ -71,8 +77,8 @@ class LoraplexWorker:
         """Carries out ``ops`` in order, then reports which loads have reached host memory since.
 
         ``results``: one ``[error or None, seconds]`` per operation; ``staged``: ``[load id, error or None,
-        seconds, bytes]`` per load; ``staging``: how many loads go on. An operation that fails changes nothing
-        and does not stop the next.
+        seconds, bytes, ranks]`` per load; ``staging``: how many loads go on. An operation that fails changes
+        nothing and does not stop the next.
         """
         return self._loraplex_state.page(ops)
 
@@ -87,6 +93,9 @@ class LoraplexWorker:
             self._loraplex_guard.scrub()
 
 
+offer()
+
+
 class _Pager:
     """Owns the loads of one worker. Uses, of vLLM's ``LRUCacheWorkerLoRAManager`` (``manager``) and its
     ``LRUCacheLoRAModelManager`` (``tables``): ``_load_adapter``, ``_create_merged_loras_inplace``,
@@ -96,7 +105,14 @@ class _Pager:
     """
 
     def __init__(
-        self, manager: Any, gpu_slots: int, host_slots: int, model: Any, *, shards: bool = True
+        self,
+        manager: Any,
+        gpu_slots: int,
+        host_slots: int,
+        model: Any,
+        *,
+        shards: bool = True,
+        shared: bool = False,
     ) -> None:
         from vllm.platforms import current_platform
 
@@ -108,7 +124,13 @@ class _Pager:
         self._dora: DoraScales | None = None
         self._on_cpu = on_cpu = current_platform.is_cpu()
         self._kernels = (0, 0)
-        if on_cpu:
+        self._slots = self.tables.lora_slots
+        self._shared = None
+        if shared:
+            from adapters.worker.shared_slots import share_slots
+
+            self._shared = share_slots(self.tables, gpu_slots)
+        elif on_cpu:
             from adapters.worker.cpu.kernels import install
 
             install(self.tables)
@@ -129,7 +151,7 @@ class _Pager:
         On a GPU machine what is read is copied on into pinned memory, and its buffer is free at once.
         """
         dtype = self.manager.lora_config.lora_dtype
-        entry = self._allocated() // self.tables.lora_slots
+        entry = self._allocated() // self._slots
         pool = BufferPool(entry, self.host_slots if self._on_cpu else STAGING)
         most = PREFAULTED_BYTES_ON_CPU if self._on_cpu else PREFAULTED_BYTES
         pool.prefault(min(most, psutil.virtual_memory().available // 4))
@@ -178,7 +200,7 @@ class _Pager:
             "dora": self._dora is not None,
             "fused": fused,
             "max_lora_rank": self.manager.lora_config.max_lora_rank,
-            "slot_bytes": self._allocated() // self.tables.lora_slots,
+            "slot_bytes": self._allocated() // self._slots,
             "entry_bytes": self._largest_entry() if self._cuts else None,
         }
 
@@ -196,7 +218,7 @@ class _Pager:
         """Bytes of an adapter of the largest rank on all layers that are served, of this worker's part."""
         served = [layer for layer in self.tables.modules.values() if _part_shapes(layer) is not None]
         stacked = [t for layer in served for t in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
-        return int(sum(t.nbytes for t in stacked) // self.tables.lora_slots)
+        return int(sum(t.nbytes for t in stacked) // self._slots)
 
     def _allocated(self) -> int:
         """Bytes of all slots, of layers that Loraplex serves no adapters on too."""
@@ -265,15 +287,18 @@ class _Pager:
                 continue
             error = future.exception()
             if error is not None:
-                staged.append([load_id, f"{type(error).__name__}: {error}", 0.0, 0])
+                staged.append([load_id, f"{type(error).__name__}: {error}", 0.0, 0, 0])
                 continue
             lora, seconds = future.result()
             if len(self.tables._registered_adapters) >= self.host_slots:
-                staged.append([load_id, "host memory holds host_slots adapters already", 0.0, 0])
+                staged.append([load_id, "host memory holds host_slots adapters already", 0.0, 0, 0])
                 continue
             self.tables._registered_adapters[load_id] = lora
-            staged.append([load_id, None, seconds, _size_of(lora)])
+            staged.append([load_id, None, seconds, _size_of(lora), self._ranks_of(lora)])
         return staged
+
+    def _ranks_of(self, lora: Any) -> int:
+        return 0 if self._shared is None else self._shared.ranks_of(lora)
 
     def _activate(self, load_id: int) -> None:
         if load_id not in self.tables._registered_adapters:

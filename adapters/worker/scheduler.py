@@ -7,6 +7,7 @@ compilation does not hold up the next customer's.
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 NICE = 10
 THREADS = 4
+ADAPTERS = "loraplex_adapters"  # in vLLM's additional_config
 
 
 def scheduler_of(config: Any) -> str | None:
@@ -25,6 +27,18 @@ def scheduler_of(config: Any) -> str | None:
         return None
     cls = PoliteAsyncScheduler if config.async_scheduling else PoliteScheduler
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def adapters_of(config: Any) -> int:
+    """How many adapters share the slots of the engine that ``config`` (VllmConfig) describes; 0: none do."""
+    return int((config.additional_config or {}).get(ADAPTERS, 0))
+
+
+def _count_adapters(scheduler: Any) -> None:
+    """vLLM lets adapters of ``max_loras`` run at the same time, which is the number of slots elsewhere."""
+    if adapters := adapters_of(scheduler.vllm_config):
+        scheduler.lora_config = copy.copy(scheduler.lora_config)
+        scheduler.lora_config.max_loras = adapters
 
 
 def _give_way() -> None:
@@ -44,8 +58,10 @@ def _polite(arguments: dict[str, Any]) -> dict[str, Any]:
 class PoliteScheduler(Scheduler):  # type: ignore[misc]  # vLLM is not typed for us
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**_polite(arguments))
+        _count_adapters(self)
 
 
 class PoliteAsyncScheduler(AsyncScheduler):  # type: ignore[misc]
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**_polite(arguments))
+        _count_adapters(self)

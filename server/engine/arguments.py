@@ -29,6 +29,7 @@ from adapters.inspection.base_chat import BaseTokenizer, described, read_base_ch
 from adapters.model import BaseChat, BaseModel, ModuleShape
 from adapters.worker.cpu.executor import YieldingExecutor
 from adapters.worker.cpu.features import multiplies_bfloat16
+from adapters.worker.scheduler import ADAPTERS
 from server.engine import sizing
 from server.engine.layers import lora_layers
 from server.engine.parsers import AUTO, Parsers, parsers_of
@@ -40,14 +41,35 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Numbers for ``gpu_slots`` and ``host_slots``; what a GPU slot should take, if they were computed."""
+    """Numbers for ``gpu_slots`` and ``host_slots``; what a GPU slot should take, if they were computed.
+
+    ``adapters`` is how many share the GPU slots; 0 where each has one of its own.
+    """
 
     gpu: int
     host: int
     slot_bytes: int | None = None
+    adapters: int = 0
+
+    @property
+    def active(self) -> int:
+        """How many adapters may be in slots at the same time."""
+        return self.adapters or self.gpu
 
 
 def slots_of(settings: Settings) -> Slots:
+    """As ``_slots_of``, with the number of adapters that share them. ValueError if that is a wrong one."""
+    slots = _slots_of(settings)
+    if not settings.rank_slots:
+        return slots
+    if slots.gpu > settings.rank_slots:
+        raise ValueError(f"RANK_SLOTS ({settings.rank_slots}) must be at least GPU_SLOTS ({slots.gpu})")
+    if "scheduler_cls" in settings.engine_args:
+        raise ValueError("RANK_SLOTS needs Loraplex's own scheduler: leave scheduler_cls out of ENGINE_ARGS")
+    return replace(slots, host=max(slots.host, settings.rank_slots), adapters=settings.rank_slots)
+
+
+def _slots_of(settings: Settings) -> Slots:
     """``settings``' slots as numbers. Takes seconds where they are "auto": vLLM reads the model's config."""
     if isinstance(settings.gpu_slots, int) and isinstance(settings.host_slots, int):
         return Slots(settings.gpu_slots, settings.host_slots)
@@ -229,6 +251,9 @@ def capacity_of(
     ]
     whole = sizing.entry_bytes(layers, rank=base.max_lora_rank, itemsize=itemsize)
     entry = sum(whole if one["entry_bytes"] is None else int(one["entry_bytes"]) for one in described)
+    if slots.adapters:
+        ranks = slots.gpu * base.max_lora_rank
+        return EngineCapacity(slots.adapters, slots.host, slot, entry, slots.gpu, ranks)
     return EngineCapacity(slots.gpu, slots.host, slot, entry)
 
 
@@ -261,6 +286,8 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
         os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
         given["otlp_traces_endpoint"] = f"{settings.traces_url.rstrip('/')}/v1/traces"
     given |= settings.engine_args
+    if slots.adapters:
+        given["additional_config"] = (given.get("additional_config") or {}) | {ADAPTERS: slots.adapters}
     for name, value in given.items():
         if name not in known and not hasattr(args, name):
             close = get_close_matches(name, known | set(vars(args)), n=1)

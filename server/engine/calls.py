@@ -39,13 +39,15 @@ class PageResult:
 class StageResult:
     """A load that has left its staging thread; ``size_bytes`` of host memory if ``error`` is None.
 
-    With several workers ``size_bytes`` is their sum: each keeps a copy, in the memory of one host.
+    With several workers ``size_bytes`` is their sum: each keeps its part, in the memory of one host.
+    ``ranks`` is what the adapter takes of slots that are shared, else 0.
     """
 
     load_id: int
     error: str | None
     seconds: float
     size_bytes: int
+    ranks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

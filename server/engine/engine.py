@@ -139,7 +139,7 @@ class Engine:
             await init_app_state(llm, state, args, tasks)
             names = state.openai_serving_models.lora_requests
             paging = Paging(llm, names, worker_options(settings))
-            described = await paging.open(slots.gpu, slots.host)
+            described = await paging.open(slots.active, slots.host)
             base = arguments.base_model_of(settings.served_model_name, described)
             found = await asyncio.to_thread(fingerprint, Path(settings.model))
             base = replace(base, source=settings.model, fingerprint=found, pooling=pooling)

@@ -11,7 +11,7 @@ from server.settings import Settings
 
 def worker_options(settings: Settings) -> dict[str, Any]:
     """What ``LoraplexWorker.loraplex_open`` is told beside the numbers of slots."""
-    return {"shards": settings.host_shards}
+    return {"shards": settings.host_shards, "shared": bool(settings.rank_slots)}
 
 
 class Paging:
@@ -93,9 +93,9 @@ class Paging:
         """
         whole = []
         for report in reports:
-            for load_id, error, seconds, size in report["staged"]:
+            for load_id, *staged in report["staged"]:
                 parts = self._half_staged.setdefault(load_id, [])
-                parts.append(StageResult(load_id, error, seconds, size))
+                parts.append(StageResult(load_id, *staged))
                 if len(parts) == self._number:
                     del self._half_staged[load_id]
                     whole.append(self._together(parts))
@@ -110,4 +110,5 @@ class Paging:
                 self._left_over.append(load_id)
         slowest = max(part.seconds for part in parts)
         size = sum(part.size_bytes for part in parts)
-        return StageResult(load_id, errors[0] if errors else None, slowest, size)
+        ranks = max(part.ranks for part in parts)
+        return StageResult(load_id, errors[0] if errors else None, slowest, size, ranks)

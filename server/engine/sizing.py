@@ -39,19 +39,27 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class EngineCapacity:
-    """What an engine has room for. ``slot_bytes`` count on each worker, ``entry_bytes`` (at most) on all."""
+    """What an engine has room for. ``slot_bytes`` count on each worker, ``entry_bytes`` (at most) on all.
+
+    Where ``gpu_slots`` adapters share fewer slots by their ranks, ``shared_slots`` is how many there are, and
+    ``slot_ranks`` the ranks of all of them; else both are 0.
+    """
 
     gpu_slots: int
     host_slots: int
     slot_bytes: int
     entry_bytes: int
+    shared_slots: int = 0
+    slot_ranks: int = 0
 
     def describe(self, gpu_memory: int, host_memory: int) -> str:
         """One line for the operator; ``gpu_memory`` and ``host_memory`` are what the settings allow."""
+        slots = self.shared_slots or self.gpu_slots
+        share = f" They are shared by up to {self.gpu_slots} adapters." if self.shared_slots else ""
         return (
-            f"a GPU slot takes {shown(self.slot_bytes)} on each worker: {self.gpu_slots} slots,"
-            f" {shown(self.gpu_slots * self.slot_bytes)}; {gpu_memory // self.slot_bytes} fit in"
-            f" adapter_gpu_memory, {shown(gpu_memory)}."
+            f"a GPU slot takes {shown(self.slot_bytes)} on each worker: {slots} slots,"
+            f" {shown(slots * self.slot_bytes)}; {gpu_memory // self.slot_bytes} fit in"
+            f" adapter_gpu_memory, {shown(gpu_memory)}.{share}"
             f" A host entry takes up to {shown(self.entry_bytes)}: {self.host_slots} entries,"
             f" {shown(self.host_slots * self.entry_bytes)}; {host_memory // max(1, self.entry_bytes)} fit in"
             f" adapter_host_memory, {shown(host_memory)}."

@@ -231,7 +231,7 @@ class EngineLoop:
             if staged.error is None:
                 self.metrics.staged(staged.seconds)
                 self._took(staged.load_id, staged.seconds)
-                self._tell(self._plan.staged, staged.load_id, staged.size_bytes)
+                self._tell(self._plan.staged, staged.load_id, staged.size_bytes, staged.ranks)
             else:
                 self._failed("stage", staged.load_id, staged.error)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from server.scheduling.nouns import HostEntry, Slot, State
@@ -16,7 +16,7 @@ class Load:
     is the tenant whose request ran on it last; empty until ``has_run``. ``used`` and ``active_since`` are
     times of the plan's clock. ``running`` counts requests, ``work`` is the most output tokens that they can
     still produce, and ``not_preemptible`` counts those of them that cannot be preempted. ``preempting`` is
-    set while all of them are being preempted.
+    set while all of them are being preempted. ``ranks`` is what it takes of slots that are shared.
     """
 
     id: int
@@ -33,6 +33,18 @@ class Load:
     not_preemptible: int = 0
     preempting: bool = False
     size_bytes: int = 0
+    ranks: int = 0
+
+
+def has_room(slots: Sequence[Load | None], load: Load, ranks: int) -> bool:
+    """Whether one of ``slots`` is free for ``load``, and so many of the ``ranks`` that all of them share.
+
+    Ranges of ranks pack without waste (``adapters.worker.ranges``), so their sum is all that counts. 0 ranks:
+    each has a slot of its own.
+    """
+    if None not in slots:
+        return False
+    return not ranks or load.ranks + sum(other.ranks for other in slots if other is not None) <= ranks
 
 
 @dataclass(slots=True, eq=False)

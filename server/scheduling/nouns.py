@@ -27,7 +27,7 @@ class Capacity:
 
     ``gpu_slots`` and ``host_slots`` count adapters, ``max_running`` sequences, ``max_staging`` loads from
     disk at the same time, ``max_queued`` waiting requests of one tenant. ``slot_patience``, ``preempt_after``
-    and ``queue_timeout`` are in seconds.
+    and ``queue_timeout`` are in seconds. ``slot_ranks``: what slots share, where they do; see ``has_room``.
     """
 
     gpu_slots: int
@@ -38,6 +38,7 @@ class Capacity:
     preempt_after: float = 10.0
     queue_timeout: float = 60.0
     max_queued: int = 256
+    slot_ranks: int = 0
 
     def __post_init__(self) -> None:
         if min(self.gpu_slots, self.max_running, self.max_staging) < 1 or self.host_slots < self.gpu_slots:

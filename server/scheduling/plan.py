@@ -145,8 +145,8 @@ class Plan:
 
     # --- adapters ------------------------------------------------------------------------------------
 
-    def staged(self, now: float, load_id: int, size_bytes: int = 0) -> list[Effect]:
-        self._residency.staged(now, load_id, size_bytes)
+    def staged(self, now: float, load_id: int, size_bytes: int = 0, ranks: int = 0) -> list[Effect]:
+        self._residency.staged(now, load_id, size_bytes, ranks)
         return self._settle(now)
 
     def stage_failed(self, now: float, load_id: int, detail: str) -> list[Effect]:

@@ -43,7 +43,7 @@ from collections.abc import Callable
 from server.scheduling import victims
 from server.scheduling.fair_queue import Request
 from server.scheduling.indices import Indices
-from server.scheduling.loads import Claim, Load, by_work, shown_entries, shown_slots, text_of
+from server.scheduling.loads import Claim, Load, by_work, has_room, shown_entries, shown_slots, text_of
 from server.scheduling.nouns import (
     Activate,
     Capacity,
@@ -150,10 +150,10 @@ class Residency:
         """Its running requests produced ``tokens`` more."""
         load.work -= tokens
 
-    def staged(self, now: float, load_id: int, size_bytes: int) -> None:
+    def staged(self, now: float, load_id: int, size_bytes: int, ranks: int) -> None:
         """A load is in host memory. ValueError unless it was being staged."""
         load = self._answered(load_id, State.STAGING)
-        load.size_bytes = size_bytes
+        load.size_bytes, load.ranks = size_bytes, ranks
         load.used = now
         self._change(load, State.HOST)
 
@@ -263,15 +263,15 @@ class Residency:
         """Decision 2: give a slot to the next that waits for one on the host."""
         version = self.indices.for_slot.next(now - self._starving_after)
         if version is not None:  # 2a
-            if not self._free_slot(victims.for_slot(self.indices, self.loads, self.in_slots, self.pins), now):
-                return False
+            victim = victims.for_slot(self.indices, self.loads, self.in_slots, self.pins)
+            if not self._free_slot(version, victim, now):
+                return victim is not None  # and the next one has to leave, too
             self.indices.for_slot.take(version, now)
         else:  # 2b
             version = self.prefetch.next_to_activate
-            if version is None or not self._free_slot(
-                victims.quiet(self.loads, self.pins, self.indices.idle_in_slot), now
-            ):
-                return False
+            victim = victims.quiet(self.loads, self.pins, self.indices.idle_in_slot)
+            if version is None or not self._free_slot(version, victim, now):
+                return version is not None and victim is not None
         self._activate(self.loads[version])
         return True
 
@@ -375,13 +375,12 @@ class Residency:
 
     # --- room ----------------------------------------------------------------------------------------
 
-    def _free_slot(self, victim: Load | None, now: float) -> bool:
-        """Whether a slot is free, if need be after ``victim`` has left its own."""
-        if None in self.in_slots:
-            return True
-        if victim is not None:
+    def _free_slot(self, version: str, victim: Load | None, now: float) -> bool:
+        """Whether there is room for ``version``, if need be after ``victim`` has left its slot."""
+        load, ranks = self.loads[version], self.capacity.slot_ranks
+        if not has_room(self.in_slots, load, ranks) and victim is not None:
             self._deactivate(victim, now)
-        return victim is not None
+        return has_room(self.in_slots, load, ranks)
 
     def _quiet_entry(self) -> Load | None:
         return victims.quiet(self.loads, self.pins, self.indices.idle_on_host, self.indices.idle_in_slot)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 
 from server.scheduling import victims
+from server.scheduling.loads import has_room
 from server.scheduling.nouns import State
 from server.scheduling.residency import Residency
 
@@ -34,6 +35,8 @@ def _check_loads(residency: Residency, running: Running) -> Iterator[None]:
     for index, in_slot in enumerate(residency.in_slots):
         assert in_slot is None or (in_slot.slot == index and loads[in_slot.version] is in_slot)
         yield
+    ranks = sum(in_slot.ranks for in_slot in residency.in_slots if in_slot is not None)
+    assert ranks <= capacity.slot_ranks or not capacity.slot_ranks, f"{ranks} ranks in slots"
     for version, load in loads.items():
         has_slot = load.state in (State.ACTIVATING, State.ACTIVE)
         assert load.id < residency.next_id
@@ -88,7 +91,10 @@ def _check_settled(residency: Residency) -> None:
     if residency.is_stopped:
         return
     indices, slots = residency.indices, residency.in_slots
-    assert not indices.for_slot or None not in slots, "a free slot and a version for it"
+    if waiting := indices.for_slot.leading(len(indices.for_slot)):
+        # One that is too wide for what is free holds up those behind it, or they would starve it.
+        rooms = (has_room(slots, residency.loads[v], residency.capacity.slot_ranks) for v in waiting)
+        assert not all(rooms), "a free slot and a version for it"
     assert not indices.for_slot or victims.first_idle(indices.idle_in_slot, slots, residency.pins) is None
     wanted = max(len(indices.for_slot), residency.is_blocked)
     assert len(indices.draining) <= wanted, "a slot drains for nobody"
@@ -103,7 +109,8 @@ def _check_prefetch_settled(residency: Residency) -> None:
         return
     indices, prefetch, pins = residency.indices, residency.prefetch, residency.pins
     if prefetch.next_to_activate is not None and not indices.for_slot:
-        assert None not in residency.in_slots, "a free slot and a version to warm"
+        load, ranks = residency.loads[prefetch.next_to_activate], residency.capacity.slot_ranks
+        assert not has_room(residency.in_slots, load, ranks), "a free slot and a version to warm"
         assert victims.first_unpinned(indices.idle_in_slot, pins) is None
     staging_full = len(indices.staging) == residency.capacity.max_staging
     if prefetch.next_to_stage is not None and not indices.for_host and not staging_full:

@@ -217,20 +217,26 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is n
             offset_start += size
 
 
-def install(tables: Any) -> None:
-    """Replaces the wrappers of vLLM's ``LRUCacheLoRAModelManager``, in it and in all its layers."""
+def install(tables: Any, kind: type[GroupedPunicaWrapper] | None = None) -> list[GroupedPunicaWrapper]:
+    """Replaces the wrappers of vLLM's ``LRUCacheLoRAModelManager``, in it and in all its layers.
+
+    Those of another ``kind`` multiply what is in the slots, and adopt no layer. Returns the new ones.
+    """
     replacements: dict[int, GroupedPunicaWrapper] = {}
     for prefix, wrapper in tables.punica_wrapper_mapping.items():
         if id(wrapper) not in replacements:
             tokens, batches = len(wrapper._token_lora_indices), len(wrapper._seq_lengths)
-            replacements[id(wrapper)] = GroupedPunicaWrapper(tokens, batches, wrapper.device)
+            replacements[id(wrapper)] = (kind or GroupedPunicaWrapper)(tokens, batches, wrapper.device)
         tables.punica_wrapper_mapping[prefix] = replacements[id(wrapper)]
     for layer in tables.modules.values():
         replacement = replacements[id(layer.punica_wrapper)]
         layer.set_mapping(replacement)
-        if isinstance(layer, _ADOPTED):  # experts have methods of their own, which no CPU wrapper has
+        if kind is None and isinstance(
+            layer, _ADOPTED
+        ):  # experts have methods of their own, which no CPU wrapper has
             replacement.adopt(layer)
     tables._last_mapping = None  # or vLLM would think that the new wrappers know the batch already
+    return list(replacements.values())
 
 
 def _faster(dtype: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""The numbers in ``config/llama-70b.yaml``, computed again from the model's shapes."""
+"""The numbers in ``config/llama-70b.yaml`` and of shared slots, computed again from the models' shapes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import transformers
 import yaml
 
+from adapters.worker.ranges import RankRanges
 from server.engine import sizing
 from server.engine.layers import lora_layers
 from server.engine.sizing import Layer
@@ -69,3 +70,41 @@ def test_its_comments_say_what_is_so(layers: list[Layer]) -> None:
         f"at {kv_token:,} bytes a token",
     ):
         assert said in text.replace("\n#  ", ""), said
+
+
+# --- how many adapters share the slots of a GiB -------------------------------------------------------
+
+LLAMA_8B = transformers.LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=1,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+MIXES = {
+    "all of rank 8": (8,),
+    "all of rank 16": (16,),
+    "8, 8, 16, 64 in turn": (8, 8, 16, 64),
+    "8, 24, 48, 64 in turn": (8, 24, 48, 64),
+    "all of rank 64": (64,),
+}
+
+
+def sharing(slots: int, ranks: tuple[int, ...]) -> int:
+    """How many of them, in turn, share so many slots of rank 64."""
+    ranges, count = RankRanges(slots, 64), 0
+    while ranges.fits(rank := ranks[count % len(ranks)]):
+        ranges.add(count, rank)
+        count += 1
+    return count
+
+
+def test_the_table_of_adapters_per_gib() -> None:
+    layers = lora_layers(LLAMA_8B, vocabulary=("embed_tokens", "lm_head"), fused=FUSED, targets=None)
+    whole = [y for y in layers if y.served] * 32 + [y for y in layers if not y.served]
+    slots = 4 * 2**30 // sizing.slot_bytes(whole, rank=64, itemsize=ITEM)
+    text = (FILE.parents[1] / "docs" / "benchmarks.md").read_text()
+    for name, ranks in MIXES.items():
+        shared = sharing(slots, ranks)
+        assert f"| {name} | {slots / 4:.2f} | {shared / 4:.2f} | {shared / slots:.1f} × |" in text

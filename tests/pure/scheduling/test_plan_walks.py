@@ -6,6 +6,7 @@ import heapq
 import itertools
 import math
 import random
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -218,6 +219,10 @@ class World:
 
     # --- the engine ------------------------------------------------------------------------------
 
+    def ranks_of(self, version: str) -> int:
+        """What its adapter takes of slots that are shared: half of them are as wide as a slot."""
+        return 8 if not self.limits.slot_ranks else (8, 16, 64, 64)[zlib.crc32(version.encode()) % 4]
+
     def _stage(self, version: str, load_id: int) -> None:
         assert load_id not in self.seen_loads
         assert version not in self.host.values()
@@ -235,7 +240,7 @@ class World:
                 return []
             self.staging.remove(load_id)
             if not fails:
-                return self.plan.staged(self.now, load_id, 1000)
+                return self.plan.staged(self.now, load_id, 1000, self.ranks_of(version))
             del self.host[load_id]
             return self.plan.stage_failed(self.now, load_id, "unreadable")
 
@@ -247,6 +252,8 @@ class World:
         self.slots.add(load_id)
         self.activating.add(load_id)
         assert len(self.slots) <= self.limits.gpu_slots
+        ranks = sum(self.ranks_of(self.host[held]) for held in self.slots)
+        assert ranks <= self.limits.slot_ranks or not self.limits.slot_ranks
         fails = self.rng.random() < self.chances.activation_fails
 
         life = self.life
@@ -406,6 +413,10 @@ WALKS = [
             preempt_after=0.0,
             queue_timeout=15.0,
         ),
+    ),
+    (
+        8,
+        Capacity(gpu_slots=6, host_slots=9, max_running=8, max_queued=8, queue_timeout=15.0, slot_ranks=128),
     ),
     (
         6,
