@@ -200,13 +200,11 @@ class Settings(BaseSettings):
     rank_slots: int = Field(
         0,
         ge=0,
-        description="Adapters that share GPU_SLOTS at the same time, each on as many ranks of a slot as it"
-        " has; 0: each has a slot of its own. Not tried on a GPU yet.",
+        description="Adapters that share GPU_SLOTS by their ranks; 0: none do. Not tried on a GPU yet.",
     )
-    host_shards: bool = Field(
-        True,
-        description="Where several GPUs share the model, each of their workers keeps its part of an adapter"
-        " in host memory; `false`: all of it.",
+    host_shards: bool = Field(True, description="Each of several GPUs' workers keeps its part of an adapter.")
+    batch_invariant: bool = Field(
+        False, description="An answer has the same bits whatever runs beside it, and is slower; on GPUs only."
     )
     max_lora_rank: int = Field(
         64, description=f"Largest rank served, one of {', '.join(map(str, ALLOWED_MAX_RANKS))}."
@@ -453,10 +451,6 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _slots_fit(self) -> Self:
-        if self.rank_slots and self.max_lora_rank & (self.max_lora_rank - 1):
-            raise ValueError(
-                f"rank_slots: slots of {self.max_lora_rank} ranks, no power of two, cannot be shared"
-            )
         known = isinstance(self.gpu_slots, int) and isinstance(self.host_slots, int)
         if known and self.host_slots < self.gpu_slots:  # type: ignore[operator]
             raise ValueError(

@@ -64,6 +64,8 @@ def slots_of(settings: Settings) -> Slots:
         return slots
     if slots.gpu > settings.rank_slots:
         raise ValueError(f"RANK_SLOTS ({settings.rank_slots}) must be at least GPU_SLOTS ({slots.gpu})")
+    if settings.max_lora_rank & (settings.max_lora_rank - 1):
+        raise ValueError(f"RANK_SLOTS: MAX_LORA_RANK ({settings.max_lora_rank}) must be a power of two")
     if "scheduler_cls" in settings.engine_args:
         raise ValueError("RANK_SLOTS needs Loraplex's own scheduler: leave scheduler_cls out of ENGINE_ARGS")
     return replace(slots, host=max(slots.host, settings.rank_slots), adapters=settings.rank_slots)
@@ -210,6 +212,20 @@ def _usable(
         logger.warning("the parser %s, which the chat template calls for, cannot be used: %s", name, exc)
         return None
     return name
+
+
+def want_batch_invariance(settings: Settings) -> None:
+    """Asks vLLM for kernels whose sums do not depend on the batch, if ``settings`` do.
+
+    To be called before the engine's processes start. ValueError where this build has none.
+    """
+    if not settings.batch_invariant:
+        return
+    if current_platform.is_cpu():
+        raise ValueError(
+            "BATCH_INVARIANT needs a GPU: vLLM has no such kernels for a CPU. Leave it off here."
+        )
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"
 
 
 def refuse_what_cannot_run(config: Any) -> None:

@@ -121,6 +121,7 @@ class Engine:
         from server.engine import arguments
         from server.engine.metered import MeteredLLM
 
+        arguments.want_batch_invariance(settings)
         settings, parsers, tokenizer = await asyncio.to_thread(arguments.choose_parsers, settings)
         slots = await asyncio.to_thread(arguments.slots_of, settings)
         args, engine_args = arguments.vllm_arguments(settings, slots)

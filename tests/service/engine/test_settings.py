@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from vllm.config.lora import MaxLoRARanks
@@ -14,7 +15,14 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from adapters.worker.cpu.executor import YieldingExecutor
-from server.engine.arguments import Slots, refuse_what_cannot_run, vllm_arguments
+from adapters.worker.scheduler import _count_adapters, adapters_of
+from server.engine.arguments import (
+    Slots,
+    refuse_what_cannot_run,
+    slots_of,
+    vllm_arguments,
+    want_batch_invariance,
+)
 from server.engine_args import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS
 from server.settings import ALLOWED_MAX_RANKS, Settings
 from tests.pure.server.test_settings import refusal
@@ -60,3 +68,43 @@ def test_traces_of_the_engine_go_where_ours_go(monkeypatch: pytest.MonkeyPatch) 
     args = vllm_arguments(Settings(model="m", traces_url="http://t:4318/"), Slots(1, 4))[1]
     assert args.otlp_traces_endpoint == "http://t:4318/v1/traces"
     assert vllm_arguments(Settings(model="m"), Slots(1, 4))[1].otlp_traces_endpoint is None
+
+
+def test_adapters_that_share_slots(tmp_path: Path) -> None:
+    """vLLM makes GPU_SLOTS slots; its scheduler and its workers hear how many adapters share them."""
+    settings = Settings(model=str(tmp_path), gpu_slots=2, host_slots=4, max_lora_rank=64, rank_slots=12)
+    slots = slots_of(settings)
+    assert (slots.gpu, slots.active, slots.host) == (2, 12, 12)
+    _, made = vllm_arguments(settings, slots)
+    assert (made.max_loras, made.max_cpu_loras) == (2, 12)
+    assert adapters_of(SimpleNamespace(additional_config=made.additional_config)) == 12
+    scheduler = SimpleNamespace(vllm_config=made, lora_config=SimpleNamespace(max_loras=2))
+    before = scheduler.lora_config
+    _count_adapters(scheduler)
+    assert (scheduler.lora_config.max_loras, before.max_loras) == (12, 2)
+    _, alone = vllm_arguments(settings, Slots(2, 4))
+    assert not adapters_of(SimpleNamespace(additional_config=alone.additional_config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"rank_slots": 1}, "RANK_SLOTS .1. must be at least GPU_SLOTS .2."),
+        ({"max_lora_rank": 320}, "MAX_LORA_RANK .320. must be a power of two"),
+        ({"engine_args": {"scheduler_cls": "a.b"}}, "leave scheduler_cls out of ENGINE_ARGS"),
+    ],
+)
+def test_what_cannot_share_slots_is_refused(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
+    given: dict[str, Any] = {"gpu_slots": 2, "host_slots": 4, "max_lora_rank": 64, "rank_slots": 12} | changes
+    with pytest.raises(ValueError, match=why):
+        slots_of(Settings(model=str(tmp_path), **given))
+
+
+def test_a_cpu_has_no_kernels_that_are_the_same_in_any_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
+    want_batch_invariance(Settings(model=str(tmp_path)))
+    with pytest.raises(ValueError, match="BATCH_INVARIANT needs a GPU"):
+        want_batch_invariance(Settings(model=str(tmp_path), batch_invariant=True))
+    assert "VLLM_BATCH_INVARIANT" not in os.environ
