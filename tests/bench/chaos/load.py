@@ -31,7 +31,7 @@ NAMES = ("a", "b")
 PROMPTS = ("My parcel has not arrived.", "Why is the sky blue?")
 TOKENS = 8
 LOST = 1.5  # seconds of usage before a SIGKILL that may be gone
-DEMO = [CHECKOUT / "config" / "demo" / name for name in ("acme", "globex", "initech")]
+DEMO = [CHECKOUT / "config" / "demo" / name for name in ("acme", "bluebird", "corvus")]
 
 
 def documented() -> frozenset[str]:
@@ -60,7 +60,9 @@ class Changer:
 
     async def run(self) -> None:
         while True:
-            await asyncio.sleep(self.rng.uniform(0.2, 0.8))
+            await asyncio.sleep(
+                self.rng.uniform(0.2, 0.8) * (10 if self.load.real else 1)
+            )  # a probe takes long
             async with self.load.at_work():
                 await self.change()
 

@@ -34,6 +34,7 @@ from tests.support.site import ADMIN_KEY, bearer
 
 START = 300.0  # seconds for a server to become ready
 GIVE_UP = 30.0  # seconds after which a client gives a request up, as its own timeout would
+GIVE_UP_REAL = 300.0  # longer than the real engine takes to start again
 ROOM = {"data": 96, "db": 48, "log": 16}  # MiB of the disks that can be filled
 
 _processes = multiprocessing.get_context("forkserver")
@@ -71,7 +72,8 @@ class Service:
     def __post_init__(self) -> None:
         self.url = f"http://127.0.0.1:{self.port}"
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2)
-        self.http = httpx.AsyncClient(base_url=self.url, timeout=GIVE_UP, trust_env=False, limits=limits)
+        patience = GIVE_UP_REAL if self.kind.real else GIVE_UP
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=patience, trust_env=False, limits=limits)
         for name in ROOM:
             (self.work / name).mkdir(exist_ok=True)
 
