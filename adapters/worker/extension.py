@@ -71,6 +71,7 @@ class LoraplexWorker:
         )
         self._loraplex_state.make_kernels(runner.scheduler_config)
         self._loraplex_guard = NotFiniteGuard(runner)
+        self._loraplex_guard.zero_new_blocks()
         return self._loraplex_state.describe()
 
     def loraplex_page(self, ops: list[WireOp]) -> dict[str, Any]:
@@ -86,11 +87,6 @@ class LoraplexWorker:
         """What this worker holds: ``host`` and ``slots`` by load id, ``staging``, ``in_step_loads``; and
         ``kernels``, how many of oneDNN's it has made ahead, with the tokens of a step that they reach to."""
         return self._loraplex_state.report()
-
-    def loraplex_scrub(self) -> None:
-        """Cleans the KV cache of what is not finite, where the step that made it could not do so itself."""
-        if not self._loraplex_guard.in_step:
-            self._loraplex_guard.scrub()
 
 
 offer()

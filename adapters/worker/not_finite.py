@@ -5,10 +5,13 @@ or infinite, and they outlive it: a freed block is given to another request, and
 positions that this one has not written yet by zero, which leaves NaN. From then on everybody's answers are
 empty.
 
-So the worker looks at every step's logits, which a NaN in the request's keys or values reaches. Where it
-finds one it replaces what is not finite in the cache before the step ends, which is before the scheduler can
-free a block. Only steps that are scheduled synchronously, as on a CPU, can be held up for that; with
-asynchronous scheduling the front end asks for it one step later (``LoraplexWorker.loraplex_scrub``).
+Where steps are scheduled one after the other, as on a CPU, the worker looks at every step's logits, which a
+NaN in the request's keys or values reaches. Where it finds one it replaces what is not finite in the blocks
+of that request before the step ends, which is before the scheduler can free one of them.
+
+Where the next step is scheduled before this one has ended, as on a GPU, that would be too late. There every
+block is zeroed as it is given to a request, before it is read, by what vLLM has for models that need it
+always (``KVBlockZeroer``): one launch in a step that allocates blocks. ``PoliteScheduler`` asks for it.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
+from vllm.platforms import current_platform
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +34,17 @@ REMEMBERED = 4096
 PIECE_BYTES = 64 << 20
 
 
+def zeroes_new_blocks() -> bool:
+    """Whether blocks are zeroed as they are given out: the scheduler's process and the workers' ask alike."""
+    return not current_platform.is_cpu()
+
+
 class NotFiniteGuard:
     """Watches the logits of vLLM's ``runner`` (GPUModelRunner or its CPU kind), and cleans its KV cache.
 
     Uses of it ``_get_nans_in_logits``, which vLLM calls once a step where ``VLLM_COMPUTE_NANS_IN_LOGITS`` is
-    set, ``use_async_scheduling`` and ``kv_caches``.
+    set, ``use_async_scheduling``, ``kv_caches``, ``kv_cache_config``, ``requests`` with their ``block_ids``,
+    and ``_init_kv_zero_meta``.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -43,6 +54,12 @@ class NotFiniteGuard:
         if self.in_step:
             self._count = runner._get_nans_in_logits
             runner._get_nans_in_logits = self._count_and_scrub
+
+    def zero_new_blocks(self) -> None:
+        """From now on the runner zeroes the blocks that the scheduler names, also of models for which vLLM
+        would not. Before the first request."""
+        if zeroes_new_blocks():
+            self._runner._init_kv_zero_meta()
 
     def _count_and_scrub(self, logits: Any) -> dict[str, int]:
         """vLLM's count by request id; cleans the cache where it is not zero.
@@ -57,15 +74,31 @@ class NotFiniteGuard:
             self._reported.update(found)
             while len(self._reported) > REMEMBERED:
                 self._reported.popitem(last=False)
-            self.scrub()
+            self.scrub(self._blocks(found))
         if self._reported:
             counts |= {request: self._reported[request] for request in counts if request in self._reported}
         return counts
 
-    def scrub(self) -> int:
-        """Sets to zero what is not finite in the KV cache; returns how many numbers that were."""
+    def _blocks(self, requests: Iterable[str]) -> set[int] | None:
+        """The blocks of ``requests``; None if one is not known."""
+        states = [self._runner.requests.get(request) for request in requests]
+        if None in states:
+            return None
+        return set(chain.from_iterable(ids for state in states for ids in state.block_ids))
+
+    def scrub(self, blocks: Collection[int] | None = None) -> int:
+        """Sets to zero what is not finite in ``blocks`` of the KV cache, in all of it if they are not given.
+
+        Returns how many numbers that were.
+        """
         started = time.perf_counter()
-        cleaned = sum(_scrub(piece) for cache in _tensors(self._runner.kv_caches) for piece in _pieces(cache))
+        count = self._runner.kv_cache_config.num_blocks
+        cleaned = 0
+        for cache in _tensors(self._runner.kv_caches):
+            if blocks is None or cache.shape[0] % count:
+                cleaned += sum(_scrub(piece) for piece in _pieces(cache))
+            else:
+                cleaned += _scrub_blocks(cache, blocks, cache.shape[0] // count)
         logger.warning(
             "cleaned %d numbers of the KV cache that were not finite, in %.0f ms",
             cleaned,
@@ -90,6 +123,12 @@ def _pieces(cache: torch.Tensor) -> Iterator[torch.Tensor]:
     rows = max(1, cache.shape[axis] * PIECE_BYTES // max(1, cache.nbytes))
     for start in range(0, cache.shape[axis], rows):
         yield cache.narrow(axis, start, min(rows, cache.shape[axis] - start))
+
+
+def _scrub_blocks(cache: torch.Tensor, blocks: Collection[int], parts: int) -> int:
+    """As ``_scrub``, of ``blocks``. A block of the scheduler's is ``parts`` rows of ``cache``."""
+    rows = [block * parts + part for block in sorted(blocks) for part in range(parts)]
+    return sum(_scrub(cache[row]) for row in rows)
 
 
 def _scrub(piece: torch.Tensor) -> int:

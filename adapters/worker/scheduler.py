@@ -1,8 +1,10 @@
-"""vLLM's schedulers, which let grammars be compiled without disturbing a step.
+"""vLLM's schedulers, which let grammars be compiled without disturbing a step, and name blocks to zero.
 
 vLLM compiles grammars in threads of the engine's process, several threads for each, which take the processor
 from the steps of everybody. Here they have a low priority, and there are enough of them that one long
 compilation does not hold up the next customer's.
+
+They name the blocks of the KV cache that a step gives out, for the worker to zero; see ``not_finite``.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+
+from adapters.worker.not_finite import zeroes_new_blocks
 
 NICE = 10
 THREADS = 4
@@ -59,9 +63,11 @@ class PoliteScheduler(Scheduler):  # type: ignore[misc]  # vLLM is not typed for
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**_polite(arguments))
         _count_adapters(self)
+        self.needs_kv_cache_zeroing = self.needs_kv_cache_zeroing or zeroes_new_blocks()
 
 
 class PoliteAsyncScheduler(AsyncScheduler):  # type: ignore[misc]
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**_polite(arguments))
         _count_adapters(self)
+        self.needs_kv_cache_zeroing = self.needs_kv_cache_zeroing or zeroes_new_blocks()

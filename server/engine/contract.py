@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from server.engine.contract_cache import CACHE_USES
 from server.engine.contract_workers import WORKERS
 from server.engine.source_names import Sources, Use, missing_of
 
@@ -37,6 +38,7 @@ class ContractBroken(ValueError):
 
 
 USES: tuple[Use, ...] = (
+    *CACHE_USES,
     # The front end: server/engine/metered.py
     Use(
         "vllm.v1.engine.async_llm",
@@ -113,15 +115,6 @@ USES: tuple[Use, ...] = (
         "as above",
     ),
     Use("vllm.v1.metrics.stats", "RequestStateStats", ("first_token_ts", "last_token_ts"), "as above"),
-    Use(
-        "vllm.v1.engine.async_llm", "AsyncLLM", ("reset_prefix_cache",), "blocks that were cleaned hold zeros"
-    ),
-    Use(
-        "vllm.v1.worker.gpu_model_runner",
-        "GPUModelRunner",
-        ("_get_nans_in_logits(logits)", "use_async_scheduling", "kv_caches"),
-        "wrapped, to clean the KV cache in the step that made NaN",
-    ),
     Use(
         "vllm.renderers.online_renderer",
         "OnlineRenderer",

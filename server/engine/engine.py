@@ -89,7 +89,7 @@ class Engine:
         self.parsers = Parsers(None, None, tools_shown=False)
         # Told (model, reason) when a model's answer was not a number; see ``_not_finite``.
         self.on_fault: Callable[[str, str], None] = _log_fault
-        self._scrubbing: asyncio.Task[None] | None = None
+        self._forgetting: asyncio.Task[None] | None = None
         self._grammars: Grammars | None = None
 
     @classmethod
@@ -272,8 +272,8 @@ class Engine:
 
     async def stop(self) -> None:
         """Ends its processes: by SIGKILL where the engine is lost, hung or just being started again."""
-        if self._scrubbing is not None:
-            self._scrubbing.cancel()
+        if self._forgetting is not None:
+            self._forgetting.cancel()
         if self._grammars is not None:
             self._grammars.stop()
         await self._llm.kill_starting()
@@ -436,11 +436,11 @@ class Engine:
                 code="answer_not_finite" if call.model == self.base.name else "adapter_not_finite",
             )
             self.on_fault(call.model, "an answer of its was not a number")
-        if self._scrubbing is None or self._scrubbing.done():
-            self._scrubbing = asyncio.create_task(self._scrub(), name="loraplex-scrub")
+        if self._forgetting is None or self._forgetting.done():
+            self._forgetting = asyncio.create_task(self._forget_prefixes(), name="loraplex-forget")
 
-    async def _scrub(self) -> None:
+    async def _forget_prefixes(self) -> None:
+        """Blocks that were cleaned hold zeros, and those of a NaN hold it; neither may be found again."""
         with contextlib.suppress(EngineDied), engine_errors():
-            await self._llm.collective_rpc("loraplex_scrub")
             while not await self._llm.reset_prefix_cache():
                 await asyncio.sleep(PREFIX_RESET_RETRY_S)
