@@ -1,0 +1,36 @@
+"""An executor for tests, where two engines and other tests share two cores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from adapters.worker.cpu.executor import POLL_INTERVAL_S, YieldingExecutor
+from tests.support.resting import AS_SERVED, REST
+
+
+class RestingExecutor(YieldingExecutor):
+    """Looks for an answer every 2 ms at any time, and so leaves its core to others.
+
+    As it is served, its process takes a whole core while anything runs.
+    """
+
+    _rests = True
+
+    def _yielding(self, wait: Callable[..., None]) -> Callable[..., None]:
+        as_served = super()._yielding(wait)
+
+        def nap_or_wait(timeout_ms: int | None = None) -> None:
+            if self._rests:
+                time.sleep(POLL_INTERVAL_S)
+            else:
+                as_served(timeout_ms)
+
+        return nap_or_wait
+
+    def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        if method in (REST, AS_SERVED):
+            self._rests = method == REST
+            return []
+        return super().collective_rpc(method, *args, **kwargs)
