@@ -8,13 +8,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
 PINS := config/requirements-torch.txt config/requirements-cpu.txt config/requirements-dev.txt
 # Asked only where pip finds no CPU build of torch by itself.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install runtime demo fleet quick test check bench attack chaos families fuzz clean help
+.PHONY: install runtime demo fleet quick test check bench attack chaos families clients fuzz clean help
 
 install: $(STAMP) ## Make .venv with everything pinned (about two minutes; a second time nothing)
 
@@ -73,12 +74,21 @@ chaos: $(STAMP) ## Make faults under load and look for what is lost, 20 minutes;
 families: $(STAMP) ## Adapters on tiny bases of twelve families against PEFT, ten minutes; FAMILY=qwen3 for one
 	@$(PY) -W ignore -m tests.families $(or $(FAMILY),--write)
 
+clients: $(STAMP) $(CLIENTS)/.installed ## Run the libraries that people use against a real server, 15 minutes; LIBRARY=openai
+	@command -v node >/dev/null && npm install --silent --no-audit --no-fund --prefix .node-clients $$(cat config/clients.npm) || echo "== without node the JavaScript libraries are left out"
+	$(PY) -m tests.clients $(CLIENTS)/bin/python "$$(test -d .node-clients/node_modules && realpath .node-clients)" $(if $(LIBRARY),"$(LIBRARY)")
+
+$(CLIENTS)/.installed: config/requirements-clients.txt
+	$(PY) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --no-deps -r $<
+	@touch $@
+
 fuzz: $(STAMP) ## Parsers of uploads, four minutes; then the API, two hours; COUNT=200000, SEED=0, CASES=2000
 	$(PY) -m tests.fuzz $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED))
 	CASES=$(or $(CASES),2000) $(PY) -m pytest -q -n 2 --timeout 3600 tests/service/http/test_document.py
 
 clean: ## Remove .venv and all caches; data stays
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(CLIENTS) .node-clients .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -1,0 +1,1 @@
+"""The libraries that people use, each in a process and an environment of its own, against a real server."""

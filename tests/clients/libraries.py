@@ -1,0 +1,532 @@
+"""What each Python library is asked to do. Run by the driver, in an environment with the libraries alone:
+
+    python libraries.py LIBRARY [embeddings]     prints a line a check: {"check": …, "error": null or text}
+
+``URL``, ``KEY``, ``NARROW_KEY`` (one request at once) and ``MODEL`` come from the environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
+
+URL, KEY, NARROW_KEY, MODEL = (os.environ[name] for name in ("URL", "KEY", "NARROW_KEY", "MODEL"))
+BASE = f"{URL}/v1"
+QUESTION = "What is the weather in Paris?"
+TURNS: list[Any] = [{"role": "user", "content": QUESTION}]
+LONG: list[Any] = [{"role": "user", "content": "word " * 4000}]
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+WEATHER: dict[str, Any] = {
+    "name": "weather",
+    "description": "The weather in a city.",
+    "parameters": PARAMETERS,
+}
+TOOL: dict[str, Any] = {"type": "function", "function": WEATHER}
+NAMED = {"type": "function", "function": {"name": "weather"}}
+CITIES = ("Paris", "Rome")
+
+Check = Callable[[], Awaitable[None]]
+
+
+def city_of(arguments: Any) -> str:
+    found = json.loads(arguments) if isinstance(arguments, str) else arguments
+    assert found["city"] in CITIES, found
+    return str(found["city"])
+
+
+async def refused(work: Awaitable[Any], *words: str) -> None:
+    """``work`` fails, and says what about."""
+    try:
+        await work
+    except Exception as exc:
+        said = f"{type(exc).__name__} {exc}"
+        assert any(word in said for word in words), said[:300]
+        return
+    raise AssertionError("nothing was refused")
+
+
+def openai_checks() -> dict[str, Check]:
+    import openai
+
+    client = openai.AsyncOpenAI(base_url=BASE, api_key=KEY, max_retries=0)
+    options: dict[str, Any] = {"model": MODEL, "messages": TURNS, "max_tokens": 40, "temperature": 0}
+
+    async def chat() -> None:
+        made = await client.chat.completions.create(**options)
+        assert made.choices[0].message.content
+        assert made.model == MODEL
+
+    async def stream() -> None:
+        chunks = await client.chat.completions.create(**options, stream=True)
+        assert "".join([c.choices[0].delta.content or "" async for c in chunks if c.choices])
+
+    async def tools(choice: Any, **more: Any) -> list[Any]:
+        made = await client.chat.completions.create(**options, tools=[TOOL], tool_choice=choice, **more)
+        return made.choices[0].message.tool_calls or []
+
+    async def auto() -> None:
+        await tools("auto")
+
+    async def required() -> None:
+        (called,) = await tools("required", parallel_tool_calls=False)
+        city_of(called.function.arguments)
+
+    async def named() -> None:
+        (called,) = await tools(NAMED)
+        city_of(called.function.arguments)
+
+    async def parallel() -> None:
+        for called in await tools("required", parallel_tool_calls=True):
+            city_of(called.function.arguments)
+
+    async def structured() -> None:
+        from pydantic import BaseModel
+
+        class Place(BaseModel):
+            city: Literal["Paris", "Rome"]
+
+        made = await client.chat.completions.parse(**options, response_format=Place)
+        assert made.choices[0].message.parsed
+
+    async def responses() -> None:
+        made = await client.responses.create(model=MODEL, input=QUESTION, max_output_tokens=8)
+        assert made.output_text
+
+    async def embeddings() -> None:
+        made = await client.embeddings.create(model=MODEL, input=["one", "two"])
+        assert len(made.data) == 2
+        assert len(made.data[0].embedding) > 10
+
+    async def errors() -> None:
+        long = client.chat.completions.create(model=MODEL, messages=LONG)
+        await refused(long, "context_length_exceeded")
+        await refused(client.chat.completions.create(model="nobodys", messages=TURNS), "NotFoundError")
+
+    async def retries() -> None:
+        narrow = openai.AsyncOpenAI(base_url=BASE, api_key=NARROW_KEY, max_retries=8)
+        await asyncio.gather(*(narrow.chat.completions.create(**options) for _ in range(3)))
+
+    return {
+        "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
+        "tools: named": named, "tools: parallel": parallel, "structured output": structured,
+        "responses": responses, "errors": errors, "retries": retries, "embeddings": embeddings,
+    }  # fmt: skip
+
+
+def anthropic_checks() -> dict[str, Check]:
+    import anthropic
+
+    client = anthropic.AsyncAnthropic(base_url=URL, api_key=KEY, max_retries=0)
+    options: dict[str, Any] = {"model": MODEL, "messages": TURNS, "max_tokens": 40}
+    tool: Any = {"name": "weather", "description": "The weather in a city.", "input_schema": PARAMETERS}
+
+    async def chat() -> None:
+        made = await client.messages.create(**options)
+        assert made.content
+        assert made.model == MODEL
+
+    async def stream() -> None:
+        async with client.messages.stream(**options) as told:
+            assert "".join([text async for text in told.text_stream])
+
+    async def tools(choice: Any) -> list[Any]:
+        made = await client.messages.create(**options, tools=[tool], tool_choice=choice)
+        return [block for block in made.content if block.type == "tool_use"]
+
+    async def auto() -> None:
+        await tools({"type": "auto"})
+
+    async def required() -> None:
+        (used,) = await tools({"type": "any", "disable_parallel_tool_use": True})
+        city_of(used.input)
+
+    async def named() -> None:
+        (used,) = await tools({"type": "tool", "name": "weather"})
+        city_of(used.input)
+
+    async def parallel() -> None:
+        for used in await tools({"type": "any"}):
+            city_of(used.input)
+
+    async def errors() -> None:
+        await refused(client.messages.create(model=MODEL, messages=LONG, max_tokens=5), "prompt is too long")
+        await refused(client.messages.create(model="nobodys", messages=TURNS, max_tokens=5), "NotFoundError")
+
+    async def retries() -> None:
+        narrow = anthropic.AsyncAnthropic(base_url=URL, api_key=NARROW_KEY, max_retries=8)
+        await asyncio.gather(*(narrow.messages.create(**options) for _ in range(3)))
+
+    return {
+        "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
+        "tools: named": named, "tools: parallel": parallel, "errors": errors, "retries": retries,
+    }  # fmt: skip
+
+
+def litellm_checks() -> dict[str, Check]:
+    import litellm
+
+    options: dict[str, Any] = {
+        "model": f"openai/{MODEL}", "api_base": BASE, "api_key": KEY, "messages": TURNS, "max_tokens": 40,
+    }  # fmt: skip
+
+    async def chat() -> None:
+        made = await litellm.acompletion(**options)
+        assert made.choices[0].message.content
+
+    async def stream() -> None:
+        chunks = await litellm.acompletion(**options, stream=True)
+        assert "".join([c.choices[0].delta.content or "" async for c in chunks])
+
+    async def tools(choice: Any, **more: Any) -> list[Any]:
+        made = await litellm.acompletion(**options, tools=[TOOL], tool_choice=choice, **more)
+        return made.choices[0].message.tool_calls or []
+
+    async def auto() -> None:
+        await tools("auto")
+
+    async def required() -> None:
+        city_of((await tools("required", parallel_tool_calls=False))[0].function.arguments)
+
+    async def named() -> None:
+        city_of((await tools(NAMED))[0].function.arguments)
+
+    async def parallel() -> None:
+        for called in await tools("required", parallel_tool_calls=True):
+            city_of(called.function.arguments)
+
+    async def structured() -> None:
+        schema = {"name": "place", "schema": PARAMETERS}
+        form = {"type": "json_schema", "json_schema": schema}
+        made = await litellm.acompletion(**options, response_format=form)
+        city_of(made.choices[0].message.content)
+
+    async def embeddings() -> None:
+        asked = {name: options[name] for name in ("model", "api_base", "api_key")}
+        made = await litellm.aembedding(**asked, input=["one", "two"])
+        assert len(made.data) == 2
+
+    async def errors() -> None:
+        await refused(litellm.acompletion(**{**options, "messages": LONG}), "ContextWindowExceededError")
+
+    async def retries() -> None:
+        narrow = {**options, "api_key": NARROW_KEY, "num_retries": 8, "max_retries": 8}
+        await asyncio.gather(*(litellm.acompletion(**narrow) for _ in range(3)))
+
+    return {
+        "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
+        "tools: named": named, "tools: parallel": parallel, "structured output": structured,
+        "errors": errors, "retries": retries, "embeddings": embeddings,
+    }  # fmt: skip
+
+
+def langchain_checks() -> dict[str, Check]:
+    from langchain_core.tools import tool
+    from langchain_openai import ChatOpenAI
+    from pydantic import BaseModel
+
+    options: dict[str, Any] = {"model": MODEL, "base_url": BASE, "max_completion_tokens": 40}
+    model = ChatOpenAI(**options, api_key=KEY, max_retries=0)
+
+    class Place(BaseModel):
+        """A place."""
+
+        city: Literal["Paris", "Rome"]
+
+    @tool
+    def weather(city: Literal["Paris", "Rome"]) -> str:
+        """The weather in a city."""
+        return "Sunny."
+
+    async def chat() -> None:
+        assert (await model.ainvoke(QUESTION)).content
+
+    async def stream() -> None:
+        assert "".join([str(part.content) async for part in model.astream(QUESTION)])
+
+    async def calls(choice: Any, **more: Any) -> list[Any]:
+        said = await model.bind_tools([weather], tool_choice=choice, **more).ainvoke(QUESTION)
+        return list(said.tool_calls)
+
+    async def auto() -> None:
+        await calls("auto")
+
+    async def required() -> None:
+        city_of((await calls("required", parallel_tool_calls=False))[0]["args"])
+
+    async def named() -> None:
+        city_of((await calls("weather"))[0]["args"])
+
+    async def parallel() -> None:
+        for called in await calls("any"):
+            city_of(called["args"])
+
+    async def structured() -> None:
+        for method in ("function_calling", "json_schema"):
+            made = await model.with_structured_output(Place, method=method).ainvoke(QUESTION)
+            assert made.city in CITIES
+
+    async def embeddings() -> None:
+        from langchain_openai import OpenAIEmbeddings
+
+        made = OpenAIEmbeddings(model=MODEL, base_url=BASE, api_key=KEY, check_embedding_ctx_length=False)
+        assert len(await made.aembed_documents(["one", "two"])) == 2
+
+    async def errors() -> None:
+        await refused(model.ainvoke("word " * 4000), "ContextOverflow", "context_length_exceeded")
+
+    async def retries() -> None:
+        narrow = ChatOpenAI(**options, api_key=NARROW_KEY, max_retries=8)
+        await asyncio.gather(*(narrow.ainvoke(QUESTION) for _ in range(3)))
+
+    return {
+        "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
+        "tools: named": named, "tools: parallel": parallel, "structured output": structured,
+        "errors": errors, "retries": retries, "embeddings": embeddings,
+    }  # fmt: skip
+
+
+def pydantic_ai_checks() -> dict[str, Check]:
+    from pydantic import BaseModel
+    from pydantic_ai import Agent, NativeOutput
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=BASE, api_key=KEY))
+    settings: Any = {"max_tokens": 60, "temperature": 0}
+
+    class Place(BaseModel):
+        city: Literal["Paris", "Rome"]
+
+    async def chat() -> None:
+        assert (await Agent(model, model_settings=settings).run(QUESTION)).output
+
+    async def stream() -> None:
+        async with Agent(model, model_settings=settings).run_stream(QUESTION) as told:
+            assert "".join([text async for text in told.stream_text(delta=True)])
+
+    async def auto() -> None:
+        agent = Agent(model, model_settings=settings)
+
+        @agent.tool_plain
+        def weather(city: Literal["Paris", "Rome"]) -> str:
+            """The weather in a city."""
+            return "Sunny."
+
+        assert (await agent.run(QUESTION)).output
+
+    async def required() -> None:
+        agent: Any = Agent(model, output_type=Place, model_settings=settings)
+        assert (await agent.run(QUESTION)).output.city in CITIES
+
+    async def structured() -> None:
+        agent: Any = Agent(model, output_type=NativeOutput(Place), model_settings=settings)
+        assert (await agent.run(QUESTION)).output.city in CITIES
+
+    async def errors() -> None:
+        await refused(Agent(model).run("word " * 4000), "context_length_exceeded", "maximum context length")
+
+    return {
+        "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
+        "structured output": structured, "errors": errors,
+    }  # fmt: skip
+
+
+def instructor_checks() -> dict[str, Check]:
+    import instructor
+    import openai
+    from pydantic import BaseModel
+
+    class Place(BaseModel):
+        city: Literal["Paris", "Rome"]
+
+    options: dict[str, Any] = {
+        "model": MODEL, "messages": TURNS, "max_tokens": 40, "response_model": Place, "max_retries": 0,
+    }  # fmt: skip
+
+    async def made_by(mode: Any) -> None:
+        client = openai.AsyncOpenAI(base_url=BASE, api_key=KEY, max_retries=0)
+        made = await instructor.from_openai(client, mode=mode).create(**options)
+        assert made.city in CITIES
+
+    async def named() -> None:
+        await made_by(instructor.Mode.TOOLS)
+
+    async def structured() -> None:
+        await made_by(instructor.Mode.JSON_SCHEMA)
+
+    return {"tools: named": named, "structured output": structured}
+
+
+def llama_index_checks() -> dict[str, Check]:
+    from llama_index.core.llms import ChatMessage
+    from llama_index.core.tools import FunctionTool
+    from llama_index.llms.openai_like import OpenAILike
+
+    model = OpenAILike(
+        model=MODEL, api_base=BASE, api_key=KEY, is_chat_model=True, is_function_calling_model=True,
+        max_tokens=40, max_retries=0, context_window=1024,
+    )  # fmt: skip
+    turns = [ChatMessage(role="user", content=QUESTION)]
+
+    def weather(city: Literal["Paris", "Rome"]) -> str:
+        """The weather in a city."""
+        return "Sunny."
+
+    tool = FunctionTool.from_defaults(weather)
+
+    async def chat() -> None:
+        assert (await model.achat(turns)).message.content
+
+    async def stream() -> None:
+        assert "".join([part.delta or "" async for part in await model.astream_chat(turns)])
+
+    async def required() -> None:
+        said = await model.achat_with_tools([tool], user_msg=QUESTION, tool_required=True)
+        (called, *_) = model.get_tool_calls_from_response(said)
+        city_of(called.tool_kwargs)
+
+    async def auto() -> None:
+        await model.achat_with_tools([tool], user_msg=QUESTION)
+
+    async def errors() -> None:
+        long = [ChatMessage(role="user", content="word " * 4000)]
+        await refused(model.achat(long), "context_length_exceeded", "maximum context length")
+
+    return {
+        "chat": chat,
+        "stream": stream,
+        "tools: auto": auto,
+        "tools: required": required,
+        "errors": errors,
+    }
+
+
+def haystack_checks() -> dict[str, Check]:
+    from haystack.components.generators.chat import OpenAIChatGenerator
+    from haystack.dataclasses import ChatMessage
+    from haystack.tools import Tool
+    from haystack.utils import Secret
+
+    def generator(**more: Any) -> Any:
+        settings: dict[str, Any] = {"max_tokens": 40, **more.pop("settings", {})}
+        return OpenAIChatGenerator(
+            api_key=Secret.from_token(KEY), model=MODEL, api_base_url=BASE, generation_kwargs=settings,
+            max_retries=0, **more,
+        )  # fmt: skip
+
+    tool = Tool("weather", "The weather in a city.", PARAMETERS, lambda city: "Sunny.")
+    turns = [ChatMessage.from_user(QUESTION)]
+
+    async def chat() -> None:
+        assert (await generator().run_async(turns))["replies"][0].text
+
+    async def stream() -> None:
+        said: list[str] = []
+
+        async def hear(chunk: Any) -> None:
+            said.append(chunk.content)
+
+        await generator(streaming_callback=hear).run_async(turns)
+        assert "".join(said)
+
+    async def auto() -> None:
+        await generator(tools=[tool]).run_async(turns)
+
+    async def required() -> None:
+        made = await generator(tools=[tool], settings={"tool_choice": "required"}).run_async(turns)
+        city_of(made["replies"][0].tool_calls[0].arguments)
+
+    async def embeddings() -> None:
+        from haystack.components.embedders import OpenAITextEmbedder
+
+        made = OpenAITextEmbedder(api_key=Secret.from_token(KEY), model=MODEL, api_base_url=BASE)
+        assert len(made.run("one")["embedding"]) > 10
+
+    async def errors() -> None:
+        long = [ChatMessage.from_user("word " * 4000)]
+        await refused(generator().run_async(long), "context_length_exceeded", "maximum context length")
+
+    return {
+        "chat": chat,
+        "stream": stream,
+        "tools: auto": auto,
+        "tools: required": required,
+        "errors": errors,
+        "embeddings": embeddings,
+    }
+
+
+def autogen_checks() -> dict[str, Check]:
+    from autogen_agentchat.agents import AssistantAgent
+    from autogen_core.models import ModelInfo, UserMessage
+    from autogen_ext.models.openai import OpenAIChatCompletionClient
+
+    info = ModelInfo(
+        vision=False, function_calling=True, json_output=True, family="unknown", structured_output=True
+    )
+    client = OpenAIChatCompletionClient(
+        model=MODEL, base_url=BASE, api_key=KEY, model_info=info, max_tokens=40, max_retries=0
+    )
+    turns = [UserMessage(content=QUESTION, source="user")]
+
+    async def weather(city: str) -> str:
+        """The weather in a city."""
+        return "Sunny."
+
+    async def chat() -> None:
+        assert (await client.create(turns)).content
+
+    async def stream() -> None:
+        assert [part async for part in client.create_stream(turns)]
+
+    async def auto() -> None:
+        agent = AssistantAgent("helper", client, tools=[weather])
+        assert (await agent.run(task=QUESTION)).messages
+
+    async def errors() -> None:
+        long = [UserMessage(content="word " * 4000, source="user")]
+        await refused(client.create(long), "context_length_exceeded", "maximum context length")
+
+    return {"chat": chat, "stream": stream, "tools: auto": auto, "errors": errors}
+
+
+LIBRARIES: dict[str, tuple[str, Callable[[], dict[str, Check]]]] = {
+    "openai": ("openai", openai_checks),
+    "anthropic": ("anthropic", anthropic_checks),
+    "litellm": ("litellm", litellm_checks),
+    "langchain-openai": ("langchain-openai", langchain_checks),
+    "pydantic-ai": ("pydantic-ai-slim", pydantic_ai_checks),
+    "instructor": ("instructor", instructor_checks),
+    "llama-index": ("llama-index-llms-openai-like", llama_index_checks),
+    "haystack": ("haystack-ai", haystack_checks),
+    "autogen": ("autogen-ext", autogen_checks),
+}
+
+
+async def main(library: str, embeddings: bool) -> None:
+    package, make = LIBRARIES[library]
+    print(json.dumps({"version": importlib.metadata.version(package)}), flush=True)
+    for name, check in make().items():
+        if (name == "embeddings") != embeddings:
+            continue
+        error = None
+        try:
+            async with asyncio.timeout(120):
+                await check()
+        except Exception as exc:
+            error = f"{type(exc).__name__}: {exc}"[:500]
+        print(json.dumps({"check": name, "error": error}), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], "embeddings" in sys.argv[2:]))

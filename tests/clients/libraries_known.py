@@ -1,0 +1,18 @@
+"""The rows and columns of the matrix."""
+
+from __future__ import annotations
+
+PYTHON = (
+    "openai", "anthropic", "litellm", "langchain-openai", "pydantic-ai", "instructor", "llama-index",
+    "haystack", "autogen",
+)  # fmt: skip
+JAVASCRIPT = ("openai (JS)", "anthropic (JS)", "Vercel AI SDK")
+CHECKS = (
+    "chat", "stream", "tools: auto", "tools: required", "tools: named", "tools: parallel",
+    "structured output", "responses", "embeddings", "errors", "retries",
+)  # fmt: skip
+WHY_NOT = "`–`: the library has no such thing, or does it as the library in another row that it is built on."
+# What is tried on a base that makes embeddings instead of text, by ``libraries.py LIBRARY embeddings``.
+EMBEDDINGS = "embeddings"
+EMBEDDERS = ("openai", "litellm", "langchain-openai", "haystack")
+JAVASCRIPT_EMBEDDERS = ("openai (JS)", "Vercel AI SDK")
