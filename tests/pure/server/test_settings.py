@@ -71,6 +71,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "max_queued": "9", "queue_timeout": "1.5", "engine_stall": "30.0", "engine_restarts": "2",
         "max_upload_bytes": "100", "max_body_bytes": "2000",
         "batch_running": "3", "max_file_bytes": "5000", "database_timeout": "5.0", "host_shards": "False",
+        "rank_slots": "9", "batch_invariant": "True",
         "client_timeout": "5.0", "prices": "{}", "keep_usage_days": "30", "keep_versions": "7",
         "blobs_url": "s3://bucket/prefix", "blobs_cache": "5000",
         "schema_timeout": "1.5", "max_uploads": "5", "max_uploads_each": "2", "disk_reserve": "7",
