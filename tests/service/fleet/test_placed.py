@@ -81,7 +81,10 @@ async def test_a_replica_hears_what_others_have_served_a_customer(two: Fleet) ->
 
 
 async def test_forty_customers_are_loaded_once_each(tmp_path: Path) -> None:
-    """By Zipf: each is answered by its own adapter, and nearly all loads are the first one of an adapter."""
+    """By Zipf: each is answered by its own adapter, and none is loaded again where it has been before.
+
+    Some have a second home, as they are hot or on their way to where they belong; chance would take 65.
+    """
     customers, requests = 40, 160
     weights = [1 / rank for rank in range(1, customers + 1)]
     order = [*range(customers), *random.Random(3).choices(range(customers), weights, k=requests)]
@@ -92,6 +95,10 @@ async def test_forty_customers_are_loaded_once_each(tmp_path: Path) -> None:
             shown = await made.gateway.admin.get(f"/admin/v1/tenants/customer-{number}/adapters/a")
             digests.append(shown.json()["versions"][0]["digest"])
         assert len(set(digests)) == customers
+        held = [set(one.engine._host) for one in made.replicas]
+        await made.until(
+            lambda: sum(len(one.said["in_host"]) for one in made.directory.all()) >= sum(map(len, held))
+        )
         room = asyncio.Semaphore(8)
 
         async def ask(number: int) -> None:
@@ -100,6 +107,7 @@ async def test_forty_customers_are_loaded_once_each(tmp_path: Path) -> None:
             assert answer.json()["choices"][0]["message"]["content"] == f"{digests[number]} 1 2"
 
         await asyncio.gather(*map(ask, order))
-        loads = [sum(op.verb == "stage" for op in one.engine.ops) for one in made.replicas]
-        assert sum(loads) <= 1.1 * customers, loads
-        assert min(loads) >= customers / 4, "both have a share"
+        loads = [[op.name for op in one.engine.ops if op.verb == "stage"] for one in made.replicas]
+        placed = sum(len(set(names)) for names in loads)
+        assert placed <= 1.5 * customers, placed
+        assert sum(map(len, loads)) <= 1.1 * placed, loads
