@@ -32,7 +32,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "patterns": {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {K1: 3}, "use_rslora": True},
     "half": {"dtype": torch.float16},
-    "dora": {"use_dora": True, "lora_alpha": 64},
+    "dora": {"use_dora": True, "target_modules": ["v_proj", "o_proj", "down_proj"]},
 }
 
 
@@ -134,7 +134,7 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(
 def test_what_cannot_be_merged_is_refused(base_dir: Path, tmp_path: Path) -> None:
     adapter = train(tmp_path / "adapter")
     config, tensors = read(adapter)
-    dora = write(tmp_path / "dora", config | {"use_dora": True, "lora_alpha": 64}, tensors)
+    dora = write(tmp_path / "dora", config | {"use_dora": True}, tensors)
     with pytest.raises(AdapterRejected):
         merge(base_dir, dora, tmp_path / "out")
     for name, change in {
