@@ -112,7 +112,7 @@ class Family(Generic[S]):
         """The series with these values; made when it is asked for the first time."""
         found = self._series.get(values)
         if found is None:
-            pairs = zip(self._labels, values, strict=True)
+            pairs = sorted(zip(self._labels, values, strict=True))  # as prometheus_client has them
             shown = ",".join(f'{name}="{escaped(value)}"' for name, value in pairs)
             found = self._series[values] = self._make(self._name, shown)
         return found

@@ -139,7 +139,7 @@ class World:
             for sample in family.samples:
                 if sample.name == "loraplex_requests_total":
                     total[sample.labels["outcome"]] += int(sample.value)
-        return dict(total)
+        return {outcome: count for outcome, count in total.items() if count}
 
     @asynccontextmanager
     async def busy(self, who: str, tokens: int = 100) -> Any:
