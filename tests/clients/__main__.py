@@ -91,6 +91,7 @@ def table(results: Mapping[str, Result]) -> str:
 @asynccontextmanager
 async def served(folder: Path, **engine_args: object) -> AsyncIterator[dict[str, str]]:
     """A server on the demo's base with one adapter; what a library is told of it."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; else nearly all memory, which others use too
     base = prepare(cache_folder())
     adapter = folder.parent / "adapter"
     if not adapter.exists():
