@@ -63,11 +63,13 @@ class PoliteScheduler(Scheduler):  # type: ignore[misc]  # vLLM is not typed for
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**_polite(arguments))
         _count_adapters(self)
-        self.needs_kv_cache_zeroing = self.needs_kv_cache_zeroing or zeroes_new_blocks()
+        if zeroes_new_blocks():
+            self.needs_kv_cache_zeroing = True
 
 
 class PoliteAsyncScheduler(AsyncScheduler):  # type: ignore[misc]
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**_polite(arguments))
         _count_adapters(self)
-        self.needs_kv_cache_zeroing = self.needs_kv_cache_zeroing or zeroes_new_blocks()
+        if zeroes_new_blocks():
+            self.needs_kv_cache_zeroing = True

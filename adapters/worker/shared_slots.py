@@ -28,12 +28,14 @@ NOWHERE = Range(-1, 0, 0)
 class SharedRows:
     """To be mixed into a ``PunicaWrapperBase`` in front of it. Before ``share`` it changes nothing."""
 
+    # Of vLLM's wrapper: the slot of each row.
+    _token_lora_indices: torch.Tensor
     _bounds: torch.Tensor | None = None
 
     def share(self, adapters: int, rank: int) -> None:
         """From now on ``lora_index_to_id`` has a place for so many adapters, in slots of ``rank`` ranks."""
-        device = self._token_lora_indices.device  # type: ignore[has-type]
-        tokens = len(self._token_lora_indices)  # type: ignore[has-type]
+        device = self._token_lora_indices.device
+        tokens = len(self._token_lora_indices)
         # Of each place its slot and its first and last rank; at the end those of no adapter, index -1.
         self._bounds = torch.tensor([[-1, 0, 0]] * (adapters + 1), dtype=torch.long, device=device)
         self._ranks = torch.arange(rank, device=device)
@@ -52,7 +54,7 @@ class SharedRows:
         if self._bounds is None:
             return
         tokens, samples, _, embeddings = self.indices_len  # type: ignore[attr-defined]
-        rows = self._token_lora_indices[:tokens]  # type: ignore[has-type]
+        rows = self._token_lora_indices[:tokens]
         found = self._bounds[rows]
         slots, first, stop = found[:, 0], found[:, 1:2], found[:, 2:3]
         rows.copy_(slots)
