@@ -74,7 +74,7 @@ async def test_two_requests_with_one_id_are_two_requests(site: Site) -> None:
     ("method", "path", "status", "code"),
     [
         ("GET", "/nowhere", 404, "not_found"),
-        ("POST", "/v1/rerank", 404, "not_found"),
+        ("POST", "/v1/moderations", 404, "not_found"),
         ("GET", "/v1/embeddings", 405, "method_not_allowed"),
         ("GET", "/v1/responses", 405, "method_not_allowed"),
         ("GET", "/v1/responses/resp_1", 404, "not_found"),
