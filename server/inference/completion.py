@@ -233,6 +233,10 @@ async def closed_on_failure(lease: Lease) -> AsyncIterator[None]:
         raise
 
 
+# The last that OpenAI's streams say.
+DONE = "data: [DONE]\n\n"
+
+
 class LeasedStream:
     """SSE chunks, and the lease that they are produced with. ``aclose`` is idempotent and always needed."""
 
@@ -257,6 +261,8 @@ class LeasedStream:
                 yield self._first
             async for chunk in self._chunks:
                 number += 1
+                if chunk.endswith(DONE):
+                    self._outcome = "completed"  # its client may leave before a replica says that it ended
                 yield chunk
         except (ServerError, EngineDied) as exc:
             self._outcome = "failed"
