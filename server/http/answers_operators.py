@@ -27,9 +27,15 @@ class ServedBase(Answer):
 
 
 class ServerCapacity(Answer):
-    """What the engine has room for; a slot's bytes are on each worker."""
+    """What the engine has room for; a slot's bytes are on each worker.
+
+    Where ``gpu_slots`` adapters share fewer slots by their ranks, ``shared_slots`` is how many there are, and
+    ``slot_ranks`` the ranks of all of them; else both are 0.
+    """
 
     gpu_slots: Count
+    shared_slots: Count
+    slot_ranks: Count
     host_slots: Count
     slot_bytes: Count
     entry_bytes: Count

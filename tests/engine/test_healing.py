@@ -215,7 +215,9 @@ async def test_an_engine_that_is_lost_again_and_again(base_dir: Path, adapter: P
             print(
                 f"{how}: service again after {again:.1f} s; the first start took {running.started_in:.1f} s"
             )
-            assert again < running.started_in + wait + noticed + 5
+            # Twice, since tests beside this one may come to the cores at the second start alone; the
+            # time itself is measured by `make chaos`.
+            assert again < 2 * running.started_in + wait + noticed + 5
         family = running.family()
         last = asyncio.create_task(ask(running, headers, CHAT, {"model": "base", **COUNT, **STREAM}))
         await until(running, runs=1)

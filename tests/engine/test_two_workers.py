@@ -128,7 +128,7 @@ def no_more_files(worker: psutil.Process) -> Iterator[None]:
 async def test_a_load_that_one_worker_fails_is_left_on_none(pair: Pair) -> None:
     dispatcher, engine = pair.site.services.dispatcher, pair.site.services.engine
     await dispatcher.stop()
-    workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM::Worker")]
+    workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM::Worker_TP")]
     assert len(workers) == 2
     await engine.page([PageOp("evict", load) for load in (await engine.report()).host])
 

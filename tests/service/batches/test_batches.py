@@ -114,8 +114,8 @@ async def test_a_batch_from_upload_to_output(site: Site, client: openai.AsyncOpe
     assert {ids[one["response"]["request_id"]] for one in answers} == {"completed"}
     assert {ids[one["response"]["request_id"]] for one in errors[:2]} == {"rejected"}
     page = (await site.http.get("/metrics")).text
-    assert 'loraplex_batch_lines_total{tenant="acme",result="completed"} 17.0' in page
-    assert 'loraplex_batches_total{tenant="acme",state="completed"} 1.0' in page
+    assert 'loraplex_batch_lines_total{result="completed",tenant="acme"} 17.0' in page
+    assert 'loraplex_batches_total{state="completed",tenant="acme"} 1.0' in page
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,11 @@ def test_the_executor_is_handed_over_as_a_class(tmp_path: Path) -> None:
     assert made.distributed_executor_backend.supports_pp
 
 
-def test_traces_of_the_engine_go_where_ours_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traces_of_the_engine_go_where_ours_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
-    args = vllm_arguments(Settings(model="m", traces_url="http://t:4318/"), Slots(1, 4))[1]
-    assert args.otlp_traces_endpoint == "http://t:4318/v1/traces"
-    assert vllm_arguments(Settings(model="m"), Slots(1, 4))[1].otlp_traces_endpoint is None
+    settings = Settings(model=str(tmp_path), traces_url="http://t:4318/")
+    assert vllm_arguments(settings, Slots(1, 4))[1].otlp_traces_endpoint == "http://t:4318/v1/traces"
+    assert vllm_arguments(Settings(model=str(tmp_path)), Slots(1, 4))[1].otlp_traces_endpoint is None
 
 
 def test_adapters_that_share_slots(tmp_path: Path) -> None:

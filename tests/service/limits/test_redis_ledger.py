@@ -63,7 +63,7 @@ def used(ticket: Reservation, tokens: int, *, ended: bool = False) -> None:
     """It has produced so many tokens in all."""
     lease = SimpleNamespace(
         prompt_tokens=0, cached_tokens=0, output_tokens=tokens, outcome="completed", queued_for=0.0,
-        first_token_after=0.0, age=1.0, load_seconds=0.0, code=None,
+        first_token_after=0.0, age=1.0, load_seconds=0.0, code=None, finish="stop",
     )  # fmt: skip
     (ticket.closed if ended else ticket.progressed)(cast("Lease", lease))
 

@@ -306,10 +306,10 @@ async def test_it_goes_on_after_a_restart(tmp_path: Path) -> None:
         id_ = await begun(site)
         await until(site, id_, lambda found: found["share"] == 50)
 
-        async def ask(number: int) -> None:
+        for _ in range(10):  # too few to decide
             await site.chat(key, "hi", model="a", max_tokens=2)
-
-        before = await until(site, id_, lambda found: found["numbers"]["new"]["requests"] > 3, ask)
+        before = await until(site, id_, lambda found: found["numbers"]["new"]["requests"])
+        assert before["state"] == "running"
     async with fake_site(tmp_path, FakeEngine(tiny.base())) as site:
 
         async def again(number: int) -> None:
