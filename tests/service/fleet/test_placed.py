@@ -36,6 +36,8 @@ async def test_a_hot_adapter_is_loaded_at_a_second_replica_before_it_gets_reques
     """One request makes it hot here, and its home full."""
     two.directory.placement.rules = Rules(slack=1.0, most=100.0, calm=0.0, hot=0.5)
     key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+    # Where the probe of the upload ran is its home, once the gateway has been told.
+    await two.until(lambda: any(one.said["in_host"] for one in two.directory.all()))
     first = asyncio.create_task(read(two.gateway, key, body(400, model="a")))
     await two.until(lambda: any(one.engine.running for one in two.replicas))
     home = two.busy()
