@@ -150,11 +150,14 @@ def choose_parsers(settings: Settings) -> tuple[Settings, Parsers, BaseTokenizer
     logger.info("tool calls are read as %s, reasoning as %s", found.tools, found.reasoning)
     if found.tools is not None and not found.tools_shown:
         logger.info("the chat template shows no tools to the model: it calls them where it is made to")
+    # JSON without blanks between its parts, unless ENGINE_ARGS want them: a small model that may write a
+    # blank goes on writing them until its answer is cut off.
+    written = {"disable_any_whitespace": True, **structured, "backend": "xgrammar"}
     parsing = {
         "tool_call_parser": found.tools,
         "enable_auto_tool_choice": given.get("enable_auto_tool_choice", True) and found.tools is not None,
         # vLLM's front end and its core both read it from here.
-        "structured_outputs_config": {**structured, "reasoning_parser": found.reasoning or ""},
+        "structured_outputs_config": written | {"reasoning_parser": found.reasoning or ""},
     }
     kept = {name: value for name, value in given.items() if name != "reasoning_parser"}
     chosen = settings.model_copy(update={"engine_args": kept | parsing})

@@ -45,12 +45,7 @@ async def site(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
         adapter_host_memory="1.2GiB",
         max_lora_rank=64,
         max_model_len=1024,
-        engine_args={
-            "dtype": "float32",
-            "max_num_seqs": 16,
-            # A random adapter would fill a JSON document with blanks.
-            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-        },
+        engine_args={"dtype": "float32", "max_num_seqs": 16},
     )
     async with serving(create_app(settings)) as site:
         yield site
