@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import subprocess
 import time
@@ -17,33 +16,23 @@ from server.demo.process import free_port
 from tests.service.http.test_browsers import TURNS, busy
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
+from tests.support.nginx import CONFIG as ALONE
+from tests.support.nginx import INSIDE, NGINX
 from tests.support.site import Site, bearer
 from tests.support.tiny import fake_site
 
-NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
 pytestmark = [
     pytest.mark.skipif(not Path(NGINX).exists(), reason="nginx is not installed"),
     pytest.mark.filterwarnings("ignore:max_tokens is deprecated", "ignore::DeprecationWarning"),
 ]
 # All that somebody writes who puts a server behind nginx; ``extra`` is beside proxy_pass.
-CONFIG = """
-daemon off;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log;
-events {{}}
-http {{
-  access_log off;
-  client_body_temp_path {folder}/body;
-  proxy_temp_path {folder}/proxy;
-  fastcgi_temp_path {folder}/fastcgi;
-  uwsgi_temp_path {folder}/uwsgi;
-  scgi_temp_path {folder}/scgi;
-  server {{
+CONFIG = ALONE.replace(
+    INSIDE,
+    """server {{
     listen 127.0.0.1:{port};
     location / {{ proxy_pass {upstream}; {extra} }}
-  }}
-}}
-"""
+  }}""",
+)
 
 
 @asynccontextmanager

@@ -17,30 +17,16 @@ import httpx
 import pytest
 
 from server.demo.process import free_port
-from tests.support import tiny
+from tests.support import nginx, tiny
 from tests.support.fakes import FakeEngine, Times
 from tests.support.site import ADMIN_KEY, Site, bearer
 from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 CONFIG = Path(__file__).parents[3] / "config"
-NGINX = """
-daemon off;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log;
-events {{}}
-http {{
-  access_log off;
-  client_body_temp_path {folder}/body;
-  proxy_temp_path {folder}/proxy;
-  fastcgi_temp_path {folder}/fastcgi;
-  uwsgi_temp_path {folder}/uwsgi;
-  scgi_temp_path {folder}/scgi;
-  include {folder}/loraplex.conf;
-}}
-"""
+NGINX = nginx.CONFIG.replace(nginx.INSIDE, "include {folder}/loraplex.conf;")
 PROGRAMS = {
-    "nginx": shutil.which("nginx") or "/usr/sbin/nginx",
+    "nginx": nginx.NGINX,
     "caddy": shutil.which("caddy") or "/usr/bin/caddy",
 }
 
