@@ -186,7 +186,8 @@ class Runner:
 
     async def _stopped(self, batch: Batch) -> State | None:
         """Returns when it must stop, with how it ends then; None where it is another's or gone."""
-        beat, held_until = 0.0, now() + timedelta(seconds=LEASE_S)
+        clock = asyncio.get_running_loop().time  # leases go by the database's clock: the time of day may jump
+        beat, held_until = 0.0, clock() + LEASE_S
         while True:
             state: State | None = "in_progress"
             with suppress(AdapterError):  # the database may be back a second later
@@ -202,8 +203,8 @@ class Runner:
                 with suppress(AdapterError):
                     if not await self._fleet.hold(batch.id):
                         return None
-                    held_until = now() + timedelta(seconds=LEASE_S)
-                if now() >= held_until:
+                    held_until = clock() + LEASE_S
+                if clock() >= held_until:
                     return None
             await asyncio.sleep(WATCH_S)
 
