@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from adapters.database.audit import ACTOR, note
 from adapters.database.cache import ReadCache
 from adapters.database.database import Database
-from adapters.database.rows import MAX_INTEGER, AdapterRow, TenantRow, VersionRow, now
+from adapters.database.rows import AdapterRow, TenantRow, VersionRow, now
 from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, QuotaExceeded, fault, printable
 from adapters.inspection.golden import Golden
 from adapters.model import (
@@ -37,7 +37,7 @@ from adapters.model import (
 from adapters.split import WHOLE, choose
 from adapters.store.idempotency import Receipt
 from adapters.store.quarantine import in_service, refuse_quarantined_files
-from adapters.store.versions import bytes_of, info_of, linked_digests, version_of
+from adapters.store.versions import bytes_of, info_of, linked_digests, no_version, version_of, version_row
 
 NUMBERED = re.compile(r"([^@]+)@([1-9][0-9]{0,8})", re.ASCII)
 RESOLVED = 65_536
@@ -200,7 +200,7 @@ class Catalog:
         for info in adapter.versions:
             if info.version.number == wanted:
                 return in_service([(info.version, WHOLE)], self._problem)[0][0]
-        raise _no_version(name, wanted, param)
+        raise no_version(name, wanted, param)
 
     async def update(self, tenant: str, name: str, **changes: Unpack[AdapterChanges]) -> Adapter:
         """Changes what is given, all of it or nothing; ``default=True`` takes it from the one that had it.
@@ -212,7 +212,7 @@ class Catalog:
             row = await self._locked(session, tenant, name)
             before = _state(row)
             if live is not None:
-                row.live = (await self._numbered(session, tenant, name, live, param="live")).number
+                row.live = (await version_row(session, tenant, name, live, param="live")).number
                 row.split = None
             if "split" in changes:
                 row.split = await self._split(session, tenant, name, changes["split"])
@@ -249,7 +249,7 @@ class Catalog:
         """AdapterConflict for a version that answers, and for the only one: that is ``delete_adapter``."""
         async with self._database.write() as session:
             row = await self._locked(session, tenant, name)
-            version = await self._numbered(session, tenant, name, number)
+            version = await version_row(session, tenant, name, number)
             if len((await self._one(session, tenant, name)).versions) == 1:
                 raise AdapterConflict(
                     f"Version {number} is the only version of `{name}`. Delete the adapter instead."
@@ -410,25 +410,11 @@ class Catalog:
         if sum(split.values()) != WHOLE or min(split.values()) < 1:
             raise ValueError(f"shares are positive and add up to {WHOLE}, unlike {split}")
         for number in split:
-            await self._numbered(session, tenant, name, number, param="split")
+            await version_row(session, tenant, name, number, param="split")
         return {str(number): share for number, share in sorted(split.items())}
-
-    async def _numbered(
-        self, session: AsyncSession, tenant: str, name: str, number: int, *, param: str | None = None
-    ) -> VersionRow:
-        if 1 <= number <= MAX_INTEGER:
-            found = await session.get(VersionRow, (tenant, name, number))
-            if found is not None:
-                return found
-        raise _no_version(name, number, param)
 
     def _version(self, row: VersionRow) -> Version:
         return version_of(row, self._path_of)
-
-
-def _no_version(name: str, number: int | None, param: str | None) -> AdapterNotFound:
-    message = f"The adapter `{name}` has no version {number}."
-    return AdapterNotFound(message, code="version_not_found", param=param)
 
 
 def _state(row: AdapterRow) -> dict[str, Any]:

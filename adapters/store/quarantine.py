@@ -14,9 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.audit import note
 from adapters.database.database import Database
-from adapters.database.rows import MAX_INTEGER, VersionRow, now
-from adapters.errors import AdapterError, AdapterNotFound, AdapterQuarantined
-from adapters.model import Version, is_adapter_name
+from adapters.database.rows import VersionRow, now
+from adapters.errors import AdapterError, AdapterQuarantined
+from adapters.model import Version
+from adapters.store.versions import version_row
 
 Shares = tuple[tuple[Version, int], ...]
 
@@ -49,11 +50,7 @@ class Quarantine:
     async def release(self, tenant: str, name: str, number: int) -> None:
         """Puts the files of a version back into service; nothing to do where they are. AdapterNotFound."""
         async with self._database.write() as session:
-            known = is_adapter_name(name) and 1 <= number <= MAX_INTEGER  # what every database takes
-            found = await session.get(VersionRow, (tenant, name, number)) if known else None
-            if found is None:
-                message = f"The adapter `{name[:128]}` has no version {number}."
-                raise AdapterNotFound(message, code="version_not_found")
+            found = await version_row(session, tenant, name, number)
             for row in await _rows_of(session, tenant, found.digest):
                 if row.quarantine is not None:
                     target = f"{row.adapter}@{row.number}"

@@ -21,9 +21,10 @@ from sqlalchemy.orm import undefer
 
 from adapters.database.audit import note
 from adapters.database.database import Database
-from adapters.database.rows import MAX_INTEGER, AdapterRow, RolloutRow, TenantRow, UsageRow, VersionRow, now
+from adapters.database.rows import AdapterRow, RolloutRow, TenantRow, UsageRow, VersionRow, now
 from adapters.errors import AdapterConflict, AdapterNotFound, AdapterQuarantined
 from adapters.model import is_adapter_name, is_tenant_id
+from adapters.store.versions import version_row
 
 ACTIVE = ("running", "held")
 # Requests read at once.
@@ -39,8 +40,13 @@ class Answering:
 
     @classmethod
     def of(cls, row: AdapterRow) -> Answering:
-        split = {int(number): share for number, share in row.split.items()} if row.split else None
-        return cls(row.live, split)
+        return cls.from_json({"live": row.live, "split": row.split})
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Answering:
+        """What ``as_json`` gave."""
+        split = {int(number): share for number, share in said["split"].items()} if said["split"] else None
+        return cls(said["live"], split)
 
     def as_json(self) -> dict[str, Any]:
         split = {str(number): share for number, share in sorted(self.split.items())} if self.split else None
@@ -91,7 +97,7 @@ class Rollouts:
         try:
             async with self._database.append() as session:
                 row = await _locked(session, tenant, adapter)
-                new = await _version(session, tenant, adapter, version)
+                new = await version_row(session, tenant, adapter, version, param="version")
                 if await _active(session, tenant, adapter) is not None:
                     raise _running(adapter)
                 _check(row, new)
@@ -283,7 +289,7 @@ async def _locked(session: AsyncSession, tenant: str, name: str) -> AdapterRow:
     known = is_tenant_id(tenant) and is_adapter_name(name)
     row = await _adapter(session, tenant, name) if known else None
     if row is None:
-        raise AdapterNotFound(f"There is no adapter `{name[:128]}`.")
+        raise _no_adapter(name)
     return row
 
 
@@ -291,15 +297,11 @@ async def _known(session: AsyncSession, tenant: str, name: str) -> None:
     """AdapterNotFound where the tenant never had an adapter of this name."""
     known = is_tenant_id(tenant) and is_adapter_name(name)
     if not known or await session.get(AdapterRow, (tenant, name)) is None:
-        raise AdapterNotFound(f"There is no adapter `{name[:128]}`.")
+        raise _no_adapter(name)
 
 
-async def _version(session: AsyncSession, tenant: str, name: str, number: int) -> VersionRow:
-    found = await session.get(VersionRow, (tenant, name, number)) if 1 <= number <= MAX_INTEGER else None
-    if found is None:
-        message = f"The adapter `{name}` has no version {number}."
-        raise AdapterNotFound(message, code="version_not_found", param="version")
-    return found
+def _no_adapter(name: str) -> AdapterNotFound:
+    return AdapterNotFound(f"There is no adapter `{name[:128]}`.")
 
 
 async def _active(session: AsyncSession, tenant: str, adapter: str) -> str | None:
@@ -309,15 +311,13 @@ async def _active(session: AsyncSession, tenant: str, adapter: str) -> str | Non
 
 
 def _stored(row: RolloutRow, *, whole: bool = True) -> Stored:
-    split = row.answering["split"]
-    answering = Answering(row.answering["live"], {int(n): w for n, w in split.items()} if split else None)
     return Stored(
         id=row.id,
         tenant=row.tenant,
         adapter=row.adapter,
         version=row.version,
         state=row.state,
-        answering=answering,
+        answering=Answering.from_json(row.answering),
         document=row.document,
         evidence=row.evidence if whole else None,
         seen=row.seen,

@@ -1,4 +1,4 @@
-"""All versions of all tenants, for whoever looks at every one of them: at a start, in a check."""
+"""Rows of versions: one by its number, and all of all tenants for a start or a check."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from sqlalchemy import func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
-from adapters.database.rows import AdapterRow, FileRow, VersionRow
-from adapters.model import Version, VersionInfo
+from adapters.database.rows import MAX_INTEGER, AdapterRow, FileRow, VersionRow
+from adapters.errors import AdapterNotFound
+from adapters.model import Version, VersionInfo, is_adapter_name
 
 _PAGE = 500
 
@@ -42,6 +43,23 @@ def info_of(
     """As the admin API shows it; ``defaults`` are those of its adapter."""
     version = version_of(row, path_of, defaults)
     return VersionInfo(version, row.created_at, row.report, row.quarantine, row.note, row.uploader)
+
+
+async def version_row(
+    session: AsyncSession, tenant: str, name: str, number: int, *, param: str | None = None
+) -> VersionRow:
+    """The row of a version. AdapterNotFound (``version_not_found``), also for what no database takes."""
+    if is_adapter_name(name) and 1 <= number <= MAX_INTEGER:
+        found = await session.get(VersionRow, (tenant, name, number))
+        if found is not None:
+            return found
+    raise no_version(name, number, param)
+
+
+def no_version(name: str, number: int | None, param: str | None = None) -> AdapterNotFound:
+    """The error for a version that is not there."""
+    message = f"The adapter `{name[:128]}` has no version {number}."
+    return AdapterNotFound(message, code="version_not_found", param=param)
 
 
 async def linked_digests(database: Database) -> set[str]:
