@@ -26,7 +26,6 @@ FLOORS: list[set[str]] = [
     {"server.metrics"},
     {"server.telemetry", "server.logs"},
     {"server.settings", "server.errors"},
-    {"server.engine_args"},
     {"server"},
     {"adapters.offline", "adapters.store", "adapters.worker"},
     {"adapters.inspection", "adapters.database"},

@@ -23,8 +23,8 @@ from server.engine.arguments import (
     vllm_arguments,
     want_batch_invariance,
 )
-from server.engine_args import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS
 from server.settings import ALLOWED_MAX_RANKS, Settings
+from server.settings.engine_args import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS
 from tests.pure.server.test_settings import refusal
 
 

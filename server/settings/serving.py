@@ -1,13 +1,8 @@
-"""Every setting: its name, default and help text, in one frozen model.
-
-Order of precedence: arguments, ``LORAPLEX_*`` variables, the YAML file, the defaults.
-"""
+"""The settings of the server itself, with their defaults and help texts."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -25,64 +20,17 @@ from pydantic import (
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
-    PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL
 
-from server.engine_args import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS
+from server.settings.engine_args import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS
 
 # The sizes that vLLM compiles its LoRA kernels for (vllm.config.lora.MaxLoRARanks).
 ALLOWED_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 # What host_slots 0 stands for.
 HOST_PER_GPU_SLOT = 4
-
-
-MASK = "**********"
-_SECRET = re.compile(r"key$|token$|secret|password|credential", re.IGNORECASE)
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-
-
-def _masked(name: str, value: Any) -> Any:
-    """``value`` without what its name, or a URL in it, says is secret."""
-    if isinstance(value, dict):
-        return {key: _masked(str(key), inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_masked(name, inner) for inner in value]
-    if isinstance(value, str) and value:
-        return MASK if _SECRET.search(name) else _USER_INFO.sub(MASK, value)
-    return value
-
-
-# What may be in a file that LORAPLEX_<NAME>_FILE names.
-SECRETS = ("admin_key", "service_key", "metrics_key", "fleet_key", "limits_redis_url", "database_url")
-
-
-class _SecretFiles(PydanticBaseSettingsSource):
-    """Secrets from files, as Docker, Kubernetes and systemd hand them over."""
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        """ValueError for a secret that is given twice, or a file without one."""
-        variable = f"LORAPLEX_{field_name.upper()}"
-        file = os.environ.get(f"{variable}_FILE") if field_name in SECRETS else None
-        if not file:
-            return None, field_name, False
-        if variable in os.environ:
-            raise ValueError(f"{variable} and {variable}_FILE are both given; one of them would be ignored")
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"{variable}_FILE: there is no file {file}")
-        secret = Path(file).read_text(encoding="utf-8").strip()
-        if not secret:
-            raise ValueError(f"{variable}_FILE: {file} is empty")
-        return secret, field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        """The secrets that come from files."""
-        fields = self.settings_cls.model_fields.items()
-        found = {name: self.get_field_value(field, name)[0] for name, field in fields}
-        return {name: secret for name, secret in found.items() if secret is not None}
 
 
 class Price(BaseModel):
@@ -104,7 +52,9 @@ class Price(BaseModel):
         return sum(tokens * round(price * 1000) for tokens, price in kinds)
 
 
-class Settings(BaseSettings):
+class Serving(BaseSettings):
+    """What the server serves, and how."""
+
     model_config = SettingsConfigDict(env_prefix="LORAPLEX_", frozen=True, extra="forbid")
 
     model: str = Field(description="Folder (or hub id) of the base model.")
@@ -458,41 +408,3 @@ class Settings(BaseSettings):
                 " an adapter in a slot stays in host memory"
             )
         return self
-
-    def shown(self) -> dict[str, Any]:
-        """All of it as JSON for operators, without keys and passwords."""
-        values = self.model_dump(mode="json")
-        url = make_url(self.database_url)
-        return {name: _masked(name, value) for name, value in values.items()} | {
-            "database_url": url.render_as_string(hide_password=True)
-        }
-
-    @classmethod
-    def load(cls, config: Path | None = None, **overrides: Any) -> Settings:
-        """Settings from the environment over ``config`` (YAML); ``overrides`` win over both.
-
-        Raises pydantic's ValidationError; FileNotFoundError where ``config`` is not there; ValueError where
-        it, or a variable, cannot be parsed.
-        """
-        if config is not None and not config.is_file():
-            raise FileNotFoundError(f"there is no settings file {config}")
-
-        class FromFile(cls):  # type: ignore[valid-type,misc]
-            @classmethod
-            def settings_customise_sources(
-                cls,
-                settings_cls: type[BaseSettings],
-                init_settings: PydanticBaseSettingsSource,
-                env_settings: PydanticBaseSettingsSource,
-                dotenv_settings: PydanticBaseSettingsSource,
-                file_secret_settings: PydanticBaseSettingsSource,
-            ) -> tuple[PydanticBaseSettingsSource, ...]:
-                sources = (init_settings, env_settings, _SecretFiles(settings_cls))
-                if config is None:
-                    return sources
-                try:
-                    return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=config))
-                except Exception as exc:  # PyYAML's own, and what a file that is a list or a text leads to
-                    raise ValueError(f"{config} does not hold settings in YAML: {exc}") from exc
-
-        return FromFile(**overrides)

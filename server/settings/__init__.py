@@ -1,0 +1,59 @@
+"""Every setting: its name, default and help text, in one frozen model.
+
+Order of precedence: arguments, ``LORAPLEX_*`` variables, the YAML file, the defaults.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, YamlConfigSettingsSource
+from sqlalchemy import make_url
+
+from server.settings.secrets import MASK, SECRETS, SecretFiles, masked
+from server.settings.serving import ALLOWED_MAX_RANKS, HOST_PER_GPU_SLOT, Price, Serving
+
+__all__ = ["ALLOWED_MAX_RANKS", "HOST_PER_GPU_SLOT", "MASK", "SECRETS", "Price", "Settings"]
+
+
+class Settings(Serving):
+    """All of them."""
+
+    def shown(self) -> dict[str, Any]:
+        """All of it as JSON for operators, without keys and passwords."""
+        values = self.model_dump(mode="json")
+        url = make_url(self.database_url)
+        return {name: masked(name, value) for name, value in values.items()} | {
+            "database_url": url.render_as_string(hide_password=True)
+        }
+
+    @classmethod
+    def load(cls, config: Path | None = None, **overrides: Any) -> Settings:
+        """Settings from the environment over ``config`` (YAML); ``overrides`` win over both.
+
+        Raises pydantic's ValidationError; FileNotFoundError where ``config`` is not there; ValueError where
+        it, or a variable, cannot be parsed.
+        """
+        if config is not None and not config.is_file():
+            raise FileNotFoundError(f"there is no settings file {config}")
+
+        class FromFile(cls):  # type: ignore[valid-type,misc]
+            @classmethod
+            def settings_customise_sources(
+                cls,
+                settings_cls: type[BaseSettings],
+                init_settings: PydanticBaseSettingsSource,
+                env_settings: PydanticBaseSettingsSource,
+                dotenv_settings: PydanticBaseSettingsSource,
+                file_secret_settings: PydanticBaseSettingsSource,
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                sources = (init_settings, env_settings, SecretFiles(settings_cls))
+                if config is None:
+                    return sources
+                try:
+                    return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=config))
+                except Exception as exc:  # PyYAML's own, and what a file that is a list or a text leads to
+                    raise ValueError(f"{config} does not hold settings in YAML: {exc}") from exc
+
+        return FromFile(**overrides)
