@@ -4,6 +4,8 @@ vLLM's processes outlive a parent that the kernel or SIGKILL ends, and keep its 
 file as a small process of its own: it notes the parent's descendants twice a second, waits for the parent's
 end, and then kills whatever is left of them. It needs the standard library only, and ``/proc``: Linux.
 
+A guard that ends before its parent, by SIGKILL for instance, is replaced at once.
+
 Neither PR_SET_PDEATHSIG nor a pipe would do: the first fires when the *thread* ends that started a process,
 the second stays open in every child that was forked. What was started since the last look is known by a mark
 in its environment, which every process below inherits.
@@ -16,21 +18,42 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 INTERVAL_S = 0.5
+AGAIN_S = 0.2  # after which a guard that ended is replaced
 MARK = "GUARDED_AS"
 
+_keeper: "threading.Thread | None" = None
 
-def start() -> "subprocess.Popen[bytes] | None":
-    """Start a guard of this process; None where there is no ``/proc`` or ``pidfd_open``."""
+
+def start() -> None:
+    """Have this process guarded from now on; nothing where there is no ``/proc`` or ``pidfd_open``."""
+    global _keeper
     if not hasattr(os, "pidfd_open") or not os.path.isdir("/proc/self/task"):
-        return None
+        return
+    if _keeper is not None and _keeper.is_alive():
+        return
     os.environ[MARK] = secrets.token_hex(16)
+    _keeper = threading.Thread(target=_keep, args=(_start(),), name="loraplex-guard", daemon=True)
+    _keeper.start()
+
+
+def _start() -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
     return subprocess.Popen(  # noqa: S603  (our own file)
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     )
+
+
+def _keep(guard: "subprocess.Popen[bytes]") -> None:
+    """Replace the guard whenever it ends: it has no reason to while this process lives."""
+    while True:
+        guard.wait()
+        time.sleep(AGAIN_S)
+        with contextlib.suppress(OSError):  # no descriptor or no memory is left: then a little later
+            guard = _start()
 
 
 def started_at(pid: int) -> str:

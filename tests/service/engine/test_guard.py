@@ -25,6 +25,39 @@ print(early.pid, late.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
+# Its guard is killed, and a little later it is killed itself.
+UNGUARDED = """
+import os, signal, subprocess, sys, time
+sys.path.insert(0, {root!r})
+from server.engine import guard
+guard.start()
+below = lambda: list(guard.descendants(os.getpid()))
+(first,) = below()
+os.kill(first, signal.SIGKILL)
+while below() in ([], [first]):
+    time.sleep(0.05)
+child = subprocess.Popen(["sleep", "61.7"], start_new_session=True)
+print(child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_guard_that_was_killed_is_replaced() -> None:
+    root = str(Path(guard.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", UNGUARDED.format(root=root)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=15,
+    )
+    (child,) = map(int, done.stdout.split())
+    deadline = time.monotonic() + 20
+    while guard.started_at(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not guard.started_at(child)
+
 
 @pytest.mark.timeout(60)
 def test_what_is_started_just_before_the_end_is_ended_too() -> None:
