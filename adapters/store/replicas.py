@@ -103,10 +103,13 @@ class Replicas:
             return False
         return True
 
-    async def release(self, holder: str) -> None:
-        """Gives up every lease of ``holder``."""
+    async def release(self, holder: str, name: str | None = None) -> None:
+        """Gives up the lease ``name`` if ``holder`` has it, or every lease of ``holder``."""
+        mine = LeaseRow.holder == holder
         async with self._database.append() as session:
-            await session.execute(delete(LeaseRow).where(LeaseRow.holder == holder))
+            await session.execute(
+                delete(LeaseRow).where(mine if name is None else mine & (LeaseRow.name == name))
+            )
 
 
 async def _time(session: AsyncSession) -> datetime:

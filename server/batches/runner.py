@@ -73,6 +73,13 @@ class Fleet:
         """Takes or keeps ``batch``; False while another process has it."""
         return await self.replicas.hold(batch, self.holder, LEASE_S)
 
+    async def release(self, batch: str | None = None) -> None:
+        """Gives ``batch`` up, or all that it holds, so that another process need not wait for it."""
+        try:
+            await self.replicas.release(self.holder, batch)
+        except Exception as exc:  # it runs out by itself
+            logger.warning("the lease of %s could not be given up: %s", batch or "batches", exc)
+
 
 class Runner:
     """``start`` once the server answers requests; it has to stop before the engine does.
@@ -117,11 +124,13 @@ class Runner:
             ]
 
     async def stop(self) -> None:
-        """Ends what runs; what was answered is kept."""
+        """Ends what runs, and gives it up; what was answered is kept."""
         tasks = [*self._loops, *(task for _, task in self._active.values())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._fleet is not None:
+            await self._fleet.release()
 
     def wake(self) -> None:
         """There is a new batch."""
@@ -159,6 +168,8 @@ class Runner:
     async def _run(self, batch: Batch) -> None:
         try:
             await self._one(batch)
+            if self._fleet is not None:
+                await self._fleet.release(batch.id)
         except Exception:
             logger.exception("the batch %s was interrupted; it goes on", batch.id)
             await asyncio.sleep(LOOK_S)

@@ -82,9 +82,13 @@ class TestAnswering:
             answers = (await client.files.content(batch.output_file_id)).text.splitlines()
         assert [json.loads(one)["custom_id"] for one in answers] == [f"r{n}" for n in range(8)]
         runner = two.gateway.services.batches
+        replicas = runner._fleet.replicas
+        assert await replicas.hold(batch.id, "another gateway", 0), "it was given up when it had ended"
+        await asyncio.sleep(0.01)
         assert await runner._fleet.hold(batch.id)
-        held = await runner._fleet.replicas.hold(batch.id, "another gateway", 1)
-        assert not held, "nobody else takes it meanwhile"
+        assert not await replicas.hold(batch.id, "another gateway", 1), "nobody else takes it meanwhile"
+        await runner.stop()
+        assert await replicas.hold(batch.id, "another gateway", 1), "nobody waits for one that has stopped"
 
     async def test_uploads_and_answers_pass_through_the_gateway(self, two: Fleet) -> None:
         key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
