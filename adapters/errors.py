@@ -35,6 +35,16 @@ def printable(text: str, longest: int = 200) -> str:
     return short.encode("utf-8", "replace").decode()
 
 
+def cause_of(error: BaseException) -> str:
+    """What lies at the bottom of ``error``, in one line: an error of the system, or of a database's driver.
+
+    Never what SQLAlchemy adds to it, which repeats statements and their values.
+    """
+    while (below := getattr(error, "orig", None) or error.__cause__) is not None:
+        error = below
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 class AdapterError(Exception):
     """``code`` is stable and for programs; the message says what is wrong and what to do."""
 

@@ -488,5 +488,5 @@ def discard(folder: Path) -> None:
             shutil.rmtree(folder)
         else:
             folder.unlink(missing_ok=True)
-    except OSError:
-        logger.warning("could not remove %s", folder, exc_info=True)
+    except OSError as exc:
+        logger.warning("could not remove %s: %s", folder, exc)

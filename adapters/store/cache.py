@@ -22,7 +22,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol
 
-from adapters.errors import AdapterDamaged, BlobMissing, StorageFailed, StorageFull, StoreUnavailable
+from adapters.errors import (
+    AdapterDamaged,
+    BlobMissing,
+    StorageFailed,
+    StorageFull,
+    StoreUnavailable,
+    cause_of,
+)
 from adapters.model import Version
 from adapters.store.blobs import BlobStore, discard, disk_errors
 from adapters.store.digests import digest_of
@@ -182,8 +189,8 @@ class Cache:
     async def _let_go(self, digest: str) -> None:
         try:
             await self._blobs.drop(digest)
-        except (StorageFailed, StorageFull):
-            logger.warning("%s stays in the data folder", digest, exc_info=True)
+        except (StorageFailed, StorageFull) as exc:
+            logger.warning("%s stays in the data folder: %s", digest, cause_of(exc))
             return
         self._sizes.pop(digest, None)
 

@@ -29,8 +29,8 @@ def digest_of(folder: Path) -> str | None:
         for path in folder.iterdir():
             with path.open("rb") as file:
                 files[path.name] = (path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-    except OSError:
-        logger.warning("blob %s cannot be read", folder.name, exc_info=True)
+    except OSError as exc:
+        logger.warning("blob %s cannot be read: %s", folder.name, exc)
         return None
     return digest_from(files)
 

@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, StorageFailed, StorageFull, cause_of
 from server.errors import (
     Internal,
     ServerError,
@@ -194,8 +194,10 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(exc, ServerError | AdapterError)
         request.state.log["code"] = exc.code
         status, _ = status_of(exc)
-        if status in (500, 507):
+        if status == 500:
             logger.error("request failed", exc_info=exc, extra={"request_id": request.state.request_id})
+        elif isinstance(exc, StorageFull | StorageFailed):  # no defect, so its cause and no traceback
+            logger.error("%s, %s", exc.code, cause_of(exc), extra={"request_id": request.state.request_id})
         return _error(request.scope, body_of(exc), status, headers_of(exc))
 
     async def on_invalid(request: Request, exc: Exception) -> Response:

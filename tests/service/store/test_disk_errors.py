@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
@@ -90,8 +91,8 @@ async def test_every_step_of_an_upload(
     assert (await site.chat(key, "hi", model="new")).status_code == 200
 
 
-async def test_a_database_without_room(site: Site) -> None:
-    """SQLite's own: it may use the pages that it has, and no more."""
+async def test_a_database_without_room(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """SQLite's own: it may use the pages that it has, and no more. The log has a line with the cause."""
     key = await site.tenant("acme", {"a": tiny.adapter(2)})
 
     def bound(connection: Any, *_: Any) -> None:
@@ -106,6 +107,9 @@ async def test_a_database_without_room(site: Site) -> None:
         if made.status_code != 201:
             break
     error(made, 507, "storage_full")
+    (logged,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert logged.getMessage() == "storage_full, OperationalError: database or disk is full"
+    assert not logged.exc_info
     assert (await site.chat(key, "hi", model="a")).status_code == 200
     assert len((await site.admin.get("/admin/v1/tenants")).json()["data"]) == i + 1
     event.remove(engine, "checkout", bound)
