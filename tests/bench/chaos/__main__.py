@@ -48,6 +48,28 @@ async def survived(world: World, since: float, lost: bool = False) -> bool:
     return False
 
 
+class Readiness:
+    """Asks ``/ready`` ten times a second, and remembers when it said no for the last time."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.last: float | None = None
+
+    async def __aenter__(self) -> Readiness:
+        self._asking = asyncio.create_task(self._ask())
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._asking.cancel()
+        await asyncio.wait({self._asking})
+
+    async def _ask(self) -> None:
+        while True:
+            ready = await self._service.ready()
+            self.last = self.last if ready else time.monotonic()
+            await asyncio.sleep(0.1)
+
+
 async def disturbed(world: World, fault: Fault) -> Row:
     """One fault at a random moment, and all that has to be true after it."""
     service, load = world.service, world.load
@@ -59,13 +81,14 @@ async def disturbed(world: World, fault: Fault) -> Row:
     await asyncio.sleep(world.rng.uniform(0.5, 2.5))
     load.outcomes, load.wrong, load.cuts = Counter(), [], fault.cuts
     world.killed, service.ends = [], []
-    start = time.monotonic()
+    start, started_in = time.monotonic(), service.started_in
     said, missed = "", []
-    try:
-        said = await fault.make(world)
-    except Exception as exc:
-        missed = [str(exc) if isinstance(exc, Missed) else f"{type(exc).__name__}: {exc}"]
-    again = await survived(world, time.monotonic(), fault.fresh)
+    async with Readiness(service) as ready:
+        try:
+            said = await fault.make(world)
+        except Exception as exc:
+            missed = [str(exc) if isinstance(exc, Missed) else f"{type(exc).__name__}: {exc}"]
+        again = await survived(world, time.monotonic(), fault.fresh)
     end = time.monotonic()
     try:
         missed += await asyncio.wait_for(load.look(world.killed), 60)
@@ -83,6 +106,8 @@ async def disturbed(world: World, fault: Fault) -> Row:
         said,
         (*missed, *load.wrong),
         tuple(service.ends),
+        0.0 if ready.last is None else ready.last - start,
+        started_in,
     )
 
 

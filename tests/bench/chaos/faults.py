@@ -4,11 +4,12 @@ of a ``World``, which says what it saw; ``Missed`` says what it saw and should n
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from tests.bench.chaos import customers, processes, storage
-from tests.bench.chaos.service import Kind
+from tests.bench.chaos.service import CORE, WORKER, Kind
 from tests.bench.chaos.world import World
 
 
@@ -62,10 +63,15 @@ FAULTS = {
         Fault("the engine dies", processes.die, fresh=True),
         Fault("the engine hangs", processes.hang, fresh=True),
         Fault("a load into a slot takes too long", processes.slow_activation, fresh=True),
-        Fault("SIGKILL for EngineCore", processes.kill_core, fresh=True, fits=_real),
-        Fault("SIGKILL for the engine's worker", processes.kill_worker, fresh=True, fits=_real),
+        *(
+            Fault(f"{number.name} for {what}", processes.end(name, number), fresh=True, fits=_real)
+            for what, name in (("EngineCore", CORE), ("the engine's worker", WORKER))
+            for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
+        ),
         Fault("SIGKILL for the guard", processes.kill_guard, fits=_real),
-        Fault("SIGSTOP for the engine", processes.stop_engine, fresh=True, fits=_real),
+        Fault("SIGKILL for guard and server", processes.kill_guard_and_server, cuts=True, fits=_real),
+        Fault("SIGSTOP for EngineCore and worker", processes.stop(CORE, WORKER), fresh=True, fits=_real),
+        Fault("SIGSTOP for the engine's worker", processes.stop(WORKER), fresh=True, fits=_real),
         Fault("no memory for the engine", processes.no_memory, fresh=True, fits=_real),
         Fault("the data folder's disk is full", storage.full("data"), fits=_on_disks),
         Fault("the database's disk is full", storage.full("db"), fits=_on_sqlite_disks),

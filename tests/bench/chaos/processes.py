@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import psutil
 
+from tests.bench.chaos.service import CORE, GUARD, STALL_REAL, WORKER
 from tests.bench.chaos.world import Missed, World
 
 
@@ -110,49 +111,80 @@ async def slow_activation(world: World) -> str:
     return ""
 
 
-async def kill_core(world: World) -> str:
-    world.service.engine()[0].kill()
-    return ""
+def end(name: str, number: signal.Signals) -> Callable[[World], Awaitable[str]]:
+    """A signal that ends one of the engine's processes; what is left of the engine must end too."""
 
+    async def make(world: World) -> str:
+        family = [world.service.called(CORE), world.service.called(WORKER)]
+        world.service.called(name).send_signal(number)
+        await _all_gone(family, 10)
+        return ""
 
-async def kill_worker(world: World) -> str:
-    world.service.engine()[-1].kill()
-    return ""
+    return make
 
 
 async def kill_guard(world: World) -> str:
-    """Who watches that nothing outlives the server; the server itself goes on."""
-    for child in psutil.Process(world.service.pid).children(recursive=True):
-        if "guard.py" in " ".join(child.cmdline()):
-            child.kill()
-            return ""
-    raise Missed("there was no guard")
+    """Who watches that nothing outlives the server: the server goes on, and has another one."""
+    await _kill_guard(world)
+    return "replaced"
 
 
-async def stop_engine(world: World) -> str:
-    """Longer than a watchdog of 10 s waits; then it may go on, if it still is there."""
-    stopped = world.service.engine()
-    for process in stopped:
-        process.suspend()
-    await asyncio.sleep(25)
-    still = [process for process in stopped if _runs(process)]
-    for process in still:
-        process.resume()
-    if still:
-        raise Missed("not noticed: it went on by SIGCONT")
-    return "ended and replaced"
+async def kill_guard_and_server(world: World) -> str:
+    await _kill_guard(world)
+    return await kill_server(world)
+
+
+async def _kill_guard(world: World) -> None:
+    guard = world.service.called(GUARD)
+    guard.kill()
+    async with asyncio.timeout(5):
+        while True:
+            with contextlib.suppress(ValueError):
+                if world.service.called(GUARD) != guard:
+                    return
+            await asyncio.sleep(0.1)
+
+
+def stop(*names: str) -> Callable[[World], Awaitable[str]]:
+    """SIGSTOP for longer than the watchdog waits, and SIGCONT, when another engine has begun."""
+
+    async def make(world: World) -> str:
+        stopped = [world.service.called(name) for name in names]
+        for process in stopped:
+            process.suspend()
+        try:
+            await _all_gone(stopped, STALL_REAL + 15)
+        finally:
+            for process in stopped:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+        return ""
+
+    return make
 
 
 async def no_memory(world: World) -> str:
-    """The engine may not take a page more."""
-    core = world.service.engine()[0]
-    resource.prlimit(core.pid, resource.RLIMIT_AS, (core.memory_info().vms, resource.RLIM_INFINITY))
+    """Core and worker may not take a page more."""
+    limited = [world.service.called(CORE), world.service.called(WORKER)]
+    for process in limited:
+        most = (process.memory_info().vms, resource.RLIM_INFINITY)
+        resource.prlimit(process.pid, resource.RLIMIT_AS, most)
     for _ in range(200):
-        if not _runs(core):
+        if not all(map(_runs, limited)):
             return "the engine ended, and was replaced"
         await asyncio.sleep(0.1)
-    resource.prlimit(core.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for process in limited:
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return "it went on"
+
+
+async def _all_gone(processes: list[psutil.Process], within: float) -> None:
+    """Raises Missed if one still runs after so many seconds."""
+    deadline = time.monotonic() + within
+    while left := [process for process in processes if _runs(process)]:
+        if time.monotonic() > deadline:
+            raise Missed(f"{len(left)} processes of the lost engine still run after {within:g} s")
+        await asyncio.sleep(0.1)
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -14,6 +14,8 @@ class Row:
 
     ``pause`` is the longest time in which a customer got no answer, ``writes`` the longest in which no change
     was acknowledged, both in seconds from the fault until all is well again; inf if that did not come.
+    ``unready`` is how long after the fault ``/ready`` said no for the last time, ``start`` what the server's
+    last start before it took.
     """
 
     fault: str
@@ -23,6 +25,8 @@ class Row:
     said: str = ""
     wrong: Sequence[str] = ()
     ends: Sequence[int] = ()
+    unready: float = 0.0
+    start: float = 0.0
 
     @property
     def misses(self) -> list[str]:
@@ -34,8 +38,8 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown, a line for each kind of fault."""
     lines = [
         "| fault | times | longest time without an answer for a customer, median / most | without a change"
-        " | what was seen | clients were told | |",
-        "| --- | ---: | ---: | ---: | --- | --- | --- |",
+        " | ready again, most | starts took | what was seen | clients were told | |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- | --- |",
     ]
     for fault in dict.fromkeys(row.fault for row in rows):
         some = [row for row in rows if row.fault == fault]
@@ -49,6 +53,7 @@ def table(rows: Sequence[Row]) -> str:
         verdict = f"missed: {'; '.join(misses)}".replace("|", "¦").replace("\n", " ") if misses else "met"
         lines.append(
             f"| {fault} | {len(some)} | {median(pauses):.1f} / {max(pauses):.1f} s | {max(writes):.1f} s"
+            f" | {max(row.unready for row in some):.1f} s | {max(row.start for row in some):.1f} s"
             f" | {'; '.join(seen) or '–'} | {shown} | {verdict} |"
         )
     return "\n".join(lines)

@@ -35,6 +35,8 @@ from tests.support.site import ADMIN_KEY, bearer
 START = 300.0  # seconds for a server to become ready
 GIVE_UP = 30.0  # seconds after which a client gives a request up, as its own timeout would
 GIVE_UP_REAL = 300.0  # longer than the real engine takes to start again
+CORE, WORKER, GUARD = "VLLM::EngineCore", "VLLM::Worker", "guard.py"  # processes of the real engine
+STALL_REAL = 15.0  # seconds after which the real engine hangs; a loaded machine pauses for some by itself
 ROOM = {"data": 96, "db": 48, "log": 16}  # MiB of the disks that can be filled
 
 _processes = multiprocessing.get_context("forkserver")
@@ -66,6 +68,7 @@ class Service:
     lives: int = 0
     ends: list[int] = field(default_factory=list)
     descriptors: int = 0
+    started_in: float = 0.0  # seconds that the last start took until all was ready
     process: Any = None
     keep: bool = True  # whether ``watch`` starts it again
 
@@ -80,6 +83,7 @@ class Service:
     # --- processes -------------------------------------------------------------------------------
 
     def start(self) -> None:
+        self._started = time.monotonic()
         self.process = self._real() if self.kind.real else self._fake(self.port)
         self.lives += 1
 
@@ -106,7 +110,7 @@ class Service:
             "host_slots": 4,
             "max_lora_rank": 16,
             "max_model_len": 512,
-            "engine_stall": 10,
+            "engine_stall": STALL_REAL,
             "engine_args": json.dumps(engine),
         }
         settings = {f"LORAPLEX_{name.upper()}": str(value) for name, value in fields.items()}
@@ -165,9 +169,14 @@ class Service:
         await self.until_ready()
 
     def engine(self) -> list[psutil.Process]:
-        """The real engine's processes, the worker last."""
+        """All that the server has started, but for its guard."""
         children = psutil.Process(self.pid).children(recursive=True)
-        return [child for child in children if "guard.py" not in " ".join(child.cmdline())]
+        return [child for child in children if not _says(child, GUARD)]
+
+    def called(self, name: str) -> psutil.Process:
+        """The youngest of the server's processes with ``name`` in its name or its command line."""
+        children = psutil.Process(self.pid).children(recursive=True)
+        return max((one for one in children if _says(one, name)), key=lambda one: one.create_time())
 
     def order(self, **what: Any) -> None:
         """To the fake engine."""
@@ -190,6 +199,7 @@ class Service:
                 if not self.keep and self.status() is not None:
                     raise RuntimeError(f"the server did not start:\n{tail(self.work / 'log' / 'server.log')}")
                 await asyncio.sleep(0.1)
+        self.started_in = time.monotonic() - self._started
 
     async def ready(self) -> bool:
         with contextlib.suppress(httpx.HTTPError):
@@ -217,6 +227,12 @@ class Service:
             self.postgres.stop()
         if self.redis:
             self.redis.kill()
+
+
+def _says(process: psutil.Process, name: str) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return name in " ".join([process.name(), *process.cmdline()])
+    return False
 
 
 @contextlib.contextmanager
