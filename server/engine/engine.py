@@ -200,7 +200,8 @@ class Engine:
         self._llm.check_structure = self._check_params
 
     async def _check_params(self, call: Call, params: Any) -> None:
-        spec = structure.settle(params)
+        config = self._llm.vllm_config.structured_outputs_config
+        spec = structure.settle(params, any_whitespace=not config.disable_any_whitespace)
         if spec is not None and self._grammars is not None:
             await self._grammars.check(call.cache_salt, [spec])
 

@@ -1,7 +1,7 @@
 """What of a request becomes a grammar, as what is tried out before the engine gets it.
 
     specs_of(request)      of a request as vLLM's model, before it has a lease
-    settle(params)         of vLLM's own parameters, made of that request: what the engine is really given
+    settle(params, …)      of vLLM's own parameters, made of that request: what the engine is really given
 
 The engine's backend is always xgrammar. With vLLM's "auto" the first request that needs another backend would
 decide it for everybody's requests from then on.
@@ -59,12 +59,17 @@ def param_of(request: Any) -> str:
     return next((param for name, param in fields.items() if getattr(request, name, None)), "tools")
 
 
-def settle(params: Any) -> Spec | None:
+def settle(params: Any, *, any_whitespace: bool) -> Spec | None:
     """What of ``params``, vLLM's StructuredOutputsParams, is to be tried; None where nothing is left to try.
 
-    Makes them what vLLM's own validation would, for xgrammar; it need not be run any more. Raises BadRequest.
+    Makes them what vLLM's own validation would, for xgrammar; it need not be run any more. Without
+    ``any_whitespace`` the JSON within structural tags, as which tools are called, has one blank at a time;
+    other JSON has none then, by the engine's own setting. Raises BadRequest.
     """
     from vllm.v1.structured_output.utils import choice_as_grammar
+
+    if params.structural_tag is not None and not any_whitespace:
+        params.structural_tag = with_single_blanks(params.structural_tag)
 
     if params.choice is not None:
         if not params.choice:
@@ -72,6 +77,30 @@ def settle(params: Any) -> Spec | None:
         params.grammar, params.choice = choice_as_grammar(params.choice), None
     params._backend, params._backend_was_auto = "xgrammar", True
     return _spec_of(params)
+
+
+def with_single_blanks(tag: str) -> str:
+    """The structural tag ``tag``, as JSON, with one blank at a time in its JSON where it sets no bound.
+
+    A small model that may write any number of blanks writes them until its answer is cut off.
+    """
+    _bounded(tag, structural_tag=True)
+    try:
+        parsed = json.loads(tag)
+    except ValueError:
+        return tag  # refused for that where it is compiled
+    formats = [parsed.get("format")] if isinstance(parsed, dict) else []
+    while formats:
+        part = formats.pop()
+        if isinstance(part, list):
+            formats += part
+        elif isinstance(part, dict):
+            if part.get("type") == "json_schema" and part.get("style", "json") == "json":
+                if part.get("max_whitespace_cnt") is None:
+                    part["max_whitespace_cnt"] = 1
+                continue  # a schema is no format, whatever its members are called
+            formats += part.values()
+    return json.dumps(parsed)
 
 
 def _spec_of(params: Any) -> Spec | None:

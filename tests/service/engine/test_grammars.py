@@ -14,6 +14,7 @@ import pytest
 import xgrammar
 
 from server.engine.grammars import MOST_WAITING, Grammars, Spec
+from server.engine.structure import settle
 from server.errors import BadRequest, ServerError, TooManyRequests
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -79,6 +80,37 @@ USABLE = [
 async def test_what_people_send_is_usable(grammars: Grammars) -> None:
     for spec in USABLE:
         await grammars.check("a", [spec])
+
+
+CALL = ('<tool_call>{"name": "f", "arguments": ', "}</tool_call>")
+
+
+@pytest.mark.parametrize(
+    ("blanks", "written"),
+    [
+        (" ", '{"name": "a  b"}'),
+        (" ", '{ "name": "a" }'),
+        ("\n", '{"name":\n"a"}'),
+        ("\n  ", '{"name":\n  "a"}'),
+    ],
+)
+async def test_between_the_parts_of_a_call_is_one_blank_at_a_time(blanks: str, written: str) -> None:
+    """Blanks within a text are the text's own."""
+    from vllm.sampling_params import StructuredOutputsParams
+    from xgrammar.testing import _is_grammar_accept_string as accepts
+
+    content = {"type": "json_schema", "json_schema": PERSON, "max_whitespace_cnt": None}
+    tag = {"type": "tag", "begin": CALL[0], "content": content, "end": CALL[1]}
+    several = {"type": "tags_with_separator", "tags": [tag], "separator": "", "at_least_one": True}
+    for any_whitespace in (True, False):
+        params = StructuredOutputsParams(
+            structural_tag=json.dumps({"type": "structural_tag", "format": several})
+        )
+        spec = settle(params, any_whitespace=any_whitespace)
+        assert spec is not None
+        assert spec.text == params.structural_tag
+        allowed = accepts(xgrammar.Grammar.from_structural_tag(spec.text), written.join(CALL))
+        assert allowed is (any_whitespace or len(blanks) == 1)
 
 
 LATE = [
