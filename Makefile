@@ -78,9 +78,11 @@ clients: $(STAMP) $(CLIENTS)/.installed ## Run the libraries that people use aga
 	@command -v node >/dev/null && npm install --silent --no-audit --no-fund --prefix .node-clients $$(cat config/clients.npm) || echo "== without node the JavaScript libraries are left out"
 	$(PY) -m tests.clients $(CLIENTS)/bin/python "$$(test -d .node-clients/node_modules && realpath .node-clients)" $(if $(LIBRARY),"$(LIBRARY)")
 
-$(CLIENTS)/.installed: config/requirements-clients.txt
+$(CLIENTS)/.installed: config/requirements-clients.txt config/requirements-clients-openai2.txt
 	$(PY) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --no-deps -r $<
+	$(PY) -m venv $(CLIENTS)/openai2
+	$(CLIENTS)/openai2/bin/python -m pip --disable-pip-version-check install --no-deps -r config/requirements-clients-openai2.txt
 	@touch $@
 
 fuzz: $(STAMP) ## Parsers of uploads, four minutes; then the API, two hours; COUNT=200000, SEED=0, CASES=2000

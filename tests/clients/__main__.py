@@ -28,6 +28,7 @@ from tests.clients.libraries_known import (
     JAVASCRIPT_EMBEDDERS,
     PYTHON,
     WHY_NOT,
+    WITH_OPENAI_2,
 )
 from tests.engine.reference import ATTENTION, Reference, Spec
 from tests.support.site import engine_settings, serving
@@ -128,7 +129,9 @@ def _commands(
     """(library, command, more of its environment)."""
     for library in pythons:
         if not wanted or library in wanted:
-            yield library, [python, str(HERE / "libraries.py"), library], {}
+            older = str(Path(python).parents[1] / "openai2" / "bin" / "python")
+            with_it = older if library in WITH_OPENAI_2 else python
+            yield library, [with_it, str(HERE / "libraries.py"), library], {}
     for library in scripts if modules else ():
         if not wanted or library in wanted:
             yield library, ["node", str(HERE / "libraries.mjs"), library], {"MODULES": str(modules)}

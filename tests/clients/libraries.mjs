@@ -6,6 +6,7 @@ const { URL: url, KEY: key, NARROW_KEY: narrowKey, MODEL: model, MODULES: module
 const require = createRequire(`${modules}/package.json`);
 const load = async (name) => import(pathToFileURL(require.resolve(name)).href);
 const question = "What is the weather in Paris?";
+const tokens = 80; // a call in the form of the demo's base has forty
 const messages = [{ role: "user", content: question }];
 const long = [{ role: "user", content: "word ".repeat(4000) }];
 const parameters = {
@@ -38,7 +39,7 @@ const libraries = {
   "openai (JS)": async () => {
     const { default: OpenAI } = await load("openai");
     const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: key, maxRetries: 0 });
-    const create = (more) => client.chat.completions.create({ model, messages, max_tokens: 40, temperature: 0, ...more });
+    const create = (more) => client.chat.completions.create({ model, messages, max_tokens: tokens, temperature: 0, ...more });
     const tools = [{ type: "function", function: { name: "weather", description: "The weather.", parameters } }];
     const calls = async (choice, more) => (await create({ tools, tool_choice: choice, ...more })).choices[0].message.tool_calls ?? [];
     return {
@@ -61,7 +62,7 @@ const libraries = {
       errors: async () => refused(client.chat.completions.create({ model, messages: long }), "context_length_exceeded"),
       retries: async () => {
         const narrow = new OpenAI({ baseURL: `${url}/v1`, apiKey: narrowKey, maxRetries: 8 });
-        await Promise.all([1, 2, 3].map(() => narrow.chat.completions.create({ model, messages, max_tokens: 40 })));
+        await Promise.all([1, 2, 3].map(() => narrow.chat.completions.create({ model, messages, max_tokens: tokens })));
       },
     };
   },
@@ -69,14 +70,19 @@ const libraries = {
     const { default: Anthropic } = await load("@anthropic-ai/sdk");
     const client = new Anthropic({ baseURL: url, apiKey: key, maxRetries: 0 });
     const tools = [{ name: "weather", description: "The weather.", input_schema: parameters }];
-    const create = (more) => client.messages.create({ model, messages, max_tokens: 40, ...more });
+    const create = (more) => client.messages.create({ model, messages, max_tokens: tokens, ...more });
     const used = async (choice) => (await create({ tools, tool_choice: choice })).content.filter((b) => b.type === "tool_use");
     return {
       chat: async () => check((await create({})).content.length, "no content"),
-      stream: async () => check((await client.messages.stream({ model, messages, max_tokens: 40 }).finalMessage()).content.length, "none"),
+      stream: async () => check((await client.messages.stream({ model, messages, max_tokens: tokens }).finalMessage()).content.length, "none"),
       "tools: auto": async () => used({ type: "auto" }),
       "tools: required": async () => cityOf((await used({ type: "any", disable_parallel_tool_use: true }))[0].input),
       "tools: named": async () => cityOf((await used({ type: "tool", name: "weather" }))[0].input),
+      "tools: parallel": async () => (await used({ type: "any" })).forEach((block) => cityOf(block.input)),
+      retries: async () => {
+        const narrow = new Anthropic({ baseURL: url, apiKey: narrowKey, maxRetries: 8 });
+        await Promise.all([1, 2, 3].map(() => narrow.messages.create({ model, messages, max_tokens: tokens })));
+      },
       errors: async () => refused(create({ messages: long }), "prompt is too long"),
     };
   },
@@ -84,7 +90,8 @@ const libraries = {
     const { generateText, streamText, Output, tool, jsonSchema } = await load("ai");
     const { createOpenAICompatible } = await load("@ai-sdk/openai-compatible");
     const provider = createOpenAICompatible({ name: "loraplex", baseURL: `${url}/v1`, apiKey: key, supportsStructuredOutputs: true });
-    const options = { model: provider(model), prompt: question, maxOutputTokens: 40, temperature: 0, maxRetries: 0 };
+    const narrow = createOpenAICompatible({ name: "narrow", baseURL: `${url}/v1`, apiKey: narrowKey });
+    const options = { model: provider(model), prompt: question, maxOutputTokens: tokens, temperature: 0, maxRetries: 0 };
     const tools = { weather: tool({ description: "The weather.", inputSchema: jsonSchema(parameters) }) };
     const calls = async (toolChoice) => (await generateText({ ...options, tools, toolChoice })).toolCalls;
     return {
@@ -107,6 +114,10 @@ const libraries = {
         check((await embedMany({ model: embedder, values: ["one", "two"], maxRetries: 0 })).embeddings.length === 2, "not two");
       },
       errors: async () => refused(generateText({ ...options, prompt: undefined, messages: long }), "context length"),
+      retries: async () => {
+        const again = { ...options, model: narrow(model), maxRetries: 8 };
+        await Promise.all([1, 2, 3].map(() => generateText(again)));
+      },
     };
   },
 };

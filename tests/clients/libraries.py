@@ -10,56 +10,37 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
-import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Literal
 
-URL, KEY, NARROW_KEY, MODEL = (os.environ[name] for name in ("URL", "KEY", "NARROW_KEY", "MODEL"))
-BASE = f"{URL}/v1"
-QUESTION = "What is the weather in Paris?"
-TURNS: list[Any] = [{"role": "user", "content": QUESTION}]
-LONG: list[Any] = [{"role": "user", "content": "word " * 4000}]
-PARAMETERS = {
-    "type": "object",
-    "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
-    "required": ["city"],
-    "additionalProperties": False,
-}
-WEATHER: dict[str, Any] = {
-    "name": "weather",
-    "description": "The weather in a city.",
-    "parameters": PARAMETERS,
-}
-TOOL: dict[str, Any] = {"type": "function", "function": WEATHER}
-NAMED = {"type": "function", "function": {"name": "weather"}}
-CITIES = ("Paris", "Rome")
-
-Check = Callable[[], Awaitable[None]]
-
-
-def city_of(arguments: Any) -> str:
-    found = json.loads(arguments) if isinstance(arguments, str) else arguments
-    assert found["city"] in CITIES, found
-    return str(found["city"])
-
-
-async def refused(work: Awaitable[Any], *words: str) -> None:
-    """``work`` fails, and says what about."""
-    try:
-        await work
-    except Exception as exc:
-        said = f"{type(exc).__name__} {exc}"
-        assert any(word in said for word in words), said[:300]
-        return
-    raise AssertionError("nothing was refused")
+from checks import (
+    BASE,
+    CITIES,
+    KEY,
+    LONG,
+    MODEL,
+    NAMED,
+    NARROW_KEY,
+    PARAMETERS,
+    QUESTION,
+    TOKENS,
+    TOO_LONG,
+    TOOL,
+    TURNS,
+    URL,
+    Check,
+    city_of,
+    refused,
+)
+from frameworks import FRAMEWORKS
 
 
 def openai_checks() -> dict[str, Check]:
     import openai
 
     client = openai.AsyncOpenAI(base_url=BASE, api_key=KEY, max_retries=0)
-    options: dict[str, Any] = {"model": MODEL, "messages": TURNS, "max_tokens": 40, "temperature": 0}
+    options: dict[str, Any] = {"model": MODEL, "messages": TURNS, "max_tokens": TOKENS, "temperature": 0}
 
     async def chat() -> None:
         made = await client.chat.completions.create(**options)
@@ -127,7 +108,7 @@ def anthropic_checks() -> dict[str, Check]:
     import anthropic
 
     client = anthropic.AsyncAnthropic(base_url=URL, api_key=KEY, max_retries=0)
-    options: dict[str, Any] = {"model": MODEL, "messages": TURNS, "max_tokens": 40}
+    options: dict[str, Any] = {"model": MODEL, "messages": TURNS, "max_tokens": TOKENS}
     tool: Any = {"name": "weather", "description": "The weather in a city.", "input_schema": PARAMETERS}
 
     async def chat() -> None:
@@ -176,7 +157,7 @@ def litellm_checks() -> dict[str, Check]:
     import litellm
 
     options: dict[str, Any] = {
-        "model": f"openai/{MODEL}", "api_base": BASE, "api_key": KEY, "messages": TURNS, "max_tokens": 40,
+        "model": f"openai/{MODEL}", "api_base": BASE, "api_key": KEY, "messages": TURNS, "max_tokens": TOKENS,
     }  # fmt: skip
 
     async def chat() -> None:
@@ -234,7 +215,7 @@ def langchain_checks() -> dict[str, Check]:
     from langchain_openai import ChatOpenAI
     from pydantic import BaseModel
 
-    options: dict[str, Any] = {"model": MODEL, "base_url": BASE, "max_completion_tokens": 40}
+    options: dict[str, Any] = {"model": MODEL, "base_url": BASE, "max_completion_tokens": TOKENS}
     model = ChatOpenAI(**options, api_key=KEY, max_retries=0)
 
     class Place(BaseModel):
@@ -302,7 +283,7 @@ def pydantic_ai_checks() -> dict[str, Check]:
     from pydantic_ai.providers.openai import OpenAIProvider
 
     model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=BASE, api_key=KEY))
-    settings: Any = {"max_tokens": 60, "temperature": 0}
+    settings: Any = {"max_tokens": TOKENS, "temperature": 0}
 
     class Place(BaseModel):
         city: Literal["Paris", "Rome"]
@@ -333,7 +314,7 @@ def pydantic_ai_checks() -> dict[str, Check]:
         assert (await agent.run(QUESTION)).output.city in CITIES
 
     async def errors() -> None:
-        await refused(Agent(model).run("word " * 4000), "context_length_exceeded", "maximum context length")
+        await refused(Agent(model).run("word " * 4000), *TOO_LONG)
 
     return {
         "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
@@ -350,7 +331,7 @@ def instructor_checks() -> dict[str, Check]:
         city: Literal["Paris", "Rome"]
 
     options: dict[str, Any] = {
-        "model": MODEL, "messages": TURNS, "max_tokens": 40, "response_model": Place, "max_retries": 0,
+        "model": MODEL, "messages": TURNS, "max_tokens": TOKENS, "response_model": Place, "max_retries": 0,
     }  # fmt: skip
 
     async def made_by(mode: Any) -> None:
@@ -367,139 +348,6 @@ def instructor_checks() -> dict[str, Check]:
     return {"tools: named": named, "structured output": structured}
 
 
-def llama_index_checks() -> dict[str, Check]:
-    from llama_index.core.llms import ChatMessage
-    from llama_index.core.tools import FunctionTool
-    from llama_index.llms.openai_like import OpenAILike
-
-    model = OpenAILike(
-        model=MODEL, api_base=BASE, api_key=KEY, is_chat_model=True, is_function_calling_model=True,
-        max_tokens=40, max_retries=0, context_window=1024,
-    )  # fmt: skip
-    turns = [ChatMessage(role="user", content=QUESTION)]
-
-    def weather(city: Literal["Paris", "Rome"]) -> str:
-        """The weather in a city."""
-        return "Sunny."
-
-    tool = FunctionTool.from_defaults(weather)
-
-    async def chat() -> None:
-        assert (await model.achat(turns)).message.content
-
-    async def stream() -> None:
-        assert "".join([part.delta or "" async for part in await model.astream_chat(turns)])
-
-    async def required() -> None:
-        said = await model.achat_with_tools([tool], user_msg=QUESTION, tool_required=True)
-        (called, *_) = model.get_tool_calls_from_response(said)
-        city_of(called.tool_kwargs)
-
-    async def auto() -> None:
-        await model.achat_with_tools([tool], user_msg=QUESTION)
-
-    async def errors() -> None:
-        long = [ChatMessage(role="user", content="word " * 4000)]
-        await refused(model.achat(long), "context_length_exceeded", "maximum context length")
-
-    return {
-        "chat": chat,
-        "stream": stream,
-        "tools: auto": auto,
-        "tools: required": required,
-        "errors": errors,
-    }
-
-
-def haystack_checks() -> dict[str, Check]:
-    from haystack.components.generators.chat import OpenAIChatGenerator
-    from haystack.dataclasses import ChatMessage
-    from haystack.tools import Tool
-    from haystack.utils import Secret
-
-    def generator(**more: Any) -> Any:
-        settings: dict[str, Any] = {"max_tokens": 40, **more.pop("settings", {})}
-        return OpenAIChatGenerator(
-            api_key=Secret.from_token(KEY), model=MODEL, api_base_url=BASE, generation_kwargs=settings,
-            max_retries=0, **more,
-        )  # fmt: skip
-
-    tool = Tool("weather", "The weather in a city.", PARAMETERS, lambda city: "Sunny.")
-    turns = [ChatMessage.from_user(QUESTION)]
-
-    async def chat() -> None:
-        assert (await generator().run_async(turns))["replies"][0].text
-
-    async def stream() -> None:
-        said: list[str] = []
-
-        async def hear(chunk: Any) -> None:
-            said.append(chunk.content)
-
-        await generator(streaming_callback=hear).run_async(turns)
-        assert "".join(said)
-
-    async def auto() -> None:
-        await generator(tools=[tool]).run_async(turns)
-
-    async def required() -> None:
-        made = await generator(tools=[tool], settings={"tool_choice": "required"}).run_async(turns)
-        city_of(made["replies"][0].tool_calls[0].arguments)
-
-    async def embeddings() -> None:
-        from haystack.components.embedders import OpenAITextEmbedder
-
-        made = OpenAITextEmbedder(api_key=Secret.from_token(KEY), model=MODEL, api_base_url=BASE)
-        assert len(made.run("one")["embedding"]) > 10
-
-    async def errors() -> None:
-        long = [ChatMessage.from_user("word " * 4000)]
-        await refused(generator().run_async(long), "context_length_exceeded", "maximum context length")
-
-    return {
-        "chat": chat,
-        "stream": stream,
-        "tools: auto": auto,
-        "tools: required": required,
-        "errors": errors,
-        "embeddings": embeddings,
-    }
-
-
-def autogen_checks() -> dict[str, Check]:
-    from autogen_agentchat.agents import AssistantAgent
-    from autogen_core.models import ModelInfo, UserMessage
-    from autogen_ext.models.openai import OpenAIChatCompletionClient
-
-    info = ModelInfo(
-        vision=False, function_calling=True, json_output=True, family="unknown", structured_output=True
-    )
-    client = OpenAIChatCompletionClient(
-        model=MODEL, base_url=BASE, api_key=KEY, model_info=info, max_tokens=40, max_retries=0
-    )
-    turns = [UserMessage(content=QUESTION, source="user")]
-
-    async def weather(city: str) -> str:
-        """The weather in a city."""
-        return "Sunny."
-
-    async def chat() -> None:
-        assert (await client.create(turns)).content
-
-    async def stream() -> None:
-        assert [part async for part in client.create_stream(turns)]
-
-    async def auto() -> None:
-        agent = AssistantAgent("helper", client, tools=[weather])
-        assert (await agent.run(task=QUESTION)).messages
-
-    async def errors() -> None:
-        long = [UserMessage(content="word " * 4000, source="user")]
-        await refused(client.create(long), "context_length_exceeded", "maximum context length")
-
-    return {"chat": chat, "stream": stream, "tools: auto": auto, "errors": errors}
-
-
 LIBRARIES: dict[str, tuple[str, Callable[[], dict[str, Check]]]] = {
     "openai": ("openai", openai_checks),
     "anthropic": ("anthropic", anthropic_checks),
@@ -507,9 +355,7 @@ LIBRARIES: dict[str, tuple[str, Callable[[], dict[str, Check]]]] = {
     "langchain-openai": ("langchain-openai", langchain_checks),
     "pydantic-ai": ("pydantic-ai-slim", pydantic_ai_checks),
     "instructor": ("instructor", instructor_checks),
-    "llama-index": ("llama-index-llms-openai-like", llama_index_checks),
-    "haystack": ("haystack-ai", haystack_checks),
-    "autogen": ("autogen-ext", autogen_checks),
+    **FRAMEWORKS,
 }
 
 
