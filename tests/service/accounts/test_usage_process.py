@@ -152,9 +152,11 @@ class Server:
     http: httpx.AsyncClient
     port: int
     process: Any = None
+    changes: dict[str, Any] = field(default_factory=dict)  # of its settings
 
     async def start(self) -> None:
-        settings = tiny.settings(self.folder / "data", port=self.port, drain_timeout=0.3, log_level="error")
+        fields = {"port": self.port, "drain_timeout": 0.3, "log_level": "error", **self.changes}
+        settings = tiny.settings(self.folder / "data", **fields)
         arguments = (settings, tiny.base(), self.folder)
         self.process = PROCESSES.Process(target=crashes.serve, args=arguments)
         self.process.start()

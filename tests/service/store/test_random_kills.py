@@ -1,17 +1,20 @@
-"""SIGKILL for the whole server at random moments, under uploads, deletes, go-lives and inference.
+"""SIGKILL for the whole server at random moments, under uploads, deletes, go-lives, inference and batches.
 
 After each the server is started again, and what it has is held against what was acknowledged: every change
-whole or not there at all, one entry in the audit for each, and what is live answers. ``KILLS=200`` takes a
-while.
+whole or not there at all, one entry in the audit for each, what is live answers, every answer that is older
+than a second is in the usage, and every file and batch is there; at the end each line of each batch has one
+answer. ``KILLS=200`` takes a while, ``DB=postgres`` another database.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
 import socket
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,16 @@ import httpx
 import pytest
 
 from adapters.store.blobs import digest_of
-from tests.service.accounts.test_usage_process import Server
+from tests.service.accounts.test_usage_process import LOST, Server
+from tests.service.batches.test_batches import CHAT, jsonl, line
 from tests.support import changes
 from tests.support.changes import Change, State
+from tests.support.databases import empty
 from tests.support.site import ADMIN_KEY, bearer
 
 KILLS = int(os.environ.get("KILLS", "3"))
+DB = os.environ.get("DB", "sqlite")
+LINES = 6  # of a batch
 pytestmark = pytest.mark.timeout(max(300, KILLS * 60))
 
 NAMES = ("a", "b")
@@ -44,7 +51,9 @@ class Customer:
     pending: Change | None = None  # sent, and not seen yet
     told: bool = False  # whether it was acknowledged
     acknowledged: int = 0
-    answers: int = 0
+    sure: int = 0  # requests that are on record
+    asked: int = 0
+    answers: list[float] = field(default_factory=list)  # when they came
 
     @property
     def url(self) -> str:
@@ -66,21 +75,29 @@ class Customer:
         """Inference, until the server is gone: each answer says which version gave it."""
         try:
             while True:
-                body = {"model": "fixed", "prompt": "hi", "max_tokens": 3}
-                answer = await self.http.post("/v1/completions", json=body, headers=bearer(self.key))
-                assert answer.status_code in (200, 503), answer.text
-                self.answers += answer.status_code == 200
+                assert await self._answer("fixed") in (200, 503)
         except httpx.TransportError:
             return
 
-    async def look(self) -> None:
+    async def _answer(self, name: str, live: int | None = None) -> int:
+        self.asked += 1
+        body = {"model": name, "prompt": "hi", "max_tokens": 3}
+        answer = await self.http.post("/v1/completions", json=body, headers=bearer(self.key))
+        if answer.status_code == 200:
+            self.answers.append(time.monotonic())
+            assert live is None or answer.headers["x-loraplex-version"] == f"{name}@{live}"
+        return answer.status_code
+
+    async def look(self, killed: float) -> None:
         """After a restart: all is there that was acknowledged, and what was not is whole or absent."""
+        used = await self.http.get(f"/admin/v1/usage?tenant={self.id}", headers=ADMIN)
+        recorded = sum(row["requests"] for row in used.json()["data"])
+        self.answers = [at for at in self.answers if at < killed - LOST]
+        assert self.sure + len(self.answers) <= recorded <= self.asked
+        self.sure, self.asked, self.answers = recorded, recorded, []
         self._take(now := await self.seen())
         for name, (live, _) in now.items():
-            body = {"model": name, "prompt": "hi", "max_tokens": 1}
-            answer = await self.http.post("/v1/completions", json=body, headers=bearer(self.key))
-            assert answer.status_code == 200, answer.text
-            assert answer.headers["x-loraplex-version"] == f"{name}@{live}"
+            assert await self._answer(name, live) == 200
         audit = (await self.http.get(f"/admin/v1/audit?tenant={self.id}&limit=1000", headers=ADMIN)).json()
         changes = [row for row in audit["data"] if (row["target"] or "").partition("@")[0] in NAMES]
         assert len(changes) == self.acknowledged, [row["action"] for row in changes]
@@ -98,28 +115,100 @@ class Customer:
         self.state, self.pending, self.told = now, None, False
 
 
+@dataclass
+class Batcher:
+    """Has one batch after the other answered; ``files`` and ``batches`` are those that were acknowledged."""
+
+    http: httpx.AsyncClient
+    key: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    batches: dict[str, str] = field(default_factory=dict)  # id -> id of its file
+    number: int = 0
+
+    async def run(self) -> None:
+        """Until the server is gone."""
+        try:
+            while True:
+                self.number += 1
+                content = jsonl(line(f"{self.number}-{n}") for n in range(LINES))
+                sent: dict[str, Any] = {
+                    "files": {"file": ("in.jsonl", content)},
+                    "data": {"purpose": "batch"},
+                }
+                file = (await self._call("POST", "/v1/files", **sent))["id"]
+                self.files[file] = content
+                body = {"input_file_id": file, "endpoint": CHAT, "completion_window": "24h"}
+                batch = (await self._call("POST", "/v1/batches", json=body))["id"]
+                self.batches[batch] = file
+                while (await self._call("GET", f"/v1/batches/{batch}"))["status"] != "completed":
+                    await asyncio.sleep(0.05)
+        except httpx.TransportError:
+            return
+
+    async def look(self) -> None:
+        """All files are there, byte by byte, and all batches."""
+        for file, content in self.files.items():
+            answer = await self.http.get(f"/v1/files/{file}/content", headers=bearer(self.key))
+            assert answer.content == content
+        for batch, file in self.batches.items():
+            assert (await self._call("GET", f"/v1/batches/{batch}"))["input_file_id"] == file
+
+    async def finish(self) -> None:
+        """Every batch ends, with one answer to each line."""
+        for batch, file in self.batches.items():
+            async with asyncio.timeout(60):
+                while (found := await self._call("GET", f"/v1/batches/{batch}"))["status"] != "completed":
+                    await asyncio.sleep(0.05)
+            answer = await self.http.get(
+                f"/v1/files/{found['output_file_id']}/content", headers=bearer(self.key)
+            )
+            said = [json.loads(one)["custom_id"] for one in answer.text.splitlines()]
+            assert said == [json.loads(one)["custom_id"] for one in self.files[file].splitlines()]
+
+    async def _call(self, method: str, path: str, **content: Any) -> dict[str, Any]:
+        answer = await self.http.request(method, path, headers=bearer(self.key), **content)
+        assert answer.status_code in (200, 201), answer.text
+        return dict(answer.json())
+
+
 async def test_all_that_was_acknowledged_and_nothing_half(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     seed = int(os.environ.get("SEED", "1"))
     rng = random.Random(seed)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
-        server = Server(tmp_path, http, port)
+    async with (
+        empty(DB, tmp_path) as url,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http,
+    ):
+        server = Server(tmp_path, http, port, changes={"database_url": url})
         await server.start()
         try:
             customers = [await _customer(http, f"t{n}", random.Random(seed * 100 + n)) for n in range(3)]
-            for _ in range(KILLS):
-                work = [asyncio.create_task(one.run()) for one in customers]
+            batcher = Batcher(http, (await _customer(http, "batches", rng)).key)
+            for number in range(KILLS):
+                if number % 20 == 19:
+                    print(f"{number + 1} of {KILLS}", flush=True)
+                work = [asyncio.create_task(one.run()) for one in (*customers, batcher)]
                 work += [asyncio.create_task(one.ask()) for one in customers]
                 await asyncio.sleep(rng.uniform(0.05, 2.0))
+                killed = time.monotonic()
                 await server.end(signal.SIGKILL)
                 await asyncio.gather(*work)
                 await server.start()
                 for one in customers:
-                    await one.look()
+                    await one.look(killed)
+                await batcher.look()
                 _hold_blobs(tmp_path / "data", customers)
-            assert sum(one.acknowledged for one in customers) >= KILLS
-            assert sum(one.answers for one in customers) >= KILLS
+                checked = (await http.get("/admin/v1/check", headers=ADMIN)).json()
+                assert checked["ok"], checked
+            await batcher.finish()
+            changed, answers = sum(one.acknowledged for one in customers), sum(one.sure for one in customers)
+            print(
+                f"\n{KILLS} kills, {DB}: {changed} changes, {answers} answers on record,"
+                f" {len(batcher.files)} files, {len(batcher.batches)} batches"
+            )
+            assert changed >= KILLS
+            assert answers >= KILLS
         finally:
             server.process.kill()
             server.process.join()
