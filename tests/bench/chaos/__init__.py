@@ -12,5 +12,6 @@ again, as an orchestrator would. After each fault there must be service for ever
 - what clients were told in ``usage`` is on record, and nothing twice
 
 Most faults run on the fake engine of the tests in a real server process, so that hundreds of them fit into
-an hour; those of the engine's own processes run on the real one (``ENGINE=real``).
+an hour; those of the engine's own processes run on the real one (``ENGINE=real``), under half of the
+customers.
 """

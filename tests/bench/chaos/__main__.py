@@ -17,7 +17,7 @@ from pathlib import Path
 from server.demo.base import CHECKOUT
 from tests.bench.chaos import service as services
 from tests.bench.chaos.faults import FAULTS, Fault
-from tests.bench.chaos.load import CONTROL, TENANTS, Load
+from tests.bench.chaos.load import CONTROL, Load
 from tests.bench.chaos.report import Row, longest_pause, table
 from tests.bench.chaos.service import Kind, Service
 from tests.bench.chaos.world import Missed, World
@@ -38,7 +38,8 @@ async def survived(world: World, since: float, lost: bool = False) -> bool:
     service, load = world.service, world.load
     deadline = time.monotonic() + AGAIN * (3 if load.real else 1)
     while time.monotonic() < deadline:
-        wanted = dict.fromkeys((*TENANTS, CONTROL) if lost else TENANTS, CLEARED if lost else ANSWERS)
+        who = (*load.tenants, CONTROL) if lost else load.tenants
+        wanted = dict.fromkeys(who, CLEARED if lost else ANSWERS)
         served = all(
             sum(at > since + 0.5 for at in load.served[tenant]) >= most for tenant, most in wanted.items()
         )
@@ -94,7 +95,7 @@ async def disturbed(world: World, fault: Fault) -> Row:
         missed += await asyncio.wait_for(load.look(world.killed), 60)
     except Exception as exc:
         missed += [f"it could not be looked at: {type(exc).__name__}: {exc}"]
-    pause = max(longest_pause(load.served[tenant], start, end) for tenant in TENANTS)
+    pause = max(longest_pause(load.served[tenant], start, end) for tenant in load.tenants)
     if (unfit := service.work / "violations").exists():
         missed += [f"the engine was misused: {unfit.read_text()[:200]}"]
         unfit.unlink()

@@ -8,6 +8,7 @@ import os
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ from adapters.model import WEIGHTS_FILE
 from adapters.store import backup
 from adapters.store.ownership import INSTALLATION_FILE
 from server.cli import data
+from tests.service.batches.test_batches import documents, ended, jsonl, line, started
 from tests.service.http.test_api import error
 from tests.support import tiny
 from tests.support.databases import KINDS, empty
 from tests.support.site import Site, bearer
 from tests.support.tiny import fake_site, settings
+
+ACME = "/admin/v1/tenants/acme/adapters"
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
@@ -62,18 +66,33 @@ async def test_a_backup_under_load_is_whole(tmp_path: Path) -> None:
             assert {version["digest"] for version in adapter["versions"]} <= blobs_in(restored)
 
 
-# ``BACKUP_MINUTES=5``: one every ten seconds, for so long.
+# ``BACKUP_MINUTES=5``: one every ten seconds, for so long; ``DB=postgres``: of PostgreSQL, and into it.
+DB = os.environ.get("DB", "sqlite")
 MINUTES = float(os.environ.get("BACKUP_MINUTES", "0"))
 BACKUPS, PAUSE = (round(MINUTES * 6), 10.0) if MINUTES else (3, 0.3)
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A backup, and what had been acknowledged when it was begun: uploads, batches, steps of a rollout."""
+
+    folder: Path
+    uploads: int
+    batches: int
+    steps: int
+
+
 async def test_each_of_many_backups_under_load_is_restored_checked_and_asked(tmp_path: Path) -> None:
     """What was acknowledged before a backup began is in it, and answers as it did."""
-    live = tmp_path / "live"
     acknowledged: list[tuple[str, str]] = []
-    taken: list[tuple[Path, int]] = []
-    async with fake_site(live, keep_versions=0) as site:
+    batches: list[tuple[str, bytes]] = []
+    steps: list[str] = []
+    taken: list[Taken] = []
+    async with empty(DB, tmp_path) as url, fake_site(tmp_path / "live", database_url=url) as site:
         key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        await site.upload("acme", "r", tiny.adapter(60))
+        await site.upload("acme", "r", tiny.adapter(61))
+        await site.admin.patch(f"{ACME}/r", json={"live": 1})
         going = True
 
         async def upload() -> None:
@@ -91,30 +110,78 @@ async def test_each_of_many_backups_under_load_is_restored_checked_and_asked(tmp
             while going:
                 assert (await site.chat(key, "hi", model="a")).status_code == 200
 
-        work = [asyncio.create_task(one) for one in (upload(), ask(), ask())]
+        async def send_batches() -> None:
+            async with site.openai(key) as client:
+                while going:
+                    lines = jsonl(line(f"{len(batches)}-{number}") for number in range(5))
+                    batches.append(((await started(client, lines)).id, lines))
+                    await asyncio.sleep(0.2)
+
+        async def roll_out() -> None:
+            while going:
+                made = await site.admin.post(f"{ACME}/r/rollouts", json={"version": 2})
+                assert made.status_code == 201, made.text
+                steps.append(made.json()["id"])
+                await asyncio.sleep(0.2)
+                ended = await site.admin.patch(f"{ACME}/r/rollouts/{steps[-1]}", json={"action": "roll_back"})
+                assert ended.status_code == 200, ended.text
+
+        work = [asyncio.create_task(one) for one in (upload(), ask(), ask(), send_batches(), roll_out())]
+        while not (acknowledged and batches and steps):
+            await asyncio.sleep(0.05)
         for number in range(BACKUPS):
             await asyncio.sleep(PAUSE)
-            count = len(acknowledged)
+            counts = len(acknowledged), len(batches), len(steps)
             made = await site.admin.post("/admin/v1/backup", timeout=600)
             assert made.status_code == 201, made.text
             kept = tmp_path / f"backup-{number}"
             await asyncio.to_thread(shutil.copytree, made.json()["folder"], kept, copy_function=os.link)
-            taken.append((kept, count))
+            taken.append(Taken(kept, *counts))
         going = False
         await asyncio.gather(*work)
-    assert taken[-1][1] > 0
-    for folder, count in taken:
-        restored = tmp_path / f"restored-{folder.name}"
-        assert await asyncio.to_thread(data.restore, settings(restored), folder) == 0
-        async with fake_site(restored) as site:
-            assert (await site.admin.get("/admin/v1/check")).json()["ok"]
-            for name, digest in acknowledged[max(0, count - 3) : count]:
-                said = await site.chat(key, "hi", model=name)
-                assert said.status_code == 200, said.text
-                assert said.json()["choices"][0]["message"]["content"].startswith(digest)
-            listed = (await site.admin.get("/admin/v1/tenants/acme/adapters")).json()["data"]
-            assert {name for name, _ in acknowledged[:count]} <= {adapter["name"] for adapter in listed}
+    assert min(taken[-1].uploads, taken[-1].batches, taken[-1].steps) > 0
+    for one in taken:
+        restored = tmp_path / f"restored-{one.folder.name}"
+        async with empty(DB, restored) as url:
+            there = settings(restored, database_url=url)
+            assert await asyncio.to_thread(data.restore, there, one.folder) == 0
+            async with fake_site(restored, database_url=url) as site:
+                await _as_acknowledged(
+                    site, key, acknowledged[: one.uploads], batches[: one.batches], steps[: one.steps]
+                )
         shutil.rmtree(restored, ignore_errors=True)
+    last = taken[-1]
+    print(
+        f"\n{len(taken)} backups, {DB}: {last.uploads} uploads, {last.batches} batches, {last.steps} rollouts"
+    )
+
+
+async def _as_acknowledged(
+    site: Site,
+    key: str,
+    uploads: list[tuple[str, str]],
+    batches: list[tuple[str, bytes]],
+    rollouts: list[str],
+) -> None:
+    """A restored server has all of these, and goes on with what had not ended."""
+    checked = (await site.admin.get("/admin/v1/check")).json()
+    assert checked["ok"], checked
+    for name, digest in uploads[-3:]:
+        said = await site.chat(key, "hi", model=name)
+        assert said.status_code == 200, said.text
+        assert said.json()["choices"][0]["message"]["content"].startswith(digest)
+    listed = (await site.admin.get(f"{ACME}?limit=1000")).json()["data"]
+    assert {name for name, _ in uploads} <= {adapter["name"] for adapter in listed}
+    async with site.openai(key) as client:
+        for id_, lines in batches[-2:]:
+            batch = await ended(client, id_)
+            assert batch.status == "completed"
+            assert (await client.files.content(batch.input_file_id)).content == lines
+            asked = [json.loads(one)["custom_id"] for one in lines.splitlines()]
+            assert [one["custom_id"] for one in await documents(client, batch.output_file_id)] == asked
+    for id_ in rollouts[-2:]:
+        found = (await site.admin.get(f"{ACME}/r/rollouts/{id_}")).json()
+        assert found["state"] in ("running", "rolled_back"), found
 
 
 async def test_the_next_backup_copies_what_is_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
