@@ -283,6 +283,7 @@ def _serve(settings: Settings) -> int:
             port=settings.port,
             loop="uvloop",
             http=BoundedHeads,
+            ws="none",
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=5,

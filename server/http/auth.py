@@ -22,14 +22,21 @@ T = TypeVar("T")
 
 
 # Headers that decide who asks for what: of two, a proxy and this server might each read another one.
-SINGLE_HEADERS = ("Authorization", "X-Customer-ID", "X-API-Key", "Idempotency-Key", "Content-Type")
+SINGLE_HEADERS = ("Authorization", "X-Customer-ID", "X-API-Key", "Idempotency-Key", "Content-Type", "Host")
 
 
 async def single_headers(request: Request) -> None:
-    """BadRequest (``duplicate_header``) if one of ``SINGLE_HEADERS`` comes twice."""
+    """BadRequest (``duplicate_header``) if one of ``SINGLE_HEADERS`` comes twice, or two headers two keys."""
     for name in SINGLE_HEADERS:
         if len(request.headers.getlist(name)) > 1:
             raise BadRequest(f"The header {name} came more than once.", code="duplicate_header", param=name)
+    authorization, key = request.headers.get("authorization"), request.headers.get("x-api-key")
+    if authorization is not None and key is not None and authorization.split()[-1:] != key.split():
+        raise BadRequest(
+            "Authorization and X-API-Key name different keys. Send one of the two headers.",
+            code="conflicting_keys",
+            param="X-API-Key",
+        )
 
 
 async def _slowed(request: Request, check: Awaitable[T]) -> T:

@@ -14,6 +14,7 @@ from http import HTTPStatus
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -56,6 +57,10 @@ class BoundedHeads(HttpToolsProtocol):
     ``rest_seconds``; a connection that the server closes meanwhile is closed ``_LINGER`` seconds after its
     answer. More than ``PIPELINED`` requests ahead of their answers end the connection. At most ``limit``
     connections are open: a new one takes the place of those that have been idle longest.
+
+    Trailers are thrown away: as headers they would come behind all that a proxy looked at. A request to go on
+    in another protocol is answered in this one, its body too, which Java's client sends along; llhttp would
+    take that for the next request.
     """
 
     seconds: ClassVar[float] = 60.0
@@ -85,12 +90,41 @@ class BoundedHeads(HttpToolsProtocol):
         if self._between:
             self._begin()
         self._body = 0
-        super().data_received(data)
+        self._feed(data)
         self._received = max(0, self._received + len(data) - self._body - _CHUNKED * self._body)
         if self._overrun:
             self.transport.close()
         elif not self._between and self._received > HEAD_BYTES:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "head_too_large")
+
+    def _feed(self, data: bytes) -> None:
+        """As uvicorn's, except for an upgrade: what came is read again without the wish for one."""
+        self._unset_keepalive_if_required()
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    data = self._plain_head() + data[upgrade.args[0] :]
+                    self.parser = httptools.HttpRequestParser(self)
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _plain_head(self) -> bytes:
+        """The head that was read last, without an upgrade. Raises HttpParserError for CONNECT."""
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        if method == b"CONNECT":
+            raise httptools.HttpParserError("CONNECT is for proxies")
+        lines = [b"%s %s HTTP/%s" % (method, self.url, version.encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b"close" if b"close" in value.lower() else b"keep-alive"
+            if name != b"upgrade":
+                lines.append(b"%s: %s" % (name, value))
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         if self._between:  # the next one came along with the end of the one before
@@ -100,12 +134,13 @@ class BoundedHeads(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= PIPELINED:
             self._overrun = True
-        if self._overrun:
+        if self._overrun or self.parser.should_upgrade():
             return
         self._late.cancel()
         self._in_head = False
         self._received = 0
         super().on_headers_complete()
+        self.headers = []  # where trailers go; the request keeps its own
 
     def on_body(self, body: bytes) -> None:
         self._body += len(body)
@@ -113,7 +148,7 @@ class BoundedHeads(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self._overrun:
+        if self._overrun or self.parser.should_upgrade():
             return
         self._late.cancel()
         self._between = True

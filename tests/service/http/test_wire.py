@@ -1,0 +1,131 @@
+"""One request, read in one way: nothing behind it, and no other protocol, is taken for a part of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import tiny
+from tests.support.bad_requests import CHAT, GOOD
+from tests.support.site import SERVICE_KEY, Site, bearer
+from tests.support.tiny import fake_site
+
+BODY = json.dumps(GOOD[CHAT]).encode()
+# What Java's own client sends with a first request, whatever its method.
+H2C = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAA")
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with fake_site(tmp_path) as site:
+        yield site
+
+
+@pytest.fixture
+async def key(site: Site) -> str:
+    return await site.tenant("acme", {"a": tiny.adapter(1)})
+
+
+async def told(site: Site, *pieces: bytes) -> bytes:
+    """All that comes back for ``pieces``, sent one after the other; the last answer closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(site.url.rsplit(":", 1)[1]))
+    for piece in pieces:
+        writer.write(piece)
+        await asyncio.sleep(0.02)
+    try:
+        async with asyncio.timeout(10):
+            return await reader.read()
+    finally:
+        writer.close()
+
+
+def head(*lines: str, first: str = f"POST {CHAT} HTTP/1.1") -> bytes:
+    return "".join(f"{line}\r\n" for line in (first, "Host: x", *lines, "")).encode()
+
+
+def chunked(key: str, trailer: str, *lines: str) -> bytes:
+    auth = (f"Authorization: Bearer {key}",) if key else ()
+    sent = head("Transfer-Encoding: chunked", "Connection: close", *auth, *lines)
+    return sent + b"%x\r\n%s\r\n0\r\n%s\r\n\r\n" % (len(BODY), BODY, trailer.encode())
+
+
+async def test_trailers_are_no_headers(site: Site, key: str) -> None:
+    """They come behind what a proxy checked, so they name neither a key nor a customer."""
+    assert (await told(site, chunked("", f"Authorization: Bearer {key}"))).startswith(b"HTTP/1.1 401 ")
+    assert (await told(site, chunked(SERVICE_KEY, "X-Customer-ID: acme"))).startswith(b"HTTP/1.1 400 ")
+    assert (await told(site, chunked("", f"x-api-key: {key}"))).startswith(b"HTTP/1.1 401 ")
+    for trailer in (f"Authorization: Bearer {key}", "X-Customer-ID: globex", "X-Vllm-Priority: 1"):
+        assert (await told(site, chunked(key, trailer))).startswith(b"HTTP/1.1 200 "), trailer
+
+
+@pytest.mark.parametrize("length", ["Content-Length", "chunked"])
+async def test_a_wish_for_another_protocol_is_not_granted_and_its_body_is_read(
+    site: Site, key: str, length: str
+) -> None:
+    framed = {
+        "Content-Length": (f"Content-Length: {len(BODY)}", BODY),
+        "chunked": ("Transfer-Encoding: chunked", b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)),
+    }
+    line, body = framed[length]
+    asked = head(f"Authorization: Bearer {key}", line, *H2C)
+    closing = head(f"Authorization: Bearer {key}", "Connection: close", first="GET /v1/models HTTP/1.1")
+    for pieces in ([asked + body + closing], [asked, body, closing], [asked + body[:5], body[5:] + closing]):
+        answers = await told(site, *pieces)
+        assert answers.count(b"HTTP/1.1 200 ") == 2, answers
+        assert answers.count(b'"chat.completion"') == 1
+
+
+async def test_a_body_behind_an_upgrade_is_no_request(site: Site, key: str) -> None:
+    """A proxy that hands ``Upgrade`` on would take its answer for the next customer's."""
+    hidden = head(f"Authorization: Bearer {key}", first="GET /v1/models HTTP/1.1")
+    asked = head(
+        f"Authorization: Bearer {key}",
+        f"Content-Length: {len(hidden)}",
+        "Connection: Upgrade, close",
+        "Upgrade: h2c",
+    )
+    for pieces in ([asked + hidden], [asked, hidden]):
+        answers = await told(site, *pieces)
+        assert (answers.count(b"HTTP/1.1 "), answers[:12]) == (1, b"HTTP/1.1 400"), answers
+
+
+@pytest.mark.parametrize("wish", ["websocket", "h2c", "TLS/1.0, HTTP/1.1"])
+async def test_a_wish_without_a_body_is_answered_as_if_it_were_none(site: Site, key: str, wish: str) -> None:
+    asked = head(
+        f"Authorization: Bearer {key}",
+        "Connection: upgrade, close",
+        f"Upgrade: {wish}",
+        first="GET /v1/models HTTP/1.1",
+    )
+    answers = await told(site, asked)
+    assert answers.startswith(b"HTTP/1.1 200 ")
+    assert answers.count(b"HTTP/1.1 ") == 1
+
+
+async def test_connect_is_refused(site: Site) -> None:
+    answers = await told(site, head(first="CONNECT example.org:443 HTTP/1.1"))
+    assert answers.startswith(b"HTTP/1.1 400 ")
+
+
+async def test_two_headers_with_two_keys_are_refused(site: Site, key: str) -> None:
+    """A proxy may check one of them, and this server another."""
+    other = await site.tenant("globex", {"a": tiny.adapter(2)})
+    for url in (CHAT, "/v1/messages", "/admin/v1/tenants"):
+        answer = await site.http.post(url, json=GOOD[CHAT], headers={**bearer(key), "x-api-key": other})
+        assert answer.status_code == 400, url
+        assert answer.json()["error"].get("code", "conflicting_keys") == "conflicting_keys"
+    both = {**bearer(key), "x-api-key": key}
+    assert (await site.http.post(CHAT, json=GOOD[CHAT], headers=both)).status_code == 200
+
+
+async def test_two_hosts_are_refused(site: Site, key: str) -> None:
+    asked = head(
+        "Host: y", f"Authorization: Bearer {key}", "Connection: close", first="GET /v1/models HTTP/1.1"
+    )
+    answers = await told(site, asked)
+    assert answers.startswith(b"HTTP/1.1 400 ")
+    assert b"duplicate_header" in answers
