@@ -78,10 +78,15 @@ _BOOLEANS = frozenset(
         "spaces_between_special_tokens", "stream",
     }
 )  # fmt: skip
-_TOKEN_LISTS = frozenset({"allowed_token_ids", "logprob_token_ids", "stop_token_ids"})
+_TOKEN_LISTS = frozenset({"allowed_token_ids", "logprob_token_ids", "stop_token_ids", "tokens"})
+_PROMPTS = frozenset({"input", "prompt"})
+# What the engine's arrays hold; a larger one would end a step, and the engine with it.
+_LARGEST_INTEGER = 2**31 - 1
 _JSON_TYPES = {str: "a string", bool: "a boolean", float: "a decimal", int: "an integer", list: "an array"}
-# Below this a penalty makes infinities of ordinary logits.
-LEAST_REPETITION_PENALTY = 0.01
+# Beyond these a penalty makes infinities of ordinary logits.
+LEAST_REPETITION_PENALTY, LARGEST_REPETITION_PENALTY = 0.01, 100
+# The engine looks for patterns of each length after each token.
+LONGEST_REPETITION = 128
 
 _CONSTRAINTS = frozenset({"choice", "grammar", "json", "json_object", "regex", "structural_tag"})
 _STRUCTURED = _CONSTRAINTS | {
@@ -127,15 +132,23 @@ def check_type(name: str, value: Any, *, integer: bool = False) -> None:
     """
     if integer or name in INTEGERS:
         _check(name, value, int, "an integer")
+        if abs(value) > _LARGEST_INTEGER and name != "seed":
+            raise BadRequest(f"{name}: at most {_LARGEST_INTEGER}, but got more", param=name)
     elif name in _NUMBERS:
         _check(name, value, int | float, "a number")
-        if name == "repetition_penalty" and value < LEAST_REPETITION_PENALTY:
-            raise BadRequest(f"{name} must be at least {LEAST_REPETITION_PENALTY}", param=name)
+        if name == "repetition_penalty":
+            _check_range(name, value, LEAST_REPETITION_PENALTY, LARGEST_REPETITION_PENALTY)
     elif name in _BOOLEANS:
         if not isinstance(value, bool):
             raise _wrong(name, value, "a boolean")
     elif name in _TOKEN_LISTS:
         _check_tokens(name, value)
+    elif name in _PROMPTS and isinstance(value, list):
+        _check_prompts(name, value)
+    elif name == "repetition_detection" and isinstance(value, dict):
+        for member, number in value.items():
+            _check(f"{name}.{member}", number, int, "an integer")
+            _check_range(f"{name}.{member}", number, 0, LONGEST_REPETITION)
     elif name == "logit_bias" and isinstance(value, dict):
         for token, bias in value.items():
             _check(f"{name}.{token}", bias, int | float, "a number")
@@ -146,9 +159,28 @@ def _check(name: str, value: Any, kind: Any, wanted: str) -> None:
         raise _wrong(name, value, wanted)
 
 
+def _check_range(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise BadRequest(f"{name} must be from {least} to {most}", param=name)
+
+
+def _check_prompts(name: str, value: list[Any]) -> None:
+    """Token ids, or lists of them, hold nothing that could be read as one."""
+    kinds = set(map(type, value))
+    if kinds != {int} and int in kinds:
+        _check_tokens(name, value)
+    elif bool in kinds or float in kinds:
+        raise _wrong(name, value, "texts or token ids")
+    for place, item in enumerate(value if list in kinds else ()):
+        if isinstance(item, list):
+            _check_prompts(f"{name}.{place}", item)
+
+
 def _check_tokens(name: str, value: Any) -> None:
     if not isinstance(value, list):
         raise _wrong(name, value, "an array of integers")
+    if set(map(type, value)) <= {int}:  # at once: there may be as many as the vocabulary has
+        return
     for place, token in enumerate(value):
         _check(f"{name}.{place}", token, int, "an integer")
 

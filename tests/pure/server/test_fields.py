@@ -166,3 +166,60 @@ def test_the_older_names_of_a_constraint() -> None:
 def test_a_message_that_is_gone_on_with() -> None:
     kept = DIALECTS["chat"].allowed_fields({**LEAST["chat"], "continue_final_message": True})
     assert kept["add_generation_prompt"] is False
+
+
+LARGEST = 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("chat", "top_k"),
+        ("chat", "thinking_token_budget"),
+        ("chat", "max_completion_tokens"),
+        ("completion", "prompt_logprobs"),
+        ("completion", "min_tokens"),
+        ("completion", "truncate_prompt_tokens"),
+        ("responses", "max_output_tokens"),
+        ("responses", "max_tool_calls"),
+        ("messages", "top_k"),
+        ("embedding", "dimensions"),
+    ],
+)
+def test_whole_numbers_fit_the_engines_arrays(kind: str, name: str) -> None:
+    """A larger one would end a step on a GPU, or stay behind in the engine's front end as a request."""
+    dialect = DIALECTS[kind]
+    assert dialect.allowed_fields({**LEAST[kind], name: LARGEST})[name] == LARGEST
+    for value in (LARGEST + 1, -LARGEST - 1, 2**63, 10**30):
+        with pytest.raises(BadRequest, match=str(LARGEST)) as refused:
+            dialect.allowed_fields({**LEAST[kind], name: value})
+        assert refused.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [1, True]}, "prompt.1"),
+        ({"prompt": [1, "a"]}, "prompt.1"),
+        ({"prompt": [[1], [1, 2.0]]}, "prompt.1.1"),
+        ({"prompt": [1.0]}, "prompt"),
+        ({"allowed_token_ids": [1, "2"]}, "allowed_token_ids.1"),
+        ({"repetition_penalty": 1e308}, "repetition_penalty"),
+        ({"repetition_penalty": 101}, "repetition_penalty"),
+        ({"repetition_detection": {"max_pattern_size": 10**6}}, "repetition_detection.max_pattern_size"),
+        ({"repetition_detection": {"min_count": "2"}}, "repetition_detection.min_count"),
+        ({"repetition_detection": {"min_count": -1}}, "repetition_detection.min_count"),
+    ],
+)
+def test_numbers_that_are_none_or_cost_too_much(changes: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        DIALECTS["completion"].allowed_fields({"prompt": "hi", **changes})
+    assert refused.value.param == param
+
+
+def test_tokens_of_a_text_are_whole_numbers() -> None:
+    for tokens in ([True], ["1"], [1.0], "1", {}):
+        with pytest.raises(BadRequest, match="tokens"):
+            DIALECTS["detokenize"].allowed_fields({"tokens": tokens})
+    assert DIALECTS["detokenize"].allowed_fields({"tokens": [1, 2]})["tokens"] == [1, 2]
