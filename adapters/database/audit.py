@@ -19,7 +19,8 @@ from adapters.database.rows import AuditRow, matching, now
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """``admin``, ``key <id>`` or ``system``, and the request it made."""
+    """Who acts, and the request it made: ``admin`` or ``admin <name>`` by an admin key, ``person <name>``
+    who operates and signed in, ``key <id>`` or ``member <name>`` of a customer, ``system``."""
 
     name: str
     request_id: str | None = None

@@ -24,6 +24,7 @@ from adapters.database.database import Database
 from adapters.database.rows import KeyRow, MetaRow, TenantRow
 from server.accounts.keys import DEFAULT_SCOPES, KeyInfo, KeyScope, digest_of, key_info
 from server.accounts.people import SETTINGS_KEY, People, Person, Role
+from server.accounts.sign_ins import SignIns
 from server.accounts.tenants import Tenant, Tenants, tenant_of
 from server.errors import BadRequest, Forbidden, NotFound, Unauthorized
 
@@ -74,6 +75,7 @@ class Authentication:
         self._database = database
         self._tenants = Tenants(database)
         self._people = People(database)
+        self.sign_ins = SignIns()
         self._configured = admin_key is not None
         self._admin = digest_of(admin_key) if admin_key is not None else None
         self._service = digest_of(service_key) if service_key is not None else None
@@ -116,7 +118,7 @@ class Authentication:
         scopes = scopes or DEFAULT_SCOPES
         key = _bearer(authorization)
         digest = digest_of(key)
-        if self._is(digest, self._admin) or await self._people.holder(key) is not None:
+        if self._is(digest, self._admin) or await self._operator(key) is not None:
             raise Forbidden("Admin keys cannot run inference. Use a key of a tenant.")
         if self._is(digest, self._service):
             if "inference" not in scopes:
@@ -159,7 +161,7 @@ class Authentication:
         digest = digest_of(key)
         if self._is(digest, self._admin):
             return SETTINGS_KEY
-        if (person := await self._people.holder(key)) is not None:
+        if (person := await self._operator(key)) is not None:
             person.check(role)
             return person
         if not self._is(digest, self._service):
@@ -191,12 +193,27 @@ class Authentication:
                 param="X-Customer-ID",
             ) from None
 
+    async def _operator(self, key: str) -> Person | None:
+        """Who operates with ``key``, beside the settings' own; None if nobody."""
+        signed_in = self.sign_ins.find(key)
+        return signed_in.person if signed_in else await self._people.holder(key)
+
     async def _holder(self, key: str) -> Tenant:
         """The tenant that ``key`` was issued to; Unauthorized."""
+        signed_in = self.sign_ins.find(key)
+        if signed_in is not None and signed_in.key is not None:
+            return replace(await self._tenant_of(signed_in.tenant), key=signed_in.key)
         if not TENANT_KEY.fullmatch(key):
             raise WrongKey(WRONG_KEY)
         digest = digest_of(key)
         return await self._by_key.get(digest, lambda: self._look_up(digest))
+
+    async def _tenant_of(self, tenant: str) -> Tenant:
+        """The tenant of somebody who is signed in; Unauthorized where it is gone."""
+        try:
+            return await self._by_id.get(tenant, lambda: self._tenants.get(tenant))
+        except NotFound:
+            raise Unauthorized("The customer that your account belongs to is not known here.") from None
 
     async def _key(self, tenant: str, key: str) -> KeyInfo:
         async with self._database.read() as session:

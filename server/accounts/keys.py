@@ -23,7 +23,10 @@ def digest_of(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class KeyInfo:
-    """A tenant's key, without the key itself. ``last_used_at`` may be a minute old."""
+    """A tenant's key, without the key itself. ``last_used_at`` may be a minute old.
+
+    ``person`` has somebody of the tenant who signed in and has no key of their own.
+    """
 
     id: str
     name: str | None
@@ -32,6 +35,12 @@ class KeyInfo:
     expires_at: datetime | None = None
     last_used_at: datetime | None = None
     limits: KeyLimits | None = None
+    person: str | None = None
+
+    @property
+    def actor(self) -> str:
+        """As the audit names it."""
+        return f"key {self.id}" if self.person is None else f"member {self.person}"
 
     def check(self, *scopes: KeyScope) -> None:
         """Unauthorized (``expired_api_key``), or Forbidden (``scope_missing``) without any of ``scopes``."""

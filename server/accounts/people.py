@@ -32,7 +32,10 @@ CACHED = 1024
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """``id`` is None for the key of the settings. Times as for a customer's key."""
+    """``id`` is None for the key of the settings. Times as for a customer's key.
+
+    ``signed_in`` has who was let in by a provider of identities, without a key of their own.
+    """
 
     id: str | None
     name: str
@@ -40,11 +43,13 @@ class Person:
     created_at: datetime | None = None
     expires_at: datetime | None = None
     last_used_at: datetime | None = None
+    signed_in: bool = False
 
     @property
     def actor(self) -> str:
         """As the audit names it."""
-        return "admin" if self.id is None else f"admin {self.name}"
+        kind = "person" if self.signed_in else "admin"
+        return "admin" if self.id is None else f"{kind} {self.name}"
 
     def check(self, role: Role) -> None:
         """Unauthorized (``expired_api_key``), or Forbidden (``role_missing``) for less than ``role``."""

@@ -21,7 +21,8 @@ class Session:
     """``key`` is the API key that was given at sign-in; every page asks the API with it.
 
     ``csrf`` is what a page must send along to change something. ``playground`` has the short-lived keys that
-    an operator made to try customers' adapters, by tenant. Times are in seconds of a monotonic clock.
+    an operator made to try customers' adapters, by tenant. ``id_token`` is the provider's where that let
+    somebody in, and ``person`` their name. Times are in seconds of a monotonic clock.
     """
 
     key: str
@@ -31,6 +32,9 @@ class Session:
     made: float
     used: float
     playground: dict[str, str] = field(default_factory=dict)
+    id_token: str | None = None
+    person: str | None = None
+    lifetime: float = LIFETIME_S
 
 
 class Sessions:
@@ -41,22 +45,26 @@ class Sessions:
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._tickets: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
-    def start(self, key: str, role: Role, name: str, now: float) -> tuple[str, Session]:
-        """A new session and the token for its cookie; beyond the limit, the one used longest ago ends."""
+    @staticmethod
+    def make(key: str, role: Role, name: str, now: float) -> Session:
+        """A session that has not started yet."""
+        return Session(key, role, name, secrets.token_urlsafe(32), now, now)
+
+    def start(self, session: Session) -> str:
+        """The token for its cookie; beyond the limit, the session used longest ago ends."""
         token = secrets.token_urlsafe(32)
-        session = Session(key, role, name, secrets.token_urlsafe(32), now, now)
         self._sessions[_digest(token)] = session
         while len(self._sessions) > self._limit:
             self._sessions.popitem(last=False)
-        return token, session
+        return token
 
     def find(self, token: str, now: float) -> Session | None:
-        """The session of this token, unless it was unused for ``IDLE_S`` or is older than ``LIFETIME_S``."""
+        """The session of this token, unless it was unused for ``IDLE_S`` or is older than ``lifetime``."""
         digest = _digest(token)
         session = self._sessions.get(digest)
         if session is None:
             return None
-        if now - session.used > IDLE_S or now - session.made > LIFETIME_S:
+        if now - session.used > IDLE_S or now - session.made > session.lifetime:
             del self._sessions[digest]
             return None
         session.used = now

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -25,7 +26,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import __version__
 from server.console import formats
 from server.console.api import Api, Refused
-from server.console.sessions import LIFETIME_S, Role, Session, Sessions
+from server.console.sessions import Role, Session, Sessions
+
+if TYPE_CHECKING:
+    from server.console.provided import Provided
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +92,14 @@ class Console:
         pages: Mapping[Role, Mapping[str, PageHandler]],
         forms: Mapping[Role, Mapping[str, PageHandler]],
         model: str,
+        provided: Provided | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
         self._pages = pages
         self._forms = forms
         self.model = model
+        self._provided = provided
         self._clock = clock
         self._sessions = Sessions()
         self._owner: object = None
@@ -116,6 +122,7 @@ class Console:
             Route("/sign-out", self._sign_out, methods=["POST"]),
             Route("/ticket", self._ticket, methods=["POST"]),
             Route("/enter", self._enter, methods=["GET"]),
+            *(self._provided.routes(self) if self._provided else []),
             Mount("/api", self._bridge),
             Mount("/static", StaticFiles(directory=HERE / "static")),
             *(Route(path, self._page(self._forms, path), methods=["POST"]) for path in all_of(self._forms)),
@@ -155,6 +162,7 @@ class Console:
             "model": self.model,
             "path": "/console" + request.url.path.removeprefix(root),
             "session": None,
+            "provider": self._provided.label if self._provided else None,
         }
         page = self._templates.get_template(template).render(shared | values)
         return Response(page, status, media_type="text/html")
@@ -193,9 +201,9 @@ class Console:
         return RedirectResponse(f"{self.root(request)}/sign-in{query}", 303)
 
     async def _sign_in(self, request: Request) -> Response:
-        after = _local(request.query_params.get("next", ""), self.root(request))
+        after = self.after(request)
         if request.method == "GET":
-            reason = "The key is no longer valid." if request.query_params.get("reason") else ""
+            reason = "Your session is over." if request.query_params.get("reason") else ""
             return self.render(request, "sign_in.html", error=reason, next=after)
         if not _same_origin(request):
             raise HTTPException(403, "This form was sent from another site.")
@@ -204,11 +212,25 @@ class Console:
         form = parse_qs((await request.body()).decode("utf-8", "replace"))
         key = form.get("key", [""])[0].strip()
         try:
-            role, name = await self._who(request, key)
+            session = await self.enter(request, key)
         except Refused as exc:
-            error = WRONG if exc.status in (401, 403) else exc.message
-            return self.render(request, "sign_in.html", exc.status, error=error, next=after)
-        return self._entered(request, key, role, name, after)
+            return self.refuse(request, exc.status, WRONG if exc.status in (401, 403) else exc.message)
+        return self.start(request, RedirectResponse(after, 303), session)
+
+    def after(self, request: Request) -> str:
+        """Where to go after signing in."""
+        return _local(request.query_params.get("next", ""), self.root(request))
+
+    def refuse(self, request: Request, status: int, error: str) -> Response:
+        """The way in once more, and why it did not open."""
+        return self.render(request, "sign_in.html", status, error=error, next=self.after(request))
+
+    def onward(self, request: Request, address: str) -> Response:
+        """A page that leads to ``address`` by itself.
+
+        No redirect: to one that begins at another site the browser would not send a strict cookie.
+        """
+        return self.render(request, "onward.html", address=address)
 
     async def _who(self, request: Request, key: str) -> tuple[Role, str]:
         """Role and name of whoever has this key; Refused for a key of neither operator nor customer."""
@@ -223,16 +245,20 @@ class Console:
             return "operator", str((await api.get("/admin/v1/me"))["name"])
         return "customer", str(me["tenant"]["id"])
 
-    def _entered(self, request: Request, key: str, role: Role, name: str, after: str) -> Response:
+    async def enter(self, request: Request, key: str) -> Session:
+        """A session of whoever has ``key``, for ``start``; Refused as ``_who``."""
+        role, name = await self._who(request, key)
+        return self._sessions.make(key, role, name, self._clock())
+
+    def start(self, request: Request, answer: Response, session: Session) -> Response:
+        """``answer`` with the cookie of ``session``, in the place of the one before."""
         old = request.cookies.get(COOKIE)
         if old:
             self._sessions.end(old)
-        token, _ = self._sessions.start(key, role, name, self._clock())
-        answer = RedirectResponse(after, 303)
         answer.set_cookie(
             COOKIE,
-            token,
-            max_age=int(LIFETIME_S),
+            self._sessions.start(session),
+            max_age=int(session.lifetime),
             path=self.root(request),
             httponly=True,
             samesite="strict",
@@ -247,9 +273,17 @@ class Console:
             if not hmac.compare_digest(form.get("csrf", [""])[0].encode(), session.csrf.encode()):
                 raise HTTPException(403, "This form is not from this console.")
             self._sessions.end(request.cookies[COOKIE])
-        answer = RedirectResponse(f"{self.root(request)}/sign-in", 303)
+        answer = await self._way_out(request, session)
         answer.delete_cookie(COOKIE, path=self.root(request))
         return answer
+
+    async def _way_out(self, request: Request, session: Session | None) -> Response:
+        """Through the provider, where it was the way in."""
+        if self._provided is not None and session is not None:
+            address = await self._provided.leave(self, request, session)
+            if address is not None:
+                return self.onward(request, address)
+        return RedirectResponse(f"{self.root(request)}/sign-in", 303)
 
     async def _ticket(self, request: Request) -> Response:
         """For a program that has a key: an address that signs a person in once, within ten minutes."""
@@ -266,15 +300,9 @@ class Console:
     async def _enter(self, request: Request) -> Response:
         key = self._sessions.redeem(request.query_params.get("ticket", ""), self._clock())
         if key is None:
-            return self.render(
-                request,
-                "sign_in.html",
-                401,
-                error="This address was used before, or is too old.",
-                next=f"{self.root(request)}/",
-            )
-        role, name = await self._who(request, key)
-        return self._entered(request, key, role, name, f"{self.root(request)}/")
+            return self.refuse(request, 401, "This address was used before, or is too old.")
+        answer = RedirectResponse(f"{self.root(request)}/", 303)
+        return self.start(request, answer, await self.enter(request, key))
 
     async def _bridge(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a script's call on to the API, with the session's key in the place of the cookie."""

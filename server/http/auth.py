@@ -71,7 +71,9 @@ async def tenant_of(request: Request, *scopes: KeyScope) -> Tenant:
     request.state.log["tenant"] = tenant.id
     if tenant.key is not None:
         services.usage_writer.used(tenant.key.id)
-        ACTOR.set(Actor(f"key {tenant.key.id}", request.state.request_id))
+        ACTOR.set(Actor(tenant.key.actor, request.state.request_id))
+        if tenant.key.person is not None:
+            request.state.log["person"] = tenant.key.person
     return tenant
 
 

@@ -104,7 +104,7 @@ async def own_audit(
     search = Search(owner.id, start=first, end=utc(end), after=after)
     found = await entries(services_of(request).database, search, limit + 1, newest=True)
     # Who of the operator's people it was is not the customer's to know.
-    told = [e if e["actor"].startswith("key ") else e | {"actor": "operator"} for e in found]
+    told = [e if e["actor"].startswith(("key ", "member ")) else e | {"actor": "operator"} for e in found]
     return page_of(told, limit, "id")
 
 

@@ -12,12 +12,13 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, YamlConf
 from sqlalchemy import make_url
 
 from server.settings.secrets import MASK, SECRETS, SecretFiles, masked
-from server.settings.serving import ALLOWED_MAX_RANKS, HOST_PER_GPU_SLOT, Price, Serving
+from server.settings.serving import ALLOWED_MAX_RANKS, HOST_PER_GPU_SLOT, Price
+from server.settings.sign_in import SignIn
 
 __all__ = ["ALLOWED_MAX_RANKS", "HOST_PER_GPU_SLOT", "MASK", "SECRETS", "Price", "Settings"]
 
 
-class Settings(Serving):
+class Settings(SignIn):
     """All of them."""
 
     def shown(self) -> dict[str, Any]:

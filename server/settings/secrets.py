@@ -26,7 +26,15 @@ def masked(name: str, value: Any) -> Any:
 
 
 # What may be in a file that LORAPLEX_<NAME>_FILE names.
-SECRETS = ("admin_key", "service_key", "metrics_key", "fleet_key", "limits_redis_url", "database_url")
+SECRETS = (
+    "admin_key",
+    "service_key",
+    "metrics_key",
+    "fleet_key",
+    "limits_redis_url",
+    "database_url",
+    "oidc_client_secret",
+)
 
 
 class SecretFiles(PydanticBaseSettingsSource):

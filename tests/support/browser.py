@@ -24,8 +24,9 @@ def chromium() -> str:
 
 
 @asynccontextmanager
-async def browsing(url: str, **options: Any) -> AsyncIterator[Page]:
-    """A page of a fresh profile; fails at its end if a script failed or anything went to another host."""
+async def browsing(url: str, *, elsewhere: tuple[str, ...] = (), **options: Any) -> AsyncIterator[Page]:
+    """A page of a fresh profile; fails at its end if a script failed or anything went to another host, but
+    to those that begin as ``elsewhere`` says."""
     faults: list[str] = []
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
@@ -37,7 +38,7 @@ async def browsing(url: str, **options: Any) -> AsyncIterator[Page]:
                 faults.append(line.text)
 
         def went(request: Request) -> None:
-            if not request.url.startswith((url, "data:")):
+            if not request.url.startswith((url, "data:", *elsewhere)):
                 faults.append(f"another host: {request.url}")
 
         page.on("pageerror", lambda error: faults.append(f"script: {error}"))
@@ -48,7 +49,7 @@ async def browsing(url: str, **options: Any) -> AsyncIterator[Page]:
         expect.set_options(timeout=20_000)
         yield page
         await browser.close()
-    assert faults == []
+    assert faults == [], faults
 
 
 async def sign_in(page: Page, key: str) -> None:

@@ -47,6 +47,8 @@ ONLY_IN = {
     "fastapi": {"server.app", "server.fleet", "server.http"},  # fleet: what a replica answers to gateways
     "starlette": {"server.fleet", "server.http", "server.console", "server.engine"},
     "jinja2": {"server.console"},
+    "authlib": {"server.console"},
+    "joserfc": {"server.console"},
     "uvicorn": {"server.__main__", "server.http"},
     "rich": {"server.__main__", "server.cli", "server.demo"},
     "typer": {"server.__main__", "server.cli"},

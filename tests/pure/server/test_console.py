@@ -179,20 +179,24 @@ def test_formats() -> None:
 
 def test_a_session_ends_when_it_is_not_used_and_when_it_is_old() -> None:
     sessions = Sessions()
-    token, session = sessions.start("key", "operator", "admin", 0.0)
+    session = sessions.make("key", "operator", "admin", 0.0)
+    token = sessions.start(session)
     assert sessions.find(token, IDLE_S) is session
     assert sessions.find(token, 2 * IDLE_S + 1) is None
-    token, _ = sessions.start("key", "operator", "admin", 0.0)
+    token = sessions.start(sessions.make("key", "operator", "admin", 0.0))
     at = 0.0
     while at <= LIFETIME_S:
         assert sessions.find(token, at) is not None
         at += IDLE_S / 2
     assert sessions.find(token, LIFETIME_S + 1) is None
+    session = sessions.make("key", "operator", "admin", 0.0)
+    session.lifetime = 60.0
+    assert sessions.find(sessions.start(session), 61.0) is None
 
 
 def test_sessions_are_bounded_and_the_oldest_one_ends() -> None:
     sessions = Sessions(limit=2)
-    tokens = [sessions.start(f"key {n}", "customer", "acme", 0.0)[0] for n in range(3)]
+    tokens = [sessions.start(sessions.make(f"key {n}", "customer", "acme", 0.0)) for n in range(3)]
     assert [sessions.find(token, 1.0) is not None for token in tokens] == [False, True, True]
     sessions.end(tokens[1])
     assert sessions.find(tokens[1], 1.0) is None

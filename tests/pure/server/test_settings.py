@@ -83,17 +83,23 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "drain_timeout": "0.0", "metrics_tenants": "0", "metrics_adapters": "0",
         "traces_url": "http://t:4318", "traces_share": "0.5",
         "log_format": "text", "log_level": "debug",
+        "oidc_issuer": "https://login.example", "oidc_client_id": "c", "oidc_client_secret": "o" * 16,
+        "oidc_scopes": "openid", "oidc_claim": "roles", "oidc_access": "{'a': 'admin'}",
+        "oidc_tenant_claim": "org", "oidc_domains": '["example.org"]', "oidc_name_claim": "upn",
+        "oidc_label": "us", "oidc_hours": "8.0",
     }  # fmt: skip
     assert values.keys() == Settings.model_fields.keys()
     for name, value in values.items():
-        monkeypatch.setenv(f"LORAPLEX_{name.upper()}", value)
+        monkeypatch.setenv(f"LORAPLEX_{name.upper()}", value.replace("'", '"'))
     settings = Settings.load()
     shown = {name: getattr(settings, name) for name in values}
-    for secret in ("admin_key", "service_key", "metrics_key", "limits_redis_url", "fleet_key"):
+    for secret in (
+        "admin_key", "service_key", "metrics_key", "limits_redis_url", "fleet_key", "oidc_client_secret",
+    ):  # fmt: skip
         assert shown[secret].get_secret_value() == values[secret]
         assert values[secret] not in repr(settings)
         del shown[secret], values[secret]
-    for several in ("import_prefixes", "same_bases", "cors_origins"):
+    for several in ("import_prefixes", "same_bases", "cors_origins", "oidc_domains"):
         assert shown.pop(several) == tuple(json.loads(values.pop(several)))
     assert {name: str(value) for name, value in shown.items()} == values
 

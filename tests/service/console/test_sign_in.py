@@ -213,7 +213,7 @@ async def test_a_revoked_key_ends_its_session(site: Site) -> None:
         assert (await site.admin.delete(f"/admin/v1/tenants/acme/keys/{found['id']}")).status_code == 204
         led = await client.get("/console/")
         assert (led.status_code, "reason=key" in led.headers["location"]) == (303, True)
-        assert "no longer valid" in (await client.get(led.headers["location"])).text
+        assert "session is over" in (await client.get(led.headers["location"])).text
         assert (await client.get("/console/static/console.css")).status_code == 200
 
 
