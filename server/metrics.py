@@ -51,6 +51,7 @@ class Gauges:
     quarantined: int = 0
     unfit: int = 0
     damaged: int = 0
+    differing: int = 0
     rollouts: Mapping[str, int] = field(default_factory=dict)
     replicas: Sequence[ReplicaGauges] = ()
     loaded: Sequence[Loaded] = ()
@@ -343,6 +344,11 @@ class Metrics:
             "loraplex_unserved_versions",
             "Versions that this engine does not serve (unfit), or whose files are not whole (damaged).",
             [({"reason": "unfit"}, now.unfit), ({"reason": "damaged"}, now.damaged)],
+        )
+        yield gauge(
+            "loraplex_differing_versions",
+            "Versions that answer, and differ from the golden probes they came with.",
+            [({}, now.differing)],
         )
         states = ("running", "held", "completed", "rolled_back")
         rollouts = [({"state": state}, now.rollouts.get(state, 0)) for state in states]

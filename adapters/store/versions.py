@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import and_, func, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
@@ -105,6 +105,16 @@ async def count_of(database: Database, digests: Collection[str], bases: Collecti
     others = select(VersionRow.digest).where(base.not_in(bases))
     async with database.read() as session:
         return count + sum(digest not in with_files for digest in await session.scalars(others))
+
+
+async def count_differing(database: Database) -> int:
+    """How many of the versions that answer differed from their golden probes when last held against them."""
+    belongs = and_(AdapterRow.tenant == VersionRow.tenant, AdapterRow.name == VersionRow.adapter)
+    answers = or_(AdapterRow.live == VersionRow.number, AdapterRow.split.is_not(None))
+    matches = VersionRow.report["golden"]["matches"].as_boolean()
+    query = select(func.count()).select_from(VersionRow).join(AdapterRow, belongs)
+    async with database.read() as session:
+        return await session.scalar(query.where(answers, matches.is_(False))) or 0
 
 
 async def every(database: Database, path_of: Callable[[str], Path]) -> AsyncIterator[Version]:

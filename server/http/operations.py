@@ -10,7 +10,7 @@ from dataclasses import replace
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from adapters.store.versions import count_of
+from adapters.store.versions import count_differing, count_of
 from server import __version__
 from server.http.answers import Health, Readiness
 from server.http.auth import METRICS
@@ -64,6 +64,7 @@ async def metrics(request: Request, services: ServicesOf) -> Response:
         quarantined=quarantined,
         unfit=await count_of(database, fitness.unfit, fitness.bases),
         damaged=await count_of(database, fitness.damaged),
+        differing=await count_differing(database),
         build=_build(services),
         disk_free=(await asyncio.to_thread(shutil.disk_usage, services.settings.data_dir)).free,
         rollouts=await services.judge.rows.counts(),

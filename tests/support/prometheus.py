@@ -62,13 +62,13 @@ class Prometheus:
 
 
 @asynccontextmanager
-async def prometheus(folder: Path, port: int) -> AsyncIterator[Prometheus]:
-    """Scrapes 127.0.0.1:``port`` twice a second, and evaluates our alerts as often."""
+async def prometheus(folder: Path, *ports: int) -> AsyncIterator[Prometheus]:
+    """Scrapes ``ports`` of 127.0.0.1 twice a second, and evaluates our alerts as often."""
     assert PROGRAM is not None
     folder.mkdir()
     (folder / "alerts.yml").write_text(hurried(ALERTS.read_text()))
     often = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
-    job = {"job_name": "loraplex", "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}
+    job = {"job_name": "loraplex", "static_configs": [{"targets": [f"127.0.0.1:{port}" for port in ports]}]}
     config = {"global": often, "rule_files": ["alerts.yml"], "scrape_configs": [job]}
     (folder / "prometheus.yml").write_text(json.dumps(config))  # which is YAML too
     own = free_port(0)
