@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -16,10 +16,18 @@ from server.console.sessions import Session
 from server.errors import Forbidden
 from server.settings.sign_in import SignIn
 
-if TYPE_CHECKING:
-    from server.console.web import Console
-
 COOKIE = "loraplex_signing_in"
+
+
+class Console(Protocol):
+    """What this needs of the console."""
+
+    def root(self, request: Request) -> str: ...
+    def after(self, request: Request) -> str: ...
+    def refuse(self, request: Request, status: int, error: str) -> Response: ...
+    def onward(self, request: Request, address: str) -> Response: ...
+    def start(self, request: Request, answer: Response, session: Session) -> Response: ...
+    async def enter(self, request: Request, key: str) -> Session: ...
 
 
 class Provided:
