@@ -26,6 +26,7 @@ from adapters.store.fitness import Fitness, Serving
 from adapters.store.idempotency import Receipts
 from adapters.store.objects import ObjectStore
 from adapters.store.ownership import FolderLock, Ownership
+from adapters.store.prompts import Prompts
 from adapters.store.quarantine import Quarantine
 from adapters.store.replicas import Replicas
 from adapters.store.rollouts import Rollouts
@@ -67,7 +68,9 @@ from server.publishing.probe import Prober
 from server.publishing.publish import Publishing, verify_all
 from server.publishing.quarantine import quarantine_key
 from server.rollouts.judge import Judge
+from server.rollouts.replay import Replayer
 from server.rollouts.runner import looking
+from server.rollouts.sampler import Sampler
 from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.nouns import Capacity
 from server.settings import Settings
@@ -320,7 +323,10 @@ def _services(
     answers: Answers,
     publishing: Publishing,
 ) -> Services:
-    completions = Completions(answers, stores.catalog, stores.metrics, stores.quotas)
+    key = settings.rollout_key
+    sampler = Sampler(Prompts(stores.database), key.get_secret_value() if key else None)
+    completions = Completions(answers, stores.catalog, stores.metrics, stores.quotas, sampler)
+    replayer = Replayer(sampler, completions, stores.authentication, engine)
     return Services(
         settings=settings,
         database=stores.database,
@@ -337,7 +343,7 @@ def _services(
         completions=completions,
         batches=runner_of(settings, stores.database, completions, stores.authentication, dispatcher),
         publishing=publishing,
-        judge=Judge(Rollouts(stores.database), publishing),
+        judge=Judge(Rollouts(stores.database), publishing, replayer),
         intake=Intake(
             settings.data_dir,
             partial(size_of, stores.database),

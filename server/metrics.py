@@ -95,6 +95,12 @@ class Metrics:
         self._requests = counter(
             "loraplex_requests", "Inference requests, by how they ended.", "tenant", "outcome"
         )
+        self._replays = counter(
+            "loraplex_rollout_replays", "Prompts that rollouts have replayed on both versions.", "outcome"
+        )
+        self._replay_tokens = counter(
+            "loraplex_rollout_replay_tokens", "Tokens of such replays, which no customer is billed for."
+        )
         self._prompt_tokens = counter(
             "loraplex_prompt_tokens", "Prompt tokens of requests that ran.", "tenant"
         )
@@ -177,9 +183,11 @@ class Metrics:
             (self._fetch, ("fetched", "failed")),
             (self._evictions, ("gpu", "host")),
             (self._moves, ("lost", "drained", "failed")),
+            (self._replays, ("compared", "failed")),
         ):
             for value in values:
                 family.labels(value)
+        self._replay_tokens.labels()
 
         self._batch_lines = counter(
             "loraplex_batch_lines",
@@ -294,6 +302,11 @@ class Metrics:
     def batch_ended(self, tenant: str, state: str) -> None:
         """A batch is ``completed``, ``failed``, ``expired`` or ``cancelled``."""
         self._batches.labels(self.label(tenant), state).inc()
+
+    def replayed(self, outcome: Literal["compared", "failed"], tokens: int) -> None:
+        """A rollout's prompt was replayed, for so many tokens."""
+        self._replays.labels(outcome).inc()
+        self._replay_tokens.labels().inc(tokens)
 
     def engine_restarted(self, reason: str) -> None:
         """The engine was lost (``reason``: "death" or "hang"), and is back."""

@@ -3,7 +3,7 @@
 tenants ──< keys
    ├─────< adapters ──< versions          meta: key -> value
    ├─────< uploads
-   ├─────< rollouts
+   ├─────< rollouts ──< rollout_prompts
    ├─────< upload_jobs                   admin_keys: people who operate
    ├─────< files ──< file_pieces
    └─────< batches ──< batch_results
@@ -135,6 +135,7 @@ class TenantRow(Base):
     limits: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     budgets: Mapped[dict[str, Any] | None] = mapped_column(_Json)
     suspended: Mapped[bool] = mapped_column(default=False, server_default=false())
+    sample_prompts: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
 class KeyRow(Base):
@@ -267,6 +268,22 @@ class RolloutRow(Base):
     revision: Mapped[int]
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class RolloutPromptRow(Base):
+    """A prompt that a rollout replays, encrypted with the key named ``key``; see ``adapters.store.prompts``.
+
+    Once it was replayed ``sealed`` is gone and ``result`` has numbers, until the rollout has taken them in.
+    """
+
+    __tablename__ = "rollout_prompts"
+
+    id: Mapped[int] = mapped_column(_RowId, primary_key=True)
+    rollout: Mapped[str] = mapped_column(ForeignKey("rollouts.id", ondelete="CASCADE"), index=True)
+    key: Mapped[str] = mapped_column(String(16))
+    sealed: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)
+    tries: Mapped[int]
+    result: Mapped[dict[str, Any] | None] = mapped_column(_Json)
 
 
 class AdminKeyRow(Base):

@@ -9,19 +9,28 @@ decide at the same time the second one changes nothing.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import undefer
 
 from adapters.database.audit import note
 from adapters.database.database import Database
-from adapters.database.rows import AdapterRow, RolloutRow, TenantRow, UsageRow, VersionRow, now
+from adapters.database.rows import (
+    AdapterRow,
+    Q,
+    RolloutPromptRow,
+    RolloutRow,
+    TenantRow,
+    UsageRow,
+    VersionRow,
+    now,
+)
 from adapters.errors import AdapterConflict, AdapterNotFound, AdapterQuarantined
 from adapters.model import is_adapter_name, is_tenant_id
 from adapters.store.versions import version_row
@@ -73,9 +82,13 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """An adapter and two of its versions, as they are now; a version that is gone is None."""
+    """An adapter and two of its versions, as they are now; a version that is gone is None.
+
+    ``samples`` if its tenant agrees that prompts are kept.
+    """
 
     answering: Answering
+    samples: bool
     quarantined: Mapping[int, str | None]
     reports: Mapping[int, Mapping[str, Any]]
 
@@ -134,11 +147,13 @@ class Rollouts:
         evidence: Mapping[str, Any] | None,
         seen: int,
         action: str | None = None,
+        replays: Sequence[int] = (),
     ) -> Stored | None:
         """What has become of ``before``, and what answers to the adapter from now on, at once.
 
         None, with nothing changed, where somebody else has changed the rollout or what answers since.
         ``action`` is what the audit calls it. What only the evidence has gained empties no read cache.
+        ``replays`` are rows of ``adapters.store.prompts`` that ``evidence`` has; at its end all go.
         """
         changes = answering != before.answering or state != before.state
         async with (self._database.write if changes else self._database.append)() as session:
@@ -162,6 +177,11 @@ class Rollouts:
             if not done.rowcount:  # type: ignore[attr-defined]
                 await session.rollback()
                 return None
+            prompts = delete(RolloutPromptRow).where(RolloutPromptRow.rollout == before.id)
+            if state not in ACTIVE:
+                await session.execute(prompts)
+            elif replays:
+                await session.execute(prompts.where(RolloutPromptRow.id.in_(replays)))
             if action is not None:
                 target = f"{before.adapter}@{before.version}"
                 was = before.answering.as_json()
@@ -226,29 +246,56 @@ class Rollouts:
                 VersionRow.number.in_((stored.version, live)),
             )
             found = list(await session.scalars(query))
+            tenant = await session.get(TenantRow, stored.tenant)
         reasons = {v.number: v.quarantine["reason"] if v.quarantine else None for v in found}
-        return Adapted(Answering.of(row), reasons, {v.number: v.report for v in found})
+        samples = tenant is not None and tenant.sample_prompts
+        return Adapted(Answering.of(row), samples, reasons, {v.number: v.report for v in found})
 
-    async def requests(self, stored: Stored, versions: Sequence[int]) -> list[UsageRow]:
-        """Single requests to the adapter's bare name that ended since, in that order; at most ``PAGE``.
+    async def samples(self, tenant: str) -> bool:
+        """Whether the tenant agrees that prompts are kept."""
+        async with self._database.read() as session:
+            row = await session.get(TenantRow, tenant)
+            return row is not None and row.sample_prompts
 
-        On PostgreSQL a process may write a row of a lower number after one of a higher; it is not counted.
-        """
-        query = select(UsageRow).where(
-            UsageRow.id > stored.seen,
-            UsageRow.tenant == stored.tenant,
-            UsageRow.adapter == stored.adapter,
-            UsageRow.version.in_(versions),
-            UsageRow.request_id.is_not(None),
-            UsageRow.numbered.is_(False),
-        )
+    @property
+    def late(self) -> bool:
+        """Whether a row of usage may appear after one of a higher number."""
+        return self._database.url.get_backend_name() != "sqlite"
+
+    async def requests(self, stored: Stored, versions: Sequence[int], beyond: int) -> list[UsageRow]:
+        """Single requests to the adapter's bare name beyond that row of usage, in order; at most ``PAGE``."""
+        query = _compared(select(UsageRow), stored, versions).where(UsageRow.id > beyond)
         async with self._database.read() as session:
             return list(await session.scalars(query.order_by(UsageRow.id).limit(PAGE)))
+
+    async def late_requests(
+        self, stored: Stored, versions: Sequence[int], floor: int, newest: int, known: Collection[int]
+    ) -> list[UsageRow]:
+        """Those after ``floor`` up to ``newest`` that are not ``known``: they were committed later."""
+        query = _compared(select(UsageRow.id), stored, versions)
+        query = query.where(UsageRow.id > floor, UsageRow.id <= newest)
+        async with self._database.read() as session:
+            missing = [id_ for id_ in await session.scalars(query) if id_ not in known][:PAGE]
+            if not missing:
+                return []
+            rows = select(UsageRow).where(UsageRow.id.in_(missing)).order_by(UsageRow.id)
+            return list(await session.scalars(rows))
 
     async def _again(self, id_: str) -> Stored | None:
         async with self._database.read() as session:
             row = await _whole(session, id_)
         return _stored(row) if row is not None else None
+
+
+def _compared(query: Q, stored: Stored, versions: Sequence[int]) -> Q:
+    """``query`` for requests of usage that a rollout compares."""
+    return query.where(
+        UsageRow.tenant == stored.tenant,
+        UsageRow.adapter == stored.adapter,
+        UsageRow.version.in_(versions),
+        UsageRow.request_id.is_not(None),
+        UsageRow.numbered.is_(False),
+    )
 
 
 def _check(row: AdapterRow, new: VersionRow) -> None:

@@ -19,7 +19,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.audit import note
 from adapters.database.database import Database
-from adapters.database.rows import MAX_INTEGER, KeyRow, TenantRow, VersionRow, containing, now
+from adapters.database.rows import (
+    MAX_INTEGER,
+    KeyRow,
+    RolloutPromptRow,
+    RolloutRow,
+    TenantRow,
+    VersionRow,
+    containing,
+    now,
+)
 from adapters.model import TENANT_PATTERN, is_tenant_id
 from server.accounts.keys import (
     DEFAULT_SCOPES,
@@ -50,7 +59,8 @@ class Tenant:
 
     ``weight`` is its share relative to others of its priority. ``cache_salt`` keeps its prefix cache apart
     from everybody else's and is never shown. ``key`` is the one it came with, None where a gateway vouches.
-    ``background`` where nobody waits for its request: see ``in_background``.
+    ``background`` where nobody waits for its request: see ``in_background``. ``sample_prompts`` if it agrees
+    that rollouts keep some of its prompts for a while.
     """
 
     id: str
@@ -65,6 +75,7 @@ class Tenant:
     limits: TenantLimits | None = None
     budgets: Budgets | None = None
     suspended: bool = False
+    sample_prompts: bool = False
     key: KeyInfo | None = field(default=None, compare=False)
     background: bool = False
 
@@ -89,7 +100,10 @@ class Tenant:
 
     def shown(self) -> dict[str, Any]:
         """As JSON for the operator."""
-        plain = ("id", "name", "weight", "priority", "base_allowed", "max_queued", "max_running", "suspended")
+        plain = (
+            "id", "name", "weight", "priority", "base_allowed", "max_queued", "max_running", "suspended",
+            "sample_prompts",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in plain} | {
             "created_at": self.created_at.isoformat(),
             "limits": (self.limits.stored() if self.limits else None) or {},
@@ -112,6 +126,7 @@ class TenantChanges(TypedDict, total=False):
     limits: TenantLimits
     budgets: Budgets
     suspended: bool
+    sample_prompts: bool
 
 
 class KeyChanges(TypedDict, total=False):
@@ -141,6 +156,7 @@ class Tenants:
         priority: Priority = "standard",
         limits: TenantLimits | None = None,
         budgets: Budgets | None = None,
+        sample_prompts: bool = False,
     ) -> Tenant:
         """``name`` is the id if None. Conflict if the id is taken, Unprocessable for what cannot be."""
         if not is_tenant_id(id):
@@ -152,6 +168,7 @@ class Tenants:
             "base_allowed": base_allowed,
             "max_queued": max_queued,
             "max_running": max_running,
+            "sample_prompts": sample_prompts,
         }
         _check(settings)
         row = TenantRow(
@@ -180,6 +197,9 @@ class Tenants:
         _check(changes)
         async with self._database.write() as session:
             row = await _row(session, id, lock=True)
+            if changes.get("sample_prompts") is False:
+                rollouts = select(RolloutRow.id).where(RolloutRow.tenant == id)
+                await session.execute(delete(RolloutPromptRow).where(RolloutPromptRow.rollout.in_(rollouts)))
             before = tenant_of(row).shown()
             for column, value in changes.items():
                 if isinstance(value, LimitSettings):
@@ -340,6 +360,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weight": (_is_weight, f"a number from {MIN_WEIGHT} to {MAX_WEIGHT:g}"),
     "priority": (lambda value: value in PRIORITIES, f"one of {', '.join(PRIORITIES)}"),
     "suspended": (lambda value: isinstance(value, bool), "true or false"),
+    "sample_prompts": (lambda value: isinstance(value, bool), "true or false"),
     "base_allowed": (lambda value: isinstance(value, bool), "true or false"),
     "max_queued": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
     "limits": (lambda value: isinstance(value, TenantLimits), "limits"),
@@ -363,4 +384,5 @@ def tenant_of(row: TenantRow) -> Tenant:
         limits=TenantLimits(**row.limits) if row.limits else None,
         budgets=Budgets(**row.budgets) if row.budgets else None,
         suspended=bool(row.suspended),
+        sample_prompts=bool(row.sample_prompts),
     )

@@ -163,4 +163,10 @@ def _numbers(document: Mapping[str, Any]) -> Sequence[Any]:
         for one in numbers["tests"]
     ]
     headings = ("test", "verdict", "evidence of harm", "of being safe", "compared")
-    return show.table(("", *versions), seen), "", show.table(headings, tests), ""
+    replays = numbers.get("replays")
+    replayed: tuple[Any, ...] = ()
+    if replays:
+        told = [f"replayed {name.replace('_', ' ')}" for name in replays]
+        replayed = (show.table(told, [tuple(replays.values())]), "")
+    parts = (show.table(("", *versions), seen), "", show.table(headings, tests), "")
+    return (*parts, *replayed)

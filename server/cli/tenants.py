@@ -46,9 +46,22 @@ def _fields(
     max_running: Limit = None,
     limits: Document = None,
     budgets: Document = None,
+    sample_prompts: Annotated[
+        bool | None,
+        typer.Option(
+            "--sample-prompts/--no-sample-prompts",
+            help="Whether rollouts may keep some prompts, encrypted, to replay them.",
+        ),
+    ] = None,
 ) -> dict[str, Any]:
     """The fields of a customer that were given."""
-    given = {"name": name, "weight": weight, "priority": priority, "base_allowed": base}
+    given = {
+        "name": name,
+        "weight": weight,
+        "priority": priority,
+        "base_allowed": base,
+        "sample_prompts": sample_prompts,
+    }
     bounds = {"max_queued": max_queued, "max_running": max_running}
     return _changes(given, bounds) | json_objects(limits=limits, budgets=budgets)
 

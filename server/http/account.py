@@ -43,6 +43,7 @@ async def me(tenant: Member, services: ServicesOf) -> dict[str, Any]:
         "tenant": {"id": tenant.id, "name": tenant.name, "created_at": tenant.created_at.isoformat()},
         "key": key.shown() if key else None,
         "scopes": list(key.scopes) if key else list(DEFAULT_SCOPES),
+        "sample_prompts": tenant.sample_prompts,
         "base": {"name": base.name, "allowed": tenant.base_allowed},
         "max_model_len": services.engine.max_model_len,
         **{name: value for name, value in (await limits_of(services, tenant)).items() if name != "tenant"},

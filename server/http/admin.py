@@ -47,6 +47,7 @@ class NewTenant(Body):
     max_running: int | None = Field(None, ge=1)
     limits: TenantLimits = TenantLimits()
     budgets: Budgets = Budgets()
+    sample_prompts: bool = False
 
 
 class TenantChange(Body):
@@ -61,6 +62,7 @@ class TenantChange(Body):
     limits: TenantLimits = TenantLimits()
     budgets: Budgets = Budgets()
     suspended: bool | None = None
+    sample_prompts: bool | None = None
 
 
 class KeyChange(Body):

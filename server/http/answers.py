@@ -75,6 +75,9 @@ class Tenant(Answer):
     max_queued: Count | None
     max_running: Count | None
     suspended: bool
+    sample_prompts: Annotated[
+        bool, Field(description="Whether rollouts may keep some prompts, encrypted, to replay them.")
+    ]
     limits: dict[str, JsonValue]
     budgets: dict[str, JsonValue]
     created_at: Time

@@ -198,6 +198,9 @@ class Me(Answer):
     tenant: Customer
     key: Key | None
     scopes: list[KeyScope]
+    sample_prompts: Annotated[
+        bool, Field(description="Whether rollouts may keep some prompts, encrypted, to replay them.")
+    ]
     base: UsableBase
     max_model_len: Count
     limits: list[Limit]

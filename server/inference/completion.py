@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -57,6 +57,15 @@ class Answers(Protocol):
         """What the tokenizer says of ``fields``, as ``version`` chats. BadRequest for what it refuses."""
 
 
+class Sampler(Protocol):
+    """Who keeps prompts of some requests; see ``server.rollouts.sampler``. Nothing is ``wanted`` but of
+    adapters that are being rolled out, whose customers have agreed."""
+
+    @property
+    def wanted(self) -> Mapping[tuple[str, str], Any]: ...
+    def take(self, order: Order) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Completions:
     """What a completion needs; made once by ``create_app``."""
@@ -65,6 +74,7 @@ class Completions:
     catalog: Catalog
     metrics: Metrics
     quotas: Quotas = field(default_factory=Quotas)
+    sampler: Sampler | None = None
 
 
 class Reserved(Protocol):
@@ -154,7 +164,11 @@ async def open_completion(
             prompt_tokens=estimate_prompt_tokens(text),
             elastic=elastic,
         )
-        return await service.answers.open(order)
+        completion = await service.answers.open(order)
+        sampler = service.sampler
+        if sampler is not None and sampler.wanted and not asked.numbered:
+            sampler.take(order)
+        return completion
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ smaller.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -39,6 +39,9 @@ class Guards(BaseModel):
     ``errors``, ``refusals`` and ``finish`` are parts of the requests (0.02 is two in a hundred more),
     ``first_token``, ``tokens_per_second`` and ``length`` are ratios. ``min_samples`` requests of the new
     version are looked at before each step. ``probes``: whether golden probes must match at each step.
+
+    ``drift`` and ``divergence`` (nats) and ``changed`` (a part of the answers) bound what replayed prompts
+    show, see ``REPLAYED``; none of them is set by default.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -51,7 +54,15 @@ class Guards(BaseModel):
     tokens_per_second: float | None = Field(1.5, ge=1.01, le=100)
     length: float | None = Field(1.25, ge=1.01, le=100)
     finish: float | None = Field(0.1, ge=0.001, le=0.5)
+    drift: float | None = Field(None, ge=0.0001, le=100)
+    divergence: float | None = Field(None, ge=0.0001, le=100)
+    changed: float | None = Field(None, ge=0.001, le=0.999)
     probes: bool = True
+
+    @property
+    def replays(self) -> tuple[str, ...]:
+        """The guards that need replayed prompts."""
+        return tuple(name for name in REPLAYED if getattr(self, name) is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +176,40 @@ class _Ratios(_Bounded):
         return sum((new > one + by) - (new < one + by) for one in live) / len(live), -1.0
 
 
+class _Often:
+    """How often something happens, beside a share of the cases: 1 for each case in which it does, else 0."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._harm, self._safe = Bets(), Bets()
+
+    def see(self, new: float, live: list[float]) -> None:
+        self._harm.see(new - self._share, -self._share)
+        self._safe.see(self._share - new, self._share - 1)
+
+    def harm(self) -> float:
+        return self._harm.log_e
+
+    def safe(self) -> float:
+        return self._safe.log_e
+
+    def as_json(self) -> dict[str, Any]:
+        return {"harm": self._harm.money, "safe": self._safe.money}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        self._harm, self._safe = Bets(list(kept["harm"])), Bets(list(kept["safe"]))
+
+
+# Guards of what replayed prompts show, and what the new version does where they say harm. `changed` is the
+# share of the answers that differ; of the others the bound is on the median prompt, whose share is a half.
+REPLAYED = {
+    "drift": "gives its tokens other probabilities",
+    "divergence": "expects other tokens",
+    "changed": "changes too many answers",
+}
+_HALF = 0.5
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """One test of a guard: what of a request it takes, and what it gathers evidence with."""
@@ -262,6 +307,12 @@ def _no_numbers() -> dict[str, float]:
     return dict.fromkeys((*NUMBERS, *SUMS, *(f"{name}_of" for name in SUMS)), 0)
 
 
+def _no_replays() -> dict[str, float]:
+    return dict.fromkeys(
+        ("prompts", "failed", "tokens", "changed", "drift", "largest_drift", "divergence"), 0
+    )
+
+
 class Evidence:
     """All that was seen of both versions since a rollout began, and what it says."""
 
@@ -272,32 +323,51 @@ class Evidence:
             for name, kind in KINDS.items()
             if (tolerance := getattr(guards, kind.guard)) is not None
         }
+        for name in guards.replays:
+            self._running[name] = _Running(_Often(guards.changed or _HALF if name == "changed" else _HALF))
         self.new = _no_numbers()
         self.live = _no_numbers()
+        self.replays = _no_replays()
 
     def see(self, seen: Seen, *, is_new: bool) -> None:
         """Takes one request, in the order in which they ended."""
         _count(self.new if is_new else self.live, seen)
-        for name, running in self._running.items():
-            value = KINDS[name].value(seen)
+        for name, kind in KINDS.items():
+            value = kind.value(seen) if name in self._running else None
             if value is not None:
-                running.see(float(value), is_new)
+                self._running[name].see(float(value), is_new)
+
+    def see_replay(self, found: Mapping[str, Any]) -> None:
+        """Takes one replayed prompt, as ``server.rollouts.replay`` has compared its answers."""
+        totals = self.replays
+        if "failed" in found:
+            totals["failed"] += 1
+            return
+        totals["prompts"] += 1
+        totals["largest_drift"] = max(totals["largest_drift"], found["drift"])
+        for name in ("tokens", "changed", "drift", "divergence"):
+            totals[name] += found[name]
+        for name in self._guards.replays:
+            bound = getattr(self._guards, name)
+            running = self._running[name]
+            running.test.see(found[name] if name == "changed" else float(found[name] > bound), [])
+            running.compared += 1
 
     def findings(self) -> list[Finding]:
         """What each test says, those with the most evidence of harm first."""
-        most = max((running.compared for running in self._running.values()), default=0)
+        most = max((self._running[name].compared for name in KINDS if name in self._running), default=0)
         rate = self._guards.error_rate
         found = [
             Finding(
                 test=name,
-                guard=KINDS[name].guard,
-                worse=KINDS[name].worse,
+                guard=name if name in REPLAYED else KINDS[name].guard,
+                worse=REPLAYED[name] if name in REPLAYED else KINDS[name].worse,
                 compared=running.compared,
                 harm=running.test.harm(),
                 safe=running.test.safe(),
                 enough_harm=math.log(len(self._running) / rate),
                 enough_safe=math.log(1 / rate),
-                applies=running.compared > 0 and running.compared >= most * APPLIES,
+                applies=name in REPLAYED or (running.compared > 0 and running.compared >= most * APPLIES),
             )
             for name, running in self._running.items()
         ]
@@ -310,7 +380,7 @@ class Evidence:
             | {"compared": running.compared, "waiting": running.new, "beside": running.live}
             for name, running in self._running.items()
         }
-        return {"tests": tests, "new": self.new, "live": self.live}
+        return {"tests": tests, "new": self.new, "live": self.live, "replays": self.replays}
 
     @classmethod
     def from_json(cls, guards: Guards, kept: dict[str, Any] | None) -> Evidence:
@@ -322,6 +392,7 @@ class Evidence:
                 running.compared = one["compared"]
                 running.new, running.live = list(one["waiting"]), list(one["beside"])
             evidence.new, evidence.live = dict(kept["new"]), dict(kept["live"])
+            evidence.replays = dict(kept.get("replays") or _no_replays())
         return evidence
 
     def numbers(self) -> dict[str, Any]:
@@ -329,6 +400,7 @@ class Evidence:
         return {
             "new": _shown(self.new),
             "live": _shown(self.live),
+            "replays": _shown_replays(self.replays),
             "tests": [finding.as_json() for finding in self.findings()],
         }
 
@@ -363,6 +435,21 @@ def _shown(numbers: dict[str, float]) -> dict[str, float | None]:
         "tokens_per_second": round(1 / token, 3) if token else None,
         "output_tokens": mean("length", "length_of"),
         "cut_short": mean("cut", "finished"),
+    }
+
+
+def _shown_replays(totals: Mapping[str, float]) -> dict[str, float | None] | None:
+    """Means over the prompts; None before the first one."""
+    prompts, failed = int(totals["prompts"]), int(totals["failed"])
+    if not prompts + failed:
+        return None
+    means = {
+        name: round(totals[name] / prompts, 5) if prompts else None
+        for name in ("changed", "drift", "divergence")
+    }
+    largest = round(totals["largest_drift"], 5)
+    return {"prompts": prompts, "failed": failed, "tokens": int(totals["tokens"]), **means} | {
+        "largest_drift": largest
     }
 
 

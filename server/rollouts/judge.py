@@ -14,12 +14,13 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from adapters.database.audit import ACTOR
-from adapters.database.rows import now
+from adapters.database.rows import UsageRow, now
 from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, AdapterRejected
 from adapters.store.rollouts import PAGE, Adapted, Rollouts, Stored
-from server.errors import ServerError
+from server.errors import ServerError, Unprocessable
 from server.publishing.publish import Publishing, move_pin, verify
 from server.rollouts.guards import Evidence, Guards
+from server.rollouts.late import Window
 from server.rollouts.plan import (
     GUARDS,
     STANDARD_GUARDS,
@@ -35,6 +36,7 @@ from server.rollouts.plan import (
     probed,
     resume,
 )
+from server.rollouts.replay import Replayer
 from server.rollouts.stored import answering, document, rollout_of, seen_of
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 Act = Literal["pause", "resume", "forward", "roll_back", "back"]
 # Who holds a rollout whose live version is out of service.
 SERVER = "server"
+NO_REPLAYS = "replayed prompts, which are no longer kept: take it further by hand, or back"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,30 +59,82 @@ class Wish:
 STANDARD = Wish()
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Requests that were read, the newest row of usage, and what may still come below it."""
+
+    records: Sequence[UsageRow]
+    newest: int
+    window: Window | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """The evidence with what a look has taken in; ``replays`` are rows of the prompts' store."""
+
+    evidence: Evidence
+    read: _Read
+    replays: Sequence[int]
+
+    def is_new(self, before: Stored) -> bool:
+        return bool(self.read.records or self.replays) or self.read.newest != before.seen
+
+    def as_json(self) -> dict[str, Any]:
+        window = self.read.window
+        return self.evidence.as_json() | ({"late": window.as_json()} if window is not None else {})
+
+
 class Judge:
-    """Decides on rollouts; ``clock`` says what time it is. ``begun`` is set when there is a new one."""
+    """Decides on rollouts; ``clock`` says what time it is. ``begun`` is set when there is a new one.
+
+    ``replayer`` has the prompts that rollouts keep.
+    """
 
     def __init__(
-        self, rows: Rollouts, publishing: Publishing, *, clock: Callable[[], datetime] = now
+        self,
+        rows: Rollouts,
+        publishing: Publishing,
+        replayer: Replayer,
+        *,
+        clock: Callable[[], datetime] = now,
     ) -> None:
         self.rows = rows
+        self.replayer = replayer
         self._publishing = publishing
         self._clock = clock
         self.begun = asyncio.Event()
 
     async def start(self, tenant: str, adapter: str, version: int, wish: Wish = STANDARD) -> Stored:
-        """Begins a rollout, whose first share waits for probes; raises as ``Rollouts.start``."""
+        """Begins a rollout, whose first share waits for probes; raises as ``Rollouts.start``.
+
+        Unprocessable for guards that need replayed prompts where there are none.
+        """
 
         def made(live: int) -> Mapping[str, Any]:
             hold = timedelta(seconds=wish.hold)
             new = Rollout(version, live, self._clock(), tuple(wish.steps), hold, wish.guards)
             return document(replace(new, waits_for="golden probes"))
 
+        if wish.guards.replays:
+            await self._check_replays(tenant, wish.guards)
         await self._settle(tenant, adapter)
         stored = await self.rows.start(tenant, adapter, version, made)
         logger.info("rollout of %s/%s@%d begins", tenant, adapter, version)
         self.begun.set()
         return stored
+
+    async def _check_replays(self, tenant: str, guards: Guards) -> None:
+        why = None
+        if not self.replayer.possible:
+            why = "this server replays no prompts: LORAPLEX_ROLLOUT_KEY is not set, or it makes embeddings"
+        elif not await self.rows.samples(tenant):
+            why = (
+                "this customer's prompts are not kept: the operator sets `sample_prompts` once it has agreed"
+            )
+        if why is not None:
+            raise Unprocessable(
+                f"This guard needs replayed prompts, and {why}.", param=f"guards.{guards.replays[0]}"
+            )
 
     async def check_idle(self, tenant: str, adapter: str) -> None:
         """AdapterConflict (``rollout_running``) while a rollout of the adapter is under way."""
@@ -140,22 +195,40 @@ class Judge:
         if ended is not None:
             return await self._save(stored, ended)
         assert adapted is not None
-        evidence, seen = _evidence(stored, rollout), stored.seen
-        while records := await self.rows.requests(
-            replace(stored, seen=seen), (rollout.live, rollout.version)
-        ):
-            for record in records:
-                seen = record.id
-                if (request := seen_of(record)) is not None:
-                    is_new = record.version == rollout.version
-                    evidence.see(request, is_new=is_new)
-                    rollout = replace(rollout, samples=rollout.samples + is_new)
-            if len(records) < PAGE:
-                break
+        evidence = _evidence(stored, rollout)
+        read = await self._read(stored, rollout)
+        for record in read.records:
+            if (request := seen_of(record)) is not None:
+                is_new = record.version == rollout.version
+                evidence.see(request, is_new=is_new)
+                rollout = replace(rollout, samples=rollout.samples + is_new)
+        found = await self.replayer.sampler.prompts.results(stored.id)
+        for _, result in found:
+            evidence.see_replay(result)
         rollout = looked(rollout, evidence, self._clock())
+        if rollout.guards.replays and not rollout.ended and not (self.replayer.possible and adapted.samples):
+            rollout = replace(rollout, waits_for=NO_REPLAYS)
         if rollout.wants_probes:
             rollout = await self._probed(stored, rollout, adapted)
-        return await self._save(stored, rollout, evidence, seen)
+        return await self._save(stored, rollout, _Taken(evidence, read, [row for row, _ in found]))
+
+    async def _read(self, stored: Stored, rollout: Rollout) -> _Read:
+        """The requests that have ended since the last look, and those that were committed late."""
+        versions = rollout.live, rollout.version
+        kept = (stored.evidence or {}).get("late") if self.rows.late else None
+        window, newest = Window.from_json(kept, stored.seen), stored.seen
+        records: list[UsageRow] = []
+        if self.rows.late and window.floor < newest:
+            records = await self.rows.late_requests(stored, versions, window.floor, newest, window.counted)
+        while page := await self.rows.requests(stored, versions, newest):
+            records += page
+            newest = page[-1].id
+            if len(page) < PAGE:
+                break
+        if not self.rows.late:
+            return _Read(records, newest, None)
+        at = self._clock().timestamp()
+        return _Read(records, newest, window.after(newest, [record.id for record in records], at))
 
     def _ended(self, stored: Stored, rollout: Rollout, adapted: Adapted | None) -> Rollout | None:
         """The rollout where something other than its guards ends or holds it; None otherwise."""
@@ -194,12 +267,10 @@ class Judge:
             return replace(rollout, waits_for=f"golden probes: {exc.message}")
         return probed(rollout, Probes(matches, new, live, numbers), self._clock())
 
-    async def _save(
-        self, before: Stored, after: Rollout, evidence: Evidence | None = None, seen: int | None = None
-    ) -> Stored | None:
+    async def _save(self, before: Stored, after: Rollout, taken: _Taken | None = None) -> Stored | None:
         """Writes what has changed; see ``Rollouts.save``."""
         was = rollout_of(before)
-        if after == was and seen in (None, before.seen):
+        if after == was and (taken is None or not taken.is_new(before)):
             return before
         decided = after.decisions[-1] if after.decisions[-1:] != was.decisions[-1:] else None
         by_hand = decided is not None and decided.by == "hand"
@@ -208,9 +279,10 @@ class Judge:
             state=after.state,
             answering=before.answering if by_hand else answering(after),
             document=document(after),
-            evidence=evidence.as_json() if evidence is not None else before.evidence,
-            seen=before.seen if seen is None else seen,
+            evidence=taken.as_json() if taken is not None else before.evidence,
+            seen=before.seen if taken is None else taken.read.newest,
             action=decided.action if decided is not None else None,
+            replays=taken.replays if taken is not None else (),
         )
         if saved is not None and decided is not None:
             about = {"tenant": before.tenant, "adapter": before.adapter, "version": before.version}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from server.rollouts.guards import Evidence, Finding, Guards, names
+from server.rollouts.guards import REPLAYED, Evidence, Finding, Guards, names
 
 State = Literal["running", "held", "completed", "rolled_back"]
 Action = Literal["start", "forward", "hold", "resume", "pause", "complete", "roll_back"]
@@ -249,7 +249,9 @@ def _waits_for(rollout: Rollout, evidence: Evidence, findings: Sequence[Finding]
         return f"{missing} requests of version {rollout.version}"
     unsure = [finding for finding in _that_apply(findings) if finding.verdict != "safe"]
     if _is_last(rollout) and unsure:
-        return f"more requests, to be certain of {names(unsure)}"
+        replayed = [finding for finding in unsure if finding.guard in REPLAYED]
+        more = "replayed prompts" if len(replayed) == len(unsure) else "requests"
+        return f"more {more}, to be certain of {names(unsure)}"
     return None
 
 

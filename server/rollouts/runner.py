@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+from adapters.errors import AdapterError
 from adapters.store.replicas import Replicas
 from adapters.store.rollouts import Stored
 from server.errors import Unavailable
@@ -26,11 +27,16 @@ LEASE_S = 15.0
 async def looking(judge: Judge, replicas: Replicas | None = None) -> AsyncIterator[Runner]:
     """A runner that looks until the block ends."""
     runner = Runner(judge, replicas)
+    try:
+        await judge.replayer.sampler.open()
+    except AdapterError as exc:  # what is left is removed, or cannot be read, when it is come to
+        logger.warning("prompts of another key could not be removed: %s", exc)
     runner.start()
     try:
         yield runner
     finally:
         await runner.stop()
+        await judge.replayer.sampler.stop()
 
 
 class Runner:
@@ -44,6 +50,7 @@ class Runner:
         self._every = every
         self._id = f"rollouts-{secrets.token_hex(8)}"
         self._looking: dict[str, asyncio.Task[None]] = {}
+        self._replaying: dict[str, asyncio.Task[None]] = {}
         self._task: asyncio.Task[None] | None = None
         self.decides = False
 
@@ -53,7 +60,8 @@ class Runner:
 
     async def stop(self) -> None:
         """Ends every look, and gives the lease up."""
-        tasks = [task for task in (self._task, *self._looking.values()) if task is not None]
+        at_work = (self._task, *self._looking.values(), *self._replaying.values())
+        tasks = [task for task in at_work if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -77,6 +85,7 @@ class Runner:
     async def look(self) -> None:
         """Begins a look at every rollout, each beside the others: probes may take minutes."""
         active = await self._judge.rows.active()
+        self._judge.replayer.sampler.watch(active)
         if not active:
             self.decides = False
             return
@@ -88,6 +97,17 @@ class Runner:
             if stored.id not in self._looking:
                 task = asyncio.create_task(self._look(stored), name=f"loraplex-rollout-{stored.id}")
                 self._looking[stored.id] = task
+            if self._judge.replayer.possible and stored.id not in self._replaying:
+                task = asyncio.create_task(self._replay(stored), name=f"loraplex-replay-{stored.id}")
+                self._replaying[stored.id] = task
+
+    async def _replay(self, stored: Stored) -> None:
+        try:
+            await self._judge.replayer.replay(stored)
+        except Exception as exc:  # without its text, which may quote a prompt
+            logger.error("replays of the rollout %s failed: %s", stored.id, type(exc).__name__)
+        finally:
+            self._replaying.pop(stored.id, None)
 
     async def _look(self, stored: Stored) -> None:
         try:

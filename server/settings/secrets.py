@@ -30,6 +30,7 @@ SECRETS = (
     "admin_key",
     "service_key",
     "metrics_key",
+    "rollout_key",
     "fleet_key",
     "limits_redis_url",
     "database_url",

@@ -124,6 +124,12 @@ class Serving(BaseSettings):
     metrics_key: SecretStr | None = Field(
         None, description="Key of `/metrics`, which needs none if this is unset."
     )
+    rollout_key: SecretStr | None = Field(
+        None,
+        min_length=32,
+        description="Secret of 32 characters or more that encrypts prompts which rollouts replay; none are kept if"
+        " it is unset.",
+    )
     auth_failures: int = Field(
         30,
         ge=0,

@@ -44,6 +44,7 @@ ONLY_FOR = {
 # A library that is known in these rooms only.
 ONLY_IN = {
     "aiohttp": {"server.fleet"},
+    "cryptography": {"server.rollouts"},
     "fastapi": {"server.app", "server.fleet", "server.http"},  # fleet: what a replica answers to gateways
     "starlette": {"server.fleet", "server.http", "server.console", "server.engine"},
     "jinja2": {"server.console"},
@@ -84,6 +85,7 @@ PURE = {
     "server.limits.rate",
     "server.rollouts.evidence",
     "server.rollouts.guards",
+    "server.rollouts.late",
     "server.rollouts.plan",
     "server.scheduling.fair_queue",
     "server.scheduling.indices",

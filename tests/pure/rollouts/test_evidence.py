@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 
 from server.rollouts.evidence import Bets, Rates
-from server.rollouts.guards import Evidence, Finding, Guards, Seen
+from server.rollouts.guards import REPLAYED, Evidence, Finding, Guards, Seen
 from server.rollouts.plan import Rollout
 from tests.bench.rollout_simulation import CASES, LIVE, START, roll_out
 
@@ -130,3 +130,42 @@ def test_rollouts_end_as_they_should(name: str) -> None:
     outcomes = [roll_out(CASES[name], seed, quick) for seed in range(100, 106)]
     assert not any(outcome.wrong(CASES[name]) for outcome in outcomes)
     assert all(outcome.state for outcome in outcomes)
+
+
+def test_replayed_prompts_decide_where_a_bound_is_set() -> None:
+    same = {"drift": 0.0, "divergence": 0.0, "changed": 0, "tokens": 9}
+    other = {"drift": 0.9, "divergence": 0.4, "changed": 1, "tokens": 9}
+    bounded = Guards(drift=0.5, divergence=0.5, changed=0.3)
+    for found, verdicts in (
+        (same, {"drift": "safe", "divergence": "safe", "changed": "safe"}),
+        (other, {"drift": "harm", "divergence": "safe", "changed": "harm"}),
+    ):
+        evidence, free = Evidence(bounded), Evidence(Guards())
+        assert {f.verdict for f in evidence.findings() if f.guard in REPLAYED} == {"open"}
+        for _ in range(30):
+            evidence.see_replay(found)
+            free.see_replay(found)
+        evidence.see_replay({"failed": "too_long", "tokens": 0})
+        evidence = Evidence.from_json(bounded, json.loads(json.dumps(evidence.as_json())))
+        assert {f.test: f.verdict for f in evidence.findings() if f.guard in REPLAYED} == verdicts
+        assert evidence.numbers()["replays"] == {
+            "prompts": 30, "failed": 1, "tokens": 270, "changed": found["changed"], "drift": found["drift"],
+            "divergence": found["divergence"], "largest_drift": found["drift"],
+        }  # fmt: skip
+        assert not [f for f in free.findings() if f.guard in REPLAYED], "without a bound it is only shown"
+    assert Evidence(Guards()).numbers()["replays"] is None
+
+
+def test_a_version_at_its_bound_is_rarely_sent_back() -> None:
+    """Looked at after every prompt: the stated rate holds, a ninth of it for each of nine tests."""
+    wrong = 0
+    for seed in range(300):
+        draw, evidence = random.Random(seed), Evidence(Guards(changed=0.3))
+        for _ in range(200):
+            changed = int(draw.random() < 0.3)
+            evidence.see_replay({"drift": 0.0, "divergence": 0.0, "changed": changed, "tokens": 1})
+            finding = next(f for f in evidence.findings() if f.test == "changed")
+            if finding.verdict == "harm":
+                wrong += 1
+                break
+    assert wrong <= 300 * 0.05 / 9 + 4, wrong

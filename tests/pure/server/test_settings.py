@@ -65,6 +65,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "database_url": "postgresql+asyncpg://h/db", "limits_redis_url": "redis://h/0",
         "limits_fail": "open",
         "admin_key": "a" * 16, "service_key": "s" * 16, "metrics_key": "m" * 16, "auth_failures": "5",
+        "rollout_key": "r" * 32,
         "gpu_slots": "2", "host_slots": "5", "adapter_gpu_memory": "3000", "adapter_host_memory": "4000",
         "max_lora_rank": "16", "max_model_len": "128", "engine_args": "{}", "max_running": "3",
         "max_staging": "1", "slot_patience": "0.5", "preempt_after": "3.0",
@@ -95,6 +96,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
     shown = {name: getattr(settings, name) for name in values}
     for secret in (
         "admin_key", "service_key", "metrics_key", "limits_redis_url", "fleet_key", "oidc_client_secret",
+        "rollout_key",
     ):  # fmt: skip
         assert shown[secret].get_secret_value() == values[secret]
         assert values[secret] not in repr(settings)

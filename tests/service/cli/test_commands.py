@@ -87,10 +87,11 @@ async def test_tenants(site: Site) -> None:
 
     changed = await document(
         site, "tenants", "set", "zeta", "--base", "--max-queued", "none", "--max-running", "3",
-        "--priority", "batch",
+        "--priority", "batch", "--sample-prompts",
     )  # fmt: skip
     assert changed == listed["data"][1] | {
         "base_allowed": True, "max_queued": None, "max_running": 3, "priority": "batch",
+        "sample_prompts": True,
     }  # fmt: skip
     assert "interactive" in await refusal(site, "tenants", "set", "zeta", "--priority", "high")
 

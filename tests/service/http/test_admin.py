@@ -140,7 +140,7 @@ async def test_tenants_are_made_shown_changed_and_removed(site: Site) -> None:
     assert made.json() | {"created_at": "-"} == {
         "id": "acme", "name": "Acme Inc.", "weight": 2.0, "priority": "standard", "base_allowed": True,
         "max_queued": 3, "max_running": None, "created_at": "-", "limits": {}, "budgets": {},
-        "suspended": False,
+        "suspended": False, "sample_prompts": False,
     }  # fmt: skip
     assert (await site.admin.get(f"{TENANTS}/acme")).json() == made.json()
     await site.admin.post(TENANTS, json={"id": "abc"})
