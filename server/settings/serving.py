@@ -127,8 +127,8 @@ class Serving(BaseSettings):
     rollout_key: SecretStr | None = Field(
         None,
         min_length=32,
-        description="Secret of 32 characters or more that encrypts prompts which rollouts replay; none are kept if"
-        " it is unset.",
+        description="Secret of 32 characters or more that encrypts prompts which rollouts replay; none are"
+        " kept if it is unset.",
     )
     auth_failures: int = Field(
         30,
