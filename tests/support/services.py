@@ -102,8 +102,13 @@ class PostgresServer:
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         command = [str(self._programs / "postgres"), "-D", str(self._data), *options]
         self.process = _started(command, self._folder, self._user)
-        ready = self._data / "postmaster.pid"
-        _until(self.process, self._folder, lambda: "ready" in ready.read_text().split())
+        file = self._data / "postmaster.pid"  # one that was killed has left its own
+
+        def ready() -> bool:
+            words = file.read_text().split()
+            return words[:1] == [str(self.process.pid)] and "ready" in words
+
+        _until(self.process, self._folder, ready)
 
     def stop(self) -> None:
         """Ends every connection and the server, as ``pg_ctl stop -m fast``."""

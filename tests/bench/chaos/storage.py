@@ -77,14 +77,15 @@ async def damaged(world: World) -> str:
 def _filled(disk: Path) -> Iterator[None]:
     """A disk on which there is no room."""
     filler = disk / "filler"
-    with filler.open("wb") as file:
-        while (free := shutil.disk_usage(disk).free) > 0:
-            os.posix_fallocate(file.fileno(), file.tell(), free)
-            file.seek(0, os.SEEK_END)
-        try:
+    try:
+        with filler.open("wb") as file:
+            while (free := shutil.disk_usage(disk).free) > 0:
+                with contextlib.suppress(OSError):  # the server took some meanwhile
+                    os.posix_fallocate(file.fileno(), file.tell(), free)
+                file.seek(0, os.SEEK_END)
             yield
-        finally:
-            filler.unlink()
+    finally:
+        filler.unlink()
 
 
 # --- databases -----------------------------------------------------------------------------------
