@@ -173,7 +173,7 @@ async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
         reserved={DEFAULT_MODEL, settings.served_model_name},
         problem=fitness.problem,
     )
-    ownership = Ownership(blobs, database)
+    ownership = Ownership(blobs, database, alone=alone)
     async with AsyncExitStack() as opening:
         turn = lock.alone()
         await asyncio.to_thread(turn.__enter__)

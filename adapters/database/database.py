@@ -14,7 +14,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -31,6 +31,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from adapters.database import postgres
 from adapters.database.rows import MetaRow
+from adapters.database.unusable import usable
 from adapters.errors import DatabaseUnavailable, StorageBusy, StorageFailed, StorageFull
 from adapters.tasks import uninterruptible
 
@@ -109,9 +110,13 @@ class Database:
         return f"Database({self.url.render_as_string()!r}, generation={self.generation})"
 
     async def open(self) -> None:
-        """Creates what is missing and upgrades the schema; SchemaTooNew if it is beyond this program."""
+        """Creates what is missing and upgrades the schema; SchemaTooNew if it is beyond this program.
+
+        DatabaseUnusable where it cannot be reached or written.
+        """
         if self.url.get_backend_name() == "sqlite":
-            await asyncio.to_thread(_create_private, Path(str(self.url.database)))
+            with usable(self.url):
+                await asyncio.to_thread(_create_private, Path(str(self.url.database)))
         # SQLite alters a table by dropping and refilling it, and with foreign keys on that deletes
         # every row that refers to it.
         engine = _engine(
@@ -122,7 +127,10 @@ class Database:
             statement_timeout=None,  # an upgrade may rewrite a large table, or wait for another process's
         )
         try:
-            async with engine.execution_options(loraplex_writes=True).begin() as connection:
+            async with AsyncExitStack() as stack:
+                beginning = engine.execution_options(loraplex_writes=True).begin()
+                with usable(self.url):
+                    connection = await stack.enter_async_context(beginning)
                 await connection.run_sync(_upgrade)
         finally:
             await engine.dispose()

@@ -15,6 +15,7 @@ from sqlalchemy.pool import NullPool
 
 from adapters.database.database import check_revision, newest_revision
 from adapters.database.rows import AuditRow, MetaRow, VersionRow
+from adapters.database.unusable import usable
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +40,17 @@ async def glance(url: URL, installation_key: str) -> Glance:
     """What the database at ``url`` holds; a SQLite file that is not there is not made.
 
     Raises SchemaTooNew where the schema is beyond this program, ValueError where the file is no database,
-    and SQLAlchemy's errors where nothing answers.
+    and DatabaseUnusable where nothing answers.
     """
-    if url.get_backend_name() == "sqlite":
-        return await asyncio.to_thread(_file, Path(str(url.database)), installation_key)
-    engine = create_async_engine(url, poolclass=NullPool)
-    try:
-        async with engine.connect() as connection:
-            return await connection.run_sync(_look, installation_key)
-    finally:
-        await engine.dispose()
+    with usable(url):
+        if url.get_backend_name() == "sqlite":
+            return await asyncio.to_thread(_file, Path(str(url.database)), installation_key)
+        engine = create_async_engine(url, poolclass=NullPool)
+        try:
+            async with engine.connect() as connection:
+                return await connection.run_sync(_look, installation_key)
+        finally:
+            await engine.dispose()
 
 
 def _file(path: Path, installation_key: str) -> Glance:

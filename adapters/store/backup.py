@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import re
 import shutil
 import sqlite3
 import uuid
@@ -24,8 +25,10 @@ from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from adapters.database.database import Database, SchemaTooNew, checked_url
+from adapters.database.rows import LeaseRow, ReplicaRow
 from adapters.errors import BlobMissing, StoreUnavailable
 from adapters.files import sync_path
+from adapters.store.blobs import ASIDE, discard
 from adapters.store.digests import digest_of
 from adapters.store.objects import ObjectStore
 from adapters.store.ownership import META_KEY
@@ -34,6 +37,12 @@ from adapters.store.transfer import NotEmpty, transfer
 DATABASE_FILE = "loraplex.db"
 # A version may be deleted between the copies of its row and of its files; then the rows are read again.
 _TRIES = 5
+# Folders of the data folder that are the server's; "backups" is for what is made here.
+_OWN = ("blobs", "quarantine", ASIDE, "fits")
+# Rows of processes that belong to the original.
+_OF_PROCESSES = {ReplicaRow.__tablename__, LeaseRow.__tablename__}
+# What a copy that was killed has left; SQLite's own files beside it too.
+_PARTIAL = re.compile(rf"\.({re.escape(DATABASE_FILE)}|[0-9a-f]{{64}})-[0-9a-f]{{32}}(-journal|-wal|-shm)?")
 
 
 class BackupFailed(OSError):
@@ -62,9 +71,11 @@ def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = ""
     url = checked_url(database_url)
     if url.get_backend_name() == "sqlite" and not Path(str(url.database)).is_file():
         raise BackupFailed(f"there is no database {url.database}")
+    _refuse_source(url, blobs, folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     copied: set[str] = set()
     with _alone(folder), _database_errors():
+        _sweep(folder, folder / "blobs")
         for _ in range(_TRIES):
             with _partial(folder / DATABASE_FILE) as snapshot:
                 _copy_out(url, snapshot)
@@ -86,8 +97,9 @@ def restore(folder: Path, database_url: str, blobs: Path, *, blobs_url: str = ""
     Blobs go to ``blobs_url`` too, if there is one.
 
     What is restored is an installation of its own, with an id of its own. Bytes are held against their
-    digests; those that differ are left out, and named in the result. Raises BackupFailed, and OSError where
-    a disk fails.
+    digests; those that differ are left out, and named in the result. What lies in ``blobs`` already is kept
+    if it is whole, and moved to ``aside`` in the data folder if not. Raises BackupFailed, and OSError where a
+    disk fails.
     """
     source, url = folder / DATABASE_FILE, checked_url(database_url)
     if not source.is_file():
@@ -97,6 +109,10 @@ def restore(folder: Path, database_url: str, blobs: Path, *, blobs_url: str = ""
     blobs.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _database_errors():
         wanted = _linked(source)
+        _sweep(blobs.parent, blobs)
+        for digest in wanted:
+            if (blobs / digest).is_dir() and digest_of(blobs / digest) != digest:
+                _set_aside(blobs / digest, blobs.parent / ASIDE)
         copied, missing, broken = _copy_blobs(wanted, _from(folder / "blobs", ""), blobs)
         if missing:
             raise BackupFailed(f"the backup lacks files of {len(missing)} adapters, {min(missing)} for one")
@@ -104,6 +120,31 @@ def restore(folder: Path, database_url: str, blobs: Path, *, blobs_url: str = ""
             asyncio.run(_put(ObjectStore(blobs_url), wanted - broken, blobs))
         _copy_in(source, url, blobs.parent)
     return Backup(len(copied), len(wanted - copied - broken), tuple(sorted(broken)))
+
+
+def _refuse_source(url: URL, blobs: Path, folder: Path) -> None:
+    """Raises BackupFailed where a backup would lie on what it is to be a copy of."""
+    target, source = folder.resolve(), blobs.resolve()
+    if target == source.parent or any(target.is_relative_to(source.parent / name) for name in _OWN):
+        raise BackupFailed(f"{folder} is the server's own; give a folder that the data does not lie in")
+    if url.get_backend_name() == "sqlite":
+        database = Path(str(url.database))
+        if (folder / DATABASE_FILE).exists() and database.samefile(folder / DATABASE_FILE):
+            raise BackupFailed(f"{database} is the database itself; give a folder that it does not lie in")
+
+
+def _sweep(*folders: Path) -> None:
+    """Removes what a backup or a restore left that was killed."""
+    for folder in folders:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if _PARTIAL.fullmatch(path.name):
+                discard(path)
+
+
+def _set_aside(path: Path, aside: Path) -> None:
+    aside.mkdir(exist_ok=True)
+    path.chmod(0o755)
+    path.rename(aside / f"{path.name}-{uuid.uuid4().hex}")
 
 
 def _copy_out(url: URL, target: Path) -> None:
@@ -125,6 +166,9 @@ def _copy_in(source: Path, url: URL, beside: Path) -> None:
         _copy_file(source, partial)
         with closing(sqlite3.connect(partial)) as copy, copy:
             copy.execute("DELETE FROM meta WHERE key = ?", (META_KEY,))
+            there = {name for (name,) in copy.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            for table in _OF_PROCESSES & there:
+                copy.execute(f"DELETE FROM {table}")  # noqa: S608  (our own names)
         if url.get_backend_name() == "sqlite":
             sync_path(partial)
             os.replace(partial, into)

@@ -129,9 +129,13 @@ class _Mark:
 
 
 class Ownership:
-    """The bond between the folder of ``blobs`` and ``database``; made while the folder is locked."""
+    """The bond between the folder of ``blobs`` and ``database``; made while the folder is locked.
 
-    def __init__(self, blobs: BlobStore, database: Database) -> None:
+    ``alone``: one folder, one database. Else the processes of a fleet may have folders of their own.
+    """
+
+    def __init__(self, blobs: BlobStore, database: Database, *, alone: bool = True) -> None:
+        self._alone = alone
         self._blobs = blobs
         self._database = database
         self._path = blobs.root / INSTALLATION_FILE
@@ -152,6 +156,11 @@ class Ownership:
         mark = await run_in_thread(self._read)
         if mark is None:
             await self._check_contents(seen.linked)
+            if self._alone and seen.installation and seen.audit and not await self._blobs.digests():
+                raise WrongDatabase(
+                    f"the database belongs to another data folder than {self._blobs.root}, which is new."
+                    f" Nothing was touched. Set LORAPLEX_DATA_DIR to the right one. {_ADOPT}"
+                )
             return
         if mark.id != (known := seen.installation):
             raise WrongDatabase(

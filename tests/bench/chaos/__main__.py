@@ -7,6 +7,7 @@ import asyncio
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -147,6 +148,7 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := set(given.faults) - set(FAULTS):
         parser.error(f"no such fault: {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the server would go on
     settings = {name: os.environ.get(name, "") for name in ("DB", "ENGINE", "RUNS", "SEED")}
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         root = Path(folder)

@@ -229,6 +229,71 @@ async def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "other" / "loraplex.db").exists()
 
 
+async def test_a_backup_is_not_made_on_top_of_what_it_copies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would take the database from under the server that writes to it."""
+    live = tmp_path / "live"
+    async with fake_site(live) as site:
+        await site.tenant("acme", {"a": tiny.adapter(1)})
+        inode = (live / "loraplex.db").stat().st_ino
+        (tmp_path / "link").symlink_to(live)
+        for folder in (live, live / "blobs", live / "quarantine" / "x", tmp_path / "link"):
+            assert data.back_up(settings(live), folder) == 2
+            assert "the server's own" in capsys.readouterr().err
+        assert (live / "loraplex.db").stat().st_ino == inode
+        assert data.back_up(settings(live), live / "backups") == 0
+    elsewhere = tmp_path / "elsewhere"
+    async with fake_site(elsewhere, database_url=f"sqlite:///{tmp_path}/db/loraplex.db"):
+        assert (
+            data.back_up(
+                settings(elsewhere, database_url=f"sqlite:///{tmp_path}/db/loraplex.db"), tmp_path / "db"
+            )
+            == 2
+        )
+        assert "the database itself" in capsys.readouterr().err
+
+
+async def test_what_a_killed_backup_left_is_gone_after_the_next(tmp_path: Path) -> None:
+    live, copy, restored = tmp_path / "live", tmp_path / "copy", tmp_path / "restored"
+    async with fake_site(live) as site:
+        await site.tenant("acme", {"a": tiny.adapter(1)})
+    (digest,) = blobs_in(live)
+    for folder in (copy, restored):
+        for left in (
+            f"blobs/.{digest}-{'0' * 32}/x",
+            f".loraplex.db-{'1' * 32}",
+            f".loraplex.db-{'1' * 32}-wal",
+        ):
+            (folder / left).parent.mkdir(parents=True, exist_ok=True)
+            (folder / left).write_bytes(b"half")
+    (copy / "mine").touch()
+    assert data.back_up(settings(live), copy) == 0
+    assert {path.name for path in copy.iterdir()} == {"loraplex.db", "blobs", "mine"}
+    assert blobs_in(copy) == {digest}
+    assert await asyncio.to_thread(data.restore, settings(restored), copy) == 0
+    assert blobs_in(restored) == {digest}
+    assert not list(restored.glob(".loraplex*"))
+
+
+async def test_a_restore_keeps_no_other_bytes_under_a_digest(tmp_path: Path) -> None:
+    """A folder from an earlier try, whose file was cut."""
+    live, copy, restored = tmp_path / "live", tmp_path / "copy", tmp_path / "restored"
+    async with fake_site(live) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        before = (await site.chat(key, "hi", model="a")).json()["choices"]
+    assert data.back_up(settings(live), copy) == 0
+    (digest,) = blobs_in(copy)
+    shutil.copytree(copy / "blobs", restored / "blobs")
+    file = restored / "blobs" / digest / WEIGHTS_FILE
+    file.chmod(0o600)
+    os.truncate(file, 5)
+    assert await asyncio.to_thread(data.restore, settings(restored), copy) == 0
+    assert [path.name.partition("-")[0] for path in (restored / "aside").iterdir()] == [digest]
+    async with fake_site(restored) as site:
+        assert (await site.chat(key, "hi", model="a")).json()["choices"] == before
+
+
 @pytest.mark.parametrize("source", KINDS)
 @pytest.mark.parametrize("target", KINDS)
 async def test_a_backup_of_either_database_is_restored_into_either(

@@ -20,6 +20,7 @@ from sqlalchemy import create_engine
 
 from adapters.database import audit
 from adapters.database.database import MIGRATIONS, SchemaTooNew
+from adapters.database.unusable import DatabaseUnusable
 from adapters.store.blobs import BlobStore
 from adapters.store.ownership import INSTALLATION_FILE, FolderInUse, FolderLock, Ownership, WrongDatabase
 from server.app import create_app
@@ -71,7 +72,7 @@ async def refused(folder: Path, **changes: object) -> None:
         raise AssertionError("the engine was started")
 
     app = create_app(settings(folder, **changes), start_engine=start)
-    with pytest.raises((WrongDatabase, FolderInUse, SchemaTooNew)):
+    with pytest.raises((WrongDatabase, FolderInUse, SchemaTooNew, DatabaseUnusable)):
         async with app.router.lifespan_context(app):
             pass
 
@@ -168,6 +169,43 @@ async def test_a_folder_without_the_databases_files_is_refused(
     await filled(folder)
     await refused(empty, database_url=f"sqlite+aiosqlite:///{folder / DB}")
     assert "none of them is in the data folder" in caplog.text
+
+
+async def test_a_new_folder_is_refused_by_a_database_in_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two servers would run each batch twice. What has never been used may be joined to any folder."""
+    folder, other = tmp_path / "data", tmp_path / "other"
+    url = f"sqlite+aiosqlite:///{folder / DB}"
+    async with fake_site(folder):
+        pass
+    async with fake_site(tmp_path / "third", database_url=url) as site:
+        await site.admin.post("/admin/v1/tenants", json={"id": "acme"})
+    await refused(other, database_url=url)
+    assert "belongs to another data folder" in caplog.text
+    assert not (other / INSTALLATION_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("sqlite+aiosqlite:///{folder}", "disk I/O error"),
+        ("sqlite+aiosqlite:///{folder}/file/x.db", "File exists"),
+        ("postgresql+asyncpg://me:secret@127.0.0.1:9/db", "Connect call failed"),
+    ],
+)
+async def test_a_database_that_cannot_be_used_is_named_with_the_cause(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, url: str, says: str
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").touch()
+    named = url.format(folder=folder)
+    await refused(tmp_path / "data", database_url=named)
+    (said,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert named.replace("secret", "***") in said.getMessage()
+    assert says in said.getMessage()
+    assert not said.exc_info
 
 
 async def test_a_damaged_mark_is_no_reason_to_guess(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
