@@ -10,17 +10,27 @@ decide it for everybody's requests from then on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from server.engine.grammars import Spec
 from server.errors import BadRequest
 
+# Of one schema, pattern, grammar or list of choices; OpenAI takes 120,000. What is larger would cost the
+# event loop up to a second before the compiler sees it.
+MOST_CHARACTERS = 1 << 17
 UNSUPPORTED = (
     "The schema has a keyword that is not enforced here, beside others or at all: multipleOf, uniqueItems,"
     " contains, minContains, maxContains, an unknown format, pattern or format with minLength or maxLength,"
-    " propertyNames or patternProperties with properties, allOf with several members. Leave it out, and"
-    " check the answer for it."
+    " propertyNames or patternProperties with properties, allOf with several members, not, if, $dynamicRef,"
+    " dependentSchemas, dependentRequired, a $ref to another document. Leave it out, and check the answer for"
+    " it."
+)
+# What the compiler passes over without a word, beside what vLLM knows of.
+_PASSED_OVER = frozenset({"not", "if", "$dynamicRef", "dependentSchemas", "dependentRequired"})
+_SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_SCHEMAS = frozenset(
+    {"items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf", "unevaluatedProperties"}
 )
 
 
@@ -74,6 +84,7 @@ def settle(params: Any, *, any_whitespace: bool) -> Spec | None:
     if params.choice is not None:
         if not params.choice:
             raise BadRequest("structured_outputs.choice is empty", param="structured_outputs.choice")
+        check_size(sum(map(len, params.choice)))
         params.grammar, params.choice = choice_as_grammar(params.choice), None
     params._backend, params._backend_was_auto = "xgrammar", True
     return _spec_of(params)
@@ -114,8 +125,10 @@ def _spec_of(params: Any) -> Spec | None:
     if params.json is not None:
         return _schema(params.json)
     if params.choice is not None:
+        check_size(sum(map(len, params.choice)))
         return Spec("grammar", choice_as_grammar(params.choice)) if params.choice else None
     kind, text = get_structured_output_key(params)
+    check_size(len(text))
     if not text.strip() and params.regex is None:
         raise BadRequest(f"structured_outputs.{kind.name.lower()} is empty", param="structured_outputs")
     if params.regex is not None and "\0" in text:
@@ -130,21 +143,53 @@ def _spec_of(params: Any) -> Spec | None:
 
 def _schema(schema: Any) -> Spec:
     """Of a JSON schema, as an object or as text, with the text that the engine makes of it."""
+    text = schema if isinstance(schema, str) else json.dumps(schema)
+    check_size(len(text))
     _bounded(schema)
-    return Spec("json", schema if isinstance(schema, str) else json.dumps(schema))
+    return Spec("json", text)
 
 
 def _refuse_unsupported(schema: Any) -> None:
     """For a schema of the answer. Arguments of tools go without what is not enforced, as everywhere."""
     from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
 
-    _bounded(schema)
+    text = _schema(schema).text
     try:
-        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        parsed = json.loads(text) if isinstance(schema, str) else schema
     except ValueError as exc:
         raise BadRequest("The schema is not valid JSON.") from exc
-    if isinstance(parsed, dict) and has_xgrammar_unsupported_json_features(parsed):
+    if isinstance(parsed, dict) and (
+        has_xgrammar_unsupported_json_features(parsed) or _has_passed_over(parsed)
+    ):
         raise BadRequest(UNSUPPORTED)
+
+
+def _has_passed_over(schema: Mapping[str, Any]) -> bool:
+    """Looks at subschemas only: a property may be called ``not``, and a constant may be anything."""
+    waiting: list[Any] = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict):
+            ref = part.get("$ref")
+            if part.keys() & _PASSED_OVER or (isinstance(ref, str) and not ref.startswith("#")):
+                return True
+            waiting += [part[name] for name in part.keys() & _SCHEMAS]
+            for name in part.keys() & _SCHEMAS_BY_NAME:
+                waiting += part[name].values() if isinstance(part[name], dict) else ()
+    return False
+
+
+def check_size(characters: int, param: str | None = None) -> None:
+    """BadRequest (``schema_too_complex``) for a constraint with so many ``characters``."""
+    if characters > MOST_CHARACTERS:
+        raise BadRequest(
+            f"A schema, pattern, grammar or list of choices has at most {MOST_CHARACTERS} characters,"
+            f" and this one has {characters}.",
+            code="schema_too_complex",
+            param=param,
+        )
 
 
 def _bounded(schema: Any, *, structural_tag: bool = False) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from server.engine.structure import check_size
 from server.errors import BadRequest
 
 # Sampling of vLLM's, beside the vendors', in chat and completions.
@@ -221,6 +222,9 @@ def _structured(given: Any) -> dict[str, Any]:
     choices = kept.get("choice")
     if isinstance(choices, list) and not 1 <= len(choices) <= MAX_CHOICES:
         raise BadRequest(f"{where}.choice needs 1 to {MAX_CHOICES} texts.", param=f"{where}.choice")
+    for name, value in kept.items():
+        texts = value if isinstance(value, list) else [value]
+        check_size(sum(len(text) for text in texts if isinstance(text, str)), f"{where}.{name}")
     return kept
 
 

@@ -14,8 +14,9 @@ import pytest
 import xgrammar
 
 from server.engine.grammars import MOST_WAITING, Grammars, Spec
-from server.engine.structure import settle
+from server.engine.structure import MOST_CHARACTERS, settle, specs_of
 from server.errors import BadRequest, ServerError, TooManyRequests
+from server.inference.dialects.registry import DIALECTS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -265,3 +266,74 @@ async def test_it_ends_with_its_parent(grammars: Grammars) -> None:
     async with asyncio.timeout(5):
         while process.poll() is None:
             await asyncio.sleep(0.02)
+
+
+def asked(**constraint: Any) -> Any:
+    """A completion's request, as vLLM reads it."""
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    return CompletionRequest(model="a", prompt="x", structured_outputs=constraint)
+
+
+OBJECTS = [{"a": [number]} for number in range(60_000)]
+LARGE: dict[str, dict[str, Any]] = {
+    "choices": {"choice": ["x" * 3900] * 1024},
+    "a grammar's lines": {"grammar": "\n".join(f"a{number}: b" for number in range(300_000))},
+    "a pattern": {"regex": "a|" * (MOST_CHARACTERS // 2) + "a"},
+    "a schema as text": {"json": json.dumps({"enum": OBJECTS})},
+    "a schema of numbers": {"json": {"enum": list(range(250_000))}},
+    "a constant": {"json": {"const": "y" * (MOST_CHARACTERS + 1)}},
+    "a structural tag": {"structural_tag": json.dumps({"type": "structural_tag", "structures": OBJECTS})},
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+async def test_what_is_large_costs_the_event_loop_little(what: str) -> None:
+    """It took up to 1.2 seconds before it went to the compiling process, which refused it."""
+    specs_of(asked(regex="a"))  # imports
+
+    def read() -> None:
+        fields = DIALECTS["completion"].allowed_fields({"prompt": "x", "structured_outputs": LARGE[what]})
+        specs_of(asked(**fields["structured_outputs"]))
+
+    began = time.thread_time()
+    with pytest.raises(BadRequest, match=str(MOST_CHARACTERS)) as caught:
+        read()
+    assert time.thread_time() - began < 0.05
+    assert caught.value.code == "schema_too_complex"
+
+
+async def test_choices_that_no_surface_has_looked_at() -> None:
+    with pytest.raises(BadRequest, match=str(MOST_CHARACTERS)):
+        settle(asked(choice=["x" * 3900] * 1024).structured_outputs, any_whitespace=True)
+
+
+PASSED_OVER: list[dict[str, Any]] = [
+    {"not": {"type": "string"}},
+    {"if": {"type": "string"}, "then": {"maxLength": 1}},
+    {"$ref": "https://example.org/schema.json"},
+    {"$ref": "other.json#/$defs/a"},
+    {"type": "object", "properties": {"a": {"items": {"not": {}}}}},
+    {"anyOf": [{"type": "null"}, {"dependentRequired": {"a": ["b"]}}]},
+    {"$defs": {"a": {"$dynamicRef": "#b"}}, "$ref": "#/$defs/a"},
+]
+
+
+@pytest.mark.parametrize("given", PASSED_OVER)
+async def test_what_the_compiler_passes_over_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="not enforced"):
+        specs_of(asked(json=given))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "object", "properties": {"not": {"type": "string"}, "if": {"const": {"not": 1}}}},
+        {"enum": [{"$ref": "x"}, {"not": 1}], "$defs": {"not": {"type": "string"}}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}},
+        {"$ref": "#"},
+        {"items": True, "anyOf": [True, {"type": "string"}], "additionalProperties": False},
+    ],
+)
+async def test_what_only_looks_like_it_is_left_to_the_compiler(given: dict[str, Any]) -> None:
+    assert [spec.kind for spec in specs_of(asked(json=given))] == ["json"]
