@@ -29,7 +29,8 @@ import httpx
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.demo.base import BASE_NAME, CHECKOUT, cache_folder, prepare
 from tests.bench.client import NEVER_END
-from tests.bench.hostile import KINDS, Kind, Outcomes, Victim
+from tests.bench.hostile import KINDS, Kind
+from tests.bench.hostile_wire import Outcomes, Victim
 from tests.bench.servers import Loraplex, Setup
 
 GAP = 2.0

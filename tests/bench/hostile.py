@@ -7,94 +7,28 @@ back, as ``{"400": 3, "closed": 1}``; the bench (``attack.py``) watches a contro
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from tests.bench.hostile_requests import (
+    archives_of_nothing,
+    large_constraints,
+    numbers_that_are_none,
+    two_readings,
+)
+from tests.bench.hostile_wire import MIB, Attack, Outcomes, Victim, head, post, raw, together
 
-MIB = 1 << 20
-# Seconds after which a request is given up; what takes longer counts as "no answer".
-PATIENCE = 12.0
 WORDS = ("zebra", "volcano", "octopus", "penguin", "umbrella", "platypus")
-
-
-@dataclass(frozen=True)
-class Victim:
-    """The server under attack: its address, the attacker's key, a gateway's key, and the operator's calls.
-
-    ``attacker`` is a customer who may upload adapters; ``small`` one whose adapters may take 2 MB.
-    """
-
-    url: str
-    port: int
-    base: Path
-    base_name: str
-    attacker: str
-    small: str
-    service: str
-    control: str
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.attacker}"}
-
-
-Outcomes = Counter[str]
-Attack = Callable[[Victim], Coroutine[None, None, Outcomes]]
-
-
-async def post(victim: Victim, path: str, **content: Any) -> str:
-    """The status of one request, or ``no answer`` or ``closed``."""
-    headers = victim.headers | content.pop("headers", {})
-    async with httpx.AsyncClient(base_url=victim.url, timeout=PATIENCE, trust_env=False) as http:
-        try:
-            return str((await http.post(path, headers=headers, **content)).status_code)
-        except httpx.TimeoutException:
-            return "no answer"
-        except httpx.HTTPError:
-            return "closed"
-
-
-async def together(*sent: Awaitable[str]) -> Outcomes:
-    return Counter(await asyncio.gather(*sent))
-
-
-async def raw(victim: Victim, *pieces: bytes, most: int = 1, seconds: float = PATIENCE) -> str:
-    """Send ``pieces``, the last of them up to ``most`` times; the status of what comes back."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", victim.port)
-    try:
-        async with asyncio.timeout(seconds):
-            for piece in pieces[:-1]:
-                writer.write(piece)
-            for _ in range(most):
-                writer.write(pieces[-1])
-                await writer.drain()
-            line = await reader.readline()
-            return line.split()[1].decode() if line else "closed"
-    except TimeoutError:
-        return "no answer"
-    except ConnectionError:
-        return "closed"
-    finally:
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
-
-
-def head(path: str, *lines: str) -> bytes:
-    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: a", *lines, "", ""]).encode()
 
 
 # --- adapters ---------------------------------------------------------------------------------------
@@ -199,7 +133,8 @@ async def endless_trailers(victim: Victim) -> Outcomes:
 
 async def bodies_of_many_items(victim: Victim) -> Outcomes:
     """Up to 4 MiB of ones and of empty objects, where messages, inputs and prompts are expected."""
-    ones, objects = [1] * 100_000, [{}] * 100_000
+    ones: list[Any] = [1] * 100_000
+    objects: list[Any] = [{}] * 100_000
     chat: dict[str, Any] = {"model": victim.base_name}
     return await together(
         post(victim, "/v1/chat/completions", json=chat | {"messages": ones}),
@@ -376,6 +311,10 @@ KINDS = [
     Kind("no text", bodies_that_are_no_text, REFUSED),
     Kind("patterns", patterns, REFUSED | {"200"}),
     Kind("grammars", grammars, REFUSED),
+    Kind("large constraints", large_constraints, REFUSED),
+    Kind("numbers", numbers_that_are_none, REFUSED),
+    Kind("two readings", two_readings, REFUSED | {"401"}),
+    Kind("archives", archives_of_nothing, REFUSED | {"422"}),
     Kind("slow uploads", slow_uploads, frozenset({"held", "408", "429", "503", "closed"})),
     Kind("2,000 connections", many_connections, frozenset({"401", "429", "closed", "not opened"})),
     Kind("two of one header", two_of_one_header, frozenset({"400"})),

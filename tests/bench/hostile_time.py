@@ -21,7 +21,8 @@ from pathlib import Path
 
 from server.demo.base import CHECKOUT
 from tests.bench.attack import EVERY, Controls, Seen, attacked
-from tests.bench.hostile import KINDS, Kind, Outcomes, Victim
+from tests.bench.hostile import KINDS, Kind
+from tests.bench.hostile_wire import Outcomes, Victim
 
 WARM_UP = 0.25  # of the time, until allocator and caches have their size
 SLOPE = 1.0  # percent that the memory may grow by, over what is measured
@@ -49,7 +50,7 @@ def growth(memory: Sequence[tuple[float, float]]) -> float:
     middle, mean = sum(times) / len(times), sum(sizes) / len(sizes)
     spread = sum((t - middle) ** 2 for t in times)
     slope = sum((t - middle) * (size - mean) for t, size in memory) / spread if spread else 0.0
-    return 100 * slope * (times[-1] - times[0]) / mean
+    return float(100 * slope * (times[-1] - times[0]) / mean)
 
 
 def report(long: Long, quiet: Seen, seen: Seen, minutes: float) -> tuple[str, list[str]]:

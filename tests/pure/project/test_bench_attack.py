@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.bench.attack import GAP, MEMORY, Seen, table, verdict
-from tests.bench.hostile import KINDS, Kind, head, write_adapter
+from tests.bench.hostile import KINDS, Kind, write_adapter
 from tests.bench.hostile_time import Long, growth, report
+from tests.bench.hostile_wire import head
 
 
 async def nothing(_: object) -> Counter[str]:
