@@ -23,7 +23,8 @@ from adapters.store.replicas import Replicas
 from server.engine.parsers import Parsers
 from server.engine.sizing import EngineCapacity
 from server.errors import ServerError, Unavailable
-from server.fleet.placement import Move, Placement, Report
+from server.fleet.placement import Move, Placement
+from server.fleet.reports import Report
 from server.fleet.wire import PREFIX, as_json, error_of
 from server.logs import REQUEST
 from server.metrics import Metrics
@@ -34,7 +35,7 @@ DISCOVER_EVERY_S = 1.0
 ASK_EVERY_S = 1.0
 # How often adapters are loaded where nobody waits for them yet, and for how long such a load may look for
 # room.
-MOVE_EVERY_S, MOVE_TIMEOUT_S = 1.0, 10.0
+MOVE_EVERY_S, MOVE_TIMEOUT_S = 0.2, 10.0
 VERSIONS_REMEMBERED = 16_384
 CONNECT_TIMEOUT_S = 3.0
 # Below uvicorn's 5 s, which closes what is idle: a request must not meet a connection that is being closed.
@@ -97,7 +98,7 @@ class Directory:
         self._session: aiohttp.ClientSession | None = None
         self._discovering: asyncio.Task[None] | None = None
         self._moving: asyncio.Task[None] | None = None
-        self._moves: dict[Move, asyncio.Task[None]] = {}
+        self._moves: set[asyncio.Task[None]] = set()
         self._versions: OrderedDict[str, Version] = OrderedDict()  # the longest unused first
 
     async def start(self) -> None:
@@ -120,7 +121,7 @@ class Directory:
         """Closes every connection."""
         tasks = [one.watching for one in self._known.values() if one.watching is not None]
         tasks += [task for task in (self._discovering, self._moving) if task is not None]
-        tasks += self._moves.values()
+        tasks += self._moves
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -172,6 +173,17 @@ class Directory:
             if id_ not in tried and id_ in self._known:
                 return self._known[id_]
         return None
+
+    def choose_for_upload(self, tenant: str, name: str) -> Known | None:
+        """Where a new version is tried, and stays in memory: spread as adapters are, where there is room."""
+        for id_ in self.placement.candidates(f"{tenant}/{name}", self._now()):
+            if id_ in self._known:
+                return self._known[id_]
+        return None
+
+    def uploaded(self, replica: Known, key: str) -> None:
+        """It was tried at ``replica``, and is in memory there."""
+        self.placement.loaded(self._now(), key, replica.id)
 
     def sent(self, replica: Known, version: Version | None, call: Moves) -> None:
         """``call`` is now at ``replica``; tell ``ended`` of it."""
@@ -249,12 +261,14 @@ class Directory:
         while True:
             await asyncio.sleep(MOVE_EVERY_S)
             for move in self.placement.moves(self._now()):
-                if move not in self._moves and move.version in self._versions:
-                    self._moves[move] = asyncio.create_task(self._move(move), name="loraplex-move")
+                if move.version in self._versions:
+                    task = asyncio.create_task(self._move(move), name="loraplex-move")
+                    self._moves.add(task)
+                    task.add_done_callback(self._moves.discard)
 
     async def _move(self, move: Move) -> None:
         """Has a version loaded where more of its requests are to go. What fails is tried again, or not
-        needed; what is loaded is not asked for again before a report of the replica can say so.
+        needed.
         """
         replica, version = self._known.get(move.replica), self._versions[move.version]
         try:
@@ -262,11 +276,9 @@ class Directory:
                 asked = {"version": as_json(version), "slot": True, "timeout": MOVE_TIMEOUT_S}
                 await self.post(replica, "warm", asked)
                 self._metrics.moved_adapter()
-                await asyncio.sleep(self.placement.rules.loading)
+                self.placement.loaded(self._now(), move.version, move.replica)
         except (ServerError, AdapterError) as exc:
             logger.info("%s is not loaded at replica %s: %s", move.version, move.replica, exc)
-        finally:
-            del self._moves[move]
 
     # --- watching ------------------------------------------------------------------------------------
 
@@ -314,11 +326,11 @@ class Directory:
             if response.status != 200:
                 raise Unreachable(f"status {response.status}")
             said = await response.json(content_type=None)
-        report = Report(replica=one.id, **said["report"])
         if one.facts is None:
             one.facts = facts_of(said["facts"])
             if self._facts is None:
                 self._facts = one.facts
+        report = Report.of(one.id, said["report"], one.facts.capacity.host_slots)
         if one.lost:
             logger.info("replica %s is back", one.id)
         one.heard, one.lost, one.said = self._now(), False, said["report"]

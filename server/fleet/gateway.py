@@ -239,7 +239,7 @@ class RemotePublisher:
                 return
             yield frame(Kind.END, b"")
 
-        replica = self._directory.choose(None, set())
+        replica = self._directory.choose_for_upload(tenant, name)
         if replica is None:
             raise self._directory.nobody()
         try:
@@ -249,6 +249,8 @@ class RemotePublisher:
             raise wrong[0] if wrong else _broke_off() from exc
         except AdapterError as exc:
             raise wrong[0] if wrong else exc from None
+        if digest := told["answer"].get("digest"):
+            self._directory.uploaded(replica, f"{tenant}/{name}@{digest}")
         gone = [version_of(version, self._blobs.path) for version in told["gone"]]
         return Published(told["answer"], gone)
 

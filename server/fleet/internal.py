@@ -6,7 +6,6 @@ import asyncio
 import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -281,14 +280,7 @@ async def state(request: Request) -> dict[str, Any]:
     """How this replica is, asked every second by every gateway."""
     replica = _replica_of(request)
     served = replica.services.dispatcher.served()
-    return {"report": asdict_of(replica), "facts": replica.facts, "served": served}
-
-
-def asdict_of(replica: Replica) -> dict[str, Any]:
-    """Its report without its name, which the gateway gives."""
-    report = asdict(replica.report())
-    del report["replica"]
-    return report
+    return {"report": replica.report().as_json(), "facts": replica.facts, "served": served}
 
 
 @router.post("/tokens")

@@ -1,21 +1,26 @@
 """Which replica a request goes to. Pure: it is told what happened and when, and answers; it calls nothing.
 
-    beat, lost, forget   what is known of a replica
-    sent, ended          what this gateway has under way there
-    candidates           where a request goes, best first
-    moves, pins          what to load where without a request
+    beat, lost, forget       what is known of a replica
+    sent, ended, loaded      what this gateway has under way there, and had loaded there
+    candidates               where a request goes, best first
+    moves, pins              what to load where without a request
 
 A version goes where it is in a slot, then where it is in host memory, then where it was sent lately (it is
-being loaded there), else where rendezvous hashing puts it, so that gateways that never talk agree. Among
-several replicas of one kind the hash decides too, not the load: traffic collects on few homes.
+being loaded there), else where rendezvous hashing puts it, among the replicas whose memory has room, so that
+gateways that never talk agree and nothing is loaded to push out what is wanted. Among several homes that have
+no more than their share the hash decides, not the load: traffic collects on few homes.
 
-Loads are bounded (Mirrokni, Thorup and Zadimoghaddam, "Consistent hashing with bounded loads", 2018): a
-replica with more than ``slack`` times its share of everything under way comes after all others that hold the
-version. Where none of those has room, a hot version gets another home, the next in its hash's order:
-``moves`` has it loaded before anybody waits for it, and with ``most`` times the share at each of its homes a
-request goes elsewhere at once. Moving a version that is not hot would cost a load and take one request away.
-When a version cools down, its first home has room again and gets all of it, and the other engine lets it go
-as the least recently used: cold homes are given up.
+Loads are bounded (Mirrokni, Thorup and Zadimoghaddam, "Consistent hashing with bounded loads", 2018): beyond
+its share a replica comes after other homes of the version that have less, beyond ``slack`` times its share
+after all others. Where every home is beyond that, ``moves`` names as many new homes as take the excess off,
+beginning with the version that weighs most. Nobody waits for them: a home that can run one more at once, in
+however large a batch, keeps its requests until the version is in memory elsewhere. One that cannot gives them
+away at once.
+
+A second home costs a load that no version needed, and so does a change of home. They are spent from a stock,
+see ``server.fleet.spare``; where it is empty a request stays with its home until that has ``most`` times its
+share. When a version cools down, its first home has room again and gets all of it, and the other engine lets
+it go as the least recently used: cold homes are given up.
 
 What a replica reports is up to a beat old. Its load is what it reported, and what this gateway has sent or
 seen end since; a version sent there counts as being there until reports can be expected to know better.
@@ -30,16 +35,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from enum import IntEnum
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from heapq import nlargest
 
-from server.fleet.rendezvous import hashed, score
+from server.fleet.rendezvous import hashed
+from server.fleet.reports import READY, Report, Resident, Where, by_load, full_part, part_of
+from server.fleet.spare import Spare
 
-READY = "ready"
 ASKED_REMEMBERED = 16_384  # versions whose demand is remembered
 LOOK_AT = 1_024  # of those, the most that are looked at for one answer of ``moves``
+LOOK_AT_HOME = 8  # versions of one replica, the ones with most under way
+SHARES_EVERY_S = 1.0  # how often ``moves`` looks at who belongs where
 HALF_LIFE_S = 30.0  # after which a request counts half as demand
 
 
@@ -53,6 +60,8 @@ class Rules:
     that count half after ``HALF_LIFE_S``, from which a version is worth another home. ``stale`` and
     ``loading`` are seconds: how long a replica may be silent, and how long after a request was sent there a
     version counts as being loaded. ``moves`` bounds the loads without a request, for each replica and call.
+    ``spare`` is the part of the versions in memory that may be loaded beside what each needs, in a minute.
+    A new version goes to one whose memory is at most ``spread`` times as full as all memory together.
     """
 
     slack: float = 1.25
@@ -62,31 +71,8 @@ class Rules:
     stale: float = 6.0
     loading: float = 6.0
     moves: int = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a replica says of itself with each beat. ``number`` grows with each; one seen before says nothing
-    new.
-
-    ``base`` is the fingerprint of its base model, and ``kind`` all that must be equal for an answer to go on
-    elsewhere (base, engine's version, dtype). ``running`` counts sequences and ``queued`` requests, of all
-    gateways; ``busy_slots`` the slots with something running. ``in_slots`` and ``in_host`` name versions
-    as ``candidates`` is asked for them; one in a slot may be named in both.
-    """
-
-    replica: str
-    number: int
-    base: str
-    kind: str
-    state: str
-    gpu_slots: int
-    max_running: int
-    running: int = 0
-    queued: int = 0
-    busy_slots: int = 0
-    in_slots: Collection[str] = ()
-    in_host: Collection[str] = ()
+    spare: float = 0.05
+    spread: float = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,64 +81,6 @@ class Move:
 
     version: str
     replica: str
-
-
-class _Where(IntEnum):
-    """The nearer, the lower."""
-
-    SLOT = 0
-    HOST = 1
-    LOADING = 2
-    ELSEWHERE = 3
-
-
-@dataclass(slots=True, eq=False)
-class _Replica:
-    """One replica as this gateway knows it. ``own`` counts sequences, ``versions`` requests of this
-    gateway."""
-
-    report: Report
-    heard: float
-    hash: int
-    lost: bool = False
-    own: int = 0
-    own_at_beat: int = 0
-    versions: Counter[str] = field(default_factory=Counter)
-    sent_at: OrderedDict[str, float] = field(default_factory=OrderedDict)
-    where: dict[str, _Where] = field(default_factory=dict)
-
-    @property
-    def load(self) -> int:
-        """Sequences under way, as far as is known."""
-        reported = self.report.running + self.report.queued
-        return max(self.own, reported + self.own - self.own_at_beat)
-
-    @property
-    def has_slot(self) -> bool:
-        """Whether there is a slot that nothing runs in."""
-        return max(self.report.busy_slots, len(self.versions)) < self.report.gpu_slots
-
-    @property
-    def part(self) -> float:
-        """Its load, as a part of what it can run at once."""
-        return self.load / max(1, self.report.max_running)
-
-    def takes(self, bound: float) -> bool:
-        """Whether one more stays within ``bound``, a part of what it can run at once."""
-        return self.load + 1 <= max(1.0, bound * self.report.max_running)
-
-    def tier(self, version: str, now: float, loading: float) -> _Where:
-        """Where ``version`` is as far as this replica is concerned."""
-        where = self.where.get(version)
-        if where is not None:
-            return where
-        sent = self.sent_at.get(version)
-        under_way = version in self.versions or (sent is not None and now - sent <= loading)
-        return _Where.LOADING if under_way else _Where.ELSEWHERE
-
-    def score(self, version: int) -> float:
-        """How much ``version`` (hashed) belongs here; in proportion to what can run here."""
-        return score(version, self.hash, self.report.max_running)
 
 
 class Placement:
@@ -164,10 +92,13 @@ class Placement:
     def __init__(self, rules: Rules | None = None, *, base: str | None = None) -> None:
         self.rules = rules or Rules()
         self._base = base
-        self._able_now: list[_Replica] = []
+        self._able_now: list[Resident] = []
         self._able_until = -math.inf
-        self._replicas: dict[str, _Replica] = {}
+        self._replicas: dict[str, Resident] = {}
         self._asked: OrderedDict[str, tuple[float, float]] = OrderedDict()  # version -> demand, as of when
+        self._places: Counter[str] = Counter()  # version -> replicas that have it in memory
+        self._spare = Spare(self.rules.spare)
+        self._shares_due = -math.inf
 
     @property
     def base(self) -> str | None:
@@ -193,15 +124,13 @@ class Placement:
         """What a replica reported. One that was lost is back with its next new beat."""
         known = self._replicas.get(report.replica)
         if known is None:
-            known = self._replicas[report.replica] = _Replica(report, now, hashed(report.replica))
+            known = self._replicas[report.replica] = Resident(report, now, hashed(report.replica))
         elif report.number == known.report.number:
             return
         self._changed()
-        known.report, known.heard, known.lost = report, now, False
-        known.own_at_beat = known.own
-        known.where = dict.fromkeys(report.in_host, _Where.HOST) | dict.fromkeys(report.in_slots, _Where.SLOT)
-        while known.sent_at and now - next(iter(known.sent_at.values())) > self.rules.loading:
-            known.sent_at.popitem(last=False)
+        had = known.where
+        known.beat(now, report, self.rules.loading)
+        self._count_places(had, known.where)
 
     def lost(self, replica: str) -> None:
         """It could not be reached: it gets nothing until it is heard of again."""
@@ -211,11 +140,14 @@ class Placement:
 
     def forget(self, replica: str) -> None:
         """It is gone for good."""
-        self._replicas.pop(replica, None)
+        gone = self._replicas.pop(replica, None)
+        if gone is not None:
+            self._count_places(gone.where, {})
         self._changed()
 
     def sent(self, now: float, version: str | None, replica: str, sequences: int = 1) -> None:
         """A request goes to ``replica``. Tell ``ended`` of it once, with the same arguments."""
+        self._spare.earn(sequences)
         known = self._replicas.get(replica)
         if known is not None:
             known.own += sequences
@@ -226,9 +158,21 @@ class Placement:
         if len(self._asked) > ASKED_REMEMBERED:
             self._asked.popitem(last=False)
         if known is not None:
+            loading = self.rules.loading
+            if known.tier(version, now, loading) is Where.ELSEWHERE and self.homes(version, now):
+                self._spare.spend(known.loads_for_one)
             known.versions[version] += 1
-            known.sent_at[version] = now
-            known.sent_at.move_to_end(version)
+            known.sent(now, version)
+
+    def loaded(self, now: float, version: str, replica: str) -> None:
+        """A call that had it loaded says that it is in memory there: reports will say so too."""
+        known = self._replicas.get(replica)
+        if known is not None:
+            known.sent(now, version)
+            if version not in known.where:
+                known.where[version] = Where.SLOT
+                known.coming.discard(version)
+                self._places[version] += 1
 
     def ended(self, version: str | None, replica: str, sequences: int = 1) -> None:
         """A request that was sent to ``replica`` has ended there, in any way."""
@@ -254,52 +198,59 @@ class Placement:
         """
         able = self._able(now, like)
         if version is None:
-            return [each.report.replica for each in sorted(able, key=_by_load)]
-        soft, hard = self._bounds(able)
-        key = hashed(version)
+            return [each.report.replica for each in sorted(able, key=by_load)]
+        even, soft, hard = self._bounds(able)
+        key, loading = hashed(version), self.rules.loading
+        tiers = {each: each.tier(version, now, loading) for each in able}
+        homed = any(tier is not Where.ELSEWHERE for tier in tiers.values())
+        fair = self.rules.spread * full_part(able)
+        may_spend = [self._may_spend(now, able, loads) for loads in (1, 2)]
 
-        def rank(replica: _Replica) -> tuple[int, float, float]:
-            tier = replica.tier(version, now, self.rules.loading)
-            held = tier is not _Where.ELSEWHERE
-            slot = tier is _Where.SLOT or replica.has_slot
+        def rank(replica: Resident) -> tuple[int, float, float]:
+            tier = tiers[replica]
+            slot = tier is Where.SLOT or replica.has_slot
+            if slot and tier < Where.LOADING:
+                if replica.takes(even):
+                    return 0, tier, -replica.score(key)
+                if replica.takes(soft):
+                    return 1, replica.part, -replica.score(key)
+                if replica.takes(1.0):  # at once, and nobody waits for a load
+                    return 2, replica.part, -replica.score(key)
             if slot and replica.takes(soft):
-                return (0 if held else 2), tier, -replica.score(key)
-            if held and replica.takes(hard):
-                return (1 if slot else 3), replica.part, -replica.score(key)
-            return 4, replica.part, tier
+                if tier is Where.LOADING:
+                    return 3, 0.0, -replica.score(key)
+                if not homed or may_spend[replica.loads_for_one - 1]:
+                    full = not replica.has_room or replica.is_fuller(fair)
+                    return (5 if full else 4), not replica.has_room, -replica.score(key)
+            if tier is not Where.ELSEWHERE and replica.takes(hard):
+                return 6, replica.part, -replica.score(key)
+            return 7, replica.part, tier
 
         return [each.report.replica for each in sorted(able, key=rank)]
 
     def homes(self, version: str, now: float) -> list[str]:
         """The replicas that hold ``version``, or are loading it, by name."""
-        loading = self.rules.loading
-        return [
-            replica.report.replica
-            for replica in self._able(now)
-            if replica.tier(version, now, loading) is not _Where.ELSEWHERE
-        ]
+        return [replica.report.replica for replica in self._homes(version, now, self._able(now))]
 
     def moves(self, now: float) -> list[Move]:
-        """What to load where without a request, the most wanted first. To be asked about once a second.
+        """What to load where without a request; they count as being loaded. To be asked a few times a second.
 
-        A version all of whose homes are at their bound gets another one. A replica with less than its share
-        gets versions that belong to it rather than to their homes; once they are there, the hash's order
-        sends their requests there, and the old homes give them up.
+        A replica beyond its bound gives versions of its own another home, those with most under way first.
+        Once a second one with less than its share gets versions that belong to it rather than to their homes;
+        once they are there, the hash's order sends their requests there, and the old homes give them up.
         """
         able = self._able(now)
-        soft, _ = self._bounds(able)
-        share = _part(able)
+        share = part_of(able)
         left = {each: self.rules.moves for each in able if each.has_slot and each.part <= share}
         found: list[Move] = []
-        for version, demand in self._wanted(now):
-            target = self._new_home(version, demand, now, able, list(left), soft)
-            if target is not None:
-                found.append(Move(version, target.report.replica))
-                left[target] -= 1
-                if not left[target]:
-                    del left[target]
-            if not left:
-                break
+        for version, target, spent in self._named(now, able, left):
+            if spent:
+                self._spare.spend(target.loads_for_one)
+            target.sent(now, version)
+            found.append(Move(version, target.report.replica))
+            left[target] -= 1
+            if not left[target]:
+                del left[target]
         return found
 
     def pins(self, versions: Iterable[str], now: float) -> Mapping[str, list[str]]:
@@ -323,7 +274,7 @@ class Placement:
 
     # --- decisions -------------------------------------------------------------------------------------
 
-    def _able(self, now: float, like: str | None = None) -> list[_Replica]:
+    def _able(self, now: float, like: str | None = None) -> list[Resident]:
         """Those that may be sent something, by name."""
         if now > self._able_until:
             self._able_now = self._find_able(now)
@@ -335,7 +286,7 @@ class Placement:
         kind = None if known is None else known.report.kind
         return [each for each in self._able_now if each.report.kind == kind]
 
-    def _find_able(self, now: float) -> list[_Replica]:
+    def _find_able(self, now: float) -> list[Resident]:
         able = [
             replica
             for _, replica in sorted(self._replicas.items())
@@ -351,49 +302,123 @@ class Placement:
         """Who may be sent something has to be found anew."""
         self._able_until = -math.inf
 
-    def _bounds(self, able: Collection[_Replica]) -> tuple[float, float]:
-        """The most that a replica may have under way, as a part of what it can run at once: before others
-        that hold a version come first, and before others come first that would have to load it.
+    def _count_places(self, had: Mapping[str, Where], has: Mapping[str, Where]) -> None:
+        for version in had.keys() - has.keys():
+            self._places[version] -= 1
+            if not self._places[version]:
+                del self._places[version]
+        self._places.update(has.keys() - had.keys())
+
+    def _homes(self, version: str, now: float, able: Iterable[Resident]) -> list[Resident]:
+        loading = self.rules.loading
+        return [each for each in able if each.tier(version, now, loading) is not Where.ELSEWHERE]
+
+    def _may_spend(self, now: float, able: Collection[Resident], loads: int = 1) -> bool:
+        """Whether so many loads may be spent that no version needs."""
+        return self._spare.has(now, loads, replicas=len(able), versions=len(self._places))
+
+    def _bounds(self, able: Collection[Resident]) -> tuple[float, float, float]:
+        """The most that a replica may have under way, as a part of what it can run at once: before the load
+        decides between the homes of a version, before others come first that hold it, and before others come
+        first that would have to load it.
         """
-        share, rules = _part(able, 1), self.rules
-        return max(rules.slack * share, rules.calm), max(rules.most * share, rules.calm)
+        share, rules = part_of(able, 1), self.rules
+        return (
+            max(share, rules.calm),
+            max(rules.slack * share, rules.calm),
+            max(rules.most * share, rules.calm),
+        )
 
     def _wanted(self, now: float) -> list[tuple[str, float]]:
         """What was asked for lately with its demand, the most wanted first."""
         demand = {version: part * _decay(now - since) for version, (part, since) in self._asked.items()}
         return nlargest(LOOK_AT, demand.items(), key=lambda item: item[1])
 
-    def _new_home(
+    def _named(
+        self, now: float, able: Collection[Resident], targets: Mapping[Resident, int]
+    ) -> Iterator[tuple[str, Resident, bool]]:
+        """Versions, where to load them, and whether that is spent; ``targets`` may still be named."""
+        _, soft, _ = self._bounds(able)
+        for crowded in sorted(able, key=lambda each: -each.part):
+            if not crowded.takes(soft):
+                yield from self._relief(crowded, now, able, targets, soft)
+        if targets and now >= self._shares_due:
+            self._shares_due = now + SHARES_EVERY_S
+            yield from self._shares(now, able, targets)
+
+    def _relief(
         self,
-        version: str,
-        demand: float,
+        crowded: Resident,
         now: float,
-        able: Collection[_Replica],
-        targets: Collection[_Replica],
+        able: Collection[Resident],
+        targets: Mapping[Resident, int],
         soft: float,
-    ) -> _Replica | None:
-        """Of ``targets``, the one to which ``version`` belongs most, if it should be loaded there."""
+    ) -> Iterator[tuple[str, Resident, bool]]:
+        """New homes for versions of ``crowded``, until what is beyond its bound has somewhere to go."""
+        bound = soft * crowded.report.max_running
+        excess = crowded.load + 1 - bound
+        if excess <= math.sqrt(bound):  # it may be chance, and pass
+            return
+        for version, _ in crowded.versions.most_common(LOOK_AT_HOME):
+            if excess <= 0:
+                return
+            homes = self._homes(version, now, able)
+            if crowded not in homes:
+                continue
+            under_way = sum(each.count(version) for each in homes)
+            wanted = self._homes_for(version, now, homes, under_way, soft)
+            for _ in range(wanted - len(homes)):
+                others = [each for each in targets if each not in homes]
+                if not others:
+                    break
+                key = hashed(version)
+                best = max(others, key=lambda each: (each.has_room, each.score(key)))
+                if not self._may_spend(now, able, best.loads_for_one):
+                    break
+                yield version, best, True
+                homes.append(best)
+            excess -= max(0.0, crowded.count(version) - under_way / len(homes))
+
+    def _homes_for(
+        self, version: str, now: float, homes: Collection[Resident], under_way: float, soft: float
+    ) -> int:
+        """How many homes so much of a version needs; at most twice as many as it has."""
+        demand, since = self._asked.get(version, (0.0, now))
+        if demand * _decay(now - since) < self.rules.hot:
+            return len(homes)
         loading = self.rules.loading
-        homes = [each for each in able if each.tier(version, now, loading) is not _Where.ELSEWHERE]
-        others = [each for each in targets if each not in homes]
-        if not homes or not others:
-            return None
-        key = hashed(version)
-        best = max(others, key=lambda each: each.score(key))
-        crowded = demand >= self.rules.hot and not any(each.takes(soft) for each in homes)
-        idle = best.part * self.rules.slack < _part(able)
-        belongs = idle and all(best.score(key) > each.score(key) for each in homes)
-        return best if crowded or belongs else None
+        for each in homes:
+            tier = each.tier(version, now, loading)
+            if tier is Where.LOADING or (each.takes(soft) and (tier is Where.SLOT or each.has_slot)):
+                return len(homes)  # one that is coming, or has room, takes some first
+        room = soft * sum(each.report.max_running for each in homes) / len(homes)
+        return max(len(homes) + 1, min(2 * len(homes), math.ceil(under_way / room)))
 
+    def _shares(
+        self, now: float, able: Collection[Resident], targets: Mapping[Resident, int]
+    ) -> Iterator[tuple[str, Resident, bool]]:
+        """What belongs to those that have less than their share, of requests and of versions.
 
-def _by_load(replica: _Replica) -> tuple[float, str]:
-    return replica.part, replica.report.replica
+        One with less than half of it, as a new one has, gets them whatever is left to spend.
+        """
+        mean, load = sum(each.held for each in able) / max(1, len(able)), part_of(able)
+        slack = self.rules.slack
 
+        def poor(each: Resident) -> bool:
+            return each.has_room and each.part * slack < load and each.held * slack < mean
 
-def _part(replicas: Collection[_Replica], more: int = 0) -> float:
-    """All that is under way, and so many sequences more, as a part of what can run at once."""
-    room = sum(each.report.max_running for each in replicas)
-    return (sum(each.load for each in replicas) + more) / max(1, room)
+        for version, _ in self._wanted(now) if any(map(poor, targets)) else ():
+            others = [each for each in targets if poor(each)]
+            if not others:
+                return
+            homes = self._homes(version, now, able)
+            key = hashed(version)
+            best = max(others, key=lambda each: each.score(key))
+            if not homes or any(each.score(key) >= best.score(key) for each in homes):
+                continue
+            free = 2 * best.held < mean
+            if free or self._may_spend(now, able):
+                yield version, best, not free
 
 
 def _decay(seconds: float) -> float:

@@ -35,7 +35,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from server.engine import guard
-from server.fleet.placement import READY, Report
+from server.fleet.reports import READY, Report
 from server.fleet.scaling import Bounds, Scaler, pressure
 from server.fleet.wire import PREFIX
 from server.settings import Settings
@@ -171,7 +171,7 @@ class Replica(Member):
         headers = {"Authorization": f"Bearer {self._key}"}
         try:
             async with self._session.get(f"{self._url}{PREFIX}/state", headers=headers) as answer:
-                report = Report(replica="", **(await answer.json())["report"])
+                report = Report.of("", (await answer.json())["report"])
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
             return {"pressure": 0.0}
         return {"pressure": pressure(report) if report.state == READY else 0.0}

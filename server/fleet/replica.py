@@ -8,13 +8,13 @@ import itertools
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, Protocol
 
 from adapters.model import Tier, Version
 from adapters.store.replicas import ReplicaInfo, Replicas
-from server.fleet.placement import Placement, Report
+from server.fleet.placement import Placement
+from server.fleet.reports import Report
 from server.fleet.wire import Kind, framed
 from server.http.services import Services
 from server.inference.local import LocalAnswers
@@ -174,7 +174,7 @@ class Replica:
             self.services.in_background(self._do_chores())
 
     async def _announce(self) -> None:
-        load = asdict(self.report())
+        load = self.report().as_json() | {"replica": self.id}
         await self._rows.beat(self.id, self._url, self.state, self.facts, load)
 
     async def _do_chores(self) -> None:
@@ -214,4 +214,4 @@ class Replica:
 
 
 def _report_of(row: ReplicaInfo) -> Report:
-    return Report(**{**row.load, "state": row.state})
+    return Report.of(row.id, {**row.load, "state": row.state})

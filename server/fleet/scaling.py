@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from server.fleet.placement import READY, Report
+from server.fleet.reports import READY, Report
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,16 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from adapters.model import Tier
-from server.fleet.placement import Placement, Report
+from server.fleet.placement import Placement
 from server.fleet.rendezvous import hashed, score
+from server.fleet.reports import Report
 from server.scheduling.nouns import Activate, Ask, Capacity, Effect, Preempt, Refuse, Run, Stage
 from server.scheduling.plan import Plan
 from tests.bench.workload import gamma_arrivals, log_normal_lengths, zipf
 
 LONGEST = 256  # output tokens
 BEAT_S = 2.0
-MOVE_S = 1.0
+MOVE_S = 0.2
 WIRE_S = 0.05  # from a replica's report to the gateways
 HOT = 32  # adapters that change their popularity at once
 BASE, KIND = "base", "kind"
@@ -187,6 +188,7 @@ class Replica:
         self.sent: dict[str, _Sent] = {}
         self.running = 0
         self.beats = 0
+        self._warming: defaultdict[str, list[Placement]] = defaultdict(list)
         self._tick_at: float | None = None
 
     def submit(self, request: Request, gateway: int, counted: bool) -> None:
@@ -206,6 +208,17 @@ class Replica:
         )
         self.carry_out(self.plan.submitted(self.world.now, ask))
 
+    def warm(self, version: str, placement: Placement) -> None:
+        """Loads ``version``, and tells who asked when it has a slot."""
+        self._warming[version].append(placement)
+        self.carry_out(self.plan.warm(self.world.now, version, True))
+        self._told()
+
+    def _told(self) -> None:
+        for version in [each for each in self._warming if self.plan.tier_of(each) is Tier.GPU]:
+            for placement in self._warming.pop(version):
+                placement.loaded(self.world.now, version, self.name)
+
     def report(self) -> Report:
         self.beats += 1
         seen = self.plan.snapshot()
@@ -223,6 +236,7 @@ class Replica:
             busy_slots=sum(bool(slot.running) for slot in seen.slots),
             in_slots=frozenset(slot.version for slot in seen.slots if slot.version is not None),
             in_host=frozenset(entry.version for entry in seen.host if entry.tier is Tier.HOST),
+            room=engine.host_slots,
         )
 
     def carry_out(self, effects: Sequence[Effect]) -> None:
@@ -233,7 +247,7 @@ class Replica:
                     self.world.loaded(self.name, version)
                     self._later(engine.stage, lambda id_=load_id: self.plan.staged(self.world.now, id_))
                 case Activate(_, load_id):
-                    self._later(engine.activate, lambda id_=load_id: self.plan.activated(self.world.now, id_))
+                    self._later(engine.activate, lambda id_=load_id: self._activated(id_))
                 case Run(id_):
                     self._run(self.sent[id_])
                 case Preempt(id_):
@@ -241,6 +255,11 @@ class Replica:
                 case Refuse(id_):
                     self._end(self.sent[id_], refused=True)
         self._arrange_tick()
+
+    def _activated(self, load_id: int) -> Sequence[Effect]:
+        effects = self.plan.activated(self.world.now, load_id)
+        self._told()
+        return effects
 
     def _run(self, sent: _Sent) -> None:
         self.running += 1
@@ -382,8 +401,7 @@ class Fleet:
     def _move(self, placement: Placement) -> None:
         for move in placement.moves(self.now):
             self.outcome.moved += 1
-            target = self.replicas[move.replica]
-            target.carry_out(target.plan.warm(self.now, move.version, True))
+            self.replicas[move.replica].warm(move.version, placement)
         self.later(MOVE_S, lambda: self._move(placement))
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from server.fleet.placement import Move, Placement, Report, Rules
+from server.fleet.placement import Move, Placement, Rules
 from server.fleet.rendezvous import hashed, score
+from server.fleet.reports import Report
 
 REPORT = Report("r0", 1, base="base", kind="kind", state="ready", gpu_slots=8, max_running=64)
 MANY = [f"tenant/adapter-{number}@digest" for number in range(2_000)]
@@ -113,29 +114,94 @@ def test_a_hot_version_gets_a_second_home_and_gives_it_up() -> None:
     fleet = Fleet("a", "b", "c", "d")
     first, second = fleet.order()[:2]
     fleet.says(first, in_slots=[V])
-    for _ in range(8):  # as many as a replica takes in any case
+    for _ in range(10):  # as many as a replica takes in any case, and what may be chance
+        assert fleet.order()[0] == first
+        assert fleet.placement.moves(0.0) == []
+        fleet.placement.sent(0.0, V, first)
+    assert fleet.order()[0] == first, "it can run one more at once, and nobody waits for a load"
+    assert fleet.placement.moves(0.0) == [Move(V, second)]
+    assert fleet.placement.moves(0.0) == [], "it is coming"
+    assert fleet.order()[0] == first
+    fleet.placement.loaded(0.1, V, second)
+    assert fleet.placement.homes(V, 0.1) == sorted((first, second))
+    assert fleet.order()[0] == second
+    for _ in range(6):
+        fleet.placement.ended(V, first)
+    assert fleet.order()[:2] == [first, second], "it has cooled down"
+
+
+def test_a_very_hot_version_gets_as_many_homes_as_it_needs() -> None:
+    fleet = Fleet(*[f"r{number}" for number in range(8)])
+    first = fleet.order()[0]
+    fleet.says(first, in_slots=[V])
+    homes = {first}
+    for _ in range(8):
+        fleet.placement.sent(0.0, V, first)
+    for wanted in (2, 4, 7):
+        for name in homes:
+            fleet.placement.sent(0.0, V, name)
+            fleet.says(name, in_slots=[V], running=64)
+        homes |= {move.replica for move in fleet.placement.moves(0.0)}
+        assert len(homes) == wanted, "twice as many with each look, to 1.25 times the share of each"
+
+
+def test_a_replica_that_is_full_gives_away_what_waits() -> None:
+    fleet = Fleet("a", "b", "c", "d")
+    first, second = fleet.order()[:2]
+    fleet.says(first, in_slots=[V])
+    for _ in range(64):
         assert fleet.order()[0] == first
         fleet.placement.sent(0.0, V, first)
-    assert fleet.order()[0] == second, "at once: it would have more than twice its share"
-    fleet.placement.sent(0.0, V, second)
-    assert fleet.placement.homes(V, 0.0) == sorted((first, second))
-    fleet.says(second, in_slots=[V])
-    for _ in range(4):
-        fleet.placement.ended(V, first)
-    assert fleet.order()[:2] == [first, second]
-
-
-def test_a_second_home_is_loaded_before_anybody_waits_for_it() -> None:
-    fleet = Fleet("a", "b", "c", "d", running=24)
-    first, second = fleet.order()[:2]
-    fleet.says(first, in_slots=[V], running=24)
-    while not (moves := fleet.placement.moves(0.0)):
-        fleet.placement.sent(0.0, V, first)
-    assert fleet.order()[0] == first, "not twice its share"
-    assert moves == [Move(V, second)]
-    fleet.says(second, in_slots=[V], running=24)
     assert fleet.order()[0] == second
+
+
+def test_where_nothing_is_left_to_spend_a_version_stays_at_home() -> None:
+    fleet = Fleet("a", "b", rules=Rules(hot=0.0))
+    versions = [version for version in MANY if fleet.order(version)[0] == "a"][:4]
+    fleet.says("a", in_slots=versions, queued=40, running=64)
+    spent = 0
+    for version in versions:
+        if fleet.order(version)[0] == "b":
+            fleet.placement.sent(0.0, version, "b")
+            spent += 1
+    assert spent == 2, "as many as there are replicas"
+    assert fleet.order(versions[-1])[0] == "a"
     assert fleet.placement.moves(0.0) == []
+    fleet.now = 35.0
+    for name in "ab":
+        fleet.says(name)
+    assert fleet.order(versions[-1])[0] == "b", "half of it is back"
+
+
+def test_a_new_version_goes_where_there_is_room() -> None:
+    fleet = Fleet("a", "b", room=4)
+    held: dict[str, list[str]] = {"a": [], "b": []}
+    for version in MANY[:8]:
+        home = fleet.order(version)[0]
+        fleet.placement.sent(0.0, version, home)
+        held[home].append(version)
+    assert sorted(map(len, held.values())) == [4, 4]
+    fleet.says("a", in_host=held["a"])
+    fleet.says("b", in_host=held["b"][:2])
+    later = 20.0
+    fleet.now = later
+    fleet.says("a", in_host=held["a"])
+    fleet.says("b", in_host=held["b"][:2])
+    for version in held["b"]:
+        fleet.placement.ended(version, "b")
+    assert {fleet.order(version)[0] for version in MANY[8:40]} == {"b"}
+
+
+def test_the_homes_of_a_version_share_what_is_beyond_their_mean() -> None:
+    fleet = Fleet("a", "b", "c", "d", running=20)
+    first, second = fleet.order()[:2]
+    for name in (first, second):
+        fleet.says(name, in_slots=[V])
+    assert fleet.order()[0] == first
+    fleet.says(first, running=22)
+    assert fleet.order()[0] == second, "the first has more than the mean"
+    fleet.says(second, running=24)
+    assert fleet.order()[0] == first, "both have, and the second more of it"
 
 
 def test_a_version_that_is_not_hot_is_left_where_it_is() -> None:
@@ -156,6 +222,8 @@ def test_the_bounds_follow_the_load() -> None:
     assert fleet.order()[:2] == [second, first]
     fleet.says(second, in_host=[])
     fleet.says(first, running=60)
+    assert fleet.order()[0] == first, "it can run it at once"
+    fleet.says(first, running=64)
     assert fleet.order()[0] == second
     assert fleet.order()[-1] == first
 
@@ -242,13 +310,15 @@ def test_a_new_replica_gets_its_share_a_few_at_a_time() -> None:
     assert fleet.placement.moves(0.0) == []
     fleet.says("c", gpu_slots=2_000, max_running=8_000)
     assert all(fleet.order(version)[0] != "c" for version in MANY[:300]), "nobody waits for a load"
-    for _ in range(100):
-        moves = fleet.placement.moves(0.0)
+    for second in range(200):
+        fleet.now = float(second)
+        moves = fleet.placement.moves(fleet.now)
         assert len(moves) <= Rules().moves
         assert all(move.replica == "c" for move in moves)
         held["c"] += [move.version for move in moves]
-        fleet.says("c", in_slots=list(held["c"]), running=0)
-    assert fleet.placement.moves(0.0) == []
+        for name in "abc":
+            fleet.says(name, in_slots=list(held[name]), running=0 if name == "c" else len(held[name]))
+    assert fleet.placement.moves(201.0) == []
     alone = Fleet(*"abc", gpu_slots=2_000, max_running=8_000)
     for version in MANY[:300]:
         assert (fleet.order(version)[0] == "c") == (alone.order(version)[0] == "c")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.fleet.placement import Report
+from server.fleet.reports import Report
 from server.fleet.scaling import Bounds, Scaler, pressure
 
 

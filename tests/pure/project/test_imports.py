@@ -79,6 +79,8 @@ PURE = {
     "server.engine.sizing",
     "server.fleet.placement",
     "server.fleet.rendezvous",
+    "server.fleet.reports",
+    "server.fleet.spare",
     "server.limits.budget",
     "server.limits.ledger",
     "server.limits.permissions",

@@ -34,7 +34,7 @@ def tier(replica: FakeReplica, made: Fleet) -> Tier:
 
 async def test_a_hot_adapter_is_loaded_at_a_second_replica_before_it_gets_requests(two: Fleet) -> None:
     """One request makes it hot here, and its home full."""
-    two.directory.placement.rules = Rules(slack=1.0, most=100.0, calm=0.0, hot=0.5)
+    two.directory.placement.rules = Rules(slack=0.5, most=100.0, calm=0.0, hot=0.5)
     key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
     # Where the probe of the upload ran is its home, once the gateway has been told.
     await two.until(lambda: any(one.said["in_host"] for one in two.directory.all()))
@@ -57,7 +57,7 @@ async def test_a_hot_adapter_is_loaded_at_a_second_replica_before_it_gets_reques
 
 
 async def test_a_move_that_fails_harms_nobody(two: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    two.directory.placement.rules = Rules(slack=1.0, most=100.0, calm=0.0, hot=1.0)
+    two.directory.placement.rules = Rules(slack=0.5, most=100.0, calm=0.0, hot=1.0)
     key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
     reading = asyncio.create_task(read(two.gateway, key, body(200, model="a")))
     await two.until(lambda: any(one.engine.running for one in two.replicas))
@@ -93,7 +93,7 @@ async def test_forty_customers_are_loaded_once_each(tmp_path: Path) -> None:
     customers, requests = 40, 160
     weights = [1 / rank for rank in range(1, customers + 1)]
     order = [*range(customers), *random.Random(3).choices(range(customers), weights, k=requests)]
-    async with fleet(tmp_path, times=Times(step=0.002), gpu_slots=8, host_slots=48) as made:
+    async with fleet(tmp_path, times=Times(step=0.002), gpu_slots=8, host_slots=30) as made:
         keys, digests = [], []
         for number in range(customers):
             keys.append(await made.gateway.tenant(f"customer-{number}", {"a": tiny.adapter(number)}))
@@ -114,5 +114,5 @@ async def test_forty_customers_are_loaded_once_each(tmp_path: Path) -> None:
         await asyncio.gather(*map(ask, order))
         loads = [[op.name for op in one.engine.ops if op.verb == "stage"] for one in made.replicas]
         placed = sum(len(set(names)) for names in loads)
-        assert placed <= 1.5 * customers, placed
-        assert sum(map(len, loads)) <= 1.1 * placed, loads
+        assert placed <= 1.1 * customers, placed
+        assert sum(map(len, loads)) <= 1.1 * customers, loads
