@@ -25,7 +25,7 @@ from adapters.store.prompts import Kept
 from adapters.store.rollouts import Stored
 from server.accounts.authentication import Authentication
 from server.accounts.tenants import Tenant
-from server.errors import BadRequest, ServerError
+from server.errors import BadRequest, ServerError, Unavailable
 from server.inference.completion import Completions, Order, new_request_id
 from server.inference.dialects.registry import DIALECTS
 from server.rollouts.sampler import Sampler
@@ -107,7 +107,12 @@ class Replayer:
     @property
     def possible(self) -> bool:
         """Whether prompts can be kept and replayed here at all."""
-        return self.sampler.cipher is not None and not self._completions.answers.base.pooling
+        if self.sampler.cipher is None:
+            return False
+        try:
+            return not self._completions.answers.base.pooling
+        except Unavailable:  # a gateway that has heard of no replica yet
+            return True
 
     async def replay(self, stored: Stored) -> None:
         """One prompt after another, until none waits or the engine has no room."""

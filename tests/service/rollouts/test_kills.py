@@ -45,8 +45,8 @@ class Client:
         keys = await self.http.post("/admin/v1/tenants/acme/keys", json={}, headers=ADMIN)
         self.key = keys.json()["key"]
 
-    async def begin(self) -> None:
-        body = QUICK | {"steps": [20, 40, 60, 80, 100]}
+    async def begin(self, **changes: Any) -> None:
+        body = QUICK | {"steps": [20, 40, 60, 80, 100]} | changes
         made = await self.http.post(ROLLOUTS, json=body, headers=ADMIN)
         assert made.status_code == 201, made.text
         self.one = f"{ROLLOUTS}/{made.json()['id']}"
