@@ -36,7 +36,7 @@ START = 300.0  # seconds for a server to become ready
 GIVE_UP = 30.0  # seconds after which a client gives a request up, as its own timeout would
 GIVE_UP_REAL = 300.0  # longer than the real engine takes to start again
 CORE, WORKER, GUARD = "VLLM::EngineCore", "VLLM::Worker", "guard.py"  # processes of the real engine
-STALL_REAL = 15.0  # seconds after which the real engine hangs; a loaded machine pauses for some by itself
+STALL_REAL = 45.0  # seconds; less takes compiling the first step, where a machine has other work too
 ROOM = {"data": 96, "db": 48, "log": 16}  # MiB of the disks that can be filled
 
 _processes = multiprocessing.get_context("forkserver")
