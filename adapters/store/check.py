@@ -13,6 +13,7 @@ from adapters.database.database import Database
 from adapters.database.glance import glance
 from adapters.store.blobs import BlobStore
 from adapters.store.digests import digest_of
+from adapters.store.files import IncompleteFile, incomplete_files
 from adapters.store.ownership import META_KEY
 from adapters.store.versions import linked_digests, versions_of
 from adapters.tasks import run_in_thread
@@ -40,7 +41,10 @@ class Unlinked:
 
 @dataclass(slots=True)
 class Found:
-    """``strays`` are names in the folder of blobs that are no digests; ``moved`` went to ``aside``."""
+    """``strays`` are names in the folder of blobs that are no digests; ``moved`` went to ``aside``.
+
+    ``incomplete`` are customers' files of ``/v1/files``, whose bytes are rows.
+    """
 
     versions: int = 0
     files: int = 0
@@ -49,11 +53,13 @@ class Found:
     unlinked: list[Unlinked] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)
+    incomplete: list[IncompleteFile] = field(default_factory=list)
 
     @property
     def is_ok(self) -> bool:
         """Nothing is damaged; what is merely not linked harms nobody."""
-        return not self.damaged and not self.strays and all(one.whole for one in self.unlinked)
+        broken = self.damaged or self.strays or self.incomplete
+        return not broken and all(one.whole for one in self.unlinked)
 
     def as_json(self) -> dict[str, Any]:
         """As the admin API answers, but for what only a running server knows."""
@@ -98,6 +104,7 @@ async def check(
             found.damaged.append(Damaged(digest, "changed" if there else "missing", versions))
         elif digest in await blobs.digests():
             found.unlinked.append(Unlinked(digest, False, await blobs.age(digest)))
+    found.incomplete = await incomplete_files(database)
     if repair:
         broken = [one.digest for one in found.damaged if one.reason == "changed"]
         broken += [one.digest for one in found.unlinked if not one.whole] + found.strays

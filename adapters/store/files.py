@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
@@ -187,6 +187,31 @@ class Files:
             rows = list(await session.scalars(query))
             await _delete(session, rows)
         return len(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class IncompleteFile:
+    """``stored_bytes`` are on record, of the ``size_bytes`` that were acknowledged."""
+
+    file: str
+    tenant: str
+    size_bytes: int
+    stored_bytes: int
+
+
+async def incomplete_files(database: Database) -> list[IncompleteFile]:
+    """Customers' files whose bytes are not all there, or are too many; of one moment."""
+    pieces = select(func.sum(func.length(FilePieceRow.data))).where(FilePieceRow.file == FileRow.id)
+    lines = select(func.sum(BatchResultRow.size_bytes)).where(
+        BatchResultRow.batch == FileRow.batch, BatchResultRow.failed == FileRow.failures
+    )
+    stored = func.coalesce(
+        case((FileRow.batch.is_(None), pieces.scalar_subquery()), else_=lines.scalar_subquery()), 0
+    )
+    query = select(FileRow.id, FileRow.tenant, FileRow.size_bytes, stored)
+    query = query.where(FileRow.ready, stored != FileRow.size_bytes).order_by(FileRow.id)
+    async with database.read() as session:
+        return [IncompleteFile(*row) for row in (await session.execute(query)).tuples()]
 
 
 async def _found(session: AsyncSession, tenant: str, id_: str) -> FileRow:

@@ -30,6 +30,7 @@ from server.metrics import Outcome
 logger = logging.getLogger(__name__)
 
 FLUSH_INTERVAL_S = 0.25
+COMPLAIN_INTERVAL_S = 30.0  # between lines of the log while nothing can be written
 MAX_WAITING = 10_000
 # Refused requests a second that are recorded: a client in a loop must not fill the disk.
 MAX_REFUSED = 20
@@ -129,6 +130,7 @@ class UsageWriter:
         self._recorded = asyncio.Event()  # not set while nothing waits
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._complained = 0.0  # when the log last said that nothing can be written; 0 if all can
 
     def start(self) -> None:
         """Starts to write in the background; ``stop`` ends it."""
@@ -203,8 +205,13 @@ class UsageWriter:
             began = clock()
             try:
                 await self.flush()
+                if self._complained:
+                    logger.warning("usage is written again")
+                    self._complained = 0.0
             except AdapterError as error:  # a disk or a database, which may be away for long
-                logger.error("usage could not be written; %d records wait: %s", len(self._waiting), error)
+                if not self._complained or clock() - self._complained > COMPLAIN_INTERVAL_S:
+                    logger.error("usage could not be written; %d records wait: %s", len(self._waiting), error)
+                    self._complained = clock()
             except Exception:
                 logger.exception("usage could not be written; %d records wait", len(self._waiting))
             took = clock() - began
@@ -216,6 +223,8 @@ class UsageWriter:
         while not self._stopping.is_set():
             try:
                 await step()
+            except AdapterError as error:
+                logger.error("%s failed: %s", step.__name__, error)
             except Exception:
                 logger.exception("%s failed", step.__name__)
             await self._pause(seconds)

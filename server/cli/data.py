@@ -93,6 +93,9 @@ def show_check(found: dict[str, Any], *, as_json: bool) -> int:
             print(f"of no version{'' if one['whole'] else ', and broken'}: {one['digest']}")
         for name in found["strays"]:
             print(f"not an adapter's: {name}")
+        for one in found.get("incomplete", []):
+            sizes = f"{one['stored_bytes']} of {one['size_bytes']} bytes"
+            print(f"a file of {one['tenant']} that is not whole, {sizes}: {one['file']}")
         for one in found.get("unfit", []):
             print(f"not served: {one['tenant']}/{one['adapter']}@{one['version']}: {one['message']}")
         for name in found["moved"]:

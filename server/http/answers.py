@@ -169,6 +169,13 @@ class UnlinkedFiles(Answer):
     age_seconds: Count
 
 
+class IncompleteFile(Answer):
+    file: str
+    tenant: str
+    size_bytes: Count
+    stored_bytes: Count
+
+
 class UnfitVersion(Answer):
     tenant: str
     adapter: str
@@ -188,6 +195,7 @@ class Checked(Answer):
     unlinked: list[UnlinkedFiles]
     strays: list[str]
     moved: list[str]
+    incomplete: list[IncompleteFile]
     unfit: list[UnfitVersion]
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import delete
 
+from adapters.database.rows import BatchResultRow, FilePieceRow
 from adapters.model import WEIGHTS_FILE
 from server.cli import data
+from tests.service.batches.test_batches import ended, jsonl, line, started
 from tests.service.http.test_api import error
 from tests.service.store.test_fitness import BASE, engine_of, narrowed, overwrite
 from tests.support import tiny
@@ -124,6 +127,22 @@ async def test_an_upload_beside_a_check_is_nothing_broken(tmp_path: Path) -> Non
             found = (await site.admin.post(CHECK, json={"repair": True})).json()
             assert found["ok"], found
             assert found["moved"] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_files_of_batches_are_held_against_their_rows(tmp_path: Path, kind: str) -> None:
+    async with empty(kind, tmp_path) as url, fake_site(tmp_path, database_url=url) as site:
+        async with site.openai(await site.tenant("acme")) as client:
+            batch = await ended(client, (await started(client, jsonl(line(f"r{n}") for n in range(3)))).id)
+        assert (await site.admin.get(CHECK)).json()["ok"]
+        async with site.services.database.append() as session:
+            await session.execute(delete(FilePieceRow).where(FilePieceRow.file == batch.input_file_id))
+            await session.execute(delete(BatchResultRow).where(BatchResultRow.number == 2))
+        found = (await site.admin.get(CHECK)).json()
+    assert not found["ok"]
+    stored = {one["file"]: (one["tenant"], one["stored_bytes"]) for one in found["incomplete"]}
+    assert stored.keys() == {batch.input_file_id, batch.output_file_id}
+    assert stored[batch.input_file_id] == ("acme", 0)
 
 
 @pytest.mark.parametrize("what", ["folder", "database"])
