@@ -1,8 +1,8 @@
 """SIGKILL for the whole server at random moments, under uploads, deletes, go-lives, inference and batches.
 
 After each the server is started again, and what it has is held against what was acknowledged: every change
-whole or not there at all, one entry in the audit for each, what is live answers, every answer that is older
-than two seconds is in the usage, and every file and batch is there; at the end each line of each batch has one
+whole or not there at all, one entry in the audit for each, what is live answers, every answer that is two
+seconds old is in the usage, and every file and batch is there; at the end each line of each batch has one
 answer. ``KILLS=200`` takes a while, ``DB=postgres`` another database.
 """
 
