@@ -211,7 +211,7 @@ async def incomplete_files(database: Database) -> list[IncompleteFile]:
     query = select(FileRow.id, FileRow.tenant, FileRow.size_bytes, stored)
     query = query.where(FileRow.ready, stored != FileRow.size_bytes).order_by(FileRow.id)
     async with database.read() as session:
-        return [IncompleteFile(*row) for row in (await session.execute(query)).tuples()]
+        return [IncompleteFile(*row) for row in (await session.execute(query)).all()]
 
 
 async def _found(session: AsyncSession, tenant: str, id_: str) -> FileRow:
