@@ -54,6 +54,7 @@ from server.http.middleware import RequestContext, allow_origins, install_error_
 from server.http.openapi import document
 from server.http.routes import router_of
 from server.http.services import Services
+from server.http.verbs import Verbs
 from server.inference.completion import Answers, Completions
 from server.inference.dialects.registry import DIALECTS
 from server.inference.local import LocalAnswers
@@ -122,6 +123,7 @@ def create_app(
     )
     app.state.settings = settings
     app.state.services = None
+    app.add_middleware(Verbs, routes=app.router.routes)
     app.add_middleware(RequestContext, tracer=tracer)
     allow_origins(app, settings.cors_origins)
     install_error_handlers(app)

@@ -26,6 +26,7 @@ from server.errors import (
     headers_of,
     status_of,
 )
+from server.http.verbs import allow, methods_of
 from server.inference.completion import new_request_id
 from server.inference.dialects.messages import anthropic_error, speaks_anthropic
 from server.logs import REQUEST, RequestIds, traceparent
@@ -48,7 +49,10 @@ _EXPOSED = (
     "X-RateLimit-Reset-Requests", "X-RateLimit-Reset-Tokens",
 )  # fmt: skip
 # Paths of calls, none of which ends with a slash.
-_CALLS = ("/v1/", "/admin/v1/", "/health/", "/ready/", "/metrics/", "/tokenize/", "/detokenize/")
+_CALLS = (
+    "/v1/", "/admin/v1/", "/health/", "/ready/", "/metrics/", "/tokenize/", "/detokenize/", "/docs/",
+    "/redoc/",
+)  # fmt: skip
 
 
 def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
@@ -212,7 +216,10 @@ def install_error_handlers(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, "invalid_request")
         message = f"{exc.detail}: {request.method} {request.url.path}"
         body = envelope(message, "invalid_request_error", code)
-        return _error(request.scope, body, exc.status_code, dict(exc.headers or {}))
+        headers = dict(exc.headers or {})
+        if exc.status_code == 405:  # the router names those of one of the path's routes
+            headers["Allow"] = allow(methods_of(request.app.router.routes, request.scope))
+        return _error(request.scope, body, exc.status_code, headers)
 
     async def on_left(request: Request, exc: Exception) -> Response:
         return Response(status_code=CLIENT_LEFT)

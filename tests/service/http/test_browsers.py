@@ -69,7 +69,6 @@ async def test_a_page_of_a_named_origin_may_call(tmp_path: Path) -> None:
 async def test_without_the_setting_no_page_may(tmp_path: Path) -> None:
     async with site_with(tmp_path) as site:
         refused = await site.http.options("/v1/chat/completions", headers=PREFLIGHT)
-        assert refused.status_code == 405
         assert "access-control-allow-origin" not in refused.headers
 
 
