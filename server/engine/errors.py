@@ -25,6 +25,12 @@ TOO_LONG = "context_length_exceeded"
 _TOO_LONG = re.compile(
     r"maximum context length|maximum\s+model\s+length|cannot be greater than max_model_len"
 )
+_OPENAI_WORDS = "This model's maximum context length is"
+_MOST = re.compile(r"(?:context length \(|maximum\s+model\s+length of )([0-9]+)")
+_GIVEN = re.compile(r"[Ll]ength \(?([0-9]+)\)")
+_FIELD = re.compile(r"[a-z][a-z0-9_]*")
+_TYPES = frozenset({"bool", "bytes", "dict", "float", "int", "list", "none", "nullable", "str", "tuple"})
+_ABOUT = re.compile(r"`?([a-z][a-z_]*(?:\.[a-z_]+)?)`?(?::| must| cannot| should| is set)")
 # Where a request of each kind has its prompt.
 _PROMPTS = {
     "chat": "messages",
@@ -66,10 +72,23 @@ def filled(error: ServerError, request: Any, most: int) -> ServerError:
 def refusal(message: str, param: str | None) -> BadRequest:
     """vLLM's refusal of a request, with the code that OpenAI's clients look for and in words of ours."""
     if _TOO_LONG.search(message):
-        return BadRequest(message, code=TOO_LONG)
+        return BadRequest(_as_openai_says(message), code=TOO_LONG)
     if "--tool-call-parser" in message or "--enable-auto-tool-choice" in message:
         return BadRequest(NO_TOOLS, code="tools_not_served", param="tool_choice")
-    return BadRequest(message, param=param)
+    return BadRequest(message, param=param or _named_in(message))
+
+
+def _as_openai_says(message: str) -> str:
+    """A prompt that is too long in OpenAI's words, by which libraries know it."""
+    most = _MOST.search(message)
+    if most is None or _OPENAI_WORDS in message:
+        return message
+    given = _GIVEN.search(message)
+    shown = f"has {given[1]} tokens" if given else "is longer"
+    return (
+        f"{_OPENAI_WORDS} {most[1]} tokens. However, your prompt {shown}, and an answer has one at least."
+        " Please reduce the length of the input prompt."
+    )
 
 
 @contextlib.contextmanager
@@ -125,9 +144,30 @@ def parse_errors() -> Iterator[None]:
 
 
 def invalid_request(exc: ValidationError) -> BadRequest:
-    first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = ".".join(str(part) for part in first["loc"]) or None
-    return BadRequest(f"{param}: {first['msg']}" if param else first["msg"], param=param)
+    """Of the first field that is wrong; of a union's errors, one for each member, that of the nearest."""
+    found = exc.errors(include_url=False, include_input=False, include_context=False)
+    depth = _field_depth(found[0]["loc"])
+    same = [one for one in found if one["loc"][:depth] == found[0]["loc"][:depth]]
+    nearest = max(same, key=lambda one: len(one["loc"]))  # the first of those
+    param = ".".join(str(part) for part in nearest["loc"] if _is_field(part)) or None
+    message = nearest["msg"].removeprefix("Value error, ")
+    return BadRequest(f"{param}: {message}" if param else message, param=param or _named_in(message))
+
+
+def _field_depth(loc: tuple[int | str, ...]) -> int:
+    """How much of ``loc`` is before the first member of a union."""
+    return next((at for at, part in enumerate(loc) if not _is_field(part)), len(loc))
+
+
+def _is_field(part: int | str) -> bool:
+    """Whether ``part`` of a place is a field or an index, and not a type's name."""
+    return isinstance(part, int) or (_FIELD.fullmatch(part) is not None and part not in _TYPES)
+
+
+def _named_in(message: str) -> str | None:
+    """The field that vLLM's message is about where it says so in words alone."""
+    found = _ABOUT.match(message)
+    return found[1] if found else None
 
 
 def message_of(exc: Exception) -> str:

@@ -76,6 +76,8 @@ class Dialect:
     """Where a request says how many tokens it wants, in the order in which these are looked at."""
     default_max_tokens: ClassVar[int | None] = None
     """Tokens of an answer that asks for no number; None for as many as fit."""
+    least_tokens: ClassVar[int] = 1
+    """The fewest tokens that a request may ask for."""
     base: ClassVar[Literal["text", "embeddings", "any"]] = "text"
     streams: ClassVar[bool] = True
     asks_while_streaming: ClassVar[bool] = False
@@ -97,6 +99,7 @@ class Dialect:
         kept = {name: value for name, value in body.items() if name in self.accepted and value is not None}
         for name, value in kept.items():
             check_type(name, value, integer=name in self.integers)
+        self._check_amounts(kept)
         kept = with_structured_outputs(kept)
         if "chat_template_kwargs" in kept:
             check_template_variables(kept["chat_template_kwargs"])
@@ -107,6 +110,16 @@ class Dialect:
                     raise unknown_field(f"stream_options.{name}")
             kept["stream_options"] = {k: v for k, v in options.items() if k != "include_obfuscation"}
         return kept | {"model": body.get("model") or DEFAULT_MODEL}
+
+    def _check_amounts(self, body: dict[str, Any]) -> None:
+        """BadRequest for a conversation without a turn, and for an answer of no tokens."""
+        for name in ("messages", "input"):
+            if body.get(name) == []:
+                raise BadRequest(f"{name}: at least one is needed", param=name)
+        for name in self.max_tokens_fields:
+            if body.get(name, self.least_tokens) < self.least_tokens:
+                least = self.least_tokens
+                raise BadRequest(f"{name} must be at least {least}, got {body[name]}", param=name)
 
     def _check_known(self, name: str, value: Any) -> None:
         if name in self.accepted or name in self.ignored:

@@ -18,6 +18,7 @@ from server.inference.dialects.fields import (
     with_strict_tools,
 )
 from server.inference.dialects.schema import ANY, BOOL, LIMIT, OPENAI, TURNS, object_of
+from server.inference.dialects.tools import with_allowed_tools
 
 
 class Chat(OpenAIText):
@@ -41,6 +42,7 @@ class Chat(OpenAIText):
     only: ClassVar[Mapping[str, Only]] = {
         **BEAMS,
         "audio": ((), "Answers are text."),
+        "best_of": ((1,), "All n answers are returned; send n."),
         "function_call": (("none", "auto"), "Send tools and tool_choice, which took its place."),
         "functions": (([],), "Send tools, which took its place."),
         "modalities": ((["text"], []), "Answers are text."),
@@ -64,7 +66,7 @@ class Chat(OpenAIText):
 
         Tools that must be called are called with arguments that fit; see ``with_strict_tools``.
         """
-        kept = super().allowed_fields(body)
+        kept = with_allowed_tools(super().allowed_fields(body))
         if kept.get("continue_final_message"):
             kept.setdefault("add_generation_prompt", False)
         if "tools" in kept:

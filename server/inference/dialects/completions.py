@@ -22,6 +22,7 @@ class Completions(OpenAIText):
     only = BEAMS
     integers = frozenset({"logprobs"})
     max_tokens_fields = ("max_tokens",)
+    least_tokens = 0  # with echo, for the prompt alone
     default_max_tokens = 16  # OpenAI's rule, and vLLM's
     body = object_of(
         "prompt",

@@ -45,10 +45,11 @@ VLLM_ADVICE = frozenset({"stream_interval"})
 RESERVED = frozenset(
     {
         "cache_salt", "chat_template", "ec_transfer_params", "embed_dtype", "enable_response_messages",
-        "endianness", "guided_decoding_backend", "kv_transfer_params", "lora_request", "media_io_kwargs",
-        "mm_payload", "mm_processor_kwargs", "padding", "previous_input_messages", "priority",
-        "prompt_embeds", "request_id", "return_mm_kwargs", "return_prompt_text", "return_token_offsets",
-        "routed_experts_prompt_start", "session_id", "use_activation", "vllm_xargs", "watermarking",
+        "endianness", "guided_decoding_backend", "kv_transfer_params", "logits_processors", "lora_request",
+        "media_io_kwargs", "mm_payload", "mm_processor_kwargs", "padding", "previous_input_messages",
+        "priority", "prompt_embeds", "request_id", "return_mm_kwargs", "return_prompt_text",
+        "return_token_offsets", "routed_experts_prompt_start", "session_id", "use_activation", "vllm_xargs",
+        "watermarking",
     }
 )  # fmt: skip
 
@@ -197,6 +198,8 @@ def with_structured_outputs(body: dict[str, Any]) -> dict[str, Any]:
     BadRequest where there is more than one, or one that vLLM does not know.
     """
     guided = {GUIDED[name]: body[name] for name in GUIDED if body.get(name) is not None}
+    if not _CONSTRAINTS & guided.keys():
+        guided = {}  # the blanks of nothing
     kept = {name: value for name, value in body.items() if name not in GUIDED}
     if guided:
         if kept.get("structured_outputs") is not None:

@@ -15,6 +15,7 @@ from server.inference.dialects.answers import Message
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.fields import Only, with_strict_tools
 from server.inference.dialects.schema import ANY, LIMIT, MODEL, SAMPLED, TEXT, TURNS, object_of
+from server.inference.dialects.tools import check_own_tools
 
 PROMPT_FIELDS = frozenset(
     {
@@ -72,6 +73,7 @@ class Messages(Dialect):
     def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
         """Tools that must be called are called with arguments that fit; see ``with_strict_tools``."""
         kept = super().allowed_fields(body)
+        check_own_tools(kept.get("tools"), ("custom",))
         choice = kept.get("tool_choice")
         if "tools" in kept:
             forced = isinstance(choice, dict) and choice.get("type") in ("any", "tool")
@@ -125,8 +127,8 @@ def anthropic_error(body: dict[str, Any], status: int) -> dict[str, Any]:
 
 def _too_long(message: str) -> str:
     """As Anthropic says it, which agents look for to make the conversation shorter."""
-    most = re.search(r"(?:context length is|model length of|length \() ?([0-9]+)", message)
-    given = re.search(r"([0-9]+) input tokens|\(length ([0-9]+)\)|Input length \(([0-9]+)\)", message)
+    most = re.search(r"context length is ([0-9]+)", message)
+    given = re.search(r"([0-9]+) input tokens|has ([0-9]+) tokens", message)
     if most is None:
         return f"prompt is too long: {message}"
     tokens = next((found for found in given.groups() if found), None) if given else None

@@ -23,6 +23,7 @@ from server.inference.dialects.fields import (
     with_strict_tools,
 )
 from server.inference.dialects.schema import ANY, LIMIT, MODEL, SAMPLED, TEXT, TURNS, object_of
+from server.inference.dialects.tools import check_own_tools
 
 _OPENING = ("response.created", "response.in_progress")
 _CHAT_ALONE: Only = ((), "vLLM has it for /v1/chat/completions.")
@@ -79,7 +80,7 @@ class Responses(Dialect):
 
     def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
         kept = super().allowed_fields(_stateless(body))
-        _check_tools(kept.get("tools"))
+        check_own_tools(kept.get("tools"), ("function",))
         if "tools" in kept:
             forced = kept.get("tool_choice") not in (None, "none", "auto")
             kept["tools"] = with_strict_tools(kept["tools"], forced)
@@ -130,13 +131,6 @@ def _stateless(body: dict[str, Any]) -> dict[str, Any]:
         if body.get(name):
             raise BadRequest(cure, code="stateless", param=name)
     return {name: value for name, value in body.items() if name not in _STATEFUL} | {"store": False}
-
-
-def _check_tools(tools: Any) -> None:
-    """BadRequest for OpenAI's other tools: a server runs them, and this one runs none."""
-    for index, tool in enumerate(tools if isinstance(tools, list) else ()):
-        if isinstance(tool, dict) and tool.get("type") != "function":
-            raise BadRequest("Only tools of the type function are served.", param=f"tools.{index}.type")
 
 
 def _response(call: Call, body: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from server.inference.dialects.answers import Prompt, TokenCount, Tokens
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.messages import NOT_SERVED, PROMPT_BODY, PROMPT_FIELDS, SERVICE_FIELDS
 from server.inference.dialects.schema import BOOL, MODEL, TEXT, TOKENS, TURNS, object_of
+from server.inference.dialects.tools import check_own_tools
 
 
 class _Tokens(Dialect):
@@ -82,6 +83,11 @@ class CountTokens(_Tokens):
     ignored = SERVICE_FIELDS
     only = NOT_SERVED
     body = object_of("messages", **PROMPT_BODY)
+
+    def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
+        kept = super().allowed_fields(body)
+        check_own_tools(kept.get("tools"), ("custom",))
+        return kept
 
     def request_model(self, body: dict[str, Any]) -> str:
         return "vllm.entrypoints.anthropic.protocol:AnthropicCountTokensRequest"

@@ -75,6 +75,7 @@ def test_what_is_refused_of_the_vendors_has_a_reason(kind: str, name: str) -> No
         ("chat", {"modalities": ["text"], "verbosity": "low", "prompt_cache_retention": "24h"}),
         ("chat", {"prediction": {"type": "content", "content": "x"}, "prompt_cache_options": {"ttl": "30m"}}),
         ("chat", {"functions": [], "function_call": "auto", "length_penalty": 1.0, "use_beam_search": False}),
+        ("chat", {"best_of": 1, "logits_processors": None, "guided_whitespace_pattern": "[ ]?"}),
         ("chat", {"stream_interval": 5, "cache_salt": None, "chat_template": None, "priority": None}),
         ("completion", {"best_of": 1}),
         ("completion", {"best_of": 3, "n": 3}),
@@ -161,6 +162,72 @@ def test_the_older_names_of_a_constraint() -> None:
     )
     assert kept["structured_outputs"] == {"choice": ["a", "b"]}
     assert "guided_choice" not in kept
+
+
+FUNCTIONS = [{"type": "function", "function": {"name": name}} for name in ("a", "b", "c")]
+
+
+def choosing(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_the_model_is_offered_the_tools_that_are_allowed() -> None:
+    asked = {**LEAST["chat"], "tools": FUNCTIONS}
+    kept = DIALECTS["chat"].allowed_fields(asked | {"tool_choice": choosing("auto", "a", "c")})
+    assert ([tool["function"]["name"] for tool in kept["tools"]], kept["tool_choice"]) == (["a", "c"], "auto")
+    kept = DIALECTS["chat"].allowed_fields(asked | {"tool_choice": choosing("required", "b")})
+    assert kept["tool_choice"] == "required"
+    assert kept["tools"] == [{"type": "function", "function": {"name": "b", "strict": True}}]
+    wrong = choosing("any", "a"), choosing("auto", "d"), choosing("auto"), {"type": "allowed_tools"}
+    for choice in wrong:
+        with pytest.raises(BadRequest, match=r"tool_choice\.allowed_tools"):
+            DIALECTS["chat"].allowed_fields(asked | {"tool_choice": choice})
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", None])
+def test_no_tools_are_no_tools(choice: str | None) -> None:
+    kept = DIALECTS["chat"].allowed_fields({**LEAST["chat"], "tools": [], "tool_choice": choice})
+    assert kept == DIALECTS["chat"].allowed_fields(LEAST["chat"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "tool"),
+    [
+        ("messages", {"type": "web_search_20250305", "name": "web_search"}),
+        ("count_tokens", {"type": "bash_20250124", "name": "bash"}),
+        ("responses", {"type": "mcp", "server_label": "x"}),
+    ],
+)
+def test_tools_that_the_vendor_runs(kind: str, tool: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="no tool runs here") as refused:
+        DIALECTS[kind].allowed_fields({**LEAST[kind], "tools": [tool]})
+    assert refused.value.param == "tools.0.type"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "param"),
+    [
+        ("chat", {"messages": []}, "messages"),
+        ("messages", {"messages": []}, "messages"),
+        ("count_tokens", {"messages": []}, "messages"),
+        ("responses", {"input": []}, "input"),
+        ("chat", {"max_completion_tokens": 0}, "max_completion_tokens"),
+        ("chat", {"max_completion_tokens": -1}, "max_completion_tokens"),
+        ("chat", {"max_tokens": 0}, "max_tokens"),
+        ("completion", {"max_tokens": -1}, "max_tokens"),
+        ("responses", {"max_output_tokens": 0}, "max_output_tokens"),
+        ("messages", {"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_nothing_to_say(kind: str, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest, match=f"^{param}") as refused:
+        DIALECTS[kind].allowed_fields({**LEAST[kind], **fields})
+    assert refused.value.param == param
+
+
+def test_a_prompt_may_be_echoed_alone() -> None:
+    assert DIALECTS["completion"].allowed_fields({**LEAST["completion"], "max_tokens": 0})["max_tokens"] == 0
 
 
 def test_a_message_that_is_gone_on_with() -> None:

@@ -1,0 +1,53 @@
+"""Which tools a request may offer, and which of them it lets the model call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from server.errors import BadRequest
+
+
+def check_own_tools(tools: Any, kinds: Sequence[str]) -> None:
+    """BadRequest for a tool that is none of ``kinds``: its vendor runs it, and nothing runs here."""
+    for index, tool in enumerate(tools if isinstance(tools, list) else ()):
+        kind = tool.get("type", kinds[0]) if isinstance(tool, dict) else kinds[0]
+        if kind is not None and kind not in kinds:
+            raise BadRequest(
+                f"Only tools of the type {kinds[0]} are served: no tool runs here. Offer one of your own.",
+                param=f"tools.{index}.type",
+            )
+
+
+def with_allowed_tools(body: dict[str, Any]) -> dict[str, Any]:
+    """A chat whose ``tool_choice`` is one that vLLM knows.
+
+    OpenAI's ``allowed_tools`` leaves some of the tools to the model: here it is offered those alone. Without
+    tools a choice between them asks for nothing. BadRequest for a choice of tools that are not there.
+    """
+    choice, tools = body.get("tool_choice"), body.get("tools")
+    if tools == []:
+        body = {name: value for name, value in body.items() if name != "tools"}
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        return _allowed(body, choice.get("allowed_tools"))
+    if not tools and choice in ("auto", "none"):
+        return {name: value for name, value in body.items() if name != "tool_choice"}
+    return body
+
+
+def _allowed(body: dict[str, Any], allowed: Any) -> dict[str, Any]:
+    where = "tool_choice.allowed_tools"
+    if not isinstance(allowed, dict) or allowed.get("mode") not in ("auto", "required"):
+        raise BadRequest(f"{where} needs a mode, auto or required, and tools", param=where)
+    named = {_name(tool) for tool in allowed.get("tools") or ()} - {None}
+    tools = body.get("tools")
+    kept = [tool for tool in tools if _name(tool) in named] if isinstance(tools, list) else []
+    if not kept or len({_name(tool) for tool in kept}) != len(named):
+        raise BadRequest(f"{where}.tools names a tool that is not among tools", param=f"{where}.tools")
+    return body | {"tools": kept, "tool_choice": allowed["mode"]}
+
+
+def _name(tool: Any) -> str | None:
+    inner = tool.get("function") if isinstance(tool, dict) else None
+    name = inner.get("name") if isinstance(inner, dict) else None
+    return name if isinstance(name, str) else None

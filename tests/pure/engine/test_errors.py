@@ -1,0 +1,95 @@
+"""vLLM's refusals as ours."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from server.engine.errors import TOO_LONG, invalid_request, refusal
+from server.errors import body_of
+from server.inference.dialects.messages import anthropic_error
+
+# As vLLM says it, in five places.
+SAID = [
+    "This model's maximum context length is 1024 tokens. However, your prompt contains at least 1025 input"
+    " tokens, which exceeds this limit even without any output tokens. Please reduce the length of it.",
+    "This model's maximum context length is 1024 tokens. However, your prompt contains 9000 characters (more"
+    " than 7000 characters, which is the upper bound for 1024 input tokens). Please reduce the length of it.",
+    "Input length (1100) exceeds model's maximum context length (1024).",
+    "The decoder prompt (length 1100) is longer than the maximum model length of 1024. Make sure that"
+    " `max_model_len` is no smaller than the number of text tokens.",
+    "The decoder prompt (length 1024) plus the number of requested output tokens (at least 1) is longer than"
+    " the maximum model length of 1024. Make sure that `max_model_len` is no smaller than that.",
+]
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_a_prompt_that_is_too_long_has_the_words_that_libraries_look_for(said: str) -> None:
+    error = refusal(said, None)
+    assert error.code == TOO_LONG
+    assert error.message.startswith("This model's maximum context length is 1024 tokens. However, ")
+    assert "max_model_len" not in error.message
+    told = anthropic_error(body_of(error), 400)["error"]["message"]
+    assert told.startswith("prompt is too long: ")
+    assert told.endswith("> 1024 maximum")
+
+
+@pytest.mark.parametrize(
+    ("said", "param"),
+    [
+        ("n must be at least 1, got 0.", "n"),
+        ("presence_penalty must be in [-2, 2], got 3.0.", "presence_penalty"),
+        ("stop cannot contain an empty string.", "stop"),
+        ("logprobs: at most 20 can be asked for", "logprobs"),
+        ("`top_logprobs` must be 0 or positive", "top_logprobs"),
+        ("thinking.budget_tokens must be less than max_tokens", "thinking.budget_tokens"),
+        ("The request must be shorter.", None),
+    ],
+)
+def test_the_field_is_named_where_only_the_words_name_it(said: str, param: str | None) -> None:
+    assert refusal(said, None).param == param
+
+
+class Text(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Picture(BaseModel):
+    type: Literal["picture"]
+    source: dict[str, str]
+
+
+class Turn(BaseModel):
+    role: str
+    content: str | list[Text | Picture]
+
+
+class Talk(BaseModel):
+    messages: list[Turn]
+
+
+@pytest.mark.parametrize(
+    ("content", "param"),
+    [
+        (5, "messages.0.content"),
+        ([{"type": "text", "text": 5}], "messages.0.content.0.text"),
+        ([{"type": "film"}], "messages.0.content.0.type"),
+    ],
+)
+def test_what_is_wrong_in_a_part_is_named_without_the_names_of_types(content: Any, param: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Talk.model_validate({"messages": [{"role": "user", "content": content}]})
+    error = invalid_request(caught.value)
+    assert error.param == param
+    assert error.message.startswith(f"{param}: ")
+
+
+def test_the_length_is_told_where_it_is_known() -> None:
+    for said in SAID[2:4]:
+        error = refusal(said, None)
+        assert "has 1100 tokens" in error.message
+        told = anthropic_error(body_of(error), 400)["error"]["message"]
+        assert told == "prompt is too long: 1100 tokens > 1024 maximum"
