@@ -11,6 +11,8 @@ URL, KEY, NARROW_KEY, MODEL = (os.environ[name] for name in ("URL", "KEY", "NARR
 BASE = f"{URL}/v1"
 # A call in the form of the demo's base has forty tokens.
 TOKENS = 80
+# Tries, a second apart, of a request that has to wait for two others.
+PATIENCE = 40
 QUESTION = "What is the weather in Paris?"
 TURNS: list[Any] = [{"role": "user", "content": QUESTION}]
 LONG: list[Any] = [{"role": "user", "content": "word " * 4000}]

@@ -13,6 +13,7 @@ from checks import (
     MODEL,
     NARROW_KEY,
     PARAMETERS,
+    PATIENCE,
     QUESTION,
     TOKENS,
     TOO_LONG,
@@ -41,11 +42,11 @@ def llama_index_checks() -> dict[str, Check]:
 
     turns = [ChatMessage(role="user", content=QUESTION)]
 
-    def weather(city: Literal["Paris", "Rome"]) -> str:
+    def weather(city: str) -> str:
         """The weather in a city."""
         return "Sunny."
 
-    tool = FunctionTool.from_defaults(weather)
+    tool = FunctionTool.from_defaults(weather, fn_schema=Place)
 
     async def chat() -> None:
         assert (await model().achat(turns)).message.content
@@ -86,7 +87,7 @@ def llama_index_checks() -> dict[str, Check]:
         await refused(model().achat(long), *TOO_LONG)
 
     async def retries() -> None:
-        narrow = model(NARROW_KEY, 8)
+        narrow = model(NARROW_KEY, PATIENCE)
         await asyncio.gather(*(narrow.achat(turns) for _ in range(3)))
 
     return {
@@ -161,7 +162,7 @@ def haystack_checks() -> dict[str, Check]:
         await refused(generator().run_async(long), *TOO_LONG)
 
     async def retries() -> None:
-        await asyncio.gather(*(generator(NARROW_KEY, 8).run_async(turns) for _ in range(3)))
+        await asyncio.gather(*(generator(NARROW_KEY, PATIENCE).run_async(turns) for _ in range(3)))
 
     return {
         "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
@@ -229,7 +230,7 @@ def autogen_checks() -> dict[str, Check]:
         await refused(client().create(long), *TOO_LONG)
 
     async def retries() -> None:
-        narrow = client(NARROW_KEY, 8)
+        narrow = client(NARROW_KEY, PATIENCE)
         await asyncio.gather(*(narrow.create(turns) for _ in range(3)))
 
     return {
@@ -293,7 +294,7 @@ def agent_framework_checks() -> dict[str, Check]:
         await refused(agent().run("word " * 4000), *TOO_LONG)
 
     async def retries() -> None:
-        narrow = agent(NARROW_KEY, 8)
+        narrow = agent(NARROW_KEY, PATIENCE)
         await asyncio.gather(*(narrow.run(QUESTION) for _ in range(3)))
 
     return {

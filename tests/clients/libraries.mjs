@@ -7,6 +7,7 @@ const require = createRequire(`${modules}/package.json`);
 const load = async (name) => import(pathToFileURL(require.resolve(name)).href);
 const question = "What is the weather in Paris?";
 const tokens = 80; // a call in the form of the demo's base has forty
+const patience = 40;
 const messages = [{ role: "user", content: question }];
 const long = [{ role: "user", content: "word ".repeat(4000) }];
 const parameters = {
@@ -61,7 +62,7 @@ const libraries = {
       embeddings: async () => check((await client.embeddings.create({ model, input: ["one", "two"] })).data.length === 2, "not two"),
       errors: async () => refused(client.chat.completions.create({ model, messages: long }), "context_length_exceeded"),
       retries: async () => {
-        const narrow = new OpenAI({ baseURL: `${url}/v1`, apiKey: narrowKey, maxRetries: 8 });
+        const narrow = new OpenAI({ baseURL: `${url}/v1`, apiKey: narrowKey, maxRetries: patience });
         await Promise.all([1, 2, 3].map(() => narrow.chat.completions.create({ model, messages, max_tokens: tokens })));
       },
     };
@@ -80,7 +81,7 @@ const libraries = {
       "tools: named": async () => cityOf((await used({ type: "tool", name: "weather" }))[0].input),
       "tools: parallel": async () => (await used({ type: "any" })).forEach((block) => cityOf(block.input)),
       retries: async () => {
-        const narrow = new Anthropic({ baseURL: url, apiKey: narrowKey, maxRetries: 8 });
+        const narrow = new Anthropic({ baseURL: url, apiKey: narrowKey, maxRetries: patience });
         await Promise.all([1, 2, 3].map(() => narrow.messages.create({ model, messages, max_tokens: tokens })));
       },
       errors: async () => refused(create({ messages: long }), "prompt is too long"),
@@ -115,7 +116,7 @@ const libraries = {
       },
       errors: async () => refused(generateText({ ...options, prompt: undefined, messages: long }), "context length"),
       retries: async () => {
-        const again = { ...options, model: narrow(model), maxRetries: 8 };
+        const again = { ...options, model: narrow(model), maxRetries: patience };
         await Promise.all([1, 2, 3].map(() => generateText(again)));
       },
     };

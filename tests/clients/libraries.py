@@ -23,6 +23,7 @@ from checks import (
     NAMED,
     NARROW_KEY,
     PARAMETERS,
+    PATIENCE,
     QUESTION,
     TOKENS,
     TOO_LONG,
@@ -94,7 +95,7 @@ def openai_checks() -> dict[str, Check]:
         await refused(client.chat.completions.create(model="nobodys", messages=TURNS), "NotFoundError")
 
     async def retries() -> None:
-        narrow = openai.AsyncOpenAI(base_url=BASE, api_key=NARROW_KEY, max_retries=8)
+        narrow = openai.AsyncOpenAI(base_url=BASE, api_key=NARROW_KEY, max_retries=PATIENCE)
         await asyncio.gather(*(narrow.chat.completions.create(**options) for _ in range(3)))
 
     return {
@@ -144,7 +145,7 @@ def anthropic_checks() -> dict[str, Check]:
         await refused(client.messages.create(model="nobodys", messages=TURNS, max_tokens=5), "NotFoundError")
 
     async def retries() -> None:
-        narrow = anthropic.AsyncAnthropic(base_url=URL, api_key=NARROW_KEY, max_retries=8)
+        narrow = anthropic.AsyncAnthropic(base_url=URL, api_key=NARROW_KEY, max_retries=PATIENCE)
         await asyncio.gather(*(narrow.messages.create(**options) for _ in range(3)))
 
     return {
@@ -200,7 +201,7 @@ def litellm_checks() -> dict[str, Check]:
         await refused(litellm.acompletion(**{**options, "messages": LONG}), "ContextWindowExceededError")
 
     async def retries() -> None:
-        narrow = {**options, "api_key": NARROW_KEY, "num_retries": 8, "max_retries": 8}
+        narrow = {**options, "api_key": NARROW_KEY, "num_retries": PATIENCE, "max_retries": PATIENCE}
         await asyncio.gather(*(litellm.acompletion(**narrow) for _ in range(3)))
 
     return {
@@ -266,7 +267,7 @@ def langchain_checks() -> dict[str, Check]:
         await refused(model.ainvoke("word " * 4000), "ContextOverflow", "context_length_exceeded")
 
     async def retries() -> None:
-        narrow = ChatOpenAI(**options, api_key=NARROW_KEY, max_retries=8)
+        narrow = ChatOpenAI(**options, api_key=NARROW_KEY, max_retries=PATIENCE)
         await asyncio.gather(*(narrow.ainvoke(QUESTION) for _ in range(3)))
 
     return {
