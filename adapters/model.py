@@ -95,6 +95,7 @@ class BaseModel:
     ``source`` is the folder or hub id it was loaded from; ``fingerprint`` is that of
     ``adapters.inspection.base_model``.
     ``pooling`` if it makes embeddings instead of text. ``dora`` if DoRA can be computed on it.
+    ``quantized`` is the method by which its weights were put into few bits (``gptq``), if they were.
     """
 
     name: str
@@ -106,6 +107,7 @@ class BaseModel:
     fingerprint: str | None = None
     pooling: bool = False
     dora: bool = False
+    quantized: str | None = None
     chat: BaseChat | None = field(default=None, compare=False, repr=False)
 
 

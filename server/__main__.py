@@ -133,11 +133,24 @@ def merge(
     out: Annotated[Path, typer.Option(help="Folder to be made for the merged checkpoint.")],
     verify: Annotated[bool, typer.Option(help="Compare with base + PEFT, in float32 in memory.")] = True,
     tolerance: Annotated[float, typer.Option(help="Largest difference in a log-probability.")] = 0.1,
+    dequantize: Annotated[bool, typer.Option(help="Write a quantized base out in bfloat16.")] = False,
 ) -> None:
     """Write base + adapter as one checkpoint, for a customer who outgrows sharing."""
     from server.cli import offline
 
-    raise SystemExit(offline.merge(base, adapter, out, verify=verify, tolerance=tolerance))
+    dtype = "bfloat16" if dequantize else None
+    raise SystemExit(offline.merge(base, adapter, out, verify=verify, tolerance=tolerance, dequantize=dtype))
+
+
+@cli.command()
+def dequantize(
+    base: Annotated[Path, typer.Option(help="Folder of a quantized base model.")],
+    out: Annotated[Path, typer.Option(help="Folder to be made for the ordinary checkpoint.")],
+) -> None:
+    """Write a quantized base out in bfloat16: the model that a QLoRA was trained on."""
+    from server.cli import offline
+
+    raise SystemExit(offline.write_dequantized(base, out))
 
 
 @probes.command("make")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.inspection.module_names import leaf
+from adapters.inspection.quantized import method_of, quantization_of
 from adapters.inspection.tensor_stats import TORCH_DTYPES
 from adapters.model import BaseModel, ModuleShape
 
@@ -25,6 +26,7 @@ def read_base(model_dir: Path, *, max_lora_rank: int, name: str | None = None) -
     """The base model in ``model_dir``, named after the folder. Raises as ``module_shapes`` does."""
     folder = model_dir.absolute()
     modules = module_shapes(folder)
+    quantized = quantized_as(folder)
     leaves = {leaf(module) for module in modules}
     return BaseModel(
         name=name or folder.name,
@@ -33,8 +35,19 @@ def read_base(model_dir: Path, *, max_lora_rank: int, name: str | None = None) -
         fused={fused: parts for fused, parts in FUSED.items() if leaves.issuperset(parts)},
         source=str(folder),
         fingerprint=fingerprint(folder),
-        dora=True,
+        dora=quantized is None,
+        quantized=quantized,
     )
+
+
+def quantized_as(model_dir: Path) -> str | None:
+    """How the weights of the model were put into few bits; None where they were not, or where that cannot be
+    read: a hub id is no folder."""
+    try:
+        found = quantization_of(model_dir)
+    except (OSError, ValueError):
+        return None
+    return method_of(found) if found is not None else None
 
 
 def module_shapes(model_dir: Path) -> dict[str, ModuleShape]:

@@ -183,12 +183,25 @@ class PeftConfig(pydantic.BaseModel):
             yield f"it names the base model {show(named)}, and {show(base.name)} is served"
 
     def _quantized_base(self, base: BaseModel) -> Iterable[str]:
-        named = self.base_model_name_or_path or ""
-        served = f"{base.name} {base.source or ''}".casefold()
-        if _QUANTIZED.search(named.casefold()) and not _QUANTIZED.search(served):
+        """Where it was trained on other bits than are served."""
+        named = self.base_model_name_or_path
+        trained, by_name = _quantized_as(named or ""), _quantized_as(f"{base.name} {base.source or ''}")
+        served = base.quantized or by_name
+        same = trained in (served, by_name) if trained else served is None
+        if not named or same:
+            return
+        differ = "its answers differ a little from those in training; a probes.json says how far"
+        if served is None:
             yield (
                 f"it was trained on a quantized copy of the base, {show(named)}, and is served on another:"
-                " its answers differ a little from those in training; a probes.json says how far"
+                f" {differ}"
+            )
+        elif trained is None:
+            yield f"it names the base {show(named)}, and is served on a quantized copy ({served}): {differ}"
+        else:
+            yield (
+                f"it was trained on {show(named)} ({trained}), and is served on a copy of the base that is"
+                f" quantized in another way ({served}): {differ}"
             )
 
     def _other_task(self, base: BaseModel) -> Iterable[str]:
@@ -419,7 +432,22 @@ def _check_wildcards(keys: Mapping[str, str], base: BaseModel) -> None:
             )
 
 
-_QUANTIZED = re.compile(r"(?:-unsloth)?-bnb-4bit|-4bit|-8bit")
+# What is added to a model's name where it is quantized -> how vLLM or the trainer calls that.
+_QUANTIZED_NAMES = (
+    (r"(?:-unsloth)?-bnb-[48]bit|-nf4", "bitsandbytes"),
+    (r"-gptq(?:-int[48]|-[48]bit)?", "gptq"),
+    (r"-awq(?:-int4|-4bit)?", "awq"),
+    (r"-fp8(?:-dynamic|-block)?", "fp8"),
+    (r"[.-](?:quantized[.-])?w[48]a(?:16|8)(?:-asym)?", "compressed-tensors"),
+    (r"-(?:int)?[48]-?bit|-int[48]", "few bits"),
+)
+_QUANTIZED = re.compile("|".join(pattern for pattern, _ in _QUANTIZED_NAMES))
+
+
+def _quantized_as(name: str) -> str | None:
+    """How the model is quantized, as far as its name or path says so."""
+    name = name.casefold()
+    return next((method for pattern, method in _QUANTIZED_NAMES if re.search(pattern, name)), None)
 
 
 def _last_part(name: str) -> str:

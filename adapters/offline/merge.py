@@ -28,11 +28,12 @@ from adapters.inspection.admit import admit
 from adapters.inspection.dora import SCALE
 from adapters.inspection.inspect import check_tensors
 from adapters.inspection.peft_config import read_config
+from adapters.inspection.quantized import method_of, quantization_of
 from adapters.inspection.safetensors_header import FILE_NAMES, ITEM_BYTES, read_entries, read_header
 from adapters.inspection.tensor_stats import TORCH_DTYPES
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, Waivers
+from adapters.offline.dequantize import INDEX_FILE, load, write_into
 
-INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
 # Other forms of the same weights, which would be the base's beside the merged ones.
@@ -79,11 +80,15 @@ class Probe:
 class Merge(AbstractContextManager["Merge"]):
     """``with Merge(...) as merge: merge.run(); merge.verify(...); merge.keep()``; else nothing is left.
 
-    ``adapter`` is inspected as for an upload, and converted where it must be. Raises AdapterRejected,
-    MergeError, FileExistsError where ``out`` is there already, OSError.
+    ``adapter`` is inspected as for an upload, and converted where it must be. A quantized base is refused, or
+    with ``dequantize`` written out in that type first ("bfloat16"). Raises AdapterRejected, MergeError,
+    FileExistsError where ``out`` is there already, OSError.
     """
 
-    def __init__(self, base_dir: Path, base: BaseModel, adapter: Path, out: Path) -> None:
+    def __init__(
+        self, base_dir: Path, base: BaseModel, adapter: Path, out: Path, *, dequantize: str | None = None
+    ) -> None:
+        self.dequantize = dequantize
         self.base_dir = base_dir
         self.base = base
         self.out = out.absolute()
@@ -110,8 +115,10 @@ class Merge(AbstractContextManager["Merge"]):
 
     def run(self) -> int:
         """Writes the merged checkpoint beside ``out``; returns how many weights have changed."""
-        shards = _shards(self.base_dir)
         changes = self._changes()
+        if (quantization := quantization_of(self.base_dir)) is not None:
+            return self._run_quantized(changes, method_of(quantization))
+        shards = _shards(self.base_dir)
         missing = sorted(changes.keys() - shards.keys())
         if missing:
             raise MergeError(
@@ -126,13 +133,38 @@ class Merge(AbstractContextManager["Merge"]):
             self._merge_shard(name, here)
         return len(changes)
 
+    def _run_quantized(self, changes: Mapping[str, _Change], method: str) -> int:
+        if self.dequantize is None:
+            raise MergeError(
+                f"{self.base.name} is quantized ({method}): an adapter is lost in so few bits. Merge into the"
+                " checkpoint that was quantized, or give --dequantize to write this one out in bfloat16 with"
+                " the adapter added."
+            )
+        done = set()
+
+        with safe_open(self._adapter / WEIGHTS_FILE, framework="pt") as adapter:
+
+            def changed(layer: str, weight: torch.Tensor) -> torch.Tensor:
+                change = changes.get(f"{layer}.weight")
+                if change is None:
+                    return weight
+                done.add(change.weight)
+                a = adapter.get_tensor(change.a_name).float()
+                b = adapter.get_tensor(change.b_name).float()
+                return torch.addmm(weight.float(), b * change.scaling, a)
+
+            try:
+                write_into(self.partial, self.base_dir, dtype=self.dequantize, change=changed)
+            except ValueError as error:
+                raise MergeError(str(error)) from None
+        if missing := sorted(changes.keys() - done):
+            raise MergeError(f"the checkpoint of {self.base.name} has no layer {missing[0]}")
+        return len(done)
+
     def verify(self, prompts: list[str]) -> list[Probe]:
         """Runs base, base with PEFT's adapter, and merged model in float32, one model at a time."""
         from peft import PeftModel
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        def load(folder: Path) -> Any:
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.base_dir, local_files_only=True)
         ids = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in prompts]

@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 
 from adapters.inspection.golden import Golden, GoldenProbe
+from adapters.offline.dequantize import load
 
 
 def golden(base_dir: Path, adapter: Path, prompts: Sequence[str], *, tolerance: float) -> Golden:
     """The log-probabilities of ``prompts`` in float32, as ``probes.json`` has them.
 
-    Needs transformers, PEFT, and memory for the base in float32. ValueError for a prompt of one token, and
-    what those two raise.
+    Of a quantized base: of what its few bits mean. Needs transformers, PEFT, and memory for the base in
+    float32. ValueError for a prompt of one token, and what those two raise.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base_dir, local_files_only=True)
-    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32, local_files_only=True)
-    model = PeftModel.from_pretrained(base, adapter).eval()
+    model = PeftModel.from_pretrained(load(base_dir), adapter).eval()
     probes = []
     for prompt in prompts:
         ids = tokenizer(prompt)["input_ids"]

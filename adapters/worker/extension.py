@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from adapters.worker.cpu.onednn import make_kernels
+from adapters.worker.cpu.packed import know_the_device
 from adapters.worker.dora import DoraScales
 from adapters.worker.experts import expert_shapes, has_stacked_experts
 from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine
@@ -90,6 +91,7 @@ class LoraplexWorker:
 
 
 offer()
+know_the_device()
 
 
 class _Pager:

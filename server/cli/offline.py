@@ -63,13 +63,21 @@ def _source_of(server: Mapping[str, Any]) -> Path:
     raise ValueError(f"{server['base']['name']} does not lie on this machine; name its folder with --base")
 
 
-def merge(base_dir: Path, adapter: Path, out: Path, *, verify: bool, tolerance: float) -> int:
+def merge(
+    base_dir: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    verify: bool,
+    tolerance: float,
+    dequantize: str | None = None,
+) -> int:
     """Writes base and adapter as one checkpoint to ``out``; 0 done, 1 refused or not the same, 2 failed."""
     console = Console()
     try:
         # The rank is the server's limit, and a merged model has none.
         base = read_base_quietly(base_dir, max_rank=1 << 30)
-        with Merge(base_dir, base, adapter, out) as merging:
+        with Merge(base_dir, base, adapter, out, dequantize=dequantize) as merging:
             console.print(f"{merging.run()} weights changed")
             if verify:
                 probes = merging.verify(list(PROMPTS))
@@ -89,6 +97,18 @@ def merge(base_dir: Path, adapter: Path, out: Path, *, verify: bool, tolerance: 
     except (OSError, ValueError, MergeError) as error:
         return fail(error)
     console.print(f"[green]written[/green] {escape(str(out))}")
+    return OK
+
+
+def write_dequantized(base_dir: Path, out: Path) -> int:
+    """Writes a quantized base as an ordinary checkpoint in bfloat16 to ``out``; 0 done, 2 failed."""
+    from adapters.offline.dequantize import dequantize
+
+    try:
+        layers = dequantize(base_dir, out)
+    except (OSError, ValueError) as error:
+        return fail(error)
+    Console().print(f"[green]written[/green] {escape(str(out))}: {layers} layers in bfloat16")
     return OK
 
 

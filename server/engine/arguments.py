@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.platforms import current_platform
@@ -26,11 +27,12 @@ except ImportError:  # from 0.33 on
     from vllm.entrypoints.common.cli_args import make_arg_parser
 
 from adapters.inspection.base_chat import BaseTokenizer, described, read_base_chat
+from adapters.inspection.quantized import quantization_of
 from adapters.model import BaseChat, BaseModel, ModuleShape
 from adapters.worker.cpu.executor import YieldingExecutor
 from adapters.worker.cpu.features import multiplies_bfloat16
 from adapters.worker.scheduler import ADAPTERS
-from server.engine import sizing
+from server.engine import quantization, sizing
 from server.engine.layers import lora_layers
 from server.engine.parsers import AUTO, Parsers, parsers_of
 from server.engine.sizing import EngineCapacity, Layer
@@ -229,6 +231,20 @@ def want_batch_invariance(settings: Settings) -> None:
             "BATCH_INVARIANT needs a GPU: vLLM has no such kernels for a CPU. Leave it off here."
         )
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
+
+
+def refuse_what_cannot_load(settings: Settings) -> None:
+    """ValueError for a quantized base that vLLM has no kernel for on this machine. Reads its config.json."""
+    folder = Path(settings.model)
+    if not (folder / "config.json").is_file():
+        return
+    if (found := quantization_of(folder)) is not None:
+        quantization.refuse(
+            found,
+            dtype=str(settings.engine_args.get("dtype", "auto")),
+            on_cpu=current_platform.is_cpu(),
+            amx=torch.cpu._is_amx_tile_supported(),
+        )
 
 
 def refuse_what_cannot_run(config: Any) -> None:

@@ -149,6 +149,11 @@ WORKERS: tuple[Use, ...] = (
         ("lora_a_stacked", "lora_b_stacked", "set_mapping", "tp_size"),
         "set_lora and reset_lora are wrapped to learn an adapter's own rank",
     ),
+    Use(
+        "vllm.lora.layers.base_linear",
+        text=("self.device = _get_lora_device(self.base_layer)",),
+        why="replaced: a weight of eight bits is packed away, and its device cannot be asked",
+    ),
     Use("vllm.lora.layers", "LogitsProcessorWithLoRA", why="the head's kernels are replaced"),
     Use("vllm.lora.layers", "VocabParallelEmbeddingWithLoRA", why="the embedding's kernels are replaced"),
     Use(

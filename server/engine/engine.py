@@ -109,7 +109,7 @@ class Engine:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         # Counted in each step; see adapters.worker.not_finite.
         os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
-        from adapters.inspection.base_model import fingerprint
+        from adapters.inspection.base_model import fingerprint, quantized_as
         from adapters.worker.cpu import onednn
 
         os.environ.setdefault(onednn.CAPACITY, str(onednn.KERNELS))
@@ -122,6 +122,7 @@ class Engine:
         from server.engine.metered import MeteredLLM
 
         arguments.want_batch_invariance(settings)
+        await asyncio.to_thread(arguments.refuse_what_cannot_load, settings)
         settings, parsers, tokenizer = await asyncio.to_thread(arguments.choose_parsers, settings)
         slots = await asyncio.to_thread(arguments.slots_of, settings)
         args, engine_args = arguments.vllm_arguments(settings, slots)
@@ -143,7 +144,9 @@ class Engine:
             described = await paging.open(slots.active, slots.host)
             base = arguments.base_model_of(settings.served_model_name, described)
             found = await asyncio.to_thread(fingerprint, Path(settings.model))
+            quantized = await asyncio.to_thread(quantized_as, Path(settings.model))
             base = replace(base, source=settings.model, fingerprint=found, pooling=pooling)
+            base = replace(base, quantized=quantized)
             config = llm.vllm_config
             base = replace(base, chat=arguments.chat_of(config, tokenizer))
             arguments.refuse_what_cannot_run(config)

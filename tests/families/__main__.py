@@ -1,6 +1,7 @@
 """``make families``: adapters on tiny bases of each family, on the real engine, against PEFT in float32.
 
-Prints a table, and with ``--write`` puts it into docs/adapters.md. Ends with 1 where one is served wrongly.
+Then on a tiny Llama in each quantized format. Prints the tables, and with ``--write`` puts them into
+docs/adapters.md. Ends with 1 where one is served wrongly.
 """
 
 from __future__ import annotations
@@ -12,10 +13,19 @@ import tempfile
 from pathlib import Path
 
 from tests.families.measure import Row, measure, table
+from tests.families.quantized import PLAIN, QuantizedRow, measure_quantized, quantized_table
 from tests.support.families import FAMILIES
+from tests.support.quantized import KINDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
-BEGIN, END = "<!-- families: written by make families -->", "<!-- /families -->"
+FAMILY_ROWS = "<!-- families: written by make families -->\n", "<!-- /families -->"
+QUANTIZED_ROWS = "<!-- quantized: written by make families -->\n", "<!-- /quantized -->"
+# (kind, type): four bits in float32 are refused, eight run in it.
+QUANTIZED = {
+    **dict.fromkeys((PLAIN, *KINDS), ("bfloat16",)),
+    "w4a16": ("bfloat16", "float32"),
+    "w8a8": ("bfloat16", "float32"),
+}
 
 
 async def _rows(names: list[str]) -> list[Row]:
@@ -27,18 +37,33 @@ async def _rows(names: list[str]) -> list[Row]:
     return rows
 
 
+async def _quantized_rows(kinds: list[str]) -> list[QuantizedRow]:
+    rows = []
+    for kind in kinds:
+        for dtype in QUANTIZED[kind]:
+            with tempfile.TemporaryDirectory(prefix="loraplex-quantized-") as folder:
+                rows.append(await measure_quantized(kind, Path(folder), dtype=dtype))
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def _write(found: str, begin: str, end: str) -> None:
+    head, rest = PAGE.read_text().split(begin)
+    PAGE.write_text(f"{head}{begin}{found}{end}{rest.split(end)[1]}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", help=f"some of {', '.join(FAMILIES)}; all without")
-    parser.add_argument("--write", action="store_true", help="write the table into docs/adapters.md")
+    parser.add_argument("names", nargs="*", help=f"some of {', '.join([*FAMILIES, *QUANTIZED])}")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/adapters.md")
     given = parser.parse_args()
-    rows = asyncio.run(_rows(given.families or list(FAMILIES)))
-    found = table(rows)
-    print(found)
-    if given.write:
-        text = PAGE.read_text()
-        head, tail = text.split(BEGIN)[0], text.split(END)[1]
-        PAGE.write_text(f"{head}{BEGIN}\n{found}{END}{tail}")
+    names = given.names or [*FAMILIES, *QUANTIZED]
+    rows = asyncio.run(_rows([name for name in names if name in FAMILIES]))
+    few = asyncio.run(_quantized_rows([name for name in names if name in QUANTIZED]))
+    for found, place in ((table(rows), FAMILY_ROWS), (quantized_table(few), QUANTIZED_ROWS)):
+        print(found)
+        if given.write:
+            _write(found, *place)
     return int(any(row.wrong for row in rows))
 
 

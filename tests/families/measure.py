@@ -17,6 +17,8 @@ import httpx
 import torch
 
 from server.app import create_app
+from server.engine.engine import Engine
+from server.inference.dialects.registry import DIALECTS
 from server.settings import Settings
 from tests.support.families import FAMILIES, Family, adapters
 from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer, serving
@@ -50,7 +52,7 @@ async def measure(name: str, root: Path) -> Row:
     folders = {kind: root / f"adapter-{i}" for i, kind in enumerate(tried)}
     differences: list[float] = []
     wrong: dict[str, str] = {}
-    async with serving(create_app(_settings(root))) as site:
+    async with serving(create_app(settings_of(root))) as site:
         key, bare = await site.tenant("t"), answer(base.fresh())
         try:
             differences.append(_distance(await _ask(site, key, site.services.engine.base.name), bare))
@@ -73,15 +75,17 @@ async def measure(name: str, root: Path) -> Row:
 
 
 async def _refused(family: Family, root: Path) -> Row:
-    """Of a family that vLLM has no LoRA for: the start fails."""
+    """Of a family that vLLM has no LoRA for: the start fails; a server would end its process with it."""
     try:
-        async with serving(create_app(_settings(root))):
-            return Row(family.title, 0, 0.0, {"the start": "vLLM starts on it now: try its adapters"})
+        engine = await Engine.start(settings_of(root), DIALECTS)
     except Exception:  # whatever becomes of the engine's own exception on its way here; its log has it
         return Row(family.title, 0, 0.0, {}, refused=family.refused)
+    await engine.stop()
+    return Row(family.title, 0, 0.0, {"the start": "vLLM starts on it now: try its adapters"})
 
 
-def _settings(root: Path) -> Settings:
+def settings_of(root: Path, dtype: str = "float32") -> Settings:
+    """Of a server on ``root/base``, its tokenizer beside it."""
     return Settings(
         model=str(root / "base"),
         data_dir=root / "data",
@@ -91,7 +95,7 @@ def _settings(root: Path) -> Settings:
         host_slots=16,
         max_lora_rank=64,
         max_model_len=128,
-        engine_args={"dtype": "float32", "max_num_seqs": 4, "tokenizer": str(root / "base" / "tokenizer")},
+        engine_args={"dtype": dtype, "max_num_seqs": 4, "tokenizer": str(root / "base" / "tokenizer")},
         log_format="text",
         log_level="warning",
     )
@@ -104,6 +108,19 @@ async def _ask(site: Site, key: str, model: str) -> Truth:
         raise ValueError(response.text[:300])
     said = response.json()["choices"][0]["logprobs"]
     return Truth(tuple(map(token, said["tokens"])), tuple(said["token_logprobs"]))
+
+
+async def apart_by_force(site: Site, key: str, model: str, truth: Truth) -> float:
+    """The largest difference between log-probabilities of the tokens of ``truth``, which the model is given.
+
+    So it goes on where rounding makes another token the likeliest.
+    """
+    ids = [*PROMPT, *truth.ids]
+    body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    response: httpx.Response = await site.http.post("/v1/completions", json=body, headers=bearer(key))
+    response.raise_for_status()
+    said = response.json()["choices"][0]["logprobs"]["token_logprobs"][len(PROMPT) : len(ids)]
+    return max(abs(one - other) for one, other in zip(said, truth.log_probs, strict=True))
 
 
 def _distance(got: Truth, truth: Truth) -> float:

@@ -1,0 +1,201 @@
+"""Quantized bases, offline: what their few bits mean, and what doctor, merge and probes make of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from adapters.errors import AdapterRejected
+from adapters.inspection.base_model import read_base
+from adapters.inspection.inspect import inspect
+from adapters.inspection.quantized import UnknownQuantization, quantization_of, weight_of
+from adapters.model import BaseModel
+from adapters.offline.dequantize import INDEX_FILE, Checkpoint, dequantize, load
+from adapters.offline.doctor import diagnose
+from adapters.offline.merge import Merge, MergeError
+from adapters.offline.reference import golden
+from server.engine.quantization import refuse
+from tests.support.quantized import KINDS, make_plain, quantize
+from tests.support.trainer import PROMPT, Base, breed, read, write
+from tests.support.zoo import Specimen
+
+ADAPTED = Specimen({"target_modules": "all-linear"})
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_plain(tmp_path_factory.mktemp("plain") / "base").folder
+
+
+@pytest.fixture(scope="module")
+def trained(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bred(Base(plain), tmp_path_factory.mktemp("trained"))
+
+
+def logits(model: object) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model.eval()(torch.tensor([PROMPT])).logits  # type: ignore[attr-defined]
+    return found
+
+
+def bred(base: Base, folder: Path) -> Path:
+    breed(base, "on a quantized base", ADAPTED, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_means_what_was_rounded(kind: str, plain: Path, tmp_path: Path) -> None:
+    meant = load_file(quantize(plain, kind, tmp_path / "few").folder / "model.safetensors")
+    with Checkpoint(tmp_path / "few") as checkpoint:
+        found = dict(checkpoint.weights())
+    assert found.keys() == meant.keys()
+    assert all(torch.equal(found[name].float(), meant[name]) for name in meant)
+
+
+@pytest.mark.parametrize("kind", ["GPTQ", "FP8 by tensor"])
+def test_a_base_is_read_and_merged_as_what_its_bits_mean(kind: str, plain: Path, tmp_path: Path) -> None:
+    few, out = tmp_path / "few", tmp_path / "out"
+    reference = quantize(plain, kind, few)
+    adapter = bred(reference, tmp_path / "adapter")
+    base = read_base(few, max_lora_rank=64)
+    assert base.quantized == KINDS[kind][0]["quant_method"]
+    assert not base.dora
+    assert base.modules == read_base(plain, max_lora_rank=64).modules
+    assert base.fingerprint not in (None, read_base(plain, max_lora_rank=64).fingerprint)
+    assert diagnose(adapter, base, serving_dtype="bfloat16").error is None
+    with (
+        pytest.raises(MergeError, match=r"is quantized .* --dequantize"),
+        Merge(few, base, adapter, out) as m,
+    ):
+        m.run()
+    assert not out.exists()
+    with Merge(few, base, adapter, out, dequantize="float32") as merging:
+        assert merging.run() == 21
+        merging.keep()
+    want = logits(PeftModel.from_pretrained(reference.fresh(), adapter))
+    assert torch.allclose(logits(load(out)), want, atol=1e-4)
+    assert quantization_of(out) is None
+    (probe,) = [
+        one
+        for one in golden(_with_tokenizer(few), adapter, ["the of and"], tolerance=0.1).probes
+        if one.log_probs
+    ]
+    assert len(probe.log_probs) == len(probe.prompt) - 1
+
+
+def _with_tokenizer(folder: Path) -> Path:
+    for path in (folder / "tokenizer").iterdir():
+        path.rename(folder / path.name)
+    return folder
+
+
+def test_shards_and_their_index_are_written_anew(plain: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    meant = quantize(plain, "AWQ", few)
+    tensors = load_file(few / "model.safetensors")
+    (few / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, of in halves.items():  # a layer's tensors lie in both
+        save_file({name: tensors[name] for name in of}, few / file, metadata={"format": "pt"})
+    index = {"weight_map": {name: file for file, of in halves.items() for name in of}}
+    (few / INDEX_FILE).write_text(json.dumps(index))
+    (few / "quantize_config.json").write_text("{}")
+    assert dequantize(few, tmp_path / "out", dtype="float32") == 21
+    written = json.loads((tmp_path / "out" / INDEX_FILE).read_text())["weight_map"]
+    assert written.keys() == load_file(meant.folder / "model.safetensors").keys()
+    assert torch.equal(logits(load(tmp_path / "out")), logits(meant.fresh()))
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
+    with pytest.raises(FileExistsError):
+        dequantize(few, tmp_path / "out")
+    with pytest.raises(ValueError, match="not quantized"):
+        dequantize(plain, tmp_path / "other")
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    packed = {"weight_packed": torch.zeros(4, 8, dtype=torch.uint8), "weight_scale": torch.ones(4, 1)}
+    with pytest.raises(UnknownQuantization, match="use the checkpoint that was quantized"):
+        weight_of(packed.get, {"quant_method": "compressed-tensors"})
+    three = {"qweight": torch.zeros(3, 8), "scales": torch.ones(1, 8), "qzeros": torch.zeros(1, 1)}
+    with pytest.raises(UnknownQuantization, match="gptq of 3 bits"):
+        weight_of(three.get, {"quant_method": "gptq", "bits": 3})
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "amx", "says"),
+    [
+        ("w4a16", "float32", True, "bfloat16 or float16 on a CPU"),
+        ("GPTQ", "float32", False, "bfloat16 or float16 on a CPU"),
+        ("AWQ", "float", False, "bfloat16 or float16 on a CPU"),
+        ("FP8 by tensor", "auto", False, "needs a processor with AMX"),
+        ("FP8 by block", "bfloat16", False, "needs a processor with AMX"),
+        ("w4a16", "auto", False, None),
+        ("w4a16, asymmetric", "bfloat16", False, None),
+        ("w8a8", "float32", False, None),
+        ("FP8 by channel", "float32", False, None),
+        ("FP8 by tensor", "auto", True, None),
+    ],
+)
+def test_a_base_without_a_kernel_is_refused_before_it_is_loaded(
+    kind: str, dtype: str, amx: bool, says: str | None
+) -> None:
+    quantization = KINDS[kind][0]
+    refuse(quantization, dtype=dtype, on_cpu=False, amx=amx)
+    with pytest.raises(ValueError, match=says) if says else nullcontext():
+        refuse(quantization, dtype=dtype, on_cpu=True, amx=amx)
+
+
+def test_what_vllm_serves_nowhere_and_eight_packed_bits_are_refused() -> None:
+    for on_cpu in (True, False):
+        with pytest.raises(ValueError, match="loraplex dequantize"):
+            refuse({"quant_method": "bitsandbytes"}, dtype="auto", on_cpu=on_cpu, amx=True)
+    with pytest.raises(ValueError, match="eight bits"):
+        refuse({"quant_method": "gptq", "bits": 8}, dtype="auto", on_cpu=True, amx=True)
+
+
+@pytest.mark.parametrize(
+    ("named", "served", "quantized", "says"),
+    [
+        ("org/m-bnb-4bit", "m", None, "trained on a quantized copy"),
+        ("org/m-AWQ", "m", None, "trained on a quantized copy"),
+        ("org/m-quantized.w4a16", "m", None, "trained on a quantized copy"),
+        ("org/m", "m", "gptq", "served on a quantized copy (gptq)"),
+        ("org/m", "m-FP8", None, "served on a quantized copy (fp8)"),
+        ("org/m-bnb-4bit", "m", "awq", "quantized in another way (awq)"),
+        ("org/m-GPTQ-Int4", "m", "gptq", None),
+        ("org/m-FP8-dynamic", "m-FP8-dynamic", "compressed-tensors", None),
+        ("org/m", "m", None, None),
+    ],
+)
+def test_other_bits_than_in_training_are_said(
+    named: str,
+    served: str,
+    quantized: str | None,
+    says: str | None,
+    plain: Path,
+    trained: Path,
+    tmp_path: Path,
+) -> None:
+    base: BaseModel = dataclasses.replace(
+        read_base(plain, max_lora_rank=64), name=served, source=served, quantized=quantized
+    )
+    config, tensors = read(trained)
+    write(tmp_path, {**config, "base_model_name_or_path": named}, tensors)
+    warnings = inspect(tmp_path, base).warnings
+    assert len(warnings) == (says is not None)
+    assert says is None or says in warnings[0]
+
+
+def test_a_dora_is_refused_on_a_quantized_base(plain: Path, tmp_path: Path) -> None:
+    quantize(plain, "AWQ", tmp_path / "few")
+    breed(Base(plain), "DoRA", Specimen({"use_dora": True}), tmp_path / "adapter")
+    found = diagnose(tmp_path / "adapter", read_base(tmp_path / "few", max_lora_rank=64))
+    assert isinstance(found.error, AdapterRejected)
+    assert found.error.code == "dora_unsupported"
