@@ -17,6 +17,9 @@ OWNED_ENGINE_ARGS = {
 
 _NO_FRONT_END = "Loraplex has its own HTTP server, and it would do nothing"
 _TLS = "TLS ends in a proxy in front of Loraplex, and it would do nothing"
+_LOGS = "prompts and answers never reach a log here"
+_ONE = "adapters are paged in one engine only"
+_TEXT = "this server reads and writes text"
 _KV = "the KV cache would leave the engine, where nothing keeps customers apart"
 # Arguments of vLLM that do nothing here, or that would break paging or isolation; and why.
 REFUSED_ENGINE_ARGS = {
@@ -41,6 +44,29 @@ REFUSED_ENGINE_ARGS = {
     "disable_fastapi_docs": _NO_FRONT_END,
     "enable_request_id_headers": _NO_FRONT_END,
     "sse_keep_alive_interval": _NO_FRONT_END,
+    "h11_max_header_count": _NO_FRONT_END,
+    "h11_max_incomplete_event_size": _NO_FRONT_END,
+    "grpc": _NO_FRONT_END,
+    "enable_offline_docs": _NO_FRONT_END,
+    "enable_tokenizer_info_endpoint": _NO_FRONT_END,
+    "enable_server_load_tracking": _NO_FRONT_END,
+    "disable_access_log_for_endpoints": _NO_FRONT_END,
+    "trust_request_chat_template": "no request brings a template of its own, and it would do nothing",
+    "enable_prompt_embeds": "no request may send tensors, and it would do nothing",
+    "enable_mm_embeds": "no request may send tensors, and it would do nothing",
+    "tool_server": "clients call tools, never this server",
+    "enable_log_requests": _LOGS,
+    "enable_log_outputs": _LOGS,
+    "enable_log_deltas": _LOGS,
+    "skip_tokenizer_init": _TEXT,
+    "tokens_only": _TEXT,
+    "default_mm_loras": "adapters are those of customers, uploaded to the admin API",
+    "weight_transfer_config": "the base model would change under everybody's adapters",
+    "headless": _ONE,
+    "data_parallel_rank": _ONE,
+    "data_parallel_start_rank": _ONE,
+    "data_parallel_external_lb": _ONE,
+    "data_parallel_hybrid_lb": _ONE,
     "kv_transfer_config": _KV,
     "kv_events_config": _KV,
     "kv_offloading_size": _KV,
@@ -49,3 +75,5 @@ REFUSED_ENGINE_ARGS = {
 }
 # Refused above 1: adapters are paged in the first engine only.
 ONE_ENGINE_ARGS = ("data_parallel_size", "data_parallel_size_local", "api_server_count")
+# With hashes that a customer can make collide, he could be given the cache of another one's prompt.
+CACHE_HASHES = ("sha256", "sha256_cbor")

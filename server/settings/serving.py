@@ -24,7 +24,12 @@ from pydantic_settings import (
 )
 from sqlalchemy import URL
 
-from server.settings.engine_args import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS
+from server.settings.engine_args import (
+    CACHE_HASHES,
+    ONE_ENGINE_ARGS,
+    OWNED_ENGINE_ARGS,
+    REFUSED_ENGINE_ARGS,
+)
 
 # The sizes that vLLM compiles its LoRA kernels for (vllm.config.lora.MaxLoRARanks).
 ALLOWED_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -368,6 +373,11 @@ class Serving(BaseSettings):
         for name in ONE_ENGINE_ARGS:
             if given.get(name) not in (None, 1):
                 raise ValueError(f"{name!r} must be 1: adapters are paged in one engine only")
+        if given.get("prefix_caching_hash_algo", CACHE_HASHES[0]) not in CACHE_HASHES:
+            raise ValueError(
+                f"'prefix_caching_hash_algo' must be {' or '.join(CACHE_HASHES)}: of other hashes a customer"
+                " can make two prompts that share their cache"
+            )
         outputs = given.get("structured_outputs_config")
         backend = outputs.get("backend", "auto") if isinstance(outputs, dict) else "auto"
         if backend not in ("auto", "xgrammar"):

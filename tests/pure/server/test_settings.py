@@ -308,6 +308,14 @@ def test_there_is_one_engine(name: str) -> None:
     assert made(engine_args={name: 1}).engine_args == {name: 1}
 
 
+def test_the_prefix_cache_has_a_hash_that_nobody_can_make_collide() -> None:
+    for value in ("xxhash", "xxhash_cbor", "builtin", None):
+        field, message = refusal(engine_args={"prefix-caching-hash-algo": value})
+        assert (field, "sha256" in message) == ("engine_args", True)
+    kept = {"prefix_caching_hash_algo": "sha256_cbor"}
+    assert made(engine_args=kept).engine_args == kept
+
+
 def test_secrets_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SECRETS:
         (tmp_path / name).write_text(f"{name}-of-the-file-{name}\n")
