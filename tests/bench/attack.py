@@ -32,6 +32,7 @@ from tests.bench.client import NEVER_END
 from tests.bench.hostile import KINDS, Kind
 from tests.bench.hostile_wire import Outcomes, Victim
 from tests.bench.servers import Loraplex, Setup
+from tests.support import tiny
 
 GAP = 2.0
 MEMORY = 32.0  # MiB that the API process may keep of an attack
@@ -45,9 +46,13 @@ SETUP = Setup(gpu_slots=2, host_slots=4, max_num_seqs=8, max_lora_rank=16, dtype
 
 
 class Attacked(Loraplex):
-    """With a service key, as behind a gateway."""
+    """With a service key, as behind a gateway. ``fake`` has the tests' engine, which needs no model."""
 
     service = secrets.token_urlsafe(24)
+    fake = False
+
+    def command(self, port: int) -> list[str]:
+        return [sys.executable, "-m", "tests.bench.hostile_server"] if self.fake else super().command(port)
 
     def environment(self, port: int) -> dict[str, str]:
         return super().environment(port) | {"LORAPLEX_SERVICE_KEY": self.service}
@@ -210,12 +215,13 @@ class Controls:
 
 
 @asynccontextmanager
-async def attacked(work: Path) -> AsyncIterator[tuple[Attacked, Victim]]:
+async def attacked(work: Path, *, fake: bool = False) -> AsyncIterator[tuple[Attacked, Victim]]:
     base = prepare(cache_folder())
     server = Attacked(base, work)
+    server.fake = fake
     async with server.running(SETUP):
         control = await server.customer("control")
-        await server.upload("control", CHECKOUT / "config" / "demo" / "acme")
+        await server.upload("control", tiny.adapter(1) if fake else CHECKOUT / "config" / "demo" / "acme")
         writes = ("inference", "adapters:write")
         victim = Victim(
             url=server.url,

@@ -1,14 +1,19 @@
 """Hostile input for a long time: ``python -m tests.bench.hostile_time 60``, or ``make attack MINUTES=60``.
 
 Every kind of ``hostile.py`` comes again and again in random order, with keys and without, beside the controls
-of ``attack.py``. What counts is what an attack leaves behind: the slope of the API process's memory, which is
-that of a line through all that was measured after a warm-up.
+of ``attack.py`` and a crowd that holds ``CROWD`` connections and asks without a key. What counts is what an
+attack leaves behind: the slope of the API process's memory, which is that of a line through the mean of each
+half minute after a warm-up.
+
+``ENGINE=fake`` takes the tests' engine, and leaves out what vLLM or the compiler of grammars would answer.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import os
 import random
 import shutil
 import sys
@@ -20,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.demo.base import CHECKOUT
+from server.http.connection import raise_descriptors
 from tests.bench.attack import EVERY, Controls, Seen, attacked
 from tests.bench.hostile import KINDS, Kind
 from tests.bench.hostile_wire import Outcomes, Victim
@@ -27,6 +33,9 @@ from tests.bench.hostile_wire import Outcomes, Victim
 WARM_UP = 0.25  # of the time, until allocator and caches have their size
 SLOPE = 1.0  # percent that the memory may grow by, over what is measured
 PATIENCE = 120.0  # seconds for one attack
+CROWD, PAUSE = 2000, 60.0  # connections, and seconds between two requests on each
+MEAN = 30.0  # seconds
+COMPILED = {"patterns", "grammars", "large constraints"}
 OUT = CHECKOUT / "bench-results" / "attack-long.md"
 
 
@@ -44,23 +53,39 @@ class Long:
         self.wrong += [f"{kind.name}: {name}" for name in outcomes if name not in kind.right]
 
 
-def growth(memory: Sequence[tuple[float, float]]) -> float:
-    """By how many percent of its mean a straight line through ``memory`` grows, from first to last."""
-    times, sizes = zip(*memory, strict=True)
+def growth(memory: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """By how many percent of its mean a straight line through ``memory`` grows, from first to last.
+
+    With twice its standard error, by what the means of ``MEAN`` seconds leave beside the line: single
+    measurements follow each other too closely to be taken for so many.
+    """
+    means = _means(memory)
+    times, sizes = zip(*means, strict=True)
     middle, mean = sum(times) / len(times), sum(sizes) / len(sizes)
     spread = sum((t - middle) ** 2 for t in times)
-    slope = sum((t - middle) * (size - mean) for t, size in memory) / spread if spread else 0.0
-    return float(100 * slope * (times[-1] - times[0]) / mean)
+    slope = sum((t - middle) * (size - mean) for t, size in means) / spread if spread else 0.0
+    left = sum((size - mean - slope * (t - middle)) ** 2 for t, size in means)
+    error = (left / (len(means) - 2) / spread) ** 0.5 if len(means) > 2 and spread else 0.0
+    whole = 100 * (memory[-1][0] - memory[0][0]) / mean
+    return float(slope * whole), float(2 * error * whole)
+
+
+def _means(memory: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    pieces: dict[int, list[tuple[float, float]]] = {}
+    for at, size in memory:
+        pieces.setdefault(int(at // MEAN), []).append((at, size))
+    sums = [(len(piece), [sum(column) for column in zip(*piece, strict=True)]) for piece in pieces.values()]
+    return [(at / count, size / count) for count, (at, size) in sums]
 
 
 def report(long: Long, quiet: Seen, seen: Seen, minutes: float) -> tuple[str, list[str]]:
     """Lines for the operator, and what was missed."""
     late = [(at, size) for at, size in long.memory if at >= WARM_UP * long.memory[-1][0]]
-    grew = growth(late)
+    grew, doubt = growth(late)
     differ = [
         prompt for prompt, texts in seen.answers.items() if not texts <= quiet.answers.get(prompt, set())
     ]
-    misses = [f"memory grew by {grew:.1f} %"] if grew > SLOPE else []
+    misses = [f"memory grew by {grew:.1f} ± {doubt:.1f} %"] if grew > SLOPE else []
     misses += [f"answers differ for {len(differ)} prompts"] if differ else []
     misses += sorted(set(long.wrong))
     counted = ", ".join(f"{count} × {name}" for name, count in sorted(long.attacks.items()))
@@ -68,17 +93,51 @@ def report(long: Long, quiet: Seen, seen: Seen, minutes: float) -> tuple[str, li
         f"{minutes:.0f} minutes, {sum(long.attacks.values())} attacks: {counted}",
         f"memory of the API process, after the first {WARM_UP:.0%}: {late[0][1]:.0f} MiB at first, "
         f"{late[-1][1]:.0f} at last, {max(size for _, size in late):.0f} at most; a line through it grows by "
-        f"{grew:+.2f} %",
+        f"{grew:+.2f} ± {doubt:.2f} %",
         f"gap of the control stream: {seen.p99() * 1e3:.0f} ms at p99, {quiet.p99() * 1e3:.0f} in peace",
         f"missed: {'; '.join(misses)}" if misses else "met",
     ]
     return "\n".join(f"- {line}" for line in lines), misses
 
 
-async def attack(victim: Victim, until: float, rng: random.Random, long: Long) -> None:
+async def crowded(port: int) -> None:
+    """``CROWD`` connections that stay, each of which asks without a key once in ``PAUSE`` seconds."""
+    raise_descriptors()
+    async with asyncio.TaskGroup() as group:
+        for number in range(CROWD):
+            group.create_task(_stays(port, number * PAUSE / CROWD))
+
+
+async def _stays(port: int, late: float) -> None:
+    await asyncio.sleep(late)
+    while True:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                while True:
+                    writer.write(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n")
+                    await reader.readuntil(b"}}")
+                    await asyncio.sleep(PAUSE)
+            finally:
+                writer.close()
+        await asyncio.sleep(1)
+
+
+async def attack(victim: Victim, kinds: Sequence[Kind], until: float, rng: random.Random, long: Long) -> None:
     """In a loop of its own, so that what it costs to attack is not taken for the controls."""
+    crowd = asyncio.create_task(crowded(victim.port))
+    try:
+        await _attack(victim, kinds, until, rng, long)
+    finally:
+        crowd.cancel()
+        await asyncio.gather(crowd, return_exceptions=True)
+
+
+async def _attack(
+    victim: Victim, kinds: Sequence[Kind], until: float, rng: random.Random, long: Long
+) -> None:
     while time.monotonic() < until:
-        for kind in rng.sample(KINDS, len(KINDS)):
+        for kind in rng.sample(kinds, len(kinds)):
             try:
                 long.note(kind, await asyncio.wait_for(kind.attack(victim), PATIENCE))
             except Exception as exc:
@@ -87,10 +146,11 @@ async def attack(victim: Victim, until: float, rng: random.Random, long: Long) -
                 return
 
 
-async def measure(minutes: float, seed: int) -> tuple[str, list[str]]:
+async def measure(minutes: float, seed: int, *, fake: bool = False) -> tuple[str, list[str]]:
     work, long = Path(tempfile.mkdtemp(prefix="attack-")), Long()
+    kinds = [kind for kind in KINDS if not (fake and kind.name in COMPILED)]
     try:
-        async with attacked(work) as (server, victim):
+        async with attacked(work, fake=fake) as (server, victim):
             controls = Controls(server, victim.control)
             running = asyncio.create_task(controls.run())
             await asyncio.sleep(5)  # the first answers are slower
@@ -100,7 +160,7 @@ async def measure(minutes: float, seed: int) -> tuple[str, list[str]]:
                 await asyncio.sleep(0.1)
             seen = controls.seen = Seen()
             began = time.monotonic()
-            work_of = attack(victim, began + 60 * minutes, random.Random(seed), long)
+            work_of = attack(victim, kinds, began + 60 * minutes, random.Random(seed), long)
             attacking = asyncio.create_task(asyncio.to_thread(asyncio.run, work_of))
             while not attacking.done():
                 await asyncio.sleep(1)
@@ -118,7 +178,7 @@ def main() -> int:
     parser.add_argument("minutes", type=float)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    said, misses = asyncio.run(measure(given.minutes, given.seed))
+    said, misses = asyncio.run(measure(given.minutes, given.seed, fake=os.environ.get("ENGINE") == "fake"))
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(said + "\n")
     print(f"{said}\n\nwritten to {OUT}")

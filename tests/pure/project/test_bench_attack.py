@@ -85,14 +85,23 @@ def test_a_written_adapter_is_one_of_rank_one(tmp_path: Path) -> None:
     [([100, 100, 100], 0), ([100, 150, 200], 66.7), ([200, 100], -66.7), ([100, 102, 100, 102, 100], 0)],
 )
 def test_the_slope_of_memory_is_that_of_a_line_through_all_of_it(sizes: list[float], grows: float) -> None:
-    assert growth(list(enumerate(sizes))) == pytest.approx(grows, abs=0.1)
+    assert growth([(30 * n, size) for n, size in enumerate(sizes)])[0] == pytest.approx(grows, abs=0.1)
+
+
+def test_a_slope_has_a_doubt_that_follows_from_what_the_line_leaves() -> None:
+    steady = [(30.0 * n, 100.0 + n) for n in range(10)]
+    assert growth(steady)[1] == pytest.approx(0, abs=1e-6)
+    noisy = [(at, size + (5 if n % 2 else -5)) for n, (at, size) in enumerate(steady)]
+    assert growth(noisy)[1] > 5
+    often = [(30.0 * n + part, size) for n, (_, size) in enumerate(noisy) for part in range(10)]
+    assert growth(often)[1] == pytest.approx(growth(noisy)[1], rel=0.1), "more measurements are no more facts"
 
 
 def test_a_long_attack_misses_by_growth_answers_and_outcomes() -> None:
     flat, steep = ([(float(at), 500 + at * each) for at in range(100)] for each in (0.0, 1.0))
     assert report(Long(memory=flat), seen(), seen(), 1)[1] == []
     _, misses = report(Long(memory=steep, wrong=["a kind: 500"] * 2), seen(), seen(answer=""), 1)
-    assert misses == ["memory grew by 13.2 %", "answers differ for 1 prompts", "a kind: 500"]
+    assert misses == ["memory grew by 13.2 ± 0.0 %", "answers differ for 1 prompts", "a kind: 500"]
 
 
 def test_what_is_not_a_refusal_is_noted_by_its_kind() -> None:
