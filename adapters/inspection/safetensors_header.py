@@ -31,6 +31,12 @@ ITEM_BYTES = dict(DTYPES.values())  # by torch's name
 FILE_NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 
 _ZIP_MAGIC = b"PK\x03\x04"
+# What is taken for weights by mistake, by its first bytes.
+_OTHERS = (
+    (b"version ", "Git LFS's pointer to the weights, not the weights: run `git lfs pull`, and upload again"),
+    (b"GGUF", "a GGUF file under another name"),
+    (b"<", "a web page, as a failed download leaves it"),
+)
 _PICKLE_PROTOCOL = 0x80
 
 
@@ -119,6 +125,9 @@ def _no_header(prefix: bytes, length: int, size: int) -> AdapterRejected:
             f"{WEIGHTS_FILE} is a pickle under another name: it begins with {prefix[:4]!r}.",
             param=WEIGHTS_FILE,
         )
+    for magic, what in _OTHERS:
+        if prefix.startswith(magic):
+            return _invalid(f"it is {what}.")
     if len(prefix) < 8:
         return _invalid(f"it has {size} bytes, and the length of its header alone takes 8.")
     if length > MAX_HEADER_BYTES:

@@ -713,6 +713,13 @@ BAD: dict[str, Bad] = {
         (r"\x80",),
         damage=lambda f: torch.save({}, f / WEIGHTS_FILE, _use_new_zipfile_serialization=False),
     ),
+    "a pointer of Git LFS": Bad(
+        "weights_invalid",
+        ("git lfs pull",),
+        damage=weights(lambda d: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+    ),
+    "a GGUF": Bad("weights_invalid", ("GGUF",), damage=weights(lambda d: b"GGUF" + d)),
+    "a web page": Bad("weights_invalid", ("web page",), damage=weights(lambda d: b"<!DOCTYPE html><html>")),
     "truncated": Bad("weights_invalid", ("bytes",), damage=weights(lambda d: d[:-1])),
     "trailing bytes": Bad("weights_invalid", ("bytes",), damage=weights(lambda d: d + b"\0")),
     "only a header": Bad("weights_invalid", ("bytes",), damage=weights(lambda d: d[:40])),
