@@ -7,6 +7,7 @@ served from the same page.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -18,6 +19,7 @@ from prometheus_client.openmetrics.exposition import generate_latest as _as_open
 
 from server.logs import REQUEST
 from server.telemetry.by_adapter import ByAdapter, Loaded
+from server.telemetry.pace import Pace, pressure_of
 from server.telemetry.recent import Recent
 from server.telemetry.series import Count, Family, Form, counter, gauge, histogram
 
@@ -38,7 +40,8 @@ class Gauges:
     """The server's state at one moment. ``adapters`` counts versions by tier, disk meaning on disk alone.
 
     ``loaded`` are the versions in memory; ``build`` says what runs here, as labels;
-    ``disk_free`` are the bytes left for adapters.
+    ``disk_free`` are the bytes left for adapters. ``most_running`` is how many sequences the engine of this
+    process runs at once, 0 where it has none.
     """
 
     adapters: Mapping[str, int]
@@ -53,6 +56,8 @@ class Gauges:
     damaged: int = 0
     differing: int = 0
     rollouts: Mapping[str, int] = field(default_factory=dict)
+    busy_slots: int = 0
+    most_running: int = 0
     replicas: Sequence[ReplicaGauges] = ()
     loaded: Sequence[Loaded] = ()
     build: Mapping[str, str] | None = None
@@ -68,6 +73,7 @@ class ReplicaGauges:
     running: int
     queued: int
     slots_used: int
+    backlog: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,7 @@ class Metrics:
         self._started: set[str] = set()
         self._consumption: dict[str, tuple[Count, Count, Count]] = {}
         self.recent = Recent()
+        self.pace = Pace(time.monotonic())
         self.by_adapter = ByAdapter(adapters)
         self._requests = counter(
             "loraplex_requests", "Inference requests, by how they ended.", "tenant", "outcome"
@@ -223,6 +230,7 @@ class Metrics:
 
     def ended(self, tenant: str, outcome: Outcome) -> None:
         """A request of ``tenant`` had its outcome."""
+        self.pace.ended(time.monotonic())
         label = self.label(tenant)
         if label not in self._started:  # all series from the start: a rate needs a 0 to begin with
             self._started.add(label)
@@ -366,9 +374,25 @@ class Metrics:
         states = ("running", "held", "completed", "rolled_back")
         rollouts = [({"state": state}, now.rollouts.get(state, 0)) for state in states]
         yield gauge("loraplex_rollouts", "Rollouts by state.", rollouts)
+        if now.most_running:
+            yield from self._pressed(now)
         yield from _by_replica(now.replicas)
         yield self._by_tenant("loraplex_queue_depth", "Waiting requests.", now.queued)
         yield self._by_tenant("loraplex_running", "Requests in the engine.", now.running)
+
+    def _pressed(self, now: Gauges) -> Iterator[str]:
+        backlog = self.pace.backlog(time.monotonic(), sum(now.queued.values()))
+        pressure = pressure_of(
+            running=sum(now.running.values()),
+            most=now.most_running,
+            busy_slots=now.busy_slots,
+            slots=now.slots,
+            backlog=backlog,
+        )
+        waits = "Seconds until all that waits has a place, if requests go on to end as they do."
+        yield gauge("loraplex_backlog_seconds", waits, [({}, backlog)])
+        full = "0 idle, 1 full, and 1 more for every ten seconds of backlog: what to scale by."
+        yield gauge("loraplex_pressure", full, [({}, pressure)])
 
     def _by_tenant(self, name: str, help_: str, counts: Mapping[str, int]) -> str:
         summed: dict[str, int] = {}
@@ -395,6 +419,7 @@ def _by_replica(replicas: Sequence[ReplicaGauges]) -> Iterator[str]:
         "loraplex_replica_running": ("Sequences in its engine.", lambda one: one.running),
         "loraplex_replica_queued": ("Requests that wait there.", lambda one: one.queued),
         "loraplex_replica_slots_used": ("Slots there that hold an adapter.", lambda one: one.slots_used),
+        "loraplex_replica_backlog_seconds": ("Seconds of work that wait there.", lambda one: one.backlog),
     }
     for name, (help_, value) in shown.items() if replicas else ():
         yield gauge(name, help_, [({"replica": one.id}, value(one)) for one in replicas])

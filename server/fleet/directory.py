@@ -79,6 +79,7 @@ class Known:
     facts: Facts | None = None
     said: Mapping[str, Any] = field(default_factory=dict)
     served: Mapping[str, float] = field(default_factory=dict)
+    backlog: float = 0.0
     lost: bool = False
     calls: set[Moves] = field(default_factory=set)
     watching: asyncio.Task[None] | None = None
@@ -330,11 +331,11 @@ class Directory:
             one.facts = facts_of(said["facts"])
             if self._facts is None:
                 self._facts = one.facts
-        report = Report.of(one.id, said["report"], one.facts.capacity.host_slots)
+        report = Report.of(one.id, said["report"], one.facts.capacity.host_slots, said.get("backlog", 0.0))
         if one.lost:
             logger.info("replica %s is back", one.id)
         one.heard, one.lost, one.said = self._now(), False, said["report"]
-        one.served = said.get("served", {})
+        one.served, one.backlog = said.get("served", {}), report.backlog
         self.placement.beat(self._now(), report)
 
     def _lose(self, one: Known, why: Exception) -> None:

@@ -169,6 +169,7 @@ class FleetDispatcher:
                     running=one.said.get("running", 0),
                     queued=one.said.get("queued", 0),
                     slots_used=len(one.said.get("in_slots", ())),
+                    backlog=one.backlog,
                 )
                 for one in known
             ],

@@ -280,7 +280,9 @@ async def state(request: Request) -> dict[str, Any]:
     """How this replica is, asked every second by every gateway."""
     replica = _replica_of(request)
     served = replica.services.dispatcher.served()
-    return {"report": replica.report().as_json(), "facts": replica.facts, "served": served}
+    report = replica.report()
+    told = {"report": report.as_json(), "backlog": report.backlog}
+    return {**told, "facts": replica.facts, "served": served}
 
 
 @router.post("/tokens")

@@ -171,7 +171,8 @@ class Replica(Member):
         headers = {"Authorization": f"Bearer {self._key}"}
         try:
             async with self._session.get(f"{self._url}{PREFIX}/state", headers=headers) as answer:
-                report = Report.of("", (await answer.json())["report"])
+                told = await answer.json()
+                report = Report.of("", told["report"], backlog=told["backlog"])
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
             return {"pressure": 0.0}
         return {"pressure": pressure(report) if report.state == READY else 0.0}

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
@@ -129,6 +130,7 @@ class Replica:
             busy_slots=sum(1 for slot in now_.slots if slot.running),
             in_slots=in_slots,
             in_host=[entry.version for entry in now_.host if entry.tier is not Tier.DISK],
+            backlog=self.services.metrics.pace.backlog(time.monotonic(), sum(now_.queued.values())),
         )
 
     async def drain(self) -> None:

@@ -23,7 +23,8 @@ class Report:
     elsewhere (base, engine's version, dtype). ``running`` counts sequences and ``queued`` requests, of all
     gateways; ``busy_slots`` the slots with something running. ``in_slots`` and ``in_host`` name versions
     as ``candidates`` is asked for them; one in a slot may be named in both. ``room`` is how many versions
-    its memory holds, those in slots among them; 0 if it does not say.
+    its memory holds, those in slots among them; 0 if it does not say. ``backlog`` is in seconds, see
+    ``server.telemetry.pace``.
     """
 
     replica: str
@@ -39,19 +40,21 @@ class Report:
     in_slots: Collection[str] = ()
     in_host: Collection[str] = ()
     room: int = 0
+    backlog: float = 0.0
 
     @classmethod
-    def of(cls, replica: str, said: Mapping[str, Any], room: int = 0) -> Report:
+    def of(cls, replica: str, said: Mapping[str, Any], room: int = 0, backlog: float = 0.0) -> Report:
         """What crossed the wire; what a newer release says besides is left out. TypeError for less."""
         known = {name: said[name] for name in _SAID if name in said}
-        return cls(replica=replica, room=room, **known)
+        return cls(replica=replica, room=room, backlog=backlog, **known)
 
     def as_json(self) -> dict[str, Any]:
-        """As it crosses: without its name, which who asks knows, and its room, which is among its facts."""
+        """As it crosses: without its name, which who asks knows, and its room, which is among its facts;
+        an older gateway takes no field that it does not know, so the backlog goes beside it."""
         return {name: getattr(self, name) for name in _SAID}
 
 
-_SAID = tuple(each.name for each in fields(Report) if each.name not in ("replica", "room"))
+_SAID = tuple(each.name for each in fields(Report) if each.name not in ("replica", "room", "backlog"))
 
 
 class Where(IntEnum):

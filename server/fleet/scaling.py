@@ -1,9 +1,9 @@
 """How many replicas a fleet needs. Pure: reports in, a number out.
 
-A replica's pressure is the larger of two: sequences that run or wait, as a part of what it can run at once,
-and slots with something running, as a part of its slots. What the fleet needs is its whole pressure divided
-by ``target``. More is wanted as soon as it is needed; fewer only when for ``calm`` seconds less would have
-done, as a start takes minutes and a stop moves answers.
+A replica's pressure is the larger of two: sequences that run, as a part of what it can run at once, and slots
+with something running, as a part of its slots; and 1 more for every ten seconds of backlog. What the fleet
+needs is its whole pressure divided by ``target``. More is wanted as soon as it is needed; fewer only when for
+``calm`` seconds less would have done, as a start takes minutes and a stop moves answers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from server.fleet.reports import READY, Report
+from server.telemetry.pace import pressure_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,13 @@ class Bounds:
 
 def pressure(report: Report) -> float:
     """0 for an idle replica, 1 for a full one, more where requests wait."""
-    sequences = (report.running + report.queued) / max(1, report.max_running)
-    return max(sequences, report.busy_slots / max(1, report.gpu_slots))
+    return pressure_of(
+        running=report.running,
+        most=report.max_running,
+        busy_slots=report.busy_slots,
+        slots=report.gpu_slots,
+        backlog=report.backlog,
+    )
 
 
 class Scaler:

@@ -305,6 +305,8 @@ class Dispatcher(EngineLoop):
             queued=_by_tenant(snapshot.queued),
             running=_by_tenant(snapshot.running),
             in_step_loads=self._in_step_loads,
+            busy_slots=sum(bool(slot.running) for slot in snapshot.slots),
+            most_running=self._capacity.max_running,
             loaded=[
                 Loaded(
                     self._versions[entry.version], "gpu" if entry.tier is Tier.GPU else "cpu", entry.pinned

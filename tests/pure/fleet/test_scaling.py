@@ -22,9 +22,10 @@ def loaded(part: float, count: int) -> list[Report]:
 
 def test_pressure_is_the_larger_of_sequences_and_slots() -> None:
     assert pressure(report()) == 0.0
-    assert pressure(report(running=30, queued=20, busy_slots=2)) == 0.5
+    assert pressure(report(running=50, busy_slots=2)) == 0.5
     assert pressure(report(running=30, busy_slots=9)) == 0.9
-    assert pressure(report(running=100, queued=200)) == 3.0
+    assert pressure(report(running=100, queued=200, backlog=20.0)) == 3.0
+    assert pressure(report(running=100, queued=200)) == 1.0, "what is gone in a moment needs no replica"
 
 
 @pytest.mark.parametrize("bounds", [{"least": 0}, {"least": 3, "most": 2}, {"target": 0.0}, {"target": 1.5}])
@@ -37,7 +38,7 @@ def test_more_at_once_when_it_is_needed() -> None:
     scaler = Scaler(Bounds(most=8))
     assert scaler.wanted(0.0, loaded(0.7, 2), 2) == 2
     assert scaler.wanted(1.0, loaded(1.0, 2), 2) == 3
-    assert scaler.wanted(2.0, [report(queued=5_000)], 1) == 2, "it doubles at most"
+    assert scaler.wanted(2.0, [report(queued=5_000, backlog=500.0)], 1) == 2, "it doubles at most"
     assert scaler.wanted(3.0, [report(queued=5_000)] * 8, 8) == 8
 
 

@@ -81,6 +81,7 @@ PURE = {
     "server.fleet.rendezvous",
     "server.fleet.reports",
     "server.fleet.spare",
+    "server.telemetry.pace",
     "server.limits.budget",
     "server.limits.ledger",
     "server.limits.permissions",

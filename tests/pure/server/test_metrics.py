@@ -266,7 +266,7 @@ def test_the_dashboards_ask_for_what_there_is() -> None:
     metrics = Metrics()
     for outcome in get_args(Outcome):
         metrics.ended("acme", outcome)
-    now = replace(NOW, build={}, disk_free=1, replicas=[ReplicaGauges("r", True, 0, 0, 0)])
+    now = replace(NOW, build={}, disk_free=1, most_running=8, replicas=[ReplicaGauges("r", True, 0, 0, 0)])
     known = set(re.findall(r"^# TYPE (\S+)", metrics.render(now).decode(), re.MULTILINE))
     config = Path(__file__).parents[3] / "config"
     for file in [file for kind in ("json", "yaml", "yml") for file in config.rglob(f"*.{kind}")]:
