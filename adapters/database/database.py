@@ -105,6 +105,7 @@ class Database:
         # would hold the connections that readers need, and the unlucky would time out.
         self._turn = asyncio.Lock()
         self._last_write: str | None = None
+        self._file: tuple[int, int] | None = None  # which file SQLite's is, once it is open
 
     def __repr__(self) -> str:
         return f"Database({self.url.render_as_string()!r}, generation={self.generation})"
@@ -134,6 +135,8 @@ class Database:
                 await connection.run_sync(_upgrade)
         finally:
             await engine.dispose()
+        if self.url.get_backend_name() == "sqlite":
+            self._file = _identity(Path(str(self.url.database)))
 
     async def close(self) -> None:
         async with self._turn:
@@ -193,9 +196,11 @@ class Database:
             session, committing = self._writer(), False
             try:
                 with _disk_errors():
+                    self._refuse_another_file()
                     yield session
                     committing = True  # from here on it may be on disk, whatever is raised
                     await uninterruptible(session.commit())
+                    self._refuse_another_file()
             finally:
                 try:
                     await _close(session)
@@ -216,6 +221,17 @@ class Database:
             yield
         finally:
             self._turn.release()
+
+    def _refuse_another_file(self) -> None:
+        """Raises StorageFailed where SQLite's file was removed or replaced.
+
+        What is written to the one that is open would be gone with this process.
+        """
+        if self._file is not None and _identity(Path(str(self.url.database))) != self._file:
+            raise StorageFailed(
+                "The database's file was removed or replaced under the server, and nothing is written any"
+                " more. The operator has to put it back and start the server again."
+            )
 
     async def watch(self) -> None:
         """Never returns: empties the read caches when another process has written. Outages are waited out."""
@@ -357,6 +373,14 @@ def _use_wal(cursor: Any) -> None:
             if not left:
                 raise
             time.sleep(0.01)
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _create_private(path: Path) -> None:

@@ -68,9 +68,7 @@ def obey(engine: Any, order: Path) -> None:
         case "activate":
             engine.times.activate = asked["seconds"]
         case "not_finite":
-            (name,) = {
-                engine._loads[i].name
-                for i in engine._host
-                if engine._loads[i].name.startswith(asked["model"])
-            }
-            engine.on_fault(name, "not_finite")
+            held = {engine._loads[i].name for i in engine._host}
+            for name in held:
+                if name.startswith(asked["model"]):
+                    engine.on_fault(name, "not_finite")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -132,6 +133,26 @@ async def test_a_database_whose_disk_fails(site: Site) -> None:
     event.remove(engine, "before_cursor_execute", fail)
     error(answered, 503, "storage_failed")
     assert (await site.chat(key, "hi", model="a")).status_code == 200
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+async def test_a_database_whose_file_is_another_one_acknowledges_nothing(
+    site: Site, tmp_path: Path, how: str
+) -> None:
+    """What is written to the open one would be gone at the next start."""
+    key = await site.tenant("acme", {"a": tiny.adapter(2)})
+    file = tmp_path / "loraplex.db"
+    file.rename(tmp_path / "away")
+    if how == "replaced":
+        shutil.copy(tmp_path / "away", file)
+    made = await site.admin.post("/admin/v1/tenants", json={"id": "late"})
+    error(made, 503, "storage_failed")
+    error(await site.upload("acme", "b", tiny.adapter(3)), 503, "storage_failed")
+    assert (await site.chat(key, "hi", model="a")).status_code == 200
+    ready = await site.http.get("/ready")
+    assert (ready.status_code, ready.json()["writes"]) == (200, "writes")
+    (tmp_path / "away").rename(file)
+    assert (await site.admin.post("/admin/v1/tenants", json={"id": "late"})).status_code == 201
 
 
 async def test_a_database_that_became_read_only(site: Site) -> None:
