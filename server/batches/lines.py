@@ -8,6 +8,7 @@ out     {"id": "batch_req_…", "custom_id": "a", "error": null,
 from __future__ import annotations
 
 import json
+import re
 from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ from server.limits.errors import BeyondLimits
 
 ENDPOINTS: Mapping[str, Dialect] = {d.path: d for d in ANSWERING if d.name != "messages"}
 MAX_LINES = 50_000
+AT_ONCE = 1024  # lines that are looked at in one go
 MAX_ERRORS = 100  # that one batch names
 MAX_CUSTOM_ID = 512
 # Errors that may pass and often do not are tried so often.
 TRIES = 5
 RETRY_SOONEST, RETRY_LATEST = 0.5, 60.0  # seconds
 _UNSURE = ("adapter_unavailable", "adapter_damaged", "adapter_files_missing", "storage_failed")
+_INK = re.compile(rb"\S")
 _FIELDS = ("custom_id", "method", "url", "body")
 
 
@@ -50,22 +53,41 @@ class BadLine(Exception):
 
 
 async def split(content: AsyncIterator[bytes], most: int) -> AsyncIterator[list[tuple[int, bytes | None]]]:
-    """The lines of ``content`` with their numbers, some at a time, without empty ones.
+    """The lines of ``content`` with their numbers, at most ``AT_ONCE`` at a time, without blank ones.
 
-    None stands for a line of more than ``most`` bytes, of which no more is held.
+    None stands for a line of more than ``most`` bytes, of which no more is held. What is blank is passed over
+    by searches of C: a file may hold two hundred million empty lines.
     """
     number, left, too_long = 1, bytearray(), False
     async for chunk in content:
         found: list[tuple[int, bytes | None]] = []
-        *whole, rest = chunk.split(b"\n")
-        for part in whole:
-            left += part
+        at = 0
+        if left or too_long:  # a line goes on
+            end = chunk.find(b"\n")
+            left += chunk if end < 0 else chunk[:end]
             too_long = too_long or len(left) > most
+            if too_long:
+                left.clear()
+            if end < 0:
+                continue
             if too_long or left.strip():
                 found.append((number, None if too_long else bytes(left)))
-            number, too_long = number + 1, False
+            number, at, too_long = number + 1, end + 1, False
             left.clear()
-        left += rest
+        while (ink := _INK.search(chunk, at)) is not None:
+            begin = max(at, chunk.rfind(b"\n", at, ink.start()) + 1)
+            number += chunk.count(b"\n", at, begin)
+            end = chunk.find(b"\n", begin)
+            if end < 0:
+                at = begin
+                break
+            found.append((number, None if end - begin > most else chunk[begin:end]))
+            number, at = number + 1, end + 1
+            if len(found) == AT_ONCE:
+                yield found
+                found = []
+        number += chunk.count(b"\n", at)
+        left += chunk[max(at, chunk.rfind(b"\n") + 1) :]
         if len(left) > most:
             too_long = True
             left.clear()

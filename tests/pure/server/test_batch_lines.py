@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
@@ -44,7 +45,15 @@ def cut(chunks: list[bytes], most: int = 1000) -> list[tuple[int, bytes | None]]
     return asyncio.run(all_of())
 
 
-@given(some.lists(some.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=8), some.data())
+@given(
+    some.lists(
+        some.one_of(some.sampled_from([b"", b" ", b"  \t", b" a "]), some.binary(max_size=12)).map(
+            lambda b: b.replace(b"\n", b"")
+        ),
+        max_size=8,
+    ),
+    some.data(),
+)
 def test_however_the_bytes_come_the_lines_are_the_same(lines: list[bytes], data: some.DataObject) -> None:
     whole = b"\n".join(lines)
     cuts = sorted(data.draw(some.lists(some.integers(0, len(whole)), max_size=6)))
@@ -57,6 +66,20 @@ def test_a_line_that_is_too_long_is_not_held() -> None:
     assert cut([b"a\n", *long, b"\nb"]) == [(1, b"a"), (2, None), (3, b"b")]
     assert cut(long) == [(1, None)]
     assert cut([b"x" * 1001 + b"\nb"]) == [(1, None), (2, b"b")]
+
+
+def test_lines_come_some_at_a_time_and_keep_their_numbers() -> None:
+    lines = [b"a" if n % 3 else b"" for n in range(5000)]
+    assert cut([b"\n".join(lines)]) == [(n, line) for n, line in enumerate(lines, 1) if line]
+
+
+@pytest.mark.parametrize("piece", [b"\n" * (1 << 20), b" \n" * (1 << 19), b"\n" * ((1 << 20) - 2) + b"a\n"])
+def test_blank_lines_cost_little(piece: bytes) -> None:
+    """200 MB of them kept everybody waiting for half a second, again and again."""
+    began = time.thread_time()
+    found = cut([piece] * 8)
+    assert time.thread_time() - began < 0.1, "8 MiB"
+    assert len(found) in (0, 8)
 
 
 def raw(**changes: Any) -> bytes:
