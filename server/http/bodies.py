@@ -46,13 +46,25 @@ async def limited_body(request: Request, limit: int) -> AsyncIterator[bytes]:
 
 
 async def whole_body(request: Request) -> bytes:
-    """A body of at most ``max_body_bytes``, within ``client_timeout``. Raises as ``limited_body``."""
+    """A body of at most ``max_body_bytes``, within ``client_timeout``. Raises as ``limited_body``.
 
-    async def read() -> bytes:
-        return b"".join([chunk async for chunk in limited_body(request, settings.max_body_bytes)])
+    And as ``HeldBodies.add``; what is held is given back when the request has ended.
+    """
+    services = services_of(request)
+    settings, bodies = services.settings, services.bodies
+    owner, held = str(request.state.log.get("tenant", "")), 0
+    chunks: list[bytes] = []
 
-    settings = services_of(request).settings
-    return await _in_time(read(), settings.client_timeout)
+    async def read() -> None:
+        nonlocal held
+        async for chunk in limited_body(request, settings.max_body_bytes):
+            bodies.add(owner, len(chunk))
+            held += len(chunk)
+            chunks.append(chunk)
+
+    request.state.release = lambda: bodies.remove(owner, held)
+    await _in_time(read(), settings.client_timeout)
+    return b"".join(chunks)
 
 
 async def _in_time(work: Awaitable[T], seconds: float) -> T:

@@ -127,6 +127,8 @@ class RequestContext:
             failed = _error(scope, body_of(Internal("The server failed on this request.")), 500)
             await failed(scope, receive, tagged)
         finally:
+            if release := state.get("release"):
+                release()
             log |= {"status": status, "seconds": round(time.monotonic() - started, 4)}
             path = matched_path(scope)
             level = logging.DEBUG if log.pop("quiet", False) or path in _ASKED_BY_MACHINES else logging.INFO

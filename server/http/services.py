@@ -23,6 +23,7 @@ from server.accounts.usage import UsageWriter
 from server.accounts.wrong_keys import WrongKeys
 from server.batches.runner import Runner
 from server.engine.engine import Engine
+from server.http.held import HeldBodies
 from server.inference.completion import Completions
 from server.limits.redis import RedisLedger
 from server.metrics import Metrics
@@ -35,6 +36,9 @@ from server.scheduling.refusals import shutting_down
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+# Largest bodies that may be in memory: of one customer, and in all.
+BODIES_EACH, BODIES = 32, 128
 
 
 @dataclass
@@ -73,6 +77,11 @@ class Services:
     holding: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     checking: asyncio.Task[dict[str, str]] | None = None
+    bodies: HeldBodies = field(init=False)
+
+    def __post_init__(self) -> None:
+        largest = self.settings.max_body_bytes
+        self.bodies = HeldBodies(BODIES_EACH * largest, BODIES * largest)
 
     def held(self, version: Version) -> AbstractAsyncContextManager[None]:
         """The files of ``version`` are in the data folder for as long as the block, or are known to be gone.

@@ -202,3 +202,42 @@ def test_connections_leave_descriptors_to_uploads_and_files(descriptors: int, li
     assert connections_for(descriptors) == limit
     if descriptors > 200:
         assert 2 * limit + 64 < descriptors or limit == 8192
+
+
+async def test_bodies_that_wait_are_bounded_for_each_customer_and_in_all(tmp_path: Path) -> None:
+    """A key has as many connections as it likes; each held four megabytes for a minute."""
+    async with fake_site(tmp_path, max_body_bytes=1 << 16, client_timeout=5) as site:
+        keys = [await site.tenant(name, {"a": tiny.adapter(1)}) for name in ("acme", "globex", "initech")]
+        bodies = site.services.bodies
+        bodies._each, bodies._most = 3 << 16, 5 << 16
+        part = b'{"a": "' + b"x" * 60_000
+        writers = []
+
+        async def waiting(key: str) -> asyncio.StreamReader:
+            lines = (
+                f"POST {CHAT} HTTP/1.1",
+                "Host: x",
+                f"Authorization: Bearer {key}",
+                "Content-Length: 65000",
+            )
+            reader, writer = await opened(site, "\r\n".join([*lines, "", ""]).encode() + part)
+            writers.append(writer)
+            return reader
+
+        for held, key in enumerate([keys[0]] * 3 + [keys[1]] * 2, 1):
+            await waiting(key)
+            async with asyncio.timeout(5):
+                while bodies.bytes < held * len(part):
+                    await asyncio.sleep(0.01)
+        for key, status, code in ((keys[0], 429, "too_much_at_once"), (keys[2], 503, "server_overloaded")):
+            told = await asyncio.wait_for((await waiting(key)).readuntil(b"}}"), 5)
+            assert told.startswith(f"HTTP/1.1 {status} ".encode()), told
+            assert code.encode() in told
+            assert b"retry-after" in told.lower()
+        for writer in writers:
+            writer.close()
+        async with asyncio.timeout(5):
+            while bodies.bytes:
+                await asyncio.sleep(0.01)
+        answer = await site.http.post(CHAT, json=GOOD[CHAT], headers=bearer(keys[0]))
+        assert (answer.status_code, bodies.bytes, len(bodies._held)) == (200, 0, 0)
