@@ -35,6 +35,8 @@ class RequestIds:
         return self.traceparent.split("-")[1] if self.traceparent else None
 
 
+# The fields of the access line of that request, to which whoever knows something adds it.
+LINE: ContextVar[dict[str, Any] | None] = ContextVar("line", default=None)
 # Set for everything that is done for a request.
 REQUEST: ContextVar[RequestIds | None] = ContextVar("request", default=None)
 _TRACEPARENT = re.compile(

@@ -19,7 +19,7 @@ from server.http.auth import tenant_of
 from server.http.bodies import json_object
 from server.http.middleware import while_connected
 from server.http.services import services_of
-from server.http.streams import Late, LeasedResponse, usage_of, version_header
+from server.http.streams import Late, LeasedResponse, version_header
 from server.inference.completion import (
     Completion,
     check_base,
@@ -30,6 +30,7 @@ from server.inference.dialects.base import Dialect
 from server.inference.dialects.registry import ANSWERING, COUNTING, SCORING
 from server.inference.embeddings import embed
 from server.limits.permissions import may_name
+from server.scheduling.lease import told_of
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 tokens = APIRouter(tags=["inference"])
@@ -81,7 +82,7 @@ async def _complete(request: Request, dialect: Dialect) -> Response:
     log["model"] = opened.model
     if opened.stream is not None:
         return LeasedResponse(opened.stream, opened.lease, log, timeout, keepalive)
-    log |= usage_of(opened.lease)
+    log |= told_of(opened.lease)
     return JSONResponse(opened.body, headers=version_header(opened.lease))
 
 

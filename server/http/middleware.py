@@ -29,7 +29,7 @@ from server.errors import (
 from server.http.verbs import allow, methods_of
 from server.inference.completion import new_request_id
 from server.inference.dialects.messages import anthropic_error, speaks_anthropic
-from server.logs import REQUEST, RequestIds, traceparent
+from server.logs import LINE, REQUEST, RequestIds, traceparent
 from server.telemetry.spans import TRACE, Tracer, end_request
 
 logger = logging.getLogger("loraplex.access")
@@ -105,6 +105,7 @@ class RequestContext:
         )
         log["trace_id"] = ids.trace_id
         REQUEST.set(ids)
+        LINE.set(log)
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, log=log, headers=dict)
         status = 0

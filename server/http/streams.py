@@ -17,7 +17,7 @@ from server.errors import ServerError
 from server.http.middleware import ClientLeft
 from server.inference.completion import Completion, LeasedStream
 from server.inference.dialects.base import Dialect
-from server.scheduling.lease import Lease
+from server.scheduling.lease import Lease, told_of
 
 COMMENT = ": the request waits\n\n"
 
@@ -153,27 +153,10 @@ class LeasedResponse(StreamingResponse):
             comments.stop()
             await self._stream.aclose()
             lease = self._stream.lease if isinstance(self._stream, Late) else self._lease
-            self._log |= usage_of(lease) if lease is not None else {}
+            self._log |= told_of(lease) if lease is not None else {}
 
 
 def version_header(lease: Lease | None) -> dict[str, str]:
     """Which version answers, which a canary leaves open; nothing for the base, and before it is known."""
     version = lease.version if lease is not None else None
     return {"X-Loraplex-Version": f"{version.adapter}@{version.number}"} if version else {}
-
-
-def usage_of(lease: Lease) -> dict[str, Any]:
-    """What the log line says of a request that ran."""
-    first = lease.first_token_after
-    return {
-        "adapter": lease.version.adapter if lease.version else None,
-        "version": lease.version.number if lease.version else None,
-        "outcome": lease.outcome,
-        "prompt_tokens": lease.prompt_tokens,
-        "cached_tokens": lease.cached_tokens,
-        "output_tokens": lease.output_tokens,
-        "cold": lease.load_seconds > 0,
-        "queue_seconds": round(lease.queued_for, 4),
-        "load_seconds": round(lease.load_seconds, 4),
-        "first_token_seconds": None if first is None else round(first, 4),
-    } | ({"code": lease.code} if lease.code else {})

@@ -24,7 +24,7 @@ from server.limits.memory import MemoryLedger
 from server.limits.permissions import check_model, counted_scopes
 from server.limits.rate import Remaining, duration
 from server.limits.reservation import Books, Request, Reservation
-from server.logs import REQUEST
+from server.logs import LINE, REQUEST
 from server.metrics import Metrics, Outcome
 from server.settings import Price
 
@@ -98,6 +98,8 @@ class Quotas:
     ) -> None:
         """Records a request that got no lease, so that it can be found; it counts nowhere."""
         ids = REQUEST.get()
+        if (line := LINE.get()) is not None:
+            line["outcome"] = outcome
         self._record_refused(
             Usage(
                 at=self._wall(),

@@ -17,8 +17,9 @@ from server.limits.budget import Amount, BudgetExceeded
 from server.limits.errors import insufficient_quota, rate_limit_exceeded
 from server.limits.ledger import Entry, Ledger, Refused, TenantBudget
 from server.limits.permissions import check_max_tokens, counted_scopes, limits_of
+from server.logs import LINE
 from server.metrics import Metrics
-from server.scheduling.lease import Lease
+from server.scheduling.lease import Lease, told_of
 from server.settings import Price
 
 logger = logging.getLogger(__name__)
@@ -201,6 +202,8 @@ class Reservation:
         used = self._used_by(lease)
         self._use(used, last=True)
         self.recorded = True
+        if (line := LINE.get()) is not None:
+            line |= told_of(lease)
         request, version, key = self._request, self._request.version, self._request.tenant.key
         self._books.record(
             Usage(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from adapters.errors import AdapterError
 from adapters.model import Version
@@ -168,3 +168,20 @@ class Lease:
         else:
             self._gaps.append(((now - self._last_token) / new, new))
         self._last_token = now
+
+
+def told_of(lease: Lease) -> dict[str, Any]:
+    """What the log line says of a request that ran."""
+    first = lease.first_token_after
+    return {
+        "adapter": lease.version.adapter if lease.version else None,
+        "version": lease.version.number if lease.version else None,
+        "outcome": lease.outcome,
+        "prompt_tokens": lease.prompt_tokens,
+        "cached_tokens": lease.cached_tokens,
+        "output_tokens": lease.output_tokens,
+        "cold": lease.load_seconds > 0,
+        "queue_seconds": round(lease.queued_for, 4),
+        "load_seconds": round(lease.load_seconds, 4),
+        "first_token_seconds": None if first is None else round(first, 4),
+    } | ({"code": lease.code} if lease.code else {})

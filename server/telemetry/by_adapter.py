@@ -56,8 +56,8 @@ class ByAdapter:
         self._first = summary("loraplex_adapter_first_token_seconds", "Until their first token.", *labels)
 
     def ended(self, request: Ended, outcome: str) -> None:
-        """A request for a version had its outcome; nothing of one for the base."""
-        if not self._bound or request.version is None:
+        """A request for a version had its outcome; nothing of one for the base, or of an upload's probes."""
+        if not self._bound or request.version is None or not request.version.number:
             return
         of = self.label(request.version)
         self._requests.labels(*of, outcome).inc()

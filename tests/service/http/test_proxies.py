@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import ssl
 import subprocess
@@ -17,6 +18,7 @@ import httpx
 import pytest
 
 from server.demo.process import free_port
+from server.settings import Settings
 from tests.support import nginx, tiny
 from tests.support.fakes import FakeEngine, Times
 from tests.support.site import ADMIN_KEY, Site, bearer
@@ -107,6 +109,15 @@ def client(url: str, folder: Path, address: str | None = None) -> httpx.AsyncCli
     context = ssl.create_default_context(cafile=str(folder / "llm.pem"))
     transport = httpx.AsyncHTTPTransport(verify=context, local_address=address)
     return httpx.AsyncClient(base_url=url, transport=transport, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("file", "size"), [("nginx/loraplex.conf", r"(\d+)m;"), ("caddy/Caddyfile", r"(\d+)MiB")]
+)
+def test_the_largest_upload_fits_through_the_examples(file: str, size: str) -> None:
+    """In MiB: Caddy's MB are millions, of which 2,100 are less than 2 GiB."""
+    (most,) = re.findall(rf"(?:client_max_body_size|max_size) {size}", (CONFIG / file).read_text())
+    assert int(most) << 20 > Settings.model_fields["max_upload_bytes"].default + (1 << 20)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
