@@ -101,7 +101,7 @@ async def customer(page: Page) -> Response:
         keys_api=f"{where.lstrip('/')}/keys",
         may_write=True,
         gauges=shared.gauges(limits),
-        usage=views.stacked(used["data"], "day", "adapter", "total_tokens"),
+        usage=views.stacked(used["data"], "day", "adapter", "total_tokens", shared.moments(30)),
         audit=[(entry, _changes(entry)) for entry in audit["data"]],
         upload_api=f"{where.lstrip('/')}/adapters",
         upload_name=None,

@@ -13,18 +13,41 @@ from starlette.responses import Response
 
 from server.console import views
 from server.console.api import Api, Refused
-from server.console.formats import flat, segment, size
+from server.console.formats import NONE, flat, segment, size
 from server.console.web import Page
 
 DAYS = {"1": 1, "7": 7, "30": 30, "90": 90}
 LONGEST = 200  # rows of a table of sums
 VALUES = ("total_tokens", "output_tokens", "requests", "cost")
+# What the numbers of a probe are; those of ``noise`` are of the base against itself.
+SAID = {
+    "log_prob": "Largest change of a log-probability",
+    "kl": "KL divergence from the base",
+    "change": "Change",
+    "noise.log_prob": "The base against itself, log-probability",
+    "noise.kl": "The base against itself, KL",
+    "noise.change": "The base against itself",
+    "base": "Base model",
+    "dtype": "Type",
+    "no_effect_allowed": "Accepted without effect",
+    "prompts": "Prompts",
+    "tolerance": "Allowed difference",
+    "largest_difference": "Largest difference",
+    "worst_prompt": "In prompt",
+}
 
 
 def ago(days: int) -> str:
     """The beginning of the day that many days before today, in UTC, as the API takes it."""
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     return (today - timedelta(days=days - 1)).isoformat()
+
+
+def moments(days: int) -> list[str]:
+    """The beginnings of the last ``days`` days, or of today's hours for one, as the API writes them."""
+    start, now = datetime.fromisoformat(ago(days)), datetime.now(UTC)
+    step = timedelta(hours=1) if days == 1 else timedelta(days=1)
+    return [(start + n * step).isoformat() for n in range((now - start) // step + 1)]
 
 
 def gauges(standing: Mapping[str, Any]) -> list[views.Gauge]:
@@ -41,7 +64,7 @@ def gauges(standing: Mapping[str, Any]) -> list[views.Gauge]:
                 f"{row['unit']} this {row['period']}{kind}",
                 row["used"],
                 limit,
-                f"until {row['resets_at'][:16].replace('T', ' ')} UTC",
+                row["resets_at"],
             )
         )
     return [it for it in found if it is not None]
@@ -153,13 +176,16 @@ def _facts(report: Mapping[str, Any], version: Mapping[str, Any]) -> list[tuple[
 
 
 def _numbers(report: Mapping[str, Any] | None, *, skip: Sequence[str]) -> list[tuple[str, str]]:
+    """What a probe found, in words; what it does not know is left out."""
     shown = []
     for name, value in flat(report).items():
-        if name not in skip:
-            try:
-                shown.append((name.replace("_", " "), f"{float(value):.4g}"))
-            except ValueError:
-                shown.append((name.replace("_", " "), value))
+        if name in skip or value in (NONE, ""):
+            continue
+        text = SAID.get(name) or name.replace("_", " ").capitalize()
+        try:
+            shown.append((text, f"{float(value):.4g}"))
+        except ValueError:
+            shown.append((text, {"True": "yes", "False": "no"}.get(value, value)))
     return shown
 
 
@@ -188,7 +214,7 @@ async def usage_page(page: Page, call: str, groups: Sequence[str], *, with_tenan
         by=by,
         groups=groups,
         shown=value,
-        usage=views.stacked(bars, moment, stack, value),
+        usage=views.stacked(bars, moment, stack, value, moments(DAYS[days])),
         rows=sorted(rows or [], key=lambda row: -row["total_tokens"])[:LONGEST],
         crowded=rows is None or len(rows) > LONGEST or not stack,
         csv=f"{page.root}/api{call}?{query}",

@@ -170,9 +170,11 @@ class Chart:
     height: int
 
 
-def stacked(rows: Iterable[JSON], across: str, stack: str, value: str) -> Chart | None:
+def stacked(
+    rows: Iterable[JSON], across: str, stack: str, value: str, moments: Sequence[str] = ()
+) -> Chart | None:
     """Sums of ``value`` by ``across`` (moments, in order), stacked by ``stack`` unless that is empty; None
-    without any.
+    without any. ``moments`` have a place also where nothing was used.
 
     The largest stacks have colours of their own, all others one together.
     """
@@ -185,6 +187,8 @@ def stacked(rows: Iterable[JSON], across: str, stack: str, value: str) -> Chart 
     highest = max((sum(column.values()) for column in sums.values()), default=0)
     if not highest:
         return None
+    for moment in moments:
+        sums[moment]  # made by being asked for
     names = sorted(totals, key=lambda name: (-totals[name], name))
     shown = names if len(names) <= COLORS else names[: COLORS - 1]
     width, height, left, bottom = 720, 240, 64, 24
@@ -254,20 +258,20 @@ def timeline(request: JSON) -> list[Span]:
 
 
 class Gauge(NamedTuple):
-    """How much of a limit is used: ``share`` from 0 to 1, ``level`` one of ok, near, over."""
+    """How much of a limit is used: ``share`` from 0 to 1, ``level`` one of ok, near, over; ``until`` when."""
 
     name: str
     used: float
     limit: float
     share: float
     level: str
-    detail: str
+    until: str
 
 
-def gauge(name: str, used: float, limit: float | None, detail: str = "") -> Gauge | None:
+def gauge(name: str, used: float, limit: float | None, until: str = "") -> Gauge | None:
     """None where there is no limit."""
     if limit is None:
         return None
     share = min(1.0, used / limit) if limit else 1.0
     level = "over" if used >= limit else "near" if share >= 0.8 else "ok"
-    return Gauge(name, used, limit, share, level, detail)
+    return Gauge(name, used, limit, share, level, until)
