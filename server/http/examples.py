@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from typing import Any
 
 _TURNS = [{"role": "user", "content": "What is the capital of France?"}]
@@ -57,8 +60,37 @@ EXAMPLES: dict[str, Any] = {
     "patch /tenants/{tenant}": {"limits": {"requests_per_minute": 60}},
     "post /tenants/{tenant}/keys": {"name": "production", "scopes": ["inference"]},
     "post /tenants/{tenant}/keys/{key_id}/rotate": {"overlap_seconds": 3600},
+    "patch /tenants/{tenant}/keys/{key_id}": {"name": "staging", "limits": {"requests_at_once": 4}},
+    "post /people": {"name": "Ada", "role": "viewer"},
+    "post /adapters/{name}/rollouts": {"version": 4, "steps": [5, 25, 100], "hold": 600},
+    "patch /adapters/{name}/rollouts/{rollout}": {"action": "pause"},
     "patch /adapters/{name}": {"split": {"3": 90, "4": 10}},
     "post /adapters/{name}/versions": {"source": "s3://adapters/support/"},
     "post /adapters/{name}/warm": {"slot": True},
     "patch /adapters/{name}/versions/{version}": {"quarantined": False},
 }
+# What stands in a path of a sample.
+_NAMES = {
+    "tenant": "acme", "name": "support", "version": "3", "key_id": "1", "file_id": "file-123",
+    "batch_id": "batch_123",
+}  # fmt: skip
+_KEYS = {"admin": "LORAPLEX_ADMIN_KEY"} | dict.fromkeys(("v1", "tokenize", "detokenize"), "LORAPLEX_KEY")
+
+
+def sample(path: str, method: str, operation: dict[str, Any]) -> dict[str, str]:
+    """``operation`` as a line for a shell, in the form that ReDoc shows beside it."""
+    url = re.sub(r"{(\w+)}", lambda found: _NAMES.get(found[1], "1"), path)
+    parts = ["curl" if method == "get" else f"curl -X {method.upper()}", f'"$LORAPLEX_URL{url}"']
+    if (key := _KEYS.get(path.split("/")[1])) is not None:
+        parts.append(f'-H "Authorization: Bearer ${key}"')
+    content = operation.get("requestBody", {}).get("content", {})
+    if "multipart/form-data" in content:
+        fields = content["multipart/form-data"]["schema"]
+        parts += [f"-F {_field(name, fields['properties'][name])}" for name in fields["required"]]
+    elif "example" in (body := content.get("application/json", {})):
+        parts += ['-H "Content-Type: application/json"', f"-d {shlex.quote(json.dumps(body['example']))}"]
+    return {"lang": "Shell", "label": "curl", "source": " \\\n  ".join(parts)}
+
+
+def _field(name: str, schema: dict[str, Any]) -> str:
+    return f"{name}={schema['enum'][0]}" if "enum" in schema else f"{name}=@{name}"

@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from adapters.model import CHAT_FILES
 from server.http.answers import AnthropicError, Error
-from server.http.examples import EXAMPLES, SUMMARIES
+from server.http.examples import EXAMPLES, SUMMARIES, sample
 from server.inference.dialects.messages import speaks_anthropic
 from server.inference.dialects.registry import DIALECTS, SCORING
 from server.inference.dialects.schema import TEXT as _TEXT
@@ -36,6 +36,7 @@ def document(app: FastAPI) -> Callable[[], Schema]:
             for path, methods in made["paths"].items():
                 for method, operation in methods.items():
                     _complete(path, method, operation)
+                    operation["x-codeSamples"] = [sample(path, method, operation)]
                     schemas |= _definitions(operation)
             app.openapi_schema = made
         return app.openapi_schema

@@ -106,6 +106,11 @@ async def test_each_call_says_what_it_does_and_shows_a_body(tmp_path: Path) -> N
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             assert operation["summary"], (method, path)
+            (sample,) = operation["x-codeSamples"]
+            assert sample["source"].startswith("curl ")
+            assert "{" not in sample["source"].splitlines()[0]
+            sends = " -d " in sample["source"] or " -F " in sample["source"]
+            assert sends or not operation.get("requestBody", {}).get("required"), (method, path)
             body = operation.get("requestBody", {}).get("content", {}).get("application/json")
             if body and "example" in body:
                 shown += 1
