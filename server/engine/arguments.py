@@ -160,6 +160,8 @@ def choose_parsers(settings: Settings) -> tuple[Settings, Parsers, BaseTokenizer
         "enable_auto_tool_choice": given.get("enable_auto_tool_choice", True) and found.tools is not None,
         # vLLM's front end and its core both read it from here.
         "structured_outputs_config": written | {"reasoning_parser": found.reasoning or ""},
+        # For the core to count the tokens of a thought, which a request may bound.
+        "reasoning_parser": found.reasoning or "",
     }
     kept = {name: value for name, value in given.items() if name != "reasoning_parser"}
     chosen = settings.model_copy(update={"engine_args": kept | parsing})

@@ -109,10 +109,18 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
         self._calls[request_id] = call
         if self.observability_config.otlp_traces_endpoint is not None and (ids := REQUEST.get()):
             kwargs["trace_headers"] = {"traceparent": ids.traceparent}
+        if getattr(sampling_params, "thinking_token_budget", None) is not None and not self._thinks:
+            sampling_params.thinking_token_budget = None  # vLLM would refuse a budget for no thoughts
         stream = super().generate(prompt, sampling_params, request_id, **kwargs)
         if getattr(sampling_params, "structured_outputs", None) is not None:
             stream = self._checked(call, sampling_params.structured_outputs, stream)
         return self._counted(call, request_id, prompt, stream, sampling_params)
+
+    @property
+    def _thinks(self) -> bool:
+        """Whether the base's thoughts are told from its answers."""
+        config = self.vllm_config.reasoning_config
+        return config is not None and config.enabled
 
     def encode(self, prompt: Any, pooling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
         call = call_of_request(request_id)
