@@ -236,8 +236,8 @@ CURES: dict[str, str] = {
     ),
     "chat_file_invalid": "Save it with the trainer again, or upload the adapter without it.",
     "added_tokens": (
-        "If the adapter does without these tokens, upload it without its tokenizer's files; else merge it"
-        " into a base that has them."
+        "Train it with special tokens in rows that the base's embedding has; or, if it does without these"
+        " tokens, upload it without its tokenizer's files; else merge it into a base that has them."
     ),
     "chat_template_invalid": (
         "Mend the template, or upload the adapter without it: then the base's is used for its chats."

@@ -73,11 +73,13 @@ class ModuleShape:
 class BaseChat:
     """How a base model chats: its template, the ids of its added tokens, and how many tokens it embeds.
 
-    ``stop_token_ids`` end its answers.
+    ``stop_token_ids`` end its answers. ``free`` are ids that special tokens of an adapter's own may have:
+    rows of the embedding without a token, and special tokens that an adapter may call otherwise.
     """
 
     template: str | None = None
     tokens: Mapping[str, int] = field(default_factory=dict)
+    free: frozenset[int] = frozenset()
     vocabulary: int = 0
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     stop_token_ids: tuple[int, ...] = ()

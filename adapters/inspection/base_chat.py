@@ -49,6 +49,27 @@ def template_of(tokenizer: Any) -> str | None:
     return str(found)
 
 
+def stand_in(tokenizer: Any) -> tuple[str, int] | None:
+    """A special token of ``tokenizer`` and its id, as which an adapter's own tokens are tokenized; None if
+    there is none. It is no token that the tokenizer itself puts at the beginning or end of a text.
+    """
+    edges = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    found = [
+        (token.content, number)
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and number not in edges and not (token.lstrip or token.rstrip or token.single_word)
+    ]
+    return max(found, key=lambda one: one[1], default=None)
+
+
+def _free(tokenizer: Any, vocabulary: int) -> frozenset[int]:
+    if tokenizer is None or not hasattr(tokenizer, "added_tokens_decoder") or stand_in(tokenizer) is None:
+        return frozenset()
+    edges = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} - edges
+    return frozenset(special) | frozenset(range(max(tokenizer.get_vocab().values()) + 1, vocabulary))
+
+
 def described(
     found: BaseTokenizer, *, template: str | None, vocabulary: int, stop_token_ids: tuple[int, ...]
 ) -> BaseChat:
@@ -58,6 +79,7 @@ def described(
     return BaseChat(
         template=template,
         tokens=dict(tokenizer.get_added_vocab()) if tokenizer is not None else {},
+        free=_free(tokenizer, vocabulary),
         vocabulary=vocabulary,
         special_tokens={name: token for name, token in special.items() if isinstance(token, str)},
         stop_token_ids=stop_token_ids,

@@ -30,6 +30,8 @@ from adapters.model import (
 
 MAX_TEMPLATE = 128 << 10
 MAX_CONFIG = 4 << 20
+MAX_TOKENS = 1024
+LONGEST_TOKEN = 128
 # A tokenizer's file begins with its added tokens; its vocabulary is not read.
 _HEAD = 4 << 20
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -53,13 +55,22 @@ _QUIET = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ChatFound:
-    """What of the files differs from the base. ``ignored`` is for people: what was passed over, and why."""
+    """What of the files differs from the base. ``ignored`` is for people: what was passed over, and why.
+
+    ``tokens`` are special tokens of the adapter's own, with ids that the base embeds.
+    """
 
     template: str | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
     stop_token_ids: tuple[int, ...] = ()
     defaults: Mapping[str, float | int] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is anything to keep with the version."""
+        return self.template is not None or bool(self.tokens or self.stop_token_ids or self.defaults)
 
     def as_json(self) -> dict[str, Any]:
         """For the report: of the template its digest, since it is kept beside the weights."""
@@ -67,6 +78,7 @@ class ChatFound:
         return {
             "template": digest,
             "special_tokens": dict(self.special_tokens),
+            "tokens": dict(self.tokens),
             "stop_token_ids": list(self.stop_token_ids),
             "defaults": dict(self.defaults),
             "ignored": list(self.ignored),
@@ -85,14 +97,15 @@ def read_chat_files(folder: Path, base: BaseChat | None) -> ChatFound | None:
     known = base or BaseChat()
     config = _json(folder, TOKENIZER_CONFIG_FILE)
     special = _special_tokens(config)
-    _check_tokens(folder, config, special, known)
+    tokens = _own_tokens(folder, config, special, known)
     template = _template(folder, config)
     ours = template is not None and template.strip() != (known.template or "").strip()
     generation = _json(folder, GENERATION_FILE)
     return ChatFound(
         template=template if ours else None,
         special_tokens={n: t for n, t in special.items() if t != known.special_tokens.get(n)} if ours else {},
-        stop_token_ids=_stops(generation, special, known),
+        tokens=tokens,
+        stop_token_ids=_stops(generation, special, {**known.tokens, **tokens}, known),
         defaults=_sampling(generation),
         ignored=_passed_over(folder, generation),
     )
@@ -102,13 +115,15 @@ def take_chat_files(folder: Path, found: ChatFound | None) -> None:
     """Removes what was uploaded, and writes what is kept as a file of the version, if anything is."""
     for name in CHAT_FILES:
         (folder / name).unlink(missing_ok=True)
-    if found is not None and (found.template is not None or found.stop_token_ids or found.defaults):
+    if found is not None and found.is_kept:
         kept = {
             "template": found.template,
             "special_tokens": dict(sorted(found.special_tokens.items())),
             "stop_token_ids": list(found.stop_token_ids),
             "defaults": dict(sorted(found.defaults.items())),
         }
+        if found.tokens:  # an entry that is always there would change the digests of what has none
+            kept["tokens"] = dict(sorted(found.tokens.items()))
         path = folder / CHAT_FILE
         path.write_text(json.dumps(kept, ensure_ascii=False, sort_keys=True))
         path.chmod(0o444)
@@ -141,38 +156,72 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _check_tokens(
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """A token that the upload's tokenizer has been given. ``plain`` if it takes no blanks or words along."""
+
+    number: int
+    special: bool
+    plain: bool = True
+
+
+def _own_tokens(
     folder: Path, config: Mapping[str, Any], special: Mapping[str, str], base: BaseChat
-) -> None:
-    """AdapterRejected (``added_tokens``) for a token that the base's tokenizer has not, or elsewhere."""
+) -> dict[str, int]:
+    """Tokens that the base's tokenizer has not. AdapterRejected (``added_tokens``) for what is not served."""
+    own: dict[str, int] = {}
     if not base.tokens:
-        return
-    for token, number in sorted(_added_tokens(folder, config).items(), key=lambda one: one[1]):
-        if base.tokens.get(token) == number or token == special.get("pad_token"):
+        return own
+    named = [config.get("additional_special_tokens"), config.get("extra_special_tokens")]
+    more = [text for names in named if isinstance(names, list) for text in names if isinstance(text, str)]
+    added = _added_tokens(folder, config, frozenset(special.values()).union(more))
+    for text, token in sorted(added.items(), key=lambda one: one[1].number):
+        if base.tokens.get(text) == token.number or text == special.get("pad_token"):
             continue  # padding is never written into a prompt
-        where = f"token {show(token)} with the id {number}"
-        if number >= base.vocabulary:
-            reason = f"the base's embedding ends with {base.vocabulary - 1}"
-        elif token in base.tokens:
-            reason = f"the base's tokenizer has it as {base.tokens[token]}"
-        else:
-            reason = "the base's tokenizer does not have it, and prompts are tokenized by that"
-        raise fault("added_tokens", f"The tokenizer has a {where}; {reason}.", param=TOKENIZER_FILE)
+        if (reason := _not_served(text, token, base)) is not None:
+            where = f"token {show(text)} with the id {token.number}"
+            raise fault("added_tokens", f"The tokenizer has a {where}; {reason}.", param=TOKENIZER_FILE)
+        own[text] = token.number
+    if len(own) > MAX_TOKENS:
+        reason = f"The tokenizer has {len(own)} tokens that the base's has not, and {MAX_TOKENS} are served."
+        raise fault("added_tokens", reason, param=TOKENIZER_FILE)
+    return own
 
 
-def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
-    found: dict[str, int] = {}
+def _not_served(text: str, token: _Token, base: BaseChat) -> str | None:
+    """Why a token of the adapter's own is not, or None where it is."""
+    if token.number >= base.vocabulary:
+        return f"the base's embedding ends with {base.vocabulary - 1}"
+    if text in base.tokens:
+        return f"the base's tokenizer has it as {base.tokens[text]}"
+    if token.number not in base.free:
+        return "the base's tokenizer has another token there"
+    if not token.special:
+        return "it is no special token, and would be missing in answers"
+    if not text or len(text) > LONGEST_TOKEN or not token.plain:
+        return f"served are tokens of 1 to {LONGEST_TOKEN} characters without lstrip, rstrip or single_word"
+    return None
+
+
+def _added_tokens(folder: Path, config: Mapping[str, Any], special: frozenset[str]) -> dict[str, _Token]:
+    """``special`` are those that the tokenizer's configuration names."""
+    found: dict[str, _Token] = {}
+    for text, number in _json(folder, ADDED_TOKENS_FILE).items():
+        if isinstance(number, int):
+            found[text] = _Token(number, text in special)
     decoder = config.get("added_tokens_decoder")
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
         if isinstance(token, dict) and isinstance(token.get("content"), str) and str(number).isdecimal():
-            found[token["content"]] = int(number)
-    for token, number in _json(folder, ADDED_TOKENS_FILE).items():
-        if isinstance(number, int):
-            found[token] = number
-    return found | _tokenizers_added(folder / TOKENIZER_FILE)
+            found[token["content"]] = _token(int(number), token, special)
+    return found | _tokenizers_added(folder / TOKENIZER_FILE, special)
 
 
-def _tokenizers_added(path: Path) -> dict[str, int]:
+def _token(number: int, token: Mapping[str, Any], special: frozenset[str]) -> _Token:
+    plain = not (token.get("lstrip") or token.get("rstrip") or token.get("single_word"))
+    return _Token(number, token.get("special") is True or token["content"] in special, plain)
+
+
+def _tokenizers_added(path: Path, special: frozenset[str]) -> dict[str, _Token]:
     """``added_tokens`` of a tokenizer.json, whose vocabulary of megabytes follows them."""
     if not path.exists():
         return {}
@@ -183,18 +232,20 @@ def _tokenizers_added(path: Path) -> dict[str, int]:
         return {}
     try:
         listed = json.JSONDecoder().raw_decode(rest.lstrip(" \t\r\n:"))[0]
-        return {str(one["content"]): int(one["id"]) for one in listed}
-    except (ValueError, TypeError, KeyError, RecursionError) as exc:
+        return {str(one["content"]): _token(int(one["id"]), one, special) for one in listed}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
         raise _invalid(TOKENIZER_FILE, "its added_tokens cannot be read") from exc
 
 
-def _stops(generation: Mapping[str, Any], special: Mapping[str, str], base: BaseChat) -> tuple[int, ...]:
-    """Tokens that end an answer of this adapter and not of the base."""
+def _stops(
+    generation: Mapping[str, Any], special: Mapping[str, str], tokens: Mapping[str, int], base: BaseChat
+) -> tuple[int, ...]:
+    """Tokens that end an answer of this adapter and not of the base; ``tokens`` are all that have a name."""
     given = generation.get("eos_token_id")
     ids = set(given if isinstance(given, list) else [given]) - {None}
     named = special.get("eos_token")
-    if named is not None and named in base.tokens:
-        ids.add(base.tokens[named])
+    if named is not None and named in tokens:
+        ids.add(tokens[named])
     for one in ids:
         token = isinstance(one, int) and not isinstance(one, bool) and one >= 0
         if not token or (base.vocabulary and one >= base.vocabulary):

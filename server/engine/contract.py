@@ -127,6 +127,13 @@ USES: tuple[Use, ...] = (
         ("_apply_chat_template_async",),
         "replaced for such a version: its template is rendered in another process",
     ),
+    Use("vllm.config", "VllmConfig", ("reasoning_config",), "whether the base's thoughts can be bounded"),
+    Use(
+        "vllm.renderers.hf",
+        "HfRenderer",
+        ("_tokenize_prompt",),
+        "what _tokenize_prompt_async, replaced for a version with tokens of its own, is made of",
+    ),
     Use(
         "vllm.v1.engine.output_processor",
         "RequestState",

@@ -39,6 +39,7 @@ from server.engine.calls import (
 from server.engine.errors import engine_errors, filled, named, request_errors
 from server.engine.grammars import Grammars
 from server.engine.manners import Manner, current_manner
+from server.engine.own_tokens import read_own_tokens
 from server.engine.paging import Paging, worker_options
 from server.engine.parsers import Parsers
 from server.engine.sizing import EngineCapacity
@@ -178,6 +179,7 @@ class Engine:
         """Lets vLLM's serving objects show our names and ids, and keep errors as they are."""
         state = self._state
         state.openai_serving_models.model_name = serving.public_name(base_name)
+        read_own_tokens(self._llm.renderer)
         if self.base.pooling:
             serving.embeddings_as_data(state.serving_embedding)
             return

@@ -19,12 +19,16 @@ REMEMBERED = 256
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """``template`` is None for the base's; ``content_format`` is how it takes a message's content."""
+    """``template`` is None for the base's; ``content_format`` is how it takes a message's content.
+
+    ``tokens`` are special tokens that the base's tokenizer has not, by their text.
+    """
 
     template: str | None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     stop_token_ids: tuple[int, ...] = ()
     content_format: str = "string"
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 class Manners:
@@ -58,6 +62,7 @@ def _read(version: Version) -> Manner:
         kept.get("special_tokens") or {},
         tuple(kept.get("stop_token_ids") or ()),
         str(version.chat.get("content_format") or "string"),
+        kept.get("tokens") or {},
     )
 
 

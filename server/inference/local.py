@@ -156,8 +156,10 @@ class LocalAnswers:
         """A few inputs at a time under one lease."""
         lease, places, parts = admitted.lease, admitted.places, []
         async with closed_on_failure(lease):
+            manner = await self._manners.of(admitted.order.version)
             for at in range(0, len(inputs), places):
                 call = self._call(admitted, f"-{at}")
+                call.manner = manner
                 lease.work = InFlight(self.engine, call)
                 some = admitted.request.model_copy(update={"input": inputs[at : at + places]})
                 answer = await self.engine.answer(call, some)

@@ -264,7 +264,7 @@ async def _chat_of(service: Publishing, incoming: Incoming) -> dict[str, Any] | 
     await incoming.examine(partial(take_chat_files, found=found))
     if found is None:
         return None
-    kept = found.template is not None or bool(found.stop_token_ids)
+    kept = found.template is not None or bool(found.tokens or found.stop_token_ids)
     return found.as_json() | {"kept": kept, "content_format": form}
 
 

@@ -15,10 +15,14 @@ from adapters.model import CHAT_FILE, BaseChat
 BASE = BaseChat(
     template="{{ messages }}",
     tokens={"<s>": 1, "</s>": 2, "<|im_end|>": 7, "<|reserved_0|>": 8},
+    free=frozenset({8, *range(90, 100)}),
     vocabulary=100,
     special_tokens={"eos_token": "</s>", "bos_token": "<s>"},
     stop_token_ids=(2,),
 )
+
+
+TOOL: dict[str, Any] = {"id": 95, "content": "<|tool|>", "special": True}
 
 
 def folder_of(tmp_path: Path, **files: Any) -> Path:
@@ -95,9 +99,38 @@ def test_padding_is_nobodys_business(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer": {"added_tokens": [TOOL]}},
+        {"tokenizer_config": {"added_tokens_decoder": {"95": {"content": "<|tool|>", "special": True}}}},
+        {"tokenizer_config": {"eos_token": "<|tool|>"}, "added_tokens": {"<|tool|>": 95}},
+        {"tokenizer_config": {"additional_special_tokens": ["<|tool|>"]}, "added_tokens": {"<|tool|>": 95}},
+    ],
+)
+def test_special_tokens_in_free_rows_are_kept(tmp_path: Path, files: dict[str, Any]) -> None:
+    folder = folder_of(tmp_path, **files)
+    found = read_chat_files(folder, BASE)
+    assert found is not None
+    assert found.tokens == found.as_json()["tokens"] == {"<|tool|>": 95}
+    assert found.stop_token_ids == ((95,) if "eos_token" in str(files) else ())
+    take_chat_files(folder, found)
+    assert json.loads((folder / CHAT_FILE).read_text())["tokens"] == {"<|tool|>": 95}
+
+
+def test_a_reserved_token_may_have_another_name(tmp_path: Path) -> None:
+    found = read_chat_files(folder_of(tmp_path, tokenizer={"added_tokens": [TOOL | {"id": 8}]}), BASE)
+    assert found is not None
+    assert found.tokens == {"<|tool|>": 8}
+
+
+@pytest.mark.parametrize(
     ("files", "code", "words"),
     [
-        ({"added_tokens": {"<|tool|>": 50}}, "added_tokens", "does not have it"),
+        ({"added_tokens": {"<|tool|>": 50}}, "added_tokens", "another token there"),
+        ({"added_tokens": {"<|tool|>": 95}}, "added_tokens", "would be missing in answers"),
+        ({"tokenizer": {"added_tokens": [TOOL | {"lstrip": True}]}}, "added_tokens", "without lstrip"),
+        ({"tokenizer": {"added_tokens": [TOOL | {"content": ""}]}}, "added_tokens", "1 to 128 characters"),
+        ({"tokenizer": {"added_tokens": [TOOL | {"content": "</s>"}]}}, "added_tokens", "has it as 2"),
         ({"added_tokens": {"<|tool|>": 100}}, "added_tokens", "embedding ends with 99"),
         ({"added_tokens": {"<|im_end|>": 8}}, "added_tokens", "has it as 7"),
         ({"tokenizer": {"added_tokens": [{"id": 50, "content": "<|x|>"}]}}, "added_tokens", "the id 50"),
