@@ -153,6 +153,10 @@ class Directory:
         """By id; also those that are lost."""
         return sorted(self._known.values(), key=lambda one: one.id)
 
+    def ready(self) -> list[Known]:
+        """Those that may be sent something."""
+        return [self._known[id_] for id_ in self.placement.ready(self._now()) if id_ in self._known]
+
     def is_lost(self, replica: Known) -> bool:
         """Whether it was silent, or could not be reached, when it was last asked."""
         return replica.lost

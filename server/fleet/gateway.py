@@ -260,6 +260,19 @@ class RemotePublisher:
         sent = {"tenant": tenant, "adapter": name, "number": number}
         return await self._directory.ask("verify", sent)
 
+    async def unfit(self) -> list[dict[str, Any]]:
+        """What any ready replica does not serve, each version once. Unavailable where none is ready, and
+        where one does not answer: nothing would be said of what it finds.
+        """
+        replicas = self._directory.ready()
+        if not replicas:
+            raise self._directory.nobody()
+        told = await asyncio.gather(*(self._directory.post(one, "unfit", {}) for one in replicas))
+        found: dict[tuple[str, str, int], dict[str, Any]] = {}
+        for one in (each for answer in told for each in answer["unfit"]):
+            found.setdefault((one["tenant"], one["adapter"], one["version"]), one)
+        return [found[key] for key in sorted(found)]
+
 
 def _broke_off() -> Unavailable:
     return Unavailable(

@@ -23,6 +23,7 @@ from server.fleet.wire import Chunk, End, Granted, Kind, Malformed, WireOrder
 from server.inference.completion import Order, counted_refusals
 from server.inference.dialects.registry import DIALECTS
 from server.publishing.publish import publish, verify
+from server.publishing.truth import unfit
 from server.scheduling.lease import Lease
 from server.scheduling.refusals import engine_restarting
 
@@ -313,6 +314,17 @@ async def verify_(request: Request) -> Response:
     sent = await _json(request)
     publishing = _replica_of(request).services.publishing
     return await _told(verify(publishing, sent["tenant"], sent["adapter"], sent["number"]))
+
+
+@router.post("/unfit")
+async def unfit_(request: Request) -> Response:
+    """What this engine does not serve, for a gateway's ``/admin/v1/check``."""
+    services = _replica_of(request).services
+
+    async def found() -> dict[str, Any]:
+        return {"unfit": await unfit(services.publishing.fitness, services.database, services.blobs.path)}
+
+    return await _told(found())
 
 
 @router.post("/publish")

@@ -51,8 +51,11 @@ async def repair(body: Annotated[Check, body_as(Check)], services: ServicesOf) -
 
 async def _checked(services: Services, *, repair: bool) -> dict[str, Any]:
     async with services.holding:  # each reads all that is stored: two at once would only be slower
-        fitness = services.publishing.fitness
-        return await truth.check(fitness, services.database, services.blobs, repair=repair)
+        fitness, replicas = services.publishing.fitness, services.publishing.elsewhere
+        elsewhere = replicas.unfit if replicas is not None else None
+        return await truth.check(
+            fitness, services.database, services.blobs, repair=repair, elsewhere=elsewhere
+        )
 
 
 @router.post("/backup", status_code=201, response_model=answers.BackedUp, openapi_extra=documented(NewBackup))

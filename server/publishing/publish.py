@@ -42,7 +42,7 @@ _RECLAIM_EVERY = 0.5
 
 
 class Elsewhere(Protocol):
-    """A replica that publishes for a gateway; see ``publish`` and ``verify``."""
+    """Replicas, as a gateway has them publish; see ``publish``, ``verify`` and ``truth.unfit``."""
 
     async def publish(
         self,
@@ -59,6 +59,8 @@ class Elsewhere(Protocol):
     ) -> Published: ...
 
     async def verify(self, tenant: str, name: str, number: int | None) -> dict[str, Any]: ...
+
+    async def unfit(self) -> list[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,31 @@ async def hold_all(fitness: Fitness, database: Database, path_of: Callable[[str]
     await fitness.save()
 
 
-async def check(fitness: Fitness, database: Database, blobs: BlobStore, *, repair: bool) -> dict[str, Any]:
-    """As JSON: rows against bytes (``adapters.store.check``), and what this engine does not serve."""
+async def check(
+    fitness: Fitness,
+    database: Database,
+    blobs: BlobStore,
+    *,
+    repair: bool,
+    elsewhere: Callable[[], Awaitable[list[dict[str, Any]]]] | None = None,
+) -> dict[str, Any]:
+    """As JSON: rows against bytes (``adapters.store.check``), and what this engine does not serve.
+
+    A process without an engine asks ``elsewhere``, which tells what ``unfit`` does.
+    """
     found = await rows_against_bytes(database, blobs, repair=repair, is_whole=fitness.is_whole)
-    unfit = []
-    async for version in every(database, blobs.path):
+    refused = await (elsewhere() if elsewhere is not None else unfit(fitness, database, blobs.path))
+    return found.as_json() | {"ok": found.is_ok and not refused, "unfit": refused}
+
+
+async def unfit(fitness: Fitness, database: Database, path_of: Callable[[str], Path]) -> list[dict[str, Any]]:
+    """As JSON: every version that this engine does not serve, and why."""
+    found = []
+    async for version in every(database, path_of):
         if (problem := fitness.problem(version)) is not None:
             about = {"tenant": version.tenant, "adapter": version.adapter, "version": version.number}
-            unfit.append(about | {"code": problem.code, "message": problem.message})
-    report = found.as_json()
-    return report | {"ok": found.is_ok and not unfit, "unfit": unfit}
+            found.append(about | {"code": problem.code, "message": problem.message})
+    return found
 
 
 async def scrub(

@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from adapters.errors import AdapterUnfit
+from adapters.model import Version
 from tests.support import tiny
 from tests.support.fleet import FLEET_KEY, Fleet, fleet
 from tests.support.site import bearer
@@ -188,6 +190,32 @@ class TestAnswering:
         running.cancel()
         await two.until(lambda: held() == 0)
         await two.until(lambda: not any(one.app.state.replica.calls for one in two.replicas))
+
+
+class TestCheck:
+    async def test_a_gateway_says_what_any_replica_does_not_serve(
+        self, two: Fleet, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await two.gateway.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)})
+        found = (await two.gateway.admin.get("/admin/v1/check")).json()
+        assert (found["ok"], found["unfit"], found["versions"]) == (True, [], 2)
+
+        def problem(version: Version) -> AdapterUnfit | None:
+            return AdapterUnfit("of another base") if version.adapter == "b" else None
+
+        for one in two.replicas:
+            monkeypatch.setattr(one.services.publishing.fitness, "problem", problem)
+        found = (await two.gateway.admin.get("/admin/v1/check")).json()
+        assert not found["ok"]
+        (one,) = found["unfit"]
+        assert (one["tenant"], one["adapter"], one["version"]) == ("acme", "b", 1)
+        assert (one["code"], one["message"]) == ("adapter_unfit", "of another base")
+
+    async def test_nothing_is_said_for_replicas_that_are_gone(self, two: Fleet) -> None:
+        for replica in two.replicas:
+            await replica.kill()
+        answer = await two.gateway.admin.get("/admin/v1/check")
+        assert answer.status_code == 503, answer.text
 
 
 class TestKeys:
