@@ -59,10 +59,10 @@ class World:
         text = said["choices"][0]["text"] if answer.is_success else said["error"]["code"]
         return answer.status_code, text, answer.headers.get("x-loraplex-version", "")
 
-    async def until(self, name: str, status: int, code: str = "", within: float = PATIENCE) -> float:
+    async def until(self, name: str, status: int, code: str = "") -> float:
         """Seconds until ``name`` is answered with ``status`` and ``code``."""
         began, last = time.monotonic(), ("", "")
-        while time.monotonic() - began < within:
+        while time.monotonic() - began < PATIENCE:
             got, text, _ = await self.ask(name)
             if got == status and (not code or text == code):
                 return time.monotonic() - began
