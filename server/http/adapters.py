@@ -31,7 +31,7 @@ from server.http.reports import page_of
 from server.http.services import Services, services_of
 from server.http.uploads import files_of
 from server.publishing.jobs import publish_later
-from server.publishing.publish import Published, move_pin, publish, unpublish
+from server.publishing.publish import Published, move_pin, publish, unpublish_at_last
 from server.rollouts.stored import as_json as rollout_as_json
 
 Note = Annotated[str, Field(min_length=1, max_length=500, pattern=r"^[^\x00]*$")]
@@ -303,7 +303,7 @@ async def delete_tenant(services: Services, tenant: Tenant) -> None:
 def _free(services: Services, versions: Sequence[Version]) -> None:
     """In the background: the rows are gone, and the last request may go on for minutes."""
     if versions:
-        services.in_background(unpublish(services.publishing, list(versions)))
+        services.in_background(unpublish_at_last(services.publishing, list(versions)))
 
 
 def as_json(adapter: Adapter, services: Services) -> dict[str, Any]:

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 # How often a deleted version's blob is looked at until its last request is done.
 _RECLAIM_EVERY = 0.5
+RETRY_S = 1.0  # between two tries while the database is away
 
 
 class Elsewhere(Protocol):
@@ -405,6 +406,16 @@ async def unpublish(service: Publishing, versions: list[Version]) -> None:
     except AdapterError as error:
         # Nobody waits for it any more, and what nobody links is removed at a start.
         logger.warning("files of a deleted version stay until the next start: %s", error)
+
+
+async def unpublish_at_last(service: Publishing, versions: list[Version]) -> None:
+    """As ``unpublish``, as often as it takes: the database may be away, and nobody waits for it."""
+    while True:
+        try:
+            return await unpublish(service, versions)
+        except AdapterError as error:
+            logger.warning("deleted versions stay in memory until the database answers: %s", error)
+            await asyncio.sleep(RETRY_S)
 
 
 async def remove_unlinked(service: Publishing, digests: set[str]) -> None:

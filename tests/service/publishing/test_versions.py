@@ -6,10 +6,13 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from adapters.errors import DatabaseUnavailable
 from adapters.split import choose
+from server.publishing import publish
 from tests.service.http.test_admin import TENANTS, ask_first, eventually, residency
 from tests.service.http.test_api import CHAT, CHAT_URL, error
 from tests.service.publishing.test_upload import blobs
@@ -253,3 +256,30 @@ async def test_the_servers_setting_holds_unless_the_adapter_says_otherwise(tmp_p
         await site.admin.delete(ADAPTER)
         await upload(site, 1, 2, 3)
         assert await numbers(site) == [7, 8], "a new adapter of the name has settings of its own"
+
+
+async def test_a_deleted_version_leaves_memory_once_the_database_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The delete is on record, and the look at what else has its bytes fails."""
+    monkeypatch.setattr(publish, "RETRY_S", 0.01)
+    async with fake_site(tmp_path) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        assert (await site.admin.patch(ADAPTER, json={"pinned": True})).status_code == 200
+        assert (await site.chat(key, "hi", model="a")).status_code == 200
+        catalog, tries = site.services.publishing.catalog, 0
+        look = catalog.adapters
+
+        async def away(tenant: str) -> Any:
+            nonlocal tries
+            tries += 1
+            if tries < 4:
+                raise DatabaseUnavailable("The database does not answer.")
+            return await look(tenant)
+
+        monkeypatch.setattr(type(catalog), "adapters", lambda _, tenant: away(tenant))
+        assert (await site.admin.delete(ADAPTER)).status_code == 204
+        async with asyncio.timeout(10):
+            while list((tmp_path / "blobs").iterdir()) or (await site.services.engine.report()).host:
+                await asyncio.sleep(0.05)
+        assert tries >= 4
