@@ -26,6 +26,7 @@ from tests.clients.libraries_known import (
     EMBEDDINGS,
     JAVASCRIPT,
     JAVASCRIPT_EMBEDDERS,
+    NOT_THERE,
     PYTHON,
     WHY_NOT,
     WITH_OPENAI_2,
@@ -71,22 +72,35 @@ async def ask(library: str, command: list[str], environment: Mapping[str, str]) 
     return found
 
 
-def table(results: Mapping[str, Result]) -> str:
-    """One row a library; a cell says that it passes, or not, or that the library has no such thing."""
-    rows = [f"| library | version | {' | '.join(CHECKS)} |", f"| --- | --- |{' --- |' * len(CHECKS)}"]
-    notes = []
+def table(results: Mapping[str, Result], before: str) -> str:
+    """One row a library: what was tried now, over what ``before``, the last table, has of it.
+
+    A cell: it passes, or not, or the library has no such thing, or (``?``) it was not tried.
+    """
+    rows = {row[0]: row for line in before.splitlines() if len(row := _cells(line)) == len(CHECKS) + 2}
+    notes = [line for line in before.splitlines() if line.startswith("- ")]
     for library, result in results.items():
-        cells = []
-        for check in CHECKS:
-            if check not in result.errors:
-                cells.append("–")
-            elif result.errors[check] is None:
-                cells.append("yes")
-            else:
-                cells.append("**no**")
-                notes.append(f"- {library}, {check}: {result.errors[check]}")
-        rows.append(f"| {library} | {result.version} | {' | '.join(cells)} |")
-    return "\n".join([*rows, "", WHY_NOT, *notes])
+        known = dict(zip(CHECKS, rows.get(library, [])[2:], strict=False))
+        for check, error in result.errors.items():
+            known[check] = "yes" if error is None else "**no**"
+            notes = [note for note in notes if not note.startswith(f"- {library}, {check}: ")]
+            notes += [] if error is None else [f"- {library}, {check}: {error}"]
+        rows[library] = [library, result.version, *(known.get(check, NOT_THERE) for check in CHECKS)]
+    head = f"| library | version | {' | '.join(CHECKS)} |", f"| --- | --- |{' --- |' * len(CHECKS)}"
+    order = [*PYTHON, *JAVASCRIPT]
+    shown = [f"| {' | '.join(rows[library])} |" for library in order if library in rows]
+    return "\n".join([*head, *shown, "", WHY_NOT, *(["", *notes] if notes else [])])
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| ") else []
+
+
+def write(results: Mapping[str, Result]) -> None:
+    """Puts ``results`` into the page."""
+    before, rest = PAGE.read_text().split(MARKS[0])
+    last, after = rest.split(MARKS[1])
+    PAGE.write_text(f"{before}{MARKS[0]}\n{table(results, last)}\n{MARKS[1]}{after}")
 
 
 @asynccontextmanager
@@ -112,6 +126,7 @@ async def text(folder: Path, python: str, modules: str | None, wanted: list[str]
     async with served(folder) as environment:
         for library, command, more in _commands(PYTHON, JAVASCRIPT, python, modules, wanted):
             results[library] = await ask(library, command, environment | more)
+            write(results)
     return results
 
 
@@ -145,10 +160,7 @@ def main(python: str, modules: str | None, wanted: list[str]) -> int:
             embeddings(Path(made) / "embeddings", python, modules, wanted)
         ).items():
             results.setdefault(library, result).errors |= result.errors
-    if not wanted:
-        before, rest = PAGE.read_text().split(MARKS[0])
-        after = rest.split(MARKS[1])[1]
-        PAGE.write_text(f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}")
+        write(results)
     return int(any(error for result in results.values() for error in result.errors.values()))
 
 

@@ -13,7 +13,12 @@ CHECKS = (
     "chat", "stream", "tools: auto", "tools: required", "tools: named", "tools: parallel",
     "structured output", "responses", "embeddings", "errors", "retries",
 )  # fmt: skip
-WHY_NOT = "`–`: the library has no such thing, or does it as the library in another row that it is built on."
+NOT_THERE = "–"
+WHY_NOT = (
+    "`–`: the library has no such thing, or does it as the library in another row that it is built on."
+    " `?`: not tried on the\nreal engine as it is now. `make clients LIBRARY=…` writes the row of one library"
+    " anew."
+)
 # What is tried on a base that makes embeddings instead of text, by ``libraries.py LIBRARY embeddings``.
 EMBEDDINGS = "embeddings"
 EMBEDDERS = ("openai", "litellm", "langchain-openai", "llama-index", "haystack", "agent-framework")
