@@ -15,6 +15,7 @@ from types import TracebackType
 
 QUIET_S = 2.0
 LOOK_S = 0.1
+IDLE_LOOK_S = 0.5  # while there is no line
 
 
 class Pace:
@@ -68,7 +69,7 @@ class Pace:
                 self.running += 1
 
     async def watch(self) -> None:
-        """Never returns."""
+        """Never returns. Looks seldom while there is no line: each look wakes a busy process."""
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(LOOK_S if self._waiting or self.running else IDLE_LOOK_S)
             self.look()
