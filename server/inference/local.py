@@ -29,6 +29,7 @@ from server.inference.dialects.base import Dialect
 from server.metrics import Metrics
 from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.lease import Lease
+from server.scheduling.nouns import Ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +115,10 @@ class LocalAnswers:
     ) -> Lease:
         tenant, reservation = order.tenant, order.reservation
         try:
-            lease = await self.dispatcher.submit(
-                tenant.id,
-                order.version,
+            ask = Ask(
+                id=self.dispatcher.new_id(tenant.id),
+                tenant=tenant.queue,
+                version=order.version.key if order.version else None,
                 prompt_tokens=order.prompt_tokens,
                 max_tokens=max_tokens,
                 sequences=sequences,
@@ -125,8 +127,8 @@ class LocalAnswers:
                 max_running=tenant.max_running,
                 resumable=resumable,
                 elsewhere=order.elsewhere,
-                queue=tenant.queue,
             )
+            lease = await self.dispatcher.submit(ask, order.version, payer=tenant.id)
         except BaseException:
             reservation.withdraw()
             raise

@@ -23,6 +23,7 @@ from server.engine.manners import Manners
 from server.errors import BadRequest, Internal, TooManyRequests
 from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.lease import Lease
+from server.scheduling.nouns import Ask
 from server.scheduling.refusals import engine_restarting
 
 TENANT = "_server"  # not a tenant's id, see adapters.model.is_tenant_id
@@ -130,12 +131,14 @@ class Prober:
         self, version: Version | None, kind: Kind, bodies: Sequence[dict[str, Any]]
     ) -> list[dict[str, Any]]:
         """What is answered to each body; under one lease."""
-        lease = await self._dispatcher.submit(
-            TENANT,
-            version,
+        ask = Ask(
+            id=self._dispatcher.new_id(TENANT),
+            tenant=TENANT,
+            version=version.key if version else None,
             prompt_tokens=max(1, sum(len(str(body)) for body in bodies) // 4),
             max_tokens=len(bodies),
         )
+        lease = await self._dispatcher.submit(ask, version)
         try:
             said = [await self._run(lease, i, kind, body) for i, body in enumerate(bodies)]
         except EngineDied as exc:

@@ -4,7 +4,7 @@ One task, ``_page_forever``, talks to the engine about adapters, so paging opera
 which the plan decided them; everything else is a plain call on the event loop. A request holds a ``Lease``
 from the moment it may run until its answer is closed:
 
-    lease = await dispatcher.submit(tenant, version, ...)    waits for a slot and a place in the engine
+    lease = await dispatcher.submit(ask, version)            waits for a slot and a place in the engine
     ...the engine runs the call, with the lease as its meter...
     await lease.close()                                      always, once; gives the place back
 """
@@ -123,47 +123,26 @@ class Dispatcher(EngineLoop):
             self._timer.cancel()
         await asyncio.gather(*self._loops, *self._tasks, return_exceptions=True)
 
-    async def submit(
-        self,
-        tenant: str,
-        version: Version | None,
-        *,
-        prompt_tokens: int,
-        max_tokens: int,
-        sequences: int = 1,
-        weight: float = 1.0,
-        max_queued: int | None = None,
-        max_running: int | None = None,
-        resumable: bool = False,
-        elsewhere: float = 0.0,
-        queue: str | None = None,
-    ) -> Lease:
+    def new_id(self, tenant: str) -> str:
+        """For an ``Ask``: no other has it."""
+        return f"{tenant}-{next(self._ids)}"
+
+    async def submit(self, ask: Ask, version: Version | None = None, *, payer: str | None = None) -> Lease:
         """Waits until the request may run. Raises TooManyRequests, Unavailable or AdapterUnavailable.
 
-        ``queue`` is where it waits, which is its tenant's own unless told otherwise.
+        ``version`` is the one whose key ``ask`` has. ``payer`` is the tenant that the lease is of, where it
+        waits in a queue that is not its own (``ask.tenant``).
 
         Cancelling the wait takes the request out of the queue; a lease that comes at the same moment is
         given back.
         """
         if self._died is not None:
             raise engine_stopped()
-        ask = Ask(
-            id=f"{tenant}-{next(self._ids)}",
-            tenant=queue or tenant,
-            version=version.key if version else None,
-            prompt_tokens=prompt_tokens,
-            max_tokens=max_tokens,
-            sequences=sequences,
-            weight=weight,
-            max_queued=max_queued,
-            max_running=max_running,
-            resumable=resumable,
-            elsewhere=elsewhere,
-        )
+        tenant = payer or ask.tenant
         if version is not None:
             self._versions[version.key] = version
         lease = Lease(self, ask.id, tenant, version, self.now())
-        lease.background = queue is not None and queue != tenant
+        lease.background = tenant != ask.tenant
         loaded = self._loaded.get(ask.version, 0.0) if ask.version else 0.0
         granted = asyncio.get_running_loop().create_future()
         self._waiting[ask.id] = granted

@@ -1,6 +1,6 @@
 """A lease: the right to run one request in the engine, and the meter of what it consumes.
 
-lease = await dispatcher.submit(tenant, version, ...)    waits for a slot and a place in the engine
+lease = await dispatcher.submit(ask, version)            waits for a slot and a place in the engine
 ...the engine runs the call, with the lease as its meter...
 await lease.close()                                      always, once; gives the place back
 """

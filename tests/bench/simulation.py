@@ -26,7 +26,7 @@ from typing import Any
 from adapters.model import Version
 from server.engine.calls import Call
 from server.errors import TooManyRequests, Unavailable
-from server.scheduling.nouns import Effect
+from server.scheduling.nouns import Ask, Effect
 from server.scheduling.plan import Plan
 from tests.bench.workload import gamma_arrivals, log_normal_lengths, zipf
 from tests.support.clock import run
@@ -224,9 +224,9 @@ async def _ask(world: World, request: Request, wanted: Version, waits: list[floa
     loop = asyncio.get_running_loop()
     arrived = loop.time()
     try:
-        lease = await world.dispatcher.submit(
-            request.tenant, wanted, prompt_tokens=request.input_tokens, max_tokens=LONGEST
-        )
+        id_ = world.dispatcher.new_id(request.tenant)
+        ask = Ask(id_, request.tenant, wanted.key, request.input_tokens, LONGEST)
+        lease = await world.dispatcher.submit(ask, wanted)
     except TooManyRequests:
         return "refused"
     except Unavailable:

@@ -26,7 +26,8 @@ from server.inference.embeddings import embed
 from server.inference.local import LocalAnswers
 from server.metrics import Metrics
 from server.scheduling.dispatcher import Dispatcher
-from server.scheduling.nouns import Capacity
+from server.scheduling.lease import Lease
+from server.scheduling.nouns import Ask, Capacity
 from tests.support.fakes import FakeEngine, Times
 
 BASE = BaseModel("base-model", {"model.layers.0.mlp.up_proj": ModuleShape(8, 8)}, max_lora_rank=8)
@@ -132,6 +133,12 @@ class World:
     async def ask(self, who: str | Tenant, **fields: Any) -> str:
         """All chunks of the answer, or its document, as the routes read them."""
         return await read(await self.open(who, **fields))
+
+    async def lease(self, who: str) -> Lease:
+        """A lease on the version of ``who``, for one token of a prompt and five of an answer."""
+        wanted = version(who)
+        ask = Ask(self.dispatcher.new_id(who), who, wanted.key, prompt_tokens=1, max_tokens=5)
+        return await self.dispatcher.submit(ask, wanted)
 
     def outcomes(self) -> dict[str, int]:
         """outcome -> requests, as the metrics have it."""

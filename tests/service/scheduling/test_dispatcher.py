@@ -390,7 +390,7 @@ def test_an_adapter_that_fell_out_of_its_slot_is_not_run_without_one() -> None:
 def test_closing_is_done_once_whoever_asks() -> None:
     async def scenario() -> None:
         async with World() as world:
-            lease = await world.dispatcher.submit("acme", version("acme"), prompt_tokens=1, max_tokens=5)
+            lease = await world.lease("acme")
             lease.progressed("part", 7, 3, 0)
             lease.progressed("part", 7, 2, 0)
             lease.progressed("other", 1, 1, 1)
@@ -406,7 +406,7 @@ def test_closing_is_done_once_whoever_asks() -> None:
 def test_a_closer_that_is_cancelled_closes_all_the_same() -> None:
     async def scenario() -> None:
         async with World() as world:
-            lease = await world.dispatcher.submit("acme", version("acme"), prompt_tokens=1, max_tokens=5)
+            lease = await world.lease("acme")
             released = asyncio.Event()
 
             class Slow(Idle):
@@ -430,7 +430,7 @@ def test_a_closer_that_is_cancelled_closes_all_the_same() -> None:
 def test_an_abort_that_fails_still_gives_the_place_back() -> None:
     async def scenario() -> None:
         async with World() as world:
-            lease = await world.dispatcher.submit("acme", version("acme"), prompt_tokens=1, max_tokens=5)
+            lease = await world.lease("acme")
 
             class Broken(Idle):
                 async def abort(self) -> None:
