@@ -14,7 +14,7 @@ import typer
 
 from adapters.model import PROBES_FILE
 from server import __version__
-from server.cli import reports
+from server.cli import examples, reports
 from server.cli.adapters import adapters
 from server.cli.bench import bench
 from server.cli.chat import chat
@@ -44,7 +44,7 @@ def serve(
     if settings.model.startswith(("/", "./", "../")) and not Path(settings.model).exists():
         say("red", "LORAPLEX_MODEL:", f"there is no {settings.model}")
         raise SystemExit(3)
-    raise SystemExit(_serve(settings))
+    raise SystemExit(_serve(settings, config))
 
 
 @cli.command()
@@ -237,6 +237,7 @@ cli.add_typer(people, name="people")
 cli.command("chat")(chat)
 cli.command("bench")(bench)
 reports.add_to(cli)
+examples.add_to(cli)
 
 
 def _warn_of_strangers(known: Iterable[str]) -> None:
@@ -267,13 +268,16 @@ def _settings(config: Path | None) -> Settings:
         raise SystemExit(2) from exc
 
 
-def _serve(settings: Settings) -> int:
+def _serve(settings: Settings, config: Path | None = None) -> int:
+    import signal
+
     import uvicorn
 
     from server import logs
     from server.app import create_app, drain
     from server.engine.calls import EngineDied
     from server.http.connection import BoundedHeads, DrainingServer, connections_for, raise_descriptors
+    from server.http.reload import take_over
 
     logs.configure(settings.log_format, settings.log_level)
     logs.configure_children(settings.log_format, settings.log_level)
@@ -287,6 +291,12 @@ def _serve(settings: Settings) -> int:
         server.should_exit = True
 
     app = create_app(settings, on_death=on_death)
+
+    def on_hangup(*_: object) -> None:
+        if app.state.services is not None:
+            take_over(app.state.services, partial(type(settings).load, config))
+
+    signal.signal(signal.SIGHUP, on_hangup)
     BoundedHeads.seconds = settings.client_timeout
     BoundedHeads.limit = connections_for(raise_descriptors())
     server = DrainingServer(

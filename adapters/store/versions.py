@@ -114,7 +114,8 @@ async def count_differing(database: Database) -> int:
     matches = VersionRow.report["golden"]["matches"].as_boolean()
     query = select(func.count()).select_from(VersionRow).join(AdapterRow, belongs)
     async with database.read() as session:
-        return await session.scalar(query.where(answers, matches.is_(False))) or 0
+        probed = VersionRow.golden.is_not(None)
+        return await session.scalar(query.where(probed, answers, matches.is_(False))) or 0
 
 
 async def every(database: Database, path_of: Callable[[str], Path]) -> AsyncIterator[Version]:

@@ -65,13 +65,7 @@ class Authentication:
         service_key: str | None,
         metrics_key: str | None = None,
     ) -> None:
-        configured = {"admin_key": admin_key, "service_key": service_key, "metrics_key": metrics_key}
-        given = {name: key for name, key in configured.items() if key is not None}
-        for name, key in given.items():
-            _check_configured(name, key)
-        for (name, key), (other, same) in combinations(given.items(), 2):
-            if key == same:
-                raise ValueError(f"{name} and {other} must differ: one may not do what the other may")
+        _check_all(admin_key=admin_key, service_key=service_key, metrics_key=metrics_key)
         self._database = database
         self._tenants = Tenants(database)
         self._people = People(database)
@@ -83,6 +77,17 @@ class Authentication:
         self._by_key: ReadCache[str, Tenant] = ReadCache(database, CACHED_TENANTS)
         self._by_id: ReadCache[str, Tenant] = ReadCache(database, CACHED_TENANTS)
         self._by_key_id: ReadCache[str, KeyInfo] = ReadCache(database, CACHED_TENANTS)
+
+    def rekey(self, *, admin_key: str | None, service_key: str | None, metrics_key: str | None) -> None:
+        """Other keys from the settings count from now on; without ``admin_key`` the one that counts stays.
+
+        ValueError as for new ones; then nothing changes.
+        """
+        _check_all(admin_key=admin_key, service_key=service_key, metrics_key=metrics_key)
+        if admin_key is not None:
+            self._admin, self._configured = digest_of(admin_key), True
+        self._service = digest_of(service_key) if service_key is not None else None
+        self._metrics = digest_of(metrics_key) if metrics_key is not None else None
 
     async def open(self) -> str | None:
         """Makes the admin key where none is configured or stored, and returns it: the only time it is
@@ -240,6 +245,15 @@ def _bearer(authorization: str | None) -> str:
     if found is None:
         raise WrongKey(WRONG_KEY)
     return found[1]
+
+
+def _check_all(**configured: str | None) -> None:
+    given = {name: key for name, key in configured.items() if key is not None}
+    for name, key in given.items():
+        _check_configured(name, key)
+    for (name, key), (other, same) in combinations(given.items(), 2):
+        if key == same:
+            raise ValueError(f"{name} and {other} must differ: one may not do what the other may")
 
 
 def _check_configured(name: str, key: str) -> None:
