@@ -98,6 +98,8 @@ class BaseModel:
     ``adapters.inspection.base_model``.
     ``pooling`` if it makes embeddings instead of text. ``dora`` if DoRA can be computed on it.
     ``quantized`` is the method by which its weights were put into few bits (``gptq``), if they were.
+    ``vocabulary`` maps ``lm_head`` and ``model.embed_tokens`` to their shapes where adapters are served on
+    them; an embedding has the tokens as its inputs, as PEFT's ``lora_embedding_A`` does.
     """
 
     name: str
@@ -110,7 +112,12 @@ class BaseModel:
     pooling: bool = False
     dora: bool = False
     quantized: str | None = None
+    vocabulary: Mapping[str, ModuleShape] = field(default_factory=dict)
     chat: BaseChat | None = field(default=None, compare=False, repr=False)
+
+    def shape(self, module: str) -> ModuleShape | None:
+        """Of a layer that adapters are served on; None for any other name."""
+        return self.modules.get(module) or self.vocabulary.get(module)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 from adapters.inspection.module_names import leaf
 from adapters.inspection.quantized import method_of, quantization_of
 from adapters.inspection.tensor_stats import TORCH_DTYPES
+from adapters.inspection.vocabulary import vocabulary_of
 from adapters.model import BaseModel, ModuleShape
 
 # What vLLM and some trainers fuse, in the order of the rows.
@@ -25,7 +26,7 @@ _SAMPLE = 4096
 def read_base(model_dir: Path, *, max_lora_rank: int, name: str | None = None) -> BaseModel:
     """The base model in ``model_dir``, named after the folder. Raises as ``module_shapes`` does."""
     folder = model_dir.absolute()
-    modules = module_shapes(folder)
+    modules, vocabulary = _shapes(folder)
     quantized = quantized_as(folder)
     leaves = {leaf(module) for module in modules}
     return BaseModel(
@@ -37,6 +38,7 @@ def read_base(model_dir: Path, *, max_lora_rank: int, name: str | None = None) -
         fingerprint=fingerprint(folder),
         dora=quantized is None,
         quantized=quantized,
+        vocabulary=vocabulary,
     )
 
 
@@ -55,17 +57,22 @@ def module_shapes(model_dir: Path) -> dict[str, ModuleShape]:
 
     Raises OSError where there is no config, ValueError where transformers does not know the architecture.
     """
+    return _shapes(model_dir)[0]
+
+
+def _shapes(model_dir: Path) -> tuple[dict[str, ModuleShape], dict[str, ModuleShape]]:
     import torch
     from transformers import AutoConfig
 
-    model = on_meta(AutoConfig.from_pretrained(model_dir, local_files_only=True))
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    model = on_meta(config)
     head = model.get_output_embeddings()
     shapes = {
         name: ModuleShape(layer.in_features, layer.out_features)
         for name, layer in model.named_modules()
         if isinstance(layer, torch.nn.Linear) and layer is not head
     }
-    return dict(sorted(shapes.items()))
+    return dict(sorted(shapes.items())), vocabulary_of(config, model)
 
 
 def on_meta(config: Any, *, trust_remote_code: bool = False) -> Any:

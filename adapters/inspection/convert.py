@@ -16,6 +16,7 @@ written. Writing holds one tensor of the result in memory.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -44,6 +45,7 @@ from adapters.inspection.peft_config import PeftConfig, load_fields, parse_confi
 from adapters.inspection.safetensors_header import ITEM_BYTES, TensorHeader, read_header, write_header
 from adapters.inspection.strict_json import show
 from adapters.inspection.tensor_stats import TORCH_DTYPES
+from adapters.inspection.vocabulary import check_left_out, is_embedding, tensor_name, whole_layer
 from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE, BaseModel
 
 # What PEFT's conversion with path_initial_model_for_weight_conversion is for.
@@ -53,6 +55,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 # VeLoRA compresses what a training step keeps for its gradients, with a projection that PEFT saves too.
 _TRAINING_ONLY = re.compile(r".+\.lora_velora_embed(?:\.[^.]+)?")
 _NAMED = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+_TABLE = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?")
 
 # (full module name, "A" or "B")
 Side = tuple[str, str]
@@ -85,12 +88,17 @@ class Conversion:
     fields: Mapping[str, Any]
     tensors: Mapping[Side, _Tensor]
     notes: tuple[str, ...]
+    base: BaseModel
+    # The base's own layers in the file, which PEFT reads over the base's.
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def write(self, source: Path, target: Path) -> None:
         """Both files in ``target``, on disk and complete under their names; ``target`` may be ``source``.
 
         Raises AdapterRejected where safetensors cannot read the upload, OSError where the disk fails.
         """
+        if self.left_out:
+            check_left_out(source / WEIGHTS_FILE, self.left_out, self.base)
         config = json.dumps(self.fields, indent=2).encode()
         with ExitStack() as stack:
             parts = {name: stack.enter_context(_Part(target / name)) for name in (CONFIG_FILE, WEIGHTS_FILE)}
@@ -106,7 +114,7 @@ class Conversion:
         headers, at = {}, 0
         for (module, side), tensor in sorted(self.tensors.items()):
             size = tensor.shape[0] * tensor.shape[1] * ITEM_BYTES[tensor.dtype]
-            headers[f"{PREFIX}{module}.lora_{side}.weight"] = TensorHeader(
+            headers[f"{PREFIX}{tensor_name(module, side)}"] = TensorHeader(
                 tensor.dtype, tensor.shape, at, at + size
             )
             at += size
@@ -161,7 +169,7 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
         fields = _with_renamed_keys(fields, {old: new for new, old in upload.trained_as.items()})
     if parts or upload.trained_as:
         fields = _with_exact_targets(fields, {module for module, _ in tensors})
-    conversion = Conversion(fields, tensors, tuple(notes))
+    conversion = Conversion(fields, tensors, tuple(notes), base, upload.left_out)
     converted = parse_config(fields, base)
     check_tensors(conversion.headers(), converted, base)
     for module in modules:
@@ -187,6 +195,7 @@ class _Named:
     tensors: Mapping[Side, _Tensor]
     trained_as: Mapping[str, str]
     notes: tuple[str, ...]
+    left_out: Mapping[str, str]
 
 
 def _named(file: str, headers: Mapping[str, TensorHeader], base: BaseModel) -> _Named:
@@ -197,13 +206,13 @@ def _named(file: str, headers: Mapping[str, TensorHeader], base: BaseModel) -> _
     wrappers: set[str] = set()
     adapters: set[str] = set()
     left_out = {name for name in headers if _TRAINING_ONLY.fullmatch(name)}
+    whole = {name: layer for name in headers if (layer := whole_layer(_unwrapped(name)[0], base)) is not None}
     for name, header in sorted(headers.items()):
-        if name in left_out:
+        if name in left_out or name in whole:
             continue
         found = _NAMED.fullmatch(name)
-        if found is None:
-            parse_name(name)
-            raise AssertionError(name)  # it has said why
+        if found is None or is_embedding(found["module"]):
+            found = _table(name)
         trained, wrapped = _unwrapped(found["module"])
         module = _rooted(trained, base)
         if not _parts(module, base):
@@ -224,6 +233,9 @@ def _named(file: str, headers: Mapping[str, TensorHeader], base: BaseModel) -> _
     notes = []
     if left_out:
         notes.append(f"VeLoRA's projections, which a training uses alone, were left out: {len(left_out)}")
+    if whole:
+        layers = ", ".join(sorted(set(whole.values())))
+        notes.append(f"PEFT's copy of the base's own layer was left out, as it is the same: {layers}")
     if wrappers:
         notes.append(f"torch's wrappers were taken out of the tensors' names: {', '.join(sorted(wrappers))}")
     if adapters != {""}:
@@ -233,7 +245,16 @@ def _named(file: str, headers: Mapping[str, TensorHeader], base: BaseModel) -> _
     other = next((both for both in trained_as.items() if both[0] != f"model.{both[1]}"), None)
     if other is not None:
         notes.append(f"modules were renamed as the served checkpoint has them, {other[1]} to {other[0]}")
-    return _Named(tensors, trained_as, tuple(notes))
+    return _Named(tensors, trained_as, tuple(notes), whole)
+
+
+def _table(name: str) -> re.Match[str]:
+    """The parts of a tensor's name that is an embedding's; AdapterRejected where it is none."""
+    found = _TABLE.fullmatch(name)
+    if found is not None and is_embedding(found["module"]):
+        return found
+    module, side = parse_name(name)
+    raise _refuse("tensor_unknown", f"{show(name)}: PEFT names it {show(tensor_name(module, side))}.")
 
 
 def _unwrapped(name: str) -> tuple[str, set[str]]:
@@ -252,7 +273,7 @@ def _rooted(module: str, base: BaseModel) -> str:
     PEFT on a backbone alone (``AutoModel``) knows its modules without the ``model.`` in front.
     """
     for name in (module, f"model.{module}"):
-        if name in base.modules or _parts(name, base):
+        if base.shape(name) is not None or _parts(name, base):
             return name
         if name in base.aliases:
             return base.aliases[name]

@@ -32,6 +32,7 @@ from adapters.inspection.safetensors_header import (
     write_header,
 )
 from adapters.inspection.strict_json import show
+from adapters.inspection.tensor_stats import TORCH_DTYPES
 from adapters.model import WEIGHTS_FILE, BaseModel
 
 MAGNITUDE = ".lora_magnitude_vector"  # PEFT's name for m
@@ -87,7 +88,7 @@ def complete(
     magnitudes = _magnitudes(tensors, layers)
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(SCALE)}
     try:
-        with _Checkpoint(base) as checkpoint, safe_open(path, framework="pt") as weights:
+        with Checkpoint(base) as checkpoint, safe_open(path, framework="pt") as weights:
             scales = {
                 f"{layer.stem}{SCALE}": _scale(module, layer, magnitudes[module], weights, checkpoint)
                 for module, layer in layers.items()
@@ -121,7 +122,7 @@ def _magnitudes(tensors: Mapping[str, TensorHeader], layers: Mapping[str, Layer]
     return found
 
 
-def _scale(module: str, layer: Layer, magnitude: str, weights: Any, checkpoint: _Checkpoint) -> torch.Tensor:
+def _scale(module: str, layer: Layer, magnitude: str, weights: Any, checkpoint: Checkpoint) -> torch.Tensor:
     a = weights.get_tensor(layer.a_name).float()
     b = weights.get_tensor(layer.b_name).float() * layer.scaling
     norms = torch.cat(
@@ -141,7 +142,7 @@ def _scale(module: str, layer: Layer, magnitude: str, weights: Any, checkpoint: 
     return scale
 
 
-class _Checkpoint:
+class Checkpoint:
     """The weights of the base model's folder, some rows at a time."""
 
     def __init__(self, base: BaseModel) -> None:
@@ -150,7 +151,7 @@ class _Checkpoint:
         self._opened: dict[Path, Any] = {}
         self._files: dict[str, Path] = {}
 
-    def __enter__(self) -> _Checkpoint:
+    def __enter__(self) -> Checkpoint:
         index = self._folder / _INDEX
         if index.is_file():
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -167,6 +168,14 @@ class _Checkpoint:
         if path not in self._opened:
             self._opened[path] = self._stack.enter_context(safe_open(path, framework="pt"))
         return self._opened[path]
+
+    def has(self, module: str) -> bool:
+        return f"{module}.weight" in self._files
+
+    def dtype(self, module: str) -> torch.dtype:
+        """Of a weight that ``rows`` has read."""
+        weight = self._open(self._files[f"{module}.weight"]).get_slice(f"{module}.weight")
+        return TORCH_DTYPES[DTYPES[weight.get_dtype()][0]]
 
     def rows(self, module: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(number of the first row, rows in float32) of a module's weight, block by block."""

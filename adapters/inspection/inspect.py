@@ -30,14 +30,23 @@ from adapters.inspection.pickles import PICKLES, ignored_pickles
 from adapters.inspection.safetensors_header import TensorHeader, read_header
 from adapters.inspection.strict_json import show
 from adapters.inspection.tensor_stats import TORCH_DTYPES, extremes, one_thread, product_norm
-from adapters.model import CONFIG_FILE, NOTHING_WAIVED, WEIGHTS_FILE, BaseModel, Coverage, Manifest, Waivers
+from adapters.inspection.vocabulary import NAMES as VOCABULARY
+from adapters.inspection.vocabulary import tensor_name
+from adapters.model import (
+    CONFIG_FILE,
+    NOTHING_WAIVED,
+    WEIGHTS_FILE,
+    BaseModel,
+    Coverage,
+    Manifest,
+    ModuleShape,
+    Waivers,
+)
 
 PREFIX = "base_model.model."
-# Embeddings and the language-model head by their usual names.
-VOCABULARY = ("embed_tokens", "lm_head")
 
 _MISTRAL_FINETUNE = re.compile(r"(?:.+\.)?layers\.\d+\.(?:attention\.w[qkvo]|feed_forward\.w[123])")
-_LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_LORA_NAME = re.compile(r"(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<table>[AB]))")
 
 # A part of a tensor's name -> (code, what such a tensor is). The first that occurs explains the refusal.
 _FOREIGN = (
@@ -47,7 +56,6 @@ _FOREIGN = (
     (".trainable_tokens", "feature_unsupported", "a trained token embedding"),
     (".token_adapter", "feature_unsupported", "a trained token embedding"),
     (".lora_diag", "feature_unsupported", "KaSA's diagonal"),
-    (".lora_embedding_", "tensor_unknown", "an adapter of an embedding"),
     (".lora.", "tensor_unknown", "an adapter as diffusers names it"),
     (".adapter.", "tensor_unknown", "an adapter as Megatron names it"),
     (".base_layer", "tensor_unknown", "a weight of the base model"),
@@ -157,9 +165,11 @@ def check_tensors(
     Raises AdapterRejected. Headers only: no value is looked at.
     """
     pairs = _pair(without_doras(tensors) if config.dora else tensors, base)
+    if config.dora and (beyond := base.vocabulary.keys() & pairs.keys()):
+        raise _refuse("dora_unsupported", f"DoRA is not computed on the vocabulary, {show(min(beyond))}.")
     for module, pair in pairs.items():
         _check_shape(module, pair, base)
-        _check_rank(module, pair, config, base.modules[module].experts)
+        _check_rank(module, pair, config, _shape(module, base).experts)
     check_experts({module: pair.rank for module, pair in pairs.items()}, base)
     config.check_targets(base, pairs)
     return pairs
@@ -184,7 +194,7 @@ def check_fit(folder: Path, base: BaseModel, *, serving_dtype: str | None = None
 
 def _coverage(norms: Mapping[str, float], config: PeftConfig, base: BaseModel) -> tuple[Coverage, ...]:
     available: dict[str, int] = defaultdict(int)
-    for module in base.modules:
+    for module in (*base.modules, *base.vocabulary):
         available[kind_of(module)] += 1
     kinds: dict[str, list[str]] = defaultdict(list)
     for module in norms:
@@ -227,6 +237,8 @@ def _pair(tensors: Mapping[str, TensorHeader], base: BaseModel) -> dict[str, Pai
     for name in sorted(tensors):
         module, side = parse_name(name)
         check_module(module, base)
+        if not name.endswith(tensor_name(module, side)):
+            raise _refuse("tensor_unknown", f"{show(name)}: PEFT names it {tensor_name(module, side)}.")
         twin = sides.setdefault(module, {}).setdefault(side, name)
         if twin != name:
             raise _refuse("weights_invalid", f"{show(twin)} and {show(name)} are the same lora_{side}.")
@@ -246,7 +258,7 @@ def parse_name(name: str) -> tuple[str, str]:
     """``base_model.model.<module>.lora_A.weight`` -> module, "A". vLLM reads it without the prefix too."""
     match = _LORA_NAME.fullmatch(name)
     if match is not None:
-        return match["module"].removeprefix(PREFIX), match["side"]
+        return match["module"].removeprefix(PREFIX), match["side"] or match["table"]
     for part, code, what in _FOREIGN:
         if part in name:
             raise _refuse(code, f"tensor {show(name)} is {what}.")
@@ -259,7 +271,7 @@ def parse_name(name: str) -> tuple[str, str]:
 
 def check_module(module: str, base: BaseModel) -> None:
     """Refuses a module that ``base`` does not have, with the nearest that it has."""
-    if module in base.modules:
+    if base.shape(module) is not None:
         return
     for fused, parts in base.fused.items():
         if module == fused or module.endswith(f".{fused}"):
@@ -267,7 +279,8 @@ def check_module(module: str, base: BaseModel) -> None:
     if leaf(module) in VOCABULARY:
         raise _refuse(
             "module_unknown",
-            f"{show(module)} is the vocabulary's, which takes no adapters here: train without it, or merge.",
+            f"{show(module)} is the vocabulary's, which takes no adapters on {base.name}: vLLM serves them on"
+            " some model classes only, and in one process. Train without it, or merge.",
         )
     _explain_foreign_names(module, base)
     raise _refuse("module_unknown", f"{base.name} has no module {show(module)}{_hint(module, base)}.")
@@ -304,8 +317,15 @@ def _hint(module: str, base: BaseModel) -> str:
     return f"; did you mean {close[0]}?" if close else f"; it has {', '.join(leaves[:12])}"
 
 
+def _shape(module: str, base: BaseModel) -> ModuleShape:
+    """Of a module that ``check_module`` has let pass."""
+    shape = base.shape(module)
+    assert shape is not None
+    return shape
+
+
 def _check_shape(module: str, pair: Pair, base: BaseModel) -> None:
-    shape = base.modules[module]
+    shape = _shape(module, base)
     for name, tensor in ((pair.a_name, pair.a), (pair.b_name, pair.b)):
         if 0 in tensor.shape:
             raise _refuse("tensor_empty", f"tensor {show(name)} has the shape {tensor.shape}: no numbers.")
@@ -351,7 +371,7 @@ def _sizes(
                 b = _served(
                     pair.b_name, file.get_tensor(pair.b_name), config.scaling_of(module), serving_dtype
                 )
-                shape = base.modules[module]
+                shape = _shape(module, base)
                 each = [(a, b)] if shape.experts == 1 else list(per_expert(a, b, shape.experts))
                 of_each = [product_norm(*one) for one in each]
                 norms[module] = math.hypot(*of_each)

@@ -34,6 +34,7 @@ from adapters.worker.names import Names, checkpoint_modules, names_of
 from adapters.worker.not_finite import NotFiniteGuard
 from adapters.worker.shards import cut_when_read, is_divided
 from adapters.worker.shared_rows_gpu import offer
+from adapters.worker.vocabulary import vocabulary_shape
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class LoraplexWorker:
         ``modules``: checkpoint name -> [in_features, out_features]; ``aliases``: another name for one of them
         -> its checkpoint name; ``fused``: suffix -> its parts; ``slot_bytes``: what one slot takes here;
         ``entry_bytes``: what the largest adapter takes in host memory here, None where that is all of it;
-        ``dora``: whether DoRA is computed.
+        ``dora``: whether DoRA is computed; ``vocabulary``: as ``modules``, of the head and the embedding.
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         model = runner.model_config
@@ -186,20 +187,34 @@ class _Pager:
             if len(parts) == 1:
                 sizes = [(sizes[0][0], sum(out for _, out in sizes))]
             shapes |= {part: list(size) for part, size in zip(parts, sizes, strict=True)}
-        names = self._names(list(shapes))
+        words = self._vocabulary()
+        names = self._names([*shapes, *words])
         fused = {
             suffix: list(parts)
             for suffix, parts in self.tables.packed_modules_mapping.items()
             if len(parts) > 1 and not suffix.startswith("experts")
         }
         return {
-            "modules": {name: shapes[module] for module, name in names.canonical.items()},
+            "modules": {name: shapes[module] for module, name in names.canonical.items() if module in shapes},
+            "vocabulary": {
+                name: words[module] for module, name in names.canonical.items() if module in words
+            },
             "aliases": dict(names.aliases),
             "dora": self._dora is not None,
             "fused": fused,
             "max_lora_rank": self.manager.lora_config.max_lora_rank,
             "slot_bytes": self._allocated() // self._slots,
             "entry_bytes": self._largest_entry() if self._cuts else None,
+        }
+
+    def _vocabulary(self) -> dict[str, list[int]]:
+        """The head and the embedding, where each adapter has slots of its own in one worker."""
+        if self._shared is not None or self._cuts:
+            return {}
+        return {
+            name: sizes
+            for name, layer in self.tables.modules.items()
+            if (sizes := vocabulary_shape(layer)) is not None
         }
 
     def _names(self, modules: list[str]) -> Names:

@@ -286,6 +286,7 @@ def capacity_of(
         for shape in base.modules.values()
         if shape.experts == 1 or not apart  # an adapter has its experts in one form
     ]
+    layers += [Layer(shape.in_features, shape.out_features) for shape in base.vocabulary.values()]
     whole = sizing.entry_bytes(layers, rank=base.max_lora_rank, itemsize=itemsize)
     entry = sum(whole if one["entry_bytes"] is None else int(one["entry_bytes"]) for one in described)
     if slots.adapters:
@@ -352,6 +353,12 @@ def _config(name: str, default: Any, changes: dict[str, Any]) -> Any:
         raise ValueError(f"ENGINE_ARGS: {name}: {exc}") from exc
 
 
+def _vocabulary_of(described: Sequence[dict[str, Any]]) -> dict[str, ModuleShape]:
+    """Of one worker alone: where several share the model, it takes no adapters."""
+    found = described[0].get("vocabulary", {}) if len(described) == 1 else {}
+    return {module: ModuleShape(*shape) for module, shape in found.items()}
+
+
 def base_model_of(name: str, described: Sequence[dict[str, Any]]) -> BaseModel:
     """The whole model out of its workers' accounts: pipeline stages each know their own layers."""
     modules: dict[str, ModuleShape] = {}
@@ -361,6 +368,7 @@ def base_model_of(name: str, described: Sequence[dict[str, Any]]) -> BaseModel:
         name=name,
         modules=dict(sorted(modules.items())),
         aliases={alias: module for one in described for alias, module in one["aliases"].items()},
+        vocabulary=_vocabulary_of(described),
         max_lora_rank=described[0]["max_lora_rank"],
         dora=len(described) == 1 and described[0]["dora"],
         fused={suffix: tuple(parts) for suffix, parts in described[0]["fused"].items()},

@@ -14,6 +14,7 @@ from typing import Any
 from adapters.inspection.base_model import on_meta
 from server.engine.sizing import Layer, Split
 
+SERVED = ("embed_tokens", "lm_head")  # of the vocabulary
 _GIVE_A_NUMBER = "give GPU_SLOTS and HOST_SLOTS as numbers"
 
 
@@ -43,7 +44,7 @@ def lora_layers(
         if module in (model.get_input_embeddings(), model.get_output_embeddings()):
             if suffix in vocabulary:
                 outputs, inputs = module.weight.shape
-                layers.append(Layer(inputs, outputs, served=False))
+                layers.append(Layer(inputs, outputs, served=workers == 1 and suffix in SERVED))
         elif _is_linear(module):
             outputs, inputs = module.weight.shape
             unit = _head_size(config) if suffix in ("k_proj", "v_proj") else 1

@@ -67,6 +67,9 @@ async def test_the_worker_reports_the_base_as_peft_sees_it(engine: Engine, refer
         if isinstance(layer, torch.nn.Linear) and name != "lm_head"
     }
     assert {n: (s.in_features, s.out_features) for n, s in engine.base.modules.items()} == linear
+    vocabulary = {n: (s.in_features, s.out_features) for n, s in engine.base.vocabulary.items()}
+    width, tokens = reference.model.config.hidden_size, reference.model.config.vocab_size
+    assert vocabulary == {"model.embed_tokens": (tokens, width), "lm_head": (width, tokens)}
     assert engine.base.fused["qkv_proj"] == ("q_proj", "k_proj", "v_proj")
     assert engine.lora_dtype == "float32"
 
@@ -79,7 +82,8 @@ async def test_slots_and_entries_cost_what_was_computed(
     assert slots.slot_bytes == engine.capacity.slot_bytes, "what the worker has allocated"
     largest = await asyncio.to_thread(reference.make, Spec(4, 64, ATTENTION + MLP), tmp_path / "largest")
     (result,) = (await stage(engine, largest)).values()
-    assert result.size_bytes == engine.capacity.entry_bytes
+    vocabulary = sum(s.in_features + s.out_features for s in engine.base.vocabulary.values()) * 64 * 4
+    assert result.size_bytes + vocabulary == engine.capacity.entry_bytes
 
 
 async def test_kernels_are_made_before_the_first_step(engine: Engine) -> None:

@@ -31,7 +31,8 @@ _GEMMA = {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32, "lay
 class Family:
     """``config`` names a class of transformers; ``options`` go over the sizes of ``trainer``.
 
-    ``refused`` is why vLLM does not start on it with LoRA.
+    ``refused`` is why vLLM does not start on it with LoRA. ``vocabulary``: whether its class serves adapters
+    on the head and the embedding.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Family:
     options: Mapping[str, Any]
     modules: tuple[str, ...]
     refused: str = ""
+    vocabulary: bool = False
 
     def make_config(self, sizes: Mapping[str, Any]) -> Any:
         return getattr(transformers, self.config)(**{**sizes, "pad_token_id": 0, **self.options})
@@ -48,16 +50,24 @@ _SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def _of(
-    title: str, config: str, modules: tuple[str, ...] = _SPLIT, *, refused: str = "", **options: Any
+    title: str,
+    config: str,
+    modules: tuple[str, ...] = _SPLIT,
+    *,
+    refused: str = "",
+    vocabulary: bool = False,
+    **options: Any,
 ) -> Family:
-    return Family(title, config, MappingProxyType(options), modules, refused)
+    return Family(title, config, MappingProxyType(options), modules, refused, vocabulary)
 
 
 FAMILIES = {
-    "llama3": _of("Llama 3", "LlamaConfig", tie_word_embeddings=True, rope_parameters=_LLAMA3_ROPE),
+    "llama3": _of(
+        "Llama 3", "LlamaConfig", vocabulary=True, tie_word_embeddings=True, rope_parameters=_LLAMA3_ROPE
+    ),
     "mistral": _of("Mistral, sliding windows", "MistralConfig", sliding_window=8, tie_word_embeddings=False),
     "qwen2": _of("Qwen2, biases", "Qwen2Config", tie_word_embeddings=True),
-    "qwen3": _of("Qwen3", "Qwen3Config", head_dim=32, tie_word_embeddings=True),
+    "qwen3": _of("Qwen3", "Qwen3Config", vocabulary=True, head_dim=32, tie_word_embeddings=True),
     "gemma2": _of("Gemma 2, soft caps, windows", "Gemma2Config", **_GEMMA),
     "gemma3": _of("Gemma 3, windows", "Gemma3TextConfig", **_GEMMA),
     "phi3": _of(
@@ -69,6 +79,7 @@ FAMILIES = {
     "granite": _of(
         "Granite, multipliers",
         "GraniteConfig",
+        vocabulary=True,
         embedding_multiplier=2.0,
         residual_multiplier=0.7,
         attention_multiplier=0.2,
@@ -97,10 +108,12 @@ FAMILIES = {
 def adapters(family: Family) -> dict[str, Specimen]:
     """What every family is tried with, by what it is called in the table."""
     whole = {"target_modules": LINEAR}
+    words = Specimen({"target_modules": ["lm_head", "embed_tokens", "q_proj"]})
     return {
         "every linear layer": Specimen(whole),
         "every linear layer, rank 64, rsLoRA": Specimen({**whole, "r": 64, "use_rslora": True}),
         "every linear layer, DoRA": Specimen({**whole, "use_dora": True}, converted=True),
         "one layer of three": Specimen({"target_modules": list(family.modules), "layers_to_transform": 1}),
+        **({"head, embedding and queries": words} if family.vocabulary else {}),
         **{f"{module} alone": Specimen({"target_modules": [module]}) for module in family.modules},
     }

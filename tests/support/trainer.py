@@ -160,6 +160,9 @@ def _train(model: Any, one: Specimen) -> Any:
         for layer in list(model.modules()):
             if not isinstance(layer, lora.LoraLayer):
                 continue
+            for adapter in layer.lora_embedding_A:
+                layer.lora_embedding_A[adapter].normal_(std=0.3)
+                layer.lora_embedding_B[adapter].normal_(std=0.1)
             for adapter in layer.lora_A:
                 a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
                 share = EFFECT / (abs(layer.scaling[adapter]) or 1)

@@ -28,6 +28,7 @@ class Specimen:
 
     ``way`` names the function of ``trainer`` that trains and saves it, ``style`` the names that the
     tensors get. ``code`` is the refusal; without one it is served, ``converted`` where it must be rewritten.
+    ``on_qwen`` is the refusal where vLLM's class for the base has no such layers, as Qwen2's has none.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -37,12 +38,18 @@ class Specimen:
     way: str = "plain"
     style: str = ""
     tuner: str = "LORA"
+    on_qwen: str | None = None
+
+    def code_on(self, base: str) -> str | None:
+        """The refusal on ``llama`` or ``qwen``, if it is refused there."""
+        return self.code or (self.on_qwen if base == "qwen" else None)
 
     @property
     def outcome(self) -> str:
         if self.code:
             return f"refused: `{self.code}`"
-        return "served, after conversion" if self.converted else "served"
+        served = "served, after conversion" if self.converted else "served"
+        return served if self.on_qwen is None else f"{served}; on Qwen2 refused: `{self.on_qwen}`"
 
 
 def _of(options: Any = (), code: str | None = None, **fields: Any) -> Specimen:
@@ -88,8 +95,8 @@ TARGETS |= {
     "all but a kind": _of({"target_modules": LINEAR, "exclude_modules": ["down_proj", "o_proj"]}),
     "all but a module": _of({"target_modules": LINEAR, "exclude_modules": [K1]}),
     "all but an expression": _of({"target_modules": LINEAR, "exclude_modules": r".*layers\.1\..*"}),
-    "embeddings": _of({"target_modules": ["q_proj", "embed_tokens"]}, "tensor_unknown"),
-    "the language-model head": _of({"target_modules": ["q_proj", "lm_head"]}, "module_unknown"),
+    "embeddings": _of({"target_modules": ["q_proj", "embed_tokens"]}, on_qwen="module_unknown"),
+    "the language-model head": _of({"target_modules": ["q_proj", "lm_head"]}, on_qwen="module_unknown"),
     "norms trained beside": _of({"modules_to_save": ["norm"]}, "modules_to_save_unsupported"),
     "the head trained beside": _of({"modules_to_save": ["lm_head"]}, "modules_to_save_unsupported"),
     "embeddings trained beside": _of({"modules_to_save": ["embed_tokens"]}, "modules_to_save_unsupported"),
@@ -264,7 +271,7 @@ def table() -> str:
         lines += ["", f"## {group}", "", "| Adapter | Options | Outcome |", "|---|---|---|"]
         lines += [f"| {name} | {_shown(one)} | {one.outcome} |" for name, one in ones.items()]
     lines += ["", "## What to do about a refusal", "", "| Code | Cure |", "|---|---|"]
-    codes = {one.code for one in SPECIMENS.values() if one.code}
+    codes = {code for one in SPECIMENS.values() if (code := one.code_on("qwen"))}
     lines += [f"| `{code}` | {CURES[code]} |" for code in sorted(codes)]
     return "\n".join(lines) + "\n"
 

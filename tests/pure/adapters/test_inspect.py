@@ -788,8 +788,8 @@ BAD: dict[str, Bad] = {
         "tensor_unknown", ("lora_A.default.weight",), rename("lora_A.weight", "lora_A.default.weight")
     ),
     "embedding adapter": Bad(
-        "tensor_unknown",
-        ("lora_embedding_A", "embedding"),
+        "module_unknown",
+        ("embed_tokens", "vocabulary"),
         tensor("base_model.model.model.embed_tokens.lora_embedding_A", lambda t: t),
     ),
     "base weight": Bad(

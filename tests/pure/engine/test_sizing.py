@@ -39,7 +39,12 @@ def test_the_layers_of_a_dense_model(name: str, tied: bool) -> None:
     assert totals(layers_of(config)) == sorted(linear)
     with_vocabulary = layers_of(config, vocabulary=LLAMA_VOCABULARY)
     assert totals(with_vocabulary) == sorted([*linear, (64, 160), (64, 160)])
-    assert [layer.outputs for layer in with_vocabulary if not layer.served] == [160, 160]
+    assert all(layer.served for layer in with_vocabulary)
+
+
+def test_workers_that_share_a_model_serve_no_vocabulary() -> None:
+    layers = layers_of(transformers.LlamaConfig(**SIZES), vocabulary=LLAMA_VOCABULARY, workers=2)
+    assert [layer.outputs for layer in layers if not layer.served] == [160, 160]
 
 
 def test_how_workers_share_them() -> None:
