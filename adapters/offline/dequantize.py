@@ -207,10 +207,14 @@ def load(folder: Path) -> Any:
     """The model in ``folder`` in float32, for a comparison; a quantized one as what its few bits mean."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    options: dict[str, Any] = {"dtype": torch.float32}
+    # transformers' usual way of attention leaves the soft caps of Gemma 2 out.
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        options["attn_implementation"] = "eager"
     quantization: Mapping[str, Any] | None = quantization_of(folder)
     if quantization is None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     for part in {id(one): one for one in (config, config.get_text_config())}.values():
         if hasattr(part, "quantization_config"):
             del part.quantization_config
@@ -218,4 +222,4 @@ def load(folder: Path) -> Any:
         state = {name: tensor.float() for name, tensor in checkpoint.weights()}
     # AutoModel wants a path.
     kind: Any = type(on_meta(config))
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    return kind.from_pretrained(None, config=config, state_dict=state, **options)

@@ -107,7 +107,10 @@ class Base:
 
     @functools.cache  # noqa: B019  (two of them in a run)
     def _loaded(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        # By the formula: transformers' other ways of attention leave out the soft caps of Gemma 2.
+        return AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
 
     def fresh(self) -> Any:
         return copy.deepcopy(self._loaded())

@@ -11,19 +11,21 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from adapters.errors import AdapterRejected
 from adapters.inspection.base_model import read_base
 from adapters.inspection.inspect import inspect
-from adapters.inspection.quantized import UnknownQuantization, quantization_of, weight_of
+from adapters.inspection.quantized import UnknownQuantization, quantization_of, shape_of, weight_of
 from adapters.model import BaseModel
 from adapters.offline.dequantize import INDEX_FILE, Checkpoint, dequantize, load
 from adapters.offline.doctor import diagnose
 from adapters.offline.merge import Merge, MergeError
 from adapters.offline.reference import golden
 from server.engine.quantization import refuse
+from tests.support.families import FAMILIES
 from tests.support.quantized import KINDS, make_plain, quantize
-from tests.support.trainer import PROMPT, Base, breed, read, write
+from tests.support.trainer import PROMPT, SIZES, Base, breed, build, read, write
 from tests.support.zoo import Specimen
 
 ADAPTED = Specimen({"target_modules": "all-linear"})
@@ -117,6 +119,42 @@ def test_shards_and_their_index_are_written_anew(plain: Path, tmp_path: Path) ->
         dequantize(few, tmp_path / "out")
     with pytest.raises(ValueError, match="not quantized"):
         dequantize(plain, tmp_path / "other")
+
+
+def test_the_soft_caps_of_gemma_2_are_part_of_what_is_compared_with(tmp_path: Path) -> None:
+    config = FAMILIES["gemma2"].make_config(SIZES)
+    config.attn_logit_softcapping = 0.5
+    folder = build(config, tmp_path / "base").folder
+    eager = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    usual = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    assert torch.equal(logits(load(folder)), logits(eager))
+    assert not torch.allclose(logits(usual), logits(eager), atol=1e-3)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_four_bits_of_bitsandbytes_are_places_in_a_table(nested: bool) -> None:
+    """As its 0.50 reads them: the high half of a byte first, a scale for 64 numbers, itself in eight bits."""
+    rows, columns = 16, 128
+    generator = torch.Generator().manual_seed(1)
+    table = torch.linspace(-1, 1, 16)
+    places = torch.randint(0, 16, (rows, columns), generator=generator)
+    scales = torch.rand(rows * columns // 64, generator=generator) + 0.5
+    state: dict[str, object] = {"shape": [rows, columns], "blocksize": 64, "quant_type": "nf4"}
+    layer = {"weight": (places[:, ::2] * 16 + places[:, 1::2]).to(torch.uint8).reshape(-1, 1)}
+    layer |= {"weight.quant_map": table, "weight.absmax": scales}
+    if nested:
+        codes, of_blocks = torch.rand(256, generator=generator), torch.rand(2, generator=generator)
+        short = torch.randint(0, 256, scales.shape, generator=generator).to(torch.uint8)
+        state |= {"nested_blocksize": 16, "nested_offset": 0.25}
+        scales = codes[short.long()] * of_blocks.repeat_interleave(16) + 0.25
+        layer |= {"weight.absmax": short, "weight.nested_absmax": of_blocks}
+        layer |= {"weight.nested_quant_map": codes}
+    noted = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    layer["weight.quant_state.bitsandbytes__nf4"] = noted
+    want = (table[places].view(-1, 64) * scales[:, None]).view(rows, columns)
+    quantization = {"quant_method": "bitsandbytes"}
+    assert torch.equal(weight_of(layer.get, quantization), want)
+    assert shape_of(lambda _: None, layer.get, quantization) == (rows, columns)
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
