@@ -57,7 +57,8 @@ class Serving:
     def mark(self) -> str:
         """64 hex digits; another engine has another."""
         base = self.base
-        modules = {name: [shape.in_features, shape.out_features] for name, shape in base.modules.items()}
+        layers = {**base.modules, **base.vocabulary}
+        modules = {name: [shape.in_features, shape.out_features] for name, shape in layers.items()}
         fused = {name: list(parts) for name, parts in base.fused.items()}
         facts = [modules, fused, base.max_lora_rank, base.fingerprint, base.pooling, self.dtype, self.program]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
