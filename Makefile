@@ -66,8 +66,8 @@ bench: $(STAMP) ## Measure against bare vLLM, about 45 minutes; SCENARIO=storm f
 	$(PY) -m tests.bench $(SCENARIO) $(if $(RUNS),--runs $(RUNS)) $(if $(filter-out 0,$(QUICK)),--quick) \
 		$(if $(MINUTES),--minutes $(MINUTES))
 
-attack: $(STAMP) ## Send every hostile input beside a customer who must not notice, 12 minutes; KIND="many items", MINUTES=60
-	$(PY) -m $(if $(MINUTES),tests.bench.hostile_time $(MINUTES),tests.bench.attack $(if $(KIND),"$(KIND)"))
+attack: $(STAMP) ## Send every hostile input beside a customer who must not notice, 12 minutes; KIND="many items", MINUTES=60, ENGINE=fake
+	ENGINE=$(ENGINE) $(PY) -m $(if $(MINUTES),tests.bench.hostile_time $(MINUTES),tests.bench.attack $(if $(KIND),"$(KIND)"))
 
 chaos: $(STAMP) ## Make faults under load and look for what is lost, 20 minutes; DB=postgres, ENGINE=real, FAULT="the engine dies"
 	DB=$(DB) ENGINE=$(ENGINE) RUNS=$(RUNS) SEED=$(SEED) $(PY) -m tests.bench.chaos $(if $(FAULT),"$(FAULT)")

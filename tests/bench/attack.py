@@ -4,7 +4,8 @@ A server on the demo's base is sent every hostile input of ``hostile.py``, a kin
 controls: a stream that never pauses, and a customer who asks short questions. Before each kind the
 controls run undisturbed. A kind passes if the controls' answers are those of the quiet time, the stream's
 longest gap is at most ``GAP`` times its quiet p99, the API process keeps its memory, and the attacker got
-refusals only.
+refusals only. ``ENGINE=fake`` takes the tests' engine instead, and leaves out what the compiler of grammars
+would answer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import secrets
 import shutil
 import sys
@@ -40,6 +42,7 @@ QUIET = 20.0  # seconds
 PROMPTS = ("My parcel has not arrived.", "Why is the sky blue?", "Count to ten.")
 STREAM = "Once upon a time"
 EVERY = {STREAM, *PROMPTS}  # what must have been answered in peace before it can be compared
+COMPILED = {"patterns", "grammars", "large constraints"}
 OUT = CHECKOUT / "bench-results" / "attack.md"
 # In float32: in bfloat16 a batch of another size alone changes answers.
 SETUP = Setup(gpu_slots=2, host_slots=4, max_num_seqs=8, max_lora_rank=16, dtype="float32")
@@ -237,12 +240,12 @@ async def attacked(work: Path, *, fake: bool = False) -> AsyncIterator[tuple[Att
     await server.aclose()
 
 
-async def measure(kinds: Sequence[Kind], quiet_seconds: float) -> list[Verdict]:
+async def measure(kinds: Sequence[Kind], quiet_seconds: float, *, fake: bool = False) -> list[Verdict]:
     """Attack with each of ``kinds`` in turn, all on one server."""
     verdicts = []
     work = Path(tempfile.mkdtemp(prefix="attack-"))
     try:
-        async with attacked(work) as (server, victim):
+        async with attacked(work, fake=fake) as (server, victim):
             controls = Controls(server, victim.control)
             running = asyncio.create_task(controls.run())
             await asyncio.sleep(5)  # the first answers are slower
@@ -264,6 +267,12 @@ async def measure(kinds: Sequence[Kind], quiet_seconds: float) -> list[Verdict]:
     return verdicts
 
 
+def kinds_of(engine: str) -> tuple[list[Kind], bool]:
+    """(what is tried on ``engine``, whether it is the fake one, which compiles no grammars)."""
+    fake = engine == "fake"
+    return [kind for kind in KINDS if not (fake and kind.name in COMPILED)], fake
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -274,8 +283,9 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := set(given.kinds) - set(names):
         parser.error(f"no such kind: {', '.join(sorted(unknown))}")
+    kinds, fake = kinds_of(os.environ.get("ENGINE", "real"))
     verdicts = asyncio.run(
-        measure([k for k in KINDS if not given.kinds or k.name in given.kinds], given.quiet)
+        measure([k for k in kinds if not given.kinds or k.name in given.kinds], given.quiet, fake=fake)
     )
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(table(verdicts) + "\n")

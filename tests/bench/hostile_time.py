@@ -5,7 +5,7 @@ of ``attack.py`` and a crowd that holds ``CROWD`` connections and asks without a
 attack leaves behind: the slope of the API process's memory, which is that of a line through the mean of each
 half minute after a warm-up.
 
-``ENGINE=fake`` takes the tests' engine, and leaves out what vLLM or the compiler of grammars would answer.
+``ENGINE=fake`` is as for ``attack.py``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pathlib import Path
 
 from server.demo.base import CHECKOUT
 from server.http.connection import raise_descriptors
-from tests.bench.attack import EVERY, Controls, Seen, attacked
-from tests.bench.hostile import KINDS, Kind
+from tests.bench.attack import EVERY, Controls, Seen, attacked, kinds_of
+from tests.bench.hostile import Kind
 from tests.bench.hostile_wire import Outcomes, Victim
 
 WARM_UP = 0.25  # of the time, until allocator and caches have their size
@@ -35,7 +35,6 @@ SLOPE = 1.0  # percent that the memory may grow by, over what is measured
 PATIENCE = 120.0  # seconds for one attack
 CROWD, PAUSE = 2000, 60.0  # connections, and seconds between two requests on each
 MEAN = 30.0  # seconds
-COMPILED = {"patterns", "grammars", "large constraints"}
 OUT = CHECKOUT / "bench-results" / "attack-long.md"
 
 
@@ -146,9 +145,9 @@ async def _attack(
                 return
 
 
-async def measure(minutes: float, seed: int, *, fake: bool = False) -> tuple[str, list[str]]:
+async def measure(minutes: float, seed: int, engine: str) -> tuple[str, list[str]]:
     work, long = Path(tempfile.mkdtemp(prefix="attack-")), Long()
-    kinds = [kind for kind in KINDS if not (fake and kind.name in COMPILED)]
+    kinds, fake = kinds_of(engine)
     try:
         async with attacked(work, fake=fake) as (server, victim):
             controls = Controls(server, victim.control)
@@ -178,7 +177,7 @@ def main() -> int:
     parser.add_argument("minutes", type=float)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    said, misses = asyncio.run(measure(given.minutes, given.seed, fake=os.environ.get("ENGINE") == "fake"))
+    said, misses = asyncio.run(measure(given.minutes, given.seed, os.environ.get("ENGINE", "real")))
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(said + "\n")
     print(f"{said}\n\nwritten to {OUT}")
