@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import resource
 from collections.abc import Awaitable, Callable
+from functools import partial
 from http import HTTPStatus
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
@@ -19,6 +20,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.errors import envelope
+from server.http.turns import turns_of
 
 HEAD_BYTES = 64 << 10
 # What still comes is thrown away for so long: closing at once would overtake the answer.
@@ -141,6 +143,9 @@ class BoundedHeads(HttpToolsProtocol):
         self._received = 0
         super().on_headers_complete()
         self.headers = []  # where trailers go; the request keeps its own
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        turns_of(self.loop).begin(partial(super()._start_asgi_task, cycle, app))
 
     def on_body(self, body: bytes) -> None:
         self._body += len(body)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from server.http.turns import Turns
 from tests.support import tiny
 from tests.support.bad_requests import CHAT, GOOD
 from tests.support.site import SERVICE_KEY, Site, bearer
@@ -129,3 +131,23 @@ async def test_two_hosts_are_refused(site: Site, key: str) -> None:
     answers = await told(site, asked)
     assert answers.startswith(b"HTTP/1.1 400 ")
     assert b"duplicate_header" in answers
+
+
+async def test_many_requests_at_once_begin_a_few_in_a_turn() -> None:
+    """Each had its first step in the same turn of the event loop, for which every stream waited."""
+    turns, begun = Turns(asyncio.get_running_loop(), at_once=4), list[int]()
+    for number in range(10):
+        turns.begin(partial(begun.append, number))
+    seen = [len(begun)]
+    for _ in range(3):
+        await asyncio.sleep(0)
+        seen.append(len(begun))
+    assert (seen, begun) == ([4, 8, 10, 10], list(range(10)))
+    turns.begin(partial(begun.append, 10))
+    assert len(begun) == 11
+
+
+async def test_two_hundred_requests_at_once_are_all_answered(site: Site, key: str) -> None:
+    asked = head(f"Authorization: Bearer {key}", "Connection: close", first="GET /v1/models HTTP/1.1")
+    answers = await asyncio.gather(*(told(site, asked) for _ in range(200)))
+    assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in answers)
