@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -82,15 +82,28 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """An adapter and two of its versions, as they are now; a version that is gone is None.
-
-    ``samples`` if its tenant agrees that prompts are kept.
-    """
+    """An adapter and two of its versions, as they are now; a version that is gone is None."""
 
     answering: Answering
-    samples: bool
     quarantined: Mapping[int, str | None]
     reports: Mapping[int, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What of a row of ``usage`` a rollout looks at; not whole rows, of which there may be many a second."""
+
+    id: int
+    version: int | None
+    outcome: str
+    queue_seconds: float
+    first_token_seconds: float
+    seconds: float
+    output_tokens: int
+    finish: str | None
+
+
+_RECORD = [getattr(UsageRow, name) for name in Record.__slots__]
 
 
 class Rollouts:
@@ -187,7 +200,10 @@ class Rollouts:
                 was = before.answering.as_json()
                 is_ = answering.as_json()
                 note(session, f"rollout.{action}", before.tenant, target, before=was, after=is_)
-        return await self._again(before.id)
+        made = {
+            name: values[name] for name in ("state", "document", "evidence", "seen", "revision", "updated_at")
+        }
+        return replace(before, answering=answering, **made)
 
     async def get(self, tenant: str, adapter: str, id_: str) -> Stored:
         """AdapterNotFound (``adapter_not_found``, ``rollout_not_found``)."""
@@ -246,10 +262,8 @@ class Rollouts:
                 VersionRow.number.in_((stored.version, live)),
             )
             found = list(await session.scalars(query))
-            tenant = await session.get(TenantRow, stored.tenant)
         reasons = {v.number: v.quarantine["reason"] if v.quarantine else None for v in found}
-        samples = tenant is not None and tenant.sample_prompts
-        return Adapted(Answering.of(row), samples, reasons, {v.number: v.report for v in found})
+        return Adapted(Answering.of(row), reasons, {v.number: v.report for v in found})
 
     async def samples(self, tenant: str) -> bool:
         """Whether the tenant agrees that prompts are kept."""
@@ -262,15 +276,15 @@ class Rollouts:
         """Whether a row of usage may appear after one of a higher number."""
         return self._database.url.get_backend_name() != "sqlite"
 
-    async def requests(self, stored: Stored, versions: Sequence[int], beyond: int) -> list[UsageRow]:
+    async def requests(self, stored: Stored, versions: Sequence[int], beyond: int) -> list[Record]:
         """Single requests to the adapter's bare name beyond that row of usage, in order; at most ``PAGE``."""
-        query = _compared(select(UsageRow), stored, versions).where(UsageRow.id > beyond)
+        query = _compared(select(*_RECORD), stored, versions).where(UsageRow.id > beyond)
         async with self._database.read() as session:
-            return list(await session.scalars(query.order_by(UsageRow.id).limit(PAGE)))
+            return [Record(*row) for row in await session.execute(query.order_by(UsageRow.id).limit(PAGE))]
 
     async def late_requests(
         self, stored: Stored, versions: Sequence[int], floor: int, newest: int, known: Collection[int]
-    ) -> list[UsageRow]:
+    ) -> list[Record]:
         """Those after ``floor`` up to ``newest`` that are not ``known``: they were committed later."""
         query = _compared(select(UsageRow.id), stored, versions)
         query = query.where(UsageRow.id > floor, UsageRow.id <= newest)
@@ -278,13 +292,8 @@ class Rollouts:
             missing = [id_ for id_ in await session.scalars(query) if id_ not in known][:PAGE]
             if not missing:
                 return []
-            rows = select(UsageRow).where(UsageRow.id.in_(missing)).order_by(UsageRow.id)
-            return list(await session.scalars(rows))
-
-    async def _again(self, id_: str) -> Stored | None:
-        async with self._database.read() as session:
-            row = await _whole(session, id_)
-        return _stored(row) if row is not None else None
+            rows = select(*_RECORD).where(UsageRow.id.in_(missing)).order_by(UsageRow.id)
+            return [Record(*row) for row in await session.execute(rows)]
 
 
 def _compared(query: Q, stored: Stored, versions: Sequence[int]) -> Q:

@@ -14,9 +14,9 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from adapters.database.audit import ACTOR
-from adapters.database.rows import UsageRow, now
+from adapters.database.rows import now
 from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, AdapterRejected
-from adapters.store.rollouts import PAGE, Adapted, Rollouts, Stored
+from adapters.store.rollouts import PAGE, Adapted, Record, Rollouts, Stored
 from server.errors import ServerError, Unprocessable
 from server.publishing.publish import Publishing, move_pin, verify
 from server.rollouts.guards import Evidence, Guards
@@ -37,7 +37,7 @@ from server.rollouts.plan import (
     resume,
 )
 from server.rollouts.replay import Replayer
-from server.rollouts.stored import answering, document, rollout_of, seen_of
+from server.rollouts.stored import answering, document, rollout_of, seen_of, some
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ STANDARD = Wish()
 class _Read:
     """Requests that were read, the newest row of usage, and what may still come below it."""
 
-    records: Sequence[UsageRow]
+    records: Sequence[Record]
     newest: int
     window: Window | None
 
@@ -197,27 +197,31 @@ class Judge:
         assert adapted is not None
         evidence = _evidence(stored, rollout)
         read = await self._read(stored, rollout)
-        for record in read.records:
+        samples = rollout.samples
+        for record in some(read.records):
             if (request := seen_of(record)) is not None:
                 is_new = record.version == rollout.version
                 evidence.see(request, is_new=is_new)
-                rollout = replace(rollout, samples=rollout.samples + is_new)
-        found = await self.replayer.sampler.prompts.results(stored.id)
+                samples += is_new
+        found = await self.replayer.sampler.prompts.results(stored.id) if self.replayer.possible else []
         for _, result in found:
             evidence.see_replay(result)
-        rollout = looked(rollout, evidence, self._clock())
-        if rollout.guards.replays and not rollout.ended and not (self.replayer.possible and adapted.samples):
+        rollout = looked(replace(rollout, samples=samples), evidence, self._clock())
+        if rollout.guards.replays and not rollout.ended and not await self._replays(stored):
             rollout = replace(rollout, waits_for=NO_REPLAYS)
         if rollout.wants_probes:
             rollout = await self._probed(stored, rollout, adapted)
         return await self._save(stored, rollout, _Taken(evidence, read, [row for row, _ in found]))
+
+    async def _replays(self, stored: Stored) -> bool:
+        return self.replayer.possible and await self.rows.samples(stored.tenant)
 
     async def _read(self, stored: Stored, rollout: Rollout) -> _Read:
         """The requests that have ended since the last look, and those that were committed late."""
         versions = rollout.live, rollout.version
         kept = (stored.evidence or {}).get("late") if self.rows.late else None
         window, newest = Window.from_json(kept, stored.seen), stored.seen
-        records: list[UsageRow] = []
+        records: list[Record] = []
         if self.rows.late and window.floor < newest:
             records = await self.rows.late_requests(stored, versions, window.floor, newest, window.counted)
         while page := await self.rows.requests(stored, versions, newest):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from typing import Any
 
-from adapters.store.rollouts import Answering, Stored
+from adapters.store.rollouts import Answering, Record, Stored
 from server.rollouts.guards import Guards, Seen
 from server.rollouts.plan import Decision, Rollout
 
 # What failed was the server's fault, or the version's; not what limits refused, nor whom its client left.
 _FAILED = ("failed", "unavailable")
+# Requests of each version that one look takes in.
+MOST = 100
 
 
 def document(rollout: Rollout) -> dict[str, Any]:
@@ -59,15 +62,21 @@ def answering(rollout: Rollout) -> Answering:
     return Answering(rollout.answers, rollout.split)
 
 
-class Record(Protocol):
-    """A row of ``usage``."""
+def some(records: Sequence[Record]) -> Sequence[Record]:
+    """At most ``MOST`` of each version, chosen at random and in their order: enough to decide by, so that a
+    server with many requests a second does not spend its time on them."""
+    by_version: dict[int | None, list[int]] = {}
+    for place, record in enumerate(records):
+        by_version.setdefault(record.version, []).append(place)
+    if all(len(places) <= MOST for places in by_version.values()):
+        return records
+    draw = random.Random()  # noqa: S311  # which requests count is no secret
+    chosen = [place for places in by_version.values() for place in _at_most(places, draw)]
+    return [records[place] for place in sorted(chosen)]
 
-    outcome: str
-    queue_seconds: float
-    first_token_seconds: float
-    seconds: float
-    output_tokens: int
-    finish: str | None
+
+def _at_most(places: list[int], draw: random.Random) -> list[int]:
+    return places if len(places) <= MOST else draw.sample(places, MOST)
 
 
 def seen_of(record: Record) -> Seen | None:

@@ -12,6 +12,7 @@ from tests.bench.scenarios import (
     overload,
     replay,
     residency,
+    rollout_cost,
     rollouts,
     scale,
     starvation,
@@ -37,7 +38,8 @@ SCENARIOS: dict[str, Scenario | Simulation] = {
         limited,
         fleet_simulation,
         rollouts,
+        rollout_cost,
     )
 }
-_ALONE = ("replay", "residency", "overload", "limited", "fleet-simulation", "rollouts")
+_ALONE = ("replay", "residency", "overload", "limited", "fleet-simulation", "rollouts", "rollout-cost")
 FULL_RUN = tuple(name for name in SCENARIOS if name not in _ALONE)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 
+from adapters.store.rollouts import Record
 from server.rollouts.late import LATE_S, Window
+from server.rollouts.stored import MOST, some
 
 
 def test_every_row_is_counted_once_however_late_it_comes() -> None:
@@ -35,3 +38,21 @@ def test_a_clock_that_is_put_back_settles_what_was_marked() -> None:
     assert (window.floor, window.counted) == (0, {5})
     assert window.after(7, [7], 10.0).floor == 5
     assert Window.from_json(None, 9) == Window(9)
+
+
+def test_of_many_requests_some_of_each_version_are_looked_at() -> None:
+    """At most so many, in their order, of either version, and none more likely than another."""
+
+    def record(id_: int) -> Record:
+        return Record(id_, 2 if id_ % 20 == 0 else 1, "completed", 0.0, 0.1, 1.0, 5, "stop")
+
+    few = [record(id_) for id_ in range(MOST)]
+    assert some(few) is few
+    many = [record(id_) for id_ in range(20 * MOST)]
+    chosen: Counter[int] = Counter()
+    for _ in range(200):
+        found = some(many)
+        assert sorted(found, key=lambda one: one.id) == list(found)
+        assert Counter(one.version for one in found) == {1: MOST, 2: MOST}
+        chosen.update(one.id for one in found if one.version == 1)
+    assert len(chosen) == 19 * MOST, "each has been chosen at some time"

@@ -1,0 +1,256 @@
+"""What rollouts cost requests: processor time of the API process by request, on the tests' fake engine.
+
+Three kinds of rounds take turns, so that a machine that gets slower favours none: on a server where nobody
+looks at rollouts, on one where somebody does and there is none, and on that one beside a rollout, with a new
+version that gets half of the requests. The fake engine takes no time, so all that is measured is Loraplex.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import random
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from server import __main__, app
+from server.accounts.usage import Usage
+from server.app import create_app
+from server.demo.process import free_port
+from server.rollouts import runner
+from server.settings import Settings
+from tests.bench.scenario import Goal, Measure, Round, Simulation, Values
+from tests.bench.stats import median
+from tests.support import tiny
+from tests.support.crashes import PROCESSES
+from tests.support.fakes import FakeEngine
+from tests.support.site import ADMIN_KEY, bearer
+
+ADAPTER = "/admin/v1/tenants/acme/adapters/a"
+ADMIN = bearer(ADMIN_KEY)
+CLIENTS = 8
+TOKENS = 16
+REQUESTS, ROUNDS = 400, 12
+# A round lasts so long at least, so that looks and writes of what it left are in it.
+SETTLE_S = 2 * runner.LOOK_EVERY_S + 0.5
+LOOKED_AT = (0, 10, 100, 1000)
+KINDS = ("none", "idle", "during")
+# Guards that never end a rollout of equal versions within a round.
+BODY = {"version": 2, "steps": [50, 100], "hold": "1d", "guards": {"probes": False}}
+
+
+def serve(settings: Settings, looks: bool) -> None:
+    """The process of a server; without ``looks`` nobody looks whether there is a rollout."""
+    engine = FakeEngine(tiny.base())
+
+    async def start(_: Settings) -> FakeEngine:
+        return engine
+
+    if not looks:
+        runner.Runner.start = lambda _: None  # type: ignore[method-assign]
+    gc.freeze()
+    app.create_app = partial(create_app, start_engine=start)  # type: ignore[assignment, arg-type]
+    raise SystemExit(__main__._serve(settings))
+
+
+class Served:
+    """A server process, with a customer whose adapter has two equal versions."""
+
+    def __init__(self, process: Any, http: httpx.AsyncClient) -> None:
+        self.process = process
+        self.http = http
+        self.key = ""
+        self.asked = 0
+
+    async def prepare(self) -> None:
+        async with asyncio.timeout(120):
+            while not await self._ready():
+                await asyncio.sleep(0.1)
+        await self.http.post("/admin/v1/tenants", json={"id": "acme"}, headers=ADMIN)
+        for _ in range(2):
+            files = {p.name: p.read_bytes() for p in tiny.adapter(1).iterdir() if "adapter" in p.name}
+            (await self.http.post(f"{ADAPTER}/versions", files=files, headers=ADMIN)).raise_for_status()
+        await self.http.patch(ADAPTER, json={"live": 1}, headers=ADMIN)
+        self.key = (await self.http.post("/admin/v1/tenants/acme/keys", json={}, headers=ADMIN)).json()["key"]
+
+    async def _ready(self) -> bool:
+        try:
+            return (await self.http.get("/ready")).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def processor_s(self) -> float:
+        """What the process has used so far, all its threads."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+        return sum(int(path.read_text().split()[0]) for path in tasks) / 1e9
+
+    async def round(self, requests: int) -> float:
+        """Milliseconds of processor time by request."""
+        before, began = self.processor_s(), time.monotonic()
+        left = iter(range(requests))
+
+        async def client() -> None:
+            for _ in left:
+                self.asked += 1
+                body = {
+                    "model": "a",
+                    "messages": [{"role": "user", "content": "hi"}],
+                    "max_tokens": TOKENS,
+                    "user": str(self.asked),
+                }
+                answer = await self.http.post("/v1/chat/completions", json=body, headers=bearer(self.key))
+                answer.raise_for_status()
+
+        await asyncio.gather(*(client() for _ in range(CLIENTS)))
+        await asyncio.sleep(max(0.0, SETTLE_S - (time.monotonic() - began)))
+        await asyncio.sleep(SETTLE_S / 2)
+        return 1000 * (self.processor_s() - before) / requests
+
+    async def begin(self) -> str:
+        made = (await self.http.post(f"{ADAPTER}/rollouts", json=BODY, headers=ADMIN)).json()
+        one = f"{ADAPTER}/rollouts/{made['id']}"
+        async with asyncio.timeout(30):
+            while (await self.http.get(one, headers=ADMIN)).json()["share"] == 0:
+                await asyncio.sleep(0.1)
+        return one
+
+    async def end(self, one: str, least: int) -> None:
+        seen = (await self.http.get(one, headers=ADMIN)).json()["numbers"]
+        assert seen["new"]["requests"] + seen["live"]["requests"] >= least, seen
+        await self.http.patch(one, json={"action": "roll_back"}, headers=ADMIN)
+
+
+@contextlib.asynccontextmanager
+async def served(folder: Path, looks: bool) -> AsyncIterator[Served]:
+    port = free_port(0)
+    settings = tiny.settings(folder, port=port, log_level="error", drain_timeout=0.1)
+    process = PROCESSES.Process(target=serve, args=(settings, looks))
+    process.start()
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            one = Served(process, http)
+            await one.prepare()
+            yield one
+    finally:
+        process.kill()
+        process.join()
+
+
+async def looks(times: int) -> Values:
+    """Milliseconds of processor time that one look takes, by how many requests have ended since the last."""
+    with tempfile.TemporaryDirectory() as folder:
+        async with tiny.fake_site(Path(folder), FakeEngine(tiny.base())) as site:
+            await site.tenant("acme", {"a": tiny.adapter(1)})
+            await site.upload("acme", "a", tiny.adapter(1))
+            await site.admin.patch(ADAPTER, json={"live": 1})
+            judge = site.services.judge
+            took = {"look_none": await _timed(runner.Runner(judge).look, times)}
+            made = await site.admin.post(f"{ADAPTER}/rollouts", json=BODY)
+            assert made.status_code == 201, made.text
+            await asyncio.sleep(SETTLE_S)
+            look, draw, number = judge.look, random.Random(1), 0
+
+            async def nothing(_: Any) -> None:
+                """The server's own looks would take what is to be measured."""
+
+            judge.look = nothing
+
+            async def one() -> None:
+                (stored,) = await judge.rows.active()
+                await look(stored)
+
+            for many in LOOKED_AT:
+                found = []
+                for _ in range(times):
+                    for _ in range(many):
+                        number += 1
+                        site.services.usage_writer.record(_ended(draw.choice((1, 2)), number))
+                    await site.services.usage_writer.flush()
+                    found.append(await _timed(one, 1))
+                took[f"look_{many}"] = median(found)
+    return took
+
+
+async def _timed(work: Callable[[], Awaitable[None]], times: int) -> float:
+    began = time.process_time()
+    for _ in range(times):
+        await work()
+    return 1000 * (time.process_time() - began) / times
+
+
+def _ended(version: int, number: int) -> Usage:
+    return Usage(
+        at=datetime.now(UTC),
+        tenant="acme",
+        key=None,
+        adapter="a",
+        version=version,
+        endpoint="chat",
+        outcome="completed",
+        request_id=str(number),
+        output_tokens=TOKENS,
+        first_token_seconds=0.1,
+        seconds=1.0,
+        finish="length",
+    )
+
+
+async def measure(requests: int, rounds: int) -> Values:
+    with tempfile.TemporaryDirectory() as folder:
+        async with served(Path(folder) / "a", False) as without, served(Path(folder) / "b", True) as looking:
+            found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+            for one in (without, looking):
+                await one.round(requests)  # warm
+            for number in range(rounds):
+                for kind in KINDS if number % 2 == 0 else KINDS[::-1]:
+                    one = without if kind == "none" else looking
+                    rollout = await one.begin() if kind == "during" else None
+                    found[kind].append(await one.round(requests))
+                    if rollout is not None:
+                        await one.end(rollout, requests * 9 // 10)
+
+    def more(kind: str, than: str) -> float:
+        pairs = zip(found[kind], found[than], strict=True)
+        return 100 * (median([a / b for a, b in pairs]) - 1)
+
+    values = {kind: median(found[kind]) for kind in KINDS}
+    return values | {"idle_more": more("idle", "none"), "during_more": more("during", "idle")}
+
+
+def simulate(round_: Round) -> Values:
+    alone = asyncio.run(looks(round_.count(15, 2)))
+    return alone | asyncio.run(measure(round_.count(REQUESTS, 40), round_.count(ROUNDS, 1)))
+
+
+SCENARIO = Simulation(
+    "rollout-cost",
+    (
+        Measure("look_none", "a look, every two seconds, without a rollout", "ms"),
+        *(
+            Measure(
+                f"look_{many}",
+                f"a look at a rollout, {many} requests since the last",
+                "ms",
+                Goal("value", "≤", 40),
+            )
+            for many in LOOKED_AT
+        ),
+        Measure("none", "nobody looks at rollouts: processor time by request", "ms"),
+        Measure("idle", "no rollout: processor time by request", "ms"),
+        Measure("during", "beside a rollout: processor time by request", "ms"),
+        Measure("idle_more", "no rollout: more than where nobody looks", "%", Goal("value", "≤", 2)),
+        Measure("during_more", "beside a rollout: more than without one", "%", Goal("value", "≤", 2)),
+    ),
+    simulate,
+    settings={"requests": REQUESTS, "rounds": ROUNDS, "tokens": TOKENS, "clients": CLIENTS},
+    runs=1,
+    longest=3600.0,
+)
