@@ -21,16 +21,18 @@ import psutil
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.demo.process import free_port
+from tests.support.forks import TITLE, WANTED, Served
 from tests.support.resting import RESTING
 from tests.support.site import bearer
 
 START = 240.0
+CORE = "EngineCore"
 
 
 class Running:
     """A server and its engine. ``started_in`` is how long it took to be ready, in seconds."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path, port: int) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | Served, log: Path, port: int) -> None:
         self.process = process
         self.log = log
         self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600)
@@ -65,13 +67,13 @@ class Running:
 
     def core(self) -> psutil.Process:
         """The process that runs vLLM's core."""
-        return max(self._called("EngineCore"), key=lambda one: one.create_time())
+        return max(self._called(CORE), key=lambda one: one.create_time())
 
     async def next_child(self, known: Iterable[psutil.Process] = ()) -> None:
         """Wait for a process below the server that is none of ``known``: a core gets its name late."""
         before = {*known, psutil.Process(self.process.pid)}
         async with asyncio.timeout(90):
-            while not any("spawn_main" in " ".join(_command(one)) for one in {*self.family()} - before):
+            while not any(_of_engine(" ".join(_command(one))) for one in {*self.family()} - before):
                 await asyncio.sleep(0.05)
 
     def worker(self) -> psutil.Process:
@@ -110,6 +112,10 @@ async def gone(processes: Iterable[psutil.Process], within: float) -> list[psuti
     return left
 
 
+def _of_engine(command: str) -> bool:
+    return "spawn_main" in command or command.startswith((f"{TITLE} {CORE}", f"VLLM::{CORE}"))
+
+
 def _command(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
@@ -125,8 +131,12 @@ def _runs(process: psutil.Process) -> bool:
 
 
 @asynccontextmanager
-async def starting(base: Path, data: Path, **settings: str) -> AsyncIterator[Running]:
-    """A server's process, from its first moment. What is left of it ends with the block."""
+async def starting(base: Path, data: Path, *, forked: bool = True, **settings: str) -> AsyncIterator[Running]:
+    """A server's process, from its first moment. What is left of it ends with the block.
+
+    Its processes and itself are forked from one that has imported vLLM, unless ``forked`` is False, or it is
+    a gateway, which needs no vLLM: then it is started as an operator does.
+    """
     # Not one that the system hands out to others while the model is being loaded.
     port = free_port(random.randrange(20_000, 32_000))
     log = data / "server.log"
@@ -141,14 +151,19 @@ async def starting(base: Path, data: Path, **settings: str) -> AsyncIterator[Run
     }
     settings["ENGINE_ARGS"] = json.dumps({**RESTING, **json.loads(settings.get("ENGINE_ARGS", "{}"))})
     environment = os.environ | {f"LORAPLEX_{name}": value for name, value in settings.items()}
-    with log.open("ab") as out:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "server", "serve"),
-            env=environment,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
+    process: asyncio.subprocess.Process | Served
+    if forked and WANTED in environment and settings.get("ROLE") != "gateway":
+        process = Served(environment, log)
+    else:
+        environment.pop(WANTED, None)
+        with log.open("ab") as out:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "server", "serve"),
+                env=environment,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
     running = Running(process, log, port)
     try:
         yield running
@@ -161,8 +176,8 @@ async def starting(base: Path, data: Path, **settings: str) -> AsyncIterator[Run
 
 
 @asynccontextmanager
-async def server(base: Path, data: Path, **settings: str) -> AsyncIterator[Running]:
+async def server(base: Path, data: Path, *, forked: bool = True, **settings: str) -> AsyncIterator[Running]:
     """The same, ready to serve."""
-    async with starting(base, data, **settings) as running:
+    async with starting(base, data, forked=forked, **settings) as running:
         await running.until_ready()
         yield running

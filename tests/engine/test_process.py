@@ -24,7 +24,8 @@ async def test_the_life_of_a_server(base_dir: Path, reference: Reference, tmp_pa
     folder = await asyncio.to_thread(reference.make, Spec(seed=5, rank=8, targets=ATTENTION), tmp_path / "a")
     data = tmp_path / "data"
     data.mkdir()
-    async with server(base_dir, data, **SETTINGS) as first:
+    # As an operator starts it: its processes import what they need by themselves.
+    async with server(base_dir, data, forked=False, **SETTINGS) as first:
         key = await _set_up(first, folder)
         before = (
             await first.http.post(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import multiprocessing
 import os
 import resource
 import signal
@@ -36,12 +35,6 @@ from server.http.routes import router_of
 from server.settings import Settings
 from tests.support.fakes import FakeEngine, Times
 from tests.support.site import ADMIN_KEY, bearer
-
-# Where they are forked from; it has imported what a server imports with its first request, too.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    [__name__, *(f"vllm.entrypoints.openai.{kind}.protocol" for kind in ("chat_completion", "completion"))]
-)
 
 router_of()  # looked at before the fork, which each process would take 75 ms for
 

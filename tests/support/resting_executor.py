@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from adapters.worker.cpu.executor import POLL_INTERVAL_S, YieldingExecutor
+from tests.support.forks import instead_of_spawn
 from tests.support.resting import AS_SERVED, REST
+
+instead_of_spawn()  # in every process that starts one of an engine
 
 
 class RestingExecutor(YieldingExecutor):

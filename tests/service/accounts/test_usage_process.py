@@ -25,7 +25,7 @@ import pytest
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.support import crashes, tiny
-from tests.support.crashes import PROCESSES
+from tests.support.forks import PROCESSES
 from tests.support.site import ADMIN_KEY, bearer
 
 pytestmark = pytest.mark.timeout(300)

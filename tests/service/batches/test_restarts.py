@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing
 import os
 import signal
 import statistics
@@ -27,8 +26,6 @@ from tests.support.site import ADMIN_KEY, bearer
 
 LINES = int(os.environ.get("LINES", "120"))
 pytestmark = pytest.mark.timeout(60 + LINES)
-
-_processes = multiprocessing.get_context("forkserver")
 
 
 def lines() -> bytes:

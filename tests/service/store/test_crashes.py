@@ -22,7 +22,8 @@ from adapters.store.blobs import BlobStore
 from adapters.store.catalog import Catalog
 from adapters.store.digests import digest_of
 from tests.support import crashes, tiny
-from tests.support.crashes import PROCESSES, Operation
+from tests.support.crashes import Operation
+from tests.support.forks import PROCESSES
 from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.timeout(300)
