@@ -189,16 +189,17 @@ def _of_table(weight: torch.Tensor, absmax: torch.Tensor, read: Read) -> torch.T
     if (nested := read("weight.nested_absmax")) is not None:
         codes = read("weight.nested_quant_map")
         assert codes is not None
-        blocks = codes.float()[absmax.long()].split(int(state["nested_blocksize"]))
-        scaled = [block * of for block, of in zip(blocks, nested.float(), strict=True)]
-        absmax = torch.cat(scaled) + state["nested_offset"]
+        scales = codes.float()[absmax.long()]
+        absmax = scales * _by_block(nested, state["nested_blocksize"], len(scales)) + state["nested_offset"]
     both = weight.flatten()
     places = torch.stack((both >> 4, both & 15), 1).flatten()[: outputs * inputs]
     values = table.float()[places.long()]
-    blocks = values.split(int(state["blocksize"]))
-    return torch.cat([block * of for block, of in zip(blocks, absmax.float(), strict=True)]).view(
-        outputs, inputs
-    )
+    return (values * _by_block(absmax, state["blocksize"], len(values))).view(outputs, inputs)
+
+
+def _by_block(of_blocks: torch.Tensor, size: int, count: int) -> torch.Tensor:
+    """One number for each of ``count``, of which ``size`` after each other share one."""
+    return of_blocks.float().repeat_interleave(int(size))[:count]
 
 
 def _bits(quantization: Mapping[str, Any]) -> int:

@@ -145,7 +145,8 @@ def write_into(folder: Path, base_dir: Path, *, dtype: str, change: Change | Non
             if path.is_file() and path.suffix in _TEXTS and not written:
                 shutil.copyfile(path, folder / path.name)
         _write_config(base_dir, folder, dtype)
-        total, weight_map = 0, {}
+        total = 0
+        weight_map: dict[str, str] = {}
         for file, names in checkpoint.shards().items():
             total += _write_shard(folder / file, names, checkpoint, dtype, change)
             weight_map |= dict.fromkeys(names, file)
@@ -184,7 +185,7 @@ def _write_shard(
             rounded = tensor.to(TORCH_DTYPES[header.dtype])
             if change is not None and not rounded.isfinite().all():
                 raise ValueError(f"{name} with the adapter is too large for {header.dtype}")
-            file.write(rounded.contiguous().flatten().view(torch.uint8).numpy())
+            file.write(rounded.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         file.flush()
         os.fsync(file.fileno())
     return at

@@ -74,7 +74,7 @@ async def _refusal(settings: Settings) -> str:
         await asyncio.to_thread(arguments.refuse_what_cannot_load, settings)
         await asyncio.to_thread(_config_of, settings)
     except ValueError as error:
-        return str(error).removeprefix("MODEL: ").split(". ")[0]
+        return str(error).removeprefix("MODEL: ").split("Value error, ")[-1].split(". ")[0]
     return ""
 
 

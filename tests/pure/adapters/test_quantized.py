@@ -113,7 +113,7 @@ def test_shards_and_their_index_are_written_anew(plain: Path, tmp_path: Path) ->
     assert dequantize(few, tmp_path / "out", dtype="float32") == 21
     written = json.loads((tmp_path / "out" / INDEX_FILE).read_text())["weight_map"]
     assert written.keys() == load_file(meant.folder / "model.safetensors").keys()
-    assert torch.equal(logits(load(tmp_path / "out")), logits(meant.fresh()))
+    assert torch.allclose(logits(load(tmp_path / "out")), logits(meant.fresh()), atol=1e-4)
     assert not (tmp_path / "out" / "quantize_config.json").exists()
     with pytest.raises(FileExistsError):
         dequantize(few, tmp_path / "out")
