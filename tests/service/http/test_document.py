@@ -83,7 +83,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 @pytest.fixture
 def keys(site: Site) -> dict[str, str]:
     """The admin's key and a customer's, whose adapter ``a`` is there whatever was deleted before."""
-    with httpx.Client(base_url=site.url, headers={"Authorization": f"Bearer {ADMIN_KEY}"}) as admin:
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    with httpx.Client(base_url=site.url, headers=headers, timeout=60) as admin:
         admin.post("/admin/v1/tenants", json={"id": "acme"})
         if admin.get("/admin/v1/tenants/acme/adapters/a").status_code == 404:
             files = {file.name: file.read_bytes() for file in tiny.adapter(1).glob("adapter_*")}
