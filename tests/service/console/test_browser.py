@@ -190,10 +190,15 @@ async def test_everybody_can_use_every_page(
         asked["runOnly"] = {"type": "rule", "values": rules}
     key = await full_key(site, "acme")
     await site.upload("acme", "support", tiny.adapter(2))
+    for seed in (3, 4):
+        await site.upload("acme", "rolling", tiny.adapter(seed))
+    rolling = "/admin/v1/tenants/acme/adapters/rolling/rollouts"
+    assert (await site.admin.post(rolling, json={"version": 1})).status_code == 201
     await site.admin.patch("/admin/v1/tenants/acme", json={"budgets": {"day": {"tokens": 1000}}})
     await site.chat(key, "hi", model="support", max_tokens=3)
     found = []
-    for who, paths in ((ADMIN_KEY, OPERATOR), (key, CUSTOMER)):
+    also = "/customers/acme/adapters/rolling"
+    for who, paths in ((ADMIN_KEY, (*OPERATOR, also)), (key, CUSTOMER)):
         async with browsing(site.url, **options) as page:
             await sign_in(page, who)
             for path in paths:

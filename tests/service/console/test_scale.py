@@ -1,0 +1,71 @@
+"""The console with 1,000 customers and 10,000 adapters: what its pages cost, and what five who look at it do.
+
+In processor time of this process, the client's included, since others load the machine. ``pytest -s`` prints
+the numbers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from pathlib import Path
+
+from tests.service.console.test_sign_in import browser
+from tests.support import tiny
+from tests.support.site import ADMIN_KEY
+from tests.support.tiny import fake_site
+
+PAGES = (
+    "/", "/fleet/live", "/customers", "/customers?q=t99", "/customers/t5", "/customers/t5/adapters/a5",
+    "/adapters", "/adapters?q=a7", "/requests", "/usage", "/audit", "/playground",
+)  # fmt: skip
+LOOKING_S = 6.0
+
+
+def copies(database: sqlite3.Connection, table: str, most: int, where: str, **columns: str) -> None:
+    """``most`` copies of a row, with these columns of their own, by number ``i``."""
+    names = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
+    values = ", ".join(columns.get(name, name) for name in names)
+    counted = f"WITH RECURSIVE k(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM k WHERE i < {most})"
+    database.execute(
+        f"{counted} INSERT INTO {table} ({', '.join(names)}) SELECT {values} FROM {table}, k {where}"
+    )
+
+
+def seed(file: Path) -> None:
+    with sqlite3.connect(file) as database:
+        own = "WHERE tenant = 't0' AND {} = 'a0'"
+        copies(database, "tenants", 999, "WHERE id = 't0'", id="'t' || i", cache_salt="cache_salt || i")
+        copies(database, "adapters", 9, own.format("name"), name="'a' || i", is_default="0")
+        copies(database, "versions", 9, own.format("adapter"), adapter="'a' || i")
+        for table in ("adapters", "versions"):
+            copies(database, table, 999, "WHERE tenant = 't0'", tenant="'t' || i")
+        assert database.execute("SELECT count(*) FROM versions").fetchone() == (10_000,)
+    database.close()
+
+
+async def test_pages_of_very_many_are_quick_and_looking_costs_little(tmp_path: Path) -> None:
+    async with fake_site(tmp_path) as site:
+        await site.tenant("t0", {"a0": tiny.adapter(1)})
+    await asyncio.to_thread(seed, tmp_path / "loraplex.db")
+    async with fake_site(tmp_path) as site, browser(site, ADMIN_KEY) as client:
+        for page in PAGES:
+            began = time.process_time()
+            answer = await client.get(f"/console{page}")
+            took = time.process_time() - began
+            print(f"{page}: {took * 1000:.0f} ms, {len(answer.content) >> 10} KiB")
+            assert answer.status_code == 200, page
+            assert took < 1, page
+            assert len(answer.content) < 100 << 10, page
+
+        async def look() -> None:
+            for _ in range(int(LOOKING_S / 2)):
+                await client.get("/console/fleet/live", headers={"X-Fragment": "1"})
+                await asyncio.sleep(2)
+
+        began = time.process_time()
+        await asyncio.gather(*(look() for _ in range(5)))
+        share = (time.process_time() - began) / LOOKING_S
+        print(f"five who look at Fleet: {share * 100:.1f} % of a core")
+        assert share < 0.05
