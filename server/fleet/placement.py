@@ -357,7 +357,7 @@ class Placement:
         """New homes for versions of ``crowded``, until what is beyond its bound has somewhere to go."""
         bound = soft * crowded.report.max_running
         excess = crowded.load + 1 - bound
-        if excess <= math.sqrt(bound):  # it may be chance, and pass
+        if excess <= 0.5 * math.sqrt(bound):  # it may be chance, and pass
             return
         for version, _ in crowded.versions.most_common(LOOK_AT_HOME):
             if excess <= 0:
