@@ -27,7 +27,7 @@ def upgrade() -> None:
         sa.Column("tries", sa.Integer(), nullable=False),
         sa.Column("result", sa.JSON(), nullable=True),
         sa.ForeignKeyConstraint(
-            ["rollout"], ["rollouts.id"], name="fk_rollout_prompts_rollout_rollouts", ondelete="CASCADE"
+            ["rollout"], ["rollouts.id"], name="fk_rollout_prompts_rollouts", ondelete="CASCADE"
         ),
         sa.PrimaryKeyConstraint("id", name="pk_rollout_prompts"),
     )
