@@ -54,7 +54,7 @@ quick: $(STAMP) ## Run the pure layer of the tests, under a minute: no vLLM, no 
 
 # Three processes on two cores: tests that kill, restart and expire wait for much of their time.
 test: $(STAMP) ## Run all tests, on the real engine too
-	$(PY) -m pytest -n 3 --dist loadfile
+	TESTS_FORK_ENGINES=1 $(PY) -m pytest -n 3 --dist loadfile
 
 check: $(STAMP) ## Lint, formatting, types, and which module may import which
 	$(PY) -m ruff check .
