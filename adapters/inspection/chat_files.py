@@ -116,7 +116,7 @@ def take_chat_files(folder: Path, found: ChatFound | None) -> None:
     for name in CHAT_FILES:
         (folder / name).unlink(missing_ok=True)
     if found is not None and found.is_kept:
-        kept = {
+        kept: dict[str, object] = {
             "template": found.template,
             "special_tokens": dict(sorted(found.special_tokens.items())),
             "stop_token_ids": list(found.stop_token_ids),
