@@ -23,7 +23,7 @@ LOAD = 3_000_000
 
 async def share_of_a_core(site: Site, key: str) -> float:
     """What the engine's process takes of a processor while an answer is made."""
-    (core,) = (p for p in psutil.Process().children() if p.name().startswith("VLLM::Engine"))
+    (core,) = (p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM::Engine"))
     model = site.services.engine.base.name
     start, before = time.perf_counter(), core.cpu_times()
     answer = await site.chat(key, "Count to a hundred.", model=model, max_tokens=100, temperature=0)
