@@ -26,10 +26,13 @@ SINGLE_HEADERS = ("Authorization", "X-Customer-ID", "X-API-Key", "Idempotency-Ke
 
 
 async def single_headers(request: Request) -> None:
-    """BadRequest (``duplicate_header``) if one of ``SINGLE_HEADERS`` comes twice, or two headers two keys."""
+    """BadRequest (``duplicate_header``) if one of ``SINGLE_HEADERS`` comes twice, or (``conflicting_keys``) where
+    Anthropic's header and OpenAI's are both read and hold two keys."""
     for name in SINGLE_HEADERS:
         if len(request.headers.getlist(name)) > 1:
             raise BadRequest(f"The header {name} came more than once.", code="duplicate_header", param=name)
+    if not speaks_anthropic(matched_path(request.scope)):
+        return  # X-API-Key may be a proxy's own
     authorization, key = request.headers.get("authorization"), request.headers.get("x-api-key")
     if authorization is not None and key is not None and authorization.split()[-1:] != key.split():
         raise BadRequest(

@@ -42,7 +42,7 @@ async def site(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
         base_dir,
         tmp_path_factory.mktemp("data"),
         adapter_gpu_memory="800MiB",
-        adapter_host_memory="1.2GiB",
+        adapter_host_memory="1.6GiB",
         max_lora_rank=64,
         max_model_len=1024,
         engine_args={"dtype": "float32", "max_num_seqs": 16},
