@@ -23,6 +23,7 @@ import time
 
 INTERVAL_S = 0.5
 AGAIN_S = 0.2  # after which a guard that ended is replaced
+ROUNDS = 5
 MARK = "GUARDED_AS"
 
 _keeper: "threading.Thread | None" = None
@@ -115,8 +116,8 @@ def main(parent: int) -> None:
         known = {pid: began for pid, began in known.items() if started_at(pid) == began}
         known.update(descendants(parent))
         known.pop(os.getpid(), None)
-    known.update(marked(os.environ.get(MARK, "")))
-    for _ in range(3):  # a process may have started another meanwhile
+    for _ in range(ROUNDS):  # a process may have started another meanwhile
+        known.update(marked(os.environ.get(MARK, "")))
         for pid in list(known):
             known.update(descendants(pid))
         kill(known)

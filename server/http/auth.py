@@ -26,7 +26,7 @@ SINGLE_HEADERS = ("Authorization", "X-Customer-ID", "X-API-Key", "Idempotency-Ke
 
 
 async def single_headers(request: Request) -> None:
-    """BadRequest (``duplicate_header``) if one of ``SINGLE_HEADERS`` comes twice, or (``conflicting_keys``) where
+    """BadRequest: ``duplicate_header`` if one of ``SINGLE_HEADERS`` comes twice; ``conflicting_keys`` where
     Anthropic's header and OpenAI's are both read and hold two keys."""
     for name in SINGLE_HEADERS:
         if len(request.headers.getlist(name)) > 1:

@@ -30,8 +30,8 @@ from server.settings import Settings
 from tests.bench.scenario import Goal, Measure, Round, Simulation, Values
 from tests.bench.stats import median
 from tests.support import tiny
-from tests.support.crashes import PROCESSES
 from tests.support.fakes import FakeEngine
+from tests.support.forks import PROCESSES
 from tests.support.site import ADMIN_KEY, bearer
 
 ADAPTER = "/admin/v1/tenants/acme/adapters/a"

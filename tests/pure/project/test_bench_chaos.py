@@ -50,7 +50,7 @@ def test_the_table_has_a_line_for_each_kind() -> None:
     rows = table(made).splitlines()
     assert len({line.count("|") for line in rows}) == 1
     assert rows[2] == (
-        "| a fault | 2 | 3.0 / 3.0 s | 2.0 s | exit statuses 1 | 10 × 200, 4 × 503 engine_restarting "
-        "| missed: 1 × such as: a ¦ b |"
+        "| a fault | 2 | 3.0 / 3.0 s | 2.0 s | 0.0 s | 0.0 s | exit statuses 1 "
+        "| 10 × 200, 4 × 503 engine_restarting | missed: 1 × such as: a ¦ b |"
     )
     assert len(rows) == 4

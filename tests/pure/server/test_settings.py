@@ -280,7 +280,7 @@ def test_settings_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LORAPLEX_MODEL", str(tmp_path))
     monkeypatch.setenv("LORAPLEX_ENGINE_ARGS", json.dumps({"dtype": "float32"}))
     served: list[Settings] = []
-    monkeypatch.setattr(command_line, "_serve", lambda settings: served.append(settings) or 7)
+    monkeypatch.setattr(command_line, "_serve", lambda settings, config: served.append(settings) or 7)
     assert CliRunner().invoke(command_line.cli, ["serve"]).exit_code == 7
     assert served[0].engine_args == {"dtype": "float32"}
 

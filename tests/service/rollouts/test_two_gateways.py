@@ -29,8 +29,8 @@ from server.settings import Settings
 from tests.service.rollouts.test_kills import Client
 from tests.service.rollouts.test_rollouts import QUICK, begun, two_versions, until
 from tests.support import crashes, databases, tiny
-from tests.support.crashes import PROCESSES
 from tests.support.fleet import FLEET_KEY
+from tests.support.forks import PROCESSES
 
 LEASE_S = 3.0
 pytestmark = pytest.mark.timeout(240)

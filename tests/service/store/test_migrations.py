@@ -162,7 +162,9 @@ async def test_a_database_of_the_first_release_is_upgraded_with_its_rows(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = tmp_path / "migrations"
-    shutil.copytree(VERSIONS.parent, first, ignore=shutil.ignore_patterns("000[2-9]*", "__pycache__"))
+    shutil.copytree(
+        VERSIONS.parent, first, ignore=shutil.ignore_patterns("000[2-9]*", "00[1-9]*", "__pycache__")
+    )
     with monkeypatch.context() as patched:
         patched.setattr(tables, "MIGRATIONS", str(first))
         database = Database(url)
