@@ -105,14 +105,14 @@ def kill(processes: "dict[int, str]") -> None:
 
 
 def main(parent: int) -> None:
-    """Watch until ``parent`` ends, then kill what it left."""
+    """Watch until ``parent`` ends, then kill what it left. It may have ended already."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    handle = os.pidfd_open(parent)
     poll = select.poll()
-    poll.register(handle, select.POLLIN)
+    with contextlib.suppress(ProcessLookupError):
+        poll.register(os.pidfd_open(parent), select.POLLIN)
     known: dict[int, str] = {}
-    while not poll.poll(INTERVAL_S * 1000):
+    while started_at(parent) and not poll.poll(INTERVAL_S * 1000):
         known = {pid: began for pid, began in known.items() if started_at(pid) == began}
         known.update(descendants(parent))
         known.pop(os.getpid(), None)
@@ -125,5 +125,4 @@ def main(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(ProcessLookupError):
-        main(int(sys.argv[1]))
+    main(int(sys.argv[1]))

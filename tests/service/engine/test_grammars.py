@@ -263,7 +263,7 @@ async def test_it_ends_with_its_parent(grammars: Grammars) -> None:
     assert process is not None
     assert control is not None
     control.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while process.poll() is None:
             await asyncio.sleep(0.02)
 
