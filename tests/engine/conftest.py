@@ -45,6 +45,7 @@ async def site(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
         adapter_host_memory="1.6GiB",
         max_lora_rank=64,
         max_model_len=1024,
+        rollout_key="a key of the tests that is long enough",
         engine_args={"dtype": "float32", "max_num_seqs": 16},
     )
     async with serving(create_app(settings)) as site:

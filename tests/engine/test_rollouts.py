@@ -1,4 +1,8 @@
-"""Rollouts on the real engine at 5 requests a second: an equal version goes live, bad ones go back."""
+"""Rollouts on the real engine at 5 requests a second: an equal version goes live, bad ones go back.
+
+So do those whose replayed prompts say it. What a SIGKILL does in the middle is in
+``tests/service/rollouts/test_kills.py``, where a whole server is killed.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.engine.reference import ATTENTION, Reference, Spec
 from tests.support.site import Site, bearer
 
+TOKENS = 8  # of a replayed answer
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 ADAPTER = "/admin/v1/tenants/rollers/adapters/a"
@@ -32,7 +37,8 @@ async def key(site: Site, reference: Reference, tmp_path_factory: pytest.TempPat
     """Version 1 is live, 2 has the same files, 3 answers as the base, 4 fails on some prompts."""
     folder = tmp_path_factory.mktemp("rollers")
     reference.make(Spec(seed=991, rank=8, targets=ATTENTION), folder)
-    key = await site.tenant("rollers", {"a": folder})
+    key = await site.tenant("rollers", {"a": folder}, sample_prompts=True)
+    site.services.judge.replayer.sampler._every = 0.3
     await site.upload("rollers", "a", folder)
     await upload(site, files_of(folder) | {WEIGHTS_FILE: nothing_of(folder)}, allow_no_effect=True)
     await upload(site, files_of(folder) | {"chat_template.jinja": GENTLE.encode()})
@@ -81,20 +87,34 @@ async def rolled_out(site: Site, key: str, version: int, guards: dict[str, Any])
     return dict(found)
 
 
-async def test_an_equal_version_goes_live(site: Site, key: str) -> None:
-    ended = await rolled_out(site, key, 2, GUARDS)
+async def test_an_equal_version_goes_live(site: Site, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its replayed prompts have the same answers, token by token and number by number."""
+    monkeypatch.setattr("server.rollouts.replay.ANSWER_TOKENS", TOKENS)
+    ended = await rolled_out(site, key, 2, GUARDS | {"drift": 0.01, "divergence": 0.01, "changed": 0.5})
     assert ended["state"] == "completed", ended
+    replays = ended["numbers"]["replays"]
+    assert (replays["failed"], replays["changed"]) == (0, 0.0), replays
+    assert replays["prompts"] >= 5
+    assert replays["largest_drift"] < 1e-3
+    assert replays["divergence"] < 1e-3
     assert (await site.admin.get(ADAPTER)).json()["live"] == 2
 
 
-async def test_one_that_answers_as_the_base_goes_back(site: Site, key: str) -> None:
+async def test_one_that_answers_as_the_base_goes_back(
+    site: Site, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By its probe, before any request; and where nobody asks for that, by its answers."""
+    monkeypatch.setattr("server.rollouts.replay.ANSWER_TOKENS", TOKENS)
     ended = await rolled_out(site, key, 3, GUARDS)
     assert ended["reason"] == "the new version answers as the base model does, unlike the live one"
     assert ended["numbers"] is None or ended["numbers"]["new"]["requests"] == 0
-    ended = await rolled_out(site, key, 3, GUARDS | {"probes": False})
+    ended = await rolled_out(site, key, 3, GUARDS | {"probes": False, "drift": 0.01})
     assert ended["state"] == "rolled_back", ended
     assert ended["numbers"]["new"]["requests"] > 0
+    replays = ended["numbers"]["replays"]
+    assert (replays["failed"], replays["changed"]) == (0, 1.0), replays
+    assert replays["drift"] > 0.01
+    assert replays["divergence"] > 0.001
     assert (await site.admin.get(ADAPTER)).json()["live"] == 1
 
 
