@@ -49,7 +49,7 @@ def _exactly(sock: socket.socket, count: int) -> bytes:
 
 
 def serve(control: socket.socket) -> None:
-    """Forks a child for each socket that comes through ``control``, until that ends."""
+    """Forks a child for each socket that comes through ``control``. EOFError when that ends."""
     import xgrammar
 
     tokenizer = xgrammar.TokenizerInfo.deserialize_json(sys.stdin.read())
@@ -61,7 +61,7 @@ def serve(control: socket.socket) -> None:
         for fd, _ in poll.poll():
             if fd == control.fileno():
                 if (job := _start(control, tokenizer, jobs)) is None:
-                    return
+                    continue
                 for number, events in ((job.socket.fileno(), GONE), (job.process, select.POLLIN)):
                     jobs[number] = job
                     poll.register(number, events)
@@ -87,17 +87,22 @@ class Job(NamedTuple):
 
 
 def _start(control: socket.socket, tokenizer: Any, others: "dict[int, Job]") -> "Job | None":
-    """The next job; None where ``control`` has ended, with which all children end."""
+    """The next job; None where it is done already. EOFError where ``control`` has ended, with which all
+    children end."""
     _, ancillary, _, _ = control.recvmsg(1, socket.CMSG_LEN(array.array("i").itemsize))
     if not ancillary:
-        return None
+        raise EOFError
     job = socket.socket(fileno=array.array("i", ancillary[0][2])[0])
     if not (child := os.fork()):
         control.close()
         for other in others.values():  # or its asker would not see the end of its answer before ours
             other.socket.close()
         _child(job, tokenizer)
-    return Job(job, os.pidfd_open(child))
+    try:
+        return Job(job, os.pidfd_open(child))
+    except ProcessLookupError:
+        job.close()
+        return None
 
 
 def _child(job: socket.socket, tokenizer: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import xgrammar
 
+from server.engine import grammar_process
 from server.engine.grammars import MOST_WAITING, Grammars, Spec
 from server.engine.structure import MOST_CHARACTERS, settle, specs_of
 from server.errors import BadRequest, ServerError, TooManyRequests
@@ -266,6 +268,18 @@ async def test_it_ends_with_its_parent(grammars: Grammars) -> None:
     async with asyncio.timeout(20):
         while process.poll() is None:
             await asyncio.sleep(0.02)
+
+
+async def test_a_child_that_is_done_at_once_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = await asyncio.create_subprocess_exec("true")
+    await done.wait()
+    monkeypatch.setattr(os, "fork", lambda: done.pid)
+    (ours, control), (asker, job) = socket.socketpair(), socket.socketpair()
+    with ours, control, asker:
+        with job:
+            socket.send_fds(ours, [b"j"], [job.fileno()])
+        assert grammar_process._start(control, None, {}) is None
+        assert asker.recv(1) == b"", "its asker sees the end of the answer"
 
 
 def asked(**constraint: Any) -> Any:
