@@ -27,6 +27,7 @@ OWN_ENGINE = (
     "test_two_workers.py",
     "test_process.py",
     "test_embeddings.py",
+    "test_thinking.py",
 )
 # An engine keeps a core busy, its process and the server's half of another.
 ENGINES_AT_ONCE = 2

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import random
 import signal
 import time
@@ -23,7 +22,6 @@ import pytest
 
 from tests.engine.processes import Running, gone, server, starting
 from tests.engine.reference import ATTENTION, Reference, Spec
-from tests.support.forks import WANTED
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 
@@ -261,14 +259,10 @@ async def test_limits_hold_while_the_engine_hangs(base_dir: Path, tmp_path: Path
             await running_one
 
 
-def forked(ending: signal.Signals) -> bool:
-    """Not if it is SIGKILL: the guard finds the youngest processes by what they were started with."""
-    return ending is not signal.SIGKILL and WANTED in os.environ
-
-
-def nearly_started(ending: signal.Signals) -> float:
-    """Seconds from an engine's first process to that moment."""
-    return 4.0 if forked(ending) else 8.0
+# Seconds from an engine's first process until it has nearly started. Servers that are to end meanwhile are
+# started as the product starts them: the guard finds the youngest processes by what they were started with,
+# which those that were forked do not show.
+NEARLY_STARTED = 8.0
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
@@ -276,14 +270,14 @@ async def test_the_server_ends_while_its_engine_is_started_again(
     base_dir: Path, tmp_path: Path, ending: signal.Signals
 ) -> None:
     settings = {"SERVED_MODEL_NAME": "base", "DRAIN_TIMEOUT": "2"}
-    async with server(base_dir, tmp_path, forked=forked(ending), **settings) as running:
+    async with server(base_dir, tmp_path, forked=False, **settings) as running:
         headers = await running.tenant("acme")
         going = asyncio.create_task(ask(running, headers, CHAT, {"model": "base", **COUNT, **STREAM}))
         await until(running, runs=1)
         known = running.family()
         await lose(running, "core")
         await running.next_child(known)
-        await asyncio.sleep(random.uniform(0.0, nearly_started(ending)))
+        await asyncio.sleep(random.uniform(0.0, NEARLY_STARTED))
         family = running.family()
         began = time.monotonic()
         running.process.send_signal(ending)
@@ -301,9 +295,9 @@ async def test_the_server_ends_while_it_starts(
     base_dir: Path, tmp_path: Path, moment: float, ending: signal.Signals
 ) -> None:
     """``moment`` is a part of the time from the engine's first process until it has nearly started."""
-    async with starting(base_dir, tmp_path, forked=forked(ending)) as running:
+    async with starting(base_dir, tmp_path, forked=False) as running:
         await running.next_child()
-        await asyncio.sleep(moment * nearly_started(ending))
+        await asyncio.sleep(moment * NEARLY_STARTED)
         family = running.family()
         running.process.send_signal(ending)
         await running.exit_status(within=10)
