@@ -287,7 +287,8 @@ def agent_framework_checks() -> dict[str, Check]:
         assert made.value.city in CITIES
 
     async def embeddings() -> None:
-        client = OpenAIEmbeddingClient(MODEL, async_client=AsyncOpenAI(base_url=BASE, api_key=KEY))
+        own = AsyncOpenAI(base_url=BASE, api_key=KEY)
+        client = OpenAIEmbeddingClient(model=MODEL, async_client=own)
         assert len(await client.get_embeddings(["one", "two"])) == 2
 
     async def errors() -> None:
