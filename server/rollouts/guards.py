@@ -127,24 +127,11 @@ class _Failures:
         self._safe = Bets(list(kept["safe"]))
 
 
-class _Bounded:
-    """Of what may differ a little. ``more`` (new, live, by) is from -1, less than ``by`` more, to 1."""
+class _Betting:
+    """A bet on harm and one on its absence."""
 
-    def __init__(self, tolerance: float) -> None:
-        self._tolerance = tolerance
+    def __init__(self) -> None:
         self._harm, self._safe = Bets(), Bets()
-
-    def _more(self, new: float, live: list[float], by: float) -> tuple[float, float]:
-        """How much more the new one is than ``by``, and the least that this could have been."""
-        raise NotImplementedError
-
-    def see(self, new: float, live: list[float]) -> None:
-        self._harm.see(*self._more(new, live, self._tolerance / 2))
-        more, _ = self._more(new, live, self._tolerance)
-        self._safe.see(-more, self._least_safe())
-
-    def _least_safe(self) -> float:
-        return -1.0
 
     def harm(self) -> float:
         return self._harm.log_e
@@ -157,6 +144,26 @@ class _Bounded:
 
     def restore(self, kept: dict[str, Any]) -> None:
         self._harm, self._safe = Bets(list(kept["harm"])), Bets(list(kept["safe"]))
+
+
+class _Bounded(_Betting):
+    """Of what may differ a little. ``more`` (new, live, by) is from -1, less than ``by`` more, to 1."""
+
+    def __init__(self, tolerance: float) -> None:
+        super().__init__()
+        self._tolerance = tolerance
+
+    def _more(self, new: float, live: list[float], by: float) -> tuple[float, float]:
+        """How much more the new one is than ``by``, and the least that this could have been."""
+        raise NotImplementedError
+
+    def see(self, new: float, live: list[float]) -> None:
+        self._harm.see(*self._more(new, live, self._tolerance / 2))
+        more, _ = self._more(new, live, self._tolerance)
+        self._safe.see(-more, self._least_safe())
+
+    def _least_safe(self) -> float:
+        return -1.0
 
 
 class _Shares(_Bounded):
@@ -176,28 +183,16 @@ class _Ratios(_Bounded):
         return sum((new > one + by) - (new < one + by) for one in live) / len(live), -1.0
 
 
-class _Often:
+class _Often(_Betting):
     """How often something happens, beside a share of the cases: 1 for each case in which it does, else 0."""
 
     def __init__(self, share: float) -> None:
+        super().__init__()
         self._share = share
-        self._harm, self._safe = Bets(), Bets()
 
     def see(self, new: float, live: list[float]) -> None:
         self._harm.see(new - self._share, -self._share)
         self._safe.see(self._share - new, self._share - 1)
-
-    def harm(self) -> float:
-        return self._harm.log_e
-
-    def safe(self) -> float:
-        return self._safe.log_e
-
-    def as_json(self) -> dict[str, Any]:
-        return {"harm": self._harm.money, "safe": self._safe.money}
-
-    def restore(self, kept: dict[str, Any]) -> None:
-        self._harm, self._safe = Bets(list(kept["harm"])), Bets(list(kept["safe"]))
 
 
 # Guards of what replayed prompts show, and what the new version does where they say harm. `changed` is the

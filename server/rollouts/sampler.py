@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from adapters.store.prompts import Prompts
 from adapters.store.rollouts import Stored
 from server.inference.completion import Order
+from server.rollouts.guards import REPLAYED
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class Sampler:
 
 def _wants(stored: Stored) -> bool:
     guards = stored.document["guards"]
-    if any(guards.get(name) is not None for name in ("drift", "divergence", "changed")):
+    if any(guards.get(name) is not None for name in REPLAYED):
         return True
     replays = (stored.evidence or {}).get("replays") or {}
     return bool(replays.get("prompts", 0) < ENOUGH)
