@@ -25,6 +25,8 @@ AdapterError
 
 from __future__ import annotations
 
+from asyncio import CancelledError
+
 
 def printable(text: str, longest: int = 200) -> str:
     """``text``, which may repeat what a client sent, as an answer may show it.
@@ -41,6 +43,8 @@ def cause_of(error: BaseException) -> str:
     Never what SQLAlchemy adds to it, which repeats statements and their values.
     """
     while (below := getattr(error, "orig", None) or error.__cause__) is not None:
+        if isinstance(below, CancelledError):  # how asyncio.timeout ended what it waited for
+            return "no answer came in time"
         error = below
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 

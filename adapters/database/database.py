@@ -49,6 +49,7 @@ LEAST_FREE_BYTES = 8 << 20  # below it SQLite is taken for full
 TURN_TIMEOUT_S = 5.0
 # How long PostgreSQL may take to connect or for one statement, in seconds, unless a setting says otherwise.
 ANSWER_TIMEOUT_S = 5.0
+OPEN_CONNECT_TIMEOUT_S = 30.0  # at a start, when the machine may have just booted
 WAL_TRIES = 200
 # Names the PostgreSQL advisory lock under which the schema is upgraded.
 UPGRADE_LOCK = 0x6C6F7261
@@ -124,7 +125,7 @@ class Database:
             self.url,
             foreign_keys=False,
             busy_timeout_ms=OPEN_BUSY_TIMEOUT_MS,
-            connect_timeout=self._timeout,
+            connect_timeout=max(self._timeout, OPEN_CONNECT_TIMEOUT_S),
             statement_timeout=None,  # an upgrade may rewrite a large table, or wait for another process's
         )
         try:

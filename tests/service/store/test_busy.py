@@ -20,8 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 async def test_writes_are_refused_and_may_be_repeated_while_inference_goes_on(tmp_path: Path) -> None:
     async with fake_site(tmp_path) as site:
         key = await site.tenant("acme", {"a": tiny.adapter(1)})
-        other = sqlite3.connect(tmp_path / "loraplex.db", isolation_level=None)
-        other.execute("BEGIN IMMEDIATE")
+        other = await holding(tmp_path / "loraplex.db")
         began = time.monotonic()
         writes = [site.admin.post("/admin/v1/tenants", json={"id": f"t{number}"}) for number in range(6)]
         held = asyncio.gather(*writes, site.upload("acme", "b", tiny.adapter(2)))
@@ -39,10 +38,16 @@ async def test_writes_are_refused_and_may_be_repeated_while_inference_goes_on(tm
 
 async def test_a_short_lock_is_waited_for(tmp_path: Path) -> None:
     async with fake_site(tmp_path) as site:
-        other = sqlite3.connect(tmp_path / "loraplex.db", isolation_level=None)
-        other.execute("BEGIN IMMEDIATE")
+        other = await holding(tmp_path / "loraplex.db")
         write = asyncio.create_task(site.admin.post("/admin/v1/tenants", json={"id": "acme"}))
         await asyncio.sleep(0.5)
         other.execute("ROLLBACK")
         other.close()
         assert (await write).status_code == 201
+
+
+async def holding(file: Path) -> sqlite3.Connection:
+    """A connection that has the write lock. Taken in a thread: the server, in this process, may be writing."""
+    other = sqlite3.connect(file, timeout=60, isolation_level=None, check_same_thread=False)
+    await asyncio.to_thread(other.execute, "BEGIN IMMEDIATE")
+    return other
