@@ -74,6 +74,12 @@ class Prompts:
             values = {"sealed": None, "result": dict(result)}
             await session.execute(update(RolloutPromptRow).where(*mine).values(values))
 
+    async def is_kept(self, id_: int) -> bool:
+        """Whether the prompt is still there: it goes with its rollout, and with the consent."""
+        mine = (RolloutPromptRow.id == id_, RolloutPromptRow.sealed.is_not(None))
+        async with self._database.read() as session:
+            return await session.scalar(select(RolloutPromptRow.id).where(*mine)) is not None
+
     async def results(self, rollout: str) -> list[tuple[int, Mapping[str, Any]]]:
         """What replays have found that the rollout has not taken in, by row."""
         query = select(RolloutPromptRow.id, RolloutPromptRow.result).where(

@@ -25,8 +25,8 @@ from adapters.store.prompts import Kept
 from adapters.store.rollouts import Stored
 from server.accounts.authentication import Authentication
 from server.accounts.tenants import Tenant
-from server.errors import BadRequest, ServerError, Unavailable
-from server.inference.completion import Completions, Order, new_request_id
+from server.errors import BadRequest, ServerError, TooManyRequests, Unavailable
+from server.inference.completion import Completion, Completions, Order, new_request_id
 from server.inference.dialects.registry import DIALECTS
 from server.rollouts.sampler import Sampler
 from server.scheduling.lease import Lease
@@ -35,21 +35,30 @@ logger = logging.getLogger(__name__)
 
 ANSWER_TOKENS = 64
 TOP = 20
-TIMEOUT_S = 120.0
+# Of one answer, with one wait for its turn.
+TIMEOUT_S = 600.0
 # Replays of one prompt that may break off; then it is given up: it might be what breaks them.
 MOST_TRIES = 3
+# A prompt that gets no turn is not what breaks its replay, so it is no try; it waits where it is.
+NO_ROOM = ("queue_timeout", "rate_limit_exceeded", "server_overloaded", "no_replica")
+ASK_AGAIN_S = 2.0
 # A token's drift counts at most so much, in nats: an engine's "never" is not a number.
 MOST_DRIFT = 20.0
 _ID = "token_id:"
 
 
+class Gone(Exception):
+    """The prompt is not kept any more."""
+
+
 class Unbilled:
-    """What a replay reserves: nothing. ``tokens`` are those that it has used."""
+    """What the replay of ``prompt`` reserves: nothing. ``tokens`` are those that it has used."""
 
     refused: ServerError | None = None
     limits_tokens = False
 
-    def __init__(self) -> None:
+    def __init__(self, prompt: int = 0) -> None:
+        self.prompt = prompt
         self.tokens = 0
 
     async def reserve(self, prompt_tokens: int, output_tokens: int, *, elastic: bool = False) -> None:
@@ -118,8 +127,11 @@ class Replayer:
         """One prompt after another, until none waits or the engine has no room."""
         prompts, metrics = self.sampler.prompts, self._completions.metrics
         while (kept := await prompts.next(stored.id)) is not None:
-            used = Unbilled()
-            found = await self._tried(stored, kept, used)
+            used = Unbilled(kept.id)
+            try:
+                found = await self._tried(stored, kept, used)
+            except Gone:
+                continue
             if found is None:
                 return
             await prompts.replayed(kept.id, found | {"tokens": used.tokens})
@@ -133,11 +145,12 @@ class Replayer:
         if opened is None:
             return {"failed": "key"}
         try:
-            async with asyncio.timeout(TIMEOUT_S):
-                return await self._one(stored, opened, used)
+            return await self._one(stored, opened, used)
+        except Gone:
+            raise
         except (BadRequest, AdapterNotFound, ValueError) as exc:
             return {"failed": getattr(exc, "code", None) or "not_numbers"}
-        except Exception as exc:  # no room, an engine that was lost, or what nobody has thought of
+        except Exception as exc:  # an engine that was lost, or what nobody has thought of
             code = getattr(exc, "code", None) or type(exc).__name__
             logger.info("a replay of the rollout %s broke off: %s", stored.id, code)
             return {"failed": code} if kept.tries >= MOST_TRIES else None
@@ -196,9 +209,26 @@ class Replayer:
             prompt_tokens=len(prompt),
             elastic=False,
         )
-        opened = await self._completions.answers.open(order)
+        opened = await self._in_turn(order, used)
         assert opened.body is not None, "a document was asked for"
         return said_of(opened.body["choices"][0]["logprobs"])
+
+    async def _in_turn(self, order: Order, used: Unbilled) -> Completion:
+        """The answer, however often the wait for a turn ends without one.
+
+        Beside others who always wait a replay has one token in a hundred: where each of its requests waits
+        longer than a queue lasts, one that began anew every time would never end. Raises Gone.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(TIMEOUT_S):
+                    return await self._completions.answers.open(order)
+            except (TooManyRequests, Unavailable) as exc:
+                if exc.code not in NO_ROOM:
+                    raise
+            await asyncio.sleep(ASK_AGAIN_S)
+            if not await self.sampler.prompts.is_kept(used.prompt):
+                raise Gone
 
 
 def said_of(logprobs: Mapping[str, Any]) -> Said:

@@ -1,7 +1,6 @@
 """Rollouts on the real engine at 5 requests a second: an equal version goes live, bad ones go back.
 
-So do those whose replayed prompts say it. What a SIGKILL does in the middle is in
-``tests/service/rollouts/test_kills.py``, where a whole server is killed.
+So do those whose replayed prompts say it. What a SIGKILL does in the middle is in ``test_rollout_kills``.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ ADAPTER = "/admin/v1/tenants/rollers/adapters/a"
 # Certain after some dozens of requests.
 GUARDS = {
     "errors": 0.3, "refusals": 0.3, "finish": 0.4, "first_token": 20, "tokens_per_second": 20, "length": 1.5,
-    "min_samples": 5,
+    "min_samples": 5, "error_rate": 0.25,
 }  # fmt: skip
 GENTLE = "{% for m in messages %}{% if 'seven' in m.content %}{{ raise_exception('not seven') }}{% endif %}"
 GENTLE += "{{ m.content }}{% endfor %}"
@@ -73,7 +72,7 @@ async def rolled_out(site: Site, key: str, version: int, guards: dict[str, Any])
     async def ask(number: int) -> None:
         text = "Is seven odd? Say yes or no." if number % 2 else "Is it day? Say yes or no."
         turns = [{"role": "user", "content": text}]
-        asked = {"model": "a", "messages": turns, "max_tokens": 12, "temperature": 0}
+        asked = {"model": "a", "messages": turns, "max_tokens": 6, "temperature": 0}
         await site.http.post("/v1/chat/completions", json=asked, headers=bearer(key))
 
     asking: set[asyncio.Task[None]] = set()

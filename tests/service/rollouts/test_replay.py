@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from server.errors import Unavailable
 from server.rollouts.sampler import Sampler
 from tests.service.http.test_api import error
 from tests.service.rollouts.test_rollouts import ADAPTER, QUICK, ROLLOUTS, adapter, begun, has_ended, until
 from tests.support import tiny
-from tests.support.fakes import FakeEngine
+from tests.support.fakes import FakeEngine, Times
 from tests.support.fleet import Fleet, fleet
 from tests.support.site import Site
 from tests.support.tiny import fake_site
@@ -238,6 +239,46 @@ async def test_a_replay_that_breaks_off_is_tried_again_and_then_given_up(site: S
     assert (replays(found)["prompts"], replays(found)["failed"] > 0) == (0, True)
     after = await until(site, id_, lambda found: replays(found)["prompts"])
     assert replays(after)["failed"] >= replays(found)["failed"]
+
+
+async def test_replays_go_on_beside_others_who_always_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of a replay's answers waits longer for its turn than the queue lasts."""
+    monkeypatch.setattr("server.rollouts.replay.ANSWER_TOKENS", 8)
+    monkeypatch.setattr("server.rollouts.replay.ASK_AGAIN_S", 0.05)
+    engine = FakeEngine(tiny.base(), times=Times(step=0.002), max_running=1)
+    async with fake_site(tmp_path, engine, rollout_key=KEY, queue_timeout=0.5) as site:
+        key = await two(site, 2)
+        replayer = site.services.judge.replayer
+        replay = replayer.replay
+        id_ = await kept(site, key)
+        other, refusals = await site.tenant("globex", base_allowed=True), 0
+
+        async def flood() -> None:
+            while True:
+                await site.chat(other, "word " * 20, model=tiny.NAME, max_tokens=20)
+
+        flooding = [asyncio.create_task(flood()) for _ in range(3)]
+        opened = replayer._completions.answers.open
+
+        async def counted(order: Any) -> Any:
+            nonlocal refusals
+            try:
+                return await opened(order)
+            except Unavailable:
+                refusals += order.tenant.background
+                raise
+
+        monkeypatch.setattr(replayer._completions.answers, "open", counted)
+        replayer.replay = replay
+        site.services.judge.begun.set()
+        shown = replays(await until(site, id_, replays))
+        for task in flooding:
+            task.cancel()
+        await asyncio.gather(*flooding, return_exceptions=True)
+    assert (shown["failed"], shown["prompts"]) == (0, 1)
+    assert refusals, "it never had to wait that long"
 
 
 async def test_a_gateway_replays_at_its_replicas(tmp_path: Path) -> None:
