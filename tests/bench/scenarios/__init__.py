@@ -2,6 +2,7 @@
 
 from tests.bench.scenario import Scenario, Simulation
 from tests.bench.scenarios import (
+    batches,
     churn,
     cold,
     fleet_simulation,
@@ -39,7 +40,10 @@ SCENARIOS: dict[str, Scenario | Simulation] = {
         fleet_simulation,
         rollouts,
         rollout_cost,
+        batches,
     )
 }
-_ALONE = ("replay", "residency", "overload", "limited", "fleet-simulation", "rollouts", "rollout-cost")
+_ALONE = (
+    "replay", "residency", "overload", "limited", "fleet-simulation", "rollouts", "rollout-cost", "batches",
+)  # fmt: skip
 FULL_RUN = tuple(name for name in SCENARIOS if name not in _ALONE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import statistics
 import subprocess
@@ -49,11 +50,11 @@ async def behind_nginx(site: Site, folder: Path, extra: str = "") -> AsyncIterat
                     await client.get("/health")
                     break
                 except httpx.TransportError:
-                    time.sleep(0.05)
+                    await asyncio.sleep(0.05)
             yield client
     finally:
         process.terminate()
-        process.wait()
+        await asyncio.to_thread(process.wait)
 
 
 # How long a stream waits behind nginx as it is by default: too long for each run of the tests.
