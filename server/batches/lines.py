@@ -2,7 +2,7 @@
 
 in      {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {…}}
 out     {"id": "batch_req_…", "custom_id": "a", "error": null,
-         "response": {"status_code": 200, "request_id": "…", "body": {…}}}
+         "response": {"status_code": 200, "request_id": "…", "headers": {…}, "body": {…}}}
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 
 from adapters.errors import AdapterError
 from adapters.inspection import strict_json
+from adapters.model import Version
 from server.errors import ServerError, body_of, status_of
 from server.inference.bounds import CLIENT_JSON
+from server.inference.completion import version_header
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.registry import ANSWERING
 from server.limits.errors import BeyondLimits
@@ -166,18 +168,26 @@ class Checker:
             self.errors.append(BadLine("empty_file", "The file has no lines.", None).shown)
 
 
-def answered(id_: str, custom_id: str, body: Mapping[str, Any], status: int = 200) -> str:
-    """The line of an answer, or of an error of one request, whose id is ``id_``."""
-    response = {"status_code": status, "request_id": id_, "body": body}
+def answered(
+    id_: str, custom_id: str, body: Mapping[str, Any], version: Version | None = None, status: int = 200
+) -> str:
+    """The line of an answer by ``version``, or of an error of one request, whose id is ``id_``.
+
+    It has the headers of any other answer that say what gave it.
+    """
+    headers = {"X-Request-Id": id_, **version_header(version)}
+    response = {"status_code": status, "request_id": id_, "headers": headers, "body": body}
     return json.dumps(
         {"id": f"batch_req_{id_}", "custom_id": custom_id, "response": response, "error": None},
         separators=(",", ":"),
     )
 
 
-def refused(id_: str, custom_id: str, error: ServerError | AdapterError) -> str:
-    """The line of a request that ended with ``error``."""
-    return answered(id_, custom_id, body_of(error), status_of(error)[0])
+def refused(
+    id_: str, custom_id: str, error: ServerError | AdapterError, version: Version | None = None
+) -> str:
+    """The line of a request that ended with ``error``; ``version`` if it was known by then."""
+    return answered(id_, custom_id, body_of(error), version, status_of(error)[0])
 
 
 _UNANSWERED = {

@@ -45,7 +45,7 @@ from server.batches.lines import (
 from server.batches.pace import Pace
 from server.batches.writer import Writer
 from server.errors import BadRequest, Internal, ServerError
-from server.inference.completion import Completions, new_request_id, open_completion
+from server.inference.completion import Asked, Completions, new_request_id, open_completion
 from server.inference.embeddings import embed
 from server.limits.permissions import counted_scopes
 from server.settings import Settings
@@ -321,32 +321,33 @@ class Runner:
     async def _result(self, batch: Batch, line: Line) -> Result:
         tries = 0
         while True:
-            id_, tries = new_request_id(), tries + 1
+            id_, asked, tries = new_request_id(), Asked(), tries + 1
             try:
                 tenant = await self._authentication.acting(batch.tenant, batch.key)
                 await self._room_in_limits(tenant)
                 async with self._pace:
-                    return await self._ask(batch, line, tenant.in_background(), id_)
+                    return await self._ask(batch, line, tenant.in_background(), id_, asked)
             except (ServerError, AdapterError) as exc:
                 left = (batch.expires_at - now()).total_seconds()
                 wait = again_after(exc, tries, left)
                 if wait is None:
-                    return Result(line.number, True, refused(id_, line.custom_id, exc))
+                    told = refused(id_, line.custom_id, exc, asked.version)
+                    return Result(line.number, True, told)
             except Exception:
                 logger.exception("line %d of the batch %s", line.number, batch.id)
                 error = Internal("The server failed on this request.")
-                return Result(line.number, True, refused(id_, line.custom_id, error))
+                return Result(line.number, True, refused(id_, line.custom_id, error, asked.version))
             await asyncio.sleep(wait)
 
-    async def _ask(self, batch: Batch, line: Line, tenant: Tenant, id_: str) -> Result:
+    async def _ask(self, batch: Batch, line: Line, tenant: Tenant, id_: str, asked: Asked) -> Result:
         dialect = ENDPOINTS[batch.endpoint]
         if line.body.get("stream"):
             raise BadRequest("A line of a batch cannot be streamed.", param="stream")
         use_case = embed if dialect.base == "embeddings" else open_completion
-        opened = await use_case(self.completions, tenant, dialect, line.body, id_)
+        opened = await use_case(self.completions, tenant, dialect, line.body, id_, asked)
         assert opened.body is not None, "a document was asked for"
         used = opened.lease
-        document = answered(id_, line.custom_id, opened.body)
+        document = answered(id_, line.custom_id, opened.body, asked.version)
         return Result(
             line.number, False, document, used.prompt_tokens, used.cached_tokens, used.output_tokens
         )

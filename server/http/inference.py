@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,12 +18,14 @@ from server.http.auth import tenant_of
 from server.http.bodies import json_object
 from server.http.middleware import while_connected
 from server.http.services import services_of
-from server.http.streams import Late, LeasedResponse, version_header
+from server.http.streams import Late, LeasedResponse
 from server.inference.completion import (
+    Asked,
     Completion,
     check_base,
     open_completion,
     resolve,
+    version_header,
 )
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.registry import ANSWERING, COUNTING, SCORING
@@ -65,10 +66,13 @@ async def _complete(request: Request, dialect: Dialect) -> Response:
     tenant, body = await _read(request)
     services = services_of(request)
     service = services.completions
-    request.state.headers = partial(service.quotas.headers, tenant)
+    asked = Asked()
+    # Also of refusals, and of a stream that begins while its request waits.
+    request.state.headers = lambda: service.quotas.headers(tenant) | version_header(asked.version)
     id_ = request.state.request_id
     use_case = embed if dialect.base == "embeddings" else open_completion
-    opening = while_connected(request, use_case(service, tenant, dialect, body, id_), Completion.discard)
+    answering = use_case(service, tenant, dialect, body, id_, asked)
+    opening = while_connected(request, answering, Completion.discard)
     log: dict[str, Any] = request.state.log
     timeout, keepalive = services.settings.client_timeout, services.settings.sse_keepalive
     if keepalive and body.get("stream") is True and dialect.streams:
@@ -83,7 +87,7 @@ async def _complete(request: Request, dialect: Dialect) -> Response:
     if opened.stream is not None:
         return LeasedResponse(opened.stream, opened.lease, log, timeout, keepalive)
     log |= told_of(opened.lease)
-    return JSONResponse(opened.body, headers=version_header(opened.lease))
+    return JSONResponse(opened.body)
 
 
 async def _done_within(task: asyncio.Task[Any], seconds: float) -> bool:
@@ -102,6 +106,7 @@ async def _tokens(request: Request, dialect: Dialect) -> dict[str, Any]:
     service = services_of(request).completions
     check_base(service.answers.base, dialect)
     version, _ = await resolve(service, tenant, body.get("model"))
+    request.state.headers = lambda: version_header(version)
     return await service.answers.tokens(dialect, dialect.allowed_fields(body), version)
 
 

@@ -109,7 +109,7 @@ class LeasedResponse(StreamingResponse):
         keepalive: float,
     ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
-        super().__init__(stream, media_type="text/event-stream", headers=headers | version_header(lease))
+        super().__init__(stream, media_type="text/event-stream", headers=headers)
         self._stream = stream
         self._lease = lease
         self._log = log
@@ -154,9 +154,3 @@ class LeasedResponse(StreamingResponse):
             await self._stream.aclose()
             lease = self._stream.lease if isinstance(self._stream, Late) else self._lease
             self._log |= told_of(lease) if lease is not None else {}
-
-
-def version_header(lease: Lease | None) -> dict[str, str]:
-    """Which version answers, which a canary leaves open; nothing for the base, and before it is known."""
-    version = lease.version if lease is not None else None
-    return {"X-Loraplex-Version": f"{version.adapter}@{version.number}"} if version else {}

@@ -130,15 +130,30 @@ class Completion:
         await self.lease.close("disconnected")
 
 
+@dataclass(slots=True)
+class Asked:
+    """What is known of a request so far. ``version`` None is the base model, or not known yet."""
+
+    version: Version | None = None
+    reservation: Reservation | None = None
+    numbered: bool = False
+
+
 async def open_completion(
-    service: Completions, tenant: Tenant, dialect: Dialect, body: dict[str, Any], request_id: str
+    service: Completions,
+    tenant: Tenant,
+    dialect: Dialect,
+    body: dict[str, Any],
+    request_id: str,
+    asked: Asked | None = None,
 ) -> Completion:
-    """Answers ``body`` for ``tenant``, or opens the stream that will.
+    """Answers ``body`` for ``tenant``, or opens the stream that will. ``asked`` is told what becomes known.
 
     Raises a ServerError or AdapterError before anything was answered. Cancelling it ends the request in the
     engine and gives its place back.
     """
-    with recorded_refusals(service, tenant, dialect, request_id) as asked:
+    asked = asked or Asked()
+    with recorded_refusals(service, tenant, dialect, request_id, asked):
         with counted_refusals(service.metrics, tenant):
             check_base(service.answers.base, dialect)
             resolved = await resolve_allowed(service, tenant, dialect, body, request_id)
@@ -171,21 +186,12 @@ async def open_completion(
         return completion
 
 
-@dataclass(slots=True)
-class Asked:
-    """What is known of a request so far. ``version`` None is the base model, or not known yet."""
-
-    version: Version | None = None
-    reservation: Reservation | None = None
-    numbered: bool = False
-
-
 @contextmanager
 def recorded_refusals(
-    service: Completions, tenant: Tenant, dialect: Dialect, request_id: str
-) -> Iterator[Asked]:
+    service: Completions, tenant: Tenant, dialect: Dialect, request_id: str, asked: Asked
+) -> Iterator[None]:
     """Lets a request be found that ended before it had a lease, which would have recorded it."""
-    asked, began = Asked(), time.monotonic()
+    began = time.monotonic()
 
     def ended(outcome: Outcome, code: str | None) -> None:
         if asked.reservation is None or not asked.reservation.recorded:
@@ -201,7 +207,7 @@ def recorded_refusals(
             )
 
     try:
-        yield asked
+        yield
     except (ServerError, AdapterError) as exc:
         ended(_outcome_of(exc), exc.code)
         raise
@@ -408,6 +414,11 @@ def _outcome_of(exc: BaseException) -> Outcome:
     if isinstance(exc, BadRequest | ModelNotFound):
         return "rejected"
     return "unavailable" if isinstance(exc, AdapterError) else "failed"
+
+
+def version_header(version: Version | None) -> dict[str, str]:
+    """Which version answers, which a canary leaves open; nothing for the base."""
+    return {"X-Loraplex-Version": f"{version.adapter}@{version.number}"} if version else {}
 
 
 def new_request_id() -> str:

@@ -15,6 +15,7 @@ from adapters.tasks import run_in_thread
 from server.accounts.tenants import Tenant
 from server.errors import BadRequest, Internal
 from server.inference.completion import (
+    Asked,
     Completion,
     Completions,
     Order,
@@ -36,26 +37,45 @@ _ENCODINGS = ("float", "base64")
 
 
 async def embed(
-    service: Completions, tenant: Tenant, dialect: Dialect, body: dict[str, Any], request_id: str
+    service: Completions,
+    tenant: Tenant,
+    dialect: Dialect,
+    body: dict[str, Any],
+    request_id: str,
+    asked: Asked | None = None,
 ) -> Completion:
-    """Answers ``body`` for ``tenant`` with a document; raises and may be cancelled as ``open_completion``."""
+    """Answers ``body`` for ``tenant`` with a document; else as ``open_completion``."""
+    asked = asked or Asked()
     if isinstance(dialect, Scoring):
-        return await _score(service, tenant, dialect, body, request_id)
-    return await _embed(service, tenant, dialect, dialect, body, request_id)
+        return await _score(service, tenant, dialect, body, request_id, asked)
+    return await _embed(service, tenant, dialect, dialect, body, request_id, asked)
 
 
 async def _score(
-    service: Completions, tenant: Tenant, dialect: Scoring, body: dict[str, Any], request_id: str
+    service: Completions,
+    tenant: Tenant,
+    dialect: Scoring,
+    body: dict[str, Any],
+    request_id: str,
+    asked: Asked,
 ) -> Completion:
     """From the embeddings of what is compared, which are asked for under the dialect's name."""
-    with recorded_refusals(service, tenant, dialect, request_id), counted_refusals(service.metrics, tenant):
+    with (
+        recorded_refusals(service, tenant, dialect, request_id, asked),
+        counted_refusals(service.metrics, tenant),
+    ):
         check_base(service.answers.base, dialect)
         fields = dialect.allowed_fields(body)
-        asked = dialect.asked(fields)
-    wanted = dialect.embeddings_body(fields | {"model": body.get("model")}, asked)
-    opened = await _embed(service, tenant, dialect, EMBEDDINGS, wanted, request_id)
+        compared = dialect.asked(fields)
+    wanted = dialect.embeddings_body(fields | {"model": body.get("model")}, compared)
+    try:
+        opened = await _embed(service, tenant, dialect, EMBEDDINGS, wanted, request_id, asked)
+    except BadRequest as exc:
+        if exc.param == "input":  # no field of the request's own
+            exc.param = compared.longest
+        raise
     assert opened.body is not None
-    told = await run_in_thread(dialect.told, request_id, fields, asked, opened.body)
+    told = await run_in_thread(dialect.told, request_id, fields, compared, opened.body)
     return replace(opened, body=told)
 
 
@@ -66,9 +86,10 @@ async def _embed(
     embeddings: Dialect,
     body: dict[str, Any],
     request_id: str,
+    asked: Asked,
 ) -> Completion:
     """``dialect`` is that of the request, ``embeddings`` that of what the engine is asked."""
-    with recorded_refusals(service, tenant, dialect, request_id) as asked:
+    with recorded_refusals(service, tenant, dialect, request_id, asked):
         with counted_refusals(service.metrics, tenant):
             check_base(service.answers.base, dialect)
             resolved = await resolve_allowed(service, tenant, dialect, body, request_id)

@@ -36,6 +36,7 @@ GENERATING: dict[str, dict[str, Any]] = {
     "/v1/messages": {"model": "a", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
     "/v1/messages/count_tokens": {"model": "a", "messages": [{"role": "user", "content": "Hi"}]},
 }
+LONG = "why " * 2000
 WRONG: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({"input": []}, "invalid_request", "input"),
     ({"input": ["why"] * 2049}, "invalid_request", "input"),
@@ -47,7 +48,9 @@ WRONG: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({"input": "why", "dimensions": 4}, "invalid_request", None),
     ({"input": [5, 10_000_000]}, "invalid_request", None),
     ({"input": [[5], [-1]]}, "invalid_request", None),
-    ({"input": "why " * 2000}, "context_length_exceeded", None),
+    ({"input": LONG}, "context_length_exceeded", "input"),
+    ({"input": ["why", LONG]}, "context_length_exceeded", "input"),
+    ({"input": [5] * 5000}, "context_length_exceeded", "input"),
     ({"input": "why", "cache_salt": "x"}, "unknown_field", "cache_salt"),
     ({"input": "why", "priority": -1}, "unknown_field", "priority"),
     ({"input": "why", "stream": True}, "unknown_field", "stream"),
@@ -268,3 +271,19 @@ class EmbeddingSuite:
         refused = await site.http.post(url, json={"model": "a", **body}, headers=bearer(key))
         assert refused.status_code == 400, refused.text
         assert refused.json()["error"]["param"] == param
+
+    @pytest.mark.parametrize(
+        ("url", "body", "param"),
+        [
+            ("/v1/rerank", {"query": LONG, "documents": ["a", "b"]}, "query"),
+            ("/v1/rerank", {"query": "a", "documents": ["a", {"text": LONG}]}, "documents.1"),
+            ("/v1/score", {"text_1": LONG, "text_2": ["a", "b"]}, "text_1"),
+            ("/v1/score", {"queries": ["a", "b"], "documents": ["a", LONG]}, "documents.1"),
+        ],
+    )
+    async def test_scores_of_texts_that_are_too_long(
+        self, site: Site, key: str, url: str, body: dict[str, Any], param: str
+    ) -> None:
+        refused = await site.http.post(url, json={"model": "a", **body}, headers=bearer(key))
+        error(refused, 400, "context_length_exceeded", param)
+        assert refused.headers["X-Loraplex-Version"] == "a@1"

@@ -37,7 +37,7 @@ from server.engine.calls import (
     WorkerReport,
 )
 from server.engine.engine import Engine
-from server.engine.errors import from_vllm, request_errors
+from server.engine.errors import from_vllm, named, request_errors
 from server.engine.parsers import Parsers
 from server.engine.serving import raise_errors
 from server.engine.sizing import EngineCapacity
@@ -269,7 +269,10 @@ class FakeEngine:
                 request = fake_dialects.as_chat(request)
         if self.base.pooling != (call.kind == "embedding"):
             self._violated(f"{call.kind} is asked of another kind of model")
-        run = self._run_of(call, request)
+        try:
+            run = self._run_of(call, request)
+        except BadRequest as exc:
+            raise named(exc, call.kind) from None
         if call.kind == "embedding":
             return Answer(body=await self._embed(run))
         if request.stream:

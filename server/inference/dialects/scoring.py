@@ -29,10 +29,16 @@ _SHARED = frozenset({"model", "truncate_prompt_tokens", "truncation_side", "user
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is compared: each pair is of two places in ``texts``."""
+    """What is compared: each pair is of two places in ``texts``. ``names`` says which fields have them."""
 
     texts: list[str]
+    names: list[str]
     pairs: list[tuple[int, int]]
+
+    @property
+    def longest(self) -> str:
+        """Where the longest text is, which is too long if any is."""
+        return max(zip(self.texts, self.names, strict=True), key=lambda text: len(text[0]))[1]
 
 
 class Scoring(Dialect):
@@ -89,7 +95,8 @@ class Rerank(Scoring):
             raise BadRequest("`return_documents` must be true or false.", param="return_documents")
         if body.get("top_n", 0) < 0:
             raise BadRequest("`top_n` must be at least 0, for all of them.", param="top_n")
-        return Asked([query, *documents], [(0, place) for place in range(1, len(documents) + 1)])
+        names = ["query", *_places(body["documents"], "documents")]
+        return Asked([query, *documents], names, [(0, place) for place in range(1, len(documents) + 1)])
 
     def told(
         self, id_: str, body: Mapping[str, Any], asked: Asked, embeddings: Mapping[str, Any]
@@ -131,7 +138,8 @@ class Score(Scoring):
             raise BadRequest(f"`{first}` must be one text, or as many as `{second}`.", param=first)
         places = [0] * len(right) if len(left) == 1 else range(len(left))
         pairs = [(one, len(left) + other) for other, one in enumerate(places)]
-        return Asked([*left, *right], pairs)
+        names = [*_places(body[first], first), *_places(body[second], second)]
+        return Asked([*left, *right], names, pairs)
 
     def told(
         self, id_: str, body: Mapping[str, Any], asked: Asked, embeddings: Mapping[str, Any]
@@ -154,6 +162,11 @@ def _texts(given: Any, name: str) -> list[str]:
     if wrong or not 1 <= len(texts) <= MAX_TEXTS:
         raise BadRequest(f"`{name}` must be a text, or a list of 1 to {MAX_TEXTS} texts.", param=name)
     return list(texts)
+
+
+def _places(given: Any, name: str) -> list[str]:
+    """What the texts of a field are called in an error."""
+    return [f"{name}.{place}" for place in range(len(given))] if isinstance(given, list) else [name]
 
 
 def _documents(given: Any) -> list[str]:

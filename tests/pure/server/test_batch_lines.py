@@ -139,7 +139,12 @@ def test_what_is_written() -> None:
     assert json.loads(answered("i", "a", {"x": 1})) == {
         "id": "batch_req_i",
         "custom_id": "a",
-        "response": {"status_code": 200, "request_id": "i", "body": {"x": 1}},
+        "response": {
+            "status_code": 200,
+            "request_id": "i",
+            "headers": {"X-Request-Id": "i"},
+            "body": {"x": 1},
+        },
         "error": None,
     }
     wrong = json.loads(refused("i", "a", BadRequest("no", param="n")))

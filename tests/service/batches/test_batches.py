@@ -85,6 +85,7 @@ async def test_a_batch_from_upload_to_output(site: Site, client: openai.AsyncOpe
     lines[8]["body"]["model"] = "nobody"
     lines[6]["body"]["model"] = "a"
     lines[9]["body"]["stream"] = True
+    lines[10]["body"] |= {"model": "a@1", "messages": [{"role": "user", "content": "word " * 5000}]}
     batch = await started(client, jsonl(lines), metadata={"purpose": "test"})
     assert (batch.status, batch.endpoint, batch.metadata) == ("validating", CHAT, {"purpose": "test"})
     assert batch.expires_at == batch.created_at + 24 * 3600
@@ -92,13 +93,15 @@ async def test_a_batch_from_upload_to_output(site: Site, client: openai.AsyncOpe
     assert batch.status == "completed"
     counts = batch.request_counts
     assert counts is not None
-    assert (counts.total, counts.completed, counts.failed) == (20, 17, 3)
+    assert (counts.total, counts.completed, counts.failed) == (20, 16, 4)
     assert batch.usage is not None
-    assert batch.usage.output_tokens == 17 * 3
+    assert batch.usage.output_tokens == 16 * 3
     answers = await documents(client, batch.output_file_id)
-    assert [one["custom_id"] for one in answers] == [f"r{n}" for n in range(20) if n not in (7, 8, 9)]
+    assert [one["custom_id"] for one in answers] == [f"r{n}" for n in range(20) if n not in (7, 8, 9, 10)]
     for one in answers:
         assert one["error"] is None
+        given_by = {"X-Loraplex-Version": "a@1"} if one["custom_id"] == "r6" else {}
+        assert one["response"]["headers"] == {"X-Request-Id": one["response"]["request_id"]} | given_by
         assert one["response"]["status_code"] == 200
         assert one["response"]["body"]["choices"][0]["message"]["content"].endswith(" 1 2")
     errors = await documents(client, batch.error_file_id)
@@ -106,7 +109,10 @@ async def test_a_batch_from_upload_to_output(site: Site, client: openai.AsyncOpe
         ("r7", 400),
         ("r8", 404),
         ("r9", 400),
+        ("r10", 400),
     ]
+    assert errors[3]["response"]["headers"]["X-Loraplex-Version"] == "a@1"
+    assert errors[3]["response"]["body"]["error"]["code"] == "context_length_exceeded"
     assert errors[1]["response"]["body"]["error"]["code"] == "model_not_found"
     await site.services.usage_writer.flush()
     rows = (await site.admin.get("/admin/v1/requests?limit=1000")).json()["data"]
@@ -114,7 +120,7 @@ async def test_a_batch_from_upload_to_output(site: Site, client: openai.AsyncOpe
     assert {ids[one["response"]["request_id"]] for one in answers} == {"completed"}
     assert {ids[one["response"]["request_id"]] for one in errors[:2]} == {"rejected"}
     page = (await site.http.get("/metrics")).text
-    assert 'loraplex_batch_lines_total{result="completed",tenant="acme"} 17.0' in page
+    assert 'loraplex_batch_lines_total{result="completed",tenant="acme"} 16.0' in page
     assert 'loraplex_batches_total{state="completed",tenant="acme"} 1.0' in page
 
 
@@ -134,9 +140,12 @@ async def test_a_batch_of_embeddings(tmp_path: Path) -> None:
     async with fake_site(tmp_path, FakeEngine(EMBEDDING)) as site:
         client = site.openai(await site.tenant("acme", {"a": tiny.adapter(1)}))
         lines = [line(f"r{n}", "/v1/embeddings", input=["one", "two"]) for n in range(3)]
+        lines.append(line("long", "/v1/embeddings", input="word " * 5000))
         batch = await ended(client, (await started(client, jsonl(lines), "/v1/embeddings")).id)
         answers = await documents(client, batch.output_file_id)
         assert [len(one["response"]["body"]["data"]) for one in answers] == [2, 2, 2]
+        (long,) = await documents(client, batch.error_file_id)
+        assert long["response"]["body"]["error"]["code"] == "context_length_exceeded"
         with pytest.raises(openai.BadRequestError, match="embeddings and no text"):
             await started(client, jsonl([line("r")]))
 

@@ -432,8 +432,15 @@ async def test_an_answer_says_which_version_gave_it(site: Site, stream: bool) ->
     for model, version in (("a", "a@2"), ("a@1", "a@1"), (tiny.NAME, None)):
         answer = await site.chat(key, "hi", model=model, stream=stream)
         assert answer.status_code == 200, answer.text
-        assert answer.headers.get("x-loraplex-version") == version
+        assert answer.headers.get_list("x-loraplex-version") == ([version] if version else [])
         assert answer.headers.get("x-accel-buffering") == ("no" if stream else None)
+        refused = await site.chat(key, "word " * 5000, model=model, stream=stream)
+        error(refused, 400, "context_length_exceeded", "messages")
+        assert refused.headers.get("x-loraplex-version") == version
+    body = {"model": "a@1", "messages": MESSAGES}
+    for url in ("/tokenize", "/v1/messages/count_tokens"):
+        counted = await site.http.post(url, json=body, headers=bearer(key))
+        assert counted.headers["x-loraplex-version"] == "a@1", counted.text
 
 
 async def test_models_with_a_slash_are_models(site: Site) -> None:

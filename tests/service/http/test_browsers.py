@@ -165,6 +165,7 @@ async def test_a_stream_that_waits_is_told_so(tmp_path: Path) -> None:
                 assert time.monotonic() - began < 1.0
                 assert said.status_code == 200
                 assert said.headers["x-accel-buffering"] == "no"
+                assert said.headers["x-loraplex-version"] == "a@1", "it is known before its turn comes"
                 lines = [line async for line in said.aiter_lines()]
         comments = [line for line in lines if line.startswith(":")]
         assert len(comments) >= 3
@@ -182,6 +183,11 @@ async def test_the_vendors_clients_read_over_the_comments(tmp_path: Path) -> Non
                 model="a", messages=TURNS, max_tokens=3, stream=True
             )
             assert (await _all(stream))[-1].choices[0].finish_reason == "length"
+        async with busy(site, key, 30):
+            texts = await _all(
+                await site.openai(key).completions.create(model="a", prompt="hi", max_tokens=3, stream=True)
+            )
+            assert texts[-1].choices[0].finish_reason == "length"
         async with busy(site, key, 30):
             asked: Any = {"model": "a", "messages": TURNS, "max_tokens": 3}
             async with site.anthropic(key).messages.stream(**asked) as told:
