@@ -103,7 +103,8 @@ class Serving(BaseSettings):
     database_timeout: float = Field(
         5.0,
         gt=0,
-        description="Seconds that PostgreSQL may take to connect or for a statement; then it counts as away. A start waits 30 to connect.",
+        description="Seconds that PostgreSQL may take to connect or for a statement; then it counts as away."
+        " A start waits 30 to connect.",
     )
     backup_dir: Path = Field(
         Path(),

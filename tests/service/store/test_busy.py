@@ -47,7 +47,7 @@ async def test_a_short_lock_is_waited_for(tmp_path: Path) -> None:
 
 
 async def holding(file: Path) -> sqlite3.Connection:
-    """A connection that has the write lock. Taken in a thread: the server, in this process, may be writing."""
+    """A connection that has the write lock, taken in a thread: the server of this process may be writing."""
     other = sqlite3.connect(file, timeout=60, isolation_level=None, check_same_thread=False)
     await asyncio.to_thread(other.execute, "BEGIN IMMEDIATE")
     return other
