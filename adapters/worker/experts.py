@@ -34,6 +34,19 @@ def expert_shapes(tables: Any, name: str, layer: Any) -> dict[str, list[int]]:
     return found
 
 
+def largest_pairs(layer: Any, rank: int) -> int:
+    """Elements of an adapter of ``rank`` on the experts ``layer``, which each worker keeps whole.
+
+    0 for another layer. The form with gate and up apart is the larger one.
+    """
+    from vllm.lora.layers import FusedMoEWithLoRA
+
+    if not isinstance(layer, FusedMoEWithLoRA) or not layer.moe_config.is_act_and_mul:
+        return 0
+    inner = layer.intermediate_size_per_partition * layer.tp_size
+    return 3 * rank * (int(layer.hidden_size) + int(inner)) * int(layer.global_num_experts)
+
+
 def has_stacked_experts(folder: str) -> bool:
     """Whether the adapter in ``folder`` has its experts in one pair. Raises OSError and ValueError."""
     with (Path(folder) / WEIGHTS_FILE).open("rb", buffering=0) as file:

@@ -28,7 +28,7 @@ import psutil
 from adapters.worker.cpu.onednn import make_kernels
 from adapters.worker.cpu.packed import know_the_device
 from adapters.worker.dora import DoraScales
-from adapters.worker.experts import expert_shapes, has_stacked_experts
+from adapters.worker.experts import expert_shapes, has_stacked_experts, largest_pairs
 from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine
 from adapters.worker.names import Names, checkpoint_modules, names_of
 from adapters.worker.not_finite import NotFiniteGuard
@@ -231,7 +231,9 @@ class _Pager:
         """Bytes of an adapter of the largest rank on all layers that are served, of this worker's part."""
         served = [layer for layer in self.tables.modules.values() if _part_shapes(layer) is not None]
         stacked = [t for layer in served for t in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
-        return int(sum(t.nbytes for t in stacked) // self._slots)
+        lora = self.manager.lora_config
+        experts = sum(largest_pairs(layer, lora.max_lora_rank) for layer in self.tables.modules.values())
+        return int(sum(t.nbytes for t in stacked) // self._slots) + experts * int(lora.lora_dtype.itemsize)
 
     def _allocated(self) -> int:
         """Bytes of all slots, of layers that Loraplex serves no adapters on too."""

@@ -40,7 +40,7 @@ class BufferPool:
     """
 
     def __init__(self, size: int, keep: int) -> None:
-        self._size = _whole(size)
+        self._size = whole(size)
         self._keep = keep
         self._free: list[mmap.mmap] = []  # the smallest first
         # A buffer may be collected wherever the garbage collector runs: in the middle of these methods too.
@@ -69,7 +69,7 @@ class BufferPool:
             if region is not None:
                 self._free.remove(region)
         if region is None:
-            length = max(_whole(size), self._size)
+            length = max(whole(size), self._size)
             region = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         buffer = (ctypes.c_char * len(region)).from_buffer(region)
         weakref.finalize(buffer, self._take_back, region).atexit = False
@@ -85,7 +85,7 @@ class BufferPool:
             self._free = sorted([*self._free, region], key=len)[-self._keep :]
 
 
-def _whole(size: int) -> int:
+def whole(size: int) -> int:
     """In whole MiB, because ctypes remembers every length that an array has had."""
     return -(-max(size, 1) // _MIB) * _MIB
 

@@ -108,6 +108,11 @@ def _slot_layers(config: Any) -> list[Layer]:
             "the slots of a multimodal model, or of one in pipeline stages, are not computed;"
             " give GPU_SLOTS and HOST_SLOTS as numbers"
         )
+    if model.is_moe and (config.parallel_config.enable_expert_parallel or lora.enable_moe_shared_loras):
+        raise ValueError(
+            "the slots of a mixture whose experts are divided among workers, or share their adapters, are not"
+            " computed; give GPU_SLOTS and HOST_SLOTS as numbers"
+        )
     implementation = get_model_cls(model)
     return lora_layers(
         model.hf_text_config,

@@ -1,8 +1,10 @@
 """The layers of a base model that vLLM makes room in a slot for, known before any weight is loaded.
 
 ``transformers`` builds the model on torch's meta device, which holds shapes and no data. Its linear layers
-are those of the checkpoint; vLLM fuses some of them, which changes no size. What cannot be told in this way
-(experts, convolutions, an architecture that transformers does not have) is refused rather than guessed.
+are those of the checkpoint; vLLM fuses some of them, which changes no size. Of a mixture's experts it makes
+room for gate, up and down of each, which the workers share as they do dense layers of those names. What
+cannot be told in this way (convolutions, an architecture that transformers does not have) is refused rather
+than guessed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from adapters.inspection.base_model import on_meta
 from server.engine.sizing import Layer, Split
 
 SERVED = ("embed_tokens", "lm_head")  # of the vocabulary
+# Mixtures whose every layer is counted here as vLLM makes it, by transformers' ``model_type``.
+MIXTURES = ("mixtral", "qwen3_moe")
 _GIVE_A_NUMBER = "give GPU_SLOTS and HOST_SLOTS as numbers"
 
 
@@ -45,6 +49,11 @@ def lora_layers(
             if suffix in vocabulary:
                 outputs, inputs = module.weight.shape
                 layers.append(Layer(inputs, outputs, served=workers == 1 and suffix in SERVED))
+        elif _is_experts(module):
+            layers += _experts(module, workers)
+        elif _is_router(name, module):
+            experts, inputs = module.weight.shape
+            layers.append(Layer(inputs, experts))
         elif _is_linear(module):
             outputs, inputs = module.weight.shape
             unit = _head_size(config) if suffix in ("k_proj", "v_proj") else 1
@@ -65,11 +74,13 @@ def _on_meta(config: Any, trust_remote_code: bool) -> Any:
 
 
 def _check_known(model: Any, config: Any) -> None:
-    """Every matrix is one of a linear layer or an embedding, and none of an expert's."""
+    """Every matrix is one of a linear layer or an embedding, or of a mixture that is known."""
     from torch import nn
 
+    mixture = getattr(config, "model_type", "") in MIXTURES
     for name, module in model.named_modules():
         known = isinstance(module, nn.Linear | nn.Embedding) and ".experts." not in name
+        known = known or (mixture and (_is_experts(module) or _is_router(name, module)))
         if not known and any(p.ndim > 1 for p in module.parameters(recurse=False)):
             raise ValueError(
                 f"{type(config).__name__}: what a slot holds for {name} ({type(module).__name__})"
@@ -81,6 +92,26 @@ def _is_linear(module: Any) -> bool:
     from torch import nn
 
     return isinstance(module, nn.Linear)
+
+
+def _is_experts(module: Any) -> bool:
+    """Whether ``module`` holds a mixture's experts, stacked: (experts, outputs, inputs) twice."""
+    shapes = {name: weight.ndim for name, weight in module.named_parameters(recurse=False)}
+    return shapes == {"gate_up_proj": 3, "down_proj": 3}
+
+
+def _is_router(name: str, module: Any) -> bool:
+    """Whether ``module`` chooses the experts: a matrix that transformers keeps in a class of its own."""
+    own = dict(module.named_parameters(recurse=False))
+    return name.endswith(".gate") and not _is_linear(module) and own.keys() == {"weight"}
+
+
+def _experts(module: Any, workers: int) -> list[Layer]:
+    count, hidden, inner = module.down_proj.shape
+    column: Split = "column" if workers > 1 else "none"
+    row: Split = "row" if workers > 1 else "none"
+    gate = up = Layer(hidden, inner, column, cut=False)
+    return [gate, up, Layer(inner, hidden, row, cut=False)] * count
 
 
 def _is_target(name: str, suffix: str, fused: Mapping[str, Sequence[str]], targets: Sequence[str]) -> bool:

@@ -27,7 +27,8 @@ class Layer:
 
     ``unit``: outputs that stay together when it is split by column, such as those of a KV head, which is
     repeated where there are more workers than heads. ``served``: adapters on it are accepted; a slot pays for
-    the vocabulary of many models although they are not.
+    the vocabulary of many models although they are not. ``cut``: workers keep their part of it in host
+    memory; of experts each keeps the whole.
     """
 
     inputs: int
@@ -35,6 +36,7 @@ class Layer:
     split: Split = "none"
     unit: int = 1
     served: bool = True
+    cut: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +96,10 @@ def entry_bytes(
 ) -> int:
     """Bytes that an adapter of ``rank`` on every served layer takes in the memory of all workers."""
     served = [layer for layer in layers if layer.served]
-    if not shards:
-        return workers * slot_bytes(served, rank=rank, itemsize=itemsize)
-    return workers * slot_bytes(
-        served, rank=rank, itemsize=itemsize, workers=workers, fully_sharded=fully_sharded
-    )
+    cut = [layer for layer in served if layer.cut and shards]
+    whole = [layer for layer in served if not (layer.cut and shards)]
+    parts = slot_bytes(cut, rank=rank, itemsize=itemsize, workers=workers, fully_sharded=fully_sharded)
+    return workers * (parts + slot_bytes(whole, rank=rank, itemsize=itemsize))
 
 
 def gpu_slots(memory: int, slot: int, most_running: int) -> int:

@@ -71,7 +71,21 @@ def test_only_the_targets_where_there_are_any(targets: list[str], counted: list[
     assert totals(layers_of(config, vocabulary=LLAMA_VOCABULARY, targets=targets)) == sorted(counted)
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "Mamba2", "GPT2", "CLIPText"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_layers_of_a_mixture_and_what_workers_keep_of_its_experts(workers: int) -> None:
+    config = transformers.Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=48)
+    layers = layers_of(config, workers=workers)
+    attention = [(64, 64), (64, 16), (64, 16), (64, 64)]
+    experts = [(64, 48), (64, 48), (48, 64)] * 4
+    assert totals(layers) == sorted([*attention, (64, 4), *experts] * 2)
+    whole = [layer for layer in layers if not layer.cut]
+    assert totals(whole) == sorted(experts * 2)
+    size = {"rank": 8, "itemsize": 2}
+    kept = sizing.entry_bytes(whole, **size, workers=workers)
+    assert kept == workers * sizing.entry_bytes(whole, **size), "experts are whole on each worker"
+
+
+@pytest.mark.parametrize("name", ["Qwen2Moe", "GptOss", "Mamba2", "GPT2", "CLIPText"])
 def test_what_cannot_be_told_is_refused(name: str) -> None:
     config = getattr(transformers, f"{name}Config")(num_hidden_layers=1)
     with pytest.raises(ValueError, match="give GPU_SLOTS and HOST_SLOTS as numbers"):
