@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError
 
 from adapters.database.database import Database
 from adapters.database.glance import glance
@@ -45,7 +46,7 @@ _ADOPT = (
     "If that is meant, run `loraplex adopt` with the same settings; it joins the two and removes nothing."
 )
 
-# The lock is the process's own: a second one on the same folder within it would be granted.
+# The lock of the file is the process's own: a second one on the same folder within it would be granted.
 _locked: set[Path] = set()
 
 
@@ -63,43 +64,82 @@ class FolderLock:
     With ``shared``, the processes of one fleet have the folder together, and no other one; ``alone`` is for
     what one of them does while the others wait.
 
-    The end of the process releases it too. It is a POSIX lock, which belongs to a process and not to the
-    children that it forks: an engine that survives the server does not keep the next server out.
+    The end of the process releases it too. It is two locks. The one of ``.lock`` is POSIX's, which belongs
+    to a process, whatever that forks. The one of the folder itself holds where somebody removes ``.lock``; a
+    forked child shares it and lets it go at once, so that an engine that survives the server does not keep
+    the next server out.
     """
 
     def __init__(self, root: Path, *, shared: bool = False) -> None:
         self.root = root.absolute()
         self._shared = shared
-        self._descriptor = -1
+        self._descriptors: list[int] = []
 
     def acquire(self) -> Self:
         """Raises FolderInUse if a server runs on the folder, OSError if it cannot be written."""
         self.root.mkdir(parents=True, exist_ok=True)
         if self.root in _locked and not self._shared:
             raise self._in_use(str(os.getpid()))
-        descriptor = os.open(self.root / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        _held.add(self)
         try:
-            fcntl.lockf(descriptor, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(descriptor, 20).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise self._in_use(owner or "unknown") from error
+            self._lock_folder()
+            self._lock_file()
         except BaseException:
-            os.close(descriptor)
+            self._let_go()
             raise
-        if not self._shared:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        self._descriptor = descriptor
         _locked.add(self.root)
         return self
 
+    def _lock_folder(self) -> None:
+        """Nothing where the file system locks no folders, as some network's do."""
+        descriptor = self._opened(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, self._how)
+        except BlockingIOError as error:
+            raise self._in_use(self._owner()) from error
+        except OSError as error:
+            logger.debug("the folder %s itself cannot be locked: %s", self.root, error)
+
+    def _lock_file(self) -> None:
+        path = self.root / LOCK_FILE
+        while True:
+            descriptor = self._opened(path, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.lockf(descriptor, self._how)
+            except BlockingIOError as error:
+                raise self._in_use(self._owner()) from error
+            if _is_at(descriptor, path):  # else it was removed since it was opened, and locks nobody out
+                break
+        if not self._shared:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    @property
+    def _how(self) -> int:
+        return (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
+
+    def _opened(self, path: Path, flags: int) -> int:
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        self._descriptors.append(descriptor)
+        return descriptor
+
+    def _owner(self) -> str:
+        """The process that ``.lock`` names."""
+        try:
+            return (self.root / LOCK_FILE).read_text(errors="replace")[:20].strip() or "unknown"
+        except OSError:
+            return "unknown"
+
     def release(self) -> None:
         """May be repeated."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self._descriptors:
+            self._let_go()
             _locked.discard(self.root)
+
+    def _let_go(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+        _held.discard(self)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -117,6 +157,27 @@ class FolderLock:
             f"the data folder {self.root} belongs to a server that is running (process {owner}). Stop that"
             " one, or give this one a folder of its own with LORAPLEX_DATA_DIR."
         )
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one that has the name now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+# What this process has open. A child that is forked owns nothing; that it closes them releases nothing here.
+_held: set[FolderLock] = set()
+
+
+def _let_all_go() -> None:
+    for lock in list(_held):
+        lock._let_go()
+    _locked.clear()
+
+
+os.register_at_fork(after_in_child=_let_all_go)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +201,8 @@ class Ownership:
         self._database = database
         self._path = blobs.root / INSTALLATION_FILE
         self._mark = _Mark("", 0)
+        self._named = uuid.uuid4().hex  # the id of a database that has none
+        self._found: str | None = None  # the database's id, before it was opened
         self._generation = -1
 
     @property
@@ -153,6 +216,7 @@ class Ownership:
         Nothing is touched: no table is made or upgraded, no folder made. Raises SchemaTooNew too.
         """
         seen = await glance(self._database.url, META_KEY)
+        self._found = seen.installation
         mark = await run_in_thread(self._read)
         if mark is None:
             await self._check_contents(seen.linked)
@@ -176,9 +240,26 @@ class Ownership:
         self._mark = mark
 
     async def join(self) -> None:
-        """After ``verify``, when both are open: gives an id to what has none yet, as after an upgrade."""
-        if not self._mark.id:
-            await self._join(await self._known())
+        """After ``verify``, when both are open: gives an id to what has none yet, as after an upgrade.
+
+        WrongDatabase where another server did so at the same moment: each would take the database for its
+        own. The processes of a fleet take what the first of them gave.
+        """
+        if self._mark.id:
+            return
+        known = await self._known()
+        if known is None:
+            try:
+                known = await self._name()
+            except IntegrityError:
+                known = await self._known()
+        if self._alone and self._found is None and known != self._named:
+            raise WrongDatabase(
+                "another server was started on the database at the same moment, with another data folder."
+                " Nothing was touched. Give this one a database of its own with LORAPLEX_DATABASE_URL;"
+                " several servers on one database are a fleet, see LORAPLEX_ROLE."
+            )
+        await self._join(known)
 
     async def claim(self) -> None:
         """After ``join``: the object store, if there is one, becomes this installation's, or is it already.
@@ -243,12 +324,15 @@ class Ownership:
                 f" {_ADOPT}"
             )
 
+    async def _name(self) -> str:
+        """Gives the database an id; IntegrityError if it has one."""
+        async with self._database.append() as session:
+            session.add(MetaRow(key=META_KEY, value=self._named))
+        return self._named
+
     async def _join(self, known: str | None) -> None:
         """The database first: a folder that names a database without an id would be refused."""
-        if known is None:
-            known = uuid.uuid4().hex
-            async with self._database.append() as session:
-                session.add(MetaRow(key=META_KEY, value=known))
+        known = known or await self._name()
         kept = await self._blobs.digests() - await linked_digests(self._database)
         await self._keep(_Mark(known, await self._last_audit(), tuple(sorted(kept))))
 

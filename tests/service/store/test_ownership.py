@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -22,7 +23,14 @@ from adapters.database import audit
 from adapters.database.database import MIGRATIONS, SchemaTooNew
 from adapters.database.unusable import DatabaseUnusable
 from adapters.store.blobs import BlobStore
-from adapters.store.ownership import INSTALLATION_FILE, FolderInUse, FolderLock, Ownership, WrongDatabase
+from adapters.store.ownership import (
+    INSTALLATION_FILE,
+    LOCK_FILE,
+    FolderInUse,
+    FolderLock,
+    Ownership,
+    WrongDatabase,
+)
 from server.app import create_app
 from server.cli import data
 from server.settings import Settings
@@ -306,6 +314,71 @@ def test_the_lock_is_the_processes_own(tmp_path: Path) -> None:
     lock.release()
     assert acquire_elsewhere(tmp_path) == "held"
     FolderLock(tmp_path).acquire().release()
+
+
+def test_the_lock_holds_where_its_file_is_removed_or_the_folder_has_another_name(tmp_path: Path) -> None:
+    folder, link = tmp_path / "data", tmp_path / "link"
+    lock = FolderLock(folder).acquire()
+    link.symlink_to(folder)
+    for step in ("linked", "removed", "made again"):
+        with pytest.raises(FolderInUse, match="belongs to a server that is running"):
+            FolderLock(link).acquire()
+        if step == "linked":
+            (folder / LOCK_FILE).unlink()
+        elif step == "removed":
+            (folder / LOCK_FILE).touch()
+    lock.release()
+    FolderLock(link).acquire().release()
+
+
+def test_a_child_that_outlives_the_server_does_not_keep_the_folder(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, time; from pathlib import Path; from adapters.store.ownership import FolderLock;"
+        "FolderLock(Path(sys.argv[1])).acquire(); child = os.fork();"
+        "child or (os.close(1), time.sleep(60), os._exit(0)); print(child, flush=True); os._exit(0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    child = int(done.stdout)
+    try:
+        FolderLock(tmp_path).acquire().release()
+        os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_of_two_servers_that_find_a_new_database_at_once_one_gets_it(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path) as database:
+        owners = []
+        for name in ("one", "other"):
+            blobs = BlobStore(tmp_path / name, max_bytes=1)
+            await blobs.open()
+            owners.append(Ownership(blobs, database))
+        for owner in owners:
+            await owner.verify()
+        ended = await asyncio.gather(*(owner.join() for owner in owners), return_exceptions=True)
+        (refusal,) = [error for error in ended if error is not None]
+        assert isinstance(refusal, WrongDatabase)
+        assert "LORAPLEX_ROLE" in str(refusal)
+        assert len(list(tmp_path.glob(f"*/{INSTALLATION_FILE}"))) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_processes_of_a_fleet_that_begin_at_once_agree(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path) as database:
+        owners = []
+        for name in ("one", "other"):
+            blobs = BlobStore(tmp_path / name, max_bytes=1)
+            await blobs.open()
+            owners.append(Ownership(blobs, database, alone=False))
+        for owner in owners:
+            await owner.verify()
+        await asyncio.gather(*(owner.join() for owner in owners))
+        marks = [json.loads(path.read_bytes()) for path in tmp_path.glob(f"*/{INSTALLATION_FILE}")]
+        assert len(marks) == 2
+        assert marks[0]["id"] == marks[1]["id"]
 
 
 def test_a_model_that_is_not_there_costs_nothing(tmp_path: Path) -> None:
