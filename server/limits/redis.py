@@ -20,6 +20,7 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -89,6 +90,7 @@ class RedisLedger:
         self._closed: set[str] = set()  # entries whose end Redis does not know yet
         self._remaining: dict[str, dict[str, Remaining]] = {}
         self._spending: dict[str, Spending] = {}
+        self._reading: dict[tuple[str, datetime], asyncio.Future[Amount]] = {}
         self._reservations = 0
         self._up = False
         self._reporting = asyncio.Lock()
@@ -247,12 +249,25 @@ class RedisLedger:
         now = self._wall()
         found = await self._ask(entry, *_with_budget(keys, args, entry.budget, now, None))
         if found == [b"unknown"]:
-            recorded = {
-                period: await entry.budget.recorded(period_start(period, now), self._wall())
-                for period in PERIODS
-            }
+            known = await asyncio.gather(*(self._recorded(entry.budget, period, now) for period in PERIODS))
+            recorded = dict(zip(PERIODS, known, strict=True))
             found = await self._ask(entry, *_with_budget(keys, args, entry.budget, now, recorded))
         return found
+
+    async def _recorded(self, budget: TenantBudget, period: Period, now: datetime) -> Amount:
+        """What is on record of a period, read once for all who ask meanwhile: after an outage all ask."""
+        since = period_start(period, now)
+        reading = self._reading.get((budget.name, since))
+        if reading is None:
+            reading = asyncio.ensure_future(budget.recorded(since, self._wall()))
+            self._reading[budget.name, since] = reading
+            reading.add_done_callback(partial(self._read, budget.name, since))
+        return await asyncio.shield(reading)
+
+    def _read(self, name: str, since: datetime, reading: asyncio.Future[Amount]) -> None:
+        del self._reading[name, since]
+        if not reading.cancelled():
+            reading.exception()  # whoever still waits raises it
 
     def _arguments(self, command: str, entry: Entry) -> tuple[list[str], list[str | float]]:
         """Keys and arguments of the script, without those of the budget."""
@@ -295,13 +310,7 @@ class RedisLedger:
 
     async def _report_forever(self) -> None:
         while True:
-            try:
-                async with asyncio.timeout(REPORT_INTERVAL_S if self._up else RETRY_S):
-                    await self._report_now.wait()
-                only_closed = self._up
-            except TimeoutError:
-                only_closed = False
-            self._report_now.clear()
+            only_closed = await self._next_report()
             try:
                 if not self._up:  # connections that broke together would each break one more request
                     await self._redis.connection_pool.disconnect(inuse_connections=False)
@@ -312,7 +321,21 @@ class RedisLedger:
                     logger.warning("Redis answers again: it counts limits and budgets")
             except Exception as exc:  # a defect, too, must not end what gives places back
                 self._lost(exc)
-                await asyncio.sleep(RETRY_S)
+
+    async def _next_report(self) -> bool:
+        """Waits for the time of the next report; whether it is only of what has ended."""
+        if not self._up:
+            await asyncio.sleep(RETRY_S)
+            self._report_now.clear()
+            return False
+        try:
+            async with asyncio.timeout(REPORT_INTERVAL_S):
+                await self._report_now.wait()
+            return self._up
+        except TimeoutError:
+            return False
+        finally:
+            self._report_now.clear()
 
     async def _report(self, *, only_closed: bool = False) -> None:
         """Renews what is reserved, and reports what was used and what has ended.
@@ -340,6 +363,7 @@ class RedisLedger:
             unexpected = None if isinstance(exc, _FAILURES) else exc
             logger.error("Redis does not answer, %s: %r", self._outage, exc, exc_info=unexpected)
         self._up = False
+        self._report_now.set()  # which finds out whether it was one connection, or Redis
 
 
 def _with_budget(

@@ -353,6 +353,43 @@ async def test_redis_that_was_killed_comes_back_empty_and_is_told_what_is_held_a
     server.kill()
 
 
+async def test_what_is_on_record_is_read_once_for_all_who_ask_after_a_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hundreds of reads at once would make the customers wait for the database, and it for them."""
+    read: list[datetime] = []
+    asked = 0
+    go_on = asyncio.Event()
+
+    async def recorded(tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
+        read.append(start)
+        await go_on.wait()
+        return 40, 0
+
+    who = budgeted(tokens=100)
+    async with opened() as shared:
+        ask = shared._recorded
+
+        async def counted(*args: Any) -> Amount:
+            nonlocal asked
+            asked += 1
+            return await ask(*args)
+
+        monkeypatch.setattr(shared, "_recorded", counted)
+        quotas = Quotas(shared, spent=recorded)
+        asking = [asyncio.create_task(begun(quotas, who)) for _ in range(20)]
+        async with asyncio.timeout(60):
+            while asked < 40:
+                await asyncio.sleep(0.01)
+        left = asking.pop(0)  # who began to read, and goes away
+        left.cancel()
+        go_on.set()
+        await asyncio.gather(*asking)
+        assert len(read) == 2, "one of the day, one of the month"
+        with pytest.raises(TooManyRequests, match="40 tokens of 100"):
+            await admitted(quotas, who, 61)
+
+
 async def test_what_a_killed_process_held_is_free_soon() -> None:
     name = f"t{uuid.uuid4().hex[:12]}"
     holder = await asyncio.create_subprocess_exec(
