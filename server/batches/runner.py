@@ -53,6 +53,7 @@ from server.settings import Settings
 logger = logging.getLogger(__name__)
 
 LOOK_S = 5.0
+IDLE_LOOK_S = 60.0  # while there is none, in a process of its own
 WATCH_S = 1.0  # how soon a cancelled batch stops
 CHORES_S = 600.0
 # A process of a fleet holds a batch for so long; it says every third of it that it is still there.
@@ -137,23 +138,30 @@ class Runner:
         self._wake.set()
 
     async def _look_forever(self) -> None:
+        pause = LOOK_S
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(pause):
                     await self._wake.wait()
             self._wake.clear()
+            pause = LOOK_S
             try:
-                await self._look()
+                # What is new in this process wakes it, and a look wakes a busy process.
+                if not await self._look() and self._fleet is None:
+                    pause = IDLE_LOOK_S
             except Exception as exc:  # the database is away, perhaps
                 logger.warning("batches cannot be looked for: %s", exc)
 
-    async def _look(self) -> None:
-        waiting = [batch for batch in await self.batches.unfinished() if batch.id not in self._active]
+    async def _look(self) -> bool:
+        """Begins what there is room for. Whether any batch has not ended."""
+        unfinished = await self.batches.unfinished()
+        waiting = [batch for batch in unfinished if batch.id not in self._active]
         busy = [tenant for tenant, _ in self._active.values()]
         for batch in next_ones(waiting, busy, self.running - len(busy)):
             if self._fleet is None or await self._fleet.hold(batch.id):
                 task = asyncio.create_task(self._run(batch), name=f"loraplex-{batch.id}")
                 self._active[batch.id] = batch.tenant, task
+        return bool(unfinished)
 
     async def _tidy_forever(self) -> None:
         while True:

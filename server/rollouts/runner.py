@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 # A look takes some 20 ms of processor time: a hundredth of one core while a rollout runs.
 LOOK_EVERY_S = 2.0
+IDLE_LOOK_EVERY_S = 30.0  # while there is none, in a process of its own
 # Who holds the lease decides; when it dies, another one does after so long.
 LEASE = "rollouts"
 LEASE_S = 15.0
@@ -73,26 +74,32 @@ class Runner:
 
     async def _forever(self) -> None:
         while True:
+            pause = self._every
             try:
-                await self.look()
+                # What begins in this process is told, and a look wakes a busy process.
+                if not await self.look() and self._replicas is None:
+                    pause = max(pause, IDLE_LOOK_EVERY_S)
             except Exception as exc:  # the database may be away
                 logger.warning("rollouts cannot be looked at: %s", exc)
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._every):
+                async with asyncio.timeout(pause):
                     await self._judge.begun.wait()
             self._judge.begun.clear()
 
-    async def look(self) -> None:
-        """Begins a look at every rollout, each beside the others: probes may take minutes."""
+    async def look(self) -> bool:
+        """Begins a look at every rollout, each beside the others: probes may take minutes.
+
+        Whether there are any.
+        """
         active = await self._judge.rows.active()
         self._judge.replayer.sampler.watch(active)
         if not active:
             self.decides = False
-            return
+            return False
         if self._replicas is not None:
             self.decides = await self._replicas.hold(LEASE, self._id, LEASE_S)
             if not self.decides:
-                return
+                return True
         for stored in active:
             if stored.id not in self._looking:
                 task = asyncio.create_task(self._look(stored), name=f"loraplex-rollout-{stored.id}")
@@ -100,6 +107,7 @@ class Runner:
             if self._judge.replayer.possible and stored.id not in self._replaying:
                 task = asyncio.create_task(self._replay(stored), name=f"loraplex-replay-{stored.id}")
                 self._replaying[stored.id] = task
+        return True
 
     async def _replay(self, stored: Stored) -> None:
         try:

@@ -447,6 +447,42 @@ async def test_a_cache_forgets_what_another_process_changed(url: str) -> None:
     await theirs.close()
 
 
+async def test_a_file_that_nobody_writes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a write after that is seen as any other."""
+    monkeypatch.setattr("adapters.database.database.WATCH_EVERY", 0.02)
+    ours, theirs = (Database(f"sqlite:///{tmp_path / 'a.db'}") for _ in range(2))
+    await ours.open()
+    async with ours.write() as session:
+        session.add(MetaRow(key="k", value="old"))
+    looks: list[str] = []
+
+    def looked(statement: str) -> None:
+        if "last_write" in statement:
+            looks.append(statement)
+
+    async with ours.read() as session:
+        raw = await (await session.connection()).get_raw_connection()
+        assert raw.driver_connection is not None
+        await raw.driver_connection.set_trace_callback(looked)
+    watching = asyncio.create_task(ours.watch())  # on that connection, the only one of the pool
+    async with asyncio.timeout(30):
+        while not looks:
+            await asyncio.sleep(0.02)
+        while looks:  # until the last write is more than a second ago
+            looks.clear()
+            await asyncio.sleep(0.5)
+        generation = ours.generation
+        async with theirs.write() as session:
+            (await session.get_one(MetaRow, "k")).value = "new"
+        while ours.generation == generation:
+            await asyncio.sleep(0.02)
+    assert looks
+    watching.cancel()
+    await asyncio.wait([watching])
+    await ours.close()
+    await theirs.close()
+
+
 async def test_a_cache_is_bounded_and_keeps_no_failures(database: Database) -> None:
     cache: ReadCache[int, int] = ReadCache(database, 3)
     asked = []
