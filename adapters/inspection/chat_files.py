@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adapters.errors import AdapterRejected, fault
+from adapters.inspection import strict_json
 from adapters.inspection.strict_json import show
 from adapters.model import (
     ADDED_TOKENS_FILE,
@@ -32,8 +35,14 @@ MAX_TEMPLATE = 128 << 10
 MAX_CONFIG = 4 << 20
 MAX_TOKENS = 1024
 LONGEST_TOKEN = 128
+MAX_STOPS = 128
 # A tokenizer's file begins with its added tokens; its vocabulary is not read.
 _HEAD = 4 << 20
+_ENTRY = 4096  # characters of one of them
+_BLANK = " \t\r\n"
+# Gemma's lists 6,400 tokens of seven fields each.
+_JSON = strict_json.Bounds(max_items=1 << 18, allow_nul=True)
+_NUMBER = re.compile("[0-9]{1,10}", re.ASCII)
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Of a generation_config.json, and what requests call it.
 _DEFAULTS = {
@@ -43,6 +52,15 @@ _DEFAULTS = {
     "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
+}
+# What a request or a PATCH may say: a default that neither may have would fail every request.
+_RANGES: Mapping[str, tuple[float, float, str]] = {
+    "temperature": (0, 2, "a number from 0 to 2"),
+    "top_p": (math.ulp(0), 1, "a number above 0 and at most 1"),
+    "top_k": (-1, 2**31 - 1, "a whole number of at least -1"),
+    "min_p": (0, 1, "a number from 0 to 1"),
+    "repetition_penalty": (0.01, 100, "a number from 0.01 to 100"),
+    "max_new_tokens": (1, 2**31 - 1, "a whole number of at least 1"),
 }
 # What says nothing about an answer here, or what the engine takes from the base.
 _QUIET = frozenset(
@@ -137,7 +155,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     else:
         found = config.get("chat_template")
     if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        named = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
         found = named.get("tool_use") or named.get("default")
     if found is None:
         return None
@@ -152,6 +170,8 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         token = config.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
+            if len(token) > LONGEST_TOKEN or not strict_json.is_storable(token):
+                raise _invalid(TOKENIZER_CONFIG_FILE, f"its {name}, {show(token)}, is no token")
             found[name] = token
     return found
 
@@ -198,7 +218,7 @@ def _not_served(text: str, token: _Token, base: BaseChat) -> str | None:
         return "the base's tokenizer has another token there"
     if not token.special:
         return "it is no special token, and would be missing in answers"
-    if not text or len(text) > LONGEST_TOKEN or not token.plain:
+    if not text or len(text) > LONGEST_TOKEN or not token.plain or not strict_json.is_storable(text):
         return f"served are tokens of 1 to {LONGEST_TOKEN} characters without lstrip, rstrip or single_word"
     return None
 
@@ -207,11 +227,11 @@ def _added_tokens(folder: Path, config: Mapping[str, Any], special: frozenset[st
     """``special`` are those that the tokenizer's configuration names."""
     found: dict[str, _Token] = {}
     for text, number in _json(folder, ADDED_TOKENS_FILE).items():
-        if isinstance(number, int):
+        if type(number) is int:
             found[text] = _Token(number, text in special)
     decoder = config.get("added_tokens_decoder")
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
-        if isinstance(token, dict) and isinstance(token.get("content"), str) and str(number).isdecimal():
+        if isinstance(token, dict) and isinstance(token.get("content"), str) and _NUMBER.fullmatch(number):
             found[token["content"]] = _token(int(number), token, special)
     return found | _tokenizers_added(folder / TOKENIZER_FILE, special)
 
@@ -231,10 +251,28 @@ def _tokenizers_added(path: Path, special: frozenset[str]) -> dict[str, _Token]:
     if not found:
         return {}
     try:
-        listed = json.JSONDecoder().raw_decode(rest.lstrip(" \t\r\n:"))[0]
-        return {str(one["content"]): _token(int(one["id"]), one, special) for one in listed}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+        return {str(one["content"]): _token(one["id"], one, special) for one in _entries(rest)}
+    except (ValueError, TypeError, KeyError, RecursionError) as exc:
         raise _invalid(TOKENIZER_FILE, "its added_tokens cannot be read") from exc
+
+
+def _entries(text: str) -> Iterator[dict[str, Any]]:
+    """The objects of the array that ``text`` begins with, behind its colon; one at a time, none a long one.
+
+    A decoder that reads a list of a million empty objects at once keeps Python's lock for 0.1 s.
+    """
+    decode, rest = json.JSONDecoder().raw_decode, text[:_ENTRY].lstrip(f"{_BLANK}:")
+    at = text.index(rest[:1]) + 1 if rest[:1] == "[" else len(text)
+    while True:
+        while text[at : at + 1] and text[at] in f"{_BLANK},":
+            at += 1
+        if text[at : at + 1] == "]":
+            return
+        one, length = decode(text[at : at + _ENTRY])
+        if not isinstance(one, dict) or type(one["id"]) is not int or not isinstance(one["content"], str):
+            raise ValueError("it is no token")
+        yield one
+        at += length
 
 
 def _stops(
@@ -242,14 +280,17 @@ def _stops(
 ) -> tuple[int, ...]:
     """Tokens that end an answer of this adapter and not of the base; ``tokens`` are all that have a name."""
     given = generation.get("eos_token_id")
-    ids = set(given if isinstance(given, list) else [given]) - {None}
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    if len(listed) > MAX_STOPS:
+        raise _invalid(GENERATION_FILE, f"eos_token_id has more than {MAX_STOPS} tokens")
+    most = (base.vocabulary or 2**31) - 1
+    for one in listed:
+        if type(one) is not int or not 0 <= one <= most:
+            raise _invalid(GENERATION_FILE, f"eos_token_id {show(one)} is no token of the base")
+    ids = set(listed)
     named = special.get("eos_token")
     if named is not None and named in tokens:
         ids.add(tokens[named])
-    for one in ids:
-        token = isinstance(one, int) and not isinstance(one, bool) and one >= 0
-        if not token or (base.vocabulary and one >= base.vocabulary):
-            raise _invalid(GENERATION_FILE, f"eos_token_id {show(one)} is no token of the base")
     return tuple(sorted(ids - set(base.stop_token_ids)))
 
 
@@ -259,8 +300,10 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
         value = generation.get(theirs)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _invalid(GENERATION_FILE, f"{theirs} is no number")
+        least, most, what = _RANGES[theirs]
+        is_number = type(value) is int or (type(value) is float and "whole" not in what)
+        if not is_number or not least <= value <= most:
+            raise _invalid(GENERATION_FILE, f"{theirs} is {show(value)} and must be {what}")
         found[ours] = value
     if generation.get("do_sample") is False:
         for name in ("top_p", "top_k", "min_p"):
@@ -275,7 +318,9 @@ def _passed_over(folder: Path, generation: Mapping[str, Any]) -> tuple[str, ...]
         name for name, value in generation.items() if name not in _DEFAULTS and name not in _QUIET and value
     )
     if unused:
-        notes.append(f"{GENERATION_FILE}: {', '.join(unused)} are not defaults that are served")
+        more = f" and {len(unused) - 20} more" if len(unused) > 20 else ""
+        shown = ", ".join(name if name.isidentifier() else show(name) for name in unused[:20])
+        notes.append(f"{GENERATION_FILE}: {shown[:1000]}{more} are not defaults that are served")
     if (folder / TOKENIZER_FILE).exists():
         notes.append(f"{TOKENIZER_FILE}: prompts are tokenized by the base's tokenizer")
     if (folder / SPECIAL_TOKENS_FILE).exists() and not (folder / TOKENIZER_CONFIG_FILE).exists():
@@ -288,9 +333,9 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(_text(path, MAX_CONFIG))
-    except (ValueError, RecursionError) as exc:
-        raise _invalid(name, "it is no JSON") from exc
+        found = strict_json.loads(_text(path, MAX_CONFIG).encode(), _JSON)
+    except ValueError as exc:
+        raise _invalid(name, f"it is no JSON that can be read: {str(exc)[:200]}") from exc
     if not isinstance(found, dict):
         raise _invalid(name, "it is no JSON object")
     return found

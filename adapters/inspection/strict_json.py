@@ -54,6 +54,10 @@ def loads(data: bytes, bounds: Bounds) -> Any:
         raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
     except RecursionError:
         raise ValueError(f"it is nested more than {bounds.max_depth} levels deep") from None
+    except ValueError as error:
+        if not str(error).startswith("Exceeds the limit"):  # Python's own, in words for programmers
+            raise
+        raise ValueError(f"a number has more than {MAX_DIGITS} digits") from None
     _check_tree(value, bounds)
     return value
 
@@ -62,6 +66,11 @@ def show(value: object) -> str:
     """``value`` for a message: one line, printable, at most about 120 characters."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:119]}…"
+
+
+def is_storable(text: str) -> bool:
+    """Whether a UTF-8 answer and a PostgreSQL column can hold ``text``."""
+    return _UNSTORABLE.search(text) is None
 
 
 def _check_size(data: bytes, bounds: Bounds) -> None:

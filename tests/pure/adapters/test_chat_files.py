@@ -144,7 +144,7 @@ def test_a_reserved_token_may_have_another_name(tmp_path: Path) -> None:
         ({"tokenizer_config": {"chat_template": 5}}, "chat_file_invalid", "no text"),
         ({"tokenizer_config": "[1]"}, "chat_file_invalid", "no JSON object"),
         ({"generation_config": "{"}, "chat_file_invalid", "no JSON"),
-        ({"generation_config": {"temperature": "hot"}}, "chat_file_invalid", "temperature is no number"),
+        ({"generation_config": {"temperature": "hot"}}, "chat_file_invalid", "temperature is 'hot'"),
         ({"generation_config": {"eos_token_id": 100}}, "chat_file_invalid", "no token of the base"),
     ],
 )
@@ -152,3 +152,76 @@ def test_what_is_refused(tmp_path: Path, files: dict[str, Any], code: str, words
     with pytest.raises(AdapterRejected, match=words) as refused:
         read_chat_files(folder_of(tmp_path, **files), BASE)
     assert refused.value.code == code
+
+
+HOSTILE_FILES: dict[str, dict[str, Any]] = {
+    **{
+        f"a {field} of {number[:9]}": {"generation_config": f'{{"{field}": {number}}}'}
+        for field, numbers in {
+            "temperature": ["NaN", "Infinity", "1e400", "-1", "3", "true", "1" + "0" * 99],
+            "top_p": ["0", "1.5", "NaN"],
+            "top_k": ["1.5", "-2", "4294967296"],
+            "repetition_penalty": ["0", "1e6"],
+            "max_new_tokens": ["0", "-5", "0.5", "1e999", "9" * 5000],
+            "eos_token_id": ["[[1]]", '[{"a": 1}]', "true", "[1.0]", '"7"', f"[{', '.join(['1'] * 129)}]"],
+        }.items()
+        for number in numbers
+    },
+    "a key twice": {"generation_config": '{"top_p": 0.5, "top_p": 0.9}'},
+    "half a surrogate pair in a template": {"tokenizer_config": r'{"chat_template": "\ud800"}'},
+    "half of one in a token": {"tokenizer_config": r'{"eos_token": {"content": "\ud800"}}'},
+    "NUL in a token": {"tokenizer_config": {"eos_token": "\0"}},
+    "an endless token": {"tokenizer_config": {"bos_token": "x" * 5000}},
+    "an endless nest": {"tokenizer_config": f'{{"a": {"[" * 100_000}'},
+    "more objects than anybody has": {"tokenizer_config": f'{{"a": [{"{}," * 300_000}{{}}]}}'},
+    "an id beyond all numbers": {"tokenizer": '{"added_tokens": [{"id": 1e999, "content": "x"}]}'},
+    "an id of words": {"tokenizer": '{"added_tokens": [{"id": "5", "content": "x"}]}'},
+    "an id of 5,000 digits": {"tokenizer": f'{{"added_tokens": [{{"id": {"9" * 5000}, "content": "x"}}]}}'},
+    "a list for a token": {"tokenizer": '{"added_tokens": [{"id": 5, "content": []}]}'},
+    "no objects": {"tokenizer": '{"added_tokens": [[], []]}'},
+    "an entry of megabytes": {"tokenizer": f'{{"added_tokens": [{{"a": [{"{}," * 900_000}'},
+    "a list without end": {"tokenizer": '{"added_tokens": ['},
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE_FILES)
+def test_what_nobody_can_serve_is_refused_and_breaks_nothing(tmp_path: Path, what: str) -> None:
+    """Some of these went into the catalog, and every request of the adapter failed; others were a 500."""
+    with pytest.raises(AdapterRejected) as refused:
+        read_chat_files(folder_of(tmp_path, **HOSTILE_FILES[what]), BASE)
+    assert refused.value.code == "chat_file_invalid"
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        f'{{"added_tokens_decoder": {{"{"9" * 5000}": {{"content": "x"}}}}}}',
+        '{"added_tokens_decoder": {"\u0663": {"content": "x"}}}',
+        '{"chat_template": [{"name": ["x"], "template": "y"}]}',
+        '{"model_max_length": 1000000000000000019884624838656}',
+    ],
+)
+def test_what_says_nothing_is_passed_over(tmp_path: Path, config: str) -> None:
+    found = read_chat_files(folder_of(tmp_path, tokenizer_config=config), BASE)
+    assert found is not None
+    assert not found.is_kept
+
+
+def test_many_unknown_fields_are_not_all_told(tmp_path: Path) -> None:
+    config = {"x" * 3000: 1} | {f"field_{n}": 1 for n in range(1000)}
+    found = read_chat_files(folder_of(tmp_path, generation_config=config), BASE)
+    assert found is not None
+    assert "981 more" in found.ignored[0]
+    assert len(found.ignored[0]) < 1500
+
+
+def test_added_tokens_are_read_as_trainers_write_them(tmp_path: Path) -> None:
+    """Indented, and behind them a vocabulary that is not read."""
+    text = json.dumps({"version": "1.0", "added_tokens": [TOOL, TOOL | {"id": 96, "content": "]"}]}, indent=2)
+    found = read_chat_files(folder_of(tmp_path, tokenizer=text[:-2] + ', "model": {'), BASE)
+    assert found is not None
+    assert found.tokens == {"<|tool|>": 95, "]": 96}
+    none = read_chat_files(folder_of(tmp_path, tokenizer={"added_tokens": [], "model": {}}), BASE)
+    assert none is not None
+    assert not none.tokens

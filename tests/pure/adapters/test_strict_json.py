@@ -66,3 +66,8 @@ def test_too_many_are_refused_without_parsing(piece: bytes, monkeypatch: pytest.
     monkeypatch.setattr(strict_json.json, "loads", None)
     with pytest.raises(ValueError, match="more than"):
         strict_json.loads(b"[" + piece * ((4 << 20) // len(piece)), BOUNDS)
+
+
+def test_a_short_text_with_a_long_number_says_so_in_json_s_words() -> None:
+    with pytest.raises(ValueError, match="^a number has more than 100 digits$"):
+        strict_json.loads(b"9" * 5000, strict_json.Bounds(10_000))
