@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable
 from typing import Annotated, TypeVar
@@ -16,6 +17,7 @@ from server.accounts.tenants import Tenant
 from server.errors import BadRequest, TooManyRequests
 from server.http.middleware import matched_path
 from server.http.services import ServicesOf, services_of
+from server.http.turns import turns_of
 from server.inference.dialects.messages import speaks_anthropic
 
 T = TypeVar("T")
@@ -72,6 +74,7 @@ async def tenant_of(request: Request, *scopes: KeyScope) -> Tenant:
     customer = request.headers.get("x-customer-id")
     tenant = await _slowed(request, services.authentication.authenticate(authorization, customer, *scopes))
     request.state.log["tenant"] = tenant.id
+    turns_of(asyncio.get_running_loop()).let_in(request.scope)
     if tenant.key is not None:
         services.usage_writer.used(tenant.key.id)
         ACTOR.set(Actor(tenant.key.actor, request.state.request_id))
@@ -91,6 +94,7 @@ async def require_admin(request: Request) -> Person:
     if person.id is not None:
         services.usage_writer.used(person.id)
     request.state.log["person"] = person.name
+    turns_of(asyncio.get_running_loop()).let_in(request.scope)
     ACTOR.set(Actor(person.actor, request.state.request_id))
     return person
 

@@ -145,7 +145,7 @@ class BoundedHeads(HttpToolsProtocol):
         self.headers = []  # where trailers go; the request keeps its own
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        turns_of(self.loop).begin(partial(super()._start_asgi_task, cycle, app))
+        turns_of(self.loop).begin(partial(super()._start_asgi_task, cycle, app), cycle.scope)
 
     def on_body(self, body: bytes) -> None:
         self._body += len(body)

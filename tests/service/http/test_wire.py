@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,18 +135,47 @@ async def test_two_hosts_are_refused(site: Site, key: str) -> None:
     assert b"duplicate_header" in answers
 
 
+def asking(key: str = "", path: str = "/v1/models") -> dict[str, Any]:
+    return {"path": path, "headers": [(b"host", b"x"), (b"authorization", key.encode())] if key else []}
+
+
 async def test_many_requests_at_once_begin_a_few_in_a_turn() -> None:
     """Each had its first step in the same turn of the event loop, for which every stream waited."""
     turns, begun = Turns(asyncio.get_running_loop(), at_once=4), list[int]()
     for number in range(10):
-        turns.begin(partial(begun.append, number))
+        turns.begin(partial(begun.append, number), asking())
     seen = [len(begun)]
     for _ in range(3):
         await asyncio.sleep(0)
         seen.append(len(begun))
     assert (seen, begun) == ([4, 8, 10, 10], list(range(10)))
-    turns.begin(partial(begun.append, 10))
+    turns.begin(partial(begun.append, 10), asking())
     assert len(begun) == 11
+
+
+async def test_who_was_let_in_before_does_not_wait_for_a_crowd_of_strangers() -> None:
+    turns, begun = Turns(asyncio.get_running_loop(), at_once=4), list[str]()
+    for known in ("a", "b"):
+        turns.let_in(asking(known))
+    for _ in range(100):
+        turns.begin(partial(begun.append, "stranger"), asking())
+    for number in range(100):
+        turns.begin(partial(begun.append, "wrong"), asking(f"wrong {number}"))
+    for _ in range(8):
+        turns.begin(partial(begun.append, "a"), asking("a"))
+    turns.begin(partial(begun.append, "b"), asking("b"))
+    turns.begin(partial(begun.append, "health"), asking(path="/health"))
+    assert begun == ["stranger"] * 4
+    begun.clear()
+    await asyncio.sleep(0)
+    assert begun == ["a", "b", "health", "stranger"], "one of each key, and strangers are not forgotten"
+    for _ in range(2):
+        await asyncio.sleep(0)
+    assert begun[4:12] == ["a", "a", "a", "stranger"] * 2
+    while len(begun) < 206:
+        await asyncio.sleep(0)
+    assert begun.count("a") == 8
+    assert begun[-100:] == ["wrong"] * 100
 
 
 async def test_two_hundred_requests_at_once_are_all_answered(site: Site, key: str) -> None:
