@@ -24,6 +24,7 @@ from server.http.bodies import Body, documented, json_object, limited_body
 from server.http.reports import Limit, page_of
 from server.http.services import Services, ServicesOf
 from server.http.uploads import boundary_of, segments
+from server.inference.bounds import SETTING_JSON
 from server.inference.completion import check_base
 
 router = APIRouter(prefix="/v1", tags=["self-service"])
@@ -186,7 +187,7 @@ async def delete_file(tenant: Asking, file_id: str, services: ServicesOf) -> dic
     summary="Answer the lines of a file within 24 hours, when there is room",
 )
 async def create_batch(request: Request, tenant: Asking, services: ServicesOf) -> dict[str, Any]:
-    asked = _new_batch(await json_object(request))
+    asked = _new_batch(await json_object(request, SETTING_JSON))
     dialect = ENDPOINTS.get(asked.endpoint)
     if dialect is None:
         raise BadRequest(f"`endpoint` must be one of {', '.join(ENDPOINTS)}.", param="endpoint")

@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from adapters.errors import UploadTooLarge
 from adapters.inspection import strict_json
+from adapters.inspection.strict_json import Bounds
 from server.errors import BadRequest, RequestTimeout, UnsupportedEncoding
 from server.http.services import services_of
-from server.inference.bounds import CLIENT_JSON
+from server.inference.bounds import CLIENT_JSON, SETTING_JSON
 
 T = TypeVar("T")
 
@@ -75,15 +76,15 @@ async def _in_time(work: Awaitable[T], seconds: float) -> T:
         raise RequestTimeout(f"The body did not come within {seconds:g} seconds.") from exc
 
 
-async def json_object(request: Request) -> dict[str, Any]:
-    """The body as a JSON object. Raises BadRequest, or as ``whole_body``."""
-    return parse_object(await whole_body(request))
+async def json_object(request: Request, bounds: Bounds = CLIENT_JSON) -> dict[str, Any]:
+    """The body as a JSON object within ``bounds``. Raises BadRequest, or as ``whole_body``."""
+    return parse_object(await whole_body(request), bounds)
 
 
-def parse_object(raw: bytes) -> dict[str, Any]:
+def parse_object(raw: bytes, bounds: Bounds = CLIENT_JSON) -> dict[str, Any]:
     """``raw`` as a JSON object; BadRequest for anything that two readers could understand differently."""
     try:
-        body = strict_json.loads(raw.removeprefix(BOM_UTF8), CLIENT_JSON)
+        body = strict_json.loads(raw.removeprefix(BOM_UTF8), bounds)
     except ValueError as exc:
         raise BadRequest(f"The body is not valid JSON: {str(exc)[:200]}", code="invalid_json") from exc
     if not isinstance(body, dict):
@@ -107,7 +108,7 @@ def body_as(model: type[Body]) -> Any:
     async def read(request: Request) -> Body:
         raw = await whole_body(request)
         try:
-            return model.model_validate(parse_object(raw or model.empty))
+            return model.model_validate(parse_object(raw or model.empty, SETTING_JSON))
         except ValidationError as exc:
             raise RequestValidationError(exc.errors()) from exc
 

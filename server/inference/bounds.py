@@ -14,6 +14,8 @@ from server.errors import BadRequest
 
 # What a prompt's text may hold, an adapter's file may not; tools' schemas nest deeper than either.
 CLIENT_JSON = strict_json.Bounds(max_items=1 << 18, max_nodes=1 << 15, max_depth=100, allow_nul=True)
+# What sets something: its longest list names a thousand adapters, and each wrong field is an error.
+SETTING_JSON = strict_json.Bounds(max_items=1 << 12, max_nodes=1 << 12, max_depth=32, allow_nul=True)
 MAX_ITEMS: Mapping[str, int] = {
     "bad_words": 1024,
     "documents": 1024,

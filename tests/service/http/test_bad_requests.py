@@ -13,7 +13,7 @@ import pytest
 from tests.support import tiny
 from tests.support.bad_requests import BAD, CHAT, GOOD, ask_all, bystander
 from tests.support.fakes import FakeEngine, Times
-from tests.support.site import ADMIN_KEY, Site
+from tests.support.site import ADMIN_KEY, Site, bearer
 from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
@@ -39,6 +39,27 @@ def test_there_are_enough_of_them() -> None:
 
 async def test_each_has_its_status_and_code_and_breaks_nothing(site: Site, key: str) -> None:
     await ask_all(site, key, tokens=60, bads=[bad for bad in BAD if not bad.real])
+
+
+SETTING = [
+    ("POST", "/admin/v1/tenants"),
+    ("PATCH", "/admin/v1/tenants/acme"),
+    ("POST", "/admin/v1/tenants/acme/keys"),
+    ("PATCH", "/admin/v1/tenants/acme/adapters/a"),
+    ("POST", "/admin/v1/tenants/acme/adapters/a/rollouts"),
+    ("POST", "/admin/v1/people"),
+    ("POST", "/v1/batches"),
+]
+
+
+async def test_what_sets_something_holds_no_thousands_of_values(site: Site, key: str) -> None:
+    """Each unknown field was an error of its own, of which one was told."""
+    many = json.dumps({f"k{n}": n for n in range(5000)}).encode()
+    for method, url in SETTING:
+        headers = bearer(key if url.startswith("/v1") else ADMIN_KEY)
+        answer = await site.http.request(method, url, content=many, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json"), url
+        assert "more than 4096" in answer.text
 
 
 async def raw(site: Site, sent: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
