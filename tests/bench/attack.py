@@ -32,7 +32,7 @@ from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.demo.base import BASE_NAME, CHECKOUT, cache_folder, prepare
 from tests.bench.client import NEVER_END
 from tests.bench.hostile import KINDS, Kind
-from tests.bench.hostile_wire import Outcomes, Victim
+from tests.bench.hostile_wire import Outcomes, Victim, attacker
 from tests.bench.servers import Loraplex, Setup
 from tests.support import tiny
 
@@ -245,7 +245,7 @@ async def measure(kinds: Sequence[Kind], quiet_seconds: float, *, fake: bool = F
     verdicts = []
     work = Path(tempfile.mkdtemp(prefix="attack-"))
     try:
-        async with attacked(work, fake=fake) as (server, victim):
+        async with attacked(work, fake=fake) as (server, victim), attacker() as apart:
             controls = Controls(server, victim.control)
             running = asyncio.create_task(controls.run())
             await asyncio.sleep(5)  # the first answers are slower
@@ -255,8 +255,7 @@ async def measure(kinds: Sequence[Kind], quiet_seconds: float, *, fake: bool = F
                 while not quiet.answers.keys() >= EVERY:
                     await asyncio.sleep(0.1)
                 seen = controls.seen = Seen()
-                # In a thread, so that what it costs to attack is not taken for the controls.
-                outcomes = await asyncio.to_thread(asyncio.run, kind.attack(victim))
+                outcomes = await apart.run(kind.attack, victim)
                 await asyncio.sleep(5)
                 verdicts.append(verdict(kind, outcomes, quiet, seen))
                 print(table(verdicts[-1:]).splitlines()[-1], flush=True)

@@ -77,7 +77,7 @@ async def two_readings(victim: Victim) -> Outcomes:
         raw(victim, head(path, own, "Content-Length : 3"), body),
         raw(victim, head(path, own, length, "Host: b"), body),
         raw(victim, head(path, own, length, "X-A: b\r\n c"), body),
-        raw(victim, head(path, own, length, f"x-api-key: {victim.control}"), body),
+        raw(victim, head("/v1/messages", own, length, f"x-api-key: {victim.control}"), body),
         raw(victim, head(path, chunked), pieces + own.encode() + b"\r\n\r\n"),
         raw(victim, head(path, own, *upgrade), hidden),
     )

@@ -25,10 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.demo.base import CHECKOUT
-from server.http.connection import raise_descriptors
 from tests.bench.attack import EVERY, Controls, Seen, attacked, kinds_of
 from tests.bench.hostile import Kind
-from tests.bench.hostile_wire import Outcomes, Victim
+from tests.bench.hostile_wire import Outcomes, Victim, attacker
 
 WARM_UP = 0.25  # of the time, until allocator and caches have their size
 SLOPE = 1.0  # percent that the memory may grow by, over what is measured
@@ -101,7 +100,6 @@ def report(long: Long, quiet: Seen, seen: Seen, minutes: float) -> tuple[str, li
 
 async def crowded(port: int) -> None:
     """``CROWD`` connections that stay, each of which asks without a key once in ``PAUSE`` seconds."""
-    raise_descriptors()
     async with asyncio.TaskGroup() as group:
         for number in range(CROWD):
             group.create_task(_stays(port, number * PAUSE / CROWD))
@@ -122,11 +120,12 @@ async def _stays(port: int, late: float) -> None:
         await asyncio.sleep(1)
 
 
-async def attack(victim: Victim, kinds: Sequence[Kind], until: float, rng: random.Random, long: Long) -> None:
-    """In a loop of its own, so that what it costs to attack is not taken for the controls."""
-    crowd = asyncio.create_task(crowded(victim.port))
+async def attack(victim: Victim, kinds: Sequence[Kind], until: float, seed: int) -> Long:
+    """All of ``kinds`` again and again until the monotonic clock shows ``until``, beside a crowd."""
+    long, crowd = Long(), asyncio.create_task(crowded(victim.port))
     try:
-        await _attack(victim, kinds, until, rng, long)
+        await _attack(victim, kinds, until, random.Random(seed), long)
+        return long
     finally:
         crowd.cancel()
         await asyncio.gather(crowd, return_exceptions=True)
@@ -146,10 +145,10 @@ async def _attack(
 
 
 async def measure(minutes: float, seed: int, engine: str) -> tuple[str, list[str]]:
-    work, long = Path(tempfile.mkdtemp(prefix="attack-")), Long()
+    work, memory = Path(tempfile.mkdtemp(prefix="attack-")), list[tuple[float, float]]()
     kinds, fake = kinds_of(engine)
     try:
-        async with attacked(work, fake=fake) as (server, victim):
+        async with attacked(work, fake=fake) as (server, victim), attacker() as apart:
             controls = Controls(server, victim.control)
             running = asyncio.create_task(controls.run())
             await asyncio.sleep(5)  # the first answers are slower
@@ -159,12 +158,12 @@ async def measure(minutes: float, seed: int, engine: str) -> tuple[str, list[str
                 await asyncio.sleep(0.1)
             seen = controls.seen = Seen()
             began = time.monotonic()
-            work_of = attack(victim, kinds, began + 60 * minutes, random.Random(seed), long)
-            attacking = asyncio.create_task(asyncio.to_thread(asyncio.run, work_of))
+            attacking = asyncio.create_task(apart.run(attack, victim, kinds, began + 60 * minutes, seed))
             while not attacking.done():
                 await asyncio.sleep(1)
-                long.memory.append((time.monotonic() - began, server.footprint()["api_memory"]))
-            await attacking
+                memory.append((time.monotonic() - began, server.footprint()["api_memory"]))
+            long = await attacking
+            long.memory = memory
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
             return report(long, quiet, seen, minutes)
