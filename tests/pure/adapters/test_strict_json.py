@@ -69,5 +69,5 @@ def test_too_many_are_refused_without_parsing(piece: bytes, monkeypatch: pytest.
 
 
 def test_a_short_text_with_a_long_number_says_so_in_json_s_words() -> None:
-    with pytest.raises(ValueError, match="^a number has more than 100 digits$"):
+    with pytest.raises(ValueError, match=r"^a number has more than 100 digits$"):
         strict_json.loads(b"9" * 5000, strict_json.Bounds(10_000))
