@@ -37,6 +37,65 @@ def show_adapter(
     return show.adapter(server.get("tenants", tenant, "adapters", name), version)
 
 
+@command(adapters, "find")
+def find(
+    server: AdminClient,
+    q: Annotated[str | None, typer.Argument(help="A part of the customer's or the adapter's name.")] = None,
+    tier: Annotated[str | None, typer.Option(help="gpu, host or disk.")] = None,
+    has: Annotated[str | None, typer.Option(help="warning, quarantine or split.")] = None,
+    after: Annotated[str | None, typer.Option(help="`next` of the page before.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Most adapters shown.")] = 50,
+) -> Shown:
+    """All customers' adapters, by name and state."""
+    document = server.get("adapters", q=q, tier=tier, has=has, after=after, limit=limit)
+    names = ("tenant", "name", "live", "versions", "tier", "default", "pinned", "warnings")
+    return document, show.rows([{name: row[name] for name in names} for row in document["data"]])
+
+
+@command(adapters, "uploads")
+def uploads(server: AdminClient, tenant: Tenant, name: Name) -> Shown:
+    """Uploads under way, and those that were refused, with the reason and what to do."""
+    document = server.get("tenants", tenant, "adapters", name, "uploads")
+    return document, show.rows([_upload(row) for row in document["data"]])
+
+
+def _upload(row: dict[str, Any]) -> dict[str, Any]:
+    error = row.get("error") or {}
+    words = (error.get("message"), error.get("cure"))
+    said = " ".join(str(word) for word in words if word)
+    return {"at": row["created_at"], "state": row["state"], "code": error.get("code"), "why": said or None}
+
+
+@command(adapters, "download")
+def download(
+    server: AdminClient,
+    tenant: Tenant,
+    name: Name,
+    version: Number,
+    out: Annotated[
+        Path | None, typer.Option(help="File to be written; NAME-VERSION.tar if not given.")
+    ] = None,
+) -> Shown:
+    """Write a version's files as a tar, as they are served; it can be uploaded again."""
+    file = out or Path(f"{name}-{version}.tar")
+    server.download("tenants", tenant, "adapters", name, "versions", version, "download", to=file)
+    return show.fields({"file": str(file), "bytes": file.stat().st_size})
+
+
+@command(adapters, "note")
+def note(
+    server: AdminClient,
+    tenant: Tenant,
+    name: Name,
+    version: Number,
+    text: Annotated[str, typer.Argument(help="For people; an empty one takes it away.", show_default=False)],
+) -> Shown:
+    """Keep a note with a version."""
+    path = ("tenants", tenant, "adapters", name)
+    server.patch(*path, "versions", version, body={"note": text})
+    return show.adapter(server.get(*path))
+
+
 @command(adapters, "push")
 def push(
     server: AdminClient,

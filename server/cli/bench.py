@@ -12,7 +12,6 @@ from typing import Annotated
 
 import typer
 
-from server.cli.bench_load import Load
 from server.cli.client import RemoteError
 from server.cli.command import KEY_VARIABLES, say
 
@@ -39,6 +38,7 @@ def bench(
 ) -> None:
     """Load a server with one's own keys and models, and print what its clients felt."""
     from server.cli import bench_report as report
+    from server.cli.bench_load import Load
     from server.cli.bench_run import run
 
     given = [*(key or ()), *(keys.read_text().split() if keys else ())]

@@ -16,7 +16,9 @@ RUNNING, CUSTOMERS, LOOKING, OFFLINE = (
 PANELS = {
     **dict.fromkeys(("serve", "demo", "fleet", "adopt", "backup", "restore", "check"), RUNNING),
     **dict.fromkeys(("tenants", "keys", "adapters", "rollouts", "people", "chat"), CUSTOMERS),
-    **dict.fromkeys(("top", "requests", "usage", "audit", "residency", "replicas", "bench"), LOOKING),
+    **dict.fromkeys(
+        ("top", "server", "requests", "usage", "audit", "residency", "replicas", "bench"), LOOKING
+    ),
     **dict.fromkeys(("doctor", "merge", "dequantize", "probes", "version"), OFFLINE),
 }
 EXAMPLES = {
@@ -32,7 +34,11 @@ EXAMPLES = {
     "version": ["loraplex version"],
     "chat": ["loraplex chat support 'Where is my parcel?'", "loraplex chat support@3 --beside support@2"],
     "bench": ["loraplex bench http://127.0.0.1:8000 --keys keys.txt --rate 10 --plot times.html"],
-    "usage": ["loraplex usage --by tenant,day --from 2026-11-01"],
+    "server": ["loraplex server", "loraplex server --json"],
+    "usage": [
+        "loraplex usage --by tenant,day --from 2026-11-01",
+        "loraplex usage --tenant acme --by version --percentiles",
+    ],
     "requests": [
         "loraplex requests --tenant acme --outcome failed",
         "loraplex requests --id 7ed32500dd44e1f0",
@@ -52,13 +58,21 @@ EXAMPLES = {
         "loraplex tenants create acme --limits '{\"requests_per_minute\": 600}'",
     ],
     "tenants set": ["loraplex tenants set acme --weight 2", "loraplex tenants set acme --priority batch"],
+    "tenants limits": ["loraplex tenants limits acme"],
+    "tenants suspend": ["loraplex tenants suspend acme"],
+    "tenants resume": ["loraplex tenants resume acme"],
     "tenants delete": ["loraplex tenants delete acme"],
     "keys list": ["loraplex keys list acme"],
     "keys create": ["loraplex keys create acme --name laptop"],
+    "keys set": ["loraplex keys set acme 49f6b6208c280669 --scope inference --scope usage:read"],
     "keys rotate": ["loraplex keys rotate acme 49f6b6208c280669"],
     "keys revoke": ["loraplex keys revoke acme 49f6b6208c280669"],
     "adapters list": ["loraplex adapters list acme"],
     "adapters show": ["loraplex adapters show acme support"],
+    "adapters find": ["loraplex adapters find support", "loraplex adapters find --has warning"],
+    "adapters uploads": ["loraplex adapters uploads acme support"],
+    "adapters download": ["loraplex adapters download acme support 2 --out support-2.tar"],
+    "adapters note": ["loraplex adapters note acme support 2 'before the new tone'"],
     "adapters push": [
         "loraplex adapters push acme support ./adapter --note 'more of November'",
         "loraplex adapters push support ./adapter  # with a customer's own key",
@@ -66,7 +80,7 @@ EXAMPLES = {
     "adapters live": ["loraplex adapters live acme support 2"],
     "adapters rollback": ["loraplex adapters rollback acme support"],
     "adapters canary": [
-        "loraplex adapters canary acme support 3 10",
+        "loraplex adapters canary acme support 2=90 3=10",
         "loraplex adapters canary acme support --off",
     ],
     "adapters verify": ["loraplex adapters verify acme support"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,21 +25,30 @@ def list_keys(server: AdminClient, tenant: Tenant) -> Shown:
     return document, show.table(headings, map(show.key_cells, document["data"]))
 
 
-@command(keys, "create")
-def create_key(
-    server: AdminClient,
-    tenant: Tenant,
+def _fields(
     name: Annotated[str | None, typer.Option(help="What it is for.")] = None,
     scope: Annotated[
-        list[str] | None, typer.Option(help="inference (default), adapters:write, usage:read; once for each.")
+        list[str] | None,
+        typer.Option(help="inference (default), adapters:write, usage:read, keys:write; once for each."),
     ] = None,
     expires_at: Annotated[str | None, typer.Option(help="ISO 8601, with its zone.")] = None,
     limits: Document = None,
-) -> Shown:
-    """Make a key. It is shown this once."""
+) -> dict[str, Any]:
+    """The fields of a key that were given."""
     given = {"name": name, "scopes": scope, "expires_at": expires_at}
-    body = {field: value for field, value in given.items() if value is not None}
-    return show.fields(server.post("tenants", tenant, "keys", body=body | json_objects(limits=limits)))
+    return {field: value for field, value in given.items() if value is not None} | json_objects(limits=limits)
+
+
+@command(keys, "create", fields=_fields)
+def create_key(server: AdminClient, tenant: Tenant, fields: dict[str, Any]) -> Shown:
+    """Make a key. It is shown this once."""
+    return show.fields(server.post("tenants", tenant, "keys", body=fields))
+
+
+@command(keys, "set", fields=_fields)
+def set_key(server: AdminClient, tenant: Tenant, key_id: KeyId, fields: dict[str, Any]) -> Shown:
+    """Change what is named of a key, from the next request on; everything else stays."""
+    return show.fields(server.patch("tenants", tenant, "keys", key_id, body=fields))
 
 
 @command(keys, "rotate")

@@ -21,6 +21,7 @@ def add_to(cli: typer.Typer) -> None:
     command(cli, "usage")(usage)
     command(cli, "requests")(requests)
     command(cli, "audit")(audit)
+    command(cli, "server")(about)
     command(cli, "residency")(residency)
     command(cli, "replicas")(replicas)
     cli.command("top")(top)
@@ -35,16 +36,20 @@ def usage(
     ] = "tenant",
     start: From = None,
     end: To = None,
+    percentiles: Annotated[
+        bool, typer.Option("--percentiles", help="Also seconds that 50, 95, 99 % did not exceed.")
+    ] = False,
 ) -> Shown:
     """Sum up what was used."""
     asked = {"tenant": tenant, "adapter": adapter, "by": by, "from": start, "to": end}
-    document = server.get("usage", **asked)
+    document = server.get("usage", **asked, percentiles="true" if percentiles else None)
     return document, show.rows([_tokens(row) for row in document["data"]])
 
 
 def _tokens(row: dict[str, Any]) -> dict[str, Any]:
-    """What fits a terminal: requests, tokens and costs; the times are in the document."""
-    return {n.removesuffix("_tokens"): value for n, value in row.items() if not n.endswith("seconds")}
+    """What fits a terminal: requests, tokens, costs and percentiles; sums of times are in the document."""
+    fit = {n.removesuffix("_tokens"): value for n, value in row.items() if not n.endswith("seconds")}
+    return {name.replace("_seconds_", " "): value for name, value in fit.items()}
 
 
 def requests(
@@ -113,6 +118,17 @@ def replicas(server: AdminClient) -> Shown:
         {name: row[name] for name in names} | {"in_slots": len(row["in_slots"])} for row in document["data"]
     ]
     return document, show.rows(found)
+
+
+def about(server: AdminClient) -> Shown:
+    """Show what a server is: versions, base model, capacity, disk, and its settings without secrets."""
+    document = server.get("server")
+    shown = {name: value for name, value in document.items() if name != "settings"}
+    flat = {}
+    for name, value in shown.items():
+        inner = value if isinstance(value, dict) else None
+        flat |= {f"{name} {n}": v for n, v in inner.items()} if inner else {name: value}
+    return document, show.fields(flat)[1]
 
 
 def residency(server: AdminClient) -> Shown:

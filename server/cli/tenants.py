@@ -78,6 +78,37 @@ def set_tenant(server: AdminClient, tenant: Tenant, fields: dict[str, Any]) -> S
     return show.fields(server.patch("tenants", tenant, body=fields))
 
 
+@command(tenants, "limits")
+def tenant_limits(server: AdminClient, tenant: Tenant) -> Shown:
+    """What is used of each limit and budget, what is left, and when it comes back."""
+    document = server.get("tenants", tenant, "limits")
+    found = [
+        {"limit": row["limit"].replace("_", " "), "of": row["of"]} | _used(row) for row in document["limits"]
+    ]
+    found += [
+        {"limit": f"{row['unit']} a {row['period']}", "of": "tenant"} | _used(row)
+        for row in document["budgets"]
+    ]
+    return document, show.rows(found)
+
+
+def _used(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row.get(name) for name in ("allowed", "used", "left", "resets_at")}
+
+
+@command(tenants, "suspend")
+def suspend(server: AdminClient, tenant: Tenant, yes: Yes = False) -> Shown:
+    """Refuse a customer's calls until `tenants resume`; nothing is removed."""
+    confirm(yes, f"Refuse all calls of {tenant}?")
+    return show.fields(server.patch("tenants", tenant, body={"suspended": True}))
+
+
+@command(tenants, "resume")
+def resume(server: AdminClient, tenant: Tenant) -> Shown:
+    """Answer a suspended customer again."""
+    return show.fields(server.patch("tenants", tenant, body={"suspended": False}))
+
+
 @command(tenants, "delete")
 def delete_tenant(server: AdminClient, tenant: Tenant, yes: Yes = False) -> Shown:
     """Remove a customer with all keys and adapters."""

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
 from server.console import shared, views
-from server.console.api import Api
+from server.console.api import Api, Refused
 from server.console.formats import flat, segment, size, when
 from server.console.web import Page, PageHandler
 from server.metrics import Outcome
@@ -185,8 +185,22 @@ async def playground(page: Page) -> Response:
     where = f"{ADMIN}/tenants/{segment(tenant)}"
     owner, listed = await asyncio.gather(page.api.get(where), page.api.get(f"{where}/adapters"))
     models = shared.models_of(listed["data"], page.base if owner["base_allowed"] else None)
-    needs_key = tenant not in page.session.playground
+    tenants = tenants if tenant in tenants else [tenant, *tenants]
+    needs_key = not await _has_key(page, tenant)
     return shared.playground_page(page, tenants=tenants, tenant=tenant, models=models, needs_key=needs_key)
+
+
+async def _has_key(page: Page, tenant: str) -> bool:
+    """Whether the session has a key of the customer that still opens: it may have ended, or been revoked."""
+    key = page.session.playground.get(tenant)
+    if key is None:
+        return False
+    try:
+        await page.api_of(key).get("/v1/me")
+    except Refused:
+        del page.session.playground[tenant]
+        return False
+    return True
 
 
 async def playground_key(page: Page) -> Response:

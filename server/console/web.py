@@ -59,6 +59,10 @@ class Page:
         self.api = console.api(request, session.key)
         self._console = console
 
+    def api_of(self, key: str) -> Api:
+        """The API with another key than the session's."""
+        return self._console.api(self.request, key)
+
     @property
     def root(self) -> str:
         """Where the console lies, without a slash at the end."""

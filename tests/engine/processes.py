@@ -44,6 +44,10 @@ class Running:
         (key,) = re.findall(r"Admin key \(shown this once, keep it\): (\S+)", self.log.read_text())
         return bearer(key)
 
+    def lines(self) -> list[dict[str, Any]]:
+        """The documents of its log, so far."""
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
     async def until_ready(self) -> None:
         began = time.monotonic()
         async with asyncio.timeout(START):

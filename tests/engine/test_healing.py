@@ -22,6 +22,8 @@ import pytest
 
 from tests.engine.processes import Running, gone, server, starting
 from tests.engine.reference import ATTENTION, Reference, Spec
+from tests.support.collector import Collector, collector
+from tests.support.follow import COUNTS, Followed, Sent, agree, look_up, spans, spans_agree, used
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 
@@ -150,10 +152,25 @@ def late_in(text: str) -> str:
 
 
 FOR_NOBODY = {
-    "two choices": {"model": "base", "n": 2, **STORY, "temperature": 0.9, "stream": True},
-    "seeded": {"model": "a", **STORY, "temperature": 0.9, "seed": 7, "stream": True},
-    "not streamed": {"model": "base", "n": 2, **STORY, "temperature": 0.9},
+    "two choices": (COMPLETIONS, {"model": "base", "n": 2, **STORY, "temperature": 0.9, "stream": True}),
+    "seeded": (CHAT, {"model": "a", **COUNT, "temperature": 0.9, "seed": 7, "stream": True}),
+    "not streamed": (COMPLETIONS, {"model": "base", "n": 2, **STORY, "temperature": 0.9}),
 }
+
+
+async def followed(running: Running, store: Collector, status: int, sent: Sent) -> Followed:
+    """A request of ``acme``'s adapter, by its id in the log, the rows, the metrics, the usage and the trace:
+    its numbers are the same everywhere. It is the only one of its outcome yet."""
+    async with httpx.AsyncClient(base_url=running.http.base_url, headers=running.admin, timeout=120) as admin:
+        found = await look_up(admin, status, sent, running.lines)
+        counted = await used(admin, "acme", found.row)
+    agree(found)
+    spans_agree(found, await spans(store, found))
+    assert found.exemplars, "no metric has its trace"
+    assert counted["requests"] == 1
+    for name in COUNTS:
+        assert counted[name] == found.row[name], name
+    return found
 
 
 async def lose(running: Running, how: str) -> float:
@@ -165,15 +182,18 @@ async def lose(running: Running, how: str) -> float:
 
 
 async def disturbed(
-    running: Running, headers: dict[str, str], how: str, right: dict[str, Said], short: Said
+    running: Running, headers: dict[str, str], how: str, right: dict[str, Said], short: Said, lost: Sent
 ) -> float:
-    """Lose the engine under nine sequences and three waiting requests; seconds until service again."""
+    """Lose the engine under nine sequences and three waiting requests; seconds until service again.
+
+    ``lost`` is the one with a seed, which cannot go on.
+    """
     texts = {name: said.text for name, said in right.items()}
     asked = resumable(texts)
     going = {name: asyncio.create_task(ask(running, headers, *one)) for name, one in asked.items()}
     broken = {
-        name: asyncio.create_task(ask(running, headers, COMPLETIONS, body))
-        for name, body in FOR_NOBODY.items()
+        name: asyncio.create_task(ask(running, headers | (lost.headers if name == "seeded" else {}), *one))
+        for name, one in FOR_NOBODY.items()
     }
     await until(running, runs=9)
     quick = {"model": "a", **STORY, "max_tokens": 8}
@@ -197,34 +217,49 @@ async def test_an_engine_that_is_lost_again_and_again(base_dir: Path, adapter: P
     settings = {"ENGINE_STALL": str(STALL), "ENGINE_RESTARTS": "3", "MAX_RUNNING": "9"}
     settings["QUEUE_TIMEOUT"] = "300"
     settings |= {"SERVED_MODEL_NAME": "base", "ENGINE_ARGS": '{"max_num_seqs": 9, "dtype": "float32"}'}
-    async with server(base_dir, tmp_path, **settings) as running:
-        headers = await running.tenant("acme")
-        made = await running.upload("acme", "a", adapter)
-        assert made.status_code == 201, made.text
-        right: dict[str, Said] = {}
-        for _ in range(2):  # what is to stop is known only once it has been said
-            for name, one in resumable({name: said.text for name, said in right.items()}).items():
-                if name not in right:
-                    right[name] = await ask(running, headers, *one)
-        assert right["stop string"].finish == "stop"
-        assert right["base"].text != right["adapter not streamed"].text
-        short = await ask(running, headers, COMPLETIONS, {"model": "a", **STORY, "max_tokens": 8})
-        for wait, how in zip((1, 2, 4), ("worker", "hang", "core"), strict=True):
-            again = await disturbed(running, headers, how, right, short)
-            noticed = STALL + LOOKED_AT if how == "hang" else 0
-            print(
-                f"{how}: service again after {again:.1f} s; the first start took {running.started_in:.1f} s"
-            )
-            # Twice, since tests beside this one may come to the cores at the second start alone; the
-            # time itself is measured by `make chaos`.
-            assert again < 2 * running.started_in + wait + noticed + 5
-        family = running.family()
-        last = asyncio.create_task(ask(running, headers, CHAT, {"model": "base", **COUNT, **STREAM}))
-        await until(running, runs=1)
-        await lose(running, "worker")
-        assert await running.exit_status() == 1
-        assert (await last).code == "engine_stopped"
-        assert not await gone(family, 5), "the engine's processes outlived the server"
+    settings["TRACES_SHARE"] = "0"  # of clients' traces those that they keep
+    with collector() as store:
+        async with server(base_dir, tmp_path, **settings, TRACES_URL=store.url) as running:
+            await _lost_again_and_again(running, adapter, store)
+
+
+async def _lost_again_and_again(running: Running, adapter: Path, store: Collector) -> None:
+    headers = await running.tenant("acme")
+    made = await running.upload("acme", "a", adapter)
+    assert made.status_code == 201, made.text
+    whole = Sent()
+    said = await ask(running, headers | whole.headers, CHAT, {"model": "a", **COUNT, "stream": True})
+    found = await followed(running, store, said.status, whole)
+    assert (found.row["outcome"], found.row["output_tokens"]) == ("completed", LONG["max_tokens"])
+    of_engine = await asyncio.to_thread(store.of, whole.trace, "llm_request", 60)
+    assert of_engine["llm_request"].attributes["gen_ai.usage.completion_tokens"] == LONG["max_tokens"]
+    right: dict[str, Said] = {}
+    for _ in range(2):  # what is to stop is known only once it has been said
+        for name, one in resumable({name: said.text for name, said in right.items()}).items():
+            if name not in right:
+                right[name] = await ask(running, headers, *one)
+    assert right["stop string"].finish == "stop"
+    assert right["base"].text != right["adapter not streamed"].text
+    short = await ask(running, headers, COMPLETIONS, {"model": "a", **STORY, "max_tokens": 8})
+    for wait, how in zip((1, 2, 4), ("worker", "hang", "core"), strict=True):
+        lost = Sent()
+        again = await disturbed(running, headers, how, right, short, lost)
+        noticed = STALL + LOOKED_AT if how == "hang" else 0
+        print(f"{how}: service again after {again:.1f} s; the first start took {running.started_in:.1f} s")
+        # Twice, since tests beside this one may come to the cores at the second start alone; the
+        # time itself is measured by `make chaos`.
+        assert again < 2 * running.started_in + wait + noticed + 5
+        if how == "worker":
+            found = await followed(running, store, 200, lost)
+            assert found.row["code"] == found.line["code"] == "engine_restarting"
+            assert 0 < found.row["output_tokens"] < LONG["max_tokens"]
+    family = running.family()
+    last = asyncio.create_task(ask(running, headers, CHAT, {"model": "base", **COUNT, **STREAM}))
+    await until(running, runs=1)
+    await lose(running, "worker")
+    assert await running.exit_status() == 1
+    assert (await last).code == "engine_stopped"
+    assert not await gone(family, 5), "the engine's processes outlived the server"
 
 
 async def test_limits_hold_while_the_engine_hangs(base_dir: Path, tmp_path: Path) -> None:

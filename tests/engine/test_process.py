@@ -17,6 +17,7 @@ from tests.support.site import bearer
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 SETTINGS = {"ENGINE_RESTARTS": "0", "ENGINE_ARGS": '{"max_num_seqs": 4}'}
+OLD, NEW = "a-metrics-key-of-the-tests", "another-metrics-key-of-the-tests"
 BODY = {"messages": [{"role": "user", "content": "Count to a hundred."}], "temperature": 0}
 
 
@@ -37,12 +38,15 @@ async def test_the_life_of_a_server(base_dir: Path, reference: Reference, tmp_pa
         assert await first.exit_status() == 0
         assert not await gone(family, 2), "the engine's processes outlived the server"
 
-    async with server(base_dir, data, **SETTINGS) as second:
+    rotated = tmp_path / "metrics_key"
+    rotated.write_text(OLD)
+    async with server(base_dir, data, **SETTINGS, METRICS_KEY_FILE=str(rotated)) as second:
         assert second.log.read_text().count("Admin key") == 1, "the key is shown once, not at every start"
         after = await second.http.post(
             "/v1/chat/completions", json={**BODY, "max_tokens": 16}, headers=bearer(key)
         )
         assert after.json()["choices"] == before["choices"]
+        await _reads_again(second, key, rotated)
         second.core().kill()
         assert await second.exit_status() == 1
     text = (data / "server.log").read_text()
@@ -63,6 +67,29 @@ async def _set_up(running: Running, folder: Path) -> str:
     assert made.status_code == 201, made.text
     assert made.json()["report"]["probe"]["log_prob"] > 0.1
     return str((await api.post("/admin/v1/tenants/acme/keys", json={}, headers=auth)).json()["key"])
+
+
+async def _reads_again(running: Running, key: str, rotated: Path) -> None:
+    """SIGHUP while a stream runs: a secret's file is read again, and the stream goes to its end."""
+
+    async def allowed(metrics_key: str) -> bool:
+        return (await running.http.get("/metrics", headers=bearer(metrics_key))).status_code == 200
+
+    body = {**BODY, "max_tokens": 60, "stream": True, "logit_bias": {"2": -100}}
+    async with running.http.stream("POST", "/v1/chat/completions", json=body, headers=bearer(key)) as stream:
+        lines = stream.aiter_lines()
+        await anext(lines)
+        assert (await allowed(OLD), await allowed(NEW)) == (True, False)
+        rotated.write_text(NEW)
+        running.process.send_signal(signal.SIGHUP)
+        async with asyncio.timeout(60):
+            while not await allowed(NEW):
+                await asyncio.sleep(0.05)
+        assert not await allowed(OLD)
+        assert [line async for line in lines if line][-1] == "data: [DONE]"
+    said = running.log.read_text()
+    assert "taken over: METRICS_KEY" in said
+    assert NEW not in said
 
 
 async def _drains(running: Running, key: str) -> None:

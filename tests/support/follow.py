@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from tests.support.collector import Collector, SpanSeen
 from tests.support.site import Site, bearer
 
 COUNTS = ("prompt_tokens", "cached_tokens", "output_tokens")
@@ -26,37 +30,80 @@ class Followed:
     exemplars: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A request's own ids; ``headers`` put it into its trace."""
+
+    own_id: str = field(default_factory=lambda: f"client-{secrets.token_hex(4)}")
+    trace: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        traceparent = f"00-{self.trace}-{secrets.token_hex(8)}-01"
+        return {"traceparent": traceparent, "X-Request-Id": self.own_id}
+
+
 async def follow(site: Site, key: str, caplog: pytest.LogCaptureFixture, **fields: Any) -> Followed:
     """Asks once, in a trace and with an id of its own, and finds the request by these."""
-    trace, own_id = secrets.token_hex(16), f"client-{secrets.token_hex(4)}"
+    sent = Sent()
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "stream": True, **fields}
-    headers = bearer(key) | {"traceparent": f"00-{trace}-{secrets.token_hex(8)}-01", "X-Request-Id": own_id}
     with caplog.at_level("INFO", "loraplex.access"):
-        said = await site.http.post("/v1/chat/completions", json=body, headers=headers)
+        said = await site.http.post("/v1/chat/completions", json=body, headers=bearer(key) | sent.headers)
         # The line is written when the stream is closed, a moment after its last byte.
-        (row,) = (await site.admin.get("/admin/v1/requests", params={"request_id": own_id})).json()["data"]
-    (line,) = [vars(r) for r in caplog.records if getattr(r, "client_request_id", None) == own_id]
-    assert said.headers["x-request-id"] == own_id
-    assert said.headers["traceparent"].split("-")[1] == trace == line["trace_id"]
-    for found in (
-        await site.admin.get("/admin/v1/requests", params={"request_id": line["request_id"]}),
-        await site.admin.get("/admin/v1/requests", params={"tenant": line["tenant"], "limit": 1}),
-    ):
-        assert found.json()["data"] == [row]
-    page = await site.admin.get("/metrics", headers={"accept": "application/openmetrics-text"})
+        found = await look_up(site.admin, said.status_code, sent, lambda: [vars(r) for r in caplog.records])
+    assert said.headers["x-request-id"] == sent.own_id
+    assert said.headers["traceparent"].split("-")[1] == sent.trace
+    return found
+
+
+async def look_up(
+    admin: httpx.AsyncClient, status: int, sent: Sent, lines: Callable[[], Sequence[dict[str, Any]]]
+) -> Followed:
+    """What there is of a request that has ended; ``lines`` gives the log's."""
+    rows: list[dict[str, Any]] = []
+    async with asyncio.timeout(30):
+        while not rows:
+            asked = {"request_id": sent.own_id}
+            rows = (await admin.get("/admin/v1/requests", params=asked)).json()["data"]
+            await asyncio.sleep(0 if rows else 0.1)
+    (row,) = rows
+    (line,) = [line for line in lines() if line.get("client_request_id") == sent.own_id and "seconds" in line]
+    assert line["trace_id"] == sent.trace
+    asked = {"request_id": line["request_id"]}
+    assert (await admin.get("/admin/v1/requests", params=asked)).json()["data"] == [row]
+    asked = {"tenant": line["tenant"], "limit": "50"}
+    assert row in (await admin.get("/admin/v1/requests", params=asked)).json()["data"]
+    page = await admin.get("/metrics", headers={"accept": "application/openmetrics-text"})
     exemplars = {
         family.name: sample.exemplar.value
         for family in text_string_to_metric_families(page.text)
         for sample in family.samples
-        if sample.exemplar and sample.exemplar.labels["trace_id"] == trace
+        if sample.exemplar and sample.exemplar.labels["trace_id"] == sent.trace
     }
-    return Followed(said.status_code, trace, line, row, exemplars)
+    return Followed(status, sent.trace, line, row, exemplars)
 
 
-async def used(site: Site, tenant: str, row: dict[str, Any]) -> dict[str, Any]:
+async def spans(store: Collector, found: Followed) -> dict[str, SpanSeen]:
+    """Those of the request's trace, by name."""
+    return await asyncio.to_thread(store.of, found.trace, "POST /v1/chat/completions")
+
+
+def spans_agree(found: Followed, seen: dict[str, SpanSeen]) -> None:
+    """The trace has the row's numbers."""
+    row, root = found.row, seen["POST /v1/chat/completions"]
+    assert root.attributes["loraplex.request_id"] == row["request_id"]
+    assert seen["queue"].seconds == pytest.approx(row["queue_seconds"], abs=1e-3)
+    assert seen["decode"].began - root.began == pytest.approx(row["first_token_seconds"], abs=2e-3)
+    chat = next(span for name, span in seen.items() if name.startswith("chat "))
+    assert chat.attributes["gen_ai.usage.output_tokens"] == row["output_tokens"]
+    assert chat.attributes["gen_ai.response.model"] == f"{row['adapter']}@{row['version']}"
+    assert ("load" in seen) == row["cold"]
+
+
+async def used(admin: httpx.AsyncClient, tenant: str, row: dict[str, Any]) -> dict[str, Any]:
     """What the usage has for requests like this one."""
     asked = {"tenant": tenant, "by": "adapter,version,outcome"}
-    found = (await site.admin.get("/admin/v1/usage", params=asked)).json()["data"]
+    found = (await admin.get("/admin/v1/usage", params=asked)).json()["data"]
     alike = [line for line in found if all(line[n] == row[n] for n in ("adapter", "version", "outcome"))]
     assert len(alike) == 1, found
     return dict(alike[0])

@@ -10,8 +10,20 @@ const $$ = (selector, within = document) => [...within.querySelectorAll(selector
 function toast(text) {
   const line = document.createElement("p");
   line.textContent = text;
-  $("#toast").append(line);
+  line.setAttribute("role", "status");
+  // What is behind an open dialog can neither be seen well nor is it read out.
+  ($("dialog[open]") || $("#toast")).append(line);
   setTimeout(() => line.remove(), 6000);
+}
+
+async function copyOf(place) {
+  try {
+    await navigator.clipboard.writeText(place.textContent);
+    toast("Copied.");
+  } catch { // browsers have a clipboard for pages that came by TLS or from this machine
+    getSelection().selectAllChildren(place);
+    toast("It is selected: copy it with Ctrl+C.");
+  }
 }
 
 function localTimes(within = document) {
@@ -140,10 +152,8 @@ document.addEventListener("click", async (event) => {
   if (open) $(`#${open}`).showModal();
   else if ("close" in button.dataset) button.closest("dialog").close();
   else if ("reload" in button.dataset) location.reload();
-  else if (copy) {
-    await navigator.clipboard.writeText($(copy).textContent);
-    toast("Copied.");
-  } else if (button.dataset.api) {
+  else if (copy) await copyOf($(copy));
+  else if (button.dataset.api) {
     if (button.dataset.confirm && !(await confirmed(button.dataset.confirm))) return;
     const body = button.dataset.body;
     const failed = await send(button, body === undefined ? undefined : JSON.parse(body));
@@ -298,6 +308,7 @@ async function one(form, place, signal) {
   const said = $(".said", place);
   const figures = $(".figures-line", place);
   said.replaceChildren();
+  $(".tokens", place).hidden = true;
   const model = $("select", place).value;
   if (!model) {
     figures.textContent = "";
@@ -318,6 +329,7 @@ async function one(form, place, signal) {
       signal,
     };
     const answer = await fetch(api("v1/chat/completions"), sent);
+    if (answer.status === 401 && tenant) throw new Error("The console's key for this has ended. Load the page again.");
     if (!answer.ok) throw new Error(await problem(answer));
     for await (const event of events(answer)) {
       if (event.error) throw new Error(event.error.message);
@@ -343,27 +355,53 @@ async function one(form, place, signal) {
   return tokens;
 }
 
+// How far a token's log-probability is from what the first model gave the same token at the same place; null
+// where that is not among its likeliest.
+function apart(token, theirs) {
+  const found = theirs && [theirs, ...(theirs.top_logprobs ?? [])].find((one) => one.token === token.token);
+  return found ? token.logprob - found.logprob : null;
+}
+
+const signed = (number) => `${number >= 0 ? "+" : "\u2212"}${Math.abs(number).toFixed(3)}`;
+
+// Up to the token at which two answers part both models were given the same, and can be compared.
 function compare(place, tokens, base) {
+  const parts = tokens.findIndex((token, at) => base[at]?.token !== token.token);
+  const end = parts < 0 ? tokens.length : parts + 1;
+  const differences = tokens.slice(0, end).map((token, at) => apart(token, base[at]));
   const pieces = $$(".said span", place);
-  let [sum, compared] = [0, 0];
-  const mean = () => (compared ? `, mean difference ${(sum / compared).toFixed(3)} over ${compared} tokens` : "");
-  for (let at = 0; at < tokens.length; at += 1) {
-    const theirs = base[at];
-    const found = theirs && [theirs, ...(theirs.top_logprobs ?? [])].find((one) => one.token === tokens[at].token);
-    const mine = tokens[at].logprob.toFixed(3);
-    if (found) {
-      const difference = tokens[at].logprob - found.logprob;
-      sum += Math.abs(difference);
-      compared += 1;
-      pieces[at].title = `${mine}, ${difference >= 0 ? "+" : ""}${difference.toFixed(3)} beside the first model`;
-    } else pieces[at].title = `${mine}, and not among the ${TOP} likeliest of the first model`;
-    if (!theirs || theirs.token !== tokens[at].token) {
-      pieces[at].classList.add("turn");
-      $(".figures-line", place).textContent += `; parts from the first model at token ${at + 1}${mean()}`;
-      return;
+  differences.forEach((difference, at) => {
+    const beside = difference === null ? `not among the ${TOP} likeliest of the first model` : `${signed(difference)} beside the first model`;
+    pieces[at].title = `${tokens[at].logprob.toFixed(3)}, ${beside}`;
+  });
+  const known = differences.filter((difference) => difference !== null);
+  const sum = known.reduce((all, difference) => all + Math.abs(difference), 0);
+  const mean = known.length ? `, mean difference ${(sum / known.length).toFixed(3)} over ${known.length} tokens` : "";
+  if (parts >= 0) pieces[parts].classList.add("turn");
+  const turn = parts < 0 ? "says the same as the first model" : `parts from the first model at token ${parts + 1}`;
+  if (tokens.length) $(".figures-line", place).textContent += `; ${turn}${mean}`;
+  return differences;
+}
+
+function tokenRows(place, tokens, differences) {
+  const cell = (text, kind = "td") => {
+    const made = document.createElement(kind);
+    made.textContent = text;
+    return made;
+  };
+  const rows = tokens.map((token, at) => {
+    const row = document.createElement("tr");
+    const shown = cell("");
+    shown.append(cell(token.token, "code"));
+    row.append(cell(String(at + 1)), shown, cell(token.logprob.toFixed(3)));
+    if (differences) {
+      const difference = differences[at];
+      row.append(cell(difference === undefined ? "" : difference === null ? `not among its ${TOP}` : signed(difference)));
     }
-  }
-  if (tokens.length) $(".figures-line", place).textContent += `; says the same as the first model${mean()}`;
+    return row;
+  });
+  $(".tokens tbody", place).replaceChildren(...rows);
+  $(".tokens", place).hidden = rows.length === 0;
 }
 
 async function ask(form) {
@@ -373,7 +411,9 @@ async function ask(form) {
   stop.disabled = false;
   const places = $$(".answer", form);
   const said = await Promise.all(places.map((place) => one(form, place, running.signal)));
-  for (let at = 1; at < places.length; at += 1) if (said[at] && said[0]) compare(places[at], said[at], said[0]);
+  places.forEach((place, at) => {
+    if (said[at]) tokenRows(place, said[at], at && said[0] ? compare(place, said[at], said[0]) : null);
+  });
   button.disabled = false;
   stop.disabled = true;
 }

@@ -255,6 +255,10 @@ async def test_the_playground_asks_with_a_key_of_the_customer(site: Site) -> Non
         assert temporary["expires_at"] is not None
         bad = await client.post("/console/playground/key", data=form | {"csrf": "x"})
         assert bad.status_code == 403
+        assert "Make a key for an hour" not in (await client.get("/console/playground?tenant=acme")).text
+        await site.admin.delete(f"/admin/v1/tenants/acme/keys/{temporary['id']}")
+        page = await client.get("/console/playground?tenant=acme")
+        assert "Make a key for an hour" in page.text, "one that has ended is not kept"
 
 
 async def test_a_setting_takes_it_away(tmp_path: Path) -> None:

@@ -9,28 +9,13 @@ from typing import Any
 import pytest
 
 from tests.support import tiny
-from tests.support.collector import Collector, SpanSeen, collector
+from tests.support.collector import Collector, collector
 from tests.support.fakes import FakeEngine, Times
-from tests.support.follow import COUNTS, Followed, agree, follow, used
+from tests.support.follow import COUNTS, agree, follow, spans, spans_agree, used
 from tests.support.site import Site
 from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
-
-
-async def spans(store: Collector, found: Followed) -> dict[str, SpanSeen]:
-    return await asyncio.to_thread(store.of, found.trace, "POST /v1/chat/completions")
-
-
-def spans_agree(found: Followed, seen: dict[str, SpanSeen]) -> None:
-    row, root = found.row, seen["POST /v1/chat/completions"]
-    assert root.attributes["loraplex.request_id"] == row["request_id"]
-    assert seen["queue"].seconds == pytest.approx(row["queue_seconds"], abs=1e-3)
-    assert seen["decode"].began - root.began == pytest.approx(row["first_token_seconds"], abs=2e-3)
-    chat = next(span for name, span in seen.items() if name.startswith("chat "))
-    assert chat.attributes["gen_ai.usage.output_tokens"] == row["output_tokens"]
-    assert chat.attributes["gen_ai.response.model"] == f"{row['adapter']}@{row['version']}"
-    assert ("load" in seen) == row["cold"]
 
 
 async def canary(site: Site, key: str, caplog: pytest.LogCaptureFixture, store: Collector) -> None:
@@ -43,7 +28,7 @@ async def canary(site: Site, key: str, caplog: pytest.LogCaptureFixture, store: 
         found = await follow(site, key, caplog, model="a")
     agree(found)
     spans_agree(found, await spans(store, found))
-    counted = await used(site, "acme", found.row)
+    counted = await used(site.admin, "acme", found.row)
     assert (counted["requests"], *(counted[name] for name in COUNTS)) == (
         1,
         *(found.row[name] for name in COUNTS),
@@ -66,7 +51,7 @@ async def cold(site: Site, key: str, caplog: pytest.LogCaptureFixture, store: Co
     assert 0 < found.row["load_seconds"] <= found.row["queue_seconds"] < found.row["first_token_seconds"]
     assert seen["load"].seconds == pytest.approx(found.row["load_seconds"], abs=1e-3)
     assert found.exemplars.keys() >= {"loraplex_queue_seconds", "loraplex_time_to_first_token_seconds"}
-    assert (await used(site, "acme", found.row))["output_tokens"] == found.row["output_tokens"] == 5
+    assert (await used(site.admin, "acme", found.row))["output_tokens"] == found.row["output_tokens"] == 5
 
 
 async def refused(site: Site, caplog: pytest.LogCaptureFixture, store: Collector) -> None:
@@ -107,7 +92,7 @@ async def engine_died(site: Site, key: str, caplog: pytest.LogCaptureFixture, st
     chat = seen[f"chat a@{found.row['version']}"]
     assert chat.failed
     assert chat.attributes["gen_ai.usage.output_tokens"] == found.row["output_tokens"]
-    counted = await used(site, "acme", found.row)
+    counted = await used(site.admin, "acme", found.row)
     assert (counted["requests"], counted["output_tokens"]) == (1, found.row["output_tokens"])
 
 
