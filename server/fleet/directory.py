@@ -1,7 +1,8 @@
 """The replicas that a gateway knows, how they are, and the connections to them.
 
 Rows of the database say which there are; what each says of itself every second says how it is. One that says
-nothing for ``stall`` seconds counts as hung: it gets nothing more, and what it had goes on elsewhere.
+nothing for ``stall`` seconds counts as hung: it gets nothing more, and what it had goes on elsewhere. Seconds
+in which this process could not listen itself do not count.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,7 +33,8 @@ from server.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 DISCOVER_EVERY_S = 1.0
-ASK_EVERY_S = 1.0
+# At most; several times before one that says nothing counts as hung.
+ASK_EVERY_S, ASKED_BEFORE_HUNG = 1.0, 5
 # How often adapters are loaded where nobody waits for them yet, and for how long such a load may look for
 # room.
 MOVE_EVERY_S, MOVE_TIMEOUT_S = 0.2, 10.0
@@ -82,6 +84,7 @@ class Known:
     backlog: float = 0.0
     lost: bool = False
     calls: set[Moves] = field(default_factory=set)
+    asked: set[asyncio.Timeout] = field(default_factory=set)  # who waits for an answer of its own
     watching: asyncio.Task[None] | None = None
 
 
@@ -231,34 +234,63 @@ class Directory:
         ids = REQUEST.get()  # what the replica logs and traces is found by the same trace
         headers = {"traceparent": ids.traceparent} if ids is not None and ids.traceparent else None
         try:
-            response = await self._session.post(replica.url + path, data=body, headers=headers)
-            if response.status == 200:
-                return response
-            told = await response.json(content_type=None)
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as exc:
+            async with self.while_heard(replica):
+                response = await self._session.post(replica.url + path, data=body, headers=headers)
+                if response.status == 200:
+                    return response
+                told = await response.json(content_type=None)
+        except (aiohttp.ClientError, OSError, ValueError) as exc:
             raise Unreachable(f"{type(exc).__name__}: {exc}") from exc
         if "loraplex_error" in told:
             raise error_of(told["loraplex_error"])
         raise Unreachable(f"it answers with status {response.status}: {str(told)[:200]}")
 
+    @asynccontextmanager
+    async def while_heard(self, replica: Known) -> AsyncIterator[None]:
+        """Unreachable as soon as ``replica`` is silent: the kernel takes connections for one that is hung."""
+        if replica.lost:
+            raise Unreachable("it was not heard of lately")
+        limit = asyncio.timeout(None)
+        replica.asked.add(limit)
+        try:
+            async with limit:
+                yield
+        except TimeoutError as exc:
+            if limit.expired():
+                raise Unreachable("it is silent") from exc
+            raise
+        finally:
+            replica.asked.discard(limit)
+
     async def post(self, replica: Known, path: str, sent: Any) -> dict[str, Any]:
         """The JSON that ``replica`` answers. Raises its errors, and Unavailable where it cannot be asked."""
         try:
-            response = await self.stream(replica, f"{PREFIX}/{path}", json.dumps(sent).encode())
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                answer: dict[str, Any] = await response.json(content_type=None)
-            return answer
-        except (Unreachable, aiohttp.ClientError, OSError, TimeoutError, ValueError) as exc:
-            raise Unavailable(
-                "The replica did not answer; try again.", code="replica_lost", retry_after=1
-            ) from exc
+            return await self._told(replica, path, json.dumps(sent).encode())
+        except Unreachable as exc:
+            raise _no_answer() from exc
 
     async def ask(self, path: str, sent: Any, version: Version | None = None) -> dict[str, Any]:
-        """As ``post``, of the best replica for ``version``. Unavailable (``no_replica``)."""
-        replica = self.choose(version, set())
-        if replica is None:
-            raise self.nobody()
-        return await self.post(replica, path, sent)
+        """As ``post``, of the best replica for ``version``, or the next one that answers. For what may be
+        asked twice. Unavailable (``no_replica``).
+        """
+        body, tried = json.dumps(sent).encode(), set[str]()
+        while (replica := self.choose(version, tried)) is not None:
+            try:
+                return await self._told(replica, path, body)
+            except Unreachable as exc:
+                logger.warning("replica %s does not answer: %s", replica.id, exc)
+                tried.add(replica.id)
+        raise _no_answer() if tried else self.nobody()
+
+    async def _told(self, replica: Known, path: str, body: bytes) -> dict[str, Any]:
+        """The JSON that ``replica`` answers. Raises its errors and Unreachable."""
+        try:
+            async with self.while_heard(replica), asyncio.timeout(CALL_TIMEOUT_S):
+                response = await self.stream(replica, f"{PREFIX}/{path}", body)
+                answer: dict[str, Any] = await response.json(content_type=None)
+            return answer
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as exc:
+            raise Unreachable(f"{type(exc).__name__}: {exc}") from exc
 
     # --- loads without a request ---------------------------------------------------------------------
 
@@ -310,23 +342,35 @@ class Directory:
                 del self._known[id_]
 
     async def _watch(self, one: Known) -> None:
+        every = min(ASK_EVERY_S, self._stall / ASKED_BEFORE_HUNG)
         while True:
             asked = self._now()
+            # It ends when the replica counts as silent, whenever it was asked.
+            within = max(0.1, min(self._stall, one.heard + self._stall + 0.05 - asked))
+            within = self._stall if one.lost else within
             try:
-                await self._hear(one)
+                await self._hear(one, within)
             except Exception as exc:  # whatever it is, it is no answer
+                one.heard += self._late(asked + within)
                 if not one.lost and (isinstance(exc, aiohttp.ClientConnectorError) or self._is_silent(one)):
                     self._lose(one, exc)
-            await asyncio.sleep(max(0.1, ASK_EVERY_S - (self._now() - asked)))
+            due = max(self._now() + 0.1, asked + every)
+            await asyncio.sleep(due - self._now())
+            one.heard += self._late(due)
 
     def _is_silent(self, one: Known) -> bool:
         return self._now() - one.heard > self._stall
 
-    async def _hear(self, one: Known) -> None:
+    def _late(self, due: float) -> float:
+        """For how long this process has not come to what was ``due``: it was stopped, or had no processor.
+
+        Replicas may have answered all the time.
+        """
+        return max(0.0, self._now() - due)
+
+    async def _hear(self, one: Known, within: float) -> None:
         assert self._session is not None
-        # It ends when the replica counts as silent, whenever it was asked.
-        within = max(0.1, min(self._stall, one.heard + self._stall + 0.05 - self._now()))
-        timeout = aiohttp.ClientTimeout(total=self._stall if one.lost else within)
+        timeout = aiohttp.ClientTimeout(total=within)
         async with self._session.get(f"{one.url}{PREFIX}/state", timeout=timeout) as response:
             if response.status != 200:
                 raise Unreachable(f"status {response.status}")
@@ -348,6 +392,8 @@ class Directory:
         self.placement.lost(one.id)
         for call in list(one.calls):
             call.lose()
+        for limit in one.asked:
+            limit.reschedule(0.0)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -369,3 +415,7 @@ def facts_of(sent: Mapping[str, Any]) -> Facts:
         parsers.get("tool_parser"), parsers.get("reasoning_parser"), bool(parsers.get("tools_shown"))
     )
     return Facts(base, *sizes, capacity, str(sent["dtype"]), str(sent["engine"]), chosen)
+
+
+def _no_answer() -> Unavailable:
+    return Unavailable("The replica did not answer; try again.", code="replica_lost", retry_after=1)

@@ -244,8 +244,9 @@ class RemotePublisher:
         if replica is None:
             raise self._directory.nobody()
         try:
-            response = await self._directory.stream(replica, f"{PREFIX}/publish", body())
-            told = json.loads(await response.read())
+            async with self._directory.while_heard(replica):
+                response = await self._directory.stream(replica, f"{PREFIX}/publish", body())
+                told = json.loads(await response.read())
         except (Unreachable, aiohttp.ClientError, OSError, ValueError) as exc:
             raise wrong[0] if wrong else _broke_off() from exc
         except AdapterError as exc:

@@ -327,14 +327,15 @@ class RemoteCall:
             self._lease.progressed("answer", prompt, output, cached)
 
     async def _drained(self) -> None:
-        """The connection goes back to its pool: all that is left of it is its end."""
-        response, self._response = self._response, None
+        """The connection goes back to its pool: all that is left of it is its end.
+
+        A replica that hangs just then is left as any other; see ``lose``.
+        """
+        response = self._response
         if response is not None:
-            try:
+            with suppress(aiohttp.ClientError, OSError):
                 await response.content.readany()
                 response.release()
-            except (aiohttp.ClientError, OSError):
-                response.close()
         self.leave()
 
     async def _settle(self, asked: list[int], *, larger: bool) -> None:
@@ -355,11 +356,14 @@ class RemoteCall:
     # --- from one replica to the next ----------------------------------------------------------------
 
     async def _connect(self, first: Known | None = None) -> None:
-        """Opens the order at ``first`` or the best replica that there is, waiting a little for one."""
+        """Opens the order at ``first`` or the best replica that there is, waiting a little for one.
+
+        After a while also at one that it was at before, which may be well again.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + (PATIENCE_S if self._losses or self._begun else FRESH_PATIENCE_S)
         while True:
-            replica = first or self._directory.choose(self._order.version, self._tried, self._like)
+            replica = first or self._best()
             first = None
             if replica is not None:
                 if await self._opened(replica):
@@ -371,6 +375,11 @@ class RemoteCall:
                     raise _lost()
                 raise self._directory.nobody()
             await asyncio.sleep(LOOK_EVERY_S)
+            self._tried.clear()
+
+    def _best(self) -> Known | None:
+        """The best replica that was not tried."""
+        return self._directory.choose(self._order.version, self._tried, self._like)
 
     @property
     def _like(self) -> str | None:
@@ -432,23 +441,33 @@ class RemoteCall:
         if error.code not in ELSEWHERE or refusing is None:
             raise error
         self._tried.add(refusing.id)
-        if self._directory.choose(self._order.version, self._tried, self._like) is None:
+        if self._best() is None:
             raise error
         await self._connect()
 
     def _can_leave_after(self, error: Exception) -> bool:
-        """Whether what ended while it ran can go on, or begin anew, elsewhere: its engine was lost."""
+        """Whether what ended while it ran can go on, or begin anew, elsewhere: its engine was lost.
+
+        An answer that has begun waits for a replica that may come.
+        """
         if getattr(error, "code", None) not in ELSEWHERE or self._losses >= MAX_LOSSES:
             return False
         self._losses += 1
-        return self._can_leave()
+        return self._can_leave() or (self._begun and self._is_movable)
 
     def _can_leave(self) -> bool:
-        if self._begun and not (self._movable and len(self._said) == self._totals[2]):
+        """Whether there is another replica, be it one that it was at before."""
+        if self._begun and not self._is_movable:
             return False
-        if self._replica is not None:
-            self._tried.add(self._replica.id)
-        return self._directory.choose(self._order.version, self._tried, self._like) is not None
+        here = {self._replica.id} if self._replica is not None else set[str]()
+        self._tried |= here
+        if self._best() is None:
+            self._tried = here
+        return self._best() is not None
+
+    @property
+    def _is_movable(self) -> bool:
+        return self._movable and len(self._said) == self._totals[2]
 
     async def _leave_for_another(self) -> None:
         self.leave()

@@ -24,15 +24,22 @@ FLEET_KEY = "fleet-key-of-the-tests"
 
 
 class Freezer:
-    """ASGI around an app that can be made to say nothing, as a process that was stopped."""
+    """ASGI around an app that can be made to say nothing, as a process that was stopped.
+
+    With ``before_the_end``, as soon as an answer is whole but for the end of its connection.
+    """
 
     def __init__(self, app: FastAPI) -> None:
         self.app = app
         self.going = asyncio.Event()
         self.going.set()
+        self.before_the_end = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def later(message: Any) -> None:
+            ends = message["type"] == "http.response.body" and not message.get("more_body")
+            if self.before_the_end and ends and scope["path"].endswith("/open"):
+                self.going.clear()
             await self.going.wait()
             await send(message)
 
