@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import tracemalloc
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -82,6 +83,67 @@ async def test_what_is_no_body_is_bounded(site: Site, what: str) -> None:
     assert told[:12] in (b"HTTP/1.1 431", b"HTTP/1.1 400", b"HTTP/1.1 401", b""), told[:200]
     assert peak < 8 << 20
     assert (await site.http.get("/health")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("first", "line", "status"),
+    [
+        ("/health", f"X: {'a' * 70_000}", 431),
+        ("/health", "\r\n".join(f"X{n}: a" for n in range(10_000)), 431),
+        (f"/{'a' * 70_000}", "X: a", 431),
+        ("/health", f"X: {'a' * 60_000}", 200),
+    ],
+)
+async def test_a_head_is_bounded_also_where_it_comes_in_one_piece(
+    site: Site, first: str, line: str, status: int
+) -> None:
+    """Of what was read at once, which may be 256 KiB, all was taken."""
+    sent = f"GET {first} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{line}\r\n\r\n"
+    reader, writer = await opened(site, sent.encode())
+    async with asyncio.timeout(20):
+        told = await reader.read()
+    writer.close()
+    assert told.startswith(b"HTTP/1.1 %d " % status), told[:100]
+
+
+async def test_a_connection_that_ended_leaves_nothing_to_the_collector_of_circles(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands that ended at once were collected at once, for which every stream waited."""
+    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+    close, auth = "Connection: close\r\n", f"Authorization: Bearer {key}\r\n"
+    asked = [
+        f"GET /v1/models HTTP/1.1\r\nHost: x\r\n{close}\r\n",
+        "GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n",
+        f"GET /v1/models HTTP/1.1\r\nHost: x\r\n{auth}{close}\r\n",
+        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{auth}Content-Length: 2\r\n\r\n{{]",
+        "GET / HTTP",
+        "",
+    ]
+    made = list[weakref.ref[BoundedHeads]]()
+    plain = BoundedHeads.connection_made
+
+    def seen(one: BoundedHeads, transport: asyncio.Transport) -> None:
+        made.append(weakref.ref(one))
+        plain(one, transport)
+
+    monkeypatch.setattr(BoundedHeads, "connection_made", seen)
+    gc.collect()
+    gc.disable()
+    try:
+        async with asyncio.timeout(30):
+            for number, request in enumerate(asked, 1):
+                reader, writer = await opened(site, request.encode())
+                if "Host" in request:
+                    await reader.readuntil(b"\r\n\r\n")
+                while len(made) < number:
+                    await asyncio.sleep(0.01)
+                writer.transport.abort()
+                del reader, writer
+            while any(one() is not None for one in made):
+                await asyncio.sleep(0.05)
+    finally:
+        gc.enable()
 
 
 async def test_trailers_without_end_are_answered_with_431(site: Site) -> None:
