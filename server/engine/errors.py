@@ -141,6 +141,10 @@ def parse_errors() -> Iterator[None]:
         raise BadRequest(message_of(exc), param=exc.parameter) from exc
     except (ValueError, TypeError, OverflowError) as exc:
         raise BadRequest(message_of(exc)) from exc
+    except KeyError as exc:  # from what vLLM does before it looks at types, and takes for granted
+        raise BadRequest(f"A field `{str(exc.args[0])[:100]}` is missing.") from exc
+    except (AttributeError, IndexError) as exc:
+        raise BadRequest("A part of the request has another type than it needs there.") from exc
 
 
 def invalid_request(exc: ValidationError) -> BadRequest:

@@ -73,6 +73,9 @@ ZIPPED: dict[str, Any] = {
 LARGE: dict[str, Any] = {"status": 413, "code": "body_too_large"}
 REDOS = {"type": "string", "pattern": "^(a|a)*(b|b)*((c+)+)+\\1$"}
 
+_FUNCTION: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+_ALLOWED: dict[str, Any] = {"mode": "auto", "tools": 5}
+
 BAD: list[Bad] = [
     # wrong types
     Bad("messages that are a string", CHAT, {"messages": "hi"}),
@@ -94,6 +97,17 @@ BAD: list[Bad] = [
     Bad("an allowed token below zero", CHAT, {"allowed_token_ids": [-1]}),
     Bad("a constraint that is none", CHAT, {"structured_outputs": {"grammar": "root ::= ("}}, real=True),
     Bad("a template in a request", CHAT, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}),
+    Bad(
+        "a choice among tools without names",
+        CHAT,
+        {"tools": [{"type": "function", "function": {}}], "tool_choice": _FUNCTION},
+    ),
+    Bad("a tool whose name is a list", CHAT, {"tools": [{"type": "function", "function": {"name": [1]}}]}),
+    Bad(
+        "allowed tools that are a number",
+        CHAT,
+        {"tools": [_FUNCTION], "tool_choice": {"type": "allowed_tools", "allowed_tools": _ALLOWED}},
+    ),
     Bad("a prompt that is an object", TEXT, {"prompt": {"a": 1}}),
     Bad("a prompt of nothing", TEXT, {"prompt": []}),
     Bad("input that is a number", RESPONSES, {"input": 5}),

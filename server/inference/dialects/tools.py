@@ -23,9 +23,14 @@ def with_allowed_tools(body: dict[str, Any]) -> dict[str, Any]:
     """A chat whose ``tool_choice`` is one that vLLM knows.
 
     OpenAI's ``allowed_tools`` leaves some of the tools to the model: here it is offered those alone. Without
-    tools a choice between them asks for nothing. BadRequest for a choice of tools that are not there.
+    tools a choice between them asks for nothing. BadRequest for a choice of tools that are not there, and
+    for a function without a name, which vLLM takes for granted where a choice names one.
     """
     choice, tools = body.get("tool_choice"), body.get("tools")
+    for index, tool in enumerate(tools if isinstance(tools, list) else ()):
+        if isinstance(tool, dict) and _name(tool) is None:
+            where = f"tools.{index}.function.name"
+            raise BadRequest(f"{where}: a function needs a name, which is a string", param=where)
     if tools == []:
         body = {name: value for name, value in body.items() if name != "tools"}
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
@@ -39,7 +44,8 @@ def _allowed(body: dict[str, Any], allowed: Any) -> dict[str, Any]:
     where = "tool_choice.allowed_tools"
     if not isinstance(allowed, dict) or allowed.get("mode") not in ("auto", "required"):
         raise BadRequest(f"{where} needs a mode, auto or required, and tools", param=where)
-    named = {_name(tool) for tool in allowed.get("tools") or ()} - {None}
+    listed = allowed.get("tools")
+    named = {_name(tool) for tool in (listed if isinstance(listed, list) else ())} - {None}
     tools = body.get("tools")
     kept = [tool for tool in tools if _name(tool) in named] if isinstance(tools, list) else []
     if not kept or len({_name(tool) for tool in kept}) != len(named):
