@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from adapters.database.database import Database
-from adapters.errors import StoreUnavailable
+from adapters.errors import AdapterError, StorageFailed, cause_of
 from adapters.model import DEFAULT_MODEL
 from adapters.store.blobs import BlobStore
 from adapters.store.cache import Cache
@@ -104,8 +104,9 @@ def create_app(
             try:
                 app.state.services = services = await _start(settings, start_engine, on_death, stack, app)
             except Exception as exc:
-                expected = isinstance(exc, ValueError | OSError | StoreUnavailable)
-                logger.critical("cannot start: %s", exc, exc_info=None if expected else exc)
+                expected = isinstance(exc, ValueError | OSError | AdapterError)
+                below = f" ({cause_of(exc)})" if isinstance(exc, StorageFailed) else ""
+                logger.critical("cannot start: %s%s", exc, below, exc_info=None if expected else exc)
                 raise
             if settings.role != "replica":
                 services.batches.start(stack)

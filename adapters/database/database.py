@@ -23,7 +23,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import URL, Connection, event, make_url, select, text, update
+from sqlalchemy import URL, Connection, event, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
@@ -31,7 +31,8 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from adapters.database import postgres
 from adapters.database.rows import MetaRow
-from adapters.database.unusable import usable
+from adapters.database.unusable import ordinary, usable
+from adapters.database.urls import checked_url as checked_url
 from adapters.errors import DatabaseUnavailable, StorageBusy, StorageFailed, StorageFull
 from adapters.tasks import uninterruptible
 
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 
-DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
 MIGRATIONS = "adapters.database:migrations"
 # How long a SQLite writer of another process (the command line, a backup) may hold up a write, and the start.
 BUSY_TIMEOUT_MS = 3_000
@@ -59,7 +59,7 @@ WATCH_EVERY = 0.5
 _LOOK = "SELECT value FROM meta WHERE key = 'last_write'"
 
 
-class SchemaTooNew(RuntimeError):
+class SchemaTooNew(ValueError):
     """The database was last used by a newer version of this program, whose tables are unknown here."""
 
 
@@ -322,21 +322,6 @@ def _busy() -> StorageBusy:
     )
 
 
-def checked_url(text: str) -> URL:
-    """``text`` with the driver that is used here; ValueError where it names another database."""
-    url = make_url(text)
-    if url.drivername in DRIVERS:
-        url = url.set(drivername=DRIVERS[url.drivername])
-    if url.drivername not in DRIVERS.values():
-        raise ValueError(
-            f"the database must be sqlite+aiosqlite:///… or postgresql+asyncpg://…, not {url.drivername}"
-        )
-    in_memory = url.database in (None, "", ":memory:") or str(url.database).startswith("file:")
-    if url.get_backend_name() == "sqlite" and in_memory:
-        raise ValueError("the database must be a plain file: what it holds has to survive a restart")
-    return url
-
-
 def _engine(
     url: URL,
     *,
@@ -405,6 +390,7 @@ def _identity(file: Path) -> tuple[int, int] | None:
 
 def _create_private(path: Path) -> None:
     """Key digests and cache salts are for the owner's eyes; SQLite gives its other files the same mode."""
+    ordinary(path)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(FileExistsError):
         path.touch(mode=0o600, exist_ok=False)
@@ -434,7 +420,8 @@ def check_revision(connection: Connection) -> str | None:
             raise SchemaTooNew(
                 f"The database {connection.engine.url.render_as_string()} was last used by a newer version"
                 f" (its schema is {found}, this program knows up to {scripts.get_current_head()})."
-                " Start that version, or restore a backup."
+                " Start that version, or restore a backup; if it is another program's, set"
+                " LORAPLEX_DATABASE_URL to one that is Loraplex's own."
             ) from None
     return found
 

@@ -13,9 +13,9 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from adapters.database.database import check_revision, newest_revision
+from adapters.database.database import OPEN_BUSY_TIMEOUT_MS, check_revision, newest_revision
 from adapters.database.rows import AuditRow, MetaRow, VersionRow
-from adapters.database.unusable import usable
+from adapters.database.unusable import ordinary, usable
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Glance:
 async def glance(url: URL, installation_key: str) -> Glance:
     """What the database at ``url`` holds; a SQLite file that is not there is not made.
 
-    Raises SchemaTooNew where the schema is beyond this program, ValueError where the file is no database,
-    and DatabaseUnusable where nothing answers.
+    Raises SchemaTooNew where the schema is beyond this program, ValueError where the file is no database or
+    another program's, and DatabaseUnusable where nothing answers.
     """
     with usable(url):
         if url.get_backend_name() == "sqlite":
@@ -54,10 +54,16 @@ async def glance(url: URL, installation_key: str) -> Glance:
 
 
 def _file(path: Path, installation_key: str) -> Glance:
+    ordinary(path)
     if not path.exists() or not path.stat().st_size:
         return Glance()
     uri = f"file:{quote(str(path.absolute()))}?mode=ro"
-    engine = create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True), poolclass=NullPool)
+    patience = OPEN_BUSY_TIMEOUT_MS / 1000
+    engine = create_engine(
+        URL.create("sqlite", database=str(path)),
+        creator=lambda: sqlite3.connect(uri, uri=True, timeout=patience),
+        poolclass=NullPool,
+    )
     try:
         with engine.connect() as connection:
             return _look(connection, installation_key)
@@ -72,6 +78,8 @@ def _file(path: Path, installation_key: str) -> Glance:
 def _look(connection: Connection, installation_key: str) -> Glance:
     revision = check_revision(connection)
     tables = set(inspect(connection).get_table_names())
+    if revision is None:
+        _refuse_foreign(connection, tables)
     installation, audit, linked = None, 0, frozenset[str]()
     if MetaRow.__tablename__ in tables:
         query = select(MetaRow.value).where(MetaRow.key == installation_key)
@@ -81,3 +89,17 @@ def _look(connection: Connection, installation_key: str) -> Glance:
     if VersionRow.__tablename__ in tables:
         linked = frozenset(connection.scalars(select(VersionRow.digest).distinct()))
     return Glance(revision, installation, audit, linked)
+
+
+def _refuse_foreign(connection: Connection, tables: set[str]) -> None:
+    """ValueError where the tables are another program's: any of a file, and of PostgreSQL, which several
+    programs may share, such as have the names of ours."""
+    foreign = tables - {"alembic_version"}
+    if connection.dialect.name != "sqlite":
+        foreign &= set(MetaRow.metadata.tables)
+    if foreign:
+        raise ValueError(
+            f"The database {connection.engine.url.render_as_string()} holds another program's tables"
+            f" ({', '.join(sorted(foreign)[:3])}). Nothing was touched. Set LORAPLEX_DATABASE_URL to one"
+            " that is Loraplex's own."
+        )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from sqlalchemy import URL
 from sqlalchemy.exc import DBAPIError
@@ -23,3 +26,11 @@ def usable(url: URL) -> Iterator[None]:
     except (DBAPIError, OSError) as error:
         shown = url.render_as_string()  # without the password
         raise DatabaseUnusable(f"the database {shown} cannot be used: {cause_of(error)}") from error
+
+
+def ordinary(path: Path) -> None:
+    """OSError where SQLite's file is a folder or a device, which SQLite calls a disk error, or waits for."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "Not an ordinary file", str(path))

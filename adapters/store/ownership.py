@@ -29,7 +29,7 @@ from sqlalchemy.exc import IntegrityError
 from adapters.database.database import Database
 from adapters.database.glance import glance
 from adapters.database.rows import AuditRow, MetaRow
-from adapters.errors import StoreUnavailable
+from adapters.errors import StoreUnavailable, cause_of
 from adapters.files import sync_path
 from adapters.store.blobs import BlobStore
 from adapters.store.versions import linked_digests
@@ -54,6 +54,10 @@ class FolderInUse(OSError):
     """Another running server owns the data folder."""
 
 
+class FolderUnusable(OSError):
+    """The data folder cannot be made or written; the message says which and why."""
+
+
 class WrongDatabase(ValueError):
     """The database is not the one that belongs to the data folder, or an older copy of it."""
 
@@ -76,16 +80,20 @@ class FolderLock:
         self._descriptors: list[int] = []
 
     def acquire(self) -> Self:
-        """Raises FolderInUse if a server runs on the folder, OSError if it cannot be written."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        if self.root in _locked and not self._shared:
+        """Raises FolderInUse if a server runs on the folder, FolderUnusable if it cannot be written."""
+        if self._descriptors or (self.root in _locked and not self._shared):
             raise self._in_use(str(os.getpid()))
         _held.add(self)
         try:
+            self.root.mkdir(parents=True, exist_ok=True)
             self._lock_folder()
             self._lock_file()
-        except BaseException:
+        except BaseException as error:
             self._let_go()
+            if isinstance(error, OSError) and not isinstance(error, FolderInUse):
+                raise FolderUnusable(
+                    f"the data folder {self.root} (LORAPLEX_DATA_DIR) cannot be used: {cause_of(error)}"
+                ) from error
             raise
         _locked.add(self.root)
         return self

@@ -11,21 +11,26 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from adapters.database import audit
-from adapters.database.database import MIGRATIONS, SchemaTooNew
-from adapters.database.unusable import DatabaseUnusable
+from adapters.database.database import MIGRATIONS
+from adapters.database.glance import glance
+from adapters.database.urls import checked_url
+from adapters.errors import StorageFailed
 from adapters.store.blobs import BlobStore
 from adapters.store.ownership import (
     INSTALLATION_FILE,
     LOCK_FILE,
+    META_KEY,
     FolderInUse,
     FolderLock,
     Ownership,
@@ -35,7 +40,7 @@ from server.app import create_app
 from server.cli import data
 from server.settings import Settings
 from tests.support import tiny
-from tests.support.databases import KINDS, opened
+from tests.support.databases import KINDS, empty, opened
 from tests.support.tiny import fake_site, settings
 
 DB = "loraplex.db"
@@ -80,7 +85,7 @@ async def refused(folder: Path, **changes: object) -> None:
         raise AssertionError("the engine was started")
 
     app = create_app(settings(folder, **changes), start_engine=start)
-    with pytest.raises((WrongDatabase, FolderInUse, SchemaTooNew, DatabaseUnusable)):
+    with pytest.raises((ValueError, OSError, StorageFailed)):
         async with app.router.lifespan_context(app):
             pass
 
@@ -197,7 +202,8 @@ async def test_a_new_folder_is_refused_by_a_database_in_use(
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("sqlite+aiosqlite:///{folder}", "disk I/O error"),
+        ("sqlite+aiosqlite:///{folder}", "Is a directory"),
+        ("sqlite+aiosqlite:////dev/null", "Not an ordinary file"),
         ("sqlite+aiosqlite:///{folder}/file/x.db", "File exists"),
         ("postgresql+asyncpg://me:secret@127.0.0.1:9/db", "Connect call failed"),
     ],
@@ -213,6 +219,84 @@ async def test_a_database_that_cannot_be_used_is_named_with_the_cause(
     (said,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
     assert named.replace("secret", "***") in said.getMessage()
     assert says in said.getMessage()
+    assert not said.exc_info
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("loraplex.db secret", "LORAPLEX_DATABASE_URL"),
+        ("postgresql://me:secret@host:port/db", "LORAPLEX_DATABASE_URL"),
+        ("postgresql://me:secret@127.0.0.1:9/db?poolsize=5&ssl=require", "has poolsize behind the question"),
+        ("mysql://me:secret@host/db", "not mysql"),
+    ],
+)
+async def test_a_url_that_is_none_is_said_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, url: str, says: str
+) -> None:
+    await refused(tmp_path / "data", database_url=url)
+    (said,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert says in said.getMessage()
+    assert "secret" not in said.getMessage()
+    assert not said.exc_info
+
+
+def test_sslmode_is_the_drivers_ssl() -> None:
+    url = checked_url("postgres://me@host/db?sslmode=require")
+    assert (url.drivername, dict(url.query)) == ("postgresql+asyncpg", {"ssl": "require"})
+
+
+@pytest.mark.parametrize("table", ["users", "tenants"])
+async def test_another_programs_database_is_left_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, table: str
+) -> None:
+    file = tmp_path / "other.db"
+    with closing(sqlite3.connect(file)) as other:
+        other.execute(f"CREATE TABLE {table} (x)")
+    before = file.read_bytes()
+    await refused(tmp_path / "data", database_url=f"sqlite:///{file}")
+    assert f"another program's tables ({table})" in caplog.text
+    assert str(file) in caplog.text
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "other.db"]
+
+
+async def test_tables_of_others_may_lie_beside_ours_in_postgresql_only(tmp_path: Path) -> None:
+    async with empty("postgres", tmp_path) as url:
+        server = create_async_engine(url)
+        for table, refuses in (("users", False), ("tenants", True)):
+            async with server.begin() as connection:
+                await connection.execute(text(f"CREATE TABLE {table} (x int)"))
+            with pytest.raises(ValueError, match=r"tables \(tenants\)") if refuses else nullcontext():
+                await glance(checked_url(url), META_KEY)
+        await server.dispose()
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ("", "LORAPLEX_DATA_DIR"),  # a file
+        (".lock/", "LORAPLEX_DATA_DIR"),
+        ("blobs", "NotADirectoryError"),
+        ("quarantine", "quarantine"),
+        ("loraplex.db/", "Is a directory"),
+    ],
+)
+async def test_a_folder_that_cannot_be_used_is_named_with_the_cause(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, made: str, says: str
+) -> None:
+    folder = tmp_path / "data"
+    if made.endswith("/"):
+        (folder / made).mkdir(parents=True)
+    elif made:
+        folder.mkdir()
+        (folder / made).touch()
+    else:
+        folder.touch()
+    await refused(folder)
+    (said,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert says in said.getMessage()
+    assert str(folder) in said.getMessage()
     assert not said.exc_info
 
 
