@@ -10,22 +10,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import multiprocessing
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from server.demo.base import CHECKOUT, cache_folder, prepare
 from tests.bench.adapters import make
+from tests.bench.apart import in_a_process
 from tests.bench.client import Client, Record
 from tests.bench.plot import write_plot, write_samples
 from tests.bench.report import Outcomes, Row, summarize, table, write_json, write_table
-from tests.bench.scenario import Round, Scenario, Simulation, Values
+from tests.bench.scenario import Round, Scenario, Simulation
 from tests.bench.scenarios import FULL_RUN, SCENARIOS
 from tests.bench.servers import SERVERS, Server, Setup
 
@@ -66,7 +66,7 @@ class Bench:
         (where,) = simulation.servers
         try:
             async with asyncio.timeout(simulation.longest):
-                values = await _in_a_process(simulation.simulate, round_)
+                values = await in_a_process(simulation.simulate, round_)
             self.outcomes[simulation.name].add(where, round_.number, values)
             console.log(f"run {round_.number + 1}: {simulation.name}: {_since(began)}")
         except Exception as exc:
@@ -150,15 +150,6 @@ class Bench:
     @property
     def complete(self) -> bool:
         return not any(outcomes.failures for outcomes in self.outcomes.values())
-
-
-async def _in_a_process(simulate: Callable[[Round], Values], round_: Round) -> Values:
-    """With a heap of its own, so that its times are its own, and ended when this is cancelled."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        result = pool.apply_async(simulate, (round_,))
-        while not result.ready():
-            await asyncio.sleep(0.1)
-        return result.get()
 
 
 def _since(began: float) -> str:

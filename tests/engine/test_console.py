@@ -47,6 +47,15 @@ async def test_an_upload_is_probed_shown_and_asked(site: Site, reference: Refere
         said = [await answers.nth(at).locator(".said").inner_text() for at in range(2)]
         assert said[0] != said[1]
         await expect(answers.nth(1).locator(".figures-line")).to_contain_text("parts from the first model")
+        await answers.nth(1).get_by_text("Token by token").click()
+        rows = answers.nth(1).locator(".tokens tbody tr")
+        await expect(rows).to_have_count(await answers.nth(1).locator(".said span").count())
+        # Both were given the same up to the first token that differs.
+        await expect(rows.first).to_contain_text(re.compile("[+\u2212][0-9]+[.][0-9]{3}|not among its 5"))
+        figures = await answers.nth(1).locator(".figures-line").inner_text()
+        parted = int(re.findall("at token ([0-9]+)", figures)[0])
+        told = [text for text in await rows.locator("td:nth-child(4)").all_inner_texts() if text]
+        assert len(told) == parted
 
         await page.get_by_role("link", name="Fleet", exact=True).click()
         await expect(page.locator(".tile").filter(has_text="voice")).to_be_visible()

@@ -18,6 +18,7 @@ from tests.bench.scenarios import (
     scale,
     starvation,
     storm,
+    trace_cost,
     weights,
 )
 
@@ -40,10 +41,12 @@ SCENARIOS: dict[str, Scenario | Simulation] = {
         fleet_simulation,
         rollouts,
         rollout_cost,
+        trace_cost,
         batches,
     )
 }
 _ALONE = (
     "replay", "residency", "overload", "limited", "fleet-simulation", "rollouts", "rollout-cost", "batches",
+    "trace-cost",
 )  # fmt: skip
 FULL_RUN = tuple(name for name in SCENARIOS if name not in _ALONE)
