@@ -57,13 +57,14 @@ async def furnish(admin: httpx.AsyncClient, url: str) -> dict[str, str]:
     for name, tokens in zip(CUSTOMERS, (4_000, 20_000, 900), strict=True):
         body = {"budgets": {"day": {"tokens": tokens}}, "limits": {"requests_per_minute": 600}}
         (await admin.patch(f"/admin/v1/tenants/{name}", json=body)).raise_for_status()
-    await create_customer(admin, CUSTOMERS[0], "newsletter", ADAPTERS / CUSTOMERS[1])
+    first = CUSTOMERS[0]  # whose key is a new one each time
+    keys[first] = await create_customer(admin, first, "newsletter", ADAPTERS / CUSTOMERS[1])
     await work(url, dict(list(keys.items())[:2]), 4)
-    await create_customer(admin, CUSTOMERS[0], ADAPTER, ADAPTERS / CUSTOMERS[2])
-    adapter = f"/admin/v1/tenants/{CUSTOMERS[0]}/adapters/{ADAPTER}"
+    keys[first] = await create_customer(admin, first, ADAPTER, ADAPTERS / CUSTOMERS[2])
+    adapter = f"/admin/v1/tenants/{first}/adapters/{ADAPTER}"
     (await admin.patch(adapter, json={"split": {"1": 80, "2": 20}})).raise_for_status()
-    made = await admin.post(f"/admin/v1/tenants/{CUSTOMERS[0]}/keys", json={"name": "website"})
-    keys[CUSTOMERS[0]] = made.json()["key"]
+    made = await admin.post(f"/admin/v1/tenants/{first}/keys", json={"name": "website"})
+    keys[first] = made.json()["key"]
     await work(url, keys, 6)
     return keys
 
