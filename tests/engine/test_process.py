@@ -36,7 +36,7 @@ async def test_the_life_of_a_server(base_dir: Path, reference: Reference, tmp_pa
         family = first.family()
         await _drains(first, key)
         assert await first.exit_status() == 0
-        assert not await gone(family, 2), "the engine's processes outlived the server"
+        assert not await gone(family, 30), "the engine's processes outlived the server"
 
     rotated = tmp_path / "metrics_key"
     rotated.write_text(OLD)
@@ -99,7 +99,7 @@ async def _drains(running: Running, key: str) -> None:
         lines = stream.aiter_lines()
         await anext(lines)
         running.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while (await running.http.get("/ready")).status_code == 200:
                 await asyncio.sleep(0.01)
         refused = await running.http.post("/v1/chat/completions", json=BODY, headers=bearer(key))

@@ -84,7 +84,7 @@ async def test_what_costs_too_much_is_refused_on_every_surface(site: Site, key: 
         answer = await ask(site, key, url, asked(url, endless(number)) | {"stream": stream})
         assert answer.status_code == 400, answer.text
         assert answer.json()["error"]["code"] == "schema_too_complex", answer.text
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 90
 
 
 async def test_tools_too(site: Site, key: str) -> None:

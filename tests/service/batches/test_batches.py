@@ -378,7 +378,7 @@ async def test_a_tenant_that_is_removed_takes_its_batches_along(site: Site) -> N
     batch = await started(client, jsonl(line(f"r{n}") for n in range(100)))
     await until(client, batch.id, lambda b: b.status == "in_progress")
     assert (await site.admin.delete("/admin/v1/tenants/acme")).status_code == 204
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while site.services.batches._active:
             await asyncio.sleep(0.05)
     assert await site.services.batches.batches.state(batch.id) is None

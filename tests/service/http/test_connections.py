@@ -45,7 +45,7 @@ async def flooded(site: Site, begin: bytes, flood: bytes) -> bytes:
     answer = asyncio.create_task(reader.read())
     block = flood * (65536 // len(flood) + 1)
     told = b""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         with contextlib.suppress(ConnectionError):
             while not answer.done():
                 writer.write(block)
@@ -190,7 +190,7 @@ async def test_trailers_that_trickle(site: Site, monkeypatch: pytest.MonkeyPatch
             await asyncio.sleep(PATIENCE / 6)
 
     trickling = asyncio.create_task(trickle())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         told = await reader.read()
     assert told.startswith(b"HTTP/1.1 401 ")
     trickling.cancel()
@@ -206,7 +206,7 @@ async def test_a_few_requests_ahead_are_answered_in_order(site: Site) -> None:
     requests = [f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in paths[:-1]]
     last = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     reader, _ = await opened(site, b"".join(requests) + last)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         told = await reader.read()
     assert [told[i + 9 : i + 12] for i in range(len(told)) if told.startswith(b"HTTP/1.1 ", i)] == [
         b"200",
@@ -242,7 +242,7 @@ async def test_idle_connections_make_room(site: Site, few: int, sent: bytes) -> 
     await asyncio.sleep(0.3)
     for _ in range(3):
         reader, _ = await opened(site, b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
     for _, writer in held:
         writer.close()
@@ -288,17 +288,17 @@ async def test_bodies_that_wait_are_bounded_for_each_customer_and_in_all(tmp_pat
 
         for held, key in enumerate([keys[0]] * 3 + [keys[1]] * 2, 1):
             await waiting(key)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while bodies.bytes < held * len(part):
                     await asyncio.sleep(0.01)
         for key, status, code in ((keys[0], 429, "too_much_at_once"), (keys[2], 503, "server_overloaded")):
-            told = await asyncio.wait_for((await waiting(key)).readuntil(b"}}"), 5)
+            told = await asyncio.wait_for((await waiting(key)).readuntil(b"}}"), 60)
             assert told.startswith(f"HTTP/1.1 {status} ".encode()), told
             assert code.encode() in told
             assert b"retry-after" in told.lower()
         for writer in writers:
             writer.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while bodies.bytes:
                 await asyncio.sleep(0.01)
         answer = await site.http.post(CHAT, json=GOOD[CHAT], headers=bearer(keys[0]))

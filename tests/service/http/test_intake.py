@@ -60,14 +60,14 @@ class Sender:
         await self._writer.drain()
 
     async def status(self) -> int:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return int((await self._reader.readline()).split()[1])
 
 
 async def coming(site: Site, count: int) -> None:
     """Until so many uploads have a place."""
     places = site.services.intake._places
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while sum(map(len, places.values())) != count:
             await asyncio.sleep(0.01)
 

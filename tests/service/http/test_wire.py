@@ -40,7 +40,7 @@ async def told(site: Site, *pieces: bytes) -> bytes:
         writer.write(piece)
         await asyncio.sleep(0.02)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await reader.read()
     finally:
         writer.close()

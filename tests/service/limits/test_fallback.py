@@ -32,7 +32,7 @@ async def server() -> AsyncIterator[RedisServer]:
 
 
 async def back(redis: RedisLedger) -> None:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while not redis.up:
             await asyncio.sleep(0.05)
 

@@ -92,7 +92,7 @@ class Scene:
         before, pieces = await self.kept(), self.control.pieces
         response = await self.site.admin.send(request)
         assert await self.kept() == before
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while self.control.pieces == pieces:
                 await asyncio.sleep(0.005)
         assert self.control.wrong == []
@@ -348,7 +348,7 @@ async def test_a_length_that_is_not_kept(scene: Scene) -> None:
     lines = [f"POST {URL} HTTP/1.1", *(f"{name}: {value}" for name, value in head.items()), "", ""]
     writer.write("\r\n".join(lines).encode() + body[:-20])
     await writer.drain()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not list((scene.folder / "quarantine").iterdir()):
             await asyncio.sleep(0.005)
         writer.close()

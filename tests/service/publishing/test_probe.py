@@ -46,7 +46,7 @@ def times(factor: float) -> dict[str, bytes]:
 
 
 async def settled(site: Site) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while site.services.tasks:
             await asyncio.sleep(0.005)
 
@@ -56,7 +56,7 @@ async def nothing_left(site: Site, folder: Path) -> None:
     await settled(site)
     await nothing_kept(site, folder)
     assert site.services.publishing.coming == []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await engine_of(site).report()).host:
             await asyncio.sleep(0.01)
 
@@ -214,7 +214,7 @@ async def test_bytes_being_probed_are_not_removed_with_a_deleted_version(site: S
     publishing.catalog.probe_of = nothing_known  # or it would not be probed again
     engine_of(site).times.step = 0.05
     again = asyncio.create_task(site.admin.post(URL.replace("/a/", "/b/"), files=files()))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not publishing.coming:
             await asyncio.sleep(0.005)
     assert (await site.admin.delete("/admin/v1/tenants/acme/adapters/a")).status_code == 204

@@ -134,7 +134,7 @@ async def test_running_requests_end_with_an_error(tmp_path: Path) -> None:
             lines = response.aiter_lines()
             await anext(lines)
             await out(site, 2)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 rest = [line async for line in lines if line.startswith("data: {")]
         last = json.loads(rest[-1].removeprefix("data: "))
         assert "it made NaN" in last["error"]["message"]
@@ -147,11 +147,11 @@ async def test_what_waits_is_refused_at_once(tmp_path: Path) -> None:
         headers = await key(site)
         runs = asyncio.create_task(ask(site, headers, "a@1", max_tokens=200))
         waits = [asyncio.create_task(ask(site, headers, "a@2", stream=stream)) for stream in (True, False)]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while site.services.dispatcher.snapshot().queued != {"acme": 2}:
                 await asyncio.sleep(0.01)
         await out(site, 2)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(60):
             for refused in await asyncio.gather(*waits):
                 assert "it made NaN" in error(refused, 409, "adapter_quarantined")["message"]
         assert not runs.done()
@@ -167,7 +167,7 @@ async def test_the_guilty_one_of_two_suspects_is_found_also_after_a_restart(tmp_
         await two_versions(site)
         headers = await key(site)
         asking = [asyncio.create_task(ask(site, headers, f"a@{n}", max_tokens=60)) for n in (1, 2)]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(first.running) < 2:
                 await asyncio.sleep(0.01)
         first.die()
@@ -175,7 +175,7 @@ async def test_the_guilty_one_of_two_suspects_is_found_also_after_a_restart(tmp_
     second = lived(0.05)
     async with fake_site(tmp_path, second, engine_restarts=5) as site:
         guilty = asyncio.create_task(ask(site, headers, "a@2", max_tokens=200))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not second.running:
                 await asyncio.sleep(0.01)
         apart = asyncio.create_task(ask(site, headers, "a@1", max_tokens=4))
@@ -208,7 +208,7 @@ async def test_a_version_whose_answer_was_no_number_is_quarantined_by_the_engine
     faulty(version.key, "an answer of its was not a number")
     faulty(site.services.engine.base.name, "the base is nobody's version")
     faulty("nobody/a@0", "it is gone")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await ask(site, headers)).status_code == 200:
             await asyncio.sleep(0.01)
     refused = error(await ask(site, headers), 409, "adapter_quarantined")

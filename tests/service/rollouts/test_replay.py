@@ -7,6 +7,7 @@ import logging
 import re
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,14 @@ def asking(site: Site, key: str) -> Callable[[int], Awaitable[None]]:
     return ask
 
 
-def stored(folder: Path) -> list[tuple[Any, ...]]:
-    with sqlite3.connect(f"file:{folder / 'loraplex.db'}?mode=ro", uri=True) as database:
-        return list(database.execute("SELECT sealed, result FROM rollout_prompts"))
+async def stored(folder: Path) -> list[tuple[Any, ...]]:
+    """Read in a thread: the server, in this process, may be writing."""
+
+    def read() -> list[tuple[Any, ...]]:
+        with closing(sqlite3.connect(f"file:{folder / 'loraplex.db'}?mode=ro", uri=True)) as database:
+            return list(database.execute("SELECT sealed, result FROM rollout_prompts"))
+
+    return await asyncio.to_thread(read)
 
 
 def bytes_of(folder: Path) -> bytes:
@@ -86,7 +92,7 @@ async def test_equal_versions_do_not_drift_and_nothing_stays(
     assert shown | {"prompts": 0, "tokens": 0} == {
         "prompts": 0, "failed": 0, "tokens": 0, "changed": 0, "drift": 0, "divergence": 0, "largest_drift": 0
     }  # fmt: skip
-    assert stored(tmp_path) == [], "all of it went with the rollout"
+    assert await stored(tmp_path) == [], "all of it went with the rollout"
     written = bytes_of(tmp_path)
     assert SECRET.encode() not in written
     assert b"aardvark" not in written
@@ -125,7 +131,7 @@ async def kept(site: Site, key: str) -> str:
     site.services.judge.replayer.replay = never
     id_ = await begun(site, **STEPS | {"hold": 3600})
     await until(site, id_, lambda found: found["share"] == 50)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not await site.services.judge.replayer.sampler.prompts.waiting():
             await asking(site, key)(0)
             await asyncio.sleep(0.05)
@@ -135,7 +141,7 @@ async def kept(site: Site, key: str) -> str:
 async def test_a_kept_prompt_is_unreadable_and_goes_when_the_rollout_ends(site: Site, tmp_path: Path) -> None:
     key = await two(site, 2)
     id_ = await kept(site, key)
-    ((sealed, result), *_) = stored(tmp_path)
+    ((sealed, result), *_) = await stored(tmp_path)
     assert (result, b"aardvark" in sealed) == (None, False)
     assert b"aardvark" not in bytes_of(tmp_path)
     assert (await site.admin.post("/admin/v1/backup", json={})).status_code == 201
@@ -147,28 +153,28 @@ async def test_a_kept_prompt_is_unreadable_and_goes_when_the_rollout_ends(site: 
     assert SECRET in str(cipher.open(id_, sealed))
     assert cipher.open("another rollout", sealed) is None
     await site.admin.patch(f"{ROLLOUTS}/{id_}", json={"action": "roll_back"})
-    assert stored(tmp_path) == []
+    assert await stored(tmp_path) == []
     await asking(site, key)(0)
     await asyncio.sleep(0.1)
-    assert stored(tmp_path) == []
+    assert await stored(tmp_path) == []
 
 
 async def test_it_goes_with_the_consent_and_with_the_tenant(site: Site, tmp_path: Path) -> None:
     key = await two(site, 2)
     await kept(site, key)
     changed = await site.admin.patch("/admin/v1/tenants/acme", json={"sample_prompts": False})
-    assert (changed.json()["sample_prompts"], stored(tmp_path)) == (False, [])
+    assert (changed.json()["sample_prompts"], await stored(tmp_path)) == (False, [])
     for _ in range(5):
         await asking(site, key)(0)
     await asyncio.sleep(0.1)
-    assert stored(tmp_path) == [], "and no other one is kept"
+    assert await stored(tmp_path) == [], "and no other one is kept"
     await site.admin.patch("/admin/v1/tenants/acme", json={"sample_prompts": True})
-    async with asyncio.timeout(20):
-        while not stored(tmp_path):
+    async with asyncio.timeout(60):
+        while not await stored(tmp_path):
             await asking(site, key)(0)
             await asyncio.sleep(0.05)
     await site.admin.delete("/admin/v1/tenants/acme")
-    assert stored(tmp_path) == []
+    assert await stored(tmp_path) == []
 
 
 async def test_it_goes_at_a_start_with_another_key_or_none(tmp_path: Path) -> None:
@@ -180,13 +186,13 @@ async def test_it_goes_at_a_start_with_another_key_or_none(tmp_path: Path) -> No
     async with fake_site(tmp_path, FakeEngine(tiny.base()), rollout_key=KEY) as site:
         key = await two(site, 2)
         await kept(site, key)
-    assert stored(tmp_path)
+    assert await stored(tmp_path)
     assert await start("another key of the tests, long enough") == 0
     async with fake_site(tmp_path, FakeEngine(tiny.base()), rollout_key=KEY) as site:
         sampler_of(site)
         site.services.judge.replayer.replay = lambda _: asyncio.sleep(0)
-        async with asyncio.timeout(20):
-            while not stored(tmp_path):
+        async with asyncio.timeout(60):
+            while not await stored(tmp_path):
                 await asking(site, key)(0)
                 await asyncio.sleep(0.05)
     assert await start(None) == 0
@@ -198,7 +204,7 @@ async def test_nothing_is_kept_of_who_has_not_agreed(site: Site, tmp_path: Path)
     error(refused, 422, "unprocessable", "guards.drift")
     id_ = await begun(site, guards=OTHERS, **STEPS)
     ended = await until(site, id_, has_ended, asking(site, key))
-    assert (ended["state"], replays(ended), stored(tmp_path)) == ("completed", None, [])
+    assert (ended["state"], replays(ended), await stored(tmp_path)) == ("completed", None, [])
 
 
 async def test_without_a_key_nothing_is_kept_and_such_guards_are_refused(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ async def cold(site: Site, tenant: str, number: int) -> tuple[str, Version]:
     key = await site.tenant(tenant, {"a": tiny.adapter(number)})
     version: Version = await site.services.publishing.catalog.resolve(tenant, "a")
     site.services.dispatcher.retire(version)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while site.services.dispatcher.tier_of(version) is not Tier.DISK:
             await asyncio.sleep(0.01)
     return key, version
@@ -102,7 +102,7 @@ async def test_what_cannot_be_warmed(site: Site) -> None:
 
 async def test_warm_waits_for_room_and_says_that_there_is_none(tmp_path: Path) -> None:
     engine = FakeEngine(tiny.base(), gpu_slots=1, host_slots=1, times=Times(step=0.05))
-    async with fake_site(tmp_path, engine, gpu_slots=1, host_slots=1, queue_timeout=1.0) as site:
+    async with fake_site(tmp_path, engine, gpu_slots=1, host_slots=1, queue_timeout=3.0) as site:
         await site.tenant("cold", {"a": tiny.adapter(2)})
         key = await site.tenant("busy", {"a": tiny.adapter(1)})
         warm = f"{ADAPTERS.format('cold')}/a/warm"

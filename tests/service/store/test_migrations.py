@@ -257,7 +257,7 @@ async def test_waiting_writers_do_not_keep_readers_from_the_database(database: D
     others = [asyncio.create_task(waits(number)) for number in range(40)]
     await asyncio.sleep(0)
     async with database.read() as session:
-        assert await asyncio.wait_for(session.scalar(select(TenantRow.id)), 10) is None
+        assert await asyncio.wait_for(session.scalar(select(TenantRow.id)), 60) is None
     assert not any(task.done() for task in others)
     release.set()
     await asyncio.gather(first, *others)
@@ -359,7 +359,7 @@ async def test_a_write_that_is_cancelled_anywhere_is_whole_or_absent_and_never_b
             assert database.generation > generation
         ended += done
         turns += 1 + turns // 10
-    await asyncio.wait_for(pair(-1), 10)
+    await asyncio.wait_for(pair(-1), 60)
     assert {"a-1", "b-1"} <= await stored()
 
 
@@ -433,7 +433,7 @@ async def test_a_cache_forgets_what_another_process_changed(url: str) -> None:
     assert await cache.get("k", read) == "old"
     async with theirs.write() as session:
         (await session.get_one(MetaRow, "k")).value = "new"
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(30):
         while await cache.get("k", read) == "old":
             await asyncio.sleep(0.02)
     generation = ours.generation

@@ -192,7 +192,7 @@ async def test_a_store_that_takes_calls_and_answers_none(s3: S3, monkeypatch: py
             await ObjectStore("s3://bucket/x").check()
         with pytest.raises(StoreUnavailable):
             await ObjectStore("s3://bucket/x").ages()
-        assert time.monotonic() - began < 5.0
+        assert time.monotonic() - began < 30.0
 
 
 # --- the data folder as a part of it -----------------------------------------------------------------
