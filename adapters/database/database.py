@@ -8,6 +8,7 @@ kept between writes.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import shutil
 import sqlite3
@@ -401,17 +402,17 @@ def _upgrade(connection: Connection) -> None:
     sqlite = connection.dialect.name == "sqlite"
     if not sqlite:
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": UPGRADE_LOCK})
-    check_revision(connection)
-    config = _config()
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    if check_revision(connection) != newest_revision():
+        config = _config(MIGRATIONS)
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
     if sqlite and (broken := connection.exec_driver_sql("PRAGMA foreign_key_check").all()):
         raise RuntimeError(f"after the upgrade {len(broken)} rows refer to nothing; it was rolled back")
 
 
 def check_revision(connection: Connection) -> str | None:
     """The schema's revision, None where there is none yet; SchemaTooNew if this program does not know it."""
-    scripts = ScriptDirectory.from_config(_config())
+    scripts = _scripts(MIGRATIONS)
     found = None
     for found in MigrationContext.configure(connection).get_current_heads():
         try:
@@ -428,10 +429,16 @@ def check_revision(connection: Connection) -> str | None:
 
 def newest_revision() -> str:
     """The schema's revision after ``Database.open``."""
-    return str(ScriptDirectory.from_config(_config()).get_current_head())
+    return str(_scripts(MIGRATIONS).get_current_head())
 
 
-def _config() -> Config:
+@functools.cache
+def _scripts(location: str) -> ScriptDirectory:
+    """The migrations, whose files are read once."""
+    return ScriptDirectory.from_config(_config(location))
+
+
+def _config(location: str) -> Config:
     config = Config()
-    config.set_main_option("script_location", MIGRATIONS)
+    config.set_main_option("script_location", location)
     return config

@@ -45,8 +45,8 @@ async def browsing(url: str, *, elsewhere: tuple[str, ...] = (), **options: Any)
         page.on("console", said)
         page.on("request", went)
         # A busy machine draws slowly.
-        page.set_default_timeout(30_000)
-        expect.set_options(timeout=20_000)
+        page.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)
         yield page
         await browser.close()
     assert faults == [], faults

@@ -520,7 +520,7 @@ class EngineSuite:
         while meter_of(made).output == 0:
             await asyncio.sleep(0.001)
             engine.poll(made)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert not await engine.pause(made)
         await reading
 

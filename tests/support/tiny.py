@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.model import BaseModel, ModuleShape
 from server.app import create_app
 from server.engine.calls import EngineDied
 from server.settings import Settings
+from tests.support.databases import copy_tables
 from tests.support.fakes import FakeEngine
 from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, serving
 
@@ -56,6 +58,16 @@ def adapter(seed: int) -> Path:
     return folder
 
 
+class _Given(Settings):
+    """Only what it is given: to look for each setting elsewhere takes longer than most tests."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, _: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
 def settings(folder: Path, **changes: Any) -> Settings:
     fields: dict[str, Any] = {
         "model": f"/models/{NAME}",
@@ -67,7 +79,7 @@ def settings(folder: Path, **changes: Any) -> Settings:
         "max_lora_rank": 8,
         "slot_patience": 0.1,
     }
-    return Settings(**(fields | changes))
+    return _Given(**(fields | changes))
 
 
 @asynccontextmanager
@@ -80,6 +92,8 @@ async def fake_site(
 ) -> AsyncIterator[Site]:
     """The app on ``engine``; fails at the end if the engine was misused or the plan does not add up."""
     chosen = settings(folder, **changes)
+    if "database_url" not in changes:
+        await copy_tables(folder / "loraplex.db")
     assert isinstance(chosen.gpu_slots, int)
     assert isinstance(chosen.host_slots, int)
     fake = engine or FakeEngine(base(), gpu_slots=chosen.gpu_slots, host_slots=chosen.host_slots)

@@ -167,9 +167,9 @@ async def test_fleet_is_live_and_the_session_ends_everywhere(site: Site) -> None
     async with browsing(site.url) as page:
         await sign_in(page, ADMIN_KEY)
         await site.chat(key, "hi", model="support")
-        await expect(page.locator(".tile").filter(has_text="support")).to_be_visible(timeout=10_000)
+        await expect(page.locator(".tile").filter(has_text="support")).to_be_visible(timeout=60_000)
         await page.context.clear_cookies()
-        await expect(page.get_by_role("heading", name="Sign in")).to_be_visible(timeout=10_000)
+        await expect(page.get_by_role("heading", name="Sign in")).to_be_visible(timeout=60_000)
 
 
 # What a page is like in other colours and in another layout: its elements are the same.

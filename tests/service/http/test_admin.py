@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from server.scheduling.event_log import replay
 from server.scheduling.plan import Plan
@@ -113,9 +114,17 @@ async def test_the_table_is_complete(site: Site) -> None:
     assert documented == {(method, f"/admin/v1{path}") for method, path in ROUTES}
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Site, str]]:
+    """A server for calls that change nothing, and a customer's key."""
+    async with fake_site(tmp_path_factory.mktemp("guarded"), auth_failures=0) as site:
+        yield site, await site.tenant("acme", {"a": tiny.adapter(1)})
+
+
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-async def test_only_the_admin_key_administers(site: Site, method: str, path: str) -> None:
-    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+@pytest.mark.asyncio(loop_scope="module")
+async def test_only_the_admin_key_administers(guarded: tuple[Site, str], method: str, path: str) -> None:
+    site, key = guarded
     for headers, status, code in (
         ({}, 401, "invalid_api_key"),
         (bearer("lp-" + "x" * 43), 401, "invalid_api_key"),

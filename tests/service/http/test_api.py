@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import pytest_asyncio
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
@@ -299,22 +300,34 @@ BODIES: dict[str, tuple[bytes, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", BODIES)
-async def test_bodies_that_are_none(tmp_path: Path, what: str) -> None:
-    content, status, code = BODIES[what]
-    limit = 64 << 10 if status == 413 else 4 << 20
-    async with fake_site(tmp_path, max_body_bytes=limit) as site:
-        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def limited(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[Site, str]]:
+    """A server with a limit of a body's bytes, and a customer's key."""
+    async with fake_site(tmp_path_factory.mktemp("bodies"), max_body_bytes=request.param) as site:
+        yield site, await site.tenant("acme", {"a": tiny.adapter(1)})
 
-        async def in_chunks() -> AsyncIterator[bytes]:
-            for start in range(0, len(content), 10_000):
-                yield content[start : start + 10_000]
 
-        for sent in (content, in_chunks()):
-            refused = await site.http.post(CHAT_URL, content=sent, headers=bearer(key))
-            assert refused.status_code == status, refused.text
-            assert refused.json()["error"]["code"] == code
-            assert len(refused.text) < 3000, "an error repeats only so much of what was sent"
+@pytest.mark.parametrize(
+    ("what", "limited"),
+    [(what, 64 << 10 if status == 413 else 4 << 20) for what, (_, status, _) in BODIES.items()],
+    ids=BODIES,
+    indirect=["limited"],
+)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_bodies_that_are_none(limited: tuple[Site, str], what: str) -> None:
+    (site, key), (content, status, code) = limited, BODIES[what]
+
+    async def in_chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(content), 10_000):
+            yield content[start : start + 10_000]
+
+    for sent in (content, in_chunks()):
+        refused = await site.http.post(CHAT_URL, content=sent, headers=bearer(key))
+        assert refused.status_code == status, refused.text
+        assert refused.json()["error"]["code"] == code
+        assert len(refused.text) < 3000, "an error repeats only so much of what was sent"
 
 
 @pytest.mark.parametrize(

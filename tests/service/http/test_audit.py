@@ -21,7 +21,7 @@ from server.accounts.tenants import Tenants
 from server.errors import Conflict
 from server.http import reports
 from tests.service.http.test_selfservice import upload
-from tests.support.databases import KINDS, empty
+from tests.support.databases import KINDS, with_tables
 from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
 from tests.support.tiny import fake_site
 
@@ -148,7 +148,7 @@ async def fails(database: Database) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_change_that_fails_leaves_no_entry(kind: str, tmp_path: Path) -> None:
-    async with empty(kind, tmp_path) as url:
+    async with with_tables(kind, tmp_path) as url:
         database = Database(url)
         await database.open()
         tenants = Tenants(database)
@@ -165,7 +165,7 @@ async def test_a_change_that_fails_leaves_no_entry(kind: str, tmp_path: Path) ->
 async def test_times_at_the_ends_of_the_calendar_are_times(kind: str, tmp_path: Path) -> None:
     """In UTC these are before the first and after the last one that there is."""
     first, last = map(datetime.fromisoformat, ("0001-01-01T00:00:00+00:01", "9999-12-31T23:59:59-00:01"))
-    async with empty(kind, tmp_path) as url:
+    async with with_tables(kind, tmp_path) as url:
         database = Database(url)
         await database.open()
         tenants = Tenants(database)

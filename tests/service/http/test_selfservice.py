@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.service.http.test_api import error
@@ -72,9 +73,17 @@ async def test_the_whole_life_of_an_adapter_without_an_operator(site: Site) -> N
         error(await client.patch("/v1/adapters/a", json={"pinned": True}), 403, "permission_denied", "pinned")
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Site, str]]:
+    """A server for calls that change nothing, and a customer's key."""
+    async with fake_site(tmp_path_factory.mktemp("guarded"), auth_failures=0) as site:
+        yield site, await site.tenant("acme", {"a": tiny.adapter(1)})
+
+
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-async def test_only_a_key_with_the_scope_writes(site: Site, method: str, path: str) -> None:
-    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+@pytest.mark.asyncio(loop_scope="module")
+async def test_only_a_key_with_the_scope_writes(guarded: tuple[Site, str], method: str, path: str) -> None:
+    site, key = guarded
     for headers, status, code in (
         ({}, 401, "invalid_api_key"),
         (bearer(key), 403, "scope_missing"),

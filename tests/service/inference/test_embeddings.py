@@ -10,6 +10,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import pytest_asyncio
 
 from adapters.inspection.logprobs import Shift, finite_vectors, shift
 from server.app import drain
@@ -39,8 +40,19 @@ async def key(site: Site, adapters: list[Path]) -> str:
     return await site.tenant("acme", {"a": adapters[0], "b": adapters[1]})
 
 
+@pytest.mark.asyncio(loop_scope="class")
 class TestEmbeddings(EmbeddingSuite):
-    pass
+    """All on one server, as on the real engine."""
+
+    @pytest_asyncio.fixture(scope="class", loop_scope="class")
+    async def site(self, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+        engine = FakeEngine(EMBEDDING, times=Times(step=0.001))
+        async with fake_site(tmp_path_factory.mktemp("data"), engine) as site:
+            yield site
+
+    @pytest_asyncio.fixture(scope="class", loop_scope="class")
+    async def key(self, site: Site) -> str:
+        return await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)})
 
 
 async def test_a_base_that_makes_text_makes_no_embeddings(tmp_path: Path) -> None:

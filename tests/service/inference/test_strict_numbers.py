@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from tests.service.http.test_api import error
 from tests.support import tiny
 from tests.support.site import Site, bearer
 from tests.support.tiny import fake_site
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TURN = [{"role": "user", "content": "Hello there"}]
 BODIES: dict[str, dict[str, Any]] = {
@@ -34,15 +36,19 @@ FIELDS = [
 ]
 
 
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    async with fake_site(tmp_path) as site:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    async with fake_site(tmp_path_factory.mktemp("data")) as site:
         yield site
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def key(site: Site) -> str:
+    return await site.tenant("acme", {"a": tiny.adapter(1)})
+
+
 @pytest.mark.parametrize(("url", "field"), FIELDS)
-async def test_an_integer_is_an_integer(site: Site, url: str, field: str) -> None:
-    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+async def test_an_integer_is_an_integer(site: Site, key: str, url: str, field: str) -> None:
     for value in ("2", 2.0, True, [2], {"at": 2}):
         answer = await site.http.post(url, json=BODIES[url] | {field: value}, headers=bearer(key))
         if url == "/v1/messages":
@@ -53,8 +59,7 @@ async def test_an_integer_is_an_integer(site: Site, url: str, field: str) -> Non
 
 
 @pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
-async def test_a_temperature_is_a_number(site: Site, url: str) -> None:
-    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+async def test_a_temperature_is_a_number(site: Site, key: str, url: str) -> None:
     for value in ("0.5", True, [0.5]):
         answer = await site.http.post(url, json=BODIES[url] | {"temperature": value}, headers=bearer(key))
         error(answer, 400, "invalid_request", "temperature")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from server.errors import TooManyRequests
 from server.limits.rate import RateMeter
@@ -39,15 +40,24 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         yield site
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    """For customers who do not meet."""
+    async with fake_site(tmp_path_factory.mktemp("shared")) as site:
+        yield site
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("url", ROUTES)
 @pytest.mark.parametrize(
     ("terms", "code"), [(LIMITED, "rate_limit_exceeded"), (BUDGET, "insufficient_quota")]
 )
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_prompt_that_does_not_fit_is_refused_before_it_runs(
-    site: Site, url: str, stream: bool, terms: dict[str, Any], code: str
+    shared: Site, url: str, stream: bool, terms: dict[str, Any], code: str
 ) -> None:
-    key = await site.tenant("acme", **terms)
+    site = shared
+    key = await site.tenant(f"{code}{url}-{stream}".replace("/", "-").replace("_", "-").lower(), **terms)
     body = {"model": tiny.NAME, "stream": stream, **ROUTES[url]}
     answer = await site.http.post(url, headers=bearer(key), json=body)
     assert answer.status_code == 429, answer.text

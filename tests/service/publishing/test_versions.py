@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from adapters.errors import DatabaseUnavailable
 from adapters.split import choose
@@ -114,6 +115,15 @@ async def test_a_version_of_a_split_stays(site: Site) -> None:
     assert (await site.admin.delete(f"{ADAPTER}/versions/1")).status_code == 204
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def two_versions(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    """A server for calls that change nothing."""
+    async with fake_site(tmp_path_factory.mktemp("versions")) as site:
+        await site.tenant("acme")
+        await upload(site, 1, 2)
+        yield site
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -135,9 +145,9 @@ async def test_a_version_of_a_split_stays(site: Site) -> None:
         ({"keep_versions": 2**31}, 422),
     ],
 )
-async def test_splits_that_cannot_be(site: Site, body: dict[str, object], status: int) -> None:
-    await site.tenant("acme")
-    await upload(site, 1, 2)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_splits_that_cannot_be(two_versions: Site, body: dict[str, object], status: int) -> None:
+    site = two_versions
     before = (await site.admin.get(ADAPTER)).json()
     refused = await site.admin.patch(ADAPTER, json=body)
     assert refused.status_code == status, refused.text

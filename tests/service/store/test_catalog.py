@@ -19,7 +19,7 @@ from adapters.model import Adapter, Manifest, Version
 from adapters.split import choose
 from adapters.store.catalog import Catalog
 from server.accounts.tenants import Tenants
-from tests.support.databases import KINDS, empty
+from tests.support.databases import KINDS, with_tables
 
 ROOT = Path(__file__).parents[3]
 TENANTS = ("acme", "globex", "initech")
@@ -60,7 +60,7 @@ async def opened(url: str) -> Database:
 @pytest.fixture(params=KINDS)
 async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
     """A database with three tenants."""
-    async with empty(request.param, tmp_path) as url:
+    async with with_tables(request.param, tmp_path) as url:
         database = await opened(url)
         tenants = Tenants(database)
         for id in TENANTS:

@@ -19,7 +19,7 @@ from tests.service.batches.test_batches import ended, jsonl, line, started
 from tests.service.http.test_api import error
 from tests.service.store.test_fitness import BASE, engine_of, narrowed, overwrite
 from tests.support import tiny
-from tests.support.databases import KINDS, empty
+from tests.support.databases import KINDS, with_tables
 from tests.support.site import Site
 from tests.support.tiny import fake_site, settings
 
@@ -94,7 +94,7 @@ async def test_the_command_line_finds_the_same_without_a_server(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "data"
-    async with empty(kind, tmp_path) as url:
+    async with with_tables(kind, tmp_path) as url:
         here = settings(folder, database_url=url)
         async with fake_site(folder, engine_of(BASE), database_url=url) as site:
             _, digests = await filled(site)
@@ -131,7 +131,7 @@ async def test_an_upload_beside_a_check_is_nothing_broken(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_files_of_batches_are_held_against_their_rows(tmp_path: Path, kind: str) -> None:
-    async with empty(kind, tmp_path) as url, fake_site(tmp_path, database_url=url) as site:
+    async with with_tables(kind, tmp_path) as url, fake_site(tmp_path, database_url=url) as site:
         async with site.openai(await site.tenant("acme")) as client:
             batch = await ended(client, (await started(client, jsonl(line(f"r{n}") for n in range(3)))).id)
         assert (await site.admin.get(CHECK)).json()["ok"]
