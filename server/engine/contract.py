@@ -270,8 +270,8 @@ USES: tuple[Use, ...] = (
     Use(
         "vllm.entrypoints.anthropic.serving",
         "AnthropicServingMessages",
-        text=("await self.create_chat_completion(",),
-        why="wrapped, so that messages keep our ids and errors",
+        text=("await self.create_chat_completion(", "self.to_chat_completion_request("),
+        why="wrapped, so that messages keep our ids and errors, and a begun answer is gone on with",
     ),
     Use(
         "vllm.entrypoints.pooling.embed.serving",

@@ -186,6 +186,7 @@ class Engine:
         serving.own_templates(state.online_renderer)
         messages = state.anthropic_serving_messages
         messages.create_chat_completion = serving.chat_for_messages(messages.create_chat_completion)
+        messages.to_chat_completion_request = serving.going_on(messages.to_chat_completion_request)
 
     async def _start_grammars(self, seconds: float) -> None:
         """Starts what tries out schemas and grammars. Without it they are refused: for some tokenizers."""

@@ -28,6 +28,11 @@ _TOO_LONG = re.compile(
 _OPENAI_WORDS = "This model's maximum context length is"
 _MOST = re.compile(r"(?:context length \(|maximum\s+model\s+length of )([0-9]+)")
 _GIVEN = re.compile(r"[Ll]ength \(?([0-9]+)\)")
+# An answer that alone would be longer than a context.
+_ANSWER = re.compile(r"(max_[a-z]*_?tokens)=([0-9]+) cannot be greater than max_model_len=([0-9]+)")
+_TEXT_ALONE = re.compile(r"is not a multimodal model")
+_NO_PART = re.compile(r"Unsupported chat content part type: '([a-z_]{1,40})")
+_ABOUT_PROMPTS = (TOO_LONG, "not_supported_by_base")
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")
 _TYPES = frozenset({"bool", "bytes", "dict", "float", "int", "list", "none", "nullable", "str", "tuple"})
 _ABOUT = re.compile(r"`?([a-z][a-z_]*(?:\.[a-z_]+)?)`?(?::| must| cannot| should| is set)")
@@ -51,8 +56,8 @@ def from_vllm(message: str, status: int, param: str | None) -> ServerError:
 
 
 def named(error: ServerError, kind: Kind) -> ServerError:
-    """``error`` of a request of this kind, naming the field that holds a prompt which is too long."""
-    if error.code == TOO_LONG and error.param is None:
+    """``error`` of a request of this kind, naming the field that holds a prompt which cannot be served."""
+    if error.code in _ABOUT_PROMPTS and error.param is None:
         error.param = _PROMPTS.get(kind)
     return error
 
@@ -71,8 +76,18 @@ def filled(error: ServerError, request: Any, most: int) -> ServerError:
 
 def refusal(message: str, param: str | None) -> BadRequest:
     """vLLM's refusal of a request, with the code that OpenAI's clients look for and in words of ours."""
+    if answer := _ANSWER.match(message):
+        field, asked, most = answer.groups()
+        told = f"{_OPENAI_WORDS} {most} tokens. However, you asked for an answer of {asked} tokens."
+        return BadRequest(f"{told} Please ask for fewer.", code=TOO_LONG, param=field)
     if _TOO_LONG.search(message):
         return BadRequest(_as_openai_says(message), code=TOO_LONG)
+    if _TEXT_ALONE.search(message):
+        told = "The base model that is served here reads text alone, no images, audio or video."
+        return BadRequest(told, code="not_supported_by_base")
+    if part := _NO_PART.match(message):
+        told = f"Parts of the type `{part[1]}` are not served; send their text."
+        return BadRequest(told, code="not_supported_by_base")
     if "--tool-call-parser" in message or "--enable-auto-tool-choice" in message:
         return BadRequest(NO_TOOLS, code="tools_not_served", param="tool_choice")
     return BadRequest(message, param=param or _named_in(message))

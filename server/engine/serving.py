@@ -124,6 +124,22 @@ def own_templates(online: Any) -> None:
     renderer._apply_chat_template_async = apply_chat_template
 
 
+def going_on(convert: Any) -> Any:
+    """vLLM's conversion of Anthropic's messages, so that an answer which the request begins is gone on with.
+
+    Where the last message is the assistant's own, vLLM alone would begin another answer after it.
+    """
+
+    def to_chat_completion_request(request: Any, **options: Any) -> Any:
+        chat = convert(request, **options)
+        last = chat.messages[-1] if chat.messages else {}
+        if last["role"] == "assistant" and last.get("content") and not last.get("tool_calls"):
+            chat.add_generation_prompt, chat.continue_final_message = False, True
+        return chat
+
+    return to_chat_completion_request
+
+
 def chat_for_messages(create: Any) -> Any:
     """Chat under vLLM's Anthropic handler: with our id, and with its errors kept (see ``until_broken``)."""
 

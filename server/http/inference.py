@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from adapters.errors import AdapterNotFound
-from adapters.model import Adapter
+from adapters.model import DEFAULT_MODEL, Adapter
 from server.accounts.tenants import Tenant
 from server.errors import BadRequest, ModelNotFound
 from server.http.answers import Model, Models
@@ -23,6 +23,7 @@ from server.inference.completion import (
     Asked,
     Completion,
     check_base,
+    is_numbered,
     open_completion,
     resolve,
     version_header,
@@ -56,9 +57,13 @@ async def models(request: Request) -> dict[str, Any]:
 )
 async def model(request: Request, name: str) -> dict[str, Any]:
     tenant = await tenant_of(request)
-    for card in await _model_cards(request, tenant):
-        if card["id"] == name:
-            return card
+    cards = {card["id"]: card for card in await _model_cards(request, tenant)}
+    if name in cards:
+        return cards[name]
+    if is_numbered(name) or name == DEFAULT_MODEL:  # which a request may name too
+        version, _ = await resolve(services_of(request).completions, tenant, name)
+        if version is not None and version.adapter in cards:
+            return cards[version.adapter] | {"id": name}
     raise ModelNotFound(f"The model `{name}` does not exist.", param="model")
 
 

@@ -33,6 +33,7 @@ MAX_PARTS = 1024
 MAX_TOKEN_IDS: Mapping[str, int] = {"logprob_token_ids": 128, "stop_token_ids": 1024}
 # A list of these is one prompt, which the model's length bounds.
 _TOKENS = {int}
+_TURNS = frozenset({"input", "messages"})
 _OBJECTS = frozenset({"messages", "tools"})
 
 
@@ -53,6 +54,9 @@ def _check_list(name: str, value: list[Any]) -> None:
     for place, item in enumerate(value):
         if isinstance(item, dict):
             parts = item.get("content")
+            if name in _TURNS and isinstance(parts, dict):  # vLLM would read it as no parts at all
+                where = f"{name}.{place}.content"
+                raise BadRequest(f"{where} must be a text, or a list of parts.", param=where)
             if isinstance(parts, list) and len(parts) > MAX_PARTS:
                 where = f"{name}.{place}.content"
                 raise BadRequest(f"{where} has more than {MAX_PARTS} parts.", param=where)

@@ -126,6 +126,19 @@ async def test_a_message_is_gone_on_with(site: Site, key: str) -> None:
     assert more != other
 
 
+async def test_anthropics_begun_answer_is_gone_on_with(site: Site, key: str) -> None:
+    begun = [TURN, {"role": "assistant", "content": "Red, green and"}]
+    more, _, body = await told(site, key, messages=begun, continue_final_message=True)
+    parts = [TURN, {"role": "assistant", "content": [{"type": "text", "text": "Red, green and"}]}]
+    for messages in (begun, parts):
+        said = (await ask(site, key, "/v1/messages", messages=messages)).json()
+        assert said["content"][0]["text"] == more
+        assert said["usage"]["input_tokens"] == body["usage"]["prompt_tokens"]
+        form = {"messages": messages, "max_tokens": ..., "temperature": ...}
+        counted = await ask(site, key, "/v1/messages/count_tokens", **form)
+        assert counted.json()["input_tokens"] == body["usage"]["prompt_tokens"]
+
+
 async def test_completions_and_responses_have_them_too(site: Site, key: str) -> None:
     url = "/v1/completions"
     plain = await ask(site, key, url, messages=..., prompt="One two three")
@@ -174,6 +187,14 @@ async def test_limits_hold_for_what_is_asked_for_at_least(site: Site) -> None:
         ("/v1/completions", {"messages": ..., "prompt": [5] * 1024}, "prompt"),
         ("/v1/responses", {"messages": ..., "max_tokens": ..., "input": LONG}, "input"),
         ("/v1/responses", {"messages": ..., "max_tokens": ..., "input": LONG, "stream": True}, "input"),
+        ("/v1/chat/completions", {"max_tokens": 2000}, "max_tokens"),
+        ("/v1/chat/completions", {"max_tokens": ..., "max_completion_tokens": 2000}, "max_completion_tokens"),
+        ("/v1/completions", {"messages": ..., "prompt": "x", "max_tokens": 2000}, "max_tokens"),
+        (
+            "/v1/responses",
+            {"messages": ..., "max_tokens": ..., "input": "x", "max_output_tokens": 2000},
+            "max_output_tokens",
+        ),
     ],
 )  # fmt: skip
 async def test_a_prompt_that_is_too_long(
@@ -195,3 +216,28 @@ async def test_anthropics_prompt_that_is_too_long(site: Site, key: str) -> None:
         assert error["type"] == "invalid_request_error"
         assert error["message"].startswith("prompt is too long: ")
         assert "> 1024 maximum" in error["message"]
+    refused = await ask(site, key, "/v1/messages", max_tokens=2000)
+    assert refused.json()["error"]["message"].startswith("max_tokens: 2000 > 1024, which is the maximum")
+
+
+@pytest.mark.parametrize(
+    ("url", "part"),
+    [
+        ("/v1/chat/completions", {"type": "image_url", "image_url": {"url": "data:image/png;base64,aa"}}),
+        ("/v1/chat/completions", {"type": "input_audio", "input_audio": {"data": "aa", "format": "wav"}}),
+        ("/v1/chat/completions", {"type": "file", "file": {"file_id": "f"}}),
+        ("/v1/responses", {"type": "input_image", "image_url": "data:image/png;base64,aa"}),
+        (
+            "/v1/messages",
+            {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aa"}},
+        ),
+    ],
+)
+async def test_a_base_that_reads_text_alone(site: Site, key: str, url: str, part: dict[str, Any]) -> None:
+    turns = [{"role": "user", "content": [part]}]
+    form = {"input": turns, "messages": ..., "max_tokens": ...} if "responses" in url else {"messages": turns}
+    refused = await ask(site, key, url, **form)
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert error["code"] == "not_supported_by_base"
+    assert error.get("param") in ("messages", "input", None)

@@ -113,7 +113,7 @@ class Dialect:
 
     def _check_amounts(self, body: dict[str, Any]) -> None:
         """BadRequest for a conversation without a turn, and for an answer of no tokens."""
-        for name in ("messages", "input"):
+        for name in ("messages", "input", "prompt"):
             if body.get(name) == []:
                 raise BadRequest(f"{name}: at least one is needed", param=name)
         for name in self.max_tokens_fields:

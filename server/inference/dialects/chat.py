@@ -66,7 +66,7 @@ class Chat(OpenAIText):
 
         Tools that must be called are called with arguments that fit; see ``with_strict_tools``.
         """
-        kept = with_allowed_tools(super().allowed_fields(body))
+        kept = with_allowed_tools(super().allowed_fields(body), nested=True)
         if kept.get("continue_final_message"):
             kept.setdefault("add_generation_prompt", False)
         if "tools" in kept:

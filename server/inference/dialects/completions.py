@@ -33,11 +33,15 @@ class Completions(OpenAIText):
     )
 
     def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
-        """``best_of`` is served where it asks for all that are returned, as it does by default."""
+        """``best_of`` is served where it asks for all that are returned, as it does by default.
+
+        An empty ``suffix`` asks for nothing.
+        """
         best_of, n = body.get("best_of"), body.get("n")
         if best_of is not None:
             check_only("best_of", best_of, ((1 if n is None else n,), "All n answers are returned; send n."))
-        return super().allowed_fields({k: v for k, v in body.items() if k != "best_of"})
+        nothing = {"best_of"} | ({"suffix"} if body.get("suffix") == "" else set())
+        return super().allowed_fields({k: v for k, v in body.items() if k not in nothing})
 
     def request_model(self, body: dict[str, Any]) -> str:
         return "vllm.entrypoints.openai.completion.protocol:CompletionRequest"

@@ -128,6 +128,10 @@ def anthropic_error(body: dict[str, Any], status: int) -> dict[str, Any]:
 def _too_long(message: str) -> str:
     """As Anthropic says it, which agents look for to make the conversation shorter."""
     most = re.search(r"context length is ([0-9]+)", message)
+    answer = re.search(r"an answer of ([0-9]+) tokens", message)
+    if answer and most:
+        limit = "which is the maximum number of tokens of a prompt and its answer"
+        return f"max_tokens: {answer[1]} > {most[1]}, {limit}"
     given = re.search(r"([0-9]+) input tokens|has ([0-9]+) tokens", message)
     if most is None:
         return f"prompt is too long: {message}"

@@ -23,7 +23,7 @@ from server.inference.dialects.fields import (
     with_strict_tools,
 )
 from server.inference.dialects.schema import ANY, LIMIT, MODEL, SAMPLED, TEXT, TURNS, object_of
-from server.inference.dialects.tools import check_own_tools
+from server.inference.dialects.tools import check_own_choice, check_own_tools, with_allowed_tools
 
 _OPENING = ("response.created", "response.in_progress")
 _CHAT_ALONE: Only = ((), "vLLM has it for /v1/chat/completions.")
@@ -81,6 +81,8 @@ class Responses(Dialect):
     def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
         kept = super().allowed_fields(_stateless(body))
         check_own_tools(kept.get("tools"), ("function",))
+        check_own_choice(kept.get("tool_choice"))
+        kept = with_allowed_tools(kept, nested=False)
         if "tools" in kept:
             forced = kept.get("tool_choice") not in (None, "none", "auto")
             kept["tools"] = with_strict_tools(kept["tools"], forced)

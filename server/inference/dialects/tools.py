@@ -19,29 +19,39 @@ def check_own_tools(tools: Any, kinds: Sequence[str]) -> None:
             )
 
 
-def with_allowed_tools(body: dict[str, Any]) -> dict[str, Any]:
-    """A chat whose ``tool_choice`` is one that vLLM knows.
+def with_allowed_tools(body: dict[str, Any], *, nested: bool) -> dict[str, Any]:
+    """A request whose ``tool_choice`` is one that vLLM knows.
 
-    OpenAI's ``allowed_tools`` leaves some of the tools to the model: here it is offered those alone. Without
-    tools a choice between them asks for nothing. BadRequest for a choice of tools that are not there, and
-    for a function without a name, which vLLM takes for granted where a choice names one.
+    OpenAI's ``allowed_tools`` leaves some of the tools to the model: here it is offered those alone. Chat has
+    them ``nested`` in an object of that name, responses have not. Without tools a choice between them asks
+    for nothing. BadRequest for a choice of tools that are not there, and for a function without a name, which
+    vLLM takes for granted where a choice names one.
     """
     choice, tools = body.get("tool_choice"), body.get("tools")
     for index, tool in enumerate(tools if isinstance(tools, list) else ()):
         if isinstance(tool, dict) and _name(tool) is None:
-            where = f"tools.{index}.function.name"
+            where = f"tools.{index}.function.name" if nested else f"tools.{index}.name"
             raise BadRequest(f"{where}: a function needs a name, which is a string", param=where)
     if tools == []:
         body = {name: value for name, value in body.items() if name != "tools"}
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        return _allowed(body, choice.get("allowed_tools"))
+        where = "tool_choice.allowed_tools" if nested else "tool_choice"
+        return _allowed(body, choice.get("allowed_tools") if nested else choice, where)
     if not tools and choice in ("auto", "none"):
         return {name: value for name, value in body.items() if name != "tool_choice"}
     return body
 
 
-def _allowed(body: dict[str, Any], allowed: Any) -> dict[str, Any]:
-    where = "tool_choice.allowed_tools"
+def check_own_choice(choice: Any) -> None:
+    """BadRequest for a choice of a tool that its vendor runs."""
+    if isinstance(choice, dict) and choice.get("type") not in ("function", "allowed_tools"):
+        raise BadRequest(
+            "Only tools of the type function are served: no tool runs here. Choose one of your own.",
+            param="tool_choice.type",
+        )
+
+
+def _allowed(body: dict[str, Any], allowed: Any, where: str) -> dict[str, Any]:
     if not isinstance(allowed, dict) or allowed.get("mode") not in ("auto", "required"):
         raise BadRequest(f"{where} needs a mode, auto or required, and tools", param=where)
     listed = allowed.get("tools")
@@ -54,6 +64,6 @@ def _allowed(body: dict[str, Any], allowed: Any) -> dict[str, Any]:
 
 
 def _name(tool: Any) -> str | None:
-    inner = tool.get("function") if isinstance(tool, dict) else None
+    inner = tool.get("function", tool) if isinstance(tool, dict) else None
     name = inner.get("name") if isinstance(inner, dict) else None
     return name if isinstance(name, str) else None

@@ -87,6 +87,16 @@ def test_what_is_wrong_in_a_part_is_named_without_the_names_of_types(content: An
     assert error.message.startswith(f"{param}: ")
 
 
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
+def test_an_answer_that_would_be_longer_than_a_context(field: str) -> None:
+    said = f"{field}=2000 cannot be greater than max_model_len=1024. Please request fewer output tokens."
+    error = refusal(said, None)
+    assert (error.code, error.param) == (TOO_LONG, field)
+    assert error.message.startswith("This model's maximum context length is 1024 tokens. However, ")
+    told = anthropic_error(body_of(error), 400)["error"]["message"]
+    assert told.startswith("max_tokens: 2000 > 1024, which is the maximum "), "not the prompt"
+
+
 def test_the_length_is_told_where_it_is_known() -> None:
     for said in SAID[2:4]:
         error = refusal(said, None)

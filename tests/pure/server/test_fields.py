@@ -79,6 +79,7 @@ def test_what_is_refused_of_the_vendors_has_a_reason(kind: str, name: str) -> No
         ("chat", {"stream_interval": 5, "cache_salt": None, "chat_template": None, "priority": None}),
         ("completion", {"best_of": 1}),
         ("completion", {"best_of": 3, "n": 3}),
+        ("completion", {"suffix": ""}),
         ("responses", {"context_management": [{"type": "compaction"}], "background": False}),
         ("messages", {"context_management": {"edits": [{"type": "clear_thinking"}]}, "speed": "fast"}),
         ("messages", {"mcp_servers": [], "fallbacks": "default", "container": None}),
@@ -185,6 +186,24 @@ def test_the_model_is_offered_the_tools_that_are_allowed() -> None:
             DIALECTS["chat"].allowed_fields(asked | {"tool_choice": choice})
 
 
+def test_responses_choose_among_tools_too() -> None:
+    tools = [{"type": "function", "name": name, "parameters": {}} for name in ("a", "b", "c")]
+    asked = {**LEAST["responses"], "tools": tools}
+    some = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "b"}]}
+    kept = DIALECTS["responses"].allowed_fields(asked | {"tool_choice": some})
+    assert kept["tool_choice"] == "required"
+    assert kept["tools"] == [{**tools[1], "strict": True}]
+    for wrong, param in (
+        (some | {"mode": "any"}, "tool_choice"),
+        (some | {"tools": [{"type": "function", "name": "d"}]}, "tool_choice.tools"),
+        ({"type": "web_search_preview"}, "tool_choice.type"),
+        ({"type": "mcp", "server_label": "x"}, "tool_choice.type"),
+    ):
+        with pytest.raises(BadRequest) as refused:
+            DIALECTS["responses"].allowed_fields(asked | {"tool_choice": wrong})
+        assert refused.value.param == param
+
+
 @pytest.mark.parametrize("choice", ["auto", "none", None])
 def test_no_tools_are_no_tools(choice: str | None) -> None:
     kept = DIALECTS["chat"].allowed_fields({**LEAST["chat"], "tools": [], "tool_choice": choice})
@@ -212,6 +231,10 @@ def test_tools_that_the_vendor_runs(kind: str, tool: dict[str, Any]) -> None:
         ("messages", {"messages": []}, "messages"),
         ("count_tokens", {"messages": []}, "messages"),
         ("responses", {"input": []}, "input"),
+        ("completion", {"prompt": []}, "prompt"),
+        ("chat", {"messages": [TURN, {"role": "user", "content": {"type": "text"}}]}, "messages.1.content"),
+        ("messages", {"messages": [{"role": "user", "content": {"text": "x"}}]}, "messages.0.content"),
+        ("responses", {"input": [{"role": "user", "content": {"text": "x"}}]}, "input.0.content"),
         ("chat", {"max_completion_tokens": 0}, "max_completion_tokens"),
         ("chat", {"max_completion_tokens": -1}, "max_completion_tokens"),
         ("chat", {"max_tokens": 0}, "max_tokens"),

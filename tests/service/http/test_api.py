@@ -135,9 +135,11 @@ async def test_models_are_the_tenants_own(site: Site) -> None:
     assert [model.id for model in models] == ["a", "b", tiny.NAME]
     assert [model.owned_by for model in models] == ["acme", "acme", "loraplex"]
     assert all(model.created > 1_600_000_000 and model.object == "model" for model in models)
-    assert (await site.openai(key).models.retrieve("b")).id == "b"
+    for name in ("b", "b@1", "default", tiny.NAME):
+        assert (await site.openai(key).models.retrieve(name)).id == name
     assert (await site.openai(bare).models.list()).data == []
-    for asker, name in ((bare, "b"), (bare, tiny.NAME), (key, "c"), (key, "a/b")):
+    nobodys = ((bare, "b"), (bare, tiny.NAME), (bare, "default"), (key, "c"), (key, "a/b"), (key, "b@2"))
+    for asker, name in nobodys:
         error(
             await site.http.get(f"/v1/models/{name}", headers=bearer(asker)), 404, "model_not_found", "model"
         )
