@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,9 +15,11 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
 from server.errors import BadRequest
+from server.inference.dialects.base import Dialect
 from server.inference.dialects.fields import RESERVED
-from server.inference.dialects.registry import DIALECTS
+from server.inference.dialects.registry import DIALECTS, SCORING
 from server.inference.dialects.responses import _STATEFUL
+from server.inference.dialects.scoring import Scoring
 
 TURN = {"role": "user", "content": "hi"}
 LEAST: Mapping[str, dict[str, Any]] = {
@@ -180,7 +183,8 @@ def test_the_model_is_offered_the_tools_that_are_allowed() -> None:
     kept = DIALECTS["chat"].allowed_fields(asked | {"tool_choice": choosing("required", "b")})
     assert kept["tool_choice"] == "required"
     assert kept["tools"] == [{"type": "function", "function": {"name": "b", "strict": True}}]
-    wrong = choosing("any", "a"), choosing("auto", "d"), choosing("auto"), {"type": "allowed_tools"}
+    number = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": 5}}
+    wrong = choosing("any", "a"), choosing("auto", "d"), choosing("auto"), {"type": "allowed_tools"}, number
     for choice in wrong:
         with pytest.raises(BadRequest, match=r"tool_choice\.allowed_tools"):
             DIALECTS["chat"].allowed_fields(asked | {"tool_choice": choice})
@@ -313,3 +317,26 @@ def test_tokens_of_a_text_are_whole_numbers() -> None:
         with pytest.raises(BadRequest, match="tokens"):
             DIALECTS["detokenize"].allowed_fields({"tokens": tokens})
     assert DIALECTS["detokenize"].allowed_fields({"tokens": [1, 2]})["tokens"] == [1, 2]
+
+
+ODD: list[Any] = [
+    True, 0, -1, 1.5, 10**30, float("inf"), "", "x", "\ud83d", [], [None], [[]], [{}], [1, "a"], {}, {"a": 1},
+    {"type": []}, {"type": "function"}, {"choice": 5}, {"json": 5}, {"regex": ["a"]},
+    {"type": "allowed_tools", "mode": "auto", "tools": 5},
+    {"type": "allowed_tools", "allowed_tools": {"mode": [], "tools": [1]}},
+    {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": []}}]}},
+    [{"type": []}], [{"type": "function", "function": 5}], [{"role": 5, "content": {}}], [{"content": [5]}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", [*DIALECTS.values(), *SCORING], ids=lambda dialect: dialect.operation)
+def test_no_value_of_a_field_is_a_defect(dialect: Dialect) -> None:
+    """It is taken, or refused as the client's mistake."""
+    tools = {"tools": [{"type": "function", "name": "a", "function": {"name": "a"}}]}
+    least = {**LEAST.get(dialect.name, {}), **(tools if "tools" in dialect.accepted else {})}
+    for name in sorted(dialect.accepted | dialect.ignored | dialect.only.keys() | {"best_of", "store"}):
+        for value in ODD:
+            with contextlib.suppress(BadRequest):
+                fields = dialect.allowed_fields({**least, name: value})
+                if isinstance(dialect, Scoring):
+                    dialect.asked(fields)
