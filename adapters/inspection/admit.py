@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapters.inspection import dora
+from adapters.inspection import dora, trained_rows
 from adapters.inspection.convert import Conversion, plan
 from adapters.inspection.inspect import Upload, check_tensors, inspect
 from adapters.inspection.tensor_stats import one_thread
@@ -31,14 +31,19 @@ def admit(
     when the disk fails; the caller then throws away what is in ``into``, or in ``folder``.
     """
     options: Any = {"serving_dtype": serving_dtype, "waived": waived}
-    found = plan(folder, base)
     into = into or folder
+    with one_thread():
+        rows = trained_rows.rewrite(folder, base, into)
+    folder = into if rows else folder
+    found = plan(folder, base)
     notes: tuple[str, ...] = (dora.NOTE,)
     if isinstance(found, Conversion):
         found.write(folder, into)
-        notes = found.notes
+        notes = (*rows, *found.notes)
     elif found.config.dora:
         _complete(folder, found, base, into)
+    elif rows:
+        notes = rows
     else:
         return inspect(folder, base, upload=found, **options)
     manifest = inspect(into, base, **options)

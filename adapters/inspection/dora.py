@@ -13,8 +13,7 @@ is kept with it.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adapters.errors import AdapterRejected, fault
-from adapters.inspection.safetensors_header import (
-    DTYPES,
-    ITEM_BYTES,
-    TensorHeader,
-    read_entries,
-    write_header,
-)
+from adapters.inspection.rewritten import write_beside
+from adapters.inspection.safetensors_header import DTYPES, TensorHeader
 from adapters.inspection.strict_json import show
 from adapters.inspection.tensor_stats import TORCH_DTYPES
 from adapters.model import WEIGHTS_FILE, BaseModel
@@ -95,7 +89,7 @@ def complete(
             }
     except SafetensorError as error:
         raise fault("weights_invalid", f"{WEIGHTS_FILE}: safetensors cannot read it: {error}.") from None
-    _write(path, kept, scales, base.fingerprint or "", into)
+    write_beside(path, kept, scales, into, **{FINGERPRINT: base.fingerprint or ""})
 
 
 def _refuse(message: str) -> AdapterRejected:
@@ -177,6 +171,19 @@ class Checkpoint:
         weight = self._open(self._files[f"{module}.weight"]).get_slice(f"{module}.weight")
         return TORCH_DTYPES[DTYPES[weight.get_dtype()][0]]
 
+    def shape(self, module: str) -> list[int]:
+        """Of a weight that is there."""
+        name = f"{module}.weight"
+        shape: list[int] = self._open(self._files[name]).get_slice(name).get_shape()
+        return shape
+
+    def picked(self, module: str, rows: Sequence[int]) -> torch.Tensor:
+        """These rows of a module's weight, in float32. Raises as ``rows`` does."""
+        found: dict[int, torch.Tensor] = {}
+        for at, block in self.rows(module):
+            found |= {row: block[row - at].clone() for row in rows if at <= row < at + len(block)}
+        return torch.stack([found[row] for row in rows])
+
     def rows(self, module: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(number of the first row, rows in float32) of a module's weight, block by block."""
         file = self._files.get(f"{module}.weight")
@@ -189,36 +196,3 @@ class Checkpoint:
         step = max(1, _ROWS // columns)
         for at in range(0, rows, step):
             yield at, weight[at : at + step].float()
-
-
-def _write(
-    path: Path,
-    tensors: Mapping[str, TensorHeader],
-    scales: Mapping[str, torch.Tensor],
-    fingerprint: str,
-    into: Path,
-) -> None:
-    headers, at = {}, 0
-    for name, tensor in tensors.items():
-        size = tensor.elements * ITEM_BYTES[tensor.dtype]
-        headers[name] = TensorHeader(tensor.dtype, tensor.shape, at, at + size)
-        at += size
-    for name, scale in scales.items():
-        headers[name] = TensorHeader("float32", tuple(scale.shape), at, at + scale.nbytes)
-        at += scale.nbytes
-    partial = into.with_name(f".{into.name}.part")
-    try:
-        with path.open("rb") as source, partial.open("xb") as file:
-            write_header(file, headers, **{FINGERPRINT: fingerprint})
-            data, entries = read_entries(source.fileno())
-            for name in tensors:
-                source.seek(data + entries[name].begin)
-                file.write(source.read(entries[name].end - entries[name].begin))
-            for scale in scales.values():
-                file.write(scale.contiguous().view(torch.uint8).numpy().tobytes())
-            file.flush()
-            os.fchmod(file.fileno(), 0o444)
-            os.fsync(file.fileno())
-        partial.rename(into)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -98,9 +98,20 @@ TARGETS |= {
     "embeddings": _of({"target_modules": ["q_proj", "embed_tokens"]}, on_qwen="module_unknown"),
     "the language-model head": _of({"target_modules": ["q_proj", "lm_head"]}, on_qwen="module_unknown"),
     "norms trained beside": _of({"modules_to_save": ["norm"]}, "modules_to_save_unsupported"),
-    "the head trained beside": _of({"modules_to_save": ["lm_head"]}, "modules_to_save_unsupported"),
-    "embeddings trained beside": _of({"modules_to_save": ["embed_tokens"]}, "modules_to_save_unsupported"),
-    "tokens trained beside": _of({"trainable_token_indices": [1, 2]}, "feature_unsupported"),
+    "the head trained beside, some rows": _of(
+        {"modules_to_save": ["lm_head"]}, converted=True, on_qwen="modules_to_save_unsupported"
+    ),
+    "embeddings trained beside, some rows": _of(
+        {"modules_to_save": ["embed_tokens"]}, converted=True, on_qwen="modules_to_save_unsupported"
+    ),
+    "tokens trained beside": _of(
+        {"trainable_token_indices": [5, 17, 200]}, converted=True, on_qwen="feature_unsupported"
+    ),
+    "tokens of the head trained beside": _of(
+        {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [17, 3]}, "use_rslora": True},
+        converted=True,
+        on_qwen="feature_unsupported",
+    ),
     "tied modules trained beside": _of({"ensure_weight_tying": True}, "feature_unsupported"),
     "a bare parameter": _of(
         {"target_modules": [], "target_parameters": ["q_proj.weight"]}, "feature_unsupported"
