@@ -218,6 +218,11 @@ CURES: dict[str, str] = {
         " expert's gate, up and down projection with one rank each."
     ),
     "module_fused": "Export the adapter with the parts split as the checkpoint names them.",
+    "head_mismatch": (
+        "Upload the config and the weights of the same run, as PEFT's save_pretrained wrote them, with the"
+        " head of a classifier as score.weight. For more labels ask the operator for max_lora_cls_labels in"
+        " LORAPLEX_ENGINE_ARGS."
+    ),
     "shape_mismatch": "Retrain on the base model that is served here; this one was trained on another.",
     "tensor_empty": (
         "DeepSpeed's ZeRO-3 leaves such behind: save with stage3_gather_16bit_weights_on_model_save=true, or"

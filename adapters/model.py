@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from adapters.split import WHOLE
 
@@ -70,6 +70,20 @@ class ModuleShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """The layer by which a base model classifies or scores: ``labels`` numbers of ``in_features``.
+
+    ``most`` is how many labels an adapter's own head may have: 0 where it may have none, None where the
+    server that will serve it decides.
+    """
+
+    module: str
+    in_features: int
+    labels: int
+    most: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BaseChat:
     """How a base model chats: its template, the ids of its added tokens, and how many tokens it embeds.
 
@@ -96,7 +110,8 @@ class BaseModel:
     ``fused`` maps a fused suffix to its parts in the order of their rows (``qkv_proj`` -> q, k, v).
     ``source`` is the folder or hub id it was loaded from; ``fingerprint`` is that of
     ``adapters.inspection.base_model``.
-    ``pooling`` if it makes embeddings instead of text. ``dora`` if DoRA can be computed on it.
+    ``pooling`` if it makes embeddings or, with a ``head``, labels instead of text. ``dora`` if DoRA can be
+    computed on it.
     ``quantized`` is the method by which its weights were put into few bits (``gptq``), if they were.
     ``vocabulary`` maps ``lm_head`` and ``model.embed_tokens`` to their shapes where adapters are served on
     them; an embedding has the tokens as its inputs, as PEFT's ``lora_embedding_A`` does.
@@ -114,6 +129,14 @@ class BaseModel:
     quantized: str | None = None
     vocabulary: Mapping[str, ModuleShape] = field(default_factory=dict)
     chat: BaseChat | None = field(default=None, compare=False, repr=False)
+    head: Head | None = None
+
+    @property
+    def makes(self) -> Literal["text", "embeddings", "labels"]:
+        """What it answers with."""
+        if not self.pooling:
+            return "text"
+        return "embeddings" if self.head is None else "labels"
 
     def shape(self, module: str) -> ModuleShape | None:
         """Of a layer that adapters are served on; None for any other name."""
@@ -163,6 +186,7 @@ class Manifest:
     ``implausible`` says why the size would have been refused, and ``ignored_fields`` names the unknown fields
     of the config that have a meaning, where the upload waived these checks (``Waivers``).
     ``chat`` is what it says about chats, see ``adapters.inspection.chat_files``; None where it says nothing.
+    ``labels`` is how many its own head has (``adapters.inspection.heads``); None where it has no head.
     """
 
     rank: int
@@ -183,6 +207,7 @@ class Manifest:
     implausible: str | None = None
     ignored_fields: tuple[str, ...] = ()
     chat: Mapping[str, Any] | None = None
+    labels: int | None = None
 
     @property
     def waived(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from adapters.inspection.module_names import leaf
 from adapters.inspection.quantized import method_of, quantization_of
 from adapters.inspection.tensor_stats import TORCH_DTYPES
 from adapters.inspection.vocabulary import vocabulary_of
-from adapters.model import BaseModel, ModuleShape
+from adapters.model import BaseModel, Head, ModuleShape
 
 # What vLLM and some trainers fuse, in the order of the rows.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -26,7 +26,7 @@ _SAMPLE = 4096
 def read_base(model_dir: Path, *, max_lora_rank: int, name: str | None = None) -> BaseModel:
     """The base model in ``model_dir``, named after the folder. Raises as ``module_shapes`` does."""
     folder = model_dir.absolute()
-    modules, vocabulary = _shapes(folder)
+    modules, vocabulary, head = _shapes(folder)
     quantized = quantized_as(folder)
     leaves = {leaf(module) for module in modules}
     return BaseModel(
@@ -39,6 +39,8 @@ def read_base(model_dir: Path, *, max_lora_rank: int, name: str | None = None) -
         dora=quantized is None,
         quantized=quantized,
         vocabulary=vocabulary,
+        head=head,
+        pooling=head is not None,
     )
 
 
@@ -60,7 +62,7 @@ def module_shapes(model_dir: Path) -> dict[str, ModuleShape]:
     return _shapes(model_dir)[0]
 
 
-def _shapes(model_dir: Path) -> tuple[dict[str, ModuleShape], dict[str, ModuleShape]]:
+def _shapes(model_dir: Path) -> tuple[dict[str, ModuleShape], dict[str, ModuleShape], Head | None]:
     import torch
     from transformers import AutoConfig
 
@@ -72,7 +74,14 @@ def _shapes(model_dir: Path) -> tuple[dict[str, ModuleShape], dict[str, ModuleSh
         for name, layer in model.named_modules()
         if isinstance(layer, torch.nn.Linear) and layer is not head
     }
-    return dict(sorted(shapes.items())), vocabulary_of(config, model)
+    return dict(sorted(shapes.items())), vocabulary_of(config, model), _head_of(config)
+
+
+def _head_of(config: Any) -> Head | None:
+    """Of a checkpoint that was saved as a classifier, as decoders of transformers have it."""
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return None
+    return Head("score", int(config.get_text_config().hidden_size), int(config.num_labels))
 
 
 def on_meta(config: Any, *, trust_remote_code: bool = False) -> Any:

@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from adapters.errors import AdapterRejected, fault
 from adapters.inspection.dora import without_doras
+from adapters.inspection.heads import heads_of, without_heads
 from adapters.inspection.inspect import (
     PREFIX,
     Upload,
@@ -91,6 +92,8 @@ class Conversion:
     base: BaseModel
     # The base's own layers in the file, which PEFT reads over the base's.
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # A classifier's own head, by the names of its tensors, copied as it is.
+    heads: Mapping[str, TensorHeader] = dataclasses.field(default_factory=dict)
 
     def write(self, source: Path, target: Path) -> None:
         """Both files in ``target``, on disk and complete under their names; ``target`` may be ``source``.
@@ -118,6 +121,10 @@ class Conversion:
                 tensor.dtype, tensor.shape, at, at + size
             )
             at += size
+        for name, head in sorted(self.heads.items()):
+            size = head.elements * ITEM_BYTES[head.dtype]
+            headers[name] = TensorHeader(head.dtype, head.shape, at, at + size)
+            at += size
         return headers
 
     def _write_weights(self, source: Path, file: BinaryIO) -> None:
@@ -130,6 +137,8 @@ class Conversion:
                 }
                 for side in sorted(self.tensors):
                     file.write(_bytes_of(_build(self.tensors[side], opened)))
+                for name in sorted(self.heads):
+                    file.write(_bytes_of(opened[WEIGHTS_FILE].get_tensor(name)))
         except SafetensorError as error:
             raise _refuse("weights_invalid", f"safetensors cannot read it: {error}.") from None
 
@@ -147,7 +156,9 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
         initial = _named(INITIAL_FILE, read_header(folder / INITIAL_FILE), base)
     config = parse_config(fields, base)
     headers = read_header(folder / WEIGHTS_FILE)
-    upload = _named(WEIGHTS_FILE, without_doras(headers) if config.dora else headers, base)
+    heads = heads_of(headers, base)
+    others = without_heads(headers, base)
+    upload = _named(WEIGHTS_FILE, without_doras(others) if config.dora else others, base)
     parts = {module: parts for module, _ in upload.tensors if (parts := _parts(module, base))}
     if initial is None and not parts and not upload.notes:
         return Upload(config, headers)
@@ -169,7 +180,7 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
         fields = _with_renamed_keys(fields, {old: new for new, old in upload.trained_as.items()})
     if parts or upload.trained_as:
         fields = _with_exact_targets(fields, {module for module, _ in tensors})
-    conversion = Conversion(fields, tensors, tuple(notes), base, upload.left_out)
+    conversion = Conversion(fields, tensors, tuple(notes), base, upload.left_out, heads)
     converted = parse_config(fields, base)
     check_tensors(conversion.headers(), converted, base)
     for module in modules:

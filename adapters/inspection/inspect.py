@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from adapters.errors import AdapterRejected, fault
 from adapters.inspection.dora import check_stored, without_doras
 from adapters.inspection.experts import check_experts, per_expert
+from adapters.inspection.heads import check_head, check_values, without_heads
 from adapters.inspection.magnitude import implausible
 from adapters.inspection.module_names import kind_of, layer_of, leaf, template
 from adapters.inspection.peft_config import PeftConfig, check_base, check_unknown_fields, read_config
@@ -118,11 +119,13 @@ def inspect(
     check_base(config, base)
     ignored = check_unknown_fields(config, waived.fields)
     pairs = check_tensors(upload.tensors, config, base)
+    labels = check_head(upload.tensors, config.saves, base)
     with one_thread():
         norms, too_large = _sizes(folder / WEIGHTS_FILE, pairs, config, base, serving_dtype)
+        check_values(folder / WEIGHTS_FILE, upload.tensors, base, serving_dtype)
     if too_large is not None and not waived.implausible:
         raise _refuse("adapter_implausible", f"{too_large}.")
-    if not (waived.no_effect or any(norms.values())):
+    if not (waived.no_effect or labels or any(norms.values())):
         raise _refuse(
             "adapter_no_effect", f"in each of its {len(pairs)} modules lora_B times lora_A is zero."
         )
@@ -154,6 +157,7 @@ def inspect(
         warnings=tuple(warnings),
         implausible=too_large,
         ignored_fields=ignored,
+        labels=labels,
     )
 
 
@@ -164,7 +168,9 @@ def check_tensors(
 
     Raises AdapterRejected. Headers only: no value is looked at.
     """
-    pairs = _pair(without_doras(tensors) if config.dora else tensors, base)
+    check_head(tensors, config.saves, base)
+    others = without_heads(tensors, base)
+    pairs = _pair(without_doras(others) if config.dora else others, base)
     if config.dora and (beyond := base.vocabulary.keys() & pairs.keys()):
         raise _refuse("dora_unsupported", f"DoRA is not computed on the vocabulary, {show(min(beyond))}.")
     for module, pair in pairs.items():

@@ -61,8 +61,10 @@ class Shift:
 
 
 def shift(before: Vectors, after: Vectors) -> Shift:
-    """Both of the same prompts, and finite."""
+    """Both of the same prompts, and finite. Another number of labels is a whole change."""
     pairs = list(zip(before, after, strict=True))
+    if any(len(old) != len(new) for old, new in pairs):
+        return Shift(1.0, 1.0)
     moved = [math.dist(old, new) / (math.hypot(*old) or 1.0) for old, new in pairs]
     return Shift(max(moved, default=0.0), max(itertools.starmap(_cosine_distance, pairs), default=0.0))
 

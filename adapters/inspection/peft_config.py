@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field
 from adapters.errors import AdapterRejected, fault
 from adapters.inspection import strict_json
 from adapters.inspection.experts import is_stacked, parameter_of, stacked_parameters
+from adapters.inspection.heads import may_save
 from adapters.inspection.module_names import match, suffixes
 from adapters.inspection.strict_json import show
 from adapters.inspection.targets import Targets
@@ -122,6 +123,11 @@ class PeftConfig(pydantic.BaseModel):
         """Whether each output has a magnitude of its own; see ``adapters.inspection.dora``."""
         return bool((self.model_extra or {}).get("use_dora"))
 
+    @property
+    def saves(self) -> Any:
+        """``modules_to_save``: a head of its own, where it was not refused."""
+        return (self.model_extra or {}).get("modules_to_save")
+
     def rank_of(self, module: str) -> int:
         """The rank PEFT gave ``module``, a name without the ``base_model.model.`` prefix."""
         return match(self.rank_pattern or {}, parameter_of(module)) or self.r
@@ -205,7 +211,7 @@ class PeftConfig(pydantic.BaseModel):
             )
 
     def _other_task(self, base: BaseModel) -> Iterable[str]:
-        served = "FEATURE_EXTRACTION" if base.pooling else "CAUSAL_LM"
+        served = {"text": "CAUSAL_LM", "embeddings": "FEATURE_EXTRACTION", "labels": "SEQ_CLS"}[base.makes]
         if self.task_type not in (None, served):
             yield f"its task_type is {show(self.task_type)}; it is served as {served}"
 
@@ -343,6 +349,8 @@ def _check_type(fields: Mapping[str, Any]) -> None:
 def _check_features(fields: Mapping[str, Any], base: BaseModel) -> None:
     for field, (code, is_refused, why) in REFUSED.items():
         if field == "use_dora" and base.dora and fields.get(field) is True:
+            continue
+        if field == "modules_to_save" and may_save(fields.get(field), base):
             continue
         if field in fields and is_refused(fields[field]):
             raise _refuse(code, f"{field} is {show(fields[field])}: {why}.")

@@ -194,6 +194,10 @@ class Merge(AbstractContextManager["Merge"]):
         """By the name of the weight."""
         config = read_config(self._adapter / CONFIG_FILE, self.base)
         pairs = check_tensors(read_header(self._adapter / WEIGHTS_FILE), config, self.base)
+        if config.saves:
+            raise MergeError(
+                "the adapter has a head of its own: PEFT's merge_and_unload merges that, not here"
+            )
         if vocabulary := sorted(self.base.vocabulary.keys() & pairs.keys()):
             raise MergeError(
                 f"the adapter changes {vocabulary[0]}: that is merged by PEFT's merge_and_unload, not here"

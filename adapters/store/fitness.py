@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -61,6 +61,8 @@ class Serving:
         modules = {name: [shape.in_features, shape.out_features] for name, shape in layers.items()}
         fused = {name: list(parts) for name, parts in base.fused.items()}
         facts = [modules, fused, base.max_lora_rank, base.fingerprint, base.pooling, self.dtype, self.program]
+        if base.head is not None:
+            facts.append(asdict(base.head))
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def other_base(self, version: Version) -> AdapterUnfit | None:

@@ -29,6 +29,7 @@ from adapters.worker.cpu.onednn import make_kernels
 from adapters.worker.cpu.packed import know_the_device
 from adapters.worker.dora import DoraScales
 from adapters.worker.experts import expert_shapes, has_stacked_experts, largest_pairs
+from adapters.worker.heads import head_of, heads_bytes
 from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine
 from adapters.worker.names import Names, checkpoint_modules, names_of
 from adapters.worker.not_finite import NotFiniteGuard
@@ -64,7 +65,8 @@ class LoraplexWorker:
         ``modules``: checkpoint name -> [in_features, out_features]; ``aliases``: another name for one of them
         -> its checkpoint name; ``fused``: suffix -> its parts; ``slot_bytes``: what one slot takes here;
         ``entry_bytes``: what the largest adapter takes in host memory here, None where that is all of it;
-        ``dora``: whether DoRA is computed; ``vocabulary``: as ``modules``, of the head and the embedding.
+        ``dora``: whether DoRA is computed; ``vocabulary``: as ``modules``, of the head and the embedding;
+        ``head``: that of a classifier, see ``adapters.worker.heads``, or None.
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         model = runner.model_config
@@ -187,6 +189,9 @@ class _Pager:
             if len(parts) == 1:
                 sizes = [(sizes[0][0], sum(out for _, out in sizes))]
             shapes |= {part: list(size) for part, size in zip(parts, sizes, strict=True)}
+        head = head_of(self.tables, alone=self._shared is None and not self._cuts)
+        if head is not None:
+            shapes.pop(head[0], None)
         words = self._vocabulary()
         names = self._names([*shapes, *words])
         fused = {
@@ -201,6 +206,7 @@ class _Pager:
             },
             "aliases": dict(names.aliases),
             "dora": self._dora is not None,
+            "head": head,
             "fused": fused,
             "max_lora_rank": self.manager.lora_config.max_lora_rank,
             "slot_bytes": self._allocated() // self._slots,
@@ -375,4 +381,4 @@ def _size_of(lora: Any) -> int:
         for side in (layer.lora_a, layer.lora_b):
             tensors = side if isinstance(side, list) else [side]
             total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
-    return total
+    return total + heads_bytes(lora)

@@ -351,7 +351,7 @@ class Runner:
         dialect = ENDPOINTS[batch.endpoint]
         if line.body.get("stream"):
             raise BadRequest("A line of a batch cannot be streamed.", param="stream")
-        use_case = embed if dialect.base == "embeddings" else open_completion
+        use_case = embed if dialect.pools else open_completion
         opened = await use_case(self.completions, tenant, dialect, line.body, id_, asked)
         assert opened.body is not None, "a document was asked for"
         used = opened.lease

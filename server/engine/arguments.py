@@ -5,6 +5,7 @@ Imported by ``Engine.start`` alone: importing vLLM takes seconds.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from argparse import Namespace
@@ -28,7 +29,7 @@ except ImportError:  # from 0.33 on
 
 from adapters.inspection.base_chat import BaseTokenizer, described, read_base_chat
 from adapters.inspection.quantized import quantization_of
-from adapters.model import BaseChat, BaseModel, ModuleShape
+from adapters.model import BaseChat, BaseModel, Head, ModuleShape
 from adapters.worker.cpu.executor import YieldingExecutor
 from adapters.worker.cpu.features import multiplies_bfloat16
 from adapters.worker.scheduler import ADAPTERS
@@ -39,6 +40,9 @@ from server.engine.sizing import EngineCapacity, Layer
 from server.settings import HOST_PER_GPU_SLOT, Settings
 
 logger = logging.getLogger(__name__)
+
+# The most that an adapter's own head may have, where ENGINE_ARGS do not say: 1 MiB a slot at 4,096 features.
+LABELS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,10 @@ def _slots_of(settings: Settings) -> Slots:
 def _slot_layers(config: Any) -> list[Layer]:
     """What a slot of the engine that ``config`` (VllmConfig) describes has room for."""
     model, lora = config.model_config, config.lora_config
+    if model.runner_type == "pooling" and model.convert_type == "classify":
+        raise ValueError(
+            "the slots of a classifier are not computed; give GPU_SLOTS and HOST_SLOTS as numbers"
+        )
     if model.is_multimodal_model or config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError(
             "the slots of a multimodal model, or of one in pipeline stages, are not computed;"
@@ -241,16 +249,32 @@ def want_batch_invariance(settings: Settings) -> None:
 
 
 def refuse_what_cannot_load(settings: Settings) -> None:
-    """ValueError for a quantized base that vLLM has no kernel for on this machine. Reads its config.json."""
+    """ValueError for a quantized base that vLLM has no kernel for on this machine, and for one that is to
+    classify and has no head. Reads its config.json."""
     folder = Path(settings.model)
     if not (folder / "config.json").is_file():
         return
+    if settings.engine_args.get("convert") == "classify":
+        _refuse_headless(json.loads((folder / "config.json").read_text()), settings)
     if (found := quantization_of(folder)) is not None:
         quantization.refuse(
             found,
             dtype=str(settings.engine_args.get("dtype", "auto")),
             on_cpu=current_platform.is_cpu(),
             amx=torch.cpu._is_amx_tile_supported(),
+        )
+
+
+def _refuse_headless(config: dict[str, Any], settings: Settings) -> None:
+    """A checkpoint that makes text has no head, unless one is made of its vocabulary's."""
+    texts = all(name.endswith("ForCausalLM") for name in config.get("architectures") or ())
+    said = config | (settings.engine_args.get("hf_overrides") or {})
+    if texts and "classifier_from_token" not in said:
+        raise ValueError(
+            f"MODEL: {settings.model} makes text and has no head to classify with. Save one with"
+            " transformers'"
+            ' AutoModelForSequenceClassification, or have one made of two tokens\' rows: "hf_overrides":'
+            ' {"classifier_from_token": ["no", "yes"], "method": "no_post_processing"} in ENGINE_ARGS.'
         )
 
 
@@ -329,6 +353,8 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
         os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
         given["otlp_traces_endpoint"] = f"{settings.traces_url.rstrip('/')}/v1/traces"
     given |= settings.engine_args
+    if (labels := _labels_of(settings.model)) or given.get("convert") == "classify":
+        given.setdefault("max_lora_cls_labels", max(LABELS, labels))
     if slots.adapters:
         given["additional_config"] = (given.get("additional_config") or {}) | {ADAPTERS: slots.adapters}
     for name, value in given.items():
@@ -350,6 +376,16 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
     )
 
 
+def _labels_of(model: str) -> int:
+    """How many labels the classifier in the folder ``model`` has, as its config says; 0 for another model."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text())
+        classifies = any(name.endswith("ForSequenceClassification") for name in config["architectures"])
+        return len(config.get("id2label") or (0, 1)) if classifies else 0
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return 0
+
+
 def _config(name: str, default: Any, changes: dict[str, Any]) -> Any:
     """One of vLLM's config classes with ``changes``; what vLLM complains of becomes a ValueError."""
     try:
@@ -364,6 +400,23 @@ def _vocabulary_of(described: Sequence[dict[str, Any]]) -> dict[str, ModuleShape
     return {module: ModuleShape(*shape) for module, shape in found.items()}
 
 
+def _head_of(described: Sequence[dict[str, Any]]) -> Head | None:
+    """A classifier's, which the last of several workers has; adapters have none of their own there."""
+    found = next((one["head"] for one in reversed(described) if one.get("head")), None)
+    if found is None:
+        return None
+    name, inputs, labels, most = found
+    return Head(name, inputs, labels, most if len(described) == 1 else 0)
+
+
+def head_of(base: BaseModel, config: Any, task: str | None) -> Head | None:
+    """Of ``base`` where vLLM's ``task`` is to classify: also one that takes no adapter's own in its place."""
+    if task != "classify":
+        return None
+    model = config.model_config
+    return base.head or Head("", int(model.get_hidden_size()), int(model.hf_config.num_labels), 0)
+
+
 def base_model_of(name: str, described: Sequence[dict[str, Any]]) -> BaseModel:
     """The whole model out of its workers' accounts: pipeline stages each know their own layers."""
     modules: dict[str, ModuleShape] = {}
@@ -376,5 +429,6 @@ def base_model_of(name: str, described: Sequence[dict[str, Any]]) -> BaseModel:
         vocabulary=_vocabulary_of(described),
         max_lora_rank=described[0]["max_lora_rank"],
         dora=len(described) == 1 and described[0]["dora"],
+        head=_head_of(described),
         fused={suffix: tuple(parts) for suffix, parts in described[0]["fused"].items()},
     )

@@ -293,6 +293,8 @@ USES: tuple[Use, ...] = (
     Use("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest", why="request model"),
     Use("vllm.entrypoints.anthropic.protocol", "AnthropicCountTokensRequest", why="request model"),
     Use("vllm.entrypoints.pooling.embed.protocol", "EmbeddingCompletionRequest", why="request model"),
+    Use("vllm.entrypoints.pooling.classify.protocol", "ClassificationCompletionRequest", why="request model"),
+    Use("vllm.entrypoints.pooling.factories", text=("state.serving_classification = ",), why="as above"),
     Use("vllm.entrypoints.serve.tokenize.protocol", "TokenizeChatRequest", why="request model"),
     Use("vllm.entrypoints.serve.tokenize.protocol", "TokenizeCompletionRequest", why="request model"),
     Use("vllm.entrypoints.serve.tokenize.protocol", "DetokenizeRequest", why="request model"),

@@ -28,6 +28,7 @@ WORKERS: tuple[Use, ...] = (
             "_registered_adapters",
             "_active_adapters",
             "_last_mapping",
+            "_classification_head",
             "_is_moe",
             "_is_3d_moe_model",
             "_enable_mixed_moe_lora_format",
@@ -47,6 +48,13 @@ WORKERS: tuple[Use, ...] = (
         ),
         "adapters are entered, activated and removed between steps",
     ),
+    Use(
+        "vllm.lora.layers.classifier",
+        "ClassificationHeadWithLoRA",
+        ("max_lora_cls_labels",),
+        "how many labels an adapter's own head may have",
+    ),
+    Use("vllm.lora.lora_model", "LoRAModel", ("modules_to_save",), "the host memory of such a head"),
     Use(
         "vllm.lora.model_manager",
         "LoRAModelManager",

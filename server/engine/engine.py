@@ -134,9 +134,10 @@ class Engine:
             state = State()
             tasks = await llm.get_supported_tasks()
             pooling = "generate" not in tasks
-            if pooling and llm.vllm_config.model_config.get_pooling_task(tasks) != "embed":
+            task = llm.vllm_config.model_config.get_pooling_task(tasks) if pooling else None
+            if task not in (None, "embed", "classify"):
                 raise ValueError(
-                    f"{settings.model} neither generates text nor makes embeddings;"
+                    f"{settings.model} neither generates text nor makes embeddings or labels;"
                     f" it supports {', '.join(tasks)}"
                 )
             await init_app_state(llm, state, args, tasks)
@@ -147,8 +148,8 @@ class Engine:
             found = await asyncio.to_thread(fingerprint, Path(settings.model))
             quantized = await asyncio.to_thread(quantized_as, Path(settings.model))
             base = replace(base, source=settings.model, fingerprint=found, pooling=pooling)
-            base = replace(base, quantized=quantized)
             config = llm.vllm_config
+            base = replace(base, quantized=quantized, head=arguments.head_of(base, config, task))
             base = replace(base, chat=arguments.chat_of(config, tokenizer))
             arguments.refuse_what_cannot_run(config)
             arguments.log_advice(config)
@@ -180,8 +181,9 @@ class Engine:
         state = self._state
         state.openai_serving_models.model_name = serving.public_name(base_name)
         read_own_tokens(self._llm.renderer)
-        if self.base.pooling:
+        if self.base.makes == "embeddings":
             serving.embeddings_as_data(state.serving_embedding)
+        if self.base.pooling:
             return
         serving.own_templates(state.online_renderer)
         messages = state.anthropic_serving_messages
@@ -226,7 +228,7 @@ class Engine:
 
         Some models load and end the engine at their first forward pass; then nothing was ready.
         """
-        kind = "embedding" if self.base.pooling else "completion"
+        kind = {"text": "completion", "embeddings": "embedding", "labels": "classification"}[self.base.makes]
         body = {"input": "Hello"} if self.base.pooling else {"prompt": "Hello", "max_tokens": 1}
         call = Call(FIRST_CALL, kind, self.base.name, self.base.name, FIRST_CALL, Unmetered())
         try:

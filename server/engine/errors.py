@@ -39,6 +39,7 @@ _ABOUT = re.compile(r"`?([a-z][a-z_]*(?:\.[a-z_]+)?)`?(?::| must| cannot| should
 # Where a request of each kind has its prompt.
 _PROMPTS = {
     "chat": "messages",
+    "classification": "input",
     "completion": "prompt",
     "count_tokens": "messages",
     "embedding": "input",

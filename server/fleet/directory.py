@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import aiohttp
 
 from adapters.errors import AdapterError
-from adapters.model import BaseModel, Tier, Version
+from adapters.model import BaseModel, Head, Tier, Version
 from adapters.store.replicas import Replicas
 from server.engine.parsers import Parsers
 from server.engine.sizing import EngineCapacity
@@ -407,6 +407,7 @@ def facts_of(sent: Mapping[str, Any]) -> Facts:
         max_lora_rank=int(sent["max_lora_rank"]),
         fingerprint=sent["fingerprint"],
         pooling=bool(sent["pooling"]),
+        head=Head(**sent["head"]) if sent.get("head") else None,  # an older replica has none
     )
     capacity = EngineCapacity(**{name: int(sent[name]) for name in CAPACITY})
     sizes = int(sent["max_model_len"]), int(sent["max_running"])

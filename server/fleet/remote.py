@@ -120,7 +120,7 @@ class RemoteAnswers:
         """What is known here of the request's size; its replica counts the prompt."""
         prompt, output = order.prompt_bound, 0
         facts = self.directory.facts
-        if order.dialect.base != "embeddings":
+        if not order.dialect.pools:
             sequences, most = sequences_and_tokens(
                 order.fields,
                 order.dialect,

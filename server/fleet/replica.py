@@ -9,6 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -91,6 +92,7 @@ class Replica:
             "base": engine.base.name,
             "fingerprint": engine.base.fingerprint,
             "pooling": engine.base.pooling,
+            "head": asdict(engine.base.head) if engine.base.head is not None else None,
             "max_lora_rank": engine.base.max_lora_rank,
             "max_model_len": engine.max_model_len,
             "max_running": engine.max_running,

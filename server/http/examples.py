@@ -42,6 +42,7 @@ EXAMPLES: dict[str, Any] = {
     "post /v1/messages": {"model": "support", "messages": _TURNS, "max_tokens": 64},
     "post /v1/messages/count_tokens": {"model": "support", "messages": _TURNS},
     "post /v1/embeddings": {"model": "support", "input": ["first text", "second text"]},
+    "post /v1/classify": {"model": "support", "input": ["first text", "second text"]},
     "post /batches": {
         "input_file_id": "file-123",
         "endpoint": "/v1/chat/completions",

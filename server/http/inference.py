@@ -75,7 +75,7 @@ async def _complete(request: Request, dialect: Dialect) -> Response:
     # Also of refusals, and of a stream that begins while its request waits.
     request.state.headers = lambda: service.quotas.headers(tenant) | version_header(asked.version)
     id_ = request.state.request_id
-    use_case = embed if dialect.base == "embeddings" else open_completion
+    use_case = embed if dialect.pools else open_completion
     answering = use_case(service, tenant, dialect, body, id_, asked)
     opening = while_connected(request, answering, Completion.discard)
     log: dict[str, Any] = request.state.log

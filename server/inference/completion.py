@@ -307,13 +307,13 @@ class LeasedStream:
 
 def check_base(base: BaseModel, dialect: Dialect) -> None:
     """BadRequest (``not_supported_by_base``) for a dialect that the base model cannot answer in."""
-    if dialect.base == "any" or base.pooling == (dialect.base == "embeddings"):
+    if dialect.base in ("any", base.makes):
         return
-    cure = (
-        "makes embeddings and no text; call /v1/embeddings."
-        if base.pooling
-        else "makes text and no embeddings; call /v1/chat/completions, or a server with an embedding model."
-    )
+    cure = {
+        "text": "makes text and no {}; call /v1/chat/completions, or a server with a model for them.",
+        "embeddings": "makes embeddings and no {}; call /v1/embeddings.",
+        "labels": "gives labels and makes no {}; call /v1/classify.",
+    }[base.makes].format(dialect.base)
     raise BadRequest(f"The base model that is served here {cure}", code="not_supported_by_base")
 
 

@@ -1,4 +1,4 @@
-"""Embeddings, where the base model makes them: naming and limits as for completions, and what is their own.
+"""Embeddings and labels, where the base makes them: naming and limits as for completions, and their own.
 
 A long list of inputs is embedded a few at a time under one lease, so that it leaves places to others.
 """
@@ -116,7 +116,7 @@ async def _embed(
 def inputs_of(request: Any) -> list[str | list[int]]:
     """Each a text or the ids of its tokens. BadRequest for none, more than ``MAX_INPUTS``, or an encoding
     that is unknown."""
-    if request.encoding_format not in _ENCODINGS:
+    if getattr(request, "encoding_format", "float") not in _ENCODINGS:
         raise BadRequest("encoding_format must be float or base64", param="encoding_format")
     given = request.input
     inputs = given if isinstance(given, list) and not (given and isinstance(given[0], int)) else [given]
@@ -131,12 +131,13 @@ def places_of(inputs: list[str | list[int]], max_running: int) -> int:
 
 
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One document, in the order of the inputs. Internal if an embedding is not of numbers."""
+    """One document, in the order of the inputs. Internal if an embedding or a score is no number."""
     data = [one for part in parts for one in part["data"]]
-    if not all(_finite(one["embedding"]) for one in data):
+    if not all(_finite(one["embedding"] if "embedding" in one else one["probs"]) for one in data):
         raise Internal("The model's answer to this input is not a number.")
     tokens = sum(part["usage"]["prompt_tokens"] for part in parts)
     return {
+        **{name: parts[0][name] for name in ("id", "created") if "probs" in data[0]},
         "object": "list",
         "data": [{**one, "index": index} for index, one in enumerate(data)],
         "model": parts[0]["model"],

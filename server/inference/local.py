@@ -90,7 +90,7 @@ class LocalAnswers:
         """
         engine, dialect = self.engine, order.dialect
         request = await engine.parse_in_turns(dialect.name, order.fields)
-        if dialect.base == "embeddings":
+        if dialect.pools:
             return await self._admit_embeddings(order, request)
         sequences, max_tokens = sequences_and_tokens(
             order.fields, dialect, request, most=engine.max_model_len, max_running=engine.max_running

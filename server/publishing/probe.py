@@ -62,7 +62,7 @@ class Prober:
         if known is not None and known.items() >= here.items():
             return dict(known)
         pooling = self._engine.base.pooling
-        say: Any = self._embeddings if pooling else self._top
+        say: Any = self._vectors if pooling else self._top
         sound: Any = finite_vectors if pooling else finite
         differ: Any = shift if pooling else compare
         try:
@@ -101,7 +101,8 @@ class Prober:
         ``probe``.
         """
         if self._engine.base.pooling:
-            raise fault("probes_unsupported", "The base model makes embeddings, without log-probabilities.")
+            makes = self._engine.base.makes
+            raise fault("probes_unsupported", f"The base model makes {makes}, without log-probabilities.")
         found: list[list[float]] = []
         try:
             async with asyncio.timeout(TIMEOUT):
@@ -123,7 +124,12 @@ class Prober:
         said = await self._ask(version, "completion", [_echoed(prompt, top) for prompt in PROMPTS])
         return [one["choices"][0]["logprobs"]["top_logprobs"][1:] for one in said]
 
-    async def _embeddings(self, version: Version | None) -> Vectors:
+    async def _vectors(self, version: Version | None) -> Vectors:
+        """Embeddings, or a head's scores as they are: a probability hides how far one moves."""
+        if self._engine.base.makes == "labels":
+            asked = [{"input": prompt, "use_activation": False} for prompt in PROMPTS]
+            said = await self._ask(version, "classification", asked)
+            return [one["data"][0]["probs"] for one in said]
         said = await self._ask(version, "embedding", [{"input": prompt} for prompt in PROMPTS])
         return [one["data"][0]["embedding"] for one in said]
 
@@ -190,7 +196,7 @@ def no_effect(manifest: Manifest, probe: Mapping[str, Any]) -> AdapterRejected:
     what = (
         f"no log-probability changes by more than {change:.1g}"
         if measure == "log_prob"
-        else f"no embedding moves by more than {change:.1g} of its length"
+        else f"no embedding moves, nor a head's score, by more than {change:.1g} of its length"
     )
     largest = max((row.norm[1] for row in manifest.coverage), default=0.0)
     facts = [

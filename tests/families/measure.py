@@ -10,7 +10,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -32,13 +32,16 @@ LEAST_EFFECT = 10
 
 @dataclass(frozen=True)
 class Row:
-    """``difference``: the largest between log-probabilities of the server and of PEFT. ``wrong``: why not."""
+    """``difference``: the largest between log-probabilities of the server and of PEFT. ``wrong``: why not.
+
+    ``refused`` is why the start is, and ``refusals`` has the codes of adapters that are."""
 
     title: str
     tried: int
     difference: float
     wrong: dict[str, str]
     refused: str = ""
+    refusals: dict[str, str] = field(default_factory=dict)
 
 
 async def measure(name: str, root: Path) -> Row:
@@ -52,6 +55,7 @@ async def measure(name: str, root: Path) -> Row:
     folders = {kind: root / f"adapter-{i}" for i, kind in enumerate(tried)}
     differences: list[float] = []
     wrong: dict[str, str] = {}
+    refusals: dict[str, str] = {}
     async with serving(create_app(settings_of(root))) as site:
         key, bare = await site.tenant("t"), answer(base.fresh())
         try:
@@ -60,9 +64,12 @@ async def measure(name: str, root: Path) -> Row:
             wrong["the base alone"] = str(error)
         for kind, one in tried.items():
             truth = await asyncio.to_thread(breed, base, kind, one, folders[kind])
-            assert truth is not None
             try:
                 uploaded = await site.upload("t", folders[kind].name, folders[kind])
+                if one.code and uploaded.json().get("error", {}).get("code") == one.code:
+                    refusals[kind] = one.code
+                    continue
+                assert truth is not None, f"{kind} is to be refused: {uploaded.text[:300]}"
                 if uploaded.status_code != 201:
                     raise ValueError(uploaded.text[:300])
                 apart = _distance(await _ask(site, key, folders[kind].name), truth)
@@ -71,7 +78,7 @@ async def measure(name: str, root: Path) -> Row:
                     raise ValueError("the base says the same")
             except ValueError as error:
                 wrong[kind] = str(error)
-    return Row(family.title, len(tried), max(differences, default=float("inf")), wrong)
+    return Row(family.title, len(tried), max(differences, default=float("inf")), wrong, refusals=refusals)
 
 
 async def _refused(family: Family, root: Path) -> Row:
@@ -146,6 +153,7 @@ def table(rows: Sequence[Row]) -> str:
         if row.refused:
             lines.append(f"| {row.title} | | | the start is refused: vLLM's {row.refused} |")
             continue
-        wrong = "; ".join(f"{kind}: {why[:80]}" for kind, why in row.wrong.items()).replace("|", "\\|")
+        why_not = row.wrong | {kind: f"refused, `{code}`" for kind, code in row.refusals.items()}
+        wrong = "; ".join(f"{kind}: {why[:80]}" for kind, why in why_not.items()).replace("|", "\\|")
         lines.append(f"| {row.title} | {row.tried} | {row.difference:.1e} | {wrong} |")
     return "\n".join(lines) + "\n"

@@ -6,15 +6,22 @@ import base64
 import math
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from adapters.model import WEIGHTS_FILE
 from server.engine.calls import Call
+
+# A kind of call -> what a base makes that answers it.
+POOLED = {"embedding": "embeddings", "classification": "labels"}
 
 
 def check(request: Any) -> None:
     from vllm.exceptions import VLLMValidationError
 
-    if request.dimensions is not None:
+    if getattr(request, "dimensions", None) is not None:
         raise VLLMValidationError("Model does not support Matryoshka embeddings; dimensions must be unset.")
 
 
@@ -29,6 +36,35 @@ def document(call: Call, request: Any, vectors: Sequence[Sequence[float]], token
         data.append({"index": index, "object": "embedding", "embedding": shown})
     return {
         "id": f"embd-{call.id}",
+        "object": "list",
+        "created": 0,
+        "model": call.public_model,
+        "data": data,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
+    }
+
+
+def labels_of(folder: Path) -> int | None:
+    """How many the adapter's own head has; None where it has none."""
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
+        heads = [name for name in weights.keys() if name.endswith("score.weight")]  # noqa: SIM118
+        return int(weights.get_slice(heads[0]).get_shape()[0]) if heads else None
+
+
+def classified(
+    call: Call, request: Any, vectors: Sequence[Sequence[float]], tokens: int, labels: int
+) -> dict[str, Any]:
+    """``labels`` scores for each input, as probabilities unless those were not asked for."""
+    data = []
+    for index, vector in enumerate(vectors):
+        scores = [vector[i % len(vector)] for i in range(labels)]
+        if request.use_activation is not False:
+            whole = sum(map(math.exp, scores))
+            scores = [math.exp(score) / whole for score in scores]
+        best = max(range(labels), key=scores.__getitem__)
+        data.append({"index": index, "label": f"LABEL_{best}", "probs": scores, "num_classes": labels})
+    return {
+        "id": f"classify-{call.id}",
         "object": "list",
         "created": 0,
         "model": call.public_model,

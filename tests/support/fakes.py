@@ -44,6 +44,7 @@ from server.engine.sizing import EngineCapacity
 from server.errors import BadRequest, TooManyRequests, Unavailable
 from server.inference.dialects.registry import DIALECTS
 from tests.support import fake_dialects, fake_embeddings
+from tests.support.fake_embeddings import POOLED, labels_of
 
 BASE_NAME = "base"
 NATURAL_LENGTH = 8
@@ -122,7 +123,7 @@ class _Run:
         """Tells the meter all that was produced; needed before an abort forgets it."""
         for prompt, (part, tokens) in zip(self.prompts, self.produced.items(), strict=True):
             if tokens:
-                said = 0 if self.call.kind == "embedding" else tokens
+                said = 0 if self.call.kind in POOLED else tokens
                 self.call.meter.progressed(part, prompt, said, 0)
 
 
@@ -267,13 +268,13 @@ class FakeEngine:
         if call.kind == "messages":
             with request_errors():
                 request = fake_dialects.as_chat(request)
-        if self.base.pooling != (call.kind == "embedding"):
+        if POOLED.get(call.kind, "text") != self.base.makes:
             self._violated(f"{call.kind} is asked of another kind of model")
         try:
             run = self._run_of(call, request)
         except BadRequest as exc:
             raise named(exc, call.kind) from None
-        if call.kind == "embedding":
+        if call.kind in POOLED:
             return Answer(body=await self._embed(run))
         if request.stream:
             events = self._completion_events if call.kind == "completion" else self._chat_events
@@ -440,13 +441,13 @@ class FakeEngine:
         shown = BASE_NAME if load_id is None else Path(self._loads[load_id].path).name
         if call.kind == "responses":
             limit = request.max_output_tokens
-        elif call.kind == "embedding":
+        elif call.kind in POOLED:
             limit = 1
         else:
             limit = getattr(request, "max_completion_tokens", None) or request.max_tokens
         with request_errors():
             prompts = [self._checked(text) for text in _prompts(call.kind, request)]
-            if call.kind == "embedding":
+            if call.kind in POOLED:
                 fake_embeddings.check(request)
             else:
                 params = request.to_sampling_params(NATURAL_LENGTH if limit is None else limit, {})
@@ -463,8 +464,8 @@ class FakeEngine:
         if call.admission is not None:
             for prompt in prompts:
                 left = self.max_model_len - prompt
-                most = 0 if call.kind == "embedding" else n * (left if natural_end else min(limit, left))
-                call.admission.asks(prompt, most, 0 if call.kind == "embedding" else n)
+                most = 0 if call.kind in POOLED else n * (left if natural_end else min(limit, left))
+                call.admission.asks(prompt, most, 0 if call.kind in POOLED else n)
         return run
 
     def _load_of(self, model: str) -> int | None:
@@ -519,7 +520,7 @@ class FakeEngine:
                 for part in run.produced:
                     run.produced[part] += run.choices
                 yield i
-            if run.call.kind != "embedding":
+            if run.call.kind not in POOLED:
                 run.call.meter.finished([_finish(run, run.limit - 1)])
         finally:
             run.settle()
@@ -612,6 +613,11 @@ class FakeEngine:
             log_probs(_text(prompt), _length(prompt), push, run.shown)
             for prompt in _prompts("embedding", run.request)
         ]
+        if run.call.kind == "classification":
+            assert self.base.head is not None
+            own = None if run.load_id is None else labels_of(Path(self._loads[run.load_id].path))
+            labels = self.base.head.labels if own is None else own
+            return fake_embeddings.classified(run.call, run.request, vectors, sum(run.prompts), labels)
         return fake_embeddings.document(run.call, run.request, vectors, sum(run.prompts))
 
     def _log_probs(self, run: _Run, prompt: str | list[int], tokens: int) -> dict[str, Any] | None:
@@ -659,9 +665,9 @@ def _prompts(kind: str, request: Any) -> list[str | list[int]]:
     if kind == "responses":
         items = [request.input] if isinstance(request.input, str) else request.input
         return [" ".join(item if isinstance(item, str) else str(dict(item).get("content")) for item in items)]
-    if kind not in ("completion", "embedding"):
+    if kind not in ("completion", *POOLED):
         return [" ".join(str(message.get("content")) for message in request.messages)]
-    given = request.input if kind == "embedding" else request.prompt
+    given = request.input if kind in POOLED else request.prompt
     prompts = given if isinstance(given, list) else [given]
     if not prompts:
         raise ValueError("there is no prompt")

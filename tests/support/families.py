@@ -32,7 +32,8 @@ class Family:
     """``config`` names a class of transformers; ``options`` go over the sizes of ``trainer``.
 
     ``refused`` is why vLLM does not start on it with LoRA. ``vocabulary``: whether its class serves adapters
-    on the head and the embedding.
+    on the head and the embedding. ``splits``: whether vLLM has parts of what its checkpoint has in one layer,
+    on which no DoRA is served.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Family:
     modules: tuple[str, ...]
     refused: str = ""
     vocabulary: bool = False
+    splits: bool = False
 
     def make_config(self, sizes: Mapping[str, Any]) -> Any:
         return getattr(transformers, self.config)(**{**sizes, "pad_token_id": 0, **self.options})
@@ -56,9 +58,10 @@ def _of(
     *,
     refused: str = "",
     vocabulary: bool = False,
+    splits: bool = False,
     **options: Any,
 ) -> Family:
-    return Family(title, config, MappingProxyType(options), modules, refused, vocabulary)
+    return Family(title, config, MappingProxyType(options), modules, refused, vocabulary, splits)
 
 
 FAMILIES = {
@@ -99,8 +102,35 @@ FAMILIES = {
         "GLM-4, fused gate_up_proj",
         "Glm4Config",
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
+        splits=True,
         head_dim=32,
         tie_word_embeddings=False,
+    ),
+    "exaone4": _of(
+        "Exaone 4, windows",
+        "Exaone4Config",
+        vocabulary=True,
+        sliding_window=8,
+        sliding_window_pattern=None,
+        layer_types=_WINDOWS,
+        tie_word_embeddings=False,
+    ),
+    "nemotron": _of(
+        "Nemotron, no gate",
+        "NemotronConfig",
+        ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+        vocabulary=True,
+        tie_word_embeddings=False,
+    ),
+    "smollm3": _of("SmolLM3, layers without positions", "SmolLM3Config", no_rope_layers=[1, 0, 1]),
+    "olmo3": _of("OLMo 3, windows", "Olmo3Config", sliding_window=8, layer_types=_WINDOWS),
+    "seed-oss": _of("Seed-OSS, biases", "SeedOssConfig", head_dim=32, attention_out_bias=True),
+    "hunyuan": _of("Hunyuan", "HunYuanDenseV1Config", head_dim=32),
+    "starcoder2": _of(
+        "StarCoder 2, biases everywhere",
+        "Starcoder2Config",
+        ("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
+        sliding_window=None,
     ),
 }
 
@@ -109,11 +139,14 @@ def adapters(family: Family) -> dict[str, Specimen]:
     """What every family is tried with, by what it is called in the table."""
     whole = {"target_modules": LINEAR}
     words = Specimen({"target_modules": ["lm_head", "embed_tokens", "q_proj"]})
+    rows = Specimen({"target_modules": ["q_proj"], "trainable_token_indices": [5, 17, 200]})
     return {
         "every linear layer": Specimen(whole),
         "every linear layer, rank 64, rsLoRA": Specimen({**whole, "r": 64, "use_rslora": True}),
-        "every linear layer, DoRA": Specimen({**whole, "use_dora": True}, converted=True),
+        "every linear layer, DoRA": Specimen(
+            {**whole, "use_dora": True}, "dora_unsupported" if family.splits else None, converted=True
+        ),
         "one layer of three": Specimen({"target_modules": list(family.modules), "layers_to_transform": 1}),
-        **({"head, embedding and queries": words} if family.vocabulary else {}),
+        **({"head, embedding and queries": words, "rows": rows} if family.vocabulary else {}),
         **{f"{module} alone": Specimen({"target_modules": [module]}) for module in family.modules},
     }

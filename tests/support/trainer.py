@@ -43,6 +43,7 @@ VOCABULARY = 256
 PROBED = tuple(dict.fromkeys(" ".join(PROMPTS).split()))
 PROMPT = (5, 17, 3, 88, 41, 200, 9)
 LENGTH = 16
+SOME_ROWS = [5, 41, 200]  # of the vocabulary
 # Standard deviation of what an adapter adds to a layer's output, which is itself about 1.5.
 EFFECT = 0.5
 
@@ -78,10 +79,16 @@ def make_base(kind: str, folder: Path) -> Base:
     return build(_CONFIGS[kind](**SIZES, tie_word_embeddings=kind == "qwen"), folder)
 
 
-def build(config: Any, folder: Path) -> Base:
+def build_classifier(config: Any, folder: Path) -> Path:
+    """As ``build``, with a head of as many labels as ``config`` says."""
+    config.pad_token_id = 0
+    return build(config, folder, AutoModelForSequenceClassification).folder
+
+
+def build(config: Any, folder: Path, kind: Any = AutoModelForCausalLM) -> Base:
     """A random checkpoint of ``config`` (of transformers), its tokenizer as ``make_base`` says."""
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config)
+    model = kind.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -158,6 +165,7 @@ def _config(one: Specimen, **more: Any) -> LoraConfig:
 
 def _train(model: Any, one: Specimen) -> Any:
     """Random steps: every adapted layer then adds EFFECT to its output, whatever its rank and scaling."""
+    _train_rows(model)
     rounded = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(one.dtype, torch.float32)
     with torch.no_grad():
         for layer in list(model.modules()):
@@ -183,6 +191,16 @@ def _train(model: Any, one: Specimen) -> Any:
                     magnitude.mul_(1 + 0.2 * torch.randn_like(magnitude))
                     magnitude.copy_(magnitude.to(rounded))
     return model
+
+
+def _train_rows(model: Any) -> None:
+    """Of the vocabulary, where PEFT trains any: all that are trained alone, some of a whole layer."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".trainable_tokens_delta." in name:
+                weight.add_(torch.randn_like(weight) * 0.2)
+            elif ".modules_to_save." in name and weight.shape[0] == VOCABULARY:
+                weight[SOME_ROWS] += torch.randn_like(weight[SOME_ROWS]) * 0.2
 
 
 def _share_a(model: Any) -> Any:

@@ -18,8 +18,10 @@ SLOTS = 2
 
 
 @contextmanager
-def loaded(folder: Path, dtype: str, room: Path, *, rank: int = 8) -> Iterator[Any]:
-    """vLLM's LoRAModelManager of the model in ``folder``; ``room`` is empty. Raises what vLLM does."""
+def loaded(folder: Path, dtype: str, room: Path, *, rank: int = 8, **options: Any) -> Iterator[Any]:
+    """vLLM's LoRAModelManager of the model in ``folder``; ``room`` is empty. Raises what vLLM does.
+
+    ``options`` are more of its LoRAConfig."""
     from vllm.config import set_current_vllm_config
     from vllm.config.lora import LoRAConfig
     from vllm.distributed.parallel_state import (
@@ -51,7 +53,11 @@ def loaded(folder: Path, dtype: str, room: Path, *, rank: int = 8) -> Iterator[A
             know_the_device()
             model = get_model(vllm_config=config)
             lora = LoRAConfig(
-                max_lora_rank=rank, max_loras=SLOTS, max_cpu_loras=SLOTS, lora_dtype=torch.float32
+                max_lora_rank=rank,
+                max_loras=SLOTS,
+                max_cpu_loras=SLOTS,
+                lora_dtype=torch.float32,
+                **options,
             )
             tables = LRUCacheLoRAModelManager(
                 model, 8, 64, config.model_config.get_vocab_size(), lora, torch.device("cpu"), config

@@ -130,6 +130,26 @@ class EmbeddingList(Answer):
     usage: PromptUsage
 
 
+class Classification(Answer):
+    """Of one input: the likeliest label, and the probability of each; or scores, without an activation."""
+
+    index: Count
+    label: str | None = None
+    probs: list[float]
+    num_classes: Count
+
+
+class Classifications(Answer):
+    """vLLM's answer with labels, in the inputs' order."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Classification]
+    usage: PromptUsage
+
+
 class RankedText(Answer):
     """A document of the request."""
 

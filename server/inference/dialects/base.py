@@ -78,7 +78,7 @@ class Dialect:
     """Tokens of an answer that asks for no number; None for as many as fit."""
     least_tokens: ClassVar[int] = 1
     """The fewest tokens that a request may ask for."""
-    base: ClassVar[Literal["text", "embeddings", "any"]] = "text"
+    base: ClassVar[Literal["text", "embeddings", "labels", "any"]] = "text"
     streams: ClassVar[bool] = True
     asks_while_streaming: ClassVar[bool] = False
     """Whether vLLM may ask the engine for more while a stream runs."""
@@ -86,6 +86,11 @@ class Dialect:
     """Whether a stream that another engine goes on with looks as if one had made it."""
     integers: ClassVar[frozenset[str]] = frozenset()
     """Fields that are integers in this dialect, and something else in another."""
+
+    @property
+    def pools(self) -> bool:
+        """Whether it is answered with numbers for each input, a few inputs at a time."""
+        return self.base in ("embeddings", "labels")
 
     def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
         """``body`` without what this dialect ignores, and without nulls.

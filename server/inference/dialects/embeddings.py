@@ -9,10 +9,18 @@ from server.engine.serving import embeddings_of
 from server.errors import Unavailable
 from server.inference.dialects.answers import EmbeddingList
 from server.inference.dialects.base import Dialect
-from server.inference.dialects.schema import MODEL, TEXT, TOKENS, object_of
+from server.inference.dialects.schema import MODEL, TEXT, TOKENS, Schema, object_of
 
 # OpenAI's.
 MAX_INPUTS = 2048
+INPUT: Schema = {
+    "anyOf": [
+        TEXT,
+        {"type": "array", "items": TEXT, "minItems": 1, "maxItems": MAX_INPUTS},
+        TOKENS,
+        {"type": "array", "items": TOKENS, "minItems": 1, "maxItems": MAX_INPUTS},
+    ]
+}
 
 
 class Embeddings(Dialect):
@@ -32,14 +40,7 @@ class Embeddings(Dialect):
     body = object_of(
         "input",
         model=MODEL,
-        input={
-            "anyOf": [
-                TEXT,
-                {"type": "array", "items": TEXT, "minItems": 1, "maxItems": MAX_INPUTS},
-                TOKENS,
-                {"type": "array", "items": TOKENS, "minItems": 1, "maxItems": MAX_INPUTS},
-            ]
-        },
+        input=INPUT,
         dimensions={"type": "integer", "minimum": 1},
         encoding_format={"enum": ["float", "base64"]},
         user=TEXT,

@@ -77,7 +77,7 @@ _BOOLEANS = frozenset(
         "add_generation_prompt", "add_special_tokens", "continue_final_message", "echo", "ignore_eos",
         "include_reasoning", "include_stop_str_in_output", "parallel_tool_calls", "return_token_ids",
         "return_token_strs", "return_tokens_as_token_ids", "skip_special_tokens",
-        "spaces_between_special_tokens", "stream",
+        "spaces_between_special_tokens", "stream", "use_activation",
     }
 )  # fmt: skip
 _TOKEN_LISTS = frozenset({"allowed_token_ids", "logprob_token_ids", "stop_token_ids", "tokens"})

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from server.engine.calls import Kind
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.chat import Chat
+from server.inference.dialects.classify import Classify
 from server.inference.dialects.completions import Completions
 from server.inference.dialects.embeddings import Embeddings
 from server.inference.dialects.messages import Messages
@@ -15,7 +16,7 @@ from server.inference.dialects.scoring import Rerank, Score, Scoring
 from server.inference.dialects.tokens import CountTokens, Detokenize, Tokenize
 
 # Those that run in the engine with a lease, in the order of the documentation.
-ANSWERING: tuple[Dialect, ...] = (Chat(), Completions(), Responses(), Messages(), Embeddings())
+ANSWERING: tuple[Dialect, ...] = (Chat(), Completions(), Responses(), Messages(), Embeddings(), Classify())
 # Those that are answered from embeddings, of which alone the engine is asked.
 SCORING: tuple[Scoring, ...] = (Rerank(), Score())
 # Those that the tokenizer answers alone.
