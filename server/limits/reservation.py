@@ -184,11 +184,8 @@ class Reservation:
             return
         whole = Amount(prompt + output, self._books.cost(self._request, prompt, 0, output))
         more = whole - self._used - self._entry.reserved
-        if self._request.endpoint in (
-            "embedding",
-            "classification",
-        ):  # its parts come one after another: more may follow
-            more = more.positive()
+        if self._request.endpoint in ("embedding", "classification"):
+            more = more.positive()  # its parts come one after another: more may follow
         with self._books.refusals(self._request.tenant, whole.tokens):
             await self._books.ledger.change(self._entry, more, whole.tokens)
 
