@@ -107,7 +107,10 @@ def adapter_page(
     *,
     operator: bool,
 ) -> Response:
-    """``where`` is the call's path up to the adapter's name; ``used`` sums by version and outcome."""
+    """``where`` is the call's path up to the adapter's name; ``used`` sums by version and outcome.
+
+    The page asks for the ``part`` of it that changes by itself.
+    """
     split = {int(v): share for v, share in (adapter["split"] or {}).items()}
     newest = sorted(adapter["versions"], key=lambda v: -v["version"])
     versions = [{**v, "share": split.get(v["version"], 0)} for v in newest]
@@ -117,7 +120,7 @@ def adapter_page(
         raise HTTPException(404, "This adapter has no version.")
     report = chosen["report"]
     return page.show(
-        "adapter.html",
+        "rollout_part.html" if page.query.get("part") == "rollout" else "adapter.html",
         adapter=adapter,
         api=f"{where}/{segment(adapter['name'])}",
         with_tenant=operator,

@@ -382,7 +382,8 @@ class Evidence:
         evidence = cls(guards)
         if kept:
             for name, running in evidence._running.items():
-                one = kept["tests"][name]
+                if (one := kept["tests"].get(name)) is None:  # a guard that came with a later release
+                    continue
                 running.test.restore(one)
                 running.compared = one["compared"]
                 running.new, running.live = list(one["waiting"]), list(one["beside"])

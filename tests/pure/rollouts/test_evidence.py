@@ -75,6 +75,14 @@ def test_evidence_is_the_same_after_it_was_stored() -> None:
     assert kept.findings() == whole.findings()
 
 
+def test_a_guard_of_a_later_release_begins_with_nothing() -> None:
+    stored = Evidence(Guards(drift=0.1))
+    stored.see_replay({"tokens": 1, "changed": 0, "drift": 0.0, "divergence": 0.0})
+    later = Evidence.from_json(Guards(drift=0.1, changed=0.2), stored.as_json())
+    found = {finding.test: finding for finding in later.findings()}
+    assert (found["drift"].compared, found["changed"].compared) == (1, 0)
+
+
 def test_what_a_version_never_has_is_not_asked_of_it() -> None:
     """Embeddings have no tokens: their lengths, and what is made of them, decide nothing."""
     evidence = Evidence(Guards())

@@ -282,10 +282,14 @@ async def test_an_adapters_page_shows_its_rollout(site: Site) -> None:
             shown = (await client.get(path)).text
             assert "version 2 beside 1, " in shown
             assert ("Pause" in shown, "Roll back" in shown, "Divide requests" in shown) == (True, True, False)
+            assert 'data-refresh="?part=rollout"' in shown
+            part = (await client.get(f"{path}?part=rollout")).text
+            assert ("version 2 beside 1, " in part, "Pause" in part, "<html" in part) == (True, True, False)
             await site.admin.patch(one, json={"action": "roll_back"})
             shown = (await client.get(path)).text
             assert "rolled back" in shown
             assert "Divide requests" in shown
+            assert "data-refresh" not in shown
 
 
 async def test_what_is_shown_is_escaped(site: Site) -> None:
