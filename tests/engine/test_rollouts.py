@@ -97,7 +97,7 @@ async def test_an_equal_version_goes_live(site: Site, key: str, monkeypatch: pyt
     assert ended["state"] == "completed", ended
     replays = ended["numbers"]["replays"]
     assert (replays["failed"], replays["changed"]) == (0, 0.0), replays
-    assert replays["prompts"] >= 5
+    assert replays["prompts"] >= 4, "as many as its error rate needs"
     assert replays["largest_drift"] < 1e-3
     assert replays["divergence"] < 1e-3
     assert (await site.admin.get(ADAPTER)).json()["live"] == 2
