@@ -40,8 +40,9 @@ def serve(
 ) -> None:
     """Serve the base model and its adapters."""
     settings = _settings(config)
-    # Before anything is touched; what a hub's id names is known only when it is loaded.
-    if settings.model.startswith(("/", "./", "../")) and not Path(settings.model).exists():
+    # Before anything is touched; what a hub's id names is known only when it is loaded. A gateway loads none.
+    is_folder = settings.role != "gateway" and settings.model.startswith(("/", "./", "../"))
+    if is_folder and not Path(settings.model).exists():
         say("red", "LORAPLEX_MODEL:", f"there is no {settings.model}")
         raise SystemExit(3)
     raise SystemExit(_serve(settings, config))

@@ -1,11 +1,16 @@
-"""``python -m tests.support.fake_server``: the server as its own process, on an engine without a model."""
+"""``python -m tests.support.fake_server``: the server as its own process, on an engine without a model.
+
+``FAKE_MODULES`` are the linear layers that its base has: JSON, name -> [in, out].
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from functools import partial
 
 import server.app
-from adapters.model import BaseModel
+from adapters.model import BaseModel, ModuleShape
 from server.__main__ import _serve
 from server.engine.serving import resolve
 from server.inference.dialects.registry import DIALECTS
@@ -15,8 +20,12 @@ from tests.support.fakes import FakeEngine, Times
 
 async def _start(settings: Settings) -> FakeEngine:
     resolve(DIALECTS["chat"].request_model({}))  # takes seconds, in which the first request would wait
-    base = BaseModel(name=settings.served_model_name, modules={}, max_lora_rank=8, fingerprint="fake")
-    return FakeEngine(base, gpu_slots=2, host_slots=4, times=Times(step=0.05))
+    modules = {
+        n: ModuleShape(*sizes) for n, sizes in json.loads(os.environ.get("FAKE_MODULES", "{}")).items()
+    }
+    base = BaseModel(name=settings.served_model_name, modules=modules, max_lora_rank=8, fingerprint="fake")
+    slots = settings.gpu_slots if isinstance(settings.gpu_slots, int) else 2
+    return FakeEngine(base, gpu_slots=slots, host_slots=2 * slots, times=Times(step=0.05))
 
 
 if __name__ == "__main__":
