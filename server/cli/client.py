@@ -194,7 +194,7 @@ class AdminClient:
         import httpx
 
         try:
-            answer = self._http.request(method, path, **options)
+            answer: httpx.Response = self._http.request(method, path, **options)
         except httpx.HTTPError as exc:
             self._unanswered(exc)
         return answer if answer.is_success else self._refused(answer)

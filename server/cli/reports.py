@@ -124,7 +124,7 @@ def about(server: AdminClient) -> Shown:
     """Show what a server is: versions, base model, capacity, disk, and its settings without secrets."""
     document = server.get("server")
     shown = {name: value for name, value in document.items() if name != "settings"}
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in shown.items():
         inner = value if isinstance(value, dict) else None
         flat |= {f"{name} {n}": v for n, v in inner.items()} if inner else {name: value}

@@ -179,8 +179,8 @@ class BoundedHeads(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.parser is None:
-            self._part()
+        if self.parser is None:  # set so just now, as the connection was lost
+            self._part()  # type: ignore[unreachable]
         elif not (self._between or self._in_head or self.transport.is_closing()):
             self._late = self.loop.call_later(self.rest_seconds, self.transport.close)
 
