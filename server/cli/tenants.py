@@ -93,7 +93,7 @@ def tenant_limits(server: AdminClient, tenant: Tenant) -> Shown:
 
 
 def _used(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row.get(name) for name in ("allowed", "used", "left", "resets_at")}
+    return {name: row.get(name) for name in ("allowed", "used", "remaining", "resets_at")}
 
 
 @command(tenants, "suspend")
