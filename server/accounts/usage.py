@@ -23,6 +23,7 @@ from sqlalchemy import ColumnElement, Select, delete, func, insert, null, select
 from adapters.database.database import Database
 from adapters.database.rows import AdminKeyRow, KeyRow, UsageRow, matching, now
 from adapters.errors import AdapterError
+from adapters.tasks import uninterruptible
 from server.accounts.terms import COST_UNIT
 from server.errors import Unprocessable
 from server.metrics import Outcome
@@ -143,10 +144,16 @@ class UsageWriter:
         self._tasks = [asyncio.create_task(task, name=name) for name, task in work.items()]
 
     async def stop(self) -> None:
-        """Everything is on disk when it returns; raises what kept it from getting there."""
+        """Everything is on disk when it returns; raises what kept it from getting there.
+
+        Also where it is cancelled, and its tasks before it: with an event loop that ends all are.
+        """
+        await uninterruptible(self._stop())
+
+    async def _stop(self) -> None:
         self._stopping.set()
         self._recorded.set()
-        await asyncio.gather(*self._tasks)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.flush()
         await self.write_used()
 

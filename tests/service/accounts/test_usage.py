@@ -7,9 +7,10 @@ import csv
 import io
 import json
 import random
+import sqlite3
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,15 +25,15 @@ from adapters.database.database import Database
 from adapters.database.rows import UsageRow
 from server.accounts import usage as module
 from server.accounts.usage import SUMS, Question, Usage, UsageWriter, added_up, roll_up, usage
-from server.app import drain
+from server.app import create_app, drain
 from server.errors import Unprocessable
-from server.settings import Price
+from server.settings import Price, Settings
 from tests.service.http.test_api import CHAT_URL, error
 from tests.support import tiny
 from tests.support.databases import KINDS, opened
 from tests.support.fakes import FakeEngine, Times
 from tests.support.site import Site, bearer
-from tests.support.tiny import fake_site
+from tests.support.tiny import fake_site, settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
@@ -250,6 +251,33 @@ async def test_a_flush_that_is_cancelled_anywhere_counts_everything_once(databas
 
 
 # --- over HTTP --------------------------------------------------------------------------------------
+
+
+def test_usage_is_written_where_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
+    """Nobody waits for the lifespan then: with the event loop all tasks are cancelled, those of usage too."""
+    fake = FakeEngine(tiny.base())
+
+    async def start(_: Settings) -> FakeEngine:
+        return fake
+
+    async def serve() -> None:
+        app = create_app(settings(tmp_path), start_engine=start)  # type: ignore[arg-type]
+        started = asyncio.Event()
+
+        async def live() -> None:
+            async with app.router.lifespan_context(app):
+                started.set()
+                await asyncio.Event().wait()
+
+        living = asyncio.create_task(live())
+        await started.wait()
+        app.state.services.usage_writer.record(ONE)
+        assert not living.done()
+
+    asyncio.run(serve())
+    with closing(sqlite3.connect(tmp_path / "loraplex.db")) as rows:
+        assert rows.execute("SELECT request_id, output_tokens FROM usage").fetchall() == [("r", 4)]
+    assert fake.stopped
 
 
 async def test_usage_equals_what_clients_were_told_and_counts_those_who_left(site: Site) -> None:
