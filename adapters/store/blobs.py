@@ -212,11 +212,10 @@ class BlobStore:
     def _set_aside(self, name: str) -> str | None:
         path, moved = self.blobs / name, f"{name}-{time.time_ns()}"
         with disk_errors(f"moving {name} aside"):
-            if not path.exists() or (_DIGEST.fullmatch(name) and digest_of(path) == name):
+            if not os.path.lexists(path) or (_DIGEST.fullmatch(name) and digest_of(path) == name):
                 return None
             (self.root / ASIDE).mkdir(exist_ok=True)
-            if path.is_dir() and not path.is_symlink():
-                path.chmod(0o755)
+            _unseal(path)
             os.rename(path, self.root / ASIDE / moved)
             sync_path(self.blobs)
         return f"{ASIDE}/{moved}"
@@ -236,7 +235,7 @@ class BlobStore:
                 elif (
                     _DIGEST.fullmatch(path.name)
                     and path.name not in linked
-                    and path.stat().st_mtime <= written_before
+                    and path.lstat().st_mtime <= written_before
                 ):
                     self._remove(path)
                     removed.append(path.name)
@@ -245,10 +244,10 @@ class BlobStore:
     def _remove(self, path: Path) -> None:
         """Out of ``blobs`` by a rename, so that a crash half-way leaves no half blob under its name."""
         with disk_errors(f"removing {path.name}"):
-            if not path.exists():
+            if not os.path.lexists(path):
                 return
             trash = self.quarantine / uuid.uuid4().hex
-            path.chmod(0o755)  # moving a folder rewrites its "..", for which it must be writable
+            _unseal(path)
             os.rename(path, trash)
             sync_path(self.blobs)
             discard(trash)
@@ -257,7 +256,7 @@ class BlobStore:
         """Moves ``folder`` to its place; where a whole blob is there already, that one is kept."""
         path = self.path(digest)
         with disk_errors(f"committing {digest}"):
-            if path.exists():
+            if os.path.lexists(path):
                 if digest_of(path) == digest:
                     _seal(path)
                     os.utime(path)  # a sweep that goes by age must not take it before it is linked
@@ -466,6 +465,12 @@ def _check_name(filename: str) -> None:
 def _seal(path: Path) -> None:
     path.chmod(0o555)
     sync_path(path)
+
+
+def _unseal(path: Path) -> None:
+    """Moving a folder rewrites its "..", for which it must be writable."""
+    if path.is_dir() and not path.is_symlink():
+        path.chmod(0o755)
 
 
 def _age(path: Path) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from adapters.tasks import run_in_thread
 
@@ -27,12 +28,19 @@ def digest_of(folder: Path) -> str | None:
     files = {}
     try:
         for path in folder.iterdir():
-            with path.open("rb") as file:
+            with _open(path) as file:
                 files[path.name] = (path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
     except OSError as exc:
         logger.warning("blob %s cannot be read: %s", folder.name, exc)
         return None
     return digest_from(files)
+
+
+def _open(path: Path) -> BinaryIO:
+    """OSError for what is no file: to open a pipe would wait for its other end."""
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+    return path.open("rb")
 
 
 async def digest_slowly(folder: Path, rate: float) -> str | None:
@@ -51,7 +59,7 @@ async def digest_slowly(folder: Path, rate: float) -> str | None:
 
 
 def _hash_block(path: Path, at: int, found: Any) -> int:
-    with path.open("rb") as file:
+    with _open(path) as file:
         file.seek(at)
         block = file.read(_BLOCK)
     found.update(block)

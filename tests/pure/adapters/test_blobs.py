@@ -20,6 +20,7 @@ import pytest
 from adapters.errors import AdapterRejected, StorageFailed, StorageFull, UploadIncomplete, UploadTooLarge
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from adapters.store.blobs import BlobStore
+from adapters.store.digests import digest_slowly
 
 CONFIG = b'{"r": 8}'
 WEIGHTS = bytes(range(256)) * 10_000  # 2.4 MiB: three writes
@@ -803,3 +804,23 @@ async def test_a_cancelled_write_waits_for_its_thread(
         await task
     assert not writing
     assert_consistent(store)
+
+
+@pytest.mark.parametrize("kind", ["link to nothing", "link to itself", "pipe for a file"])
+async def test_what_is_no_folder_of_files_is_broken_and_gives_way(store: BlobStore, kind: str) -> None:
+    path = await upload(store)
+    path.chmod(0o755)
+    for _ in range(2):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if kind == "pipe for a file":
+            path.mkdir()
+            os.mkfifo(path / WEIGHTS_FILE)
+        else:
+            path.symlink_to(path if kind == "link to itself" else path.with_name("nothing"))
+        async with asyncio.timeout(60):
+            assert await digest_slowly(path, 1e9) is None
+            assert await store.set_aside(path.name) is not None
+        assert not os.path.lexists(path)
+    path.symlink_to(path)
+    assert await upload(store) == path
+    assert_whole(path)
