@@ -69,8 +69,8 @@ bench: $(STAMP) ## Measure against bare vLLM, about 45 minutes; SCENARIO=storm f
 attack: $(STAMP) ## Send every hostile input beside a customer who must not notice, 12 minutes; KIND="many items", MINUTES=60, ENGINE=fake
 	ENGINE=$(ENGINE) $(PY) -m $(if $(MINUTES),tests.bench.hostile_time $(MINUTES),tests.bench.attack $(if $(KIND),"$(KIND)"))
 
-chaos: $(STAMP) ## Make faults under load and look for what is lost, 20 minutes; DB=postgres, ENGINE=real, FAULT="the engine dies"
-	DB=$(DB) ENGINE=$(ENGINE) RUNS=$(RUNS) SEED=$(SEED) $(PY) -m tests.bench.chaos $(if $(FAULT),"$(FAULT)")
+chaos: $(STAMP) ## Make faults under load and look for what is lost, 20 minutes; DB=postgres, ENGINE=real, MINUTES=20, FAULT="the engine dies"
+	DB=$(DB) ENGINE=$(ENGINE) RUNS=$(RUNS) SEED=$(SEED) MINUTES=$(MINUTES) $(PY) -m tests.bench.chaos $(if $(FAULT),"$(FAULT)")
 
 families: $(STAMP) $(VENV)/qlora/.installed ## Adapters on tiny bases of twenty families against PEFT, 20 minutes; FAMILY=qwen3 for one
 	@PYTHONPATH=$(CURDIR):$(VENV)/qlora $(PY) -W ignore -m tests.families $(or $(FAMILY),--write)

@@ -19,6 +19,7 @@ from server.demo.base import CHECKOUT
 from tests.bench.chaos import service as services
 from tests.bench.chaos.faults import FAULTS, Fault
 from tests.bench.chaos.load import CONTROL, Load
+from tests.bench.chaos.order import in_order
 from tests.bench.chaos.report import Row, longest_pause, table
 from tests.bench.chaos.service import Kind, Service
 from tests.bench.chaos.world import Missed, World
@@ -113,8 +114,10 @@ async def disturbed(world: World, fault: Fault) -> Row:
     )
 
 
-async def measure(kind: Kind, faults: Sequence[Fault], times: int, seed: int, root: Path) -> list[Row]:
-    rng = random.Random(seed)
+async def measure(
+    kind: Kind, faults: Sequence[Fault], times: int, seed: int, root: Path, minutes: float
+) -> list[Row]:
+    rng, began, longest = random.Random(seed), time.monotonic(), 0.0
     with services.folder(kind, root) as work:
         redis = RedisServer() if kind.postgres else None
         postgres = PostgresServer() if kind.postgres else None
@@ -128,9 +131,14 @@ async def measure(kind: Kind, faults: Sequence[Fault], times: int, seed: int, ro
             watching = asyncio.create_task(service.watch())
             load.begin()
             world, rows = World(service, load, rng), []
-            order = [fault for _ in range(times) for fault in rng.sample(faults, len(faults))]
-            for fault in order:
+            order = in_order(faults, times, rng, hurry=minutes > 0)
+            for number, fault in enumerate(order):
+                start = time.monotonic()
+                if minutes and start + longest > began + 60 * minutes:
+                    print(f"no time for: {', '.join(one.name for one in order[number:])}")
+                    break
                 rows.append(await disturbed(world, fault))
+                longest = max(longest, time.monotonic() - start)
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
             return rows
         finally:
@@ -149,7 +157,7 @@ def main() -> int:
     if unknown := set(given.faults) - set(FAULTS):
         parser.error(f"no such fault: {', '.join(sorted(unknown))}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the server would go on
-    settings = {name: os.environ.get(name, "") for name in ("DB", "ENGINE", "RUNS", "SEED")}
+    settings = {name: os.environ.get(name, "") for name in ("DB", "ENGINE", "RUNS", "SEED", "MINUTES")}
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         root = Path(folder)
         root.chmod(0o755)
@@ -160,8 +168,9 @@ def main() -> int:
         faults = [f for f in FAULTS.values() if f.fits(kind) and (lied or "clock" not in f.name)]
         if given.faults:
             faults = [fault for fault in faults if fault.name in given.faults]
-        times, seed = int(settings["RUNS"] or 3), int(settings["SEED"] or 1)
-        rows = asyncio.run(measure(kind, faults, times, seed, root))
+        minutes, seed = float(settings["MINUTES"] or 0), int(settings["SEED"] or 1)
+        times = int(settings["RUNS"] or (1 if minutes else 3))
+        rows = asyncio.run(measure(kind, faults, times, seed, root, minutes))
     heading = f"{kind}, seed {seed}"
     OUT.mkdir(exist_ok=True)
     file = OUT / f"chaos-{'real' if kind.real else 'postgres' if kind.postgres else 'sqlite'}.md"

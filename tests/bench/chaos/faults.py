@@ -16,13 +16,15 @@ from tests.bench.chaos.world import World
 @dataclass(frozen=True)
 class Fault:
     """``cuts``: answers may break, since the server itself ends. ``fresh``: in a new life of the server, as
-    an earlier loss of the engine would make it wait longer.
+    an earlier loss of the engine would make it wait longer. ``like_another``: shows little more than one
+    that is more like what happens.
     """
 
     name: str
     make: Callable[[World], Awaitable[str]]
     cuts: bool = False
     fresh: bool = False
+    like_another: bool = False
     fits: Callable[[Kind], bool] = lambda kind: not kind.real
 
 
@@ -64,7 +66,13 @@ FAULTS = {
         Fault("the engine hangs", processes.hang, fresh=True),
         Fault("a load into a slot takes too long", processes.slow_activation, fresh=True),
         *(
-            Fault(f"{number.name} for {what}", processes.end(name, number), fresh=True, fits=_real)
+            Fault(
+                f"{number.name} for {what}",
+                processes.end(name, number),
+                fresh=True,
+                like_another=number is not signal.SIGKILL,
+                fits=_real,
+            )
             for what, name in (("EngineCore", CORE), ("the engine's worker", WORKER))
             for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
         ),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
+from tests.bench.chaos.order import in_order
 from tests.bench.chaos.report import Row, longest_pause, table
 
 
@@ -54,3 +57,15 @@ def test_the_table_has_a_line_for_each_kind() -> None:
         "| 10 × 200, 4 × 503 engine_restarting | missed: 1 × such as: a ¦ b |"
     )
     assert len(rows) == 4
+
+
+def test_in_a_hurry_what_is_like_another_comes_last() -> None:
+    faults = [SimpleNamespace(name=name, like_another=name in "bd") for name in "abcd"]
+    hurried = in_order(faults, 2, random.Random(1), hurry=True)
+    assert "".join(fault.name for fault in hurried) == "acbdacbd"
+    orders = {
+        "".join(fault.name for fault in in_order(faults, 2, random.Random(seed), hurry=False))
+        for seed in range(20)
+    }
+    assert all(sorted(order[:4]) == sorted(order[4:]) == list("abcd") for order in orders)
+    assert len(orders) > 10
