@@ -278,8 +278,10 @@ def _serve(settings: Settings, config: Path | None = None) -> int:
     from server.app import create_app, drain
     from server.engine.calls import EngineDied
     from server.http.connection import BoundedHeads, DrainingServer, connections_for, raise_descriptors
+    from server.http.heap import keep_large_blocks_apart
     from server.http.reload import take_over
 
+    keep_large_blocks_apart()
     logs.configure(settings.log_format, settings.log_level)
     logs.configure_children(settings.log_format, settings.log_level)
     # vLLM must not ask a hub about a model that is here, nor report usage.

@@ -50,6 +50,7 @@ from server.fleet.directory import Directory
 from server.fleet.gateway import FleetDispatcher, FleetEngine, RemotePublisher
 from server.fleet.remote import RemoteAnswers
 from server.fleet.replica import Replica
+from server.http.heap import trimmed
 from server.http.middleware import RequestContext, allow_origins, install_error_handlers
 from server.http.openapi import document
 from server.http.routes import router_of
@@ -110,6 +111,7 @@ def create_app(
                 raise
             if settings.role != "replica":
                 services.batches.start(stack)
+            await stack.enter_async_context(trimmed())
             yield
             await services.cancel_tasks()
 
