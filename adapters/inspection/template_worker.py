@@ -2,7 +2,8 @@
 
 A template is a program. It runs in transformers' sandbox, as it would there, and here in a process of its
 own, with an end to its time and memory: a loop without end, or a text that doubles, ends this process and
-nothing else. One JSON object a line comes in, one goes out; see ``server.engine.templates``.
+nothing else. One JSON object a line comes in, one goes out; see ``server.engine.templates``. The text that
+was written follows it in as many ``bytes`` as it says: as JSON it might be six times as long.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 SECONDS = 2
 MEMORY = 1 << 30
-# Of what a template may write, in characters; a prompt of a million tokens has less.
+# Of what a template may write, in bytes; a prompt of a million tokens has less.
 MAX_TEXT = 8 << 20
 
 
@@ -32,13 +33,14 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)  # its default ends the process, even in a C function
         answer = _rendered(render_jinja_template, json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _say(answer)
+        text = answer.pop("text", b"")
+        _say(answer | {"bytes": len(text)}, text)
 
 
 def _rendered(render: Any, asked: dict[str, Any]) -> dict[str, Any]:
     try:
         if asked.get("trial"):
-            return {"text": "", "format": _format_of(asked["template"], render)}
+            return {"format": _format_of(asked["template"], render)}
         (text,), _ = render(
             conversations=[asked["conversation"]],
             tools=asked.get("tools"),
@@ -49,15 +51,18 @@ def _rendered(render: Any, asked: dict[str, Any]) -> dict[str, Any]:
             add_generation_prompt=bool(asked.get("add_generation_prompt")),
             **asked.get("variables", {}),
         )
+        written = text.encode()
+    except UnicodeEncodeError:
+        return {"error": "it writes half a surrogate pair"}
     except MemoryError:
         return {"error": "it takes too much memory"}
     except RecursionError:
         return {"error": "it calls itself too deeply"}
     except Exception as exc:  # a template raises what it likes
         return {"error": str(exc)[:500] or type(exc).__name__}
-    if len(text) > MAX_TEXT:
-        return {"error": f"it writes more than {MAX_TEXT} characters"}
-    return {"text": text}
+    if len(written) > MAX_TEXT:
+        return {"error": f"it writes more than {MAX_TEXT} bytes"}
+    return {"text": written}
 
 
 def _format_of(template: str, render: Any) -> str:
@@ -87,8 +92,8 @@ def _format_of(template: str, render: Any) -> str:
     raise ValueError("it does not write what a user says")
 
 
-def _say(answer: dict[str, Any]) -> None:
-    sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+def _say(answer: dict[str, Any], text: bytes = b"") -> None:
+    sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n" + text)
     sys.stdout.buffer.flush()
 
 

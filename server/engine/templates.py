@@ -24,7 +24,7 @@ from server.errors import BadRequest
 ROOMS = 2
 SECONDS = 2.5  # the process ends itself a little before
 START_SECONDS = 60.0
-_LINE = 64 << 20
+_LINE = 1 << 20  # of an answer without its text
 _ROOT = Path(__file__).resolve().parents[2]
 _QUIETLY = {"PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -102,7 +102,9 @@ class _Room:
                 process.stdin.write(line)
                 await process.stdin.drain()
                 answer = await process.stdout.readline()
-        except (TimeoutError, OSError):
+                found: dict[str, Any] = json.loads(answer) if answer else {}
+                text = await process.stdout.readexactly(found.get("bytes", 0))
+        except (TimeoutError, OSError, asyncio.IncompleteReadError):
             answer = b""
         except BaseException:  # its answer would be the next one's
             self._end()
@@ -110,8 +112,7 @@ class _Room:
         if not answer:
             self._end()
             raise TemplateFailed("it takes too long, or too much memory")
-        found: dict[str, Any] = json.loads(answer)
-        return found
+        return found | {"text": text.decode()}
 
     async def close(self) -> None:
         process = self._process

@@ -62,6 +62,19 @@ async def test_one_that_cannot_be_used_says_why(rooms: Templates, template: str,
     assert await rooms.check(PLAIN) == "string"
 
 
+async def test_what_is_written_comes_as_it_is_and_is_bounded_in_bytes(rooms: Templates) -> None:
+    """As JSON a sign of four bytes has twelve: a long text was longer than a line may be, and a 500."""
+    for sign, count in (("\U0001f600", 1_500_000), ("\x01", 7_000_000)):
+        turns = [{"role": "user", "content": sign}]
+        text = await rooms.render(f"{{{{ messages[0].content * {count} }}}}", turns, None, {})
+        assert (len(text), text[0], text[-1]) == (count, sign, sign)
+    with pytest.raises(BadRequest, match="more than"):
+        await rooms.render("{{ messages[0].content * 5000000 }}", TURNS, None, {})
+    with pytest.raises(BadRequest, match="half a surrogate pair"):
+        await rooms.render(r"{{ '\ud800' }}", TURNS, None, {})
+    assert await rooms.render(PLAIN, TURNS, None, {}) == "[user]Hi"
+
+
 async def test_one_that_runs_away_leaves_the_other_room(rooms: Templates) -> None:
     await rooms.check(PLAIN)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
