@@ -329,33 +329,36 @@ class Runner:
     async def _result(self, batch: Batch, line: Line) -> Result:
         tries = 0
         while True:
-            id_, asked, tries = new_request_id(), Asked(), tries + 1
+            id_, tries = new_request_id(), tries + 1
+            asked: Asked | None = None
             try:
                 tenant = await self._authentication.acting(batch.tenant, batch.key)
                 await self._room_in_limits(tenant)
+                asked = Asked(id_, tenant.in_background(), ENDPOINTS[batch.endpoint])
                 async with self._pace:
-                    return await self._ask(batch, line, tenant.in_background(), id_, asked)
+                    return await self._ask(line, asked)
             except (ServerError, AdapterError) as exc:
                 left = (batch.expires_at - now()).total_seconds()
                 wait = again_after(exc, tries, left)
                 if wait is None:
-                    told = refused(id_, line.custom_id, exc, asked.version)
+                    told = refused(id_, line.custom_id, exc, asked.version if asked else None)
                     return Result(line.number, True, told)
             except Exception:
                 logger.exception("line %d of the batch %s", line.number, batch.id)
                 error = Internal("The server failed on this request.")
-                return Result(line.number, True, refused(id_, line.custom_id, error, asked.version))
+                return Result(
+                    line.number, True, refused(id_, line.custom_id, error, asked.version if asked else None)
+                )
             await asyncio.sleep(wait)
 
-    async def _ask(self, batch: Batch, line: Line, tenant: Tenant, id_: str, asked: Asked) -> Result:
-        dialect = ENDPOINTS[batch.endpoint]
+    async def _ask(self, line: Line, asked: Asked) -> Result:
         if line.body.get("stream"):
             raise BadRequest("A line of a batch cannot be streamed.", param="stream")
-        use_case = embed if dialect.pools else open_completion
-        opened = await use_case(self.completions, tenant, dialect, line.body, id_, asked)
+        use_case = embed if asked.dialect.pools else open_completion
+        opened = await use_case(self.completions, asked, line.body)
         assert opened.body is not None, "a document was asked for"
         used = opened.lease
-        document = answered(id_, line.custom_id, opened.body, asked.version)
+        document = answered(asked.id, line.custom_id, opened.body, asked.version)
         return Result(
             line.number, False, document, used.prompt_tokens, used.cached_tokens, used.output_tokens
         )

@@ -71,12 +71,11 @@ async def _complete(request: Request, dialect: Dialect) -> Response:
     tenant, body = await _read(request)
     services = services_of(request)
     service = services.completions
-    asked = Asked()
+    asked = Asked(request.state.request_id, tenant, dialect)
     # Also of refusals, and of a stream that begins while its request waits.
     request.state.headers = lambda: service.quotas.headers(tenant) | version_header(asked.version)
-    id_ = request.state.request_id
     use_case = embed if dialect.pools else open_completion
-    answering = use_case(service, tenant, dialect, body, id_, asked)
+    answering = use_case(service, asked, body)
     opening = while_connected(request, answering, Completion.discard)
     log: dict[str, Any] = request.state.log
     timeout, keepalive = services.settings.client_timeout, services.settings.sse_keepalive

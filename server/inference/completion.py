@@ -132,34 +132,51 @@ class Completion:
 
 @dataclass(slots=True)
 class Asked:
-    """What is known of a request so far. ``version`` None is the base model, or not known yet."""
+    """A request, and what is known of it so far.
 
+    ``version`` None is the base model, or not known yet. ``numbered``: it names a version, as in ``name@3``.
+    """
+
+    id: str
+    tenant: Tenant
+    dialect: Dialect
     version: Version | None = None
+    public_model: str = ""
     reservation: Reservation | None = None
     numbered: bool = False
 
+    def order(
+        self, dialect: Dialect, fields: dict[str, Any], prompt: str, *, prompt_bound: int, elastic: bool
+    ) -> Order:
+        """What is to be answered. ``dialect`` is what the engine is asked in, ``prompt`` a text of about the
+        prompt's length."""
+        assert self.reservation is not None
+        return Order(
+            id=self.id,
+            tenant=self.tenant,
+            dialect=dialect,
+            fields=fields,
+            version=self.version,
+            public_model=self.public_model,
+            reservation=self.reservation,
+            prompt_bound=prompt_bound,
+            prompt_tokens=estimate_prompt_tokens(prompt),
+            elastic=elastic,
+        )
 
-async def open_completion(
-    service: Completions,
-    tenant: Tenant,
-    dialect: Dialect,
-    body: dict[str, Any],
-    request_id: str,
-    asked: Asked | None = None,
-) -> Completion:
-    """Answers ``body`` for ``tenant``, or opens the stream that will. ``asked`` is told what becomes known.
+
+async def open_completion(service: Completions, asked: Asked, body: dict[str, Any]) -> Completion:
+    """Answers ``body``, or opens the stream that will. ``asked`` is told what becomes known.
 
     Raises a ServerError or AdapterError before anything was answered. Cancelling it ends the request in the
     engine and gives its place back.
     """
-    asked = asked or Asked()
-    with recorded_refusals(service, tenant, dialect, request_id, asked):
-        with counted_refusals(service.metrics, tenant):
+    dialect = asked.dialect
+    with recorded_refusals(service, asked):
+        with counted_refusals(service.metrics, asked.tenant):
             check_base(service.answers.base, dialect)
-            resolved = await resolve_allowed(service, tenant, dialect, body, request_id)
-            version, public, reservation = resolved
-            asked.version, asked.reservation = version, reservation
-            asked.numbered = is_numbered(body.get("model"))
+            reservation = await resolve_allowed(service, asked, body)
+            version = asked.version
             if version is not None and version.chat:
                 body = with_defaults(dialect, body, version.chat)
             text = _prompt_text(body)
@@ -167,18 +184,7 @@ async def open_completion(
             elastic = all(body.get(param) is None for param in dialect.max_tokens_fields)
             fields = dialect.allowed_fields(body)
             fields = with_token_limit(service, reservation, dialect, fields, most_prompt, version)
-        order = Order(
-            id=request_id,
-            tenant=tenant,
-            dialect=dialect,
-            fields=fields,
-            version=version,
-            public_model=public,
-            reservation=reservation,
-            prompt_bound=most_prompt,
-            prompt_tokens=estimate_prompt_tokens(text),
-            elastic=elastic,
-        )
+        order = asked.order(dialect, fields, text, prompt_bound=most_prompt, elastic=elastic)
         completion = await service.answers.open(order)
         sampler = service.sampler
         if sampler is not None and sampler.wanted and not asked.numbered:
@@ -187,19 +193,17 @@ async def open_completion(
 
 
 @contextmanager
-def recorded_refusals(
-    service: Completions, tenant: Tenant, dialect: Dialect, request_id: str, asked: Asked
-) -> Iterator[None]:
+def recorded_refusals(service: Completions, asked: Asked) -> Iterator[None]:
     """Lets a request be found that ended before it had a lease, which would have recorded it."""
     began = time.monotonic()
 
     def ended(outcome: Outcome, code: str | None) -> None:
         if asked.reservation is None or not asked.reservation.recorded:
             service.quotas.refused(
-                tenant,
+                asked.tenant,
                 asked.version,
-                endpoint=dialect.name,
-                request_id=request_id,
+                endpoint=asked.dialect.name,
+                request_id=asked.id,
                 outcome=outcome,
                 code=code,
                 seconds=time.monotonic() - began,
@@ -317,20 +321,21 @@ def check_base(base: BaseModel, dialect: Dialect) -> None:
     raise BadRequest(f"The base model that is served here {cure}", code="not_supported_by_base")
 
 
-async def resolve_allowed(
-    service: Completions, tenant: Tenant, dialect: Dialect, body: dict[str, Any], request_id: str
-) -> tuple[Version | None, str, Reservation]:
-    """As ``resolve``, with a reservation, if the tenant may use it; see ``Quotas.open``."""
-    unit = body.get("user") or request_id
-    version, public = await resolve(service, tenant, body.get("model"), str(unit))
+async def resolve_allowed(service: Completions, asked: Asked, body: dict[str, Any]) -> Reservation:
+    """Tells ``asked`` what ``body`` names, as ``resolve``, and the reservation, which it returns too, if the
+    tenant may use it; see ``Quotas.open``."""
+    unit, numbered = body.get("user") or asked.id, is_numbered(body.get("model"))
+    version, public = await resolve(service, asked.tenant, body.get("model"), str(unit))
     reservation = await service.quotas.open(
-        tenant,
+        asked.tenant,
         version,
-        endpoint=dialect.name,
-        request_id=request_id,
-        numbered=is_numbered(body.get("model")),
+        endpoint=asked.dialect.name,
+        request_id=asked.id,
+        numbered=numbered,
     )
-    return version, public, reservation
+    asked.version, asked.public_model = version, public
+    asked.reservation, asked.numbered = reservation, numbered
+    return reservation
 
 
 def is_numbered(model: Any) -> bool:

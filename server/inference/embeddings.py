@@ -12,17 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 from adapters.tasks import run_in_thread
-from server.accounts.tenants import Tenant
 from server.errors import BadRequest, Internal
 from server.inference.completion import (
     Asked,
     Completion,
     Completions,
-    Order,
     check_base,
     counted_refusals,
-    estimate_prompt_tokens,
-    is_numbered,
     prompt_tokens_bound,
     recorded_refusals,
     resolve_allowed,
@@ -36,80 +32,40 @@ _SHARE = 4
 _ENCODINGS = ("float", "base64")
 
 
-async def embed(
-    service: Completions,
-    tenant: Tenant,
-    dialect: Dialect,
-    body: dict[str, Any],
-    request_id: str,
-    asked: Asked | None = None,
-) -> Completion:
-    """Answers ``body`` for ``tenant`` with a document; else as ``open_completion``."""
-    asked = asked or Asked()
-    if isinstance(dialect, Scoring):
-        return await _score(service, tenant, dialect, body, request_id, asked)
-    return await _embed(service, tenant, dialect, dialect, body, request_id, asked)
+async def embed(service: Completions, asked: Asked, body: dict[str, Any]) -> Completion:
+    """Answers ``body`` with a document; else as ``open_completion``."""
+    if isinstance(asked.dialect, Scoring):
+        return await _score(service, asked, asked.dialect, body)
+    return await _embed(service, asked, asked.dialect, body)
 
 
-async def _score(
-    service: Completions,
-    tenant: Tenant,
-    dialect: Scoring,
-    body: dict[str, Any],
-    request_id: str,
-    asked: Asked,
-) -> Completion:
+async def _score(service: Completions, asked: Asked, dialect: Scoring, body: dict[str, Any]) -> Completion:
     """From the embeddings of what is compared, which are asked for under the dialect's name."""
-    with (
-        recorded_refusals(service, tenant, dialect, request_id, asked),
-        counted_refusals(service.metrics, tenant),
-    ):
+    with recorded_refusals(service, asked), counted_refusals(service.metrics, asked.tenant):
         check_base(service.answers.base, dialect)
         fields = dialect.allowed_fields(body)
         compared = dialect.asked(fields)
     wanted = dialect.embeddings_body(fields | {"model": body.get("model")}, compared)
     try:
-        opened = await _embed(service, tenant, dialect, EMBEDDINGS, wanted, request_id, asked)
+        opened = await _embed(service, asked, EMBEDDINGS, wanted)
     except BadRequest as exc:
         if exc.param == "input":  # no field of the request's own
             exc.param = compared.longest
         raise
     assert opened.body is not None
-    told = await run_in_thread(dialect.told, request_id, fields, compared, opened.body)
+    told = await run_in_thread(dialect.told, asked.id, fields, compared, opened.body)
     return replace(opened, body=told)
 
 
-async def _embed(
-    service: Completions,
-    tenant: Tenant,
-    dialect: Dialect,
-    embeddings: Dialect,
-    body: dict[str, Any],
-    request_id: str,
-    asked: Asked,
-) -> Completion:
-    """``dialect`` is that of the request, ``embeddings`` that of what the engine is asked."""
-    with recorded_refusals(service, tenant, dialect, request_id, asked):
-        with counted_refusals(service.metrics, tenant):
-            check_base(service.answers.base, dialect)
-            resolved = await resolve_allowed(service, tenant, dialect, body, request_id)
-            version, public, reservation = resolved
-            asked.version, asked.reservation = version, reservation
-            asked.numbered = is_numbered(body.get("model"))
+async def _embed(service: Completions, asked: Asked, embeddings: Dialect, body: dict[str, Any]) -> Completion:
+    """``embeddings`` is the dialect of ``body``, which the engine is asked; the request may have another."""
+    with recorded_refusals(service, asked):
+        with counted_refusals(service.metrics, asked.tenant):
+            check_base(service.answers.base, asked.dialect)
+            await resolve_allowed(service, asked, body)
             fields = embeddings.allowed_fields(body)
             text = str(body.get("input", ""))
-        order = Order(
-            id=request_id,
-            tenant=tenant,
-            dialect=embeddings,
-            fields=fields,
-            version=version,
-            public_model=public,
-            reservation=reservation,
-            prompt_bound=prompt_tokens_bound(text),
-            prompt_tokens=estimate_prompt_tokens(text),
-            elastic=False,
-        )
+        order = asked.order(embeddings, fields, text, prompt_bound=prompt_tokens_bound(text), elastic=False)
         return await service.answers.open(order)
 
 

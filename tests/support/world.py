@@ -20,7 +20,7 @@ from adapters.model import BaseModel, ModuleShape, Version
 from server.accounts.tenants import Tenant
 from server.engine.calls import EngineDied, PageOp, PageReport
 from server.engine.restarts import Restarts
-from server.inference.completion import Completion, Completions, open_completion
+from server.inference.completion import Asked, Completion, Completions, open_completion
 from server.inference.dialects.registry import DIALECTS
 from server.inference.embeddings import embed
 from server.inference.local import LocalAnswers
@@ -125,10 +125,11 @@ class World:
         asker = tenant(who) if isinstance(who, str) else who
         if self.base.pooling:
             given = {"input": ["hello"] * 3}
-            return await embed(self.service, asker, DIALECTS["embedding"], given, f"r{next(self._ids)}")
+            wanted = Asked(f"r{next(self._ids)}", asker, DIALECTS["embedding"])
+            return await embed(self.service, wanted, given)
         body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "stream": True, "n": n}
         chat = DIALECTS["chat"]
-        return await open_completion(self.service, asker, chat, {**body, **fields}, f"r{id(body)}")
+        return await open_completion(self.service, Asked(f"r{id(body)}", asker, chat), {**body, **fields})
 
     async def ask(self, who: str | Tenant, **fields: Any) -> str:
         """All chunks of the answer, or its document, as the routes read them."""
