@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from adapters.store.replicas import as_json as replica_as_json
@@ -183,20 +183,6 @@ async def create_version(
     return await adapters.receive_version(request, owner, name, options, prefixes=prefixes)
 
 
-@router.get("/tenants/{tenant}/adapters/{name}/uploads", response_model=operators.Uploads)
-async def list_uploads(
-    owner: NamedTenant, name: str, services: ServicesOf, after: UploadsAfter = None, limit: Limit = 100
-) -> dict[str, Any]:
-    """Those that are answered later, and the newest that were refused."""
-    return await adapters.uploads(services, JobSearch(owner.id, name, after=after), limit)
-
-
-@router.get("/tenants/{tenant}/adapters/{name}/uploads/{upload}", response_model=operators.Upload)
-async def get_upload(owner: NamedTenant, name: str, upload: str, services: ServicesOf) -> dict[str, Any]:
-    """How far an upload has come, and what became of it."""
-    return await services.publishing.jobs.get(owner.id, name, upload)
-
-
 @router.get("/uploads", response_model=operators.Uploads, summary="All customers' uploads, newest first")
 async def all_uploads(
     services: ServicesOf,
@@ -208,24 +194,6 @@ async def all_uploads(
 ) -> dict[str, Any]:
     """Those that are answered later, and of each customer the newest that were refused, with the reason."""
     return await adapters.uploads(services, JobSearch(tenant, adapter, state, after), limit)
-
-
-@router.get("/tenants/{tenant}/adapters/{name}/versions/{version}/download", response_class=StreamingResponse)
-async def download_version(
-    owner: NamedTenant, name: str, version: int, services: ServicesOf
-) -> StreamingResponse:
-    """A tar of the files that are served, with the `probes.json` that came along."""
-    return await adapters.download(services, owner, name, version)
-
-
-@router.get("/tenants/{tenant}/adapters", response_model=answers.Adapters)
-async def list_adapters(owner: NamedTenant, services: ServicesOf) -> dict[str, Any]:
-    return await adapters.listed(services, owner)
-
-
-@router.get("/tenants/{tenant}/adapters/{name}", response_model=answers.Adapter)
-async def get_adapter(owner: NamedTenant, name: str, services: ServicesOf) -> dict[str, Any]:
-    return await adapters.one(services, owner, name)
 
 
 @router.patch(
@@ -246,12 +214,6 @@ async def warm_adapter(owner: NamedTenant, name: str, body: WarmBody, services: 
     return await adapters.warm(services, owner, name, body)
 
 
-@router.delete("/tenants/{tenant}/adapters/{name}", status_code=204)
-async def delete_adapter(owner: NamedTenant, name: str, services: ServicesOf) -> Response:
-    await adapters.delete(services, owner, name)
-    return Response(status_code=204)
-
-
 @router.patch(
     "/tenants/{tenant}/adapters/{name}/versions/{version}",
     response_model=answers.Adapter,
@@ -261,12 +223,6 @@ async def update_version(
     owner: NamedTenant, name: str, version: int, body: VersionChangeBody, services: ServicesOf
 ) -> dict[str, Any]:
     return await adapters.update_version(services, owner, name, version, body)
-
-
-@router.delete("/tenants/{tenant}/adapters/{name}/versions/{version}", status_code=204)
-async def delete_version(owner: NamedTenant, name: str, version: int, services: ServicesOf) -> Response:
-    await adapters.delete_version(services, owner, name, version)
-    return Response(status_code=204)
 
 
 @router.post("/tenants/{tenant}/adapters/{name}/verify", response_model=answers.Verified)

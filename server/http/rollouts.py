@@ -5,24 +5,22 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import Field, JsonValue, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.accounts.tenants import Tenant
 from server.http.answers import Number, Time
-from server.http.auth import ADMIN, AdapterOwner, NamedTenant
 from server.http.bodies import Body, body_as, documented
-from server.http.services import Services, ServicesOf
+from server.http.both import Both
+from server.http.services import ServicesOf
 from server.inference.dialects.answers import Answer, Count
 from server.rollouts.guards import Guards
 from server.rollouts.judge import Act, Wish
 from server.rollouts.plan import STANDARD_GUARDS, STANDARD_HOLD_S, STANDARD_STEPS, WHOLE
 from server.rollouts.stored import as_json
 
-operators = APIRouter(prefix="/admin/v1/tenants/{tenant}/adapters/{name}/rollouts", dependencies=[ADMIN])
-customers = APIRouter(prefix="/v1/adapters/{name}/rollouts")
-router = APIRouter()
+both = Both("/{name}/rollouts")
 
 MAX_STEPS = 20
 LONGEST_HOLD_S = 30 * 86400
@@ -109,81 +107,28 @@ _Change = Annotated[RolloutChange, body_as(RolloutChange)]
 _Most = Annotated[int, Query(ge=1, le=100)]
 
 
-async def _start(services: Services, tenant: Tenant, name: str, body: NewRollout) -> dict[str, Any]:
+@both.post("", status_code=201, response_model=Rollout, openapi_extra=documented(NewRollout))
+async def create_rollout(owner: Tenant, name: str, body: _New, services: ServicesOf) -> dict[str, Any]:
+    """Begins to give a version a growing share of the requests; 409 while another rollout runs."""
     wish = Wish(tuple(body.steps), body.hold, body.guards)
-    return as_json(await services.judge.start(tenant.id, name, body.version, wish))
+    return as_json(await services.judge.start(owner.id, name, body.version, wish))
 
 
-async def _list(services: Services, tenant: Tenant, name: str, limit: int) -> dict[str, Any]:
-    found = await services.judge.rows.of_adapter(tenant.id, name, limit)
+@both.get("", response_model=Rollouts)
+async def list_rollouts(owner: Tenant, name: str, services: ServicesOf, limit: _Most = 20) -> dict[str, Any]:
+    found = await services.judge.rows.of_adapter(owner.id, name, limit)
     return {"object": "list", "data": [as_json(one) for one in found]}
 
 
-@operators.post(
-    "", status_code=201, response_model=Rollout, openapi_extra=documented(NewRollout), tags=["admin"]
-)
-async def create_rollout(owner: NamedTenant, name: str, body: _New, services: ServicesOf) -> dict[str, Any]:
-    """Begins to give a version a growing share of the requests; 409 while another rollout runs."""
-    return await _start(services, owner, name, body)
-
-
-@operators.get("", response_model=Rollouts, tags=["admin"])
-async def list_rollouts(
-    owner: NamedTenant, name: str, services: ServicesOf, limit: _Most = 20
-) -> dict[str, Any]:
-    return await _list(services, owner, name, limit)
-
-
-@operators.get("/{rollout}", response_model=Rollout, tags=["admin"])
-async def get_rollout(owner: NamedTenant, name: str, rollout: str, services: ServicesOf) -> dict[str, Any]:
+@both.get("/{rollout}", response_model=Rollout)
+async def get_rollout(owner: Tenant, name: str, rollout: str, services: ServicesOf) -> dict[str, Any]:
     """How far it has come, what it waits for, and what was decided with which numbers."""
     return as_json(await services.judge.rows.get(owner.id, name, rollout))
 
 
-@operators.patch(
-    "/{rollout}", response_model=Rollout, openapi_extra=documented(RolloutChange), tags=["admin"]
-)
+@both.patch("/{rollout}", response_model=Rollout, openapi_extra=documented(RolloutChange))
 async def change_rollout(
-    owner: NamedTenant, name: str, rollout: str, body: _Change, services: ServicesOf
+    owner: Tenant, name: str, rollout: str, body: _Change, services: ServicesOf
 ) -> dict[str, Any]:
     """Pauses it, lets it go on, takes it a step further, or back; 409 for one that has ended."""
     return as_json(await services.judge.act(owner.id, name, rollout, body.action))
-
-
-@customers.post(
-    "", status_code=201, response_model=Rollout, openapi_extra=documented(NewRollout), tags=["self-service"]
-)
-async def create_own_rollout(
-    owner: AdapterOwner, name: str, body: _New, services: ServicesOf
-) -> dict[str, Any]:
-    """Begins to give a version a growing share of the requests; 409 while another rollout runs."""
-    return await _start(services, owner, name, body)
-
-
-@customers.get("", response_model=Rollouts, tags=["self-service"])
-async def list_own_rollouts(
-    owner: AdapterOwner, name: str, services: ServicesOf, limit: _Most = 20
-) -> dict[str, Any]:
-    return await _list(services, owner, name, limit)
-
-
-@customers.get("/{rollout}", response_model=Rollout, tags=["self-service"])
-async def get_own_rollout(
-    owner: AdapterOwner, name: str, rollout: str, services: ServicesOf
-) -> dict[str, Any]:
-    """How far it has come, what it waits for, and what was decided with which numbers."""
-    return as_json(await services.judge.rows.get(owner.id, name, rollout))
-
-
-@customers.patch(
-    "/{rollout}", response_model=Rollout, openapi_extra=documented(RolloutChange), tags=["self-service"]
-)
-async def change_own_rollout(
-    owner: AdapterOwner, name: str, rollout: str, body: _Change, services: ServicesOf
-) -> dict[str, Any]:
-    """Pauses it, lets it go on, takes it a step further, or back; 409 for one that has ended."""
-    return as_json(await services.judge.act(owner.id, name, rollout, body.action))
-
-
-router.include_router(operators)
-router.include_router(customers)

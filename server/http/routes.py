@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from server.http import (
     account,
+    adapter_calls,
     admin,
     batches,
     docs,
@@ -50,7 +51,10 @@ def _router_of(internal: APIRouter | None) -> APIRouter:
         reports.customers,
         account.router,
         self_service.router,
-        rollouts.router,
+        adapter_calls.both.operators,
+        adapter_calls.both.customers,
+        rollouts.both.operators,
+        rollouts.both.customers,
         operations.router,
         docs.router,
     ):

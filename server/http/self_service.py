@@ -8,18 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from adapters.model import Quota
-from adapters.store.upload_jobs import JobSearch
 from server.errors import Forbidden
 from server.http import adapters, answers
-from server.http import answers_operators as operators
 from server.http.adapters import (
     AdapterChange,
     AdapterChangeBody,
     UploadOptionsOf,
-    UploadsAfter,
     VersionChange,
     VersionChangeBody,
     Warm,
@@ -27,21 +24,10 @@ from server.http.adapters import (
 )
 from server.http.auth import AdapterOwner
 from server.http.bodies import documented
-from server.http.reports import Limit
 from server.http.services import ServicesOf
 from server.publishing.publish import verify
 
 router = APIRouter(prefix="/v1/adapters", tags=["self-service"])
-
-
-@router.get("", response_model=answers.Adapters)
-async def list_adapters(owner: AdapterOwner, services: ServicesOf) -> dict[str, Any]:
-    return await adapters.listed(services, owner)
-
-
-@router.get("/{name}", response_model=answers.Adapter)
-async def get_adapter(owner: AdapterOwner, name: str, services: ServicesOf) -> dict[str, Any]:
-    return await adapters.one(services, owner, name)
 
 
 @router.post(
@@ -72,18 +58,6 @@ async def update_adapter(
     return await adapters.update(services, owner, name, body)
 
 
-@router.delete("/{name}", status_code=204)
-async def delete_adapter(owner: AdapterOwner, name: str, services: ServicesOf) -> Response:
-    await adapters.delete(services, owner, name)
-    return Response(status_code=204)
-
-
-@router.delete("/{name}/versions/{version}", status_code=204)
-async def delete_version(owner: AdapterOwner, name: str, version: int, services: ServicesOf) -> Response:
-    await adapters.delete_version(services, owner, name, version)
-    return Response(status_code=204)
-
-
 @router.patch(
     "/{name}/versions/{version}", response_model=answers.Adapter, openapi_extra=documented(VersionChange)
 )
@@ -94,28 +68,6 @@ async def update_version(
     if "quarantined" in body.model_fields_set:
         raise Forbidden("Only the operator can release a version.", param="quarantined")
     return await adapters.update_version(services, owner, name, version, body)
-
-
-@router.get("/{name}/versions/{version}/download", response_class=StreamingResponse)
-async def download_version(
-    owner: AdapterOwner, name: str, version: int, services: ServicesOf
-) -> StreamingResponse:
-    """A tar of the files that are served, with the `probes.json` that came along."""
-    return await adapters.download(services, owner, name, version)
-
-
-@router.get("/{name}/uploads", response_model=operators.Uploads)
-async def list_uploads(
-    owner: AdapterOwner, name: str, services: ServicesOf, after: UploadsAfter = None, limit: Limit = 100
-) -> dict[str, Any]:
-    """Those that are answered later, and the newest that were refused, with the reason."""
-    return await adapters.uploads(services, JobSearch(owner.id, name, after=after), limit)
-
-
-@router.get("/{name}/uploads/{upload}", response_model=operators.Upload)
-async def get_upload(owner: AdapterOwner, name: str, upload: str, services: ServicesOf) -> dict[str, Any]:
-    """How far an upload has come, and what became of it."""
-    return await services.publishing.jobs.get(owner.id, name, upload)
 
 
 @router.post("/{name}/warm", response_model=answers.Warmed, openapi_extra=documented(Warm))
