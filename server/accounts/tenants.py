@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal, TypedDict, Unpack
 
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import delete, or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -39,10 +40,18 @@ from server.accounts.keys import (
     digest_of,
     key_info,
 )
-from server.accounts.terms import Budgets, KeyLimits, LimitSettings, TenantLimits
+from server.accounts.terms import (
+    MAX_WEIGHT,
+    MIN_WEIGHT,
+    Budgets,
+    KeyLimits,
+    LimitSettings,
+    Places,
+    TenantLimits,
+    Weight,
+)
 from server.errors import Conflict, Forbidden, NotFound, Unprocessable
 
-MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
 Priority = Literal["interactive", "standard", "batch"]
 # What a priority multiplies a weight by. Beside others that wait, batch is left one part in a hundred, so
 # that it is never forgotten; alone it has everything.
@@ -344,28 +353,34 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 1 <= len(value) <= 200 and value.isprintable()
 
 
-def _is_weight(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and MIN_WEIGHT <= value <= MAX_WEIGHT
+def _is(type_: Any) -> Callable[[Any], bool]:
+    """Whether a value is one of ``type_``, with the bounds that its annotations give."""
+    adapter: TypeAdapter[Any] = TypeAdapter(type_)
+
+    def holds(value: Any) -> bool:
+        try:
+            adapter.validate_python(value, strict=True)
+        except ValidationError:
+            return False
+        return True
+
+    return holds
 
 
-def _is_limit(value: Any) -> bool:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    return value is None or (is_int and 1 <= value <= MAX_INTEGER)
-
-
-# What the fairness rules divide by has to stay away from 0 and from infinity.
+_BOOL = _is(bool), "true or false"
+_PLACES = _is(Places), f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"
+# The bounds are those of the types, which the API's bodies have too; here are the words for what is refused.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_name, "1 to 200 printable characters"),
-    "weight": (_is_weight, f"a number from {MIN_WEIGHT} to {MAX_WEIGHT:g}"),
-    "priority": (lambda value: value in PRIORITIES, f"one of {', '.join(PRIORITIES)}"),
-    "suspended": (lambda value: isinstance(value, bool), "true or false"),
-    "sample_prompts": (lambda value: isinstance(value, bool), "true or false"),
-    "base_allowed": (lambda value: isinstance(value, bool), "true or false"),
-    "max_queued": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
-    "limits": (lambda value: isinstance(value, TenantLimits), "limits"),
-    "budgets": (lambda value: isinstance(value, Budgets), "budgets"),
-    "max_running": (_is_limit, f"a whole number from 1 to {MAX_INTEGER}, or null for the server's own limit"),
+    "weight": (_is(Weight), f"a number from {MIN_WEIGHT} to {MAX_WEIGHT:g}"),
+    "priority": (_is(Priority), f"one of {', '.join(PRIORITIES)}"),
+    "suspended": _BOOL,
+    "sample_prompts": _BOOL,
+    "base_allowed": _BOOL,
+    "max_queued": _PLACES,
+    "limits": (_is(TenantLimits), "limits"),
+    "budgets": (_is(Budgets), "budgets"),
+    "max_running": _PLACES,
 }
 
 

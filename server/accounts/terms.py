@@ -17,6 +17,11 @@ UNITS: tuple[Unit, ...] = ("tokens", "cost")
 # Costs are counted in these parts of the currency, so that sums of them are exact.
 COST_UNIT = 1_000_000_000
 
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
+# What the fairness rules divide by has to stay away from 0 and from infinity.
+Weight = Annotated[float, Field(ge=MIN_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
+# How many requests may wait or run; None for the server's own limit.
+Places = Annotated[int, Field(ge=1, le=2**31 - 1)] | None
 _Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _Bytes = Annotated[int, Field(ge=1, le=2**60)]
 _Tokens = Annotated[int, Field(ge=0, le=2**60)]

@@ -13,7 +13,7 @@ from adapters.store.replicas import as_json as replica_as_json
 from adapters.store.upload_jobs import JobSearch, State
 from server.accounts.keys import DEFAULT_SCOPES, SCOPES, KeyScope
 from server.accounts.tenants import Priority
-from server.accounts.terms import Budgets, KeyLimits, TenantLimits
+from server.accounts.terms import Budgets, KeyLimits, Places, TenantLimits, Weight
 from server.http import adapters, answers
 from server.http import answers_operators as operators
 from server.http.adapters import (
@@ -40,11 +40,11 @@ class NewTenant(Body):
 
     id: str
     name: str | None = None
-    weight: float = Field(1.0, gt=0, le=1000, allow_inf_nan=False)
+    weight: Weight = 1.0
     priority: Priority = "standard"
     base_allowed: bool = True
-    max_queued: int | None = Field(None, ge=1)
-    max_running: int | None = Field(None, ge=1)
+    max_queued: Places = None
+    max_running: Places = None
     limits: TenantLimits = TenantLimits()
     budgets: Budgets = Budgets()
     sample_prompts: bool = False
@@ -54,11 +54,11 @@ class TenantChange(Body):
     """What a PATCH of a tenant changes; what is not named stays as it is."""
 
     name: str | None = None
-    weight: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
+    weight: Weight | None = None
     priority: Priority | None = None
     base_allowed: bool | None = None
-    max_queued: int | None = Field(None, ge=1)
-    max_running: int | None = Field(None, ge=1)
+    max_queued: Places = None
+    max_running: Places = None
     limits: TenantLimits = TenantLimits()
     budgets: Budgets = Budgets()
     suspended: bool | None = None
