@@ -243,6 +243,10 @@ CURES: dict[str, str] = {
         "Upload adapter_config.json and adapter_model.safetensors, and nothing else but probes.json, the"
         " tokenizer's files, and for PiSSA and its kin initial_adapter_model.safetensors."
     ),
+    "layout_foreign": (
+        "Export it as PEFT saves it, adapter_config.json and adapter_model.safetensors; docs/adapters.md says"
+        " how for the trainers that have a form of their own."
+    ),
     "chat_file_invalid": "Save it with the trainer again, or upload the adapter without it.",
     "added_tokens": (
         "Train it with special tokens in rows that the base's embedding has; or, if it does without these"

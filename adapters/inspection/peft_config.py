@@ -20,6 +20,7 @@ from adapters.errors import AdapterRejected, fault
 from adapters.inspection import strict_json
 from adapters.inspection.experts import is_stacked, parameter_of, stacked_parameters
 from adapters.inspection.heads import may_save
+from adapters.inspection.layouts import refuse_foreign_config
 from adapters.inspection.module_names import match, suffixes
 from adapters.inspection.strict_json import show
 from adapters.inspection.targets import Targets
@@ -342,6 +343,8 @@ def load_fields(path: Path) -> dict[str, Any]:
 
 
 def _check_type(fields: Mapping[str, Any]) -> None:
+    if fields.get("peft_type") is None:
+        refuse_foreign_config(fields, CONFIG_FILE)
     if fields.get("peft_type") != "LORA":
         raise _refuse("not_lora", f"peft_type is {show(fields.get('peft_type'))} instead of 'LORA'.")
 

@@ -18,6 +18,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from adapters.errors import AdapterRejected, UploadTooLarge, fault
+from adapters.inspection.layouts import refuse_foreign, trainer_of
 from adapters.inspection.pickles import PICKLES
 from adapters.inspection.strict_json import show
 from adapters.model import CHAT_FILES, CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
@@ -91,11 +92,13 @@ def _chosen(paths: list[str]) -> set[str]:
     """Of the ``paths`` of known files, those of the adapter: of each name the one nearest to the top.
 
     A trainer keeps ``checkpoint-500/adapter_config.json`` below the finished adapter. Raises AdapterRejected
-    (``archive_invalid``) where two of a name are equally near.
+    (``archive_invalid``) where two of a name are equally near, and (``layout_foreign``) where the only
+    weights are another trainer's.
     """
     chosen: dict[str, str] = {}
     beside = [path for path in paths if path.rpartition("/")[2] in CHAT_FILES]
-    paths = [path for path in paths if path not in beside]
+    others = {path for path in paths if trainer_of(path.rpartition("/")[2]) is not None}
+    paths = [path for path in paths if path not in beside and path not in others]
     for path in sorted(paths, key=lambda path: path.count("/")):
         name = path.rpartition("/")[2]
         if name in chosen and chosen[name].count("/") == path.count("/"):
@@ -108,6 +111,8 @@ def _chosen(paths: list[str]) -> set[str]:
     if pickles and WEIGHTS_FILE not in chosen:
         what = f"The archive holds {pickles[0]}, a pickle."
         raise fault("weights_not_safetensors", what, param=pickles[0])
+    if WEIGHTS_FILE not in chosen:
+        refuse_foreign(path.rpartition("/")[2] for path in others)
     # A tokenizer is the adapter's where it lies beside its config; elsewhere it may be anybody's.
     home = chosen.get(CONFIG_FILE, "").rpartition("/")[0]
     return set(chosen.values()) | {path for path in beside if path.rpartition("/")[0] == home}
@@ -138,7 +143,8 @@ def _is_wanted(path: str, count: int) -> bool:
         raise _refuse(f"it has more than {MAX_ENTRIES} entries")
     if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/") or path[1:2] == ":":
         raise _refuse(f"{show(path)} leads out of it")
-    return path.rpartition("/")[2] in _KNOWN
+    name = path.rpartition("/")[2]
+    return name in _KNOWN or trainer_of(name) is not None
 
 
 def _tar(file: IO[bytes], compressed: bool, max_bytes: int) -> Iterator[tuple[str, IO[bytes]]]:

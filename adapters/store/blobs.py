@@ -44,6 +44,7 @@ from adapters.errors import (
     fault,
 )
 from adapters.files import sync_path, write_all
+from adapters.inspection.layouts import refuse_foreign
 from adapters.model import CHAT_FILES, CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
 from adapters.store.digests import digest_from, digest_of
 from adapters.store.objects import ObjectStore
@@ -455,6 +456,7 @@ def _full_disk(doing: str) -> Iterator[None]:
 def _check_name(filename: str) -> None:
     if filename in FILES or filename in _PASSING_FILES:
         return
+    refuse_foreign([filename])
     if filename.endswith(_PICKLE_SUFFIXES):
         raise fault(
             "weights_not_safetensors", f"The upload holds {filename[:120]!r}, a pickle.", param=filename

@@ -15,7 +15,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.platforms import current_platform
@@ -28,12 +27,11 @@ except ImportError:  # from 0.33 on
     from vllm.entrypoints.common.cli_args import make_arg_parser
 
 from adapters.inspection.base_chat import BaseTokenizer, described, read_base_chat
-from adapters.inspection.quantized import quantization_of
 from adapters.model import BaseChat, BaseModel, Head, ModuleShape
 from adapters.worker.cpu.executor import YieldingExecutor
 from adapters.worker.cpu.features import multiplies_bfloat16
 from adapters.worker.scheduler import ADAPTERS
-from server.engine import quantization, sizing
+from server.engine import sizing
 from server.engine.layers import lora_layers
 from server.engine.parsers import AUTO, Parsers, parsers_of
 from server.engine.sizing import EngineCapacity, Layer
@@ -246,45 +244,6 @@ def want_batch_invariance(settings: Settings) -> None:
             "BATCH_INVARIANT needs a GPU: vLLM has no such kernels for a CPU. Leave it off here."
         )
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
-
-
-def refuse_what_cannot_load(settings: Settings) -> None:
-    """ValueError for a quantized base that vLLM has no kernel for on this machine, and for one that is to
-    classify and has no head. Reads its config.json."""
-    folder = Path(settings.model)
-    if not (folder / "config.json").is_file():
-        return
-    if settings.engine_args.get("convert") == "classify":
-        _refuse_headless(json.loads((folder / "config.json").read_text()), settings)
-    if (found := quantization_of(folder)) is not None:
-        quantization.refuse(
-            found,
-            dtype=str(settings.engine_args.get("dtype", "auto")),
-            on_cpu=current_platform.is_cpu(),
-            amx=torch.cpu._is_amx_tile_supported(),
-        )
-
-
-def _refuse_headless(config: dict[str, Any], settings: Settings) -> None:
-    """A checkpoint that makes text has no head, unless one is made of its vocabulary's."""
-    texts = all(name.endswith("ForCausalLM") for name in config.get("architectures") or ())
-    said = config | (settings.engine_args.get("hf_overrides") or {})
-    if texts and "classifier_from_token" not in said:
-        raise ValueError(
-            f"MODEL: {settings.model} makes text and has no head to classify with. Save one with"
-            " transformers'"
-            ' AutoModelForSequenceClassification, or have one made of two tokens\' rows: "hf_overrides":'
-            ' {"classifier_from_token": ["no", "yes"], "method": "no_post_processing"} in ENGINE_ARGS.'
-        )
-
-
-def refuse_what_cannot_run(config: Any) -> None:
-    """ValueError for a model that the engine of ``config`` (VllmConfig) loads and then cannot run."""
-    if current_platform.is_cpu() and config.model_config.is_moe:
-        raise ValueError(
-            "a mixture of experts needs a GPU: with LoRA, vLLM multiplies its experts by Triton kernels,"
-            " which this CPU build does not have"
-        )
 
 
 def log_advice(config: Any) -> None:

@@ -119,11 +119,11 @@ class Engine:
         # or to be a gateway.
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
-        from server.engine import arguments
+        from server.engine import arguments, bases
         from server.engine.metered import MeteredLLM
 
         arguments.want_batch_invariance(settings)
-        await asyncio.to_thread(arguments.refuse_what_cannot_load, settings)
+        await asyncio.to_thread(bases.refuse_what_cannot_load, settings)
         settings, parsers, tokenizer = await asyncio.to_thread(arguments.choose_parsers, settings)
         slots = await asyncio.to_thread(arguments.slots_of, settings)
         args, engine_args = arguments.vllm_arguments(settings, slots)
@@ -151,7 +151,7 @@ class Engine:
             config = llm.vllm_config
             base = replace(base, quantized=quantized, head=arguments.head_of(base, config, task))
             base = replace(base, chat=arguments.chat_of(config, tokenizer))
-            arguments.refuse_what_cannot_run(config)
+            bases.refuse_what_cannot_run(config)
             arguments.log_advice(config)
             engine = cls(
                 llm,

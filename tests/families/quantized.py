@@ -68,10 +68,10 @@ async def measure_quantized(kind: str, root: Path, *, dtype: str = "bfloat16") -
 
 async def _refusal(settings: Settings) -> str:
     """Why this base is refused before it is loaded; empty where it is not."""
-    from server.engine import arguments
+    from server.engine import bases
 
     try:
-        await asyncio.to_thread(arguments.refuse_what_cannot_load, settings)
+        await asyncio.to_thread(bases.refuse_what_cannot_load, settings)
         await asyncio.to_thread(_config_of, settings)
     except ValueError as error:
         return str(error).removeprefix("MODEL: ").split("Value error, ")[-1].split(". ")[0]

@@ -18,7 +18,6 @@ from adapters.worker.cpu.executor import YieldingExecutor
 from adapters.worker.scheduler import _count_adapters, adapters_of
 from server.engine.arguments import (
     Slots,
-    refuse_what_cannot_run,
     slots_of,
     vllm_arguments,
     want_batch_invariance,
@@ -44,15 +43,6 @@ def test_refused_arguments_are_arguments_of_vllm() -> None:
     front_end = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     known = {field.name for field in fields(AsyncEngineArgs)} | vars(front_end).keys()
     assert {*REFUSED_ENGINE_ARGS, *ONE_ENGINE_ARGS} <= known
-
-
-def test_a_mixture_of_experts_is_refused_on_a_cpu() -> None:
-    def config(is_moe: bool) -> SimpleNamespace:
-        return SimpleNamespace(model_config=SimpleNamespace(is_moe=is_moe))
-
-    refuse_what_cannot_run(config(is_moe=False))
-    with pytest.raises(ValueError, match="mixture of experts needs a GPU"):
-        refuse_what_cannot_run(config(is_moe=True))
 
 
 def test_the_executor_is_handed_over_as_a_class(tmp_path: Path) -> None:

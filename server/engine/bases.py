@@ -1,0 +1,77 @@
+"""Which bases the engine here cannot serve, said before one is loaded where its config.json tells.
+
+Imported by ``Engine.start`` alone, as ``server.engine.arguments`` is.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+
+from adapters.inspection.quantized import quantization_of
+from server.engine import quantization
+from server.settings import Settings
+
+# Where configs say how many experts a layer has: vLLM's list (``model_arch_config_convertor.py``).
+_EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+
+
+def refuse_what_cannot_load(settings: Settings) -> None:
+    """ValueError for a base that cannot be served on this machine, or not as ENGINE_ARGS say.
+
+    Reads the config.json of its folder and no weights; of a base that is no folder nothing is known yet.
+    """
+    folder = Path(settings.model)
+    if not (folder / "config.json").is_file():
+        return
+    config = json.loads((folder / "config.json").read_text())
+    if not isinstance(config, dict):
+        raise ValueError(f"MODEL: {folder / 'config.json'} is no JSON object")
+    on_cpu = current_platform.is_cpu()
+    if on_cpu and has_experts(config):
+        raise _experts(str(folder))
+    if settings.engine_args.get("convert") == "classify":
+        _refuse_headless(config, settings)
+    if (found := quantization_of(folder)) is not None:
+        amx = torch.cpu._is_amx_tile_supported()
+        quantization.refuse(
+            found, dtype=str(settings.engine_args.get("dtype", "auto")), on_cpu=on_cpu, amx=amx
+        )
+
+
+def refuse_what_cannot_run(config: Any) -> None:
+    """ValueError for a model that the engine of ``config`` (VllmConfig) loads and then cannot run."""
+    if current_platform.is_cpu() and config.model_config.is_moe:
+        raise _experts(config.model_config.model)
+
+
+def has_experts(config: dict[str, Any]) -> bool:
+    """Whether a config.json describes a mixture of experts, or a model around one."""
+    inner = [part for name in ("text_config", "llm_config") if isinstance(part := config.get(name), dict)]
+    blocks = config.get("block_configs")
+    inner += [block for block in (blocks if isinstance(blocks, list) else ()) if isinstance(block, dict)]
+    return any(part.get(name) for part in (config, *inner) for name in _EXPERTS)
+
+
+def _experts(model: str) -> ValueError:
+    return ValueError(
+        f"MODEL: {model} is a mixture of experts, which needs a GPU: with LoRA, vLLM multiplies experts by"
+        " Triton kernels, which this CPU build does not have. Serve a dense model here."
+    )
+
+
+def _refuse_headless(config: dict[str, Any], settings: Settings) -> None:
+    """A checkpoint that makes text has no head, unless one is made of its vocabulary's."""
+    texts = all(name.endswith("ForCausalLM") for name in config.get("architectures") or ())
+    said = config | (settings.engine_args.get("hf_overrides") or {})
+    if texts and "classifier_from_token" not in said:
+        raise ValueError(
+            f"MODEL: {settings.model} makes text and has no head to classify with. Save one with"
+            " transformers'"
+            ' AutoModelForSequenceClassification, or have one made of two tokens\' rows: "hf_overrides":'
+            ' {"classifier_from_token": ["no", "yes"], "method": "no_post_processing"} in ENGINE_ARGS.'
+        )

@@ -1,0 +1,86 @@
+"""Bases that the engine cannot serve are refused before their weights are read, with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import DeepseekV3Config, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
+
+from server.engine import contract
+from server.engine.bases import has_experts, refuse_what_cannot_load, refuse_what_cannot_run
+from server.engine.engine import Engine
+from server.inference.dialects.registry import DIALECTS
+from server.settings import Settings
+from tests.support.trainer import SIZES
+
+MIXTURES = {
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3-moe": Qwen3MoeConfig(**SIZES, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2),
+}
+EXPERTS = "a mixture of experts, which needs a GPU"
+
+
+def settings_of(folder: Path, config: Any = None, **engine_args: Any) -> Settings:
+    """On a folder that has a config and no weights."""
+    folder.mkdir(exist_ok=True)
+    if config is not None:
+        config.save_pretrained(folder)
+    return Settings(model=str(folder), gpu_slots=1, host_slots=1, max_lora_rank=8, engine_args=engine_args)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+async def test_a_mixture_of_experts_does_not_start_on_a_cpu(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are no weights to be read; neither are they looked for."""
+    monkeypatch.setattr(contract, "check", lambda: None)  # seconds, for what another test looks at
+    with pytest.raises(ValueError, match=EXPERTS):
+        await Engine.start(settings_of(tmp_path, MIXTURES[kind]), DIALECTS)
+
+
+@pytest.mark.parametrize(
+    ("config", "mixed"),
+    [
+        (MIXTURES["mixtral"].to_dict(), True),
+        (DeepseekV3Config().to_dict(), True),
+        ({"text_config": MIXTURES["qwen3-moe"].to_dict(), "vision_config": {}}, True),
+        ({"block_configs": [{"block_type": "moe", "n_routed_experts": 8}]}, True),
+        (LlamaConfig(**SIZES).to_dict(), False),
+        (Qwen3Config(**SIZES).to_dict(), False),
+        ({"text_config": LlamaConfig(**SIZES).to_dict()}, False),
+        ({"num_experts": 0, "text_config": None, "block_configs": None}, False),
+    ],
+)
+def test_a_config_tells_whether_there_are_experts(config: dict[str, Any], mixed: bool) -> None:
+    assert has_experts(config) is mixed
+
+
+def test_one_that_is_no_folder_is_refused_once_it_is_known() -> None:
+    def config(is_moe: bool) -> SimpleNamespace:
+        return SimpleNamespace(model_config=SimpleNamespace(is_moe=is_moe, model="org/model"))
+
+    refuse_what_cannot_run(config(is_moe=False))
+    with pytest.raises(ValueError, match=f"org/model is {EXPERTS}"):
+        refuse_what_cannot_run(config(is_moe=True))
+
+
+def test_what_is_to_classify_has_a_head(tmp_path: Path) -> None:
+    text = LlamaConfig(**SIZES, architectures=["LlamaForCausalLM"])
+    with pytest.raises(ValueError, match="no head to classify with"):
+        refuse_what_cannot_load(settings_of(tmp_path, text, runner="pooling", convert="classify"))
+    made = {"classifier_from_token": ["no", "yes"], "method": "no_post_processing"}
+    args = {"runner": "pooling", "convert": "classify"}
+    refuse_what_cannot_load(settings_of(tmp_path, text, **args, hf_overrides=made))
+    refuse_what_cannot_load(settings_of(tmp_path, text))
+    headed = LlamaConfig(**SIZES, architectures=["LlamaForSequenceClassification"])
+    refuse_what_cannot_load(settings_of(tmp_path, headed, **args))
+
+
+def test_a_config_that_is_none_is_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps([]))
+    with pytest.raises(ValueError, match="is no JSON object"):
+        refuse_what_cannot_load(settings_of(tmp_path))
