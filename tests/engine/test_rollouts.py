@@ -87,6 +87,10 @@ async def rolled_out(site: Site, key: str, version: int, guards: dict[str, Any])
                 if found["state"] in ("completed", "rolled_back"):
                     break
         await asyncio.gather(*asking)
+    numbers = found["numbers"] or {"new": {"requests": 0}, "replays": None}
+    asked, replays = numbers["new"]["requests"], (numbers["replays"] or {}).get("prompts", 0)
+    taken = f"{asked} requests of version {version}, {replays} replays"
+    print(f"{found['state']} after {taken}: {found['reason']}")
     return dict(found)
 
 
