@@ -251,10 +251,10 @@ async def test_replays_go_on_beside_others_who_always_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of a replay's answers waits longer for its turn than the queue lasts."""
-    monkeypatch.setattr("server.rollouts.replay.ANSWER_TOKENS", 8)
+    monkeypatch.setattr("server.rollouts.replay.ANSWER_TOKENS", 4)
     monkeypatch.setattr("server.rollouts.replay.ASK_AGAIN_S", 0.05)
     engine = FakeEngine(tiny.base(), times=Times(step=0.002), max_running=1)
-    async with fake_site(tmp_path, engine, rollout_key=KEY, queue_timeout=0.5) as site:
+    async with fake_site(tmp_path, engine, rollout_key=KEY, queue_timeout=0.3) as site:
         key = await two(site, 2)
         replayer = site.services.judge.replayer
         replay = replayer.replay
