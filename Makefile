@@ -15,7 +15,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install runtime demo fleet quick test check bench attack chaos families clients fuzz clean help
+.PHONY: install runtime demo fleet quick test check bench card attack chaos families clients fuzz clean help
 
 install: $(STAMP) ## Make .venv with everything pinned (about two minutes; a second time nothing)
 
@@ -65,6 +65,9 @@ check: $(STAMP) ## Lint, formatting, types, and which module may import which
 bench: $(STAMP) ## Measure against bare vLLM, about 45 minutes; SCENARIO=storm for one, RUNS=1, QUICK=1, MINUTES=10
 	$(PY) -m tests.bench $(SCENARIO) $(if $(RUNS),--runs $(RUNS)) $(if $(filter-out 0,$(QUICK)),--quick) \
 		$(if $(MINUTES),--minutes $(MINUTES))
+
+card: $(STAMP) ## Measure adapters of an 8B model on one GPU, 10 minutes; CPU=1 tries it in small
+	$(PY) -m tests.bench.card $(if $(filter-out 0,$(CPU)),--cpu)
 
 attack: $(STAMP) ## Send every hostile input beside a customer who must not notice, 12 minutes; KIND="many items", MINUTES=60, ENGINE=fake
 	ENGINE=$(ENGINE) $(PY) -m $(if $(MINUTES),tests.bench.hostile_time $(MINUTES),tests.bench.attack $(if $(KIND),"$(KIND)"))

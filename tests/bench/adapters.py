@@ -87,12 +87,16 @@ def target_shapes(base: Path) -> dict[str, tuple[int, int]]:
         return {name: tuple(weights.get_slice(f"{name}.weight").get_shape()) for name in targets}
 
 
-def write(folder: Path, rank: int, seed: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+def write(
+    folder: Path, rank: int, seed: int, shapes: Mapping[str, tuple[int, int]], dtype: str = "float32"
+) -> None:
     """What PEFT's ``save_pretrained`` would write, for a new random adapter on the layers of ``shapes``."""
     rng = np.random.default_rng(seed)
     sizes = {"A": SPREAD, "B": EFFECT / (ALPHA / rank * rank**0.5)}
     tensors = {
-        f"base_model.model.{layer}.lora_{side}.weight": size * rng.standard_normal(shape, np.float32)
+        f"base_model.model.{layer}.lora_{side}.weight": (
+            size * rng.standard_normal(shape, np.float32)
+        ).astype(dtype)
         for layer, (outputs, inputs) in shapes.items()
         for (side, size), shape in zip(sizes.items(), ((rank, inputs), (outputs, rank)), strict=True)
     }
