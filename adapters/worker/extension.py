@@ -6,7 +6,7 @@ which touch neither the GPU nor the engine's tables:
 
     stage        start reading into host memory      a thread; the call returns at once
     (collect)    enter what is read into the tables  a dictionary insert
-    activate     copy host -> slot                   a few milliseconds
+    activate     copy host -> slot                   begins, and goes on a slice at each call
     deactivate   free the slot, keep host memory
     evict        free both
 
@@ -25,14 +25,25 @@ from typing import Any
 
 import psutil
 
+from adapters.worker.activation import (
+    SLICE_ON_CPU_S,
+    SLICE_S,
+    Copies,
+    CopiesOnCPU,
+    CopiesOnGPU,
+    SlotFiller,
+    can_be_sliced,
+)
 from adapters.worker.cpu.onednn import make_kernels
 from adapters.worker.cpu.packed import know_the_device
 from adapters.worker.dora import DoraScales
 from adapters.worker.experts import expert_shapes, has_stacked_experts, largest_pairs
 from adapters.worker.heads import head_of, heads_bytes
 from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine
+from adapters.worker.host_pool import HostPool, pin_for_cuda
 from adapters.worker.names import Names, checkpoint_modules, names_of
 from adapters.worker.not_finite import NotFiniteGuard
+from adapters.worker.notices import Teller, teller
 from adapters.worker.shards import cut_when_read, is_divided
 from adapters.worker.shared_rows_gpu import offer
 from adapters.worker.vocabulary import vocabulary_shape
@@ -49,47 +60,81 @@ WireOp = tuple[str, int, str, str]
 
 
 class LoraplexWorker:
-    """Methods are prefixed: vLLM refuses an extension that shares an attribute with its worker."""
+    """Methods are prefixed: vLLM refuses an extension that shares an attribute with its worker.
+
+    Of the two names that vLLM calls by itself from 0.33 on, ``init_worker_extension`` comes before the model
+    is loaded, which paging needs, and is not used.
+    """
 
     _loraplex_state: _Pager
     _loraplex_guard: NotFiniteGuard
 
     def loraplex_open(
-        self, gpu_slots: int, host_slots: int, *, shards: bool = True, shared: bool = False
+        self,
+        gpu_slots: int,
+        host_slots: int,
+        *,
+        shards: bool = True,
+        shared: bool = False,
+        pool: bool = True,
+        slice_s: float | None = None,
+        notices: tuple[str, str] | None = None,
     ) -> dict[str, Any]:
         """Starts paging within these caps; returns the base model's adaptable layers, as plain data.
 
         ``shards``: where several workers share the model, each keeps its part of an adapter only.
         ``shared``: as many adapters as ``gpu_slots`` share vLLM's slots, each on ranks of its own.
+        ``pool``: host memory for adapters is made now, and pinned where there is a GPU.
+        ``slice_s``: seconds for which filling a slot may hold the engine at a time; 0: until it is full.
+        ``notices``: where, and by which token, to say that a load has left its thread.
 
         ``modules``: checkpoint name -> [in_features, out_features]; ``aliases``: another name for one of them
         -> its checkpoint name; ``fused``: suffix -> its parts; ``slot_bytes``: what one slot takes here;
         ``entry_bytes``: what the largest adapter takes in host memory here, None where that is all of it;
         ``dora``: whether DoRA is computed; ``vocabulary``: as ``modules``, of the head and the embedding;
-        ``head``: that of a classifier, see ``adapters.worker.heads``, or None.
+        ``head``: that of a classifier, see ``adapters.worker.heads``, or None;
+        ``notices``: whether they are heard.
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         model = runner.model_config
         self._loraplex_state = _Pager(
-            runner.lora_manager, gpu_slots, host_slots, model, shards=shards, shared=shared
+            runner.lora_manager,
+            gpu_slots,
+            host_slots,
+            model,
+            shards=shards,
+            shared=shared,
+            pool=pool,
+            slice_s=slice_s,
+            workers=runner.vllm_config.parallel_config.world_size,
+            notices=teller(notices),
         )
         self._loraplex_state.make_kernels(runner.scheduler_config)
         self._loraplex_guard = NotFiniteGuard(runner)
         self._loraplex_guard.zero_new_blocks()
         return self._loraplex_state.describe()
 
+    def destroy_worker_extension(self) -> None:
+        """Called by vLLM, from 0.33 on, before the worker ends: no load of ours keeps it from that."""
+        if hasattr(self, "_loraplex_state"):
+            self._loraplex_state.close()
+
     def loraplex_page(self, ops: list[WireOp]) -> dict[str, Any]:
         """Carries out ``ops`` in order, then reports which loads have reached host memory since.
 
         ``results``: one ``[error or None, seconds]`` per operation; ``staged``: ``[load id, error or None,
-        seconds, bytes, ranks]`` per load; ``staging``: how many loads go on. An operation that fails changes
-        nothing and does not stop the next.
+        seconds, bytes, ranks]`` per load; ``staging``: how many loads go on. ``activated``: ``[load id, error
+        or None, seconds]`` per slot that has been filled, or could not be; ``filling``: how many go on with
+        the next call. An operation that fails changes nothing and does not stop the next.
         """
         return self._loraplex_state.page(ops)
 
     def loraplex_report(self) -> dict[str, Any]:
-        """What this worker holds: ``host`` and ``slots`` by load id, ``staging``, ``in_step_loads``; and
-        ``kernels``, how many of oneDNN's it has made ahead, with the tokens of a step that they reach to."""
+        """What this worker holds: ``host`` and ``slots`` by load id, ``staging``, ``in_step_loads``;
+        ``kernels``, how many of oneDNN's it has made ahead, with the tokens of a step that they reach to;
+        ``pool``, of the memory made at the start: bytes, how many are free, whether pinned, and how many
+        adapters did not fit in; ``held``, the longest time for which a call has held the engine, in seconds.
+        """
         return self._loraplex_state.report()
 
 
@@ -114,6 +159,10 @@ class _Pager:
         *,
         shards: bool = True,
         shared: bool = False,
+        pool: bool = True,
+        slice_s: float | None = None,
+        workers: int = 1,
+        notices: Teller | None = None,
     ) -> None:
         from vllm.platforms import current_platform
 
@@ -131,14 +180,22 @@ class _Pager:
             from adapters.worker.shared_slots import share_slots
 
             self._shared = share_slots(self.tables, gpu_slots)
-        elif on_cpu:
+        self._wrappers: list[Any] = []  # that refer to adapters where they lie in host memory
+        if not shared and on_cpu:
             from adapters.worker.cpu.kernels import install
 
-            install(self.tables)
+            self._wrappers += install(self.tables)
             if model.quantization is None:
                 self._dora = DoraScales(self.tables)
         self._cuts = shards and is_divided(self.tables)
-        self._make_room()
+        self._pool = self._make_room(pool, workers)
+        self._copies: Copies = CopiesOnCPU() if on_cpu else CopiesOnGPU()
+        self._filler: SlotFiller | None = None
+        seconds = (SLICE_ON_CPU_S if on_cpu else SLICE_S) if slice_s is None else slice_s
+        if seconds and self._shared is None and can_be_sliced(self.tables):
+            self._filler = SlotFiller(self.tables, self._copies, seconds, self._scale)
+        self._held = 0.0
+        self._notices = notices
         self._load = manager._load_adapter
         self._threads = ThreadPoolExecutor(STAGING, "loraplex-stage", initializer=stay_beside_the_engine)
         self._staging: dict[int, Future[tuple[Any, float]]] = {}
@@ -146,22 +203,33 @@ class _Pager:
         self.in_step_loads = 0
         manager._load_adapter = self._load_inside_a_step
 
-    def _make_room(self) -> None:
+    def _make_room(self, pooled: bool, workers: int) -> HostPool:
         """Memory that adapters are read into, and, where this worker keeps a part of them, for those parts.
 
-        On a GPU machine what is read is copied on into pinned memory, and its buffer is free at once.
+        On a GPU machine and not ``pooled`` vLLM copies what is read into pinned memory, tensor by tensor, and
+        its buffer is free at once.
         """
         dtype = self.manager.lora_config.lora_dtype
         entry = self._allocated() // self._slots
-        pool = BufferPool(entry, self.host_slots if self._on_cpu else STAGING)
-        most = PREFAULTED_BYTES_ON_CPU if self._on_cpu else PREFAULTED_BYTES
-        pool.prefault(min(most, psutil.virtual_memory().available // 4))
-        if not self._cuts:
-            read_with(Loader(pool, dtype))
-            return
-        # What is read is as large as all workers' parts together, and free again as soon as it is cut.
-        read_with(Loader(BufferPool(1, KEPT_FOR_READING), dtype))
-        cut_when_read(self.tables, lambda elements: pool.tensor(elements, dtype))
+        available = psutil.virtual_memory().available
+        most = min(PREFAULTED_BYTES_ON_CPU if self._on_cpu else PREFAULTED_BYTES, available // 4)
+        size = self.host_slots * entry
+        if self._on_cpu:
+            size = min(size, most) if pooled else 0
+            beside = max(KEPT_FOR_READING, self.host_slots - size // entry)
+        else:
+            # What is read is as large as all workers' parts together, and free again as soon as it is cut.
+            size += KEPT_FOR_READING * entry * workers if self._cuts else STAGING * entry
+            size, beside = min(size, available // (2 * workers)) if pooled else 0, STAGING
+        pool = HostPool(size, entry, beside, None if self._on_cpu else pin_for_cuda)
+        pool.touch()
+        if not pool.size:
+            pool.prefault(most)
+        if self._cuts:
+            cut_when_read(self.tables, lambda elements: pool.tensor(elements, dtype))
+        reads_into_parts = self._cuts and not pool.pinned
+        read_with(Loader(BufferPool(1, KEPT_FOR_READING) if reads_into_parts else pool, dtype))
+        return pool
 
     def make_kernels(self, steps: Any) -> None:
         """``steps``: vLLM's ``SchedulerConfig``."""
@@ -207,6 +275,7 @@ class _Pager:
             "aliases": dict(names.aliases),
             "dora": self._dora is not None,
             "head": head,
+            "notices": self._notices is not None,
             "fused": fused,
             "max_lora_rank": self.manager.lora_config.max_lora_rank,
             "slot_bytes": self._allocated() // self._slots,
@@ -252,7 +321,11 @@ class _Pager:
                     total += sum(t.nbytes for t in (side if isinstance(side, tuple | list) else [side]))
         return total
 
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     def page(self, ops: list[WireOp]) -> dict[str, Any]:
+        began = time.perf_counter()
         results = []
         for verb, load_id, name, path in ops:
             started = time.perf_counter()
@@ -263,7 +336,7 @@ class _Pager:
                 elif verb == "activate":
                     self._activate(load_id)
                 elif verb == "deactivate":
-                    self.tables.deactivate_adapter(load_id)
+                    self._leave_slot(load_id)
                 elif verb == "evict":
                     self._evict(load_id)
                 else:
@@ -272,7 +345,20 @@ class _Pager:
                 logger.exception("paging operation %s %d failed", verb, load_id)
                 error = f"{type(exc).__name__}: {exc}"
             results.append([error, time.perf_counter() - started])
-        return {"results": results, "staged": self._collect(), "staging": len(self._staging)}
+        activated = self._filler.go_on() if self._filler is not None else []
+        for load_id, error, _ in activated:
+            if error is not None:
+                logger.error("filling a slot with load %d failed: %s", load_id, error)
+        staged = self._collect()
+        self._pool.settle(self._copies.fence)
+        self._held = max(self._held, time.perf_counter() - began)
+        return {
+            "results": results,
+            "staged": staged,
+            "staging": len(self._staging),
+            "activated": [list(one) for one in activated],
+            "filling": len(self._filler or ()),
+        }
 
     def report(self) -> dict[str, Any]:
         return {
@@ -281,10 +367,15 @@ class _Pager:
             "staging": sorted(self._staging),
             "in_step_loads": self.in_step_loads,
             "kernels": self._kernels,
+            "pool": self._pool.account(),
+            "held": self._held,
         }
 
     def _stage(self, load_id: int, name: str, path: str) -> None:
-        self._staging[load_id] = self._threads.submit(self._read, load_id, name, path)
+        reading = self._threads.submit(self._read, load_id, name, path)
+        self._staging[load_id] = reading
+        if (notices := self._notices) is not None:
+            reading.add_done_callback(lambda _: notices.tell())
 
     def _read(self, load_id: int, name: str, path: str) -> tuple[Any, float]:
         """Runs in a thread: files -> packed, scaled (and on a GPU machine pinned) host tensors."""
@@ -326,22 +417,37 @@ class _Pager:
             raise LookupError(f"load {load_id} is not in host memory")
         if load_id in self.tables._active_adapters:
             return
-        if len(self.tables._active_adapters) >= self.gpu_slots:
+        if len(self.tables._active_adapters) + len(self._filler or ()) >= self.gpu_slots:
             raise LookupError("no slot is free")
+        if self._filler is not None:
+            self._filler.begin(load_id)
+            return
         try:
             self.tables.activate_adapter(load_id)
-            if self._dora is not None:
-                slot = self.tables.lora_index_to_id.index(load_id)
-                self._dora.fill(slot, self.tables._registered_adapters[load_id].loraplex_scales)
+            self._scale(self.tables.lora_index_to_id.index(load_id), load_id)
         except BaseException:
             # vLLM marks the slot before it copies: half an adapter must not be mistaken for a whole one.
             self.tables.remove_adapter(load_id)
             raise
 
+    def _scale(self, slot: int, load_id: int) -> None:
+        if self._dora is not None:
+            self._dora.fill(slot, self.tables._registered_adapters[load_id].loraplex_scales)
+
+    def _leave_slot(self, load_id: int) -> None:
+        slots = self.tables.lora_index_to_id
+        index = slots.index(load_id) if load_id in slots else None
+        if self._filler is not None:
+            self._filler.give_up(load_id)
+        self.tables.deactivate_adapter(load_id)
+        for wrapper in self._wrappers if index is not None else ():
+            wrapper.forget(index)
+
     def _evict(self, load_id: int) -> None:
         if load_id in self._staging:
             self._evicted_while_staging.add(load_id)
             return
+        self._leave_slot(load_id)
         self.tables.remove_adapter(load_id)
 
 

@@ -63,6 +63,11 @@ WORKERS: tuple[Use, ...] = (
     ),
     Use("vllm.lora.model_manager", "AdapterLRUCache", why="as above"),
     Use(
+        "vllm.lora.model_manager",
+        text=("module.reset_lora(index)", "module.set_lora(", "module.reset_module_to_save(index)"),
+        why="adapters.worker.activation fills a slot in the same way, in slices, unless it has such a head",
+    ),
+    Use(
         "vllm.lora.punica_wrapper.punica_base",
         "PunicaWrapperBase",
         (

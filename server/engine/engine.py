@@ -39,6 +39,7 @@ from server.engine.calls import (
 from server.engine.errors import engine_errors, filled, named, request_errors
 from server.engine.grammars import Grammars
 from server.engine.manners import Manner, current_manner
+from server.engine.notices import Notices
 from server.engine.own_tokens import read_own_tokens
 from server.engine.paging import Paging, worker_options
 from server.engine.parsers import Parsers
@@ -88,6 +89,7 @@ class Engine:
         self._paging = paging
         self._dialects = dialects
         self.parsers = Parsers(None, None, tools_shown=False)
+        self._notices: Notices | None = None
         # Told (model, reason) when a model's answer was not a number; see ``_not_finite``.
         self.on_fault: Callable[[str, str], None] = _log_fault
         self._forgetting: asyncio.Task[None] | None = None
@@ -128,6 +130,7 @@ class Engine:
         slots = await asyncio.to_thread(arguments.slots_of, settings)
         args, engine_args = arguments.vllm_arguments(settings, slots)
         guard.start()
+        notices = Notices.open() if settings.load_notices else None
         llm = await asyncio.to_thread(MeteredLLM.from_engine_args, engine_args)
         engine: Engine | None = None
         try:
@@ -142,7 +145,7 @@ class Engine:
                 )
             await init_app_state(llm, state, args, tasks)
             names = state.openai_serving_models.lora_requests
-            paging = Paging(llm, names, worker_options(settings))
+            paging = Paging(llm, names, worker_options(settings, notices))
             described = await paging.open(slots.active, slots.host)
             base = arguments.base_model_of(settings.served_model_name, described)
             found = await asyncio.to_thread(fingerprint, Path(settings.model))
@@ -164,6 +167,7 @@ class Engine:
                 dialects=dialects,
             )
             engine.parsers = parsers
+            engine._notices = notices
             llm.watch_for_nan(engine._not_finite)
             engine._adapt_serving(settings.served_model_name)
             if not pooling:
@@ -172,6 +176,8 @@ class Engine:
         except BaseException:
             if engine is not None and engine._grammars is not None:
                 engine._grammars.stop()
+            if notices is not None:
+                notices.close()
             llm.shutdown()
             raise
         return engine
@@ -245,6 +251,13 @@ class Engine:
         """Calls ``on_lost`` once the engine's process is found dead, before any request hears of it."""
         self._llm.on_lost = on_lost
 
+    def listen(self, on_notice: Callable[[], None]) -> bool:
+        """Calls ``on_notice`` when a worker has ended a load. False where they do not say so."""
+        if self._notices is None or not self._paging.is_told:
+            return False
+        self._notices.listen(on_notice)
+        return True
+
     def detach(self, reason: str) -> None:
         """The engine is given up, dead or hung: forgets every load, and lets go of every call.
 
@@ -285,6 +298,8 @@ class Engine:
             self._forgetting.cancel()
         if self._grammars is not None:
             self._grammars.stop()
+        if self._notices is not None:
+            self._notices.close()
         await self._llm.kill_starting()
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):

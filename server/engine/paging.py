@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from server.engine.calls import PageOp, PageReport, PageResult, StageResult, WorkerReport
+from server.engine.notices import Notices
 from server.settings import Settings
 
+# Between two slices of a slot that is filled: others ask the engine for something meanwhile.
+FILL_POLL_S = 0.0005
 
-def worker_options(settings: Settings) -> dict[str, Any]:
+
+def worker_options(settings: Settings, notices: Notices | None = None) -> dict[str, Any]:
     """What ``LoraplexWorker.loraplex_open`` is told beside the numbers of slots."""
-    return {"shards": settings.host_shards, "shared": bool(settings.rank_slots)}
+    return {
+        "shards": settings.host_shards,
+        "shared": bool(settings.rank_slots),
+        "pool": settings.host_pool,
+        "slice_s": settings.activation_slice,
+        "notices": None if notices is None else (notices.address, notices.token),
+    }
 
 
 class Paging:
@@ -25,6 +36,7 @@ class Paging:
         self._names = names
         self._options = options
         self._number = 1
+        self.is_told = False  # every worker says by itself that a load has ended
         self._loads: dict[int, PageOp] = {}
         self._half_staged: dict[int, list[StageResult]] = {}
         self._left_over: list[int] = []  # loads that have failed on some workers and are in others' memory
@@ -35,6 +47,7 @@ class Paging:
             "loraplex_open", args=(gpu_slots, host_slots), kwargs=self._options
         )
         self._number = len(described)
+        self.is_told = all(one.get("notices") for one in described)
         return described
 
     def forget(self) -> None:
@@ -49,14 +62,35 @@ class Paging:
         left_over, self._left_over = self._left_over, []
         wire = [("evict", load_id, "", "") for load_id in left_over]
         wire += [(op.verb, op.load_id, op.name, op.path) for op in ops]
-        reports = await self._workers.collective_rpc("loraplex_page", args=(wire,))
+        reports = await self._whole_slots(wire)
         by_op = list(zip(*(r["results"] for r in reports), strict=True))[len(left_over) :]
         results = []
         for op, per_worker in zip(ops, by_op, strict=True):
+            ended = [report.get("filled", {}).get(op.load_id) for report in reports]
+            if op.verb == "activate":
+                per_worker = tuple(fill or one for fill, one in zip(ended, per_worker, strict=True))
             errors = [error for error, _ in per_worker if error is not None]
             results.append(PageResult(errors[0] if errors else None, max(s for _, s in per_worker)))
             self._remember(op, failed=bool(errors))
         return PageReport(tuple(results), self._whole_stages(reports))
+
+    async def _whole_slots(self, wire: list[tuple[str, int, str, str]]) -> list[dict[str, Any]]:
+        """What the workers answer to ``wire`` once every slot is full that one of them began to fill.
+
+        They go on with each call, a slice at a time, between two steps; ``filled`` is how each slot ended.
+        """
+        reports: list[dict[str, Any]] = await self._workers.collective_rpc("loraplex_page", args=(wire,))
+        latest = reports
+        while True:
+            for whole, one in zip(reports, latest, strict=True):
+                filled = whole.setdefault("filled", {})
+                filled |= {load_id: (error, seconds) for load_id, error, seconds in one.get("activated", ())}
+                if one is not whole:
+                    whole["staged"] = [*whole["staged"], *one["staged"]]
+            if not any(one.get("filling") for one in latest):
+                return reports
+            await asyncio.sleep(FILL_POLL_S)
+            latest = await self._workers.collective_rpc("loraplex_page", args=([],))
 
     async def report(self) -> WorkerReport:
         """As ``Engine.report``; raises what vLLM does."""

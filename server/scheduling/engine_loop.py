@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Each poll is one short call between engine steps; a load takes tens of milliseconds and more.
 STAGE_POLL = 0.005
+# Where workers say by themselves that a load has ended, in case they could not.
+STAGE_LOOK = 0.25
 RECONCILE_EVERY = 5.0
 WATCH_EVERY = 0.5
 # Of the event loop, before a check of the plan lets others run; and between two such slices.
@@ -50,6 +52,9 @@ class Pager(Protocol):
 
     def watch(self, on_lost: Callable[[EngineDied], None]) -> None:
         """Call ``on_lost`` as soon as the engine is known to be dead, before anybody else notices."""
+
+    def listen(self, on_notice: Callable[[], None]) -> bool:
+        """Call ``on_notice`` when a load has been read, or could not be. False: it has to be asked for."""
 
     def detach(self, reason: str) -> None:
         """The engine is given up: pause every call that can go on in the next one, and end all others."""
@@ -176,11 +181,12 @@ class EngineLoop:
     async def _page_until_lost(self) -> None:
         """Carry out what the plan decides, in order, until the engine is lost, which raises EngineDied."""
         reconcile_at = self.now() + RECONCILE_EVERY
+        look = STAGE_LOOK if self._pager.listen(self._pager_wake.set) else STAGE_POLL
         while True:
             if self._lost is not None:
                 raise self._lost
             if not self._ops:
-                pause = STAGE_POLL if self._staging else max(0.001, reconcile_at - self.now())
+                pause = look if self._staging else max(0.001, reconcile_at - self.now())
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await self._pager_wake.wait()

@@ -165,6 +165,21 @@ class Serving(BaseSettings):
         description="Adapters that share GPU_SLOTS by their ranks; 0: none do. Not tried on a GPU yet.",
     )
     host_shards: bool = Field(True, description="Each of several GPUs' workers keeps its part of an adapter.")
+    host_pool: bool = Field(
+        True,
+        description="Host memory for adapters is made once at the start; pinned where there is a GPU, where"
+        " this has not been tried yet.",
+    )
+    activation_slice: float | None = Field(
+        None,
+        ge=0,
+        description="Seconds for which filling a slot may hold the engine at a time; 0: until it is full."
+        " 0.002 on a GPU, 0.02 on a CPU if unset.",
+    )
+    load_notices: bool = Field(
+        True,
+        description="Workers say by themselves that an adapter has been read; else they are asked each 5 ms.",
+    )
     batch_invariant: bool = Field(
         False, description="An answer has the same bits whatever runs beside it, and is slower; on GPUs only."
     )

@@ -1,7 +1,7 @@
 """Two workers share the model, and each keeps its part of every adapter.
 
 An engine of its own: the shared one has one worker. Adapters are fully sharded, so that both together hold
-one copy of each.
+one copy of each. ``SPLIT=pipeline`` divides the model by its depth instead, a stage for each worker.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 
 from adapters.model import WEIGHTS_FILE
 from server.app import create_app
+from server.engine.arguments import slots_of
 from server.engine.calls import PageOp
 from tests.support.site import Site, bearer, engine_settings, serving
 from tests.support.trainer import LENGTH, PROMPT, Base, Truth, answer, make_base, token
@@ -31,6 +33,11 @@ TOLERANCE = 1e-4
 RANKS = (1, 8, 24, 64)  # 1 is on one worker alone, 24 is 16 and 8 ranks of A
 CORES = sorted(os.sched_getaffinity(0))
 LOAD = 4_000_000
+SPLITS = {
+    "tensor": {"tensor_parallel_size": 2, "fully_sharded_loras": True},
+    "pipeline": {"pipeline_parallel_size": 2},
+}
+SPLIT = os.environ.get("SPLIT", "tensor")
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,15 @@ async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
             "dtype": "float32",
             "max_num_seqs": 4,
             "tokenizer": str(root / "base" / "tokenizer"),
-            "tensor_parallel_size": 2,
-            "fully_sharded_loras": True,
+            **SPLITS[SPLIT],
         },
     )
-    settings = settings.model_copy(update={"gpu_slots": 2, "host_slots": 3})
+    # A slice of no time: each slot is filled layer by layer, in as many calls.
+    changes: dict[str, Any] = {"gpu_slots": 2, "host_slots": 3, "activation_slice": 1e-9}
+    if SPLIT == "pipeline":  # for which vLLM wants an executor that is no name, as the product's is
+        args = settings.engine_args.items()
+        changes["engine_args"] = {n: v for n, v in args if n != "distributed_executor_backend"}
+    settings = settings.model_copy(update=changes)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{CORES[0]}|{CORES[-1]}")
         async with serving(create_app(settings)) as site:
@@ -112,6 +123,23 @@ async def test_both_together_hold_one_copy(pair: Pair) -> None:
     for name, size in held.items():
         assert size <= 1.01 * (pair.folders[name] / WEIGHTS_FILE).stat().st_size, name
     assert held["rank-64"] == engine.capacity.entry_bytes, "what was computed of the largest"
+    if SPLIT != "tensor":
+        return
+    automatic = pair.site.services.settings.model_copy(update={"gpu_slots": "auto", "host_slots": "auto"})
+    slots = await asyncio.to_thread(slots_of, automatic)
+    assert slots.slot_bytes == engine.capacity.slot_bytes, "what each worker has allocated"
+
+
+async def test_workers_say_by_themselves_that_they_have_read(pair: Pair) -> None:
+    engine, heard = pair.site.services.engine, asyncio.Event()
+    assert engine.listen(heard.set)
+    dispatcher = pair.site.services.dispatcher
+    for entry in dispatcher.snapshot().host:
+        dispatcher.retire_key(entry.version)
+    heard.clear()
+    await pair.ask("rank-8")
+    assert heard.is_set()
+    engine.listen(dispatcher._pager_wake.set)
 
 
 @contextmanager
@@ -128,7 +156,7 @@ def no_more_files(worker: psutil.Process) -> Iterator[None]:
 async def test_a_load_that_one_worker_fails_is_left_on_none(pair: Pair) -> None:
     dispatcher, engine = pair.site.services.dispatcher, pair.site.services.engine
     await dispatcher.stop()
-    workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM::Worker_TP")]
+    workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM::Worker")]
     assert len(workers) == 2
     await engine.page([PageOp("evict", load) for load in (await engine.report()).host])
 
@@ -146,6 +174,8 @@ async def test_a_load_that_one_worker_fails_is_left_on_none(pair: Pair) -> None:
     await engine.page([])
     reports = await engine._llm.collective_rpc("loraplex_report")
     assert [report["host"] for report in reports] == [[], []]
+    for pool in (report["pool"] for report in reports):
+        assert pool["free"] == pool["bytes"] > 0, "and no room of the memory made at the start is lost"
     assert await stage(LOAD + 1) is None
     (activated,) = (await engine.page([PageOp("activate", LOAD + 1)])).results
     assert activated.error is None

@@ -177,6 +177,8 @@ class FakeEngine:
         self._hung = asyncio.Event()  # set while it answers
         self._hung.set()
         self._on_lost: Callable[[EngineDied], None] = lambda _: None
+        self._on_notice: Callable[[], None] = lambda: None
+        self.tells = False  # by itself, when a load has been read
         self.starts_fail = 0  # so many restarts fail
         self.lives = 1
         self._words = [""]  # by token id; 0 begins every prompt
@@ -252,6 +254,10 @@ class FakeEngine:
         self._alive()
         self.ops += ops
         return PageReport(tuple(self._carry_out(op) for op in ops), tuple(self._collect()))
+
+    def listen(self, on_notice: Callable[[], None]) -> bool:
+        self._on_notice = on_notice
+        return self.tells
 
     async def report(self) -> WorkerReport:
         self._alive()
@@ -375,7 +381,10 @@ class FakeEngine:
         if op.load_id in self._loads:
             self._violated(f"load id {op.load_id} is used twice")
         self._loads[op.load_id] = op
-        self._staging[op.load_id] = asyncio.get_running_loop().time() + self.times.stage
+        loop = asyncio.get_running_loop()
+        due = self._staging[op.load_id] = loop.time() + self.times.stage
+        if self.tells:
+            loop.call_at(due, self._on_notice)
         return None
 
     def _collect(self) -> list[StageResult]:

@@ -71,6 +71,12 @@ def loaded(folder: Path, dtype: str, room: Path, *, rank: int = 8, **options: An
 
 def activate(tables: Any, folder: Path, *, number: int = 1) -> None:
     """Loads the adapter in ``folder`` and puts it into a slot, as the worker does."""
+    tables.add_adapter(read(tables, folder, number))
+    tables.activate_adapter(number)
+
+
+def read(tables: Any, folder: Path, number: int) -> Any:
+    """The adapter in ``folder``, as vLLM's LoRAModel."""
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
@@ -80,7 +86,7 @@ def activate(tables: Any, folder: Path, *, number: int = 1) -> None:
     for whole, parts in tables.packed_modules_mapping.items():
         if whole in expected:
             expected |= set(parts)
-    lora = LoRAModel.from_local_checkpoint(
+    return LoRAModel.from_local_checkpoint(
         str(folder),
         expected,
         helper,
@@ -89,8 +95,6 @@ def activate(tables: Any, folder: Path, *, number: int = 1) -> None:
         dtype=torch.float32,
         weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
     )
-    tables.add_adapter(lora)
-    tables.activate_adapter(number)
 
 
 def schedule(tables: Any, tokens: list[int]) -> None:

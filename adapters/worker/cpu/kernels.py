@@ -130,6 +130,11 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is n
 
         layer.set_lora, layer.reset_lora = set_and_learn, reset_and_learn
 
+    def forget(self, slot: int) -> None:
+        """Lets go of the adapter that was in ``slot``, whose memory is others' once it has been evicted."""
+        for parts in self._parts.values():
+            parts[slot] = [None] * len(parts[slot])
+
     def update_metadata(
         self, mapping: Any, lora_index_to_id: Any, max_loras: int, vocab_size: int, **kwargs: Any
     ) -> None:

@@ -11,11 +11,11 @@ from typing import Any, get_args
 import pytest
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from adapters.worker.cpu.executor import YieldingExecutor
 from adapters.worker.scheduler import _count_adapters, adapters_of
+from server.engine import arguments
 from server.engine.arguments import (
     Slots,
     slots_of,
@@ -40,7 +40,7 @@ def test_ranks_are_those_that_vllm_compiles() -> None:
 
 
 def test_refused_arguments_are_arguments_of_vllm() -> None:
-    front_end = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    front_end = arguments.make_arg_parser(FlexibleArgumentParser()).parse_args([])
     known = {field.name for field in fields(AsyncEngineArgs)} | vars(front_end).keys()
     assert {*REFUSED_ENGINE_ARGS, *ONE_ENGINE_ARGS} <= known
 

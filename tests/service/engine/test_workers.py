@@ -92,3 +92,47 @@ async def test_what_is_in_memory_is_what_all_workers_hold() -> None:
     report = await (await engine_on(Workers(reports), 2)).report()
     assert (report.host, report.slots, report.staging) == (frozenset({1}), (1, None), frozenset({3}))
     assert report.in_step_loads == 2
+
+
+def sliced(
+    filling: int, *activated: tuple[int, str | None, float], staged: tuple[Any, ...] = (), results: int = 0
+) -> dict[str, Any]:
+    return {
+        "results": [(None, 0.01)] * results,
+        "staged": list(staged),
+        "activated": list(activated),
+        "filling": filling,
+    }
+
+
+async def test_a_slot_is_full_once_every_worker_has_filled_it_slice_by_slice() -> None:
+    workers = Workers(
+        [sliced(0, results=1)] * 2,
+        [sliced(1, results=1), sliced(1, staged=((2, None, 0.1, 7),), results=1)],
+        [sliced(0, (1, None, 0.2)), sliced(1)],
+        [sliced(0, staged=((2, None, 0.3, 9),)), sliced(0, (1, None, 0.4))],
+    )
+    engine = await engine_on(workers, 2)
+    await engine.page([PageOp("stage", 1, "t/a@b", "/a")])
+    report = await engine.page([PageOp("activate", 1)])
+    assert report.results == (PageResult(None, 0.4),)
+    assert report.staged == (StageResult(2, None, 0.3, 16),), "what was read meanwhile is not lost"
+    assert [args for _, args in workers.asked[2:]] == [([("activate", 1, "", "")],), ([],), ([],)]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+async def test_a_slot_that_one_worker_could_not_fill_is_not_active(failing: int) -> None:
+    ends: list[str | None] = [None, None]
+    ends[failing] = "ValueError: it does not fit"
+    workers = Workers(
+        [sliced(1, results=1), sliced(1, results=1)], [sliced(0, (1, end, 0.2)) for end in ends]
+    )
+    report = await (await engine_on(workers, 2)).page([PageOp("activate", 1)])
+    assert report.results == (PageResult("ValueError: it does not fit", 0.2),)
+
+
+async def test_loads_are_asked_for_unless_every_worker_tells_of_them() -> None:
+    for told in ([True, True], [True, False], [False, False]):
+        paging = Paging(Workers([{"modules": {}, "notices": one} for one in told]), {}, {})
+        await paging.open(2, 4)
+        assert paging.is_told == all(told)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from adapters.errors import AdapterUnavailable
 from adapters.model import Tier
+from server.engine.calls import PageOp, PageReport
 from server.errors import TooManyRequests, Unavailable, headers_of
 from server.scheduling.engine_loop import RECONCILE_EVERY
 from tests.support.clock import run
-from tests.support.fakes import Times
+from tests.support.fakes import FakeEngine, Times
 from tests.support.world import World, read, tenant, version
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
@@ -574,3 +576,52 @@ def test_gauges_say_what_is_where() -> None:
             assert world.dispatcher.gauges(10).running == {}
 
     run(scenario())
+
+
+# --- workers that tell of their loads ------------------------------------------------------------------
+
+
+class Counting(FakeEngine):
+    """Counts how often it is asked whether a load has been read."""
+
+    asked = 0
+
+    async def page(self, ops: Sequence[PageOp]) -> PageReport:
+        self.asked += not ops
+        return await super().page(ops)
+
+
+@pytest.mark.parametrize(
+    ("tells", "least", "most"), [(True, 1, 2), (False, 10, 1000)], ids=["told", "asked for"]
+)
+def test_workers_that_tell_of_a_load_are_not_asked_all_the_time(tells: bool, least: int, most: int) -> None:
+    async def scenario() -> tuple[int, float]:
+        times = Times(stage=0.4, activate=0.01, step=0.02, page=0.001)
+        async with World(make_engine=Counting, times=times) as world:
+            engine: Counting = world.engine
+            engine.tells = tells
+            await asyncio.sleep(0)
+            began = world.dispatcher.now()
+            assert '"a-a"' in await world.ask("a", max_tokens=1)
+            return engine.asked, world.dispatcher.now() - began
+
+    asked, took = run(scenario())
+    assert least <= asked <= most
+    assert took < 0.6
+
+
+class Lost(FakeEngine):
+    """Says that it tells, and does not."""
+
+    def listen(self, on_notice: Callable[[], None]) -> bool:
+        return True
+
+
+def test_a_notice_that_is_lost_is_made_up_for() -> None:
+    async def scenario() -> float:
+        async with World(make_engine=Lost) as world:
+            began = world.dispatcher.now()
+            assert '"a-a"' in await world.ask("a", max_tokens=1)
+            return world.dispatcher.now() - began
+
+    assert run(scenario()) < 1
