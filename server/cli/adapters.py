@@ -60,8 +60,10 @@ def uploads(server: AdminClient, tenant: Tenant, name: Name) -> Shown:
 
 
 def _upload(row: dict[str, Any]) -> dict[str, Any]:
+    from adapters.errors import CURES
+
     error = row.get("error") or {}
-    words = (error.get("message"), error.get("cure"))
+    words = (error.get("message"), CURES.get(error.get("code", "")))
     said = " ".join(str(word) for word in words if word)
     return {"at": row["created_at"], "state": row["state"], "code": error.get("code"), "why": said or None}
 

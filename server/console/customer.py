@@ -85,8 +85,9 @@ async def adapter(page: Page) -> Response:
         except Refused as exc:
             if exc.code != "scope_missing":
                 raise
-    rollout = await shared.newest_rollout(page, f"/v1/adapters/{segment(name)}")
-    return shared.adapter_page(page, found, used, "v1/adapters", rollout, operator=False)
+    one = f"/v1/adapters/{segment(name)}"
+    rollout, refused = await shared.newest_rollout(page, one), await shared.refused_uploads(page, one)
+    return shared.adapter_page(page, found, used, "v1/adapters", rollout, refused, operator=False)
 
 
 async def keys(page: Page) -> Response:

@@ -133,8 +133,9 @@ async def adapter(page: Page) -> Response:
     if found["split"]:
         asked = {"tenant": tenant, "adapter": name, "by": "version,outcome", "from": shared.ago(1)}
         used = await page.api.get(f"{ADMIN}/usage", asked)
-    rollout = await shared.newest_rollout(page, f"{where}/{segment(name)}")
-    return shared.adapter_page(page, found, used["data"], where.lstrip("/"), rollout, operator=True)
+    one = f"{where}/{segment(name)}"
+    rollout, refused = await shared.newest_rollout(page, one), await shared.refused_uploads(page, one)
+    return shared.adapter_page(page, found, used["data"], where.lstrip("/"), rollout, refused, operator=True)
 
 
 async def requests(page: Page) -> Response:

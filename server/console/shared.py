@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from adapters.errors import CURES
 from server.console import views
 from server.console.api import Api, Refused
 from server.console.formats import NONE, flat, segment, size
@@ -18,6 +19,7 @@ from server.console.web import Page
 
 DAYS = {"1": 1, "7": 7, "30": 30, "90": 90}
 LONGEST = 200  # rows of a table of sums
+REFUSED = 5  # uploads
 VALUES = ("total_tokens", "output_tokens", "requests", "cost")
 # What the numbers of a probe are; those of ``noise`` are of the base against itself.
 SAID = {
@@ -98,12 +100,24 @@ async def newest_rollout(page: Page, where: str) -> Mapping[str, Any] | None:
     return found
 
 
+async def refused_uploads(page: Page, where: str) -> list[Mapping[str, Any]]:
+    """The newest uploads that did not become versions, and why; ``where`` is the adapter's path."""
+    try:
+        found = (await page.api.get(f"{where}/uploads"))["data"]
+    except Refused as exc:
+        if exc.code != "scope_missing":
+            raise
+        return []
+    return [{**row, "cure": CURES.get(row["error"]["code"])} for row in found if row["error"]][:REFUSED]
+
+
 def adapter_page(
     page: Page,
     adapter: Mapping[str, Any],
     used: Sequence[Mapping[str, Any]],
     where: str,
     rollout: Mapping[str, Any] | None,
+    refused: Sequence[Mapping[str, Any]],
     *,
     operator: bool,
 ) -> Response:
@@ -130,6 +144,7 @@ def adapter_page(
         report=report,
         canary=_canary(split, used),
         rollout=rollout,
+        refused=refused,
         facts=_facts(report, chosen),
         probe=_numbers(report.get("probe"), skip=("effect",)),
         golden=_numbers(report.get("golden"), skip=("matches",)),

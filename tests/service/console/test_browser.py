@@ -116,7 +116,9 @@ async def test_a_refused_upload_says_what_to_do(site: Site, tmp_path: Path) -> N
         await expect(form.get_by_role("alert")).to_contain_text("Code: ")
         await form.locator("input[type=file]").set_input_files([config, weights])
         await form.get_by_role("button", name="Upload").click()
-        await expect(page.get_by_role("link", name="new", exact=True)).to_be_visible()
+        await page.get_by_role("link", name="new", exact=True).click()
+        row = page.get_by_role("row").filter(has_text="IA3")
+        await expect(row.locator("code")).to_have_text("not_lora")
 
 
 async def test_versions_go_live_share_requests_and_go(site: Site) -> None:
