@@ -25,6 +25,8 @@ from adapters.worker.host_memory import Buffer, BufferPool, whole
 
 logger = logging.getLogger(__name__)
 
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context
+
 
 class Fence(Protocol):
     """A mark behind what a stream had been given when it was made; torch's events are such."""
@@ -162,4 +164,6 @@ class HostPool(BufferPool):
 def pin_for_cuda(address: int, size: int) -> None:
     """Lets the GPU copy from there. RuntimeError where the driver refuses."""
     runtime: Any = torch.cuda.cudart()
-    torch.cuda.check_error(int(runtime.cudaHostRegister(address, size, 0)))
+    # The result is an enumeration of C's, which no number equals; torch asks for its number too.
+    if code := int(runtime.cudaHostRegister(address, size, PORTABLE)):
+        raise RuntimeError(f"cudaHostRegister of {size} bytes: error {code}")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from adapters.model import WEIGHTS_FILE
 from adapters.worker.host_memory import Loader
-from adapters.worker.host_pool import Arena, HostPool
+from adapters.worker.host_pool import Arena, HostPool, pin_for_cuda
 
 MIB = 1 << 20
 
@@ -93,6 +93,33 @@ def test_the_piece_is_pinned_once_and_adapters_lie_in_it() -> None:
     assert not address <= place(beside) < address + size, "what does not fit is lent beside it"
     assert len(driver.pinned) == 1
     assert pool.account() == {"bytes": 8 * MIB, "free": 2 * MIB, "pinned": 1, "misses": 1}
+
+
+class Result:
+    """As C's enumerations are in Python: equal to no number, and convertible to one."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def __int__(self) -> int:
+        return self.code
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_what_the_driver_says_of_pinning_is_heard(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> Result:
+            asked.append((address, size, flags))
+            return Result(code)
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    pool = HostPool(2 * MIB, entry=MIB, keep=2, pin=pin_for_cuda)
+    ((address, size, _),) = asked
+    assert (address > 0, size) == (True, 2 * MIB)
+    assert pool.pinned == (code == 0)
+    assert pool.size == (2 * MIB if code == 0 else 0)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError("no driver")])
