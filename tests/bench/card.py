@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -85,18 +86,27 @@ class Made(Adapter):
         return Path(self.root) / self.name
 
 
+def cores(workers: int) -> dict[str, str]:
+    """For a CPU build: a core for each of several workers."""
+    found = sorted(os.sched_getaffinity(0))[:workers]
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, found))} if workers > 1 else {}
+
+
 class CardLoraplex(Loraplex):
     """``changes``: settings beside the usual ones."""
 
-    def __init__(self, base: Path, work: Path, setup: Setup, changes: dict[str, str]) -> None:
+    def __init__(self, base: Path, work: Path, setup: Setup, changes: dict[str, str], workers: int) -> None:
         super().__init__(base, work)
-        self._whole, self._changes = setup, changes
+        self._whole, self._changes, self._workers = setup, changes, workers
 
     def environment(self, port: int) -> dict[str, str]:
         found = super().environment(port)
         args = json.loads(found["LORAPLEX_ENGINE_ARGS"]) | {"load_format": "dummy"}
+        if self._workers > 1:
+            args |= {"tensor_parallel_size": self._workers, "fully_sharded_loras": True}
         found["LORAPLEX_ENGINE_ARGS"] = json.dumps(args)
-        return found | {f"LORAPLEX_{name}": value for name, value in self._changes.items()}
+        changes = {f"LORAPLEX_{name}": value for name, value in self._changes.items()}
+        return found | changes | cores(self._workers)
 
     async def install(self, adapters: Iterable[Adapter]) -> None:
         async with self.running(self._whole):
@@ -110,8 +120,16 @@ class CardLoraplex(Loraplex):
 
 
 class CardVllm(BareVllm):
+    def __init__(self, base: Path, work: Path, workers: int) -> None:
+        super().__init__(base, work)
+        self._workers = workers
+
     def command(self, port: int) -> list[str]:
-        return [*super().command(port), "--load-format", "dummy"]
+        shared = ["--tensor-parallel-size", str(self._workers), "--fully-sharded-loras"]
+        return [*super().command(port), "--load-format", "dummy", *(shared if self._workers > 1 else ())]
+
+    def environment(self, port: int) -> dict[str, str]:
+        return super().environment(port) | cores(self._workers)
 
 
 def make_base(size: Size, folder: Path) -> Path:
@@ -293,7 +311,9 @@ async def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
             work.mkdir()
             changes = WAYS_BACK if name == "before" else {}
             server: Server = (
-                CardVllm(base, work) if name == "vllm" else CardLoraplex(base, work, setup, changes)
+                CardVllm(base, work, options.workers)
+                if name == "vllm"
+                else CardLoraplex(base, work, setup, changes, options.workers)
             )
             await server.install([*large, *small])
             async with server.running(setup):
@@ -308,6 +328,7 @@ async def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.card", description=__doc__)
     parser.add_argument("--cpu", action="store_true", help="a tiny model, to see that everything works")
+    parser.add_argument("--workers", type=int, default=1, help="that share the model, fully sharded")
     parser.add_argument("--only", action="append", choices=["loraplex", "before", "vllm"])
     parser.add_argument("--work", type=Path, help="folder for model and adapters: 15 GB without --cpu")
     parser.add_argument("--out", type=Path, default=CHECKOUT / "bench-results", help="folder for card.md")
