@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import statistics
 import subprocess
 import time
 from collections.abc import AsyncIterator
@@ -62,43 +61,59 @@ QUEUED_S = float(os.environ.get("QUEUED_SECONDS") or 0)
 
 
 async def first_token(client: httpx.AsyncClient, key: str) -> float:
+    """Seconds until it comes."""
+    return (await pieces(client, key))[0]
+
+
+async def pieces(client: httpx.AsyncClient, key: str) -> list[float]:
+    """Seconds until each piece of a stream of twenty tokens comes."""
     body = {"messages": TURNS, "max_tokens": 20, "stream": True}
     began = time.monotonic()
     async with client.stream("POST", "/v1/chat/completions", json=body, headers=bearer(key)) as said:
         assert said.status_code == 200
-        async for line in said.aiter_lines():
-            if line.startswith("data: "):
-                return time.monotonic() - began
-    raise AssertionError("nothing came")
+        return [time.monotonic() - began async for line in said.aiter_lines() if line.startswith("data: ")]
 
 
-async def test_the_first_token_comes_as_soon_as_without_it(tmp_path: Path) -> None:
+async def test_the_first_token_is_not_held_back(tmp_path: Path) -> None:
+    """It comes long before the last one; ``tests/engine/test_nginx`` measures how soon."""
     engine = FakeEngine(tiny.base(), times=Times(step=0.1))
     async with fake_site(tmp_path / "data", engine) as site, behind_nginx(site, tmp_path) as proxied:
         key = await site.tenant("acme", {"a": tiny.adapter(1)})
-        await first_token(site.http, key)
-        direct = statistics.median([await first_token(site.http, key) for _ in range(5)])
-        through = statistics.median([await first_token(proxied, key) for _ in range(5)])
-        print(f"first token: {direct:.3f} s directly, {through:.3f} s through nginx")
-        assert through - direct < 0.3
+        for _ in range(3):  # a machine with other work may hold a stream back itself
+            first, *_, last = await pieces(proxied, key)
+            if last - first > 1:
+                break
+        else:
+            raise AssertionError(f"the first token came after {first:.3f} s of {last:.3f}")
+
+
+async def waiting(site: Site, client: httpx.AsyncClient, key: str, seconds: float) -> list[str]:
+    """The lines of a stream that gets its turn after so many seconds at least."""
+    body = {"messages": TURNS, "max_tokens": 3, "stream": True}
+    began, lines = time.monotonic(), []
+    async with (
+        busy(site, key) as end,
+        client.stream("POST", "/v1/chat/completions", json=body, headers=bearer(key), timeout=None) as said,
+    ):
+        assert said.status_code == 200
+        async for line in said.aiter_lines():
+            lines.append(line)
+            if time.monotonic() - began > seconds:
+                await end()
+    return [line for line in lines if line]
 
 
 async def test_a_stream_that_waits_outlives_the_proxys_patience(tmp_path: Path) -> None:
-    """nginx gives up after 60 s of silence, and here after 1; the comments come well within either."""
+    """nginx gives up after 60 s of silence, and here after 2; the comments come well within either."""
     engine = FakeEngine(tiny.base(), times=Times(step=0.05), max_running=1)
     async with (
         fake_site(tmp_path / "data", engine, sse_keepalive=0.3) as site,
-        behind_nginx(site, tmp_path, "proxy_read_timeout 1s;") as proxied,
+        behind_nginx(site, tmp_path, "proxy_read_timeout 2s;") as proxied,
     ):
         key = await site.tenant("acme", {"a": tiny.adapter(1)})
-        async with busy(site, key, 70):
-            body = {"messages": TURNS, "max_tokens": 3, "stream": True}
-            began = time.monotonic()
-            said = await proxied.post("/v1/chat/completions", json=body, headers=bearer(key))
-        assert time.monotonic() - began > 1.5
-        assert said.status_code == 200
-        assert said.text.count(": the request waits") >= 3
-        assert said.text.endswith("data: [DONE]\n\n")
+        lines = await waiting(site, proxied, key, 2.5)
+    assert lines.count(": the request waits") >= 2
+    assert lines[-1] == "data: [DONE]"
 
 
 @pytest.mark.skipif(not QUEUED_S, reason="takes QUEUED_SECONDS=300")
@@ -110,13 +125,8 @@ async def test_a_stream_waits_for_minutes(tmp_path: Path) -> None:
         behind_nginx(site, tmp_path) as proxied,
     ):
         key = await site.tenant("acme", {"a": tiny.adapter(1)})
-        async with busy(site, key, 62):
-            body = {"messages": TURNS, "max_tokens": 1, "stream": True}
-            began = time.monotonic()
-            said = await proxied.post("/v1/chat/completions", json=body, headers=bearer(key), timeout=None)
-        waited = time.monotonic() - began
-    assert waited > QUEUED_S
-    comments = said.text.count(": the request waits")
-    print(f"{comments} comments in {waited:.0f} s")
+        lines = await waiting(site, proxied, key, QUEUED_S)
+    comments = lines.count(": the request waits")
+    print(f"{comments} comments in {QUEUED_S:.0f} s")
     assert comments >= QUEUED_S // site.services.settings.sse_keepalive - 2
-    assert said.text.endswith("data: [DONE]\n\n")
+    assert lines[-1] == "data: [DONE]"
