@@ -173,6 +173,7 @@ class _Pager:
         self._checkpoint = Path(model.model)
         self._dora: DoraScales | None = None
         self._on_cpu = on_cpu = current_platform.is_cpu()
+        self._on_cuda = current_platform.is_cuda_alike()
         self._kernels = (0, 0)
         self._slots = self.tables.lora_slots
         self._shared = None
@@ -189,10 +190,11 @@ class _Pager:
                 self._dora = DoraScales(self.tables)
         self._cuts = shards and is_divided(self.tables)
         self._pool = self._make_room(pool, workers)
-        self._copies: Copies = CopiesOnCPU() if on_cpu else CopiesOnGPU()
+        self._copies: Copies = CopiesOnGPU() if self._on_cuda else CopiesOnCPU()
         self._filler: SlotFiller | None = None
         seconds = (SLICE_ON_CPU_S if on_cpu else SLICE_S) if slice_s is None else slice_s
-        if seconds and self._shared is None and can_be_sliced(self.tables):
+        ordered = on_cpu or self._on_cuda  # elsewhere what is copied when is not known
+        if seconds and ordered and self._shared is None and can_be_sliced(self.tables):
             self._filler = SlotFiller(self.tables, self._copies, seconds, self._scale)
         self._held = 0.0
         self._notices = notices
@@ -220,7 +222,8 @@ class _Pager:
         else:
             # What is read is as large as all workers' parts together, and free again as soon as it is cut.
             size += KEPT_FOR_READING * entry * workers if self._cuts else STAGING * entry
-            size, beside = min(size, available // (2 * workers)) if pooled else 0, STAGING
+            size = min(size, available // (2 * workers)) if pooled and self._on_cuda else 0
+            beside = STAGING
         pool = HostPool(size, entry, beside, None if self._on_cpu else pin_for_cuda)
         pool.touch()
         if not pool.size:
