@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -37,7 +36,7 @@ from server import __version__
 from server.accounts.authentication import Authentication
 from server.accounts.people import People
 from server.accounts.tenants import Tenants
-from server.accounts.usage import UsageWriter, spent
+from server.accounts.usage import UsageWriter
 from server.accounts.wrong_keys import WrongKeys
 from server.batches.runner import runner_of
 from server.console import site as console
@@ -203,15 +202,11 @@ async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
 
     stack.push_async_callback(close_templates)
 
-    async def spent_so_far(tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
-        await usage_writer.flush()
-        return await spent(database, tenant, start, end)
-
     quotas = Quotas(
         _ledger(settings, redis_ledger, metrics),
         record=usage_writer.record,
         record_refused=usage_writer.refused,
-        spent=spent_so_far,
+        spent=usage_writer.spent,
         prices=settings.prices,
         metrics=metrics,
     )

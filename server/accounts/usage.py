@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
@@ -127,6 +127,7 @@ class UsageWriter:
         self._used: dict[str, datetime] = {}
         self._refused = 0, 0  # in which second how many
         self._writing = asyncio.Lock()
+        self._moving = asyncio.Lock()  # held while records are in both, memory and database, or in neither
         self._write: asyncio.Task[None] | None = None
         self._recorded = asyncio.Event()  # not set while nothing waits
         self._stopping = asyncio.Event()
@@ -191,15 +192,29 @@ class UsageWriter:
                 return
             batch: list[Usage] = []
             written = False
+            moving = AsyncExitStack()
             try:
                 async with self._database.append() as session:
                     await session.connection()  # what is recorded until it has begun is written too
+                    await moving.enter_async_context(self._moving)
                     batch, self._waiting = self._waiting, []
                     await session.execute(insert(UsageRow), [record.as_row() for record in batch])
                 written = True
             finally:
                 if not written:
                     self._waiting = added_up([*batch, *self._waiting])
+                await moving.aclose()
+
+    async def spent(self, tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
+        """As the function of this name, with what has not been written yet, or cannot be at the moment."""
+        async with self._moving:
+            tokens, cost = await spent(self._database, tenant, start, end)
+            waiting = [one for one in self._waiting if one.tenant == tenant and start <= one.at < end]
+        whole = [one for one in waiting if one.requests]
+        return (
+            tokens + sum(one.prompt_tokens + one.output_tokens for one in whole),
+            cost + sum(one.cost for one in whole),
+        )
 
     async def _flush_forever(self) -> None:
         """Writes records ``FLUSH_INTERVAL_S`` after the first of them came, so that one write has many."""

@@ -253,6 +253,21 @@ async def test_a_flush_that_is_cancelled_anywhere_counts_everything_once(databas
 # --- over HTTP --------------------------------------------------------------------------------------
 
 
+async def test_what_was_spent_has_each_request_once_while_it_is_being_written(database: Database) -> None:
+    usage_writer = UsageWriter(database, keep_days=90)
+    writes: list[asyncio.Task[None]] = []
+    for number in range(1, 31):
+        usage_writer.record(replace(ONE, cost=2))
+        usage_writer.record(replace(ONE, tenant="globex"))
+        usage_writer.record(replace(ONE, requests=0))  # was refused
+        writes.append(asyncio.create_task(usage_writer.flush()))
+        await asyncio.sleep(random.random() * 0.01)
+        assert await usage_writer.spent("acme", NOON, NOON + timedelta(hours=1)) == (7 * number, 2 * number)
+    await asyncio.gather(*writes)
+    assert await usage_writer.spent("acme", NOON - timedelta(hours=1), NOON) == (0, 0)
+    await usage_writer.stop()
+
+
 def test_usage_is_written_where_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
     """Nobody waits for the lifespan then: with the event loop all tasks are cancelled, those of usage too."""
     fake = FakeEngine(tiny.base())

@@ -37,6 +37,19 @@ async def test_writes_are_refused_and_may_be_repeated_while_inference_goes_on(tm
         assert (await site.upload("acme", "b", tiny.adapter(2))).status_code == 201
 
 
+async def test_a_budget_is_known_while_nothing_can_be_written(tmp_path: Path) -> None:
+    """Whoever asks for the first time has to be looked up; what waits to be written counts."""
+    async with fake_site(tmp_path) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)}, budgets={"day": {"tokens": 200}})
+        other = await holding(tmp_path / "loraplex.db")
+        first = await site.chat(key, "hi", model="a", max_tokens=10)
+        assert first.status_code == 200
+        left = 200 - first.json()["usage"]["total_tokens"]
+        error(await site.chat(key, "hi", model="a", max_tokens=left + 1), 429, "insufficient_quota")
+        other.execute("ROLLBACK")
+        other.close()
+
+
 async def test_a_short_lock_is_waited_for(tmp_path: Path) -> None:
     async with fake_site(tmp_path) as site:
         other = await holding(tmp_path / "loraplex.db")
