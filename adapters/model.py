@@ -133,13 +133,13 @@ class BaseModel:
 
     @property
     def makes(self) -> Literal["text", "embeddings", "labels"]:
-        """What it answers with."""
+        """What the base model answers with, in words."""
         if not self.pooling:
             return "text"
         return "embeddings" if self.head is None else "labels"
 
     def shape(self, module: str) -> ModuleShape | None:
-        """Of a layer that adapters are served on; None for any other name."""
+        """The shape of a layer that adapters are served on; None for any other name."""
         return self.modules.get(module) or self.vocabulary.get(module)
 
 

@@ -70,7 +70,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         return str(self._files[name].get_slice(name).get_dtype())
 
     def weight(self, layer: str) -> torch.Tensor:
-        """Of one of ``layers``, in float32."""
+        """The weight of one of ``layers``, in float32."""
         return weight_of(lambda end: self.read(f"{layer}.{end}"), self.quantization)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -136,7 +136,7 @@ def dequantize(base_dir: Path, out: Path, *, dtype: str = "bfloat16", change: Ch
 
 
 def write_into(folder: Path, base_dir: Path, *, dtype: str, change: Change | None = None) -> int:
-    """As ``dequantize``, into an empty folder that is there."""
+    """As ``dequantize``, into an empty folder that exists already."""
     with Checkpoint(base_dir) as checkpoint:
         if not checkpoint.layers:
             raise ValueError(f"{base_dir} is not quantized")

@@ -166,13 +166,13 @@ class Batches:
             return [_batch_of(row) for row in await session.scalars(query)]
 
     async def state(self, id_: str) -> State | None:
-        """None where it is gone, with its tenant."""
+        """The batch's state; None where it was deleted with its tenant."""
         async with self._database.read() as session:
             found = await session.scalar(select(BatchRow.state).where(BatchRow.id == id_))
         return next((state for state in STATES if state == found), None)
 
     async def begin(self, id_: str, total: int) -> None:
-        """Its lines are in order, and there are so many."""
+        """Starts the batch, whose ``total`` lines have been read and are valid."""
         async with self._database.append() as session:
             row = await session.get(BatchRow, id_)
             if row is not None and row.state == "validating":
@@ -180,7 +180,7 @@ class Batches:
                 _move(row, "in_progress")
 
     async def fail(self, id_: str, errors: Sequence[dict[str, Any]]) -> None:
-        """Nothing of it runs, because of ``errors`` in its lines."""
+        """Ends the batch before anything of it ran, because of ``errors`` in its lines."""
         async with self._database.append() as session:
             row = await session.get(BatchRow, id_)
             if row is not None and row.state == "validating":

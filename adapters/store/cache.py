@@ -82,7 +82,7 @@ class Cache:
 
     @property
     def size_bytes(self) -> int:
-        """Of all files that are here."""
+        """Bytes of all files in the cache."""
         return sum(self._sizes.values())
 
     async def open(self) -> None:
@@ -195,7 +195,7 @@ class Cache:
         self._sizes.pop(digest, None)
 
     def _found(self, digests: Collection[str]) -> list[tuple[str, int]]:
-        """By the time of their last use, as far as the disk knows it."""
+        """The files in the cache by the time of their last use, as far as the disk knows it."""
         paths = [self._blobs.path(digest) for digest in digests]
         used = sorted((max(os.stat(path).st_mtime, _read_at(path)), path) for path in paths)
         return [(path.name, _size_of(path)) for _, path in used]

@@ -305,7 +305,7 @@ class Catalog:
         return report.get("probe") if report else None
 
     async def golden(self, version: Version) -> Golden:
-        """What it was uploaded with; AdapterNotFound (``probes_not_found``) if that was nothing."""
+        """The golden probes that a version came with; AdapterNotFound (``probes_not_found``) without any."""
         query = select(VersionRow.golden).where(
             VersionRow.tenant == version.tenant,
             VersionRow.adapter == version.adapter,
@@ -418,7 +418,7 @@ class Catalog:
 
 
 def _state(row: AdapterRow) -> dict[str, Any]:
-    """What the audit shows of it."""
+    """What the audit shows of an adapter."""
     return {
         "live": row.live,
         "split": row.split,

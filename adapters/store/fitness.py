@@ -154,7 +154,7 @@ class Fitness:
         return _damaged(version) if version.digest in self._damaged else None
 
     def is_ready(self, version: Version) -> bool:
-        """Whether it may be read into memory without another look."""
+        """Whether the files may be read into memory without being looked at again."""
         known = self._sound.get(version.digest)
         return (
             known is not None
@@ -186,7 +186,7 @@ class Fitness:
             return await self._is_whole(digest)
 
     def known(self) -> set[str]:
-        """Of which files there is a verdict."""
+        """Digests of the files that there is a verdict on."""
         return set(self._verdicts)
 
     def admitted(self, digest: str) -> None:

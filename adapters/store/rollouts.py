@@ -224,7 +224,7 @@ class Rollouts:
             return [_stored(row, whole=False) for row in await session.scalars(newest)]
 
     async def of_version(self, tenant: str, adapter: str, version: int) -> Stored | None:
-        """The newest one of this version, if there was any."""
+        """The newest rollout of this version, if there was any."""
         mine = (
             RolloutRow.tenant == tenant,
             RolloutRow.adapter == adapter,
@@ -236,7 +236,7 @@ class Rollouts:
         return _stored(row, whole=False) if row is not None else None
 
     async def active(self, tenant: str | None = None, adapter: str | None = None) -> list[Stored]:
-        """Those that have not ended, oldest first; of one adapter, or of all."""
+        """The rollouts that have not ended, oldest first; of one adapter, or of all."""
         query = select(RolloutRow).where(RolloutRow.state.in_(ACTIVE)).options(undefer(RolloutRow.evidence))
         if tenant is not None:
             query = query.where(RolloutRow.tenant == tenant, RolloutRow.adapter == adapter)

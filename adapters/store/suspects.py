@@ -33,7 +33,7 @@ class StoredSuspects:
         self._writing: asyncio.Task[None] | None = None
 
     async def open(self) -> frozenset[str]:
-        """Those that this database has, and starts the task."""
+        """Starts the task that writes them; returns the suspects that the database has."""
         async with self._database.read() as session:
             found = _of(await session.scalar(select(MetaRow.value).where(MetaRow.key == META_KEY)))
         self._mine = self._now = found
@@ -41,7 +41,7 @@ class StoredSuspects:
         return found
 
     def note(self, versions: Iterable[str]) -> None:
-        """They, and no others, are this process's suspects from now on."""
+        """Makes these versions, and no others, this process's suspects."""
         self._now = frozenset(versions)
         self._changed.set()
 

@@ -47,7 +47,7 @@ class UploadJobs:
         self._database = database
 
     async def begin(self, tenant: str, adapter: str) -> str:
-        """A new one in ``receiving``; returns its id."""
+        """Makes a job in the state ``receiving``; returns its id."""
         row = _row(tenant, adapter, "receiving")
         async with self._database.append() as session:
             session.add(row)
@@ -74,7 +74,7 @@ class UploadJobs:
             await _forget(session, tenant)
 
     async def done(self, id_: str, answer: dict[str, Any]) -> None:
-        """Ends it with the body that the upload would have been answered with."""
+        """Ends the job with the body that the upload would have been answered with."""
         async with self._database.append() as session:
             row = await session.get(UploadJobRow, id_)
             if row is not None:

@@ -40,7 +40,7 @@ def version_of(
 def info_of(
     row: VersionRow, path_of: Callable[[str], Path], defaults: Mapping[str, Any] | None
 ) -> VersionInfo:
-    """As the admin API shows it; ``defaults`` are those of its adapter."""
+    """The version as the admin API shows it; ``defaults`` are those of its adapter."""
     version = version_of(row, path_of, defaults)
     return VersionInfo(version, row.created_at, row.report, row.quarantine, row.note, row.uploader)
 

@@ -190,7 +190,7 @@ class SharedSlots:
         return True
 
     def _deactivate(self, load_id: int) -> None:
-        """What was written stays; nobody's rows have those ranks."""
+        """Forgets whose the ranks are. Their weights stay, and no token uses them."""
         self.ranges.remove(load_id)
         if load_id in self._tables.lora_index_to_id:
             index = self._tables.lora_index_to_id.index(load_id)

@@ -136,7 +136,7 @@ class Directory:
 
     @property
     def facts(self) -> Facts:
-        """Of the replicas that serve. Unavailable (``no_replica``) until one was heard of."""
+        """What the serving replicas have in common. Unavailable (``no_replica``) until one was heard of."""
         if self._facts is None:
             raise self.nobody()
         return self._facts
@@ -153,11 +153,11 @@ class Directory:
             raise self.nobody()
 
     def all(self) -> list[Known]:
-        """By id; also those that are lost."""
+        """All replicas by id, lost ones too."""
         return sorted(self._known.values(), key=lambda one: one.id)
 
     def ready(self) -> list[Known]:
-        """Those that may be sent something."""
+        """The replicas that may be sent requests."""
         return [self._known[id_] for id_ in self.placement.ready(self._now()) if id_ in self._known]
 
     def is_lost(self, replica: Known) -> bool:
@@ -165,7 +165,7 @@ class Directory:
         return replica.lost
 
     def tier_of(self, key: str) -> Tier:
-        """The nearest that a version is at any replica."""
+        """The fastest tier that a version is in at any replica."""
         tier = Tier.DISK
         for one in self._known.values():
             if not one.lost and key in one.said.get("in_slots", ()):

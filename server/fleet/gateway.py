@@ -66,7 +66,7 @@ class FleetEngine:
 
     @property
     def capacity(self) -> EngineCapacity:
-        """Of one replica."""
+        """The capacity of one replica."""
         return self._directory.facts.capacity
 
     async def check(self) -> None:
@@ -114,7 +114,7 @@ class FleetDispatcher:
         """Replicas read it."""
 
     def tier_of(self, version: Version) -> Tier:
-        """The nearest that it is at any replica."""
+        """The fastest tier that the version is in at any replica."""
         return self._directory.tier_of(version.key)
 
     def resident(self) -> dict[str, tuple[Version, Tier]]:
@@ -176,7 +176,7 @@ class FleetDispatcher:
         )
 
     def drain(self) -> None:
-        """The server has stopped to take requests; what runs goes on."""
+        """Take no more requests; those that run go on to their end."""
         self._draining = True
 
     async def wait_until_idle(self, timeout: float) -> bool:

@@ -86,7 +86,7 @@ class Reserved:
             return self._granted.most
 
     def withdraw(self) -> None:
-        """The gateway does, when it is told."""
+        """Nothing here: the gateway withdraws the reservation when it is told of the end."""
 
     def progressed(self, lease: Lease) -> None:
         """The gateway counts."""
@@ -156,7 +156,6 @@ class RelayedCall(Response):
             await self._send({"type": "http.response.body", "body": framed, "more_body": True})
 
     async def end(self) -> tuple[int, int, int]:
-        """Ends what a gateway does not want any more; the totals."""
         """Ends it for a gateway that does not want the rest; returns prompt, cached and output tokens."""
         if self._lease is not None:
             await self._lease.close("disconnected")

@@ -133,7 +133,7 @@ class Placement:
         self._count_places(had, known.where)
 
     def lost(self, replica: str) -> None:
-        """It could not be reached: it gets nothing until it is heard of again."""
+        """The replica could not be reached: it is sent nothing until it is heard of again."""
         if replica in self._replicas:
             self._replicas[replica].lost = True
             self._changed()
@@ -275,7 +275,7 @@ class Placement:
     # --- decisions -------------------------------------------------------------------------------------
 
     def _able(self, now: float, like: str | None = None) -> list[Resident]:
-        """Those that may be sent something, by name."""
+        """The replicas that may be sent requests, by name."""
         if now > self._able_until:
             self._able_now = self._find_able(now)
             heard = min((each.heard for each in self._able_now), default=math.inf)

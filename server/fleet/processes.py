@@ -83,7 +83,7 @@ async def _up(fleet: list[Member], config: Path | None) -> int:
 
 
 async def _keep(member: Member, config: Path | None, stopping: asyncio.Event) -> None:
-    """Starts it, and again whenever it ends."""
+    """Starts the process, and starts it again whenever it ends."""
     clock = asyncio.get_running_loop().time
     options = ["--config", str(config)] if config is not None else []
     environment = os.environ | {f"LORAPLEX_{name}": value for name, value in member.settings.items()}

@@ -130,7 +130,7 @@ class Member:
         return {}
 
     async def _until_free(self) -> None:
-        """One that is being replaced may still end its answers on this port."""
+        """Waits until the port is free: a replica that is being replaced may still end its answers on it."""
         deadline = time.monotonic() + self._patience
         while not _is_free(self._host, self._port):
             if time.monotonic() > deadline:
@@ -147,7 +147,7 @@ class Member:
             await asyncio.sleep(POLL_S)
 
     async def _status(self) -> int | None:
-        """What it answers to how it is; None if nothing."""
+        """The replica's answer to a look at its health; None if it gives none."""
         try:
             async with self._session.get(f"{self._url}{self.looks_at}") as answer:
                 self._heard = time.monotonic()

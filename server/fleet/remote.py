@@ -81,7 +81,7 @@ class RemoteAnswers:
         return self.directory.facts.max_model_len
 
     async def open(self, order: Order) -> Completion:
-        """At the best replica, or at another one."""
+        """Opens the order at the best replica, and at another one where that fails."""
         tenant = order.tenant
         lease = Lease(self, order.id, tenant.id, order.version, self.now())
         lease.streamed = bool(order.fields.get("stream"))
@@ -164,7 +164,7 @@ class RemoteAnswers:
 
 
 class RemoteCall:
-    """One order, at one replica after another."""
+    """One order, which is answered by one replica after another until it is whole."""
 
     paused = False
 
@@ -303,7 +303,7 @@ class RemoteCall:
         return self._ready.popleft()
 
     def _taken(self, chunk: Chunk) -> str:
-        """The text to hand on; empty where it was handed on before."""
+        """The part of the text that was not handed on before; empty if all of it was."""
         self._movable = chunk.movable
         if self._begun and self._moves and chunk.total <= len(self._said):
             return ""
@@ -316,7 +316,7 @@ class RemoteCall:
         return self._as_before(chunk.text)
 
     def _as_before(self, text: str) -> str:
-        """With the time of creation that the answer began with."""
+        """The event with the time of creation that the answer began with, whichever replica it comes from."""
         if not self._moves or self._created is None:
             return text
         return _CREATED.sub(self._created, text)

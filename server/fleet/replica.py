@@ -71,7 +71,7 @@ class Replica:
         self._beating: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Announced when it returns."""
+        """Announces this replica to the gateways; returns once that is on record."""
         await self._beat()
         self._beating = asyncio.create_task(self._beat_forever(), name="loraplex-beat")
 
@@ -86,7 +86,7 @@ class Replica:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What does not change while it lives."""
+        """What does not change while this replica lives."""
         engine = self.answers.engine
         return {
             "base": engine.base.name,
@@ -113,7 +113,7 @@ class Replica:
         return "restarting" if self.services.dispatcher.is_restarting else "ready"
 
     def report(self) -> Report:
-        """How it is now; each is newer than the one before."""
+        """The replica's load and tiers now, with a number that grows with each report."""
         engine, now_ = self.answers.engine, self.services.dispatcher.snapshot()
         base = engine.base.fingerprint or engine.base.name
         in_slots = [

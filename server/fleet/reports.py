@@ -131,7 +131,7 @@ class Resident:
 
     @property
     def part(self) -> float:
-        """Its load, as a part of what it can run at once."""
+        """The replica's load, as a part of what it can run at once."""
         return self.load / max(1, self.report.max_running)
 
     def takes(self, bound: float) -> bool:

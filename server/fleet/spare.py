@@ -33,7 +33,7 @@ class Spare:
         return self._left >= loads
 
     def spend(self, loads: int) -> None:
-        """So many were spent; also what could not be asked for first."""
+        """Count so many loads as spent, also those for which nobody asked ``may_spend`` first."""
         self._left -= loads
 
     def earn(self, requests: float = 1) -> None:

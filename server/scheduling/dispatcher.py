@@ -124,7 +124,7 @@ class Dispatcher(EngineLoop):
         await asyncio.gather(*self._loops, *self._tasks, return_exceptions=True)
 
     def new_id(self, tenant: str) -> str:
-        """For an ``Ask``: no other has it."""
+        """An id for an ``Ask``, which no other request of this process gets."""
         return f"{tenant}-{next(self._ids)}"
 
     async def submit(self, ask: Ask, version: Version | None = None, *, payer: str | None = None) -> Lease:
@@ -175,7 +175,7 @@ class Dispatcher(EngineLoop):
         return True
 
     def drain(self) -> None:
-        """Refuses what waits and what comes; what runs goes on."""
+        """Refuses requests that wait or come from now on; those that run go on to their end."""
         self._tell(self._plan.drain)
 
     def foreground(self) -> int:
@@ -264,7 +264,7 @@ class Dispatcher(EngineLoop):
         return self._plan.served()
 
     def known_digests(self) -> set[str]:
-        """Of the files that are in memory, on their way there, or waited for."""
+        """Digests of the files that are in memory, being loaded, or waited for by a request."""
         return {key.rpartition("@")[2] for key in self._plan.known_versions()}
 
     def gauges(self, versions_on_disk: int) -> Gauges:

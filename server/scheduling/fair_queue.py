@@ -64,7 +64,7 @@ class TenantQueue:
 
     @property
     def served(self) -> float:
-        """What it has been charged for here, since it is remembered."""
+        """Tokens, weighted, that the tenant was charged for since this queue remembers it."""
         return self.counter - self.given
 
     def lift(self, counter: float) -> None:
@@ -103,7 +103,7 @@ class Request:
 
     @property
     def tokens_left(self) -> int:
-        """The most that it can still produce."""
+        """The most tokens that the request can still produce."""
         return max(0, self.ask.max_tokens * self.ask.sequences - self.output_tokens)
 
 
@@ -159,7 +159,7 @@ class FairQueue:
         return request
 
     def put_back(self, request: Request) -> None:
-        """It ran, and waits again where its arrival puts it."""
+        """The request ran and waits again, at the place that its arrival gives it."""
         lane = self._line_up(request)
         lane.requests = OrderedDict(sorted(lane.requests.items()))
         request.tenant.running -= request.ask.sequences
@@ -259,7 +259,7 @@ class FairQueue:
         return frozenset(self._open)
 
     def _line_up(self, request: Request) -> Lane:
-        """At the end of its lane, which is to be ranked anew."""
+        """Put the request at the end of its lane; returns the lane, which needs a new rank."""
         tenant, version = request.tenant, request.ask.version
         lane = self._lanes.setdefault(version, {}).setdefault(tenant, Lane(version, tenant))
         lane.requests[request.number] = request

@@ -32,7 +32,7 @@ class Work(Protocol):
 
     @property
     def paused(self) -> bool:
-        """Whether it is out of the engine, and ``resume`` can make it go on."""
+        """Whether the request is out of the engine, so that ``resume`` can go on with it."""
 
 
 class Account(Protocol):
@@ -133,7 +133,7 @@ class Lease:
 
     @property
     def age(self) -> float:
-        """Seconds since it was asked for."""
+        """Seconds since the lease was asked for."""
         return self._owner.now() - self._since
 
     @property

@@ -296,7 +296,7 @@ class State(StrEnum):
 
     @property
     def tier(self) -> Tier:
-        """The tier whose room it takes; DISK until it is staged."""
+        """The tier whose room the load takes; DISK until it is staged."""
         if self in (State.ACTIVATING, State.ACTIVE):
             return Tier.GPU
         return Tier.HOST if self is State.HOST else Tier.DISK

@@ -365,7 +365,7 @@ class Plan:
         return self._queue.served()
 
     def snapshot(self) -> Snapshot:
-        """All of it at this moment."""
+        """The whole state at this moment, for operators and metrics."""
         tenants = list(self._queue.tenants())
         return Snapshot(
             slots=self._residency.slots(),

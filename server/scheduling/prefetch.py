@@ -30,11 +30,11 @@ class Prefetch:
         self._failed.discard(version)
 
     def withdraw(self, version: str) -> None:
-        """Nobody waits for it to be warm any more."""
+        """Forget the version: nobody waits for it to be warm any more."""
         self._asked.pop(version, None)
 
     def retry(self, version: str) -> None:
-        """What kept it from being loaded may be over."""
+        """Try the version again: what kept it from being loaded may be over."""
         self._failed.discard(version)
 
     def retry_all(self) -> None:

@@ -216,13 +216,13 @@ class Residency:
         self._index(version)
 
     def retire(self, version: str) -> None:
-        """Evict it as soon as it is idle."""
+        """Evict ``version`` as soon as nothing runs on it or waits for it."""
         self._retired.add(version)
         self.prefetch.end(version, Refusal.ADAPTER_UNAVAILABLE)
         self.pin(version, None)
 
     def warm(self, version: str, slot: bool) -> None:
-        """Load it when nothing else needs the room."""
+        """Load ``version`` when nothing else needs the room."""
         self._retired.discard(version)
         self.prefetch.ask(version, slot)
         self._index(version)
@@ -239,7 +239,7 @@ class Residency:
             self._index(version)
 
     def next_deadline(self) -> float | None:
-        """When time alone changes something; None if it never does."""
+        """When the passing of time alone changes a decision next; None if it never does."""
         first = self.indices.patient.first()
         ends = [] if first is None else [self._patience_end(first)]
         ends += [at for at in (self._look_again, self._preempt_at) if at is not None]
@@ -468,7 +468,7 @@ class Residency:
         return self.claims[version].since + self.capacity.slot_patience
 
     def share(self, version: str) -> tuple[float, float]:
-        """Its place among those that wait for a slot; the lowest is next."""
+        """The claim's rank among those that wait for a slot; the lowest is next."""
         return self._had(version), self.claims[version].since
 
     def _had(self, version: str) -> float:
