@@ -7,8 +7,9 @@ import errno
 import hashlib
 import logging
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from adapters.tasks import run_in_thread
 
@@ -36,7 +37,7 @@ def digest_of(folder: Path) -> str | None:
     return digest_from(files)
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     """OSError for what is no file: to open a pipe would wait for its other end."""
     if not path.is_file():
         raise OSError(errno.EINVAL, "not an ordinary file", str(path))

@@ -163,7 +163,7 @@ class HostPool(BufferPool):
 
 def pin_for_cuda(address: int, size: int) -> None:
     """Lets the GPU copy from there. RuntimeError where the driver refuses."""
-    runtime: Any = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     # The result is an enumeration of C's, which no number equals; torch asks for its number too.
     if code := int(runtime.cudaHostRegister(address, size, PORTABLE)):
         raise RuntimeError(f"cudaHostRegister of {size} bytes: error {code}")

@@ -100,7 +100,7 @@ async def newest_rollout(page: Page, where: str) -> Mapping[str, Any] | None:
     return found
 
 
-async def refused_uploads(page: Page, where: str) -> list[Mapping[str, Any]]:
+async def refused_uploads(page: Page, where: str) -> Sequence[Mapping[str, Any]]:
     """The newest uploads that did not become versions, and why; ``where`` is the adapter's path."""
     try:
         found = (await page.api.get(f"{where}/uploads"))["data"]
