@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
+from adapters.model import BaseModel
 from server.app import create_app
 from server.demo.process import free_port
 from server.settings import Settings
@@ -115,14 +116,15 @@ class Fleet:
 
 
 @asynccontextmanager
-async def replica(folder: Path, times: Times | None = None, **changes: Any) -> AsyncIterator[FakeReplica]:
+async def replica(
+    folder: Path, times: Times | None = None, base: BaseModel | None = None, **changes: Any
+) -> AsyncIterator[FakeReplica]:
     port = free_port(0)
     chosen = tiny.settings(folder, role="replica", fleet_key=FLEET_KEY, port=port, **changes)
     assert isinstance(chosen.gpu_slots, int)
     assert isinstance(chosen.host_slots, int)
-    engine = FakeEngine(
-        tiny.base(), gpu_slots=chosen.gpu_slots, host_slots=chosen.host_slots, times=times or Times(step=0.02)
-    )
+    slots = {"gpu_slots": chosen.gpu_slots, "host_slots": chosen.host_slots}
+    engine = FakeEngine(base or tiny.base(), **slots, times=times or Times(step=0.02))
 
     async def start(_: Settings) -> FakeEngine:
         return engine
@@ -147,11 +149,17 @@ async def replica(folder: Path, times: Times | None = None, **changes: Any) -> A
 
 @asynccontextmanager
 async def fleet(
-    folder: Path, replicas: int = 2, times: Times | None = None, **changes: Any
+    folder: Path,
+    replicas: int = 2,
+    times: Times | None = None,
+    base: BaseModel | None = None,
+    **changes: Any,
 ) -> AsyncIterator[Fleet]:
     """All on one data folder and its SQLite database."""
     async with AsyncExitStack() as stack:
-        made = [await stack.enter_async_context(replica(folder, times, **changes)) for _ in range(replicas)]
+        made = [
+            await stack.enter_async_context(replica(folder, times, base, **changes)) for _ in range(replicas)
+        ]
         settings = tiny.settings(folder, role="gateway", fleet_key=FLEET_KEY, replica_stall=1.0, **changes)
         gateway = await stack.enter_async_context(serving(create_app(settings)))
         whole = Fleet(gateway, made)

@@ -15,6 +15,7 @@ from adapters.model import CONFIG_FILE, WEIGHTS_FILE, Head
 from tests.service.http.test_api import error
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
+from tests.support.fleet import fleet
 from tests.support.site import Site, bearer
 from tests.support.tiny import fake_site
 from tests.support.trainer import read, write
@@ -125,3 +126,13 @@ async def test_what_other_bases_do_not_do(site: Site, key: str, tmp_path: Path) 
         assert "no labels" in refused["message"]
         folder = with_head(tiny.adapter(1), tmp_path / "head")
         error(await text.upload("acme", "b", folder), 422, "modules_to_save_unsupported", CONFIG_FILE)
+
+
+async def test_a_gateway_knows_that_its_replicas_classify(tmp_path: Path) -> None:
+    async with fleet(tmp_path, replicas=1, base=CLASSIFIER) as made:
+        adapters = {"five": with_head(tiny.adapter(1), tmp_path / "five")}
+        key = await made.gateway.tenant("acme", adapters)
+        answer = (await ask(made.gateway, key, "five", ["why", "not"])).json()
+        assert [len(one["probs"]) for one in answer["data"]] == [5, 5]
+        refused = error(await made.gateway.chat(key, "Hi", model="five"), 400, "not_supported_by_base")
+        assert "/v1/classify" in refused["message"]
