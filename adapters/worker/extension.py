@@ -38,7 +38,7 @@ from adapters.worker.cpu.onednn import make_kernels
 from adapters.worker.cpu.packed import know_the_device
 from adapters.worker.dora import DoraScales
 from adapters.worker.experts import expert_shapes, has_stacked_experts, largest_pairs
-from adapters.worker.heads import head_of, heads_bytes
+from adapters.worker.heads import head_of, heads_bytes, slots_bytes
 from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine
 from adapters.worker.host_pool import HostPool, pin_for_cuda
 from adapters.worker.names import Names, checkpoint_modules, names_of
@@ -212,7 +212,7 @@ class _Pager:
         its buffer is free at once.
         """
         dtype = self.manager.lora_config.lora_dtype
-        entry = self._allocated() // self._slots
+        entry = allocated(self.tables.model) // self._slots
         available = psutil.virtual_memory().available
         most = min(PREFAULTED_BYTES_ON_CPU if self._on_cpu else PREFAULTED_BYTES, available // 4)
         size = self.host_slots * entry
@@ -281,7 +281,7 @@ class _Pager:
             "notices": self._notices is not None,
             "fused": fused,
             "max_lora_rank": self.manager.lora_config.max_lora_rank,
-            "slot_bytes": self._allocated() // self._slots,
+            "slot_bytes": allocated(self.tables.model) // self._slots,
             "entry_bytes": self._largest_entry() if self._cuts else None,
         }
 
@@ -452,6 +452,19 @@ class _Pager:
             return
         self._leave_slot(load_id)
         self.tables.remove_adapter(load_id)
+
+
+def allocated(model: Any) -> int:
+    """Bytes of all slots of ``model``, of layers that Loraplex serves no adapters on too."""
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    total = 0
+    for layer in model.modules():
+        if isinstance(layer, BaseLayerWithLoRA):
+            total += slots_bytes(layer)
+            for side in (layer.lora_a_stacked, layer.lora_b_stacked):
+                total += sum(t.nbytes for t in (side if isinstance(side, tuple | list) else [side]))
+    return total
 
 
 def read_with(loader: Loader) -> None:

@@ -21,6 +21,12 @@ def head_of(tables: Any, *, alone: bool) -> Described | None:
     return name, int(layer.input_size), int(layer.output_size), most
 
 
+def slots_bytes(layer: Any) -> int:
+    """What the heads of all slots take in ``layer``, beside its pairs; 0 for another layer than a head."""
+    stacked = [getattr(layer, name, None) for name in ("full_weight_stacked", "full_bias_stacked")]
+    return sum(tensor.nbytes for tensor in stacked if tensor is not None)
+
+
 def heads_bytes(lora: Any) -> int:
     """Host memory of the heads of ``lora``, vLLM's ``LoRAModel``."""
     heads = getattr(lora, "modules_to_save", None) or {}

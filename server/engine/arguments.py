@@ -84,6 +84,8 @@ def _slots_of(settings: Settings) -> Slots:
     rank, itemsize = settings.max_lora_rank, lora.lora_dtype.itemsize
     workers, fully = config.parallel_config.tensor_parallel_size, lora.fully_sharded_loras
     slot = sizing.slot_bytes(layers, rank=rank, itemsize=itemsize, workers=workers, fully_sharded=fully)
+    of_slot, of_entry = _head_bytes(config)
+    slot += of_slot
     gpu, host = settings.gpu_slots, settings.host_slots
     if gpu == "auto":
         most = config.scheduler_config.max_num_seqs
@@ -98,17 +100,31 @@ def _slots_of(settings: Settings) -> Slots:
             fully_sharded=fully,
             shards=settings.host_shards,
         )
-        host = sizing.host_slots(settings.adapter_host_memory, entry, gpu)
+        host = sizing.host_slots(settings.adapter_host_memory, entry + of_entry, gpu)
     return Slots(gpu, host or HOST_PER_GPU_SLOT * gpu, slot)
+
+
+def _head_labels(config: Any) -> int:
+    """How many labels the base of ``config`` (VllmConfig) has, where it classifies; else 0."""
+    model = config.model_config
+    classifies = model.runner_type == "pooling" and model.convert_type == "classify"
+    return int(model.hf_config.num_labels) if classifies else 0
+
+
+def _head_bytes(config: Any) -> tuple[int, int]:
+    """What the head of an adapter takes of a slot and of host memory; vLLM pads it to the base's."""
+    labels, model, lora = _head_labels(config), config.model_config, config.lora_config
+    if not labels:
+        return 0, 0
+    most = lora.max_lora_cls_labels or labels
+    bias = model.head_dtype.itemsize
+    weight = int(model.get_hidden_size()) * lora.lora_dtype.itemsize
+    return max(most, labels) * (weight + bias), most * (weight + bias)
 
 
 def _slot_layers(config: Any) -> list[Layer]:
     """What a slot of the engine that ``config`` (VllmConfig) describes has room for."""
     model, lora = config.model_config, config.lora_config
-    if model.runner_type == "pooling" and model.convert_type == "classify":
-        raise ValueError(
-            "the slots of a classifier are not computed; give GPU_SLOTS and HOST_SLOTS as numbers"
-        )
     if model.is_multimodal_model or config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError(
             "the slots of a multimodal model, or of one in pipeline stages, are not computed;"
@@ -120,7 +136,9 @@ def _slot_layers(config: Any) -> list[Layer]:
             " computed; give GPU_SLOTS and HOST_SLOTS as numbers"
         )
     implementation = get_model_cls(model)
-    return lora_layers(
+    # A classifier's head has room for a pair, too, which none is served on.
+    heads = [Layer(model.get_hidden_size(), labels, served=False)] if (labels := _head_labels(config)) else []
+    return heads + lora_layers(
         model.hf_text_config,
         # An embedding model has lost its head.
         vocabulary=[
@@ -276,6 +294,8 @@ def capacity_of(
     ]
     layers += [Layer(shape.in_features, shape.out_features) for shape in base.vocabulary.values()]
     whole = sizing.entry_bytes(layers, rank=base.max_lora_rank, itemsize=itemsize)
+    if base.head is not None:
+        whole += (base.head.most or 0) * (base.head.in_features + 1) * itemsize
     entry = sum(whole if one["entry_bytes"] is None else int(one["entry_bytes"]) for one in described)
     if slots.adapters:
         ranks = slots.gpu * base.max_lora_rank

@@ -51,8 +51,8 @@ WORKERS: tuple[Use, ...] = (
     Use(
         "vllm.lora.layers.classifier",
         "ClassificationHeadWithLoRA",
-        ("max_lora_cls_labels",),
-        "how many labels an adapter's own head may have",
+        ("max_lora_cls_labels", "full_weight_stacked", "full_bias_stacked"),
+        "how many labels an adapter's own head may have, and what it takes of a slot",
     ),
     Use("vllm.lora.lora_model", "LoRAModel", ("modules_to_save",), "the host memory of such a head"),
     Use(

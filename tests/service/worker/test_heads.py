@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, LlamaConfig
@@ -11,10 +12,13 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from adapters.inspection.admit import admit
 from adapters.inspection.base_model import read_base
 from adapters.model import Head
+from adapters.worker.extension import allocated
 from adapters.worker.heads import head_of
+from server.engine.arguments import slots_of
+from server.settings import Settings
 from tests.families.classifiers import make, without_head
 from tests.support.trainer import SIZES, build_classifier
-from tests.support.vllm_models import activate, loaded, schedule
+from tests.support.vllm_models import SLOTS, activate, loaded, schedule
 
 BASE, MOST = 3, 8
 
@@ -57,3 +61,22 @@ def test_each_row_gets_the_labels_of_its_adapter(tmp_path: Path) -> None:
     for row, name in enumerate(["five", "two", "base", "five", "two"]):
         assert torch.allclose(mixed[row], want[name][row], atol=1e-5), (row, name)
     assert torch.allclose(plain, want["base"], atol=1e-5)
+
+
+@pytest.mark.parametrize("labels", [BASE, 12])
+def test_a_slot_is_what_vllm_allocates(labels: int, tmp_path: Path) -> None:
+    """Also of a base with more labels than an adapter may have, to which vLLM pads."""
+    folder = build_classifier(LlamaConfig(**SIZES, num_labels=labels), tmp_path / "base")
+    args = {"max_lora_cls_labels": MOST, "dtype": "float32", "tokenizer": str(folder / "tokenizer")}
+    computed = slots_of(
+        Settings(
+            model=str(folder),
+            gpu_slots="auto",
+            host_slots="auto",
+            max_lora_rank=8,
+            max_model_len=64,
+            engine_args={**args, "runner": "pooling"},
+        )
+    )
+    with loaded(folder, "float32", tmp_path, max_lora_cls_labels=MOST) as tables:
+        assert computed.slot_bytes == allocated(tables.model) // SLOTS
