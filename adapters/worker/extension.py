@@ -38,7 +38,7 @@ from adapters.worker.cpu.onednn import make_kernels
 from adapters.worker.cpu.packed import know_the_device
 from adapters.worker.dora import DoraScales
 from adapters.worker.experts import expert_shapes, has_stacked_experts, largest_pairs
-from adapters.worker.heads import head_of, heads_bytes, slots_bytes
+from adapters.worker.heads import head_of
 from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine
 from adapters.worker.host_pool import HostPool, pin_for_cuda
 from adapters.worker.names import Names, checkpoint_modules, names_of
@@ -46,6 +46,7 @@ from adapters.worker.not_finite import NotFiniteGuard
 from adapters.worker.notices import Teller, teller
 from adapters.worker.shards import cut_when_read, is_divided
 from adapters.worker.shared_rows_gpu import offer
+from adapters.worker.sizes import allocated, size_of
 from adapters.worker.vocabulary import vocabulary_shape
 
 logger = logging.getLogger(__name__)
@@ -313,17 +314,6 @@ class _Pager:
         experts = sum(largest_pairs(layer, lora.max_lora_rank) for layer in self.tables.modules.values())
         return int(sum(t.nbytes for t in stacked) // self._slots) + experts * int(lora.lora_dtype.itemsize)
 
-    def _allocated(self) -> int:
-        """Bytes of all slots, of layers that Loraplex serves no adapters on too."""
-        from vllm.lora.layers import BaseLayerWithLoRA
-
-        total = 0
-        for layer in self.tables.model.modules():
-            if isinstance(layer, BaseLayerWithLoRA):
-                for side in (layer.lora_a_stacked, layer.lora_b_stacked):
-                    total += sum(t.nbytes for t in (side if isinstance(side, tuple | list) else [side]))
-        return total
-
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -409,7 +399,7 @@ class _Pager:
                 staged.append([load_id, "host memory holds host_slots adapters already", 0.0, 0, 0])
                 continue
             self.tables._registered_adapters[load_id] = lora
-            staged.append([load_id, None, seconds, _size_of(lora), self._ranks_of(lora)])
+            staged.append([load_id, None, seconds, size_of(lora), self._ranks_of(lora)])
         return staged
 
     def _ranks_of(self, lora: Any) -> int:
@@ -454,19 +444,6 @@ class _Pager:
         self.tables.remove_adapter(load_id)
 
 
-def allocated(model: Any) -> int:
-    """Bytes of all slots of ``model``, of layers that Loraplex serves no adapters on too."""
-    from vllm.lora.layers import BaseLayerWithLoRA
-
-    total = 0
-    for layer in model.modules():
-        if isinstance(layer, BaseLayerWithLoRA):
-            total += slots_bytes(layer)
-            for side in (layer.lora_a_stacked, layer.lora_b_stacked):
-                total += sum(t.nbytes for t in (side if isinstance(side, tuple | list) else [side]))
-    return total
-
-
 def read_with(loader: Loader) -> None:
     """From now on vLLM's own code for adapters opens their files with ``loader``, in this process."""
     from vllm.lora import lora_model
@@ -494,13 +471,3 @@ def _part_shapes(layer: Any) -> list[tuple[int, int]] | None:
     if sizes:
         return [(inputs, int(size)) for size in sizes]
     return [(inputs, int(base.output_size))]
-
-
-def _size_of(lora: Any) -> int:
-    """Bytes of host memory that the adapter's tensors take."""
-    total = 0
-    for layer in lora.loras.values():
-        for side in (layer.lora_a, layer.lora_b):
-            tensors = side if isinstance(side, list) else [side]
-            total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
-    return total + heads_bytes(lora)

@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from adapters.inspection.admit import admit
 from adapters.inspection.base_model import read_base
 from adapters.model import Head
-from adapters.worker.extension import allocated
 from adapters.worker.heads import head_of
+from adapters.worker.sizes import allocated
 from server.engine.arguments import slots_of
 from server.settings import Settings
 from tests.families.classifiers import make, without_head
