@@ -213,7 +213,8 @@ class Controls:
             except httpx.HTTPError:
                 self.seen.health.append(60.0)
             self.seen.health.append(time.perf_counter() - began)
-            self.seen.memory.append(self._server.footprint()["api_memory"])
+            # In a thread, or the stream beside it would wait: it looks as if the server had stalled.
+            self.seen.memory.append(await asyncio.to_thread(self._server.api_memory))
             await asyncio.sleep(0.1)
 
 

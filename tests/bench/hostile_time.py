@@ -161,7 +161,7 @@ async def measure(minutes: float, seed: int, engine: str) -> tuple[str, list[str
             attacking = asyncio.create_task(apart.run(attack, victim, kinds, began + 60 * minutes, seed))
             while not attacking.done():
                 await asyncio.sleep(1)
-                memory.append((time.monotonic() - began, server.footprint()["api_memory"]))
+                memory.append((time.monotonic() - began, await asyncio.to_thread(server.api_memory)))
             long = await attacking
             long.memory = memory
             running.cancel()

@@ -131,6 +131,11 @@ class Server(ABC):
         sides = {"api": [self._process], "engine": self._process.children(recursive=True)}
         return {f"{side}_{what}": n for side, who in sides.items() for what, n in _footprint(who).items()}
 
+    def api_memory(self) -> float:
+        """MiB of the process that answers HTTP, as ``footprint`` has it; takes milliseconds."""
+        assert self._process is not None, "the server is not running"
+        return _own_memory(self._process) / (1 << 20)
+
     async def aclose(self) -> None:
         await self._http.aclose()
 
