@@ -118,7 +118,6 @@ class WireOrder:
 
     @classmethod
     def decoded(cls, raw: bytes, path: Callable[[str], Path]) -> WireOrder:
-        """As bytes."""
         """``path`` says where the files of a digest are. Raises Malformed."""
         try:
             sent = json.loads(raw)
