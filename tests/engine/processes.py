@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import psutil
@@ -135,11 +135,14 @@ def _runs(process: psutil.Process) -> bool:
 
 
 @asynccontextmanager
-async def starting(base: Path, data: Path, *, forked: bool = True, **settings: str) -> AsyncIterator[Running]:
+async def starting(
+    base: Path, data: Path, *, forked: Literal["all", "server", "nothing"] = "all", **settings: str
+) -> AsyncIterator[Running]:
     """A server's process, from its first moment. What is left of it ends with the block.
 
-    Its processes and itself are forked from one that has imported vLLM, unless ``forked`` is False, or it is
-    a gateway, which needs no vLLM: then it is started as an operator does.
+    Its engine's processes and itself are ``forked`` from one that has imported vLLM; or itself alone, and it
+    starts the engine's as it does elsewhere. With "nothing", and where it is a gateway, which needs no vLLM,
+    it is started as an operator does.
     """
     # Not one that the system hands out to others while the model is being loaded.
     port = free_port(random.randrange(20_000, 32_000))
@@ -156,7 +159,10 @@ async def starting(base: Path, data: Path, *, forked: bool = True, **settings: s
     settings["ENGINE_ARGS"] = json.dumps({**RESTING, **json.loads(settings.get("ENGINE_ARGS", "{}"))})
     environment = os.environ | {f"LORAPLEX_{name}": value for name, value in settings.items()}
     process: asyncio.subprocess.Process | Served
-    if forked and WANTED in environment and settings.get("ROLE") != "gateway":
+    wanted = environment.get(WANTED) and forked != "nothing" and settings.get("ROLE") != "gateway"
+    if forked != "all":
+        environment.pop(WANTED, None)
+    if wanted:
         process = Served(environment, log)
     else:
         environment.pop(WANTED, None)
@@ -180,7 +186,9 @@ async def starting(base: Path, data: Path, *, forked: bool = True, **settings: s
 
 
 @asynccontextmanager
-async def server(base: Path, data: Path, *, forked: bool = True, **settings: str) -> AsyncIterator[Running]:
+async def server(
+    base: Path, data: Path, *, forked: Literal["all", "server", "nothing"] = "all", **settings: str
+) -> AsyncIterator[Running]:
     """The same, ready to serve."""
     async with starting(base, data, forked=forked, **settings) as running:
         await running.until_ready()

@@ -27,12 +27,12 @@ from tests.support.follow import COUNTS, Followed, Sent, agree, look_up, spans, 
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 
-STALL = 45.0  # less than that takes compiling the first step, where a machine has other work too
+STALL = 30.0  # less than that takes compiling the first step, where a machine has other work too
 # How often an engine that nothing is asked of is looked at, in seconds (engine_loop.RECONCILE_EVERY).
 LOOKED_AT = 5.0
 FLOAT32 = {"ENGINE_ARGS": '{"max_num_seqs": 8, "dtype": "float32"}'}
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-LONG: dict[str, Any] = {"temperature": 0, "max_tokens": 120, "logit_bias": {"2": -100}}
+LONG: dict[str, Any] = {"temperature": 0, "max_tokens": 80, "logit_bias": {"2": -100}}
 STORY: dict[str, Any] = {"prompt": "Once upon a time there was a parcel", **LONG}
 COUNT: dict[str, Any] = {"messages": [{"role": "user", "content": "Count to a hundred."}], **LONG}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
@@ -199,7 +199,7 @@ async def disturbed(
     quick = {"model": "a", **STORY, "max_tokens": 8}
     waiting = [asyncio.create_task(ask(running, headers, COMPLETIONS, quick)) for _ in range(3)]
     await until(running, runs=9, waits=3)
-    await asyncio.sleep(random.uniform(0.2, 2.0))
+    await asyncio.sleep(random.uniform(0.2, 1.5))
     family = [running.core(), running.worker()]
     at = await lose(running, how)
     again = await service_again(running, headers, at)
@@ -246,9 +246,8 @@ async def _lost_again_and_again(running: Running, adapter: Path, store: Collecto
         again = await disturbed(running, headers, how, right, short, lost)
         noticed = STALL + LOOKED_AT if how == "hang" else 0
         print(f"{how}: service again after {again:.1f} s; the first start took {running.started_in:.1f} s")
-        # Twice, since tests beside this one may come to the cores at the second start alone; the
-        # time itself is measured by `make chaos`.
-        assert again < 2 * running.started_in + wait + noticed + 5
+        # Others may come to the cores at the second start alone; `make chaos` measures the time itself.
+        assert again < 3 * running.started_in + wait + noticed + 30
         if how == "worker":
             found = await followed(running, store, 200, lost)
             assert found.row["code"] == found.line["code"] == "engine_restarting"
@@ -292,9 +291,9 @@ async def test_limits_hold_while_the_engine_hangs(base_dir: Path, tmp_path: Path
             await running_one
 
 
-# Seconds from an engine's first process until it has nearly started. Servers that are to end meanwhile are
-# started as the product starts them: the guard finds the youngest processes by what they were started with,
-# which those that were forked do not show.
+# Seconds from an engine's first process until it has nearly started. Servers that are to end meanwhile start
+# the engine's processes as they do elsewhere: the guard finds the youngest ones by what they were started
+# with, which those that were forked do not show.
 NEARLY_STARTED = 8.0
 
 
@@ -303,7 +302,7 @@ async def test_the_server_ends_while_its_engine_is_started_again(
     base_dir: Path, tmp_path: Path, ending: signal.Signals
 ) -> None:
     settings = {"SERVED_MODEL_NAME": "base", "DRAIN_TIMEOUT": "2"}
-    async with server(base_dir, tmp_path, forked=False, **settings) as running:
+    async with server(base_dir, tmp_path, forked="server", **settings) as running:
         headers = await running.tenant("acme")
         going = asyncio.create_task(ask(running, headers, CHAT, {"model": "base", **COUNT, **STREAM}))
         await until(running, runs=1)
@@ -328,7 +327,7 @@ async def test_the_server_ends_while_it_starts(
     base_dir: Path, tmp_path: Path, moment: float, ending: signal.Signals
 ) -> None:
     """``moment`` is a part of the time from the engine's first process until it has nearly started."""
-    async with starting(base_dir, tmp_path, forked=False) as running:
+    async with starting(base_dir, tmp_path, forked="server") as running:
         await running.next_child()
         await asyncio.sleep(moment * NEARLY_STARTED)
         family = running.family()

@@ -26,7 +26,7 @@ async def test_the_life_of_a_server(base_dir: Path, reference: Reference, tmp_pa
     data = tmp_path / "data"
     data.mkdir()
     # As an operator starts it: its processes import what they need by themselves.
-    async with server(base_dir, data, forked=False, **SETTINGS) as first:
+    async with server(base_dir, data, forked="nothing", **SETTINGS) as first:
         key = await _set_up(first, folder)
         before = (
             await first.http.post(
