@@ -26,10 +26,10 @@ async def share_of_a_core(site: Site, key: str) -> float:
     (core,) = (p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM::Engine"))
     model = site.services.engine.base.name
     start, before = time.perf_counter(), core.cpu_times()
-    answer = await site.chat(key, "Count to a hundred.", model=model, max_tokens=100, temperature=0)
+    answer = await site.chat(key, "Count to a hundred.", model=model, max_tokens=60, temperature=0)
     took, after = time.perf_counter() - start, core.cpu_times()
     assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"]["completion_tokens"] > 50
+    assert answer.json()["usage"]["completion_tokens"] > 30
     return (after.user + after.system - before.user - before.system) / took
 
 
