@@ -52,9 +52,10 @@ fleet: $(STAMP) ## A gateway, two replicas, six customers; one replica is killed
 quick: $(STAMP) ## Run the pure layer of the tests, under a minute: no vLLM, no server
 	$(PY) -m pytest -q -n 2 --dist loadfile tests/pure
 
-# Three processes on two cores: tests that kill, restart and expire wait for much of their time.
+# Three processes on two cores: tests that kill, restart and expire wait for much of their time. Where Python was
+# told to keep no bytecode, each of them would read and rewrite every test.
 test: $(STAMP) ## Run all tests, on the real engine too
-	TESTS_FORK_ENGINES=1 $(PY) -m pytest -n 3 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= TESTS_FORK_ENGINES=1 $(PY) -m pytest -n 3 --dist loadfile --disable-warnings
 
 check: $(STAMP) ## Lint, formatting, types, and which module may import which
 	$(PY) -m ruff check .
