@@ -81,8 +81,8 @@ async def prometheus(folder: Path, *ports: int) -> AsyncIterator[Prometheus]:
         stderr=(folder / "log").open("w"),
     )  # fmt: skip
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{own}") as http:
-            async with asyncio.timeout(30):
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{own}", timeout=60) as http:
+            async with asyncio.timeout(60):
                 while not await _ready(http):
                     assert process.poll() is None, (folder / "log").read_text()
                     await asyncio.sleep(0.1)

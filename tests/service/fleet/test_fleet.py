@@ -221,7 +221,9 @@ class TestCheck:
 class TestKeys:
     async def test_a_replica_answers_nobody_else(self, two: Fleet) -> None:
         key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{two.replicas[0].port}") as client:
+        async with httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{two.replicas[0].port}", timeout=60
+        ) as client:
             assert (await client.post(CHAT, json=body(), headers=bearer(key))).status_code == 404
             assert (await client.get("/admin/v1/tenants")).status_code == 404
             assert (await client.get("/internal/v1/state")).status_code == 401

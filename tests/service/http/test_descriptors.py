@@ -39,7 +39,7 @@ class Small:
 
     async def get(self, path: str, **headers: str) -> httpx.Response:
         """On a connection of its own, as somebody who has just come."""
-        async with httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=self.url, timeout=60, trust_env=False) as http:
             return await http.get(path, headers=headers)
 
     async def post(self, path: str, key: str, **content: Any) -> httpx.Response:

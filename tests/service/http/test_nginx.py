@@ -44,7 +44,7 @@ async def behind_nginx(site: Site, folder: Path, extra: str = "") -> AsyncIterat
     process = subprocess.Popen([NGINX, "-c", str(config), "-p", str(folder), "-e", str(folder / "error.log")])
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            for _ in range(100):
+            for _ in range(1200):
                 try:
                     await client.get("/health")
                     break

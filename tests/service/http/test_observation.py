@@ -300,7 +300,7 @@ async def test_a_customer_makes_keys_that_may_no_more_than_its_own(site: Site) -
     body = {"scopes": ["inference", "keys:write"], "limits": {"max_tokens": 5}}
     made = (await site.admin.post(f"{ADMIN}/tenants/acme/keys", json=body)).json()
     strong = (await site.admin.post(f"{ADMIN}/tenants/acme/keys", json={"scopes": ["usage:read"]})).json()
-    async with httpx.AsyncClient(base_url=site.url, headers=bearer(made["key"])) as client:
+    async with httpx.AsyncClient(base_url=site.url, headers=bearer(made["key"]), timeout=60) as client:
         error(
             await client.post("/v1/keys", json={"scopes": ["usage:read"]}), 403, "permission_denied", "scopes"
         )
@@ -319,7 +319,7 @@ async def test_a_customer_makes_keys_that_may_no_more_than_its_own(site: Site) -
         assert turned.status_code == 201
         assert (await client.delete(f"/v1/keys/{turned.json()['id']}")).status_code == 204
         error(await site.chat(turned.json()["key"], "hi"), 401, "invalid_api_key")
-    async with httpx.AsyncClient(base_url=site.url, headers=bearer(strong["key"])) as client:
+    async with httpx.AsyncClient(base_url=site.url, headers=bearer(strong["key"]), timeout=60) as client:
         assert (await client.get("/v1/keys")).status_code == 200
         error(await client.post("/v1/keys", json={}), 403, "scope_missing")
     plain = await site.tenant("zeta")

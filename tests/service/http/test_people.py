@@ -27,7 +27,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 async def person(site: Site, name: str, role: str, **fields: object) -> httpx.AsyncClient:
     made = await site.admin.post(f"{ADMIN}/people", json={"name": name, "role": role, **fields})
     assert made.status_code == 201, made.text
-    return httpx.AsyncClient(base_url=site.url, headers=bearer(made.json()["key"]))
+    return httpx.AsyncClient(base_url=site.url, headers=bearer(made.json()["key"]), timeout=60)
 
 
 async def test_roles_may_more_and_more(site: Site) -> None:

@@ -365,7 +365,7 @@ class TestServerProcess:
         command = [sys.executable, "-c", SERVER, str(port)]
         async with (
             process.running(command, os.environ, log) as child,
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client,
         ):
             await process.wait_until_ready(child, client, log, patience=60)
             assert child.returncode is None

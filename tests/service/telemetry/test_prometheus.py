@@ -153,7 +153,7 @@ async def test_every_query_of_the_dashboards_is_answered(tmp_path: Path) -> None
         assert port is not None
         async with prometheus(tmp_path / "prometheus", port) as watching:
             left: set[str] = set()
-            for turn in range(30):
+            for turn in range(300):
                 said = await site.chat(key, "hi", max_tokens=4, stream=True)
                 assert said.status_code == 200
                 await asyncio.sleep(0.2)
