@@ -77,6 +77,7 @@ async def _reads_again(running: Running, key: str, rotated: Path) -> None:
 
     body = {**BODY, "max_tokens": 60, "stream": True, "logit_bias": {"2": -100}}
     async with running.http.stream("POST", "/v1/chat/completions", json=body, headers=bearer(key)) as stream:
+        assert stream.status_code == 200
         lines = stream.aiter_lines()
         await anext(lines)
         assert (await allowed(OLD), await allowed(NEW)) == (True, False)

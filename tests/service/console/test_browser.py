@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from playwright.async_api import Page, expect
+from playwright.async_api import Page, Route, expect
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.service.console.test_sign_in import CUSTOMER, OPERATOR, full_key
@@ -136,6 +137,7 @@ async def test_versions_go_live_share_requests_and_go(site: Site) -> None:
         await page.get_by_label("gets, %").fill("25")
         await page.get_by_role("button", name="Divide requests").click()
         await expect(page.get_by_role("button", name="End the canary")).to_be_visible()
+        await expect(page.get_by_text("end the canary, and a version can be rolled out")).to_be_visible()
         found = (await site.admin.get("/admin/v1/tenants/acme/adapters/support")).json()
         assert found["split"] == {"1": 75, "2": 25}
         await page.get_by_role("button", name="End the canary").click()
@@ -162,6 +164,55 @@ async def test_the_playground_streams_and_compares(site: Site) -> None:
         await page.get_by_text("The same in code").click()
         await expect(page.locator("[data-snippet=openai]")).to_contain_text(f'base_url="{site.url}/v1"')
         await expect(page.locator("[data-snippet=curl]")).to_contain_text("/v1/chat/completions")
+
+
+def said(*tokens: tuple[str, float, dict[str, float]]) -> str:
+    """A stream with these tokens, their log-probabilities, and those of the likeliest others."""
+    events = [
+        {"choices": [{"index": 0, "delta": {"content": token}, "logprobs": {"content": [
+            {"token": token, "logprob": own,
+             "top_logprobs": [{"token": name, "logprob": value} for name, value in top.items()]},
+        ]}}]}
+        for token, own, top in tokens
+    ]  # fmt: skip
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+
+
+STREAMS = {
+    tiny.NAME: said(
+        ("The", -0.5, {"The": -0.5}), (" sky", -1.0, {" sky": -1.0, " sea": -1.25}), (" is", -0.1, {})
+    ),
+    "support@2": said(("The", -0.25, {}), (" sea", -0.5, {}), (" is", -0.2, {})),
+    "support@1": said(("The", -0.5, {}), (" <b>", -0.75, {})),
+}
+
+
+async def test_the_playground_tells_differences_token_by_token(site: Site) -> None:
+    """Of what an engine's log-probabilities come to; the fake has none in chats."""
+    key = await full_key(site, "acme")
+    await site.upload("acme", "support", tiny.adapter(2))
+
+    async def answer(route: Route) -> None:
+        body = STREAMS[route.request.post_data_json["model"]]
+        await route.fulfill(body=body, content_type="text/event-stream")
+
+    async with browsing(site.url) as page:
+        await sign_in(page, key)
+        await page.route("**/console/api/v1/chat/completions", answer)
+        await page.goto("/console/playground?model=support@2")
+        await page.get_by_role("button", name="Ask").click()
+        places, tables = page.locator(".answer"), []
+        for at in range(3):
+            await places.nth(at).get_by_text("Token by token").click()
+            rows = await places.nth(at).locator(".tokens tbody tr").all()
+            tables.append([await row.locator("td").all_inner_texts() for row in rows])
+        assert tables == [
+            [["1", "The", "-0.500"], ["2", " sky", "-1.000"], ["3", " is", "-0.100"]],
+            [["1", "The", "-0.250", "+0.250"], ["2", " sea", "-0.500", "+0.750"], ["3", " is", "-0.200", ""]],
+            [["1", "The", "-0.500", "+0.000"], ["2", " <b>", "-0.750", "not among its 5"]],
+        ]
+        parted = "parts from the first model at token 2, mean difference 0.500 over 2 tokens"
+        await expect(places.nth(1).locator(".figures-line")).to_contain_text(parted)
 
 
 async def test_fleet_is_live_and_the_session_ends_everywhere(site: Site) -> None:
