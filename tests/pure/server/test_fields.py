@@ -208,6 +208,23 @@ def test_responses_choose_among_tools_too() -> None:
         assert refused.value.param == param
 
 
+def test_an_earlier_answer_needs_no_id() -> None:
+    """As Vercel's SDK sends it, and people who write it by hand."""
+    answer = {"role": "assistant", "content": [{"type": "output_text", "text": "x"}], "id": None}
+    asked = [answer, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]
+    kept = DIALECTS["responses"].allowed_fields({"input": asked})["input"]
+    assert kept[1:] == asked[1:]
+    assert kept[0] == {
+        "type": "message",
+        "id": "msg_0",
+        "status": "completed",
+        "role": "assistant",
+        "content": [{"type": "output_text", "text": "x", "annotations": []}],
+    }
+    own = kept[0] | {"id": "msg_abc", "status": "incomplete"}
+    assert DIALECTS["responses"].allowed_fields({"input": [own]})["input"] == [own]
+
+
 @pytest.mark.parametrize("choice", ["auto", "none", None])
 def test_no_tools_are_no_tools(choice: str | None) -> None:
     kept = DIALECTS["chat"].allowed_fields({**LEAST["chat"], "tools": [], "tool_choice": choice})
