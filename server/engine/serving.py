@@ -18,7 +18,7 @@ from server.engine.calls import Call, current_call
 from server.engine.errors import FAILED, from_vllm, named, request_errors
 from server.engine.manners import current_manner
 from server.engine.templates import templates
-from server.errors import Internal, ServerError
+from server.errors import BadRequest, Internal, ServerError
 
 BROKEN = 'data: {"error"'
 # Of what vLLM gives a tokenizer, what no template is given.
@@ -127,13 +127,16 @@ def own_templates(online: Any) -> None:
 def going_on(convert: Any) -> Any:
     """vLLM's conversion of Anthropic's messages, so that an answer which the request begins is gone on with.
 
-    Where the last message is the assistant's own, vLLM alone would begin another answer after it.
+    Where the last message is the assistant's own, vLLM alone would begin another answer after it. BadRequest
+    for messages of which none has any content.
     """
 
     def to_chat_completion_request(request: Any, **options: Any) -> Any:
         chat = convert(request, **options)
-        last = chat.messages[-1] if chat.messages else {}
-        if last["role"] == "assistant" and last.get("content") and not last.get("tool_calls"):
+        if not chat.messages:
+            raise BadRequest("messages: one that has content is needed", param="messages")
+        last = chat.messages[-1]
+        if last.get("role") == "assistant" and last.get("content") and not last.get("tool_calls"):
             chat.add_generation_prompt, chat.continue_final_message = False, True
         return chat
 

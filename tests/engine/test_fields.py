@@ -137,6 +137,11 @@ async def test_anthropics_begun_answer_is_gone_on_with(site: Site, key: str) -> 
         form = {"messages": messages, "max_tokens": ..., "temperature": ...}
         counted = await ask(site, key, "/v1/messages/count_tokens", **form)
         assert counted.json()["input_tokens"] == body["usage"]["prompt_tokens"]
+    for url in ("/v1/messages", "/v1/messages/count_tokens"):
+        form = {"max_tokens": 5 if url.endswith("messages") else ..., "temperature": ...}
+        empty = await ask(site, key, url, messages=[{"role": "user", "content": []}], **form)
+        assert empty.status_code == 400, empty.text
+        assert "content" in empty.json()["error"]["message"]
 
 
 async def test_completions_and_responses_have_them_too(site: Site, key: str) -> None:
