@@ -58,8 +58,12 @@ def from_vllm(message: str, status: int, param: str | None) -> ServerError:
 
 def named(error: ServerError, kind: Kind) -> ServerError:
     """``error`` of a request of this kind, naming the field that holds a prompt which cannot be served."""
+    prompt = _PROMPTS.get(kind)
     if error.code in _ABOUT_PROMPTS and error.param is None:
-        error.param = _PROMPTS.get(kind)
+        error.param = prompt
+    elif error.param and error.param.partition(".")[0].isdigit():  # vLLM reads parts apart from their message
+        error.message = f"a part in {prompt}: {error.message}"
+        error.param = prompt
     return error
 
 

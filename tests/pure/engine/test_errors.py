@@ -7,8 +7,8 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from server.engine.errors import TOO_LONG, invalid_request, refusal
-from server.errors import body_of
+from server.engine.errors import TOO_LONG, invalid_request, named, refusal
+from server.errors import BadRequest, body_of
 from server.inference.dialects.messages import anthropic_error
 
 # As vLLM says it, in five places.
@@ -85,6 +85,12 @@ def test_what_is_wrong_in_a_part_is_named_without_the_names_of_types(content: An
     error = invalid_request(caught.value)
     assert error.param == param
     assert error.message.startswith(f"{param}: ")
+
+
+def test_a_part_is_named_by_the_messages_that_it_is_in() -> None:
+    error = named(BadRequest("0.text: Field required", param="0.text"), "chat")
+    assert (error.message, error.param) == ("a part in messages: 0.text: Field required", "messages")
+    assert named(BadRequest("n: no", param="n"), "chat").param == "n"
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
