@@ -25,6 +25,11 @@ def refuse_what_cannot_load(settings: Settings) -> None:
 
     Reads the config.json of its folder and no weights; of a base that is no folder nothing is known yet.
     """
+    if current_platform.is_cpu() and settings.engine_args.get("pipeline_parallel_size", 1) != 1:
+        raise ValueError(
+            "ENGINE_ARGS: pipeline_parallel_size needs a GPU: on a CPU vLLM gives the second stage no memory"
+            " for what the first one computes. Use tensor_parallel_size."
+        )
     folder = Path(settings.model)
     if not (folder / "config.json").is_file():
         return

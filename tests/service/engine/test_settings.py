@@ -15,7 +15,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from adapters.worker.cpu.executor import YieldingExecutor
 from adapters.worker.scheduler import _count_adapters, adapters_of
-from server.engine import arguments
+from server.engine import arguments, bases
 from server.engine.arguments import (
     Slots,
     slots_of,
@@ -98,3 +98,9 @@ def test_a_cpu_has_no_kernels_that_are_the_same_in_any_batch(
     with pytest.raises(ValueError, match="BATCH_INVARIANT needs a GPU"):
         want_batch_invariance(Settings(model=str(tmp_path), batch_invariant=True))
     assert "VLLM_BATCH_INVARIANT" not in os.environ
+
+
+def test_stages_of_a_pipeline_are_refused_on_a_cpu(tmp_path: Path) -> None:
+    settings = Settings(model=str(tmp_path), engine_args={"pipeline_parallel_size": 2})
+    with pytest.raises(ValueError, match="pipeline_parallel_size needs a GPU"):
+        bases.refuse_what_cannot_load(settings)
