@@ -142,7 +142,9 @@ class Metrics:
             "outcome",
             buckets=_LATENCY,
         )
-        self._activate = histogram("loraplex_activation_seconds", "Host memory to a slot.", buckets=_LATENCY)
+        self._activate = histogram(
+            "loraplex_activation_seconds", "Host memory to a slot, with the steps between.", buckets=_LATENCY
+        )
         self._evictions = counter("loraplex_evictions", "Adapters moved out of a tier.", "tier")
         self._preemptions = counter(
             "loraplex_preemptions", "Answers put aside for another adapter.", "tenant"

@@ -1,7 +1,7 @@
 """Two workers share the model, and each keeps its part of every adapter.
 
 An engine of its own: the shared one has one worker. Adapters are fully sharded, so that both together hold
-one copy of each. ``SPLIT=pipeline`` divides the model by its depth instead, a stage for each worker.
+one copy of each.
 """
 
 from __future__ import annotations
@@ -33,11 +33,6 @@ TOLERANCE = 1e-4
 RANKS = (1, 8, 24, 64)  # 1 is on one worker alone, 24 is 16 and 8 ranks of A
 CORES = sorted(os.sched_getaffinity(0))
 LOAD = 4_000_000
-SPLITS = {
-    "tensor": {"tensor_parallel_size": 2, "fully_sharded_loras": True},
-    "pipeline": {"pipeline_parallel_size": 2},
-}
-SPLIT = os.environ.get("SPLIT", "tensor")
 
 
 @dataclass(frozen=True)
@@ -87,14 +82,12 @@ async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
             "dtype": "float32",
             "max_num_seqs": 4,
             "tokenizer": str(root / "base" / "tokenizer"),
-            **SPLITS[SPLIT],
+            "tensor_parallel_size": 2,
+            "fully_sharded_loras": True,
         },
     )
     # A slice of no time: each slot is filled layer by layer, in as many calls.
     changes: dict[str, Any] = {"gpu_slots": 2, "host_slots": 3, "activation_slice": 1e-9}
-    if SPLIT == "pipeline":  # for which vLLM wants an executor that is no name, as the product's is
-        args = settings.engine_args.items()
-        changes["engine_args"] = {n: v for n, v in args if n != "distributed_executor_backend"}
     settings = settings.model_copy(update=changes)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{CORES[0]}|{CORES[-1]}")
@@ -123,8 +116,6 @@ async def test_both_together_hold_one_copy(pair: Pair) -> None:
     for name, size in held.items():
         assert size <= 1.01 * (pair.folders[name] / WEIGHTS_FILE).stat().st_size, name
     assert held["rank-64"] == engine.capacity.entry_bytes, "what was computed of the largest"
-    if SPLIT != "tensor":
-        return
     automatic = pair.site.services.settings.model_copy(update={"gpu_slots": "auto", "host_slots": "auto"})
     slots = await asyncio.to_thread(slots_of, automatic)
     assert slots.slot_bytes == engine.capacity.slot_bytes, "what each worker has allocated"
