@@ -43,8 +43,10 @@ class BufferPool:
         self._size = whole(size)
         self._keep = keep
         self._free: list[mmap.mmap] = []  # the smallest first
-        # A buffer may be collected wherever the garbage collector runs: in the middle of these methods too.
-        self._lock = threading.RLock()
+        # A buffer may be collected wherever the garbage collector runs, in the middle of these methods too:
+        # then its region waits here until the method has ended.
+        self._returned: list[mmap.mmap] = []
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"BufferPool(free {[len(region) // _MIB for region in self._free]} MiB)"
@@ -65,6 +67,7 @@ class BufferPool:
         Its memory goes back to the pool when nothing refers to the buffer any more.
         """
         with self._lock:
+            self._keep_returned()
             region = next((region for region in self._free if len(region) >= size), None)
             if region is not None:
                 self._free.remove(region)
@@ -81,8 +84,17 @@ class BufferPool:
         return torch.frombuffer(buffer, dtype=dtype)[:elements]
 
     def _take_back(self, region: mmap.mmap) -> None:
-        with self._lock:
-            self._free = sorted([*self._free, region], key=len)[-self._keep :]
+        """Must not wait: who has the lock may be the method that this has interrupted."""
+        self._returned.append(region)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._keep_returned()
+            finally:
+                self._lock.release()
+
+    def _keep_returned(self) -> None:
+        while self._returned:
+            self._free = sorted([*self._free, self._returned.pop()], key=len)[-self._keep :]
 
 
 def whole(size: int) -> int:

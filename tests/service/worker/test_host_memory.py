@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import os
 import random
 import struct
@@ -77,6 +78,22 @@ def test_memory_is_lent_again_once_no_tensor_is_in_it(file: Path, pool: BufferPo
     del left
     assert repr(pool) == "BufferPool(free [8] MiB)"
     assert contents(loader.open(str(file)))["a"].data_ptr() == place
+
+
+def test_one_may_end_in_the_middle_of_anothers_beginning() -> None:
+    """As where the collector runs just then, and its region crowds out the one that was to be lent."""
+
+    class Region(mmap.mmap):
+        def __len__(self) -> int:
+            held.clear()
+            return super().__len__()
+
+    pool = BufferPool(MIB, keep=1)
+    held = [pool.lend(2 * MIB)]
+    pool._free = [Region(-1, MIB)]
+    lent = pool.lend(MIB)
+    assert (len(lent), held) == (MIB, [])
+    assert len(pool.lend(MIB)) == 2 * MIB, "what ended then is lent next"
 
 
 def test_the_largest_few_regions_are_kept_and_the_smallest_that_fits_is_lent(pool: BufferPool) -> None:
