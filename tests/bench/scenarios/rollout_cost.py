@@ -41,6 +41,7 @@ TOKENS = 16
 REQUESTS, ROUNDS = 400, 12
 # A round lasts so long at least, so that looks and writes of what it left are in it.
 SETTLE_S = 2 * runner.LOOK_EVERY_S + 0.5
+A_LOOK = 200  # requests that one look takes, of two versions; where all end between two, the rest is left
 LOOKED_AT = (0, 10, 100, 1000)
 KINDS = ("none", "idle", "during")
 # Guards that never end a rollout of equal versions within a round.
@@ -215,7 +216,7 @@ async def measure(requests: int, rounds: int) -> Values:
                     rollout = await one.begin() if kind == "during" else None
                     found[kind].append(await one.round(requests))
                     if rollout is not None:
-                        await one.end(rollout, requests * 9 // 10)
+                        await one.end(rollout, min(requests, A_LOOK) * 9 // 10)
 
     def more(kind: str, than: str) -> float:
         pairs = zip(found[kind], found[than], strict=True)
