@@ -110,6 +110,13 @@ class World:
             self.plan.check()
             assert self.engine.violations == []
 
+    def lose(self, how: str) -> None:
+        """The engine is lost by its "death" or by a "hang"."""
+        if how == "death":
+            self.engine.die()
+        else:
+            self.engine.hang()
+
     def check_idle(self) -> None:
         """Nothing waits, runs or is held for a request, in any of the places that could."""
         snapshot = self.dispatcher.snapshot()

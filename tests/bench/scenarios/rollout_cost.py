@@ -130,10 +130,11 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def served(folder: Path, looks: bool) -> AsyncIterator[Served]:
+async def served(folder: Path, looks: bool = True, **settings: Any) -> AsyncIterator[Served]:
+    """A server with these settings, until the block ends; ``looks`` as in ``serve``."""
     port = free_port(0)
-    settings = tiny.settings(folder, port=port, log_level="error", drain_timeout=0.1)
-    process = PROCESSES.Process(target=serve, args=(settings, looks))
+    made = tiny.settings(folder, port=port, log_level="error", drain_timeout=0.1, **settings)
+    process = PROCESSES.Process(target=serve, args=(made, looks))
     process.start()
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:

@@ -10,39 +10,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from server.demo.process import free_port
 from tests.bench.scenario import Goal, Measure, Round, Simulation, Values
-from tests.bench.scenarios.rollout_cost import CLIENTS, TOKENS, Served, serve
+from tests.bench.scenarios.rollout_cost import CLIENTS, TOKENS, served
 from tests.bench.stats import median
-from tests.support import tiny
 from tests.support.collector import Collector, collector
-from tests.support.forks import PROCESSES
 
 REQUESTS, ROUNDS = 400, 12
 SHARES: dict[str, float | None] = {"off": None, "one": 0.01, "all": 1.0}
 
 
-@contextlib.asynccontextmanager
-async def served(folder: Path, store: Collector, share: float | None) -> AsyncIterator[Served]:
-    port = free_port(0)
-    traces: dict[str, Any] = {} if share is None else {"traces_url": store.url, "traces_share": share}
-    settings = tiny.settings(folder, port=port, log_level="error", drain_timeout=0.1, **traces)
-    process = PROCESSES.Process(target=serve, args=(settings, True))
-    process.start()
-    try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
-            one = Served(process, http)
-            await one.prepare()
-            yield one
-    finally:
-        process.kill()
-        process.join()
+def traced(store: Collector, share: float | None) -> dict[str, Any]:
+    """The settings of a server that keeps this share of its traces; none where it makes no traces."""
+    return {} if share is None else {"traces_url": store.url, "traces_share": share}
 
 
 async def measure(requests: int, rounds: int) -> Values:
@@ -51,7 +33,7 @@ async def measure(requests: int, rounds: int) -> Values:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         store = stack.enter_context(collector())
         servers = {
-            kind: await stack.enter_async_context(served(folder / kind, store, share))
+            kind: await stack.enter_async_context(served(folder / kind, **traced(store, share)))
             for kind, share in SHARES.items()
         }
         for one in servers.values():

@@ -19,13 +19,6 @@ def tokens(text: str) -> list[str]:
     return re.findall(r'"content": " (\d+)"', text)
 
 
-def lose(world: World, how: str) -> None:
-    if how == "death":
-        world.engine.die()
-    else:
-        world.engine.hang()
-
-
 @pytest.mark.parametrize("how", ["death", "hang"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_that_can_go_on_goes_on_with_the_same_tokens(how: str, stream: bool) -> None:
@@ -36,7 +29,7 @@ def test_an_answer_that_can_go_on_goes_on_with_the_same_tokens(how: str, stream:
                 asyncio.create_task(world.ask("acme", model="base-model", max_tokens=300, stream=stream))
             )
             await asyncio.sleep(2)
-            lose(world, how)
+            world.lose(how)
             for text in await asyncio.gather(*asking):
                 if stream:
                     assert tokens(text) == [str(i) for i in range(1, 300)]
@@ -66,7 +59,7 @@ def test_what_waits_keeps_its_place(how: str) -> None:
             for who in ("b", "c", "d"):
                 waiting.append(asyncio.create_task(client(who)))
                 await asyncio.sleep(0.05)
-            lose(world, how)
+            world.lose(how)
             await asyncio.gather(first, *waiting)
             assert done == ["b", "c", "d"]
             world.check_idle()
@@ -81,7 +74,7 @@ def test_all_others_end_at_once_with_a_code(how: str, stream: bool) -> None:
         async with World(restarts=3, stall=5.0) as world:
             asking = asyncio.create_task(world.ask("acme", n=2, max_tokens=2000, stream=stream))
             await asyncio.sleep(1)
-            lose(world, how)
+            world.lose(how)
             began = world.dispatcher.now()
             if stream:
                 assert "engine_restarting" in await asking
@@ -106,7 +99,7 @@ def test_time_limits_and_cancellation_hold_meanwhile(how: str) -> None:
         async with World(max_running=1, restarts=3, stall=60.0, limits=limits) as world:
             running = asyncio.create_task(world.ask("acme", max_tokens=2000))
             await asyncio.sleep(1)
-            lose(world, how)
+            world.lose(how)
             leaves = asyncio.create_task(world.ask("acme"))
             began = world.dispatcher.now()
             with pytest.raises(Unavailable) as refused:

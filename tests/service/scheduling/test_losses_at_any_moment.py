@@ -27,13 +27,6 @@ TIMES = Times(stage=0.3, activate=0.1, step=0.2, page=0.01, start=20.0)
 STALL = 5.0
 
 
-def lose(world: World, how: str) -> None:
-    if how == "death":
-        world.engine.die()
-    else:
-        world.engine.hang()
-
-
 @pytest.mark.parametrize("how", ["death", "hang"])
 @pytest.mark.parametrize("times", [1, 2])
 def test_an_upload_that_is_tried_meanwhile_is_whole_or_may_be_repeated(how: str, times: int) -> None:
@@ -46,7 +39,7 @@ def test_an_upload_that_is_tried_meanwhile_is_whole_or_may_be_repeated(how: str,
             probing = asyncio.create_task(prober.probe(version))
             for pause in (moment, 40.0)[:times]:
                 await asyncio.sleep(pause)
-                lose(world, how)
+                world.lose(how)
             ended = "whole"
             try:
                 async with asyncio.timeout(120):
@@ -88,7 +81,7 @@ def test_a_drain_ends_and_tells_everybody(
             asked = [("acme", {}), ("acme", {"stream": False}), ("acme", {"n": 2}), ("zeta", {})]
             clients = [asyncio.create_task(client(world, who, **fields)) for who, fields in asked]
             loop = asyncio.get_running_loop()
-            loop.call_later(loss, lose, world, how)
+            loop.call_later(loss, world.lose, how)
             await asyncio.sleep(drain)
             settings = SimpleNamespace(drain_timeout=patience)
             services = SimpleNamespace(dispatcher=world.dispatcher, on_drain=None, settings=settings)
