@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +38,11 @@ _ABOUT_PROMPTS = (TOO_LONG, "not_supported_by_base")
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")
 _TYPES = frozenset({"bool", "bytes", "dict", "float", "int", "list", "none", "nullable", "str", "tuple"})
 _ABOUT = re.compile(r"`?([a-z][a-z_]*(?:\.[a-z_]+)?)`?(?::| must| cannot| should| is set)")
+# Packages that read what a client sent, and whose AttributeError or LookupError is thus about that.
+_READERS = frozenset(
+    {"anthropic", "jinja2", "mistral_common", "openai", "openai_harmony", "pydantic", "tokenizers"}
+    | {"transformers", "vllm"}
+)
 # Where a request of each kind has its prompt.
 _PROMPTS = {
     "chat": "messages",
@@ -150,7 +157,11 @@ def request_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def parse_errors() -> Iterator[None]:
-    """For reading a body: BadRequest that names the field."""
+    """For reading a body: BadRequest that names the field.
+
+    So is what vLLM trips over where it takes a type for granted before it looks at types. What code of ours
+    trips over is raised as it is, and becomes a 500 with its traceback in the log.
+    """
     from vllm.exceptions import VLLMValidationError
 
     try:
@@ -161,10 +172,22 @@ def parse_errors() -> Iterator[None]:
         raise BadRequest(message_of(exc), param=exc.parameter) from exc
     except (ValueError, TypeError, OverflowError) as exc:
         raise BadRequest(message_of(exc)) from exc
-    except KeyError as exc:  # from what vLLM does before it looks at types, and takes for granted
-        raise BadRequest(f"A field `{str(exc.args[0])[:100]}` is missing.") from exc
-    except (AttributeError, IndexError) as exc:
+    except (AttributeError, LookupError) as exc:
+        if not _raised_by_a_reader(exc):
+            raise
+        if isinstance(exc, KeyError) and exc.args:
+            raise BadRequest(f"A field `{str(exc.args[0])[:100]}` is missing.") from exc
         raise BadRequest("A part of the request has another type than it needs there.") from exc
+
+
+def _raised_by_a_reader(exc: Exception) -> bool:
+    """Whether the last step into a package on the way to ``exc``, Python's own aside, was into a reader's."""
+    packages = (
+        str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        for frame, _ in traceback.walk_tb(exc.__traceback__)
+    )
+    last = [package for package in packages if package not in sys.stdlib_module_names]
+    return bool(last) and last[-1] in _READERS
 
 
 def invalid_request(exc: ValidationError) -> BadRequest:

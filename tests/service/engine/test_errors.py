@@ -1,0 +1,61 @@
+"""Whose fault it is where reading a request fails: the client's, or a defect of this server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+from server.engine import validation
+from server.engine.errors import parse_errors
+from server.errors import BadRequest
+
+BODY = {"model": "a", "messages": [{"role": "user", "content": "Hi"}]}
+TRIPS: list[tuple[type[Exception], Callable[[Any], Any]]] = [
+    (AttributeError, lambda value: value.no_such_name),
+    (IndexError, lambda value: [][0]),
+    (KeyError, lambda value: {}["messages"]),
+]
+
+
+def in_package(name: str, code: str) -> Any:
+    """``f`` as ``code`` defines it, in a module of this name."""
+    module: dict[str, Any] = {"__name__": name}
+    exec(code, module)
+    return module["f"]
+
+
+@pytest.mark.parametrize("wrong", [1, "a", [1], [{}]])
+def test_what_vllm_trips_over_is_a_bad_request(wrong: Any) -> None:
+    """It asks ``structured_outputs`` for fields before it looks whether that is an object."""
+    with pytest.raises(BadRequest, match="another type") as told:
+        validation.parsed(ChatCompletionRequest, BODY | {"structured_outputs": wrong}, 100)
+    assert isinstance(told.value.__cause__, AttributeError)
+
+
+def test_a_field_that_vllm_misses_is_named() -> None:
+    with pytest.raises(BadRequest, match="A field `messages` is missing"), parse_errors():
+        in_package("vllm.reads", "def f(body): return body['messages']")({})
+
+
+def test_what_python_trips_over_for_vllm_is_a_bad_request() -> None:
+    with pytest.raises(BadRequest, match="another type"), parse_errors():
+        in_package("vllm.reads", "import string\ndef f(one): return string.capwords(one)")(1)
+
+
+@pytest.mark.parametrize(("kind", "trips"), TRIPS)
+async def test_what_this_server_trips_over_is_no_bad_request(
+    kind: type[Exception], trips: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is raised as it is: the middleware logs its traceback and answers 500."""
+    monkeypatch.setattr(validation, "_is_long", trips)
+    with pytest.raises(kind):
+        await validation.parsed_in_turns(ChatCompletionRequest, BODY, 100)
+
+
+@pytest.mark.parametrize(("kind", "trips"), TRIPS)
+def test_nor_what_vllm_has_called_of_it(kind: type[Exception], trips: Callable[[Any], Any]) -> None:
+    with pytest.raises(kind), parse_errors():
+        in_package("vllm.calls", "def f(back): return back(1)")(trips)
