@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from adapters.inspection.base_config import quantization_in, read_base_config
+
 # A tensor by the name within its layer; None where the layer has none of that name.
 Read = Callable[[str], torch.Tensor | None]
 
@@ -41,11 +43,11 @@ class UnknownQuantization(ValueError):
 def quantization_of(model_dir: Path) -> Mapping[str, Any] | None:
     """``quantization_config`` of the model in ``model_dir``; None where its weights are as they were trained.
 
-    Raises OSError, and ValueError for what is not JSON.
+    Raises OSError where there is no config.json, ValueError where it is no JSON object.
     """
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    return found if isinstance(found, dict) else None
+    if (config := read_base_config(model_dir)) is None:
+        raise FileNotFoundError(f"{model_dir} holds no config.json of a base model")
+    return quantization_in(config)
 
 
 def method_of(quantization: Mapping[str, Any]) -> str:

@@ -5,7 +5,6 @@ Imported by ``Engine.start`` alone: importing vLLM takes seconds.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from argparse import Namespace
@@ -27,6 +26,7 @@ except ImportError:  # from 0.33 on
     from vllm.entrypoints.common.cli_args import make_arg_parser
 
 from adapters.inspection.base_chat import BaseTokenizer, described, read_base_chat
+from adapters.inspection.base_config import labels_of, read_base_config
 from adapters.model import BaseChat, BaseModel, Head, ModuleShape
 from adapters.worker.cpu.executor import YieldingExecutor
 from adapters.worker.cpu.features import multiplies_bfloat16
@@ -84,8 +84,9 @@ def _slots_of(settings: Settings) -> Slots:
     rank, itemsize = settings.max_lora_rank, lora.lora_dtype.itemsize
     workers, fully = config.parallel_config.tensor_parallel_size, lora.fully_sharded_loras
     slot = sizing.slot_bytes(layers, rank=rank, itemsize=itemsize, workers=workers, fully_sharded=fully)
-    of_slot, of_entry = _head_bytes(config)
-    slot += of_slot
+    labels = _head_labels(config)
+    most_labels = lora.max_lora_cls_labels or labels if labels else 0
+    slot += _head_bytes(config, max(most_labels, labels))  # vLLM pads an adapter's own to the base's
     gpu, host = settings.gpu_slots, settings.host_slots
     if gpu == "auto":
         most = config.scheduler_config.max_num_seqs
@@ -100,7 +101,7 @@ def _slots_of(settings: Settings) -> Slots:
             fully_sharded=fully,
             shards=settings.host_shards,
         )
-        host = sizing.host_slots(settings.adapter_host_memory, entry + of_entry, gpu)
+        host = sizing.host_slots(settings.adapter_host_memory, entry + _head_bytes(config, most_labels), gpu)
     return Slots(gpu, host or HOST_PER_GPU_SLOT * gpu, slot)
 
 
@@ -111,15 +112,17 @@ def _head_labels(config: Any) -> int:
     return int(model.hf_config.num_labels) if classifies else 0
 
 
-def _head_bytes(config: Any) -> tuple[int, int]:
-    """What the head of an adapter takes of a slot and of host memory; vLLM pads it to the base's."""
-    labels, model, lora = _head_labels(config), config.model_config, config.lora_config
+def _head_bytes(config: Any, labels: int) -> int:
+    """What an adapter's own head of so many labels takes in the engine of ``config`` (VllmConfig)."""
     if not labels:
-        return 0, 0
-    most = lora.max_lora_cls_labels or labels
-    bias = model.head_dtype.itemsize
-    weight = int(model.get_hidden_size()) * lora.lora_dtype.itemsize
-    return max(most, labels) * (weight + bias), most * (weight + bias)
+        return 0
+    model = config.model_config
+    return sizing.head_bytes(
+        labels,
+        int(model.get_hidden_size()),
+        itemsize=config.lora_config.lora_dtype.itemsize,
+        bias_itemsize=model.head_dtype.itemsize,
+    )
 
 
 def _slot_layers(config: Any) -> list[Layer]:
@@ -276,9 +279,9 @@ def log_advice(config: Any) -> None:
 
 
 def capacity_of(
-    slots: Slots, base: BaseModel, described: Sequence[dict[str, Any]], itemsize: int
+    slots: Slots, base: BaseModel, described: Sequence[dict[str, Any]], config: Any
 ) -> EngineCapacity:
-    """By what the workers have really allocated."""
+    """By what the workers of the engine that ``config`` (VllmConfig) describes have really allocated."""
     slot = max(int(one["slot_bytes"]) for one in described)
     if slots.slot_bytes not in (None, slot):
         logger.warning(
@@ -293,9 +296,10 @@ def capacity_of(
         if shape.experts == 1 or not apart  # an adapter has its experts in one form
     ]
     layers += [Layer(shape.in_features, shape.out_features) for shape in base.vocabulary.values()]
+    itemsize = config.lora_config.lora_dtype.itemsize
     whole = sizing.entry_bytes(layers, rank=base.max_lora_rank, itemsize=itemsize)
     if base.head is not None:
-        whole += (base.head.most or 0) * (base.head.in_features + 1) * itemsize
+        whole += _head_bytes(config, base.head.most or 0)
     entry = sum(whole if one["entry_bytes"] is None else int(one["entry_bytes"]) for one in described)
     if slots.adapters:
         ranks = slots.gpu * base.max_lora_rank
@@ -332,7 +336,9 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
         os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
         given["otlp_traces_endpoint"] = f"{settings.traces_url.rstrip('/')}/v1/traces"
     given |= settings.engine_args
-    if (labels := _labels_of(settings.model)) or given.get("convert") == "classify":
+    if (labels := labels_of(read_base_config(Path(settings.model)) or {})) or given.get(
+        "convert"
+    ) == "classify":
         given.setdefault("max_lora_cls_labels", max(LABELS, labels))
     if slots.adapters:
         given["additional_config"] = (given.get("additional_config") or {}) | {ADAPTERS: slots.adapters}
@@ -353,16 +359,6 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
     return args, AsyncEngineArgs(
         **engine_args, served_model_name=[settings.served_model_name], enable_log_requests=False
     )
-
-
-def _labels_of(model: str) -> int:
-    """How many labels the classifier in the folder ``model`` has, as its config says; 0 for another model."""
-    try:
-        config = json.loads((Path(model) / "config.json").read_text())
-        classifies = any(name.endswith("ForSequenceClassification") for name in config["architectures"])
-        return len(config.get("id2label") or (0, 1)) if classifies else 0
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return 0
 
 
 def _config(name: str, default: Any, changes: dict[str, Any]) -> Any:

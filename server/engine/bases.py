@@ -5,14 +5,13 @@ Imported by ``Engine.start`` alone, as ``server.engine.arguments`` is.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.platforms import current_platform
 
-from adapters.inspection.quantized import quantization_of
+from adapters.inspection.base_config import quantization_in, read_base_config
 from server.engine import quantization
 from server.settings import Settings
 
@@ -31,17 +30,14 @@ def refuse_what_cannot_load(settings: Settings) -> None:
             " for what the first one computes. Use tensor_parallel_size."
         )
     folder = Path(settings.model)
-    if not (folder / "config.json").is_file():
+    if (config := read_base_config(folder)) is None:
         return
-    config = json.loads((folder / "config.json").read_text())
-    if not isinstance(config, dict):
-        raise ValueError(f"MODEL: {folder / 'config.json'} is no JSON object")
     on_cpu = current_platform.is_cpu()
     if on_cpu and has_experts(config):
         raise _experts(str(folder))
     if settings.engine_args.get("convert") == "classify":
         _refuse_headless(config, settings)
-    if (found := quantization_of(folder)) is not None:
+    if (found := quantization_in(config)) is not None:
         amx = torch.cpu._is_amx_tile_supported()
         quantization.refuse(
             found, dtype=str(settings.engine_args.get("dtype", "auto")), on_cpu=on_cpu, amx=amx

@@ -161,7 +161,7 @@ class Engine:
                 state,
                 paging,
                 base,
-                arguments.capacity_of(slots, base, described, config.lora_config.lora_dtype.itemsize),
+                arguments.capacity_of(slots, base, described, config),
                 max_running=config.scheduler_config.max_num_seqs,
                 max_model_len=config.model_config.max_model_len,
                 dialects=dialects,

@@ -102,6 +102,11 @@ def entry_bytes(
     return workers * (parts + slot_bytes(whole, rank=rank, itemsize=itemsize))
 
 
+def head_bytes(labels: int, features: int, *, itemsize: int, bias_itemsize: int) -> int:
+    """Bytes of a classifier's whole head, with its bias, in a slot or in host memory; not of pairs on it."""
+    return labels * (features * itemsize + bias_itemsize)
+
+
 def gpu_slots(memory: int, slot: int, most_running: int) -> int:
     """Slots of ``slot`` bytes in ``memory``, at least one.
 

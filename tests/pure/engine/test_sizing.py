@@ -175,3 +175,8 @@ def test_the_line_for_the_operator() -> None:
 )
 def test_sizes_are_shown_shortly(size: int, shown: str) -> None:
     assert sizing.shown(size) == shown
+
+
+def test_a_classifiers_head_is_counted_whole() -> None:
+    assert sizing.head_bytes(64, 4096, itemsize=2, bias_itemsize=4) == 64 * 4096 * 2 + 64 * 4
+    assert sizing.head_bytes(0, 4096, itemsize=2, bias_itemsize=4) == 0

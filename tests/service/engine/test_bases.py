@@ -81,6 +81,7 @@ def test_what_is_to_classify_has_a_head(tmp_path: Path) -> None:
 
 
 def test_a_config_that_is_none_is_said_to_be(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps([]))
-    with pytest.raises(ValueError, match="is no JSON object"):
-        refuse_what_cannot_load(settings_of(tmp_path))
+    for text, words in ((json.dumps([]), "is no JSON object"), ("{", "is no JSON: ")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            refuse_what_cannot_load(settings_of(tmp_path))
