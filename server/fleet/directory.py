@@ -2,7 +2,7 @@
 
 Rows of the database say which there are; what each says of itself every second says how it is. One that says
 nothing for ``stall`` seconds counts as hung: it gets nothing more, and what it had goes on elsewhere. Seconds
-in which this process could not listen itself do not count.
+in which this process could not listen itself do not count (``server.scheduling.awake``).
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from server.fleet.reports import Report
 from server.fleet.wire import PREFIX, as_json, error_of
 from server.logs import REQUEST
 from server.metrics import Metrics
+from server.scheduling.awake import AwakeClock
 
 logger = logging.getLogger(__name__)
 
 DISCOVER_EVERY_S = 1.0
 # At most; several times before one that says nothing counts as hung.
 ASK_EVERY_S, ASKED_BEFORE_HUNG = 1.0, 5
+TICKS_IN_STALL = 20  # how finely the own pauses are told from a replica's silence
 # How often adapters are loaded where nobody waits for them yet, and for how long such a load may look for
 # room.
 MOVE_EVERY_S, MOVE_TIMEOUT_S = 0.2, 10.0
@@ -97,9 +99,11 @@ class Directory:
         self._metrics = metrics
         self._headers = {"Authorization": f"Bearer {key}"}
         self._stall = stall
+        self._clock = AwakeClock(stall / TICKS_IN_STALL)
         self._known: dict[str, Known] = {}
         self._facts: Facts | None = None
         self._session: aiohttp.ClientSession | None = None
+        self._ticking: asyncio.Task[None] | None = None
         self._discovering: asyncio.Task[None] | None = None
         self._moving: asyncio.Task[None] | None = None
         self._moves: set[asyncio.Task[None]] = set()
@@ -112,6 +116,7 @@ class Directory:
         self._session = aiohttp.ClientSession(
             connector=connector, timeout=timeout, headers=self._headers, read_bufsize=1 << 18
         )
+        self._ticking = asyncio.create_task(self._clock.run(), name="loraplex-awake")
         with suppress(Exception):  # the database is asked again
             await self._discover()
         with suppress(TimeoutError):
@@ -124,7 +129,8 @@ class Directory:
     async def stop(self) -> None:
         """Closes every connection."""
         tasks = [one.watching for one in self._known.values() if one.watching is not None]
-        tasks += [task for task in (self._discovering, self._moving) if task is not None]
+        own = (self._ticking, self._discovering, self._moving)
+        tasks += [task for task in own if task is not None]
         tasks += self._moves
         for task in tasks:
             task.cancel()
@@ -351,22 +357,12 @@ class Directory:
             try:
                 await self._hear(one, within)
             except Exception as exc:  # whatever it is, it is no answer
-                one.heard += self._late(asked + within)
                 if not one.lost and (isinstance(exc, aiohttp.ClientConnectorError) or self._is_silent(one)):
                     self._lose(one, exc)
-            due = max(self._now() + 0.1, asked + every)
-            await asyncio.sleep(due - self._now())
-            one.heard += self._late(due)
+            await asyncio.sleep(max(0.1, asked + every - self._now()))
 
     def _is_silent(self, one: Known) -> bool:
         return self._now() - one.heard > self._stall
-
-    def _late(self, due: float) -> float:
-        """For how long this process has not come to what was ``due``: it was stopped, or had no processor.
-
-        Replicas may have answered all the time.
-        """
-        return max(0.0, self._now() - due)
 
     async def _hear(self, one: Known, within: float) -> None:
         assert self._session is not None
@@ -396,7 +392,7 @@ class Directory:
             limit.reschedule(0.0)
 
     def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+        return self._clock.now()
 
 
 def facts_of(sent: Mapping[str, Any]) -> Facts:

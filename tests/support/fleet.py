@@ -27,7 +27,8 @@ FLEET_KEY = "fleet-key-of-the-tests"
 class Freezer:
     """ASGI around an app that can be made to say nothing, as a process that was stopped.
 
-    With ``before_the_end``, as soon as an answer is whole but for the end of its connection.
+    With ``before_the_end``, as soon as an answer is whole but for the end of its connection. ``slow`` is how
+    long each answer about its state takes, in seconds.
     """
 
     def __init__(self, app: FastAPI) -> None:
@@ -35,6 +36,7 @@ class Freezer:
         self.going = asyncio.Event()
         self.going.set()
         self.before_the_end = False
+        self.slow = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def later(message: Any) -> None:
@@ -46,6 +48,8 @@ class Freezer:
 
         if scope["type"] == "http":
             await self.going.wait()
+            if scope["path"].endswith("/state"):
+                await asyncio.sleep(self.slow)
             await self.app(scope, receive, later)
         else:
             await self.app(scope, receive, send)
@@ -160,7 +164,8 @@ async def fleet(
         made = [
             await stack.enter_async_context(replica(folder, times, base, **changes)) for _ in range(replicas)
         ]
-        settings = tiny.settings(folder, role="gateway", fleet_key=FLEET_KEY, replica_stall=1.0, **changes)
+        of_gateway = {"role": "gateway", "fleet_key": FLEET_KEY, "replica_stall": 1.0}
+        settings = tiny.settings(folder, **(of_gateway | changes))
         gateway = await stack.enter_async_context(serving(create_app(settings)))
         whole = Fleet(gateway, made)
         await whole.all_known()
