@@ -270,7 +270,8 @@ class Version:
     ``quarantine`` is why it is out of service, if it is: see ``adapters.store.quarantine``. ``base`` is the
     fingerprint of the base model that it was tried on when it was uploaded, where that is known. ``chat`` is
     how it chats: ``kept`` if it has a ``CHAT_FILE``, ``content_format``, ``stop_token_ids``, and
-    ``defaults``, the adapter's own over those of its files.
+    ``defaults``, the adapter's own over those of its files. ``labels`` is how many its own head has, if it
+    has one.
     """
 
     tenant: str
@@ -283,6 +284,7 @@ class Version:
     quarantine: str | None = field(default=None, compare=False)
     base: str | None = field(default=None, compare=False)
     chat: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    labels: int | None = field(default=None, compare=False, repr=False)
 
     @property
     def key(self) -> str:

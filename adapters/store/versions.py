@@ -34,6 +34,7 @@ def version_of(
         quarantine=row.quarantine["reason"] if row.quarantine else None,
         base=(row.report.get("probe") or {}).get("base"),
         chat={**chat, "defaults": {**(chat.get("defaults") or {}), **said}} if chat or said else {},
+        labels=row.report.get("labels"),
     )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from starlette.datastructures import State
 
 from adapters.model import BaseModel
-from server.engine import contract, guard, serving, structure
+from server.engine import contract, guard, scoring, serving, structure
 from server.engine.calls import (
     Answer,
     Call,
@@ -189,6 +189,8 @@ class Engine:
         read_own_tokens(self._llm.renderer)
         if self.base.makes == "embeddings":
             serving.embeddings_as_data(state.serving_embedding)
+        if self.base.makes == "labels":
+            scoring.score_by_heads(state)
         if self.base.pooling:
             return
         serving.own_templates(state.online_renderer)

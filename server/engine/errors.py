@@ -52,6 +52,7 @@ _PROMPTS = {
     "embedding": "input",
     "messages": "messages",
     "responses": "input",
+    "score": "input",
 }
 
 

@@ -311,7 +311,7 @@ class LeasedStream:
 
 def check_base(base: BaseModel, dialect: Dialect) -> None:
     """BadRequest (``not_supported_by_base``) for a dialect that the base model cannot answer in."""
-    if dialect.base in ("any", base.makes):
+    if dialect.base in ("any", base.makes) or (dialect.base == "scores" and base.pooling):
         return
     cure = {
         "text": "makes text and no {}; call /v1/chat/completions, or a server with a model for them.",

@@ -1,4 +1,4 @@
-"""Embeddings and labels, where the base makes them: naming and limits as for completions, and their own.
+"""Embeddings, labels and scores, where the base makes them: naming and limits as for completions.
 
 A long list of inputs is embedded a few at a time under one lease, so that it leaves places to others.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import base64
 import math
 from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from adapters.model import DEFAULT_MODEL, BaseModel, Version
 from adapters.tasks import run_in_thread
 from server.errors import BadRequest, Internal
 from server.inference.completion import (
@@ -19,14 +21,26 @@ from server.inference.completion import (
     Completions,
     check_base,
     counted_refusals,
+    estimate_prompt_tokens,
     prompt_tokens_bound,
     recorded_refusals,
     resolve_allowed,
 )
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.embeddings import MAX_INPUTS
-from server.inference.dialects.scoring import EMBEDDINGS, Scoring
+from server.inference.dialects.scoring import (
+    EMBEDDINGS,
+    PAIRS,
+    Scoring,
+    check_labels,
+    embeddings_body,
+    pairs_body,
+    pairs_of,
+    scores_of,
+)
 
+# What the engine is given at a time: a text, the ids of its tokens, or two texts to compare.
+Input = str | list[int] | tuple[str, str]
 # A request takes at most one in so many of the engine's places.
 _SHARE = 4
 _ENCODINGS = ("float", "base64")
@@ -40,48 +54,83 @@ async def embed(service: Completions, asked: Asked, body: dict[str, Any]) -> Com
 
 
 async def _score(service: Completions, asked: Asked, dialect: Scoring, body: dict[str, Any]) -> Completion:
-    """From the embeddings of what is compared, which are asked for under the dialect's name."""
+    """From the embeddings of what is compared, or a head's scores of it; counted under the dialect's name."""
+    base = service.answers.base
     with recorded_refusals(service, asked), counted_refusals(service.metrics, asked.tenant):
-        check_base(service.answers.base, dialect)
+        check_base(base, dialect)
         fields = dialect.allowed_fields(body)
         compared = dialect.asked(fields)
-    wanted = dialect.embeddings_body(fields | {"model": body.get("model")}, compared)
+        by_head = base.makes == "labels"
+        wanted = (pairs_body if by_head else embeddings_body)(fields, compared)
     try:
-        opened = await _embed(service, asked, EMBEDDINGS, wanted)
+        opened = await _embed(service, asked, PAIRS if by_head else EMBEDDINGS, wanted)
     except BadRequest as exc:
         if exc.param == "input":  # no field of the request's own
             exc.param = compared.longest
         raise
     assert opened.body is not None
-    told = await run_in_thread(dialect.told, asked.id, fields, compared, opened.body)
-    return replace(opened, body=told)
+    scores = await run_in_thread(scores_of, compared, opened.body)
+    return replace(opened, body=dialect.told(asked.id, fields, compared, scores, opened.body))
 
 
-async def _embed(service: Completions, asked: Asked, embeddings: Dialect, body: dict[str, Any]) -> Completion:
-    """``embeddings`` is the dialect of ``body``, which the engine is asked; the request may have another."""
+async def _embed(service: Completions, asked: Asked, by: Dialect, body: dict[str, Any]) -> Completion:
+    """``by`` is the dialect of ``body``, which the engine is asked in; the request may have another."""
     with recorded_refusals(service, asked):
         with counted_refusals(service.metrics, asked.tenant):
             check_base(service.answers.base, asked.dialect)
             await resolve_allowed(service, asked, body)
-            fields = embeddings.allowed_fields(body)
-            text = str(body.get("input", ""))
-        order = asked.order(embeddings, fields, text, prompt_bound=prompt_tokens_bound(text), elastic=False)
-        return await service.answers.open(order)
+            if by is PAIRS:
+                check_labels(asked.public_model, labels_of(asked.version, service.answers.base))
+                fields = body | {"model": body.get("model") or DEFAULT_MODEL}
+            else:
+                fields = by.allowed_fields(body)
+            bound, likely = _tokens_of(body)
+        order = asked.order(by, fields, "", prompt_bound=bound, elastic=False)
+        return await service.answers.open(replace(order, prompt_tokens=likely))
 
 
-def inputs_of(request: Any) -> list[str | list[int]]:
-    """Each a text or the ids of its tokens. BadRequest for none, more than ``MAX_INPUTS``, or an encoding
+def labels_of(version: Version | None, base: BaseModel) -> int:
+    """How many numbers ``version`` gives for an input: its own head's labels, or those of the base."""
+    own = None if version is None else version.labels
+    return own if own is not None else base.head.labels if base.head is not None else 0
+
+
+def _tokens_of(body: Mapping[str, Any]) -> tuple[int, int]:
+    """(high estimate, likely number) of the tokens in all inputs of ``body``; a query counts in each pair."""
+    if "documents" not in body:
+        text = str(body.get("input", ""))
+        return prompt_tokens_bound(text), estimate_prompt_tokens(text)
+    texts = [body["queries"]] if isinstance(body["queries"], str) else body["queries"]
+    times = len(body["documents"]) if isinstance(body["queries"], str) else 1
+    sized = [(text, times) for text in texts] + [(text, 1) for text in body["documents"]]
+    bound = sum(prompt_tokens_bound(text) * often for text, often in sized)
+    return bound, sum(estimate_prompt_tokens(text) * often for text, often in sized)
+
+
+def inputs_of(request: Any) -> Sequence[Input]:
+    """What ``request`` is to be answered for. BadRequest for none, more than ``MAX_INPUTS``, or an encoding
     that is unknown."""
+    if hasattr(request, "documents"):  # as many as ``Scoring.asked`` allows
+        return pairs_of(request.queries, request.documents)
     if getattr(request, "encoding_format", "float") not in _ENCODINGS:
         raise BadRequest("encoding_format must be float or base64", param="encoding_format")
     given = request.input
     inputs = given if isinstance(given, list) and not (given and isinstance(given[0], int)) else [given]
     if not 1 <= len(inputs) <= MAX_INPUTS:
         raise BadRequest(f"input must be 1 to {MAX_INPUTS} texts or lists of tokens", param="input")
-    return inputs
+    found: list[Input] = inputs
+    return found
 
 
-def places_of(inputs: list[str | list[int]], max_running: int) -> int:
+def part_of(request: Any, inputs: Sequence[Input]) -> Any:
+    """``request`` for some of its inputs."""
+    if hasattr(request, "documents"):
+        queries, documents = zip(*inputs, strict=True)
+        return request.model_copy(update={"queries": list(queries), "documents": list(documents)})
+    return request.model_copy(update={"input": list(inputs)})
+
+
+def places_of(inputs: Sequence[Input], max_running: int) -> int:
     """How many of ``inputs`` run at the same time."""
     return min(len(inputs), max(1, max_running // _SHARE))
 
@@ -89,7 +138,7 @@ def places_of(inputs: list[str | list[int]], max_running: int) -> int:
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """One document, in the order of the inputs. Internal if an embedding or a score is no number."""
     data = [one for part in parts for one in part["data"]]
-    if not all(_finite(one["embedding"] if "embedding" in one else one["probs"]) for one in data):
+    if not all(_finite(_numbers(one)) for one in data):
         raise Internal("The model's answer to this input is not a number.")
     tokens = sum(part["usage"]["prompt_tokens"] for part in parts)
     return {
@@ -99,6 +148,12 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "model": parts[0]["model"],
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
+
+
+def _numbers(one: Mapping[str, Any]) -> list[float] | str:
+    """Of an embedding, a list of labels or a score."""
+    found: list[float] | str = next(one[name] for name in ("embedding", "probs", "score") if name in one)
+    return found if isinstance(found, list | str) else [found]
 
 
 def _finite(embedding: list[float] | str) -> bool:

@@ -8,6 +8,7 @@ A request passes in two steps, which a replica tells apart for its gateway:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ class Admitted:
     lease: Lease
     request: Any
     resumable: bool
-    inputs: list[str | list[int]] | None = None  # of embeddings
+    inputs: Sequence[embeddings.Input] | None = None  # of embeddings and their like
     places: int = 1
 
 
@@ -154,7 +155,7 @@ class LocalAnswers:
         await lease.close("completed")
         return Completion(call.public_model, lease, body=answer.body)
 
-    async def _embed(self, admitted: Admitted, inputs: list[str | list[int]]) -> Completion:
+    async def _embed(self, admitted: Admitted, inputs: Sequence[embeddings.Input]) -> Completion:
         """A few inputs at a time under one lease."""
         lease, places, parts = admitted.lease, admitted.places, []
         async with closed_on_failure(lease):
@@ -163,7 +164,7 @@ class LocalAnswers:
                 call = self._call(admitted, f"-{at}")
                 call.manner = manner
                 lease.work = InFlight(self.engine, call)
-                some = admitted.request.model_copy(update={"input": inputs[at : at + places]})
+                some = embeddings.part_of(admitted.request, inputs[at : at + places])
                 answer = await self.engine.answer(call, some)
                 assert answer.body is not None
                 parts.append(answer.body)

@@ -24,6 +24,9 @@ from server.settings import Price
 
 logger = logging.getLogger(__name__)
 
+# What is answered in parts, one after another.
+IN_PARTS = frozenset({"classification", "embedding", "rerank", "score"})
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -184,7 +187,7 @@ class Reservation:
             return
         whole = Amount(prompt + output, self._books.cost(self._request, prompt, 0, output))
         more = whole - self._used - self._entry.reserved
-        if self._request.endpoint in ("embedding", "classification"):
+        if self._request.endpoint in IN_PARTS:
             more = more.positive()  # its parts come one after another: more may follow
         with self._books.refusals(self._request.tenant, whole.tokens):
             await self._books.ledger.change(self._entry, more, whole.tokens)

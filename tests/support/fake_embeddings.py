@@ -15,7 +15,7 @@ from adapters.model import WEIGHTS_FILE
 from server.engine.calls import Call
 
 # A kind of call -> what a base makes that answers it.
-POOLED = {"embedding": "embeddings", "classification": "labels"}
+POOLED = {"embedding": "embeddings", "classification": "labels", "score": "labels"}
 
 
 def check(request: Any) -> None:
@@ -40,6 +40,27 @@ def document(call: Call, request: Any, vectors: Sequence[Sequence[float]], token
         "created": 0,
         "model": call.public_model,
         "data": data,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
+    }
+
+
+def pooled_prompts(request: Any) -> Any:
+    """What a pooled request is answered for; of two texts, one after the other."""
+    if hasattr(request, "documents"):
+        return [f"{q} {d}" for q, d in zip(request.queries, request.documents, strict=True)]
+    return request.input
+
+
+def scored(call: Call, vectors: Sequence[Sequence[float]], request: Any, tokens: int) -> dict[str, Any]:
+    """One number for each pair, as a probability unless that was not asked for."""
+    raw = [vector[0] for vector in vectors]
+    shown = raw if request.use_activation is False else [1 / (1 + math.exp(-one)) for one in raw]
+    return {
+        "id": f"score-{call.id}",
+        "object": "list",
+        "created": 0,
+        "model": call.public_model,
+        "data": [{"index": i, "object": "score", "score": score} for i, score in enumerate(shown)],
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
     }
 

@@ -44,7 +44,7 @@ from server.engine.sizing import EngineCapacity
 from server.errors import BadRequest, TooManyRequests, Unavailable
 from server.inference.dialects.registry import DIALECTS
 from tests.support import fake_dialects, fake_embeddings
-from tests.support.fake_embeddings import POOLED, labels_of
+from tests.support.fake_embeddings import POOLED, labels_of, pooled_prompts
 
 BASE_NAME = "base"
 NATURAL_LENGTH = 8
@@ -622,10 +622,14 @@ class FakeEngine:
             log_probs(_text(prompt), _length(prompt), push, run.shown)
             for prompt in _prompts("embedding", run.request)
         ]
-        if run.call.kind == "classification":
+        if run.call.kind != "embedding":
             assert self.base.head is not None
             own = None if run.load_id is None else labels_of(Path(self._loads[run.load_id].path))
             labels = self.base.head.labels if own is None else own
+            if run.call.kind == "score":
+                if labels != 1:
+                    self._violated(f"a score is asked of {labels} labels")
+                return fake_embeddings.scored(run.call, vectors, run.request, sum(run.prompts))
             return fake_embeddings.classified(run.call, run.request, vectors, sum(run.prompts), labels)
         return fake_embeddings.document(run.call, run.request, vectors, sum(run.prompts))
 
@@ -676,7 +680,7 @@ def _prompts(kind: str, request: Any) -> list[str | list[int]]:
         return [" ".join(item if isinstance(item, str) else str(dict(item).get("content")) for item in items)]
     if kind not in ("completion", *POOLED):
         return [" ".join(str(message.get("content")) for message in request.messages)]
-    given = request.input if kind in POOLED else request.prompt
+    given = pooled_prompts(request) if kind in POOLED else request.prompt
     prompts = given if isinstance(given, list) else [given]
     if not prompts:
         raise ValueError("there is no prompt")

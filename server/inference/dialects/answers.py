@@ -174,7 +174,7 @@ class Reranked(Answer):
 
 
 class PairScore(Answer):
-    """The cosine of a pair's embeddings."""
+    """The cosine of a pair's embeddings, or what a head says of the pair."""
 
     index: Count
     object: Literal["score"]

@@ -78,7 +78,8 @@ class Dialect:
     """Tokens of an answer that asks for no number; None for as many as fit."""
     least_tokens: ClassVar[int] = 1
     """The fewest tokens that a request may ask for."""
-    base: ClassVar[Literal["text", "embeddings", "labels", "any"]] = "text"
+    base: ClassVar[Literal["text", "embeddings", "labels", "scores", "any"]] = "text"
+    """What a base must make to answer; scores come of embeddings and of labels."""
     streams: ClassVar[bool] = True
     asks_while_streaming: ClassVar[bool] = False
     """Whether vLLM may ask the engine for more while a stream runs."""
@@ -90,7 +91,7 @@ class Dialect:
     @property
     def pools(self) -> bool:
         """Whether it is answered with numbers for each input, a few inputs at a time."""
-        return self.base in ("embeddings", "labels")
+        return self.base in ("embeddings", "labels", "scores")
 
     def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
         """``body`` without what this dialect ignores, and without nulls.

@@ -12,13 +12,13 @@ from server.inference.dialects.completions import Completions
 from server.inference.dialects.embeddings import Embeddings
 from server.inference.dialects.messages import Messages
 from server.inference.dialects.responses import Responses
-from server.inference.dialects.scoring import Rerank, Score, Scoring
+from server.inference.dialects.scoring import PAIRS, Rerank, Scoring
 from server.inference.dialects.tokens import CountTokens, Detokenize, Tokenize
 
 # Those that run in the engine with a lease, in the order of the documentation.
 ANSWERING: tuple[Dialect, ...] = (Chat(), Completions(), Responses(), Messages(), Embeddings(), Classify())
-# Those that are answered from embeddings, of which alone the engine is asked.
-SCORING: tuple[Scoring, ...] = (Rerank(), Score())
+# Those that are answered from scores: the engine is asked for embeddings, or in ``PAIRS`` for both.
+SCORING: tuple[Scoring, ...] = (Rerank(), PAIRS)
 # Those that the tokenizer answers alone.
 COUNTING: tuple[Dialect, ...] = (CountTokens(), Tokenize(), Detokenize())
-DIALECTS: Mapping[Kind, Dialect] = {dialect.name: dialect for dialect in (*ANSWERING, *COUNTING)}
+DIALECTS: Mapping[Kind, Dialect] = {dialect.name: dialect for dialect in (*ANSWERING, PAIRS, *COUNTING)}

@@ -1,9 +1,9 @@
-"""``/v1/rerank``, as Cohere, Jina and vLLM have it, and vLLM's ``/v1/score``, where a base makes embeddings.
+"""``/v1/rerank``, as Cohere, Jina and vLLM have it, and vLLM's ``/v1/score``.
 
-A score is the cosine of two texts' embeddings, which is what vLLM calls a bi-encoder's. The embeddings are
-asked for as those of ``/v1/embeddings``, a few at a time under one lease: vLLM's own classes would send a
-thousand documents into the engine at once, past everybody who waits. Bases with a scoring head of their own
-(cross-encoders) are not served.
+Where a base makes embeddings, a score is the cosine of two texts' embeddings, which is what vLLM calls a
+bi-encoder's. Where it has a head, as a cross-encoder has, both texts are read at once and the score is what
+the head says of them. Either way the engine is asked for a few at a time under one lease: vLLM's own classes
+would send a thousand documents into the engine at once, past everybody who waits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from server.errors import BadRequest
+from server.engine.calls import Call
+from server.engine.serving import embeddings_of
+from server.errors import BadRequest, Unavailable
 from server.inference.dialects.answers import Reranked, Scores
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.embeddings import Embeddings
@@ -24,7 +26,8 @@ from server.inference.dialects.schema import BOOL, MODEL, TEXT, Schema, object_o
 EMBEDDINGS = Embeddings()
 MAX_TEXTS = 1024
 _TEXTS: Schema = {"anyOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1, "maxItems": MAX_TEXTS}]}
-_SHARED = frozenset({"model", "truncate_prompt_tokens", "truncation_side", "user"})
+_PROMPT = frozenset({"model", "truncate_prompt_tokens", "truncation_side", "user"})
+_SHARED = _PROMPT | {"use_activation"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +45,19 @@ class Asked:
 
 
 class Scoring(Dialect):
-    """Answered from the embeddings of its texts: ``embeddings_body`` is asked for, and ``told`` of them."""
+    """Answered from the scores of the pairs that a request compares, whatever made them."""
 
-    base = "embeddings"
+    base = "scores"
     streams = False
 
     def asked(self, body: Mapping[str, Any]) -> Asked:
         """Raises BadRequest."""
         raise NotImplementedError
 
-    def embeddings_body(self, fields: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
-        """The body of the request for embeddings."""
-        kept = {name: fields[name] for name in _SHARED if name in fields}
-        return {**kept, "input": asked.texts, "encoding_format": "base64"}
-
     def told(
-        self, id_: str, body: Mapping[str, Any], asked: Asked, embeddings: Mapping[str, Any]
+        self, id_: str, body: Mapping[str, Any], asked: Asked, scores: Sequence[float], of: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The answer, from that of the embeddings."""
+        """The answer. ``of`` is the engine's, which has the model's name and the usage."""
         raise NotImplementedError
 
 
@@ -67,7 +65,9 @@ class Rerank(Scoring):
     name = "rerank"
     path = "/v1/rerank"
     operation = "rerank"
-    summary = "Documents by how near they are to a query, where the base model makes embeddings"
+    summary = (
+        "Documents by how near they are to a query, where the base model makes embeddings or scores pairs"
+    )
     answer = Reranked
     accepted = _SHARED | {"query", "documents", "top_n", "return_documents"}
     only: ClassVar[Mapping[str, Only]] = {  # of Cohere and vLLM, with the values that ask for nothing
@@ -84,6 +84,7 @@ class Rerank(Scoring):
         documents=_TEXTS,
         top_n={"type": "integer", "minimum": 0},
         return_documents=BOOL,
+        use_activation=BOOL,
     )
 
     def asked(self, body: Mapping[str, Any]) -> Asked:
@@ -99,20 +100,19 @@ class Rerank(Scoring):
         return Asked([query, *documents], names, [(0, place) for place in range(1, len(documents) + 1)])
 
     def told(
-        self, id_: str, body: Mapping[str, Any], asked: Asked, embeddings: Mapping[str, Any]
+        self, id_: str, body: Mapping[str, Any], asked: Asked, scores: Sequence[float], of: Mapping[str, Any]
     ) -> dict[str, Any]:
         results: list[dict[str, Any]] = []
         with_texts = body.get("return_documents", True)
-        for index, score in enumerate(_scores(asked, embeddings)):
+        for index, score in enumerate(scores):
             shown = {"document": {"text": asked.texts[index + 1]}} if with_texts else {}
             results.append({"index": index, **shown, "relevance_score": score})
         results.sort(key=lambda result: -result["relevance_score"])
         most = body.get("top_n") or len(results)
-        usage = embeddings["usage"]
         return {
             "id": f"rerank-{id_}",
-            "model": embeddings["model"],
-            "usage": {name: usage[name] for name in ("prompt_tokens", "total_tokens")},
+            "model": of["model"],
+            "usage": _usage(of),
             "results": results[:most],
         }
 
@@ -121,12 +121,12 @@ class Score(Scoring):
     name = "score"
     path = "/v1/score"
     operation = "score"
-    summary = "How near texts are to each other, where the base model makes embeddings"
+    summary = "How near texts are to each other, where the base model makes embeddings or scores pairs"
     answer = Scores
     accepted = _SHARED | {"text_1", "text_2", "queries", "documents"}
-    body = object_of(model=MODEL, text_1=_TEXTS, text_2=_TEXTS, queries=_TEXTS, documents=_TEXTS) | {
-        "oneOf": [{"required": ["text_1", "text_2"]}, {"required": ["queries", "documents"]}]
-    }
+    body = object_of(
+        model=MODEL, text_1=_TEXTS, text_2=_TEXTS, queries=_TEXTS, documents=_TEXTS, use_activation=BOOL
+    ) | {"oneOf": [{"required": ["text_1", "text_2"]}, {"required": ["queries", "documents"]}]}
 
     def asked(self, body: Mapping[str, Any]) -> Asked:
         first, second = ("queries", "documents") if "queries" in body else ("text_1", "text_2")
@@ -142,18 +142,83 @@ class Score(Scoring):
         return Asked([*left, *right], names, pairs)
 
     def told(
-        self, id_: str, body: Mapping[str, Any], asked: Asked, embeddings: Mapping[str, Any]
+        self, id_: str, body: Mapping[str, Any], asked: Asked, scores: Sequence[float], of: Mapping[str, Any]
     ) -> dict[str, Any]:
-        usage = embeddings["usage"]
-        scores = _scores(asked, embeddings)
         return {
             "id": f"score-{id_}",
             "object": "list",
             "created": int(time.time()),
-            "model": embeddings["model"],
+            "model": of["model"],
             "data": [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores)],
-            "usage": {name: usage[name] for name in ("prompt_tokens", "total_tokens")},
+            "usage": _usage(of),
         }
+
+    # What the engine is asked in for both calls, where the base has a head: see ``pairs_body``.
+
+    def request_model(self, body: dict[str, Any]) -> str:
+        return "vllm.entrypoints.pooling.scoring.protocol:ScoreQueriesDocumentsRequest"
+
+    async def call(self, serving: Any, request: Any) -> Any:
+        if serving.serving_scores is None:
+            raise BadRequest(
+                "vLLM cannot put two texts together with this base model's tokenizer; call /v1/classify with"
+                " the token ids of both.",
+                code="not_supported_by_base",
+            )
+        return embeddings_of(await serving.serving_scores(request))
+
+    def document(self, call: Call, result: Any) -> dict[str, Any]:
+        """Plain data. Unavailable if it was aborted."""
+        if call.aborted:
+            raise Unavailable("The server is shutting down.", code="shutting_down", retry_after=5)
+        shown: dict[str, Any] = result
+        return shown
+
+
+PAIRS = Score()
+
+
+def embeddings_body(fields: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
+    """The body of the request for embeddings of what is compared.
+
+    Raises BadRequest where ``fields`` of the request say what only a head can do."""
+    if "use_activation" in fields:
+        raise BadRequest(
+            "`use_activation` says how a head's number is given; the base model that is served here compares"
+            " embeddings. Leave it out.",
+            param="use_activation",
+            code="unsupported_parameter",
+        )
+    kept = {name: fields[name] for name in _PROMPT if name in fields}
+    return {**kept, "input": asked.texts, "encoding_format": "base64"}
+
+
+def pairs_body(fields: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
+    """The body of the request for a head's scores of what is compared, in ``PAIRS``.
+
+    One query for all documents is there once, however many they are."""
+    kept = {name: fields[name] for name in _SHARED if name in fields}
+    firsts = {first for first, _ in asked.pairs}
+    queries = [asked.texts[first] for first, _ in asked.pairs]
+    documents = [asked.texts[second] for _, second in asked.pairs]
+    return {**kept, "queries": queries[0] if len(firsts) == 1 else queries, "documents": documents}
+
+
+def pairs_of(queries: str | list[str], documents: list[str]) -> list[tuple[str, str]]:
+    """Of a body that ``pairs_body`` made, or vLLM's request of it."""
+    firsts = [queries] * len(documents) if isinstance(queries, str) else queries
+    return list(zip(firsts, documents, strict=True))
+
+
+def check_labels(name: str, labels: int) -> None:
+    """BadRequest (``not_supported_by_base``) where what answers as ``name`` has not one number for a pair."""
+    if labels != 1:
+        raise BadRequest(
+            f"A score is one number, and the head of {name} has {labels}; call /v1/classify with both texts"
+            " in one input, or train an adapter with one label.",
+            param="model",
+            code="not_supported_by_base",
+        )
 
 
 def _texts(given: Any, name: str) -> list[str]:
@@ -176,12 +241,22 @@ def _documents(given: Any) -> list[str]:
     return _texts(given, "documents")
 
 
-def _scores(asked: Asked, embeddings: Mapping[str, Any]) -> list[float]:
-    """The cosine of each pair."""
+def _usage(of: Mapping[str, Any]) -> dict[str, int]:
+    return {name: of["usage"][name] for name in ("prompt_tokens", "total_tokens")}
+
+
+def scores_of(asked: Asked, answered: Mapping[str, Any]) -> list[float]:
+    """The score of each pair, from the engine's embeddings or its head's scores."""
+    data: Sequence[Mapping[str, Any]] = answered["data"]
+    if "score" in data[0]:
+        return [one["score"] for one in data]
+    return _cosines(asked, data)
+
+
+def _cosines(asked: Asked, data: Sequence[Mapping[str, Any]]) -> list[float]:
     import numpy as np
 
-    raw: Sequence[Mapping[str, Any]] = embeddings["data"]
-    vectors = np.stack([np.frombuffer(base64.b64decode(one["embedding"]), dtype="<f4") for one in raw])
+    vectors = np.stack([np.frombuffer(base64.b64decode(one["embedding"]), dtype="<f4") for one in data])
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     left, right = zip(*asked.pairs, strict=True)
     cosines = np.einsum("ij,ij->i", vectors[list(left)], vectors[list(right)])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, Head
-from tests.service.http.test_api import error
+from tests.service.http.test_api import engine_of, error
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
 from tests.support.fleet import fleet
@@ -128,11 +128,96 @@ async def test_what_other_bases_do_not_do(site: Site, key: str, tmp_path: Path) 
         error(await text.upload("acme", "b", folder), 422, "modules_to_save_unsupported", CONFIG_FILE)
 
 
+PAIRS = {"query": "why", "documents": ["the sky is blue", "why", {"text": "not"}]}
+
+
+async def score(site: Site, key: str, model: str, url: str = "/v1/rerank", **body: Any) -> Any:
+    return await site.http.post(url, json={"model": model, **(body or PAIRS)}, headers=bearer(key))
+
+
+@pytest.fixture
+async def scorers(site: Site, tmp_path: Path) -> str:
+    """A customer with an adapter whose head has one label, on a base whose head has three."""
+    adapters = {"one": with_head(tiny.adapter(1), tmp_path / "one", labels=1), "none": tiny.adapter(2)}
+    return await site.tenant("zeta", adapters)
+
+
+async def test_a_head_of_one_label_scores_two_texts_at_once(site: Site, scorers: str) -> None:
+    ranked = await score(site, scorers, "one")
+    assert ranked.status_code == 200, ranked.text
+    results = ranked.json()["results"]
+    assert sorted(one["index"] for one in results) == [0, 1, 2]
+    scores = {one["index"]: one["relevance_score"] for one in results}
+    assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    assert [one["document"] for one in results] == [
+        {"text": ["the sky is blue", "why", "not"][one["index"]]} for one in results
+    ]
+    texts = {"text_1": "why", "text_2": ["the sky is blue", "why", "not"]}
+    told = (await score(site, scorers, "one", "/v1/score", **texts)).json()
+    assert [one["score"] for one in told["data"]] == [scores[i] for i in range(3)]
+    assert (told["object"], told["model"]) == ("list", "one")
+    # Two words and more for each pair, the query in all of them.
+    assert told["usage"] == ranked.json()["usage"] == {"prompt_tokens": 12, "total_tokens": 12}
+    raw = (await score(site, scorers, "one@1", "/v1/score", **texts, use_activation=False)).json()
+    assert all(0 < one["score"] < 1 for one in told["data"])
+    assert [one["score"] for one in raw["data"]] != [one["score"] for one in told["data"]]
+    pairs = {"queries": ["why", "not"], "documents": ["why", "not"]}
+    by_pair = (await score(site, scorers, "one", "/v1/score", **pairs)).json()
+    assert by_pair["data"][0]["score"] == told["data"][1]["score"]
+    rows = (await site.admin.get("/admin/v1/requests?limit=9&tenant=zeta")).json()["data"]
+    assert {row["endpoint"] for row in rows} == {"rerank", "score"}
+    assert {row["outcome"] for row in rows} == {"completed"}
+
+
+async def test_a_head_of_more_labels_scores_nothing(site: Site, scorers: str, key: str) -> None:
+    """It is said before the engine is asked: the fake would take down what it is asked wrongly."""
+    cases = [(scorers, "none", 3), (scorers, site.services.engine.base.name, 3), (key, "five", 5)]
+    for of, model, labels in cases:
+        refused = error(await score(site, of, model), 400, "not_supported_by_base", "model")
+        assert f"the head of {model} has {labels}; call /v1/classify" in refused["message"]
+
+
+async def test_a_base_with_one_label_scores_for_adapters_without_a_head(tmp_path: Path) -> None:
+    one = replace(CLASSIFIER, head=Head("score", HIDDEN, 1, MOST))
+    async with fake_site(tmp_path, FakeEngine(one, times=Times(step=0.001))) as site:
+        key = await site.tenant("acme", {"none": tiny.adapter(2)})
+        for model in ("none", site.services.engine.base.name):
+            assert (await score(site, key, model)).status_code == 200, model
+
+
+async def test_which_pair_is_too_long(site: Site, scorers: str) -> None:
+    long = "why " * 2000
+    body = {"query": "why", "documents": ["why", long]}
+    error(await score(site, scorers, "one", **body), 400, "context_length_exceeded", "documents.1")
+    wrong = {"query": "why", "documents": ["why"], "use_activation": "no"}
+    error(await score(site, scorers, "one", **wrong), 400, "invalid_request", "use_activation")
+
+
+async def test_many_pairs_leave_places_to_others_and_limits_count_all(site: Site, tmp_path: Path) -> None:
+    engine = engine_of(site)
+    one = with_head(tiny.adapter(1), tmp_path / "many", labels=1)
+    key = await site.tenant("many", {"one": one}, limits={"tokens_per_minute": 150})
+    engine.most_running = 0
+    body = {"query": "why", "documents": ["not"] * 30}
+    answer = await score(site, key, "one", **body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["prompt_tokens"] == 90
+    assert engine.most_running == engine.max_running // 4
+    more = {"query": "why", "documents": ["not"] * 25}
+    error(await score(site, key, "one", **more), 429, "rate_limit_exceeded")
+
+
 async def test_a_gateway_knows_that_its_replicas_classify(tmp_path: Path) -> None:
     async with fleet(tmp_path, replicas=1, base=CLASSIFIER) as made:
         adapters = {"five": with_head(tiny.adapter(1), tmp_path / "five")}
         key = await made.gateway.tenant("acme", adapters)
         answer = (await ask(made.gateway, key, "five", ["why", "not"])).json()
         assert [len(one["probs"]) for one in answer["data"]] == [5, 5]
+        error(await score(made.gateway, key, "five"), 400, "not_supported_by_base", "model")
+        one = with_head(tiny.adapter(2), tmp_path / "one", labels=1)
+        assert (await made.gateway.upload("acme", "one", one)).status_code == 201
+        ranked = await score(made.gateway, key, "one")
+        assert ranked.status_code == 200, ranked.text
+        assert len(ranked.json()["results"]) == 3
         refused = error(await made.gateway.chat(key, "Hi", model="five"), 400, "not_supported_by_base")
         assert "/v1/classify" in refused["message"]
