@@ -11,7 +11,8 @@ which touch neither the GPU nor the engine's tables:
     evict        free both
 
 This file reaches into vLLM's LoRA managers in the places listed in ``_Pager``; the tests on the real
-engine fail when one of them changes. On a CPU it puts ``adapters.worker.cpu.kernels`` in place of vLLM's own.
+engine fail when one of them changes. On a CPU it puts ``adapters.worker.cpu``'s ``kernels`` and ``ranks`` in
+place of vLLM's own.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from adapters.worker.activation import (
     SlotFiller,
     can_be_sliced,
 )
+from adapters.worker.cpu import ranks
 from adapters.worker.cpu.onednn import make_kernels
 from adapters.worker.cpu.packed import know_the_device
 from adapters.worker.dora import DoraScales
@@ -238,6 +240,7 @@ class _Pager:
     def make_kernels(self, steps: Any) -> None:
         """``steps``: vLLM's ``SchedulerConfig``."""
         if self._on_cpu:
+            ranks.install()
             most = steps.max_num_batched_tokens, steps.max_num_seqs
             self._kernels = make_kernels(self.tables.model, *most)
 

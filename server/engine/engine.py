@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two attempts to empty the prefix cache, which vLLM refuses while anything runs.
 PREFIX_RESET_RETRY_S = 1.0
-OPEN_TIMEOUT_S = 60.0
+OPEN_TIMEOUT_S = 300.0  # with all that is compiled at the first tokens, beside others' work
 ABORT_TIMEOUT_S = 5.0  # a hung engine must not keep whoever leaves it
 ANSWER_TIMEOUT_S = 3.0  # for an engine that is asked whether it can still stop by itself
 STOP_TIMEOUT_S = 15.0
@@ -60,6 +60,7 @@ CHECK_EVERY_S = 0.5
 
 
 FIRST_CALL = "first-token"
+FIRST_TOKENS = {"prompt": "Hello", "max_tokens": 2, "ignore_eos": True, "temperature": 1.0, "logprobs": 0}
 
 
 def _log_fault(model: str, reason: str) -> None:
@@ -232,12 +233,14 @@ class Engine:
             await self._grammars.check(owner, specs, structure.param_of(request))
 
     async def _first_token(self) -> None:
-        """One real token (or embedding) of the base model. ValueError with the reason where there is none.
+        """Two tokens (or an embedding) of the base model. ValueError with the reason where there are none.
 
-        Some models load and end the engine at their first forward pass; then nothing was ready.
+        Some models load and end the engine at their first forward pass; then nothing was ready. And what is
+        compiled at the first prompt, the first token after it, the first one that is drawn or the first
+        log-probability would stop every stream later, for so long that the engine may be taken for hung.
         """
         kind = {"text": "completion", "embeddings": "embedding", "labels": "classification"}[self.base.makes]
-        body = {"input": "Hello"} if self.base.pooling else {"prompt": "Hello", "max_tokens": 1}
+        body = {"input": "Hello"} if self.base.pooling else FIRST_TOKENS
         call = Call(FIRST_CALL, kind, self.base.name, self.base.name, FIRST_CALL, Unmetered())
         try:
             await self.answer(call, self.parse(kind, {**body, "model": self.base.name}))

@@ -25,7 +25,8 @@ from tests.support.forks import TITLE, WANTED, Served
 from tests.support.resting import RESTING
 from tests.support.site import bearer
 
-START = 240.0
+START = 600.0
+LINES_SHOWN = 60  # of a server's log, where a test fails
 CORE = "EngineCore"
 
 
@@ -61,7 +62,7 @@ class Running:
                     pass
                 await asyncio.sleep(0.2)
 
-    async def exit_status(self, within: float = 60) -> int:
+    async def exit_status(self, within: float = 240) -> int:
         async with asyncio.timeout(within):
             return await self.process.wait()
 
@@ -76,7 +77,7 @@ class Running:
     async def next_child(self, known: Iterable[psutil.Process] = ()) -> None:
         """Wait for a process below the server that is none of ``known``: a core gets its name late."""
         before = {*known, psutil.Process(self.process.pid)}
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(240):
             while not any(_of_engine(" ".join(_command(one))) for one in {*self.family()} - before):
                 await asyncio.sleep(0.05)
 
@@ -177,6 +178,9 @@ async def starting(
     running = Running(process, log, port)
     try:
         yield running
+    except BaseException:
+        print(f"{log}, its last lines:", *log.read_text().splitlines()[-LINES_SHOWN:], sep="\n")
+        raise
     finally:
         await running.http.aclose()
         # The whole session: the engine outlives a server that is killed where a test has failed.

@@ -36,7 +36,7 @@ async def test_the_life_of_a_server(base_dir: Path, reference: Reference, tmp_pa
         family = first.family()
         await _drains(first, key)
         assert await first.exit_status() == 0
-        assert not await gone(family, 30), "the engine's processes outlived the server"
+        assert not await gone(family, 240), "the engine's processes outlived the server"
 
     rotated = tmp_path / "metrics_key"
     rotated.write_text(OLD)
@@ -83,7 +83,7 @@ async def _reads_again(running: Running, key: str, rotated: Path) -> None:
         assert (await allowed(OLD), await allowed(NEW)) == (True, False)
         rotated.write_text(NEW)
         running.process.send_signal(signal.SIGHUP)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             while not await allowed(NEW):
                 await asyncio.sleep(0.05)
         assert not await allowed(OLD)
@@ -100,7 +100,7 @@ async def _drains(running: Running, key: str) -> None:
         lines = stream.aiter_lines()
         await anext(lines)
         running.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             while (await running.http.get("/ready")).status_code == 200:
                 await asyncio.sleep(0.01)
         refused = await running.http.post("/v1/chat/completions", json=BODY, headers=bearer(key))

@@ -64,7 +64,7 @@ async def test_a_kill_changes_nothing(base_dir: Path, reference: Reference, tmp_
             running.process.kill()
             await asking
             await running.exit_status()
-            assert not await gone(family, 30), "the engine's processes outlived the server"
+            assert not await gone(family, 240), "the engine's processes outlived the server"
     assert client is not None
     async with server(base_dir, data, ADMIN_KEY=ADMIN_KEY) as running:
         client.http = running.http

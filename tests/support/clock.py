@@ -25,6 +25,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._virtual_now
 
+    def stand_still(self, seconds: float) -> None:
+        """As if the process had been stopped for so long: all that fell due meanwhile is due at once."""
+        self._virtual_now += seconds
+
     def at_step(self, step: int, action: Callable[[], object]) -> None:
         self._after[step] = action
 

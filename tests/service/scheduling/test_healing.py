@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 
 import pytest
 
 from adapters.model import Tier
+from server.engine.calls import PageOp, PageReport
 from server.errors import Unavailable, headers_of
-from tests.support.clock import run
-from tests.support.world import World, version
+from tests.support.clock import VirtualLoop, run
+from tests.support.world import Pager, World, version
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
@@ -125,6 +127,31 @@ def test_a_hung_engine_is_noticed_when_nothing_runs() -> None:
             await asyncio.sleep(40)
             assert world.engine.lives == 2
             assert not world.dispatcher.is_restarting
+
+    run(scenario())
+
+
+class _InManyTurns(Pager):
+    """Its answers take a second and then, as those that come through sockets do, many turns of the loop."""
+
+    async def page(self, ops: Sequence[PageOp]) -> PageReport:
+        await asyncio.sleep(1)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        return await super().page(ops)
+
+
+def test_an_engine_is_not_hung_because_this_process_stood_still() -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        async with World(restarts=3, stall=5.0, make_engine=_InManyTurns) as world:
+            asking = asyncio.create_task(world.ask("acme"))
+            while not asking.done():
+                await asyncio.sleep(0.3)
+                loop.stand_still(7)
+            assert '"acme-a"' in await asking
+            assert world.engine.lives == 1
 
     run(scenario())
 
