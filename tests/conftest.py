@@ -31,6 +31,7 @@ OWN_ENGINE = (
 )
 # An engine keeps a core busy, its process and the server's half of another.
 ENGINES_AT_ONCE = 2
+ENGINE_TEST_S = 1800
 
 
 class Layers(LoadFileScheduling):
@@ -62,7 +63,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Layers | 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest first where several processes share them, so that none is left with one at the end."""
+    """The longest first where several processes share them, so that none is left with one at the end.
+
+    Those on a real engine may take longer than others: beside much else a start alone takes minutes.
+    """
+    for item in items:
+        if item.nodeid.startswith(ENGINE) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(ENGINE_TEST_S))
     if os.environ.get("PYTEST_XDIST_WORKER"):
         items.sort(key=lambda item: _turn(item.nodeid))
 

@@ -58,7 +58,7 @@ async def quiet(site: Site) -> AsyncIterator[Engine]:
     engine, dispatcher = site.services.engine, site.services.dispatcher
     for version in list(dispatcher._versions.values()):
         dispatcher.retire(version)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(240):
         while (report := await engine.report()).host or report.staging:
             await asyncio.sleep(0.05)
     await dispatcher.stop()

@@ -47,7 +47,8 @@ class Running:
 
     def lines(self) -> list[dict[str, Any]]:
         """The documents of its log, so far."""
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        whole, _, _ = self.log.read_text().rpartition("\n")  # the last may be half written
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
     async def until_ready(self) -> None:
         began = time.monotonic()

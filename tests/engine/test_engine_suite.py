@@ -38,7 +38,7 @@ def make_adapter(reference: Reference, tmp_path_factory: pytest.TempPathFactory)
 async def engine(quiet: Engine) -> AsyncIterator[Engine]:
     """``quiet``, holding no adapter before or after."""
     yield quiet
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         while (report := await quiet.report()).host or report.staging:
             await quiet.page([PageOp("evict", load_id) for load_id in report.host])
     assert report.in_step_loads == 0

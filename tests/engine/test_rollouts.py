@@ -21,13 +21,13 @@ from tests.support.site import Site, bearer
 
 TOKENS = 8  # of a replayed answer
 IN_FLIGHT = 4  # requests that wait for their answers
-pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(1500)]
 
 ADAPTER = "/admin/v1/tenants/rollers/adapters/a"
-# Certain after some dozens of requests.
-GUARDS = {
-    "errors": 0.3, "refusals": 0.3, "finish": 0.4, "first_token": 20, "tokens_per_second": 20, "length": 1.5,
-    "min_samples": 5, "error_rate": 0.25,
+# Certain after some dozens of requests. None by time: a busy machine would decide.
+GUARDS: dict[str, Any] = {
+    "errors": 0.3, "refusals": 0.3, "finish": 0.4, "first_token": None, "tokens_per_second": None,
+    "length": 1.5, "min_samples": 5, "error_rate": 0.25,
 }  # fmt: skip
 GENTLE = "{% for m in messages %}{% if 'seven' in m.content %}{{ raise_exception('not seven') }}{% endif %}"
 GENTLE += "{{ m.content }}{% endfor %}"
@@ -76,7 +76,7 @@ async def rolled_out(site: Site, key: str, version: int, guards: dict[str, Any])
         await site.http.post("/v1/chat/completions", json=asked, headers=bearer(key))
 
     asking: set[asyncio.Task[None]] = set()
-    async with asyncio.timeout(240):
+    async with asyncio.timeout(600):
         for number in itertools.count():
             if len(asking) < IN_FLIGHT:  # on a busy machine fewer than 5 a second
                 asking.add(task := asyncio.create_task(ask(number)))
@@ -115,7 +115,7 @@ async def test_one_that_answers_as_the_base_goes_back(
     ended = await rolled_out(site, key, 3, GUARDS)
     assert ended["reason"] == "the new version answers as the base model does, unlike the live one"
     assert ended["numbers"] is None or ended["numbers"]["new"]["requests"] == 0
-    others = dict.fromkeys(("first_token", "tokens_per_second", "length", "finish"))
+    others = dict.fromkeys(("length", "finish"))
     by_replays = {"probes": False, "drift": 0.01, "error_rate": 0.5}
     ended = await rolled_out(site, key, 3, GUARDS | others | by_replays)
     why = "the new version gives its tokens other probabilities"
@@ -129,7 +129,7 @@ async def test_one_that_answers_as_the_base_goes_back(
 
 
 async def test_one_that_fails_on_some_prompts_goes_back(site: Site, key: str) -> None:
-    guards = dict.fromkeys(("first_token", "tokens_per_second", "length", "finish"))
+    guards = dict.fromkeys(("length", "finish"))
     ended = await rolled_out(site, key, 4, GUARDS | guards)
     assert (ended["state"], ended["reason"]) == ("rolled_back", "the new version refuses more often")
     assert (await site.admin.get(ADAPTER)).json()["live"] == 1

@@ -154,7 +154,7 @@ async def test_a_load_that_one_worker_fails_is_left_on_none(pair: Pair) -> None:
     async def stage(load: int) -> str | None:
         op = PageOp("stage", load, f"pair/rank-8@{load}", str(pair.folders["rank-8"]))
         ended = (await engine.page([op])).staged
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(240):
             while not ended:
                 await asyncio.sleep(0.01)
                 ended = (await engine.page([])).staged

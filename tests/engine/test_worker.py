@@ -47,7 +47,7 @@ async def stage(engine: Engine, *folders: Path) -> dict[int, StageResult]:
     """load id -> how it ended, in the order of ``folders``."""
     loads = [PageOp("stage", next(_ids), f"t/a@{folder.name}", str(folder)) for folder in folders]
     ended = {result.load_id: result for result in (await engine.page(loads)).staged}
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         while len(ended) < len(loads):
             await asyncio.sleep(0.01)
             ended |= {result.load_id: result for result in (await engine.page([])).staged}

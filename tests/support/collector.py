@@ -73,7 +73,7 @@ class Collector:
                     for span in scope.spans
                 ]  # fmt: skip
 
-    def of(self, trace: str, until: str, seconds: float = 20) -> dict[str, SpanSeen]:
+    def of(self, trace: str, until: str, seconds: float = 120) -> dict[str, SpanSeen]:
         """The spans of a trace by name, once one named ``until`` is there."""
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:

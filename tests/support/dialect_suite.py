@@ -157,7 +157,7 @@ class DialectSuite:
     async def test_abort_ends_a_stream(self, engine: Engine, kind: Kind) -> None:
         made, stream = await begun(engine, kind)
         await engine.abort(made)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             rest = [chunk async for chunk in stream]
         assert 0 < meter_of(made).output < 50
         last = json.loads(rest[-1].split("data: ")[1])

@@ -72,7 +72,7 @@ async def read_in(
     assert [result.error for result in report.results] == [None] * len(report.results)
     wanted = {load.load_id for load in loads} - {op.load_id for op in and_then}
     seen = {result.load_id: result for result in report.staged}
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         while wanted - seen.keys():
             await asyncio.sleep(0.005)
             for result in (await engine.page([])).staged:
@@ -296,7 +296,7 @@ class EngineSuite:
     ) -> None:
         gone, kept = stage(make_adapter(0)), stage(make_adapter(1))
         staged = await read_in(engine, gone, kept, and_then=(then("evict", gone),))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             while (await engine.report()).staging:
                 staged |= {r.load_id: r for r in (await engine.page([])).staged}
         assert gone.load_id not in staged
@@ -520,7 +520,7 @@ class EngineSuite:
         while meter_of(made).output == 0:
             await asyncio.sleep(0.001)
             engine.poll(made)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             assert not await engine.pause(made)
         await reading
 
@@ -533,7 +533,7 @@ class EngineSuite:
             await anext(answer.stream)
         assert await engine.pause(made)
         await engine.abort(made)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             rest = [chunk async for chunk in answer.stream]
         assert rest[-1] == "data: [DONE]\n\n"
         assert '"finish_reason":"abort"' in "".join(rest).replace(" ", "")
@@ -565,7 +565,7 @@ class EngineSuite:
         await engine.abort(made)
         counted = meter_of(made).output
         assert 0 < counted < 50
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             rest = [chunk async for chunk in answer.stream]
         assert rest[-1] == "data: [DONE]\n\n"
         assert meter_of(made).output < 50

@@ -61,13 +61,16 @@ async def look_up(
 ) -> Followed:
     """What there is of a request that has ended; ``lines`` gives the log's."""
     rows: list[dict[str, Any]] = []
-    async with asyncio.timeout(30):
-        while not rows:
+    told: list[dict[str, Any]] = []
+    async with asyncio.timeout(120):
+        while not (rows and told):
             asked = {"request_id": sent.own_id}
             rows = (await admin.get("/admin/v1/requests", params=asked)).json()["data"]
-            await asyncio.sleep(0 if rows else 0.1)
+            mine = [line for line in lines() if line.get("client_request_id") == sent.own_id]
+            told = [line for line in mine if "seconds" in line]
+            await asyncio.sleep(0 if rows and told else 0.1)
     (row,) = rows
-    (line,) = [line for line in lines() if line.get("client_request_id") == sent.own_id and "seconds" in line]
+    (line,) = told
     assert line["trace_id"] == sent.trace
     asked = {"request_id": line["request_id"]}
     assert (await admin.get("/admin/v1/requests", params=asked)).json()["data"] == [row]

@@ -114,7 +114,7 @@ async def serving(app: FastAPI) -> AsyncIterator[Site]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2)
     async with (
         httpx.AsyncClient(
-            base_url=url, headers=bearer(ADMIN_KEY), timeout=120, limits=limits, verify=TLS
+            base_url=url, headers=bearer(ADMIN_KEY), timeout=300, limits=limits, verify=TLS
         ) as admin,
         httpx.AsyncClient(base_url=url, timeout=300, limits=limits, verify=TLS) as http,
     ):
