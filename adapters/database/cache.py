@@ -29,6 +29,10 @@ class ReadCache(Generic[K, T]):
     def __len__(self) -> int:
         return len(self._answers)
 
+    def forget(self) -> None:
+        """Reads everything anew."""
+        self._answers.clear()
+
     async def get(self, key: K, read: Callable[[], Awaitable[T]]) -> T:
         """The answer to ``key``, from ``read`` if it is not known. What ``read`` raises is not kept."""
         generation = self._database.generation

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from sqlalchemy import delete, func, select, update
@@ -20,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import undefer
 
 from adapters.database.audit import note
+from adapters.database.cache import ReadCache
 from adapters.database.database import Database
 from adapters.database.rows import (
     AdapterRow,
@@ -38,6 +40,7 @@ from adapters.store.versions import version_row
 ACTIVE = ("running", "held")
 # Requests read at once.
 PAGE = 2000
+REMEMBERED = 256  # adapters under rollout, as they were at the last look
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,7 @@ class Rollouts:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._adapted: ReadCache[tuple[str, int], Adapted | None] = ReadCache(database, REMEMBERED)
 
     async def start(
         self, tenant: str, adapter: str, version: int, make: Callable[[int], Mapping[str, Any]]
@@ -174,6 +178,7 @@ class Rollouts:
                 row = await _adapter(session, before.tenant, before.adapter)
                 if state in ACTIVE or answering != before.answering:
                     if row is None or Answering.of(row) != before.answering:
+                        self._adapted.forget()
                         return None
                     row.live, row.split = answering.live, answering.as_json()["split"]
             values: dict[str, Any] = {
@@ -189,6 +194,7 @@ class Rollouts:
             done = await session.execute(update(RolloutRow).where(*mine).values(values))
             if not done.rowcount:  # type: ignore[attr-defined]
                 await session.rollback()
+                self._adapted.forget()
                 return None
             prompts = delete(RolloutPromptRow).where(RolloutPromptRow.rollout == before.id)
             if state not in ACTIVE:
@@ -251,7 +257,14 @@ class Rollouts:
             return {str(state): int(count) for state, count in (await session.execute(query)).all()}
 
     async def adapted(self, stored: Stored, live: int) -> Adapted | None:
-        """The adapter now, with the new version and the one that was live; None where it is gone."""
+        """The adapter now, with the new version and the one that was live; None where it is gone.
+
+        Remembered until something is written to this database, or ``save`` has found it changed.
+        """
+        return await self._adapted.get((stored.id, live), partial(self.adapted_now, stored, live))
+
+    async def adapted_now(self, stored: Stored, live: int) -> Adapted | None:
+        """As ``adapted``, with what another process has written at this moment."""
         async with self._database.read() as session:
             row = await session.get(AdapterRow, (stored.tenant, stored.adapter))
             if row is None or row.live is None:

@@ -149,7 +149,7 @@ class Judge:
         """Whether a rollout of the adapter is under way, once what was changed by hand has ended it."""
         for stored in await self.rows.active(tenant, adapter):
             rollout = rollout_of(stored)
-            ended = self._ended(stored, rollout, await self.rows.adapted(stored, rollout.live))
+            ended = self._ended(stored, rollout, await self.rows.adapted_now(stored, rollout.live))
             if ended is None or not ended.ended or await self._save(stored, ended) is None:
                 return True
         return False

@@ -11,6 +11,7 @@ new version live, and ``wants_probes`` says that the golden probes are due. Each
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -243,7 +244,7 @@ def _waits_for(rollout: Rollout, evidence: Evidence, findings: Sequence[Finding]
     """What is missing for the next step; None if nothing is."""
     left = rollout.hold - (at - rollout.since)
     if left > timedelta(0):
-        return f"{left.total_seconds():.0f} s of its hold"
+        return f"{_rest(left.total_seconds())} of its hold"
     missing = rollout.guards.min_samples - rollout.samples
     if missing > 0:
         return f"{missing} requests of version {rollout.version}"
@@ -253,6 +254,11 @@ def _waits_for(rollout: Rollout, evidence: Evidence, findings: Sequence[Finding]
         more = "replayed prompts" if len(replayed) == len(unsure) else "requests"
         return f"more {more}, to be certain of {names(unsure)}"
     return None
+
+
+def _rest(seconds: float) -> str:
+    """Whole minutes as long as there are any: what a look has found anew is written."""
+    return f"{math.ceil(seconds / 60)} min" if seconds > 60 else f"{seconds:.0f} s"
 
 
 def _that_apply(findings: Sequence[Finding]) -> list[Finding]:

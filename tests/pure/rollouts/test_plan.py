@@ -85,6 +85,14 @@ def test_it_waits_for_its_hold_for_samples_and_at_the_end_for_certainty() -> Non
     assert done.decisions[-1].numbers["new"]["requests"] == 600
 
 
+def test_what_a_hold_has_left_changes_once_a_minute_until_its_last() -> None:
+    rollout = begun(steps=(5, 100), hold=timedelta(minutes=10))
+    ages = (0, 1, 59, 60, 61, 539, 540, 541, 599)
+    said = [looked(rollout, seen(100), AT + timedelta(seconds=age)).waits_for for age in ages]
+    minutes = ["10 min", "10 min", "10 min", "9 min", "9 min", "2 min", "60 s", "59 s", "1 s"]
+    assert said == [f"{left} of its hold" for left in minutes]
+
+
 def test_between_it_takes_steps_without_being_certain() -> None:
     rollout = replace(begun(), samples=60)
     rollout = looked(rollout, seen(60), AT + 3 * SOON)
