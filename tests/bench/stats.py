@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Iterable, Sequence
 
 from tests.bench.client import Record
@@ -28,6 +29,13 @@ def median(values: Iterable[float]) -> float:
         return math.nan
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     return low if low == high else (low + high) / 2
+
+
+def bootstrap(values: Sequence[float], times: int = 4000) -> tuple[float, float]:
+    """Between what 95 % of the means of as many values lie, drawn from these again and again."""
+    draw = random.Random(1)
+    means = [sum(draw.choices(values, k=len(values))) / len(values) for _ in range(times)]
+    return percentile(means, 2.5), percentile(means, 97.5)
 
 
 def jain(shares: Sequence[float]) -> float:

@@ -1,8 +1,10 @@
 """What rollouts cost requests: processor time of the API process by request, on the tests' fake engine.
 
-Three kinds of rounds take turns, so that a machine that gets slower favours none: on a server where nobody
-looks at rollouts, on one where somebody does and there is none, and on that one beside a rollout, with a new
-version that gets half of the requests. The fake engine takes no time, so all that is measured is Loraplex.
+One server answers clients who do not pause, in short blocks of three kinds: nobody looks at rollouts,
+somebody does and there is none, and there is one, with a new version that gets half of the requests. Three
+blocks beside each other, in an order drawn by chance, have one of each kind and are compared with each other
+only, so that neither a machine that gets slower nor two processes that differ are taken for what rollouts
+cost. The fake engine takes no time, so all that is measured is Loraplex.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import random
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ from server.demo.process import free_port
 from server.rollouts import runner
 from server.settings import Settings
 from tests.bench.scenario import Goal, Measure, Round, Simulation, Values
-from tests.bench.stats import median
+from tests.bench.stats import bootstrap, median
 from tests.support import tiny
 from tests.support.fakes import FakeEngine
 from tests.support.forks import PROCESSES
@@ -38,36 +42,42 @@ ADAPTER = "/admin/v1/tenants/acme/adapters/a"
 ADMIN = bearer(ADMIN_KEY)
 CLIENTS = 8
 TOKENS = 16
-REQUESTS, ROUNDS = 400, 12
+THREES = 24
+BLOCK_S = 2 * runner.LOOK_EVERY_S  # the clients' part of a block, with two looks
+WRITTEN_S = 0.5  # after which the last requests of a block are in the database
 # A round lasts so long at least, so that looks and writes of what it left are in it.
 SETTLE_S = 2 * runner.LOOK_EVERY_S + 0.5
-A_LOOK = 200  # requests that one look takes, of two versions; where all end between two, the rest is left
 LOOKED_AT = (0, 10, 100, 1000)
 KINDS = ("none", "idle", "during")
 # Guards that never end a rollout of equal versions within a round.
 BODY = {"version": 2, "steps": [50, 100], "hold": "1d", "guards": {"probes": False}}
 
 
-def serve(settings: Settings, looks: bool) -> None:
-    """The process of a server; without ``looks`` nobody looks whether there is a rollout."""
+def serve(settings: Settings, looks: Event) -> None:
+    """The process of a server; while ``looks`` is not set nobody looks whether there is a rollout."""
     engine = FakeEngine(tiny.base())
 
     async def start(_: Settings) -> FakeEngine:
         return engine
 
-    if not looks:
-        runner.Runner.start = lambda _: None  # type: ignore[method-assign]
+    look = runner.Runner.look
+
+    async def look_if_wanted(self: runner.Runner) -> bool:
+        return looks.is_set() and await look(self)
+
+    runner.Runner.look = look_if_wanted  # type: ignore[method-assign]
     gc.freeze()
     app.create_app = partial(create_app, start_engine=start)  # type: ignore[assignment, arg-type]
     raise SystemExit(__main__._serve(settings))
 
 
 class Served:
-    """A server process, with a customer whose adapter has two equal versions."""
+    """A server process, with a customer whose adapter has two equal versions; ``looks`` as in ``serve``."""
 
-    def __init__(self, process: Any, http: httpx.AsyncClient) -> None:
+    def __init__(self, process: Any, http: httpx.AsyncClient, looks: Event) -> None:
         self.process = process
         self.http = http
+        self.looks = looks
         self.key = ""
         self.asked = 0
 
@@ -89,9 +99,9 @@ class Served:
             return False
 
     def processor_s(self) -> float:
-        """What the process has used so far, all its threads."""
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
-        return sum(int(path.read_text().split()[0]) for path in tasks) / 1e9
+        """What the process has used so far, all its threads, also those that have ended."""
+        # The number of another process's clock (CPUCLOCK_SCHED), as clock_getcpuclockid(3) makes it.
+        return time.clock_gettime(~self.process.pid << 3 | 2)
 
     async def round(self, requests: int) -> float:
         """Milliseconds of processor time by request."""
@@ -100,20 +110,35 @@ class Served:
 
         async def client() -> None:
             for _ in left:
-                self.asked += 1
-                body = {
-                    "model": "a",
-                    "messages": [{"role": "user", "content": "hi"}],
-                    "max_tokens": TOKENS,
-                    "user": str(self.asked),
-                }
-                answer = await self.http.post("/v1/chat/completions", json=body, headers=bearer(self.key))
-                answer.raise_for_status()
+                await self._ask()
 
         await asyncio.gather(*(client() for _ in range(CLIENTS)))
         await asyncio.sleep(max(0.0, SETTLE_S - (time.monotonic() - began)))
         await asyncio.sleep(SETTLE_S / 2)
         return 1000 * (self.processor_s() - before) / requests
+
+    async def block(self, seconds: float) -> float:
+        """Milliseconds of processor time by request of clients who do not pause for so long."""
+        before, until, asked = self.processor_s(), time.monotonic() + seconds, self.asked
+
+        async def client() -> None:
+            while time.monotonic() < until:
+                await self._ask()
+
+        await asyncio.gather(*(client() for _ in range(CLIENTS)))
+        await asyncio.sleep(WRITTEN_S)
+        return 1000 * (self.processor_s() - before) / (self.asked - asked)
+
+    async def _ask(self) -> None:
+        self.asked += 1
+        body = {
+            "model": "a",
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": TOKENS,
+            "user": str(self.asked),
+        }
+        answer = await self.http.post("/v1/chat/completions", json=body, headers=bearer(self.key))
+        answer.raise_for_status()
 
     async def begin(self) -> str:
         made = (await self.http.post(f"{ADAPTER}/rollouts", json=BODY, headers=ADMIN)).json()
@@ -123,22 +148,25 @@ class Served:
                 await asyncio.sleep(0.1)
         return one
 
-    async def end(self, one: str, least: int) -> None:
-        seen = (await self.http.get(one, headers=ADMIN)).json()["numbers"]
-        assert seen["new"]["requests"] + seen["live"]["requests"] >= least, seen
+    async def end(self, one: str) -> None:
+        seen = (await self.http.get(one, headers=ADMIN)).json()
+        assert seen["state"] == "running", seen
+        assert seen["numbers"]["new"]["requests"] > 0, seen
         await self.http.patch(one, json={"action": "roll_back"}, headers=ADMIN)
 
 
 @contextlib.asynccontextmanager
-async def served(folder: Path, looks: bool = True, **settings: Any) -> AsyncIterator[Served]:
-    """A server with these settings, until the block ends; ``looks`` as in ``serve``."""
+async def served(folder: Path, **settings: Any) -> AsyncIterator[Served]:
+    """A server with these settings, until the block ends."""
     port = free_port(0)
     made = tiny.settings(folder, port=port, log_level="error", drain_timeout=0.1, **settings)
+    looks = PROCESSES.Event()
+    looks.set()
     process = PROCESSES.Process(target=serve, args=(made, looks))
     process.start()
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
-            one = Served(process, http)
+            one = Served(process, http, looks)
             await one.prepare()
             yield one
     finally:
@@ -205,31 +233,44 @@ def _ended(version: int, number: int) -> Usage:
     )
 
 
-async def measure(requests: int, rounds: int) -> Values:
+async def measure(seconds: float, threes: int) -> Values:
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    draw = random.Random(1)
     with tempfile.TemporaryDirectory() as folder:
-        async with served(Path(folder) / "a", False) as without, served(Path(folder) / "b", True) as looking:
-            found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-            for one in (without, looking):
-                await one.round(requests)  # warm
-            for number in range(rounds):
-                for kind in KINDS if number % 2 == 0 else KINDS[::-1]:
-                    one = without if kind == "none" else looking
-                    rollout = await one.begin() if kind == "during" else None
-                    found[kind].append(await one.round(requests))
-                    if rollout is not None:
-                        await one.end(rollout, min(requests, A_LOOK) * 9 // 10)
+        async with served(Path(folder)) as one:
+            await one.block(seconds)  # warm
+            for _ in range(threes):
+                for kind in draw.sample(KINDS, len(KINDS)):
+                    found[kind].append(await _block(one, kind, seconds))
+    return {kind: median(found[kind]) for kind in KINDS} | {
+        name: value
+        for kind, than in (("idle", "none"), ("during", "idle"))
+        for name, value in _more(kind, found[kind], found[than]).items()
+    }
 
-    def more(kind: str, than: str) -> float:
-        pairs = zip(found[kind], found[than], strict=True)
-        return 100 * (median([a / b for a, b in pairs]) - 1)
 
-    values = {kind: median(found[kind]) for kind in KINDS}
-    return values | {"idle_more": more("idle", "none"), "during_more": more("during", "idle")}
+async def _block(one: Served, kind: str, seconds: float) -> float:
+    if kind == "none":
+        one.looks.clear()
+    rollout = await one.begin() if kind == "during" else None
+    took = await one.block(seconds)
+    if rollout is not None:
+        await one.end(rollout)
+    one.looks.set()
+    return took
+
+
+def _more(kind: str, these: list[float], those: list[float]) -> Values:
+    """In percent, by the mean of neighbours' ratios, and what 95 % of its bootstrap lies between."""
+    logs = [math.log(a / b) for a, b in zip(these, those, strict=True)]
+    low, high = bootstrap(logs)
+    named = {"more": sum(logs) / len(logs), "least": low, "most": high}
+    return {f"{kind}_{name}": 100 * math.expm1(value) for name, value in named.items()}
 
 
 def simulate(round_: Round) -> Values:
     alone = asyncio.run(looks(round_.count(15, 2)))
-    return alone | asyncio.run(measure(round_.count(REQUESTS, 40), round_.count(ROUNDS, 1)))
+    return alone | asyncio.run(measure(round_.seconds(BLOCK_S, 3.0), round_.count(THREES, 2)))
 
 
 SCENARIO = Simulation(
@@ -249,10 +290,14 @@ SCENARIO = Simulation(
         Measure("idle", "no rollout: processor time by request", "ms"),
         Measure("during", "beside a rollout: processor time by request", "ms"),
         Measure("idle_more", "no rollout: more than where nobody looks", "%", Goal("value", "≤", 2)),
+        Measure("idle_least", "… 95 % interval, from", "%"),
+        Measure("idle_most", "… to", "%"),
         Measure("during_more", "beside a rollout: more than without one", "%", Goal("value", "≤", 2)),
+        Measure("during_least", "… 95 % interval, from ", "%"),
+        Measure("during_most", "… to ", "%"),
     ),
     simulate,
-    settings={"requests": REQUESTS, "rounds": ROUNDS, "tokens": TOKENS, "clients": CLIENTS},
+    settings={"threes": THREES, "seconds": BLOCK_S, "tokens": TOKENS, "clients": CLIENTS},
     runs=1,
     longest=3600.0,
 )

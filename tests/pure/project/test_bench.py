@@ -31,6 +31,7 @@ from tests.bench.scenarios.residency import _trend
 from tests.bench.scenarios.storm import parts
 from tests.bench.servers import Loraplex, Server
 from tests.bench.stats import (
+    bootstrap,
     gaps,
     jain,
     median,
@@ -161,6 +162,15 @@ def test_median_of_what_never_came() -> None:
     assert median([math.inf, math.inf]) == math.inf
     assert median([1.0, math.inf, math.inf]) == math.inf
     assert math.isnan(median([]))
+
+
+def test_a_bootstrap_interval_is_the_normal_one_where_values_are_normal() -> None:
+    draw = random.Random(3)
+    values = [draw.gauss(5.0, 2.0) for _ in range(400)]
+    low, high = bootstrap(values, 1000)
+    assert low < sum(values) / 400 < high
+    assert high - low == pytest.approx(2 * 1.96 * 2.0 / 20, rel=0.2)
+    assert bootstrap([3.0, 3.0]) == (3.0, 3.0)
 
 
 def test_jain() -> None:
