@@ -35,7 +35,7 @@ from adapters.database.rows import MetaRow
 from adapters.database.unusable import ordinary, usable
 from adapters.database.urls import checked_url as checked_url
 from adapters.errors import DatabaseUnavailable, StorageBusy, StorageFailed, StorageFull
-from adapters.tasks import uninterruptible
+from adapters.tasks import Awake, uninterruptible
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ class Database:
     async def _its_turn(self) -> AsyncIterator[None]:
         """Raises StorageBusy, for PostgreSQL DatabaseUnavailable, where the writes before it do not end."""
         try:
-            async with asyncio.timeout(TURN_TIMEOUT_S):
+            async with Awake(TURN_TIMEOUT_S):
                 await self._turn.acquire()
         except TimeoutError as error:
             sqlite = self.url.get_backend_name() == "sqlite"

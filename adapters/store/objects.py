@@ -12,7 +12,6 @@ Addresses and keys are those that the vendors' own programs read from the enviro
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -31,7 +30,7 @@ from obstore.store import ObjectStore as Bucket
 from adapters.errors import BlobMissing, StoreUnavailable
 from adapters.files import sync_path, write_all
 from adapters.model import CONFIG_FILE
-from adapters.tasks import run_in_thread
+from adapters.tasks import Awake, run_in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class ObjectStore:
         with _errors("reading whose the object store is"):
             content = json.dumps({"id": installation}).encode()
             try:
-                async with asyncio.timeout(_CALL):
+                async with Awake(_CALL):
                     await obstore.put_async(self._bucket, OWNER_FILE, content, mode="create")
                 await self._sync(OWNER_FILE)
                 self.claimed = True
@@ -99,7 +98,7 @@ class ObjectStore:
     async def adopt(self, installation: str) -> None:
         """Makes the store that of ``installation``, whoever's it was."""
         with _errors("taking over the object store"):
-            async with asyncio.timeout(_CALL):
+            async with Awake(_CALL):
                 await obstore.put_async(self._bucket, OWNER_FILE, json.dumps({"id": installation}).encode())
             await self._sync(OWNER_FILE)
         self.claimed = True
@@ -108,7 +107,7 @@ class ObjectStore:
         """The id of the installation that the store belongs to; None where it is nobody's."""
         with _errors("reading whose the object store is"):
             try:
-                async with asyncio.timeout(_CALL):
+                async with Awake(_CALL):
                     answer = await obstore.get_async(self._bucket, OWNER_FILE)
                     return str(json.loads(bytes(await answer.bytes_async()))["id"])
             except FileNotFoundError:  # which the library raises for an object that is not there
@@ -119,7 +118,7 @@ class ObjectStore:
     async def check(self) -> None:
         """Whether the store answers, and soon: whoever asks wants to know it now."""
         with _errors("asking the object store"):
-            async with asyncio.timeout(_CHECK):
+            async with Awake(_CHECK):
                 await self.owner()
 
     async def put(self, digest: str, folder: Path) -> None:
@@ -150,7 +149,7 @@ class ObjectStore:
             names = [name async for name, _ in self._listed(f"{_BLOBS}/{digest}/")]
             for name in sorted(names, key=lambda name: not name.endswith(CONFIG_FILE)):
                 with suppress(FileNotFoundError):
-                    async with asyncio.timeout(_CALL):
+                    async with Awake(_CALL):
                         await obstore.delete_async(self._bucket, name)
             if self._folder is not None:
                 await run_in_thread(_remove_empty, self._folder / _BLOBS / digest)
@@ -187,7 +186,7 @@ class ObjectStore:
         stream = obstore.list(self._bucket, prefix=prefix).__aiter__()
         while True:
             try:
-                async with asyncio.timeout(_CALL):
+                async with Awake(_CALL):
                     page = await anext(stream)
             except StopAsyncIteration:
                 return
@@ -196,7 +195,7 @@ class ObjectStore:
 
     async def _download(self, name: str, path: Path) -> None:
         try:
-            async with asyncio.timeout(_CALL):
+            async with Awake(_CALL):
                 answer = await obstore.get_async(self._bucket, name)
         except FileNotFoundError as error:
             raise BlobMissing(f"The object store has lost {name}.") from error
@@ -204,7 +203,7 @@ class ObjectStore:
             pieces = answer.stream(min_chunk_size=_PIECE).__aiter__()
             while True:
                 try:
-                    async with asyncio.timeout(_READ * 2):
+                    async with Awake(_READ * 2):
                         piece = await anext(pieces)
                 except StopAsyncIteration:
                     return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, ClassVar, TypeVar
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from adapters.errors import UploadTooLarge
 from adapters.inspection import strict_json
 from adapters.inspection.strict_json import Bounds
+from adapters.tasks import Awake
 from server.errors import BadRequest, RequestTimeout, UnsupportedEncoding
 from server.http.services import services_of
 from server.inference.bounds import CLIENT_JSON, SETTING_JSON
@@ -70,7 +70,7 @@ async def whole_body(request: Request) -> bytes:
 
 async def _in_time(work: Awaitable[T], seconds: float) -> T:
     try:
-        async with asyncio.timeout(seconds):
+        async with Awake(seconds):
             return await work
     except TimeoutError as exc:
         raise RequestTimeout(f"The body did not come within {seconds:g} seconds.") from exc

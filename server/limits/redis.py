@@ -30,6 +30,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from adapters.database.rows import now as wall_now
+from adapters.tasks import Awake
 from server.accounts.terms import PERIODS, UNITS, Budget, Period, Unit
 from server.limits.budget import Amount, BudgetExceeded, Spending, period_end, period_start
 from server.limits.errors import limits_unavailable
@@ -43,6 +44,8 @@ REPORT_INTERVAL_S = 1.0
 RETRY_S = 0.2  # between two attempts while Redis does not answer
 # One question to Redis may take so long; on a machine that is full, hundreds at once take more than a second.
 TIMEOUT_S = 3.0
+# The client's own, which knows nothing of a process that stood still: for what is not within ``TIMEOUT_S``.
+_SOCKET_TIMEOUT_S = 4 * TIMEOUT_S
 CONNECTIONS = 32
 # How long a day or a month is kept after its end, for what its last requests still report.
 KEEP_PERIOD = timedelta(days=1)
@@ -73,9 +76,9 @@ class RedisLedger:
             pool = BlockingConnectionPool.from_url(
                 url,
                 max_connections=CONNECTIONS,
-                timeout=TIMEOUT_S,
-                socket_timeout=TIMEOUT_S,
-                socket_connect_timeout=TIMEOUT_S,
+                timeout=_SOCKET_TIMEOUT_S,
+                socket_timeout=_SOCKET_TIMEOUT_S,
+                socket_connect_timeout=_SOCKET_TIMEOUT_S,
                 retry=Retry(NoBackoff(), 0),
             )
         except ValueError:
@@ -120,7 +123,7 @@ class RedisLedger:
 
     async def check(self) -> None:
         """Raises what keeps Redis from answering."""
-        async with asyncio.timeout(TIMEOUT_S):
+        async with Awake(TIMEOUT_S):
             await self._redis.ping()
 
     @property
@@ -286,7 +289,7 @@ class RedisLedger:
         return keys, args
 
     async def _ask(self, entry: Entry, keys: list[str], args: list[str | float]) -> list[bytes]:
-        async with asyncio.timeout(TIMEOUT_S):
+        async with Awake(TIMEOUT_S):
             refusal, states, spent = await self._script(keys=keys, args=args)
         for scope, state in zip(entry.scopes, states, strict=False):
             self._remember(scope, [float(number) for number in state])

@@ -66,7 +66,9 @@ async def test_limits_hold_in_the_process_while_redis_is_killed(server: RedisSer
         assert local == 3
 
 
-async def test_what_was_used_in_an_outage_is_told_to_a_redis_that_kept_its_memory() -> None:
+async def test_what_was_used_in_an_outage_is_told_to_a_redis_that_kept_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gate = _Gate()
     who = tenant(
         f"t{uuid.uuid4().hex[:12]}",
@@ -82,6 +84,7 @@ async def test_what_was_used_in_an_outage_is_told_to_a_redis_that_kept_its_memor
         used(await admitted(quotas, who, 10), 10, ended=True)
         long = await admitted(quotas, who, 5)
         gate.open = False
+        monkeypatch.setattr("server.limits.redis.TIMEOUT_S", 1.0)
         for _ in range(2):
             used(await admitted(quotas, who, 10), 10, ended=True)
         assert quotas.ledger.spending(quotas.budget(who)).used["day"].tokens == 40
@@ -90,6 +93,7 @@ async def test_what_was_used_in_an_outage_is_told_to_a_redis_that_kept_its_memor
         long.asks(3, 4, 1)
         assert await long.settle() is None, "it runs already, and needs more than it has reserved"
         used(long, 7, ended=True)
+        monkeypatch.setattr("server.limits.redis.TIMEOUT_S", 60.0)
         gate.open = True
         await back(redis)
         await admitted(quotas, who, 1)
