@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from adapters.tasks import Awake
 from server.engine.grammar_process import LENGTH
 from server.errors import BadRequest, TooManyRequests, Unavailable
 
@@ -38,6 +39,7 @@ REMEMBERED = 4096
 REFUSED_FOR_S = 60.0  # what was refused may have been refused because much else ran
 MOST_WAITING = 32  # for each owner
 START_TIMEOUT_S = 60.0  # it imports torch
+BY_THE_CLOCK = 10  # times its processor time a check may take on a machine that is busy
 
 
 class Spec(NamedTuple):
@@ -59,8 +61,8 @@ class Verdict:
 class Grammars:
     """One owner cannot keep the others waiting: it compiles in at most half of the places.
 
-    ``seconds`` of processor time are the most that one check may take, and twice as many by the clock, not
-    counting the wait for a place.
+    ``seconds`` of processor time are the most that one check may take, and ``BY_THE_CLOCK`` times as many
+    pass before its asker is told to come again, not counting the wait for a place.
     """
 
     def __init__(self, tokenizer: str, *, seconds: float, any_whitespace: bool, places: int = 0) -> None:
@@ -143,7 +145,7 @@ class Grammars:
         try:
             async with AsyncExitStack() as held:
                 try:
-                    async with asyncio.timeout(self._seconds):
+                    async with Awake(self._seconds):
                         await held.enter_async_context(own)
                         await held.enter_async_context(self._places)
                 except TimeoutError:
@@ -178,7 +180,7 @@ class Grammars:
                 message = json.dumps(job).encode()
                 writer.write(LENGTH.pack(len(message)) + message)
                 theirs.close()
-                async with asyncio.timeout(START_TIMEOUT_S):
+                async with Awake(START_TIMEOUT_S):
                     begun = await reader.read(1)
                 if not begun:
                     raise Unavailable("Schemas cannot be compiled now.", retry_after=1)
@@ -195,10 +197,12 @@ class Grammars:
         until = began + REFUSED_FOR_S
         late = f"it takes longer than {self._seconds:g} s to compile; make it simpler"
         try:
-            async with asyncio.timeout(2 * self._seconds + 1):  # the kernel ends the child before
+            async with Awake(BY_THE_CLOCK * self._seconds):  # the kernel ends the child before
                 answer = await reader.read()
-        except TimeoutError:
-            return Verdict(late, too_much=True, until=until)
+        except TimeoutError:  # the machine had no time for it, which says nothing of the schema
+            raise Unavailable(
+                "There is no processor time to compile schemas now.", retry_after=self._seconds
+            ) from None
         if not answer:
             in_time = time.monotonic() - began < 0.9 * self._seconds
             why = "the compiler fails on it" if in_time else late

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from adapters.tasks import Awake
 from server.errors import BadRequest
 
 # At most so many templates run at once; one that runs away leaves the other room to everybody else.
 ROOMS = 2
-SECONDS = 2.5  # the process ends itself a little before
+SECONDS = 30.0  # by the clock; the process ends itself at two of processor time
 START_SECONDS = 60.0
 _LINE = 1 << 20  # of an answer without its text
 _ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +99,7 @@ class _Room:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            async with asyncio.timeout(SECONDS):
+            async with Awake(SECONDS):
                 process.stdin.write(line)
                 await process.stdin.drain()
                 answer = await process.stdout.readline()
@@ -143,7 +144,7 @@ async def _started() -> asyncio.subprocess.Process:
     )
     assert process.stdout is not None
     try:
-        async with asyncio.timeout(START_SECONDS):
+        async with Awake(START_SECONDS):
             ready = await process.stdout.readline()
     except BaseException:
         process.kill()
