@@ -14,7 +14,12 @@ if (number := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")).isdi
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[-1 - int(number) % len(cores)]))
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
+
+# An example may take as long as it takes, and so may making one: a busy machine is not a fault.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 ENGINE = "tests/engine/"
 # These start engines of their own and leave the shared one alone, so that they can run beside it. The longest

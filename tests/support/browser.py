@@ -29,7 +29,9 @@ async def browsing(url: str, *, elsewhere: tuple[str, ...] = (), **options: Any)
     to those that begin as ``elsewhere`` says."""
     faults: list[str] = []
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        browser = await playwright.chromium.launch(
+            executable_path=chromium(), args=["--no-sandbox"], timeout=180_000
+        )
         context = await browser.new_context(base_url=url, **options)
         page = await context.new_page()
 
@@ -45,8 +47,8 @@ async def browsing(url: str, *, elsewhere: tuple[str, ...] = (), **options: Any)
         page.on("console", said)
         page.on("request", went)
         # A busy machine draws slowly.
-        page.set_default_timeout(60_000)
-        expect.set_options(timeout=60_000)
+        page.set_default_timeout(120_000)
+        expect.set_options(timeout=120_000)
         yield page
         await browser.close()
     assert faults == [], faults

@@ -174,6 +174,24 @@ def _list_ends(file: Path) -> None:
     UsageWriter.record = record  # type: ignore[method-assign]
 
 
+def _list_writes(file: Path) -> None:
+    """Appends, after each write of usage, when it began: what was recorded before that is on disk."""
+    writes, flush = _appending(file), UsageWriter.flush
+
+    async def flushed(recorder: UsageWriter) -> None:
+        began = time.time()
+        await flush(recorder)
+        os.write(writes, f"{began}\n".encode())
+
+    UsageWriter.flush = flushed  # type: ignore[method-assign]
+
+
+def last_write(folder: Path) -> float:
+    """When the last write of usage began that ended before a server on ``folder`` was killed."""
+    file = folder / "written"
+    return max(map(float, file.read_text().split()), default=0.0) if file.exists() else 0.0
+
+
 def serve_with(descriptors: int, settings: Settings, base: BaseModel, folder: Path) -> None:
     """``serve`` under ``ulimit -n``."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
@@ -183,10 +201,12 @@ def serve_with(descriptors: int, settings: Settings, base: BaseModel, folder: Pa
 def serve(settings: Settings, base: BaseModel, folder: Path) -> None:
     """What ``python -m server serve`` does, signals and all.
 
-    The engine lists in ``folder / "taken"`` what it takes; ``folder / "ended"`` says when each of it ended.
+    The engine lists in ``folder / "taken"`` what it takes; ``folder / "ended"`` says when each of it ended,
+    ``folder / "written"`` when each write of usage began.
     """
     engine = _Listing(base, folder / "taken")
     _list_ends(folder / "ended")
+    _list_writes(folder / "written")
 
     async def start(_: Settings) -> FakeEngine:
         return engine

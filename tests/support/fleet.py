@@ -99,7 +99,7 @@ class Fleet:
     def directory(self) -> Any:
         return self.gateway.services.completions.answers.directory
 
-    async def until(self, holds: Callable[[], bool], seconds: float = 10.0) -> None:
+    async def until(self, holds: Callable[[], bool], seconds: float = 60.0) -> None:
         async with asyncio.timeout(seconds):
             while not holds():
                 await asyncio.sleep(0.01)

@@ -100,7 +100,15 @@ def engine_settings(
 @asynccontextmanager
 async def serving(app: FastAPI) -> AsyncIterator[Site]:
     BoundedHeads.seconds = app.state.settings.client_timeout
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, http=BoundedHeads, log_config=None, lifespan="on")
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        http=BoundedHeads,
+        log_config=None,
+        lifespan="on",
+        timeout_keep_alive=600,
+    )
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
     while not server.started:

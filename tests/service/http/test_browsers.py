@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ PREFLIGHT = {
 
 @asynccontextmanager
 async def site_with(tmp_path: Path, *, times: Times | None = None, **settings: Any) -> AsyncIterator[Site]:
-    engine = FakeEngine(tiny.base(), times=times or Times(), max_running=1)
+    engine = FakeEngine(tiny.base(), times=times or Times(), max_running=1, max_model_len=1 << 16)
     async with fake_site(tmp_path, engine, **settings) as site:
         yield site
 
@@ -139,7 +140,7 @@ async def test_a_trailing_slash_changes_nothing(tmp_path: Path) -> None:
 @asynccontextmanager
 async def busy(site: Site, key: str) -> AsyncIterator[Callable[[], Awaitable[None]]]:
     """One stream has the engine's only place until what is given is called, or the block ends."""
-    body = {"model": "a", "messages": TURNS, "max_tokens": 4000, "stream": True}
+    body = {"model": "a", "messages": TURNS, "max_tokens": 60_000, "stream": True}
     async with AsyncExitStack() as stack:
         held = site.http.stream("POST", "/v1/chat/completions", json=body, headers=bearer(key))
         response = await stack.enter_async_context(held)
@@ -207,19 +208,28 @@ async def test_the_vendors_clients_read_over_the_comments(tmp_path: Path) -> Non
             assert events[-1].type == "response.completed"
 
 
+def waits_at_most(site: Site, seconds: float) -> None:
+    """So long a request may wait from now on, one that waits already too."""
+    plan = site.services.dispatcher._plan
+    plan._capacity = replace(plan._capacity, queue_timeout=seconds)
+
+
 async def test_a_refusal_after_a_comment_is_an_event(tmp_path: Path) -> None:
-    async with site_with(tmp_path, times=Times(step=0.02), sse_keepalive=0.1, queue_timeout=1.0) as site:
+    async with site_with(tmp_path, times=Times(step=0.02), sse_keepalive=0.1, queue_timeout=600) as site:
         key = await site.tenant("acme", {"a": tiny.adapter(1)})
         async with busy(site, key):
             stream = await site.openai(key).chat.completions.create(
                 model="a", messages=TURNS, max_tokens=3, stream=True
             )
+            waits_at_most(site, 0.1)
             with pytest.raises(openai.APIError) as refused:
                 await _all(stream)
             assert refused.value.code == "queue_timeout"
+            waits_at_most(site, 600)
             events = await site.anthropic(key).messages.create(
                 model="a", messages=TURNS, max_tokens=3, stream=True
             )
+            waits_at_most(site, 0.1)
             with pytest.raises(anthropic.APIStatusError) as anthropics:
                 await _all(events)
             assert anthropics.value.body["error"]["type"] == "overloaded_error"  # type: ignore[index]
@@ -250,7 +260,7 @@ async def test_a_client_that_leaves_while_it_waits_leaves_nothing(tmp_path: Path
             ) as said:
                 async for _ in said.aiter_lines():
                     break
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while site.services.dispatcher.snapshot().queued:
                     await asyncio.sleep(0.01)
         assert await site.services.dispatcher.wait_until_idle(60)

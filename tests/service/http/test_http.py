@@ -241,7 +241,7 @@ async def test_one_line_for_every_request(site: Site, caplog: pytest.LogCaptureF
     for line in lines[:2]:
         assert (line["tenant"], line["model"], line["version"]) == ("acme", "a", 1)
         assert (line["outcome"], line["prompt_tokens"], line["output_tokens"]) == ("completed", 3, 4)
-        assert 0 < line["seconds"] < 30
+        assert 0 < line["seconds"] < 300
         assert len(line["request_id"]) == 32
     assert (lines[2]["tenant"], lines[2]["code"]) == ("acme", "model_not_found")
     assert lines[5]["code"] == "invalid_api_key"

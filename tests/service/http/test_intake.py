@@ -85,7 +85,9 @@ async def test_uploads_that_never_end_take_no_more_than_the_quota_together(tmp_p
             Sender.begun(site, key) as three,
         ):
             await asyncio.gather(*(sender.send(MIB - 1000) for sender in (one, two)))
-            await asyncio.sleep(0.2)
+            async with asyncio.timeout(60):
+                while site.services.intake.coming("acme") < 2 * (MIB - 1000 - FORM_BYTES):
+                    await asyncio.sleep(0.01)
             await three.send(MIB)
             assert await three.status() == 403
             await coming(site, 2)
@@ -158,13 +160,14 @@ async def test_an_upload_that_is_answered_before_it_is_linked_keeps_its_place(tm
 async def test_a_slow_upload_gives_way_and_a_quick_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(intakes, "SLOW_AFTER_S", 0.5)
+    monkeypatch.setattr(intakes, "SLOW_AFTER_S", 600.0)
     async with fake_site(tmp_path, max_uploads=2) as site:
         quick_key, slow_key, other = [await writer_key(site, id_) for id_ in ("quick", "slow", "other")]
         async with Sender.begun(site, quick_key) as quick, Sender.begun(site, slow_key) as slow:
             await coming(site, 2)
             refused = await upload(site, other)
             assert (refused.status_code, bool(refused.headers["Retry-After"])) == (503, True)
+            monkeypatch.setattr(intakes, "SLOW_AFTER_S", 0.5)
             for _ in range(12):
                 await quick.send(64 << 10)
                 await slow.send(10)

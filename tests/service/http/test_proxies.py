@@ -8,7 +8,6 @@ import re
 import shutil
 import ssl
 import subprocess
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -90,7 +89,7 @@ async def behind(program: str, site: Site, folder: Path) -> AsyncIterator[str]:
         process = subprocess.Popen([PROGRAMS[program], *words], stdout=log, stderr=log)
     try:
         url = f"https://localhost:{port}"
-        async with client(url, folder) as http, asyncio.timeout(30):
+        async with client(url, folder) as http, asyncio.timeout(120):
             while True:
                 assert process.poll() is None, (folder / "log").read_text()
                 try:
@@ -129,16 +128,17 @@ async def test_behind_a_proxy_with_our_example(program: str, tmp_path: Path) -> 
         client(url, tmp_path) as http,
     ):
         key = await site.tenant("acme", {"a": tiny.adapter(1)})
-        gaps, last = [], time.monotonic()
+        came = 0
         body = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "stream": True}
         async with http.stream(
-            "POST", "/v1/chat/completions", json=body | {"max_tokens": 8}, headers=bearer(key)
+            "POST", "/v1/chat/completions", json=body | {"max_tokens": 400}, headers=bearer(key)
         ) as said:
             async for line in said.aiter_lines():
                 if line.startswith("data: {") and json.loads(line[6:])["choices"]:
-                    gaps.append(time.monotonic() - last)
-                    last = time.monotonic()
-        assert sum(gap > 0.05 for gap in gaps[1:]) >= 4, f"it comes token by token: {gaps}"
+                    came += 1
+                    assert engine.running, "it comes token by token, and the last one is made 40 s later"
+                if came == 8:
+                    break
 
         uploaded = await http.post(
             "/admin/v1/tenants/acme/adapters/b/versions",

@@ -390,7 +390,7 @@ class TestServerProcess:
             " print('deaf', flush=True); signal.pause()"
         )
         async with process.running([sys.executable, "-c", stubborn], os.environ, log) as child:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while not log.read_text():
                     await asyncio.sleep(0.01)
         assert await child.wait() == -signal.SIGKILL

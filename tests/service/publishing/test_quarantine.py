@@ -141,7 +141,7 @@ async def test_running_requests_end_with_an_error(tmp_path: Path) -> None:
 
 
 async def test_what_waits_is_refused_at_once(tmp_path: Path) -> None:
-    slow = FakeEngine(tiny.base(), times=Times(step=0.05), max_running=1)
+    slow = FakeEngine(tiny.base(), times=Times(step=0.2), max_running=1)
     async with fake_site(tmp_path, slow) as site:
         await two_versions(site)
         headers = await key(site)
@@ -166,15 +166,16 @@ async def test_the_guilty_one_of_two_suspects_is_found_also_after_a_restart(tmp_
     async with fake_site(tmp_path, first, engine_restarts=5) as site:
         await two_versions(site)
         headers = await key(site)
-        asking = [asyncio.create_task(ask(site, headers, f"a@{n}", max_tokens=60)) for n in (1, 2)]
+        asking = [asyncio.create_task(ask(site, headers, f"a@{n}", max_tokens=400)) for n in (1, 2)]
         async with asyncio.timeout(60):
             while len(first.running) < 2:
                 await asyncio.sleep(0.01)
+        first.times.step = 0.001
         first.die()
         assert [answer.status_code for answer in await asyncio.gather(*asking)] == [200, 200]
     second = lived(0.05)
     async with fake_site(tmp_path, second, engine_restarts=5) as site:
-        guilty = asyncio.create_task(ask(site, headers, "a@2", max_tokens=200))
+        guilty = asyncio.create_task(ask(site, headers, "a@2", max_tokens=500))
         async with asyncio.timeout(60):
             while not second.running:
                 await asyncio.sleep(0.01)

@@ -51,7 +51,7 @@ async def begun(site: Site, **body: Any) -> str:
 
 async def until(site: Site, id_: str, is_so: Callable[[dict[str, Any]], object], ask: Any = None) -> Any:
     """The rollout once ``is_so``; ``ask`` makes requests meanwhile."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         while True:
             if ask is not None:
                 await asyncio.gather(*(ask(number) for number in range(10)))
@@ -275,7 +275,7 @@ async def test_an_upload_begins_one(site: Site) -> None:
     async def job() -> Any:
         return (await site.admin.get(f"{ADAPTER}/uploads/{later['id']}")).json()
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while (done := await job())["state"] != "done":
             await asyncio.sleep(0.1)
     assert (done["result"]["live"], done["result"]["rollout"]["version"]) == (1, 3)

@@ -24,7 +24,7 @@ ADAPTERS = "/admin/v1/tenants/{}/adapters"
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
     engine = FakeEngine(tiny.base(), times=Times(step=0.01))
-    async with fake_site(tmp_path, engine, queue_timeout=2.0) as site:
+    async with fake_site(tmp_path, engine, queue_timeout=600) as site:
         yield site
 
 
@@ -72,11 +72,16 @@ async def test_a_slow_load_delays_its_own_requests_only(site: Site) -> None:
     other = await site.tenant("other", {"a": tiny.adapter(1)})
     assert (await site.chat(other, "hi")).status_code == 200
     key, _ = await cold(site, "acme", 2)
-    engine_of(site).times.stage = 1.0
+    engine = engine_of(site)
+    engine.times.stage = 3600.0
     slow = asyncio.create_task(site.chat(key, "hi"))
+    async with asyncio.timeout(60):
+        while not engine._staging:
+            await asyncio.sleep(0.01)
     for _ in range(10):
         assert (await site.chat(other, "hi", max_tokens=1)).status_code == 200
         assert not slow.done()
+    engine._staging = dict.fromkeys(engine._staging, 0.0)
     assert (await slow).status_code == 200
 
 
@@ -102,7 +107,7 @@ async def test_what_cannot_be_warmed(site: Site) -> None:
 
 async def test_warm_waits_for_room_and_says_that_there_is_none(tmp_path: Path) -> None:
     engine = FakeEngine(tiny.base(), gpu_slots=1, host_slots=1, times=Times(step=0.05))
-    async with fake_site(tmp_path, engine, gpu_slots=1, host_slots=1, queue_timeout=3.0) as site:
+    async with fake_site(tmp_path, engine, gpu_slots=1, host_slots=1, queue_timeout=1.0) as site:
         await site.tenant("cold", {"a": tiny.adapter(2)})
         key = await site.tenant("busy", {"a": tiny.adapter(1)})
         warm = f"{ADAPTERS.format('cold')}/a/warm"
@@ -111,6 +116,7 @@ async def test_warm_waits_for_room_and_says_that_there_is_none(tmp_path: Path) -
             lines = stream.aiter_lines()
             await anext(lines)
             error(await site.admin.post(warm), 503, "no_room")
+            site.services.settings = site.services.settings.model_copy(update={"queue_timeout": 600})
             waiting = asyncio.create_task(site.admin.post(warm))
             await asyncio.sleep(0.2)
         assert (await waiting).json()["tier"] == "host"

@@ -78,7 +78,7 @@ def in_a_process(target: Callable[..., None], *args: Any) -> tuple[list[Any], bo
     process = PROCESSES.Process(target=target, args=(*args, theirs))
     process.start()
     theirs.close()
-    process.join(60)
+    process.join(240)
     assert process.exitcode in (0, -9), process.exitcode
     return list(_received(ours)), process.exitcode == -9
 
