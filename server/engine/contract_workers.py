@@ -192,4 +192,9 @@ WORKERS: tuple[Use, ...] = (
         text=("layer.cpu_linear = ",),
         why="oneDNN's kernels are made ahead through it",
     ),
+    Use(
+        "vllm.v1.sample.sampler",
+        text=("token_ranks = batched_count_greater_than(logprobs, token_logprobs)",),
+        why="the count is replaced: it is compiled at the first log-probability",
+    ),
 )
