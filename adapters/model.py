@@ -257,10 +257,15 @@ def ranges(numbers: Iterable[int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """The most adapters, and bytes of all their versions, that a tenant may have; None is no limit."""
+    """The most adapters, bytes of all their versions, and versions of one adapter; None is no limit.
+
+    ``keep`` is how many versions an upload leaves where the adapter does not say; 0 for all.
+    """
 
     adapters: int | None = None
     size_bytes: int | None = None
+    versions: int | None = None
+    keep: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,11 +299,11 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class VersionInfo:
-    """A version as the admin API shows it."""
+    """A version as the admin API shows it. ``report`` is JSON; None where it was not asked for."""
 
     version: Version
     created_at: datetime
-    report: Mapping[str, Any]
+    report: str | None = None
     quarantine: Mapping[str, Any] | None = None
     note: str | None = None
     uploader: str | None = None
@@ -323,15 +328,15 @@ class Adapter:
     keep_versions: int | None = None
     defaults: Mapping[str, Any] | None = None
 
-    def upload_as_json(self, number: int) -> dict[str, Any]:
-        """The answer to the upload that became version ``number``."""
+    def upload_as_json(self, number: int, report: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to the upload that became version ``number``, of which ``report`` is."""
         (info,) = (info for info in self.versions if info.version.number == number)
         return {
             "adapter": self.name,
             "version": number,
             "digest": info.version.digest,
             "live": self.live,
-            "report": dict(info.report),
+            "report": dict(report),
         }
 
     @property

@@ -294,6 +294,7 @@ async def _start(
         fitness,
         UploadJobs(stores.database),
         settings.keep_versions,
+        settings.max_versions,
         shared=settings.role != "all",
     )
     services = _services(settings, stores, engine, dispatcher, answers, publishing)
@@ -406,6 +407,7 @@ async def _start_gateway(settings: Settings, stores: _Stores, stack: AsyncExitSt
         stores.fitness,
         UploadJobs(stores.database),
         settings.keep_versions,
+        settings.max_versions,
         shared=True,
         elsewhere=RemotePublisher(directory, stores.blobs),
     )

@@ -16,14 +16,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from sqlalchemy import Select, and_, delete, func, or_, select, update
+from sqlalchemy import Select, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.audit import ACTOR, note
 from adapters.database.cache import ReadCache
 from adapters.database.database import Database
-from adapters.database.rows import AdapterRow, TenantRow, VersionRow, now
-from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, QuotaExceeded, fault, printable
+from adapters.database.rows import MAX_INTEGER, AdapterRow, TenantRow, VersionRow, now
+from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, fault, printable
 from adapters.inspection.golden import Golden
 from adapters.model import (
     DEFAULT_MODEL,
@@ -37,7 +37,18 @@ from adapters.model import (
 from adapters.split import WHOLE, choose
 from adapters.store.idempotency import Receipt
 from adapters.store.quarantine import in_service, refuse_quarantined_files
-from adapters.store.versions import bytes_of, info_of, linked_digests, no_version, version_of, version_row
+from adapters.store.room import check_quota, has_versions, names_within
+from adapters.store.versions import (
+    REPORT,
+    answering,
+    info_of,
+    linked_digests,
+    no_version,
+    rows_of,
+    slices,
+    version_of,
+    version_row,
+)
 
 NUMBERED = re.compile(r"([^@]+)@([1-9][0-9]{0,8})", re.ASCII)
 RESOLVED = 65_536
@@ -95,16 +106,16 @@ class Catalog:
         return choose(shares, f"{tenant}/{shares[0][0].adapter}", unit)
 
     def check_name(self, name: str) -> None:
-        """AdapterRejected (``name_invalid``) unless an adapter may be called ``name``."""
+        """AdapterRejected (``name_invalid``) unless an adapter may be called so."""
         if not is_adapter_name(name):
             raise fault("name_invalid", f"`{printable(name)}` is not an adapter name.", param="name")
         if name in self._reserved:
             raise fault("name_invalid", f"The name `{name}` is reserved.", param="name")
 
     async def check_quota(self, tenant: str, adapter: str, quota: Quota) -> None:
-        """QuotaExceeded if a version of ``adapter``, however small, would be more than ``quota``."""
+        """QuotaExceeded or AdapterConflict if a version of ``adapter``, however small, would be too much."""
         async with self._database.read() as session:
-            await _check_quota(session, tenant, adapter, quota, 1)
+            await check_quota(session, tenant, adapter, quota, 1)
 
     async def link(
         self,
@@ -130,10 +141,10 @@ class Catalog:
                 raise AdapterNotFound(f"There is no tenant `{printable(tenant)}`.", code="tenant_not_found")
             await refuse_quarantined_files(session, tenant, digest)
             if quota is not None:
-                await _check_quota(session, tenant, adapter, quota, manifest.size_bytes)
+                await check_quota(session, tenant, adapter, quota, manifest.size_bytes)
             row = await session.get(AdapterRow, (tenant, adapter))
-            if row is None or not await _any(session, tenant, adapter):
-                first = not await _any(session, tenant)
+            if row is None or not await has_versions(session, tenant, adapter):
+                first = not await has_versions(session, tenant)
                 row = await session.merge(
                     AdapterRow(
                         tenant=tenant,
@@ -149,14 +160,15 @@ class Catalog:
                     )
                 )
                 await session.flush()
+            number, report = row.next_version, manifest.as_json()
             version = VersionRow(
                 tenant=tenant,
                 adapter=adapter,
-                number=row.next_version,
+                number=number,
                 digest=digest,
                 rank=manifest.rank,
                 size_bytes=manifest.size_bytes,
-                report=manifest.as_json(),
+                report=report,
                 golden=golden.model_dump() if golden is not None else None,
                 note=annotation,
                 uploader=ACTOR.get().name,
@@ -164,43 +176,81 @@ class Catalog:
             )
             row.next_version += 1
             if make_live:
-                row.live, row.split = version.number, None
+                row.live, row.split = number, None
             session.add(version)
             await session.flush()
             note(
                 session,
                 "version.create",
                 tenant,
-                f"{adapter}@{version.number}",
+                f"{adapter}@{number}",
                 after={"digest": digest, "live": row.live, "size_bytes": manifest.size_bytes}
                 | manifest.waived,
             )
             linked = await self._one(session, tenant, adapter)
             if receipt is not None:
-                await receipt.keep(session, linked.upload_as_json(version.number))
-            return linked, self._version(version)
+                await receipt.keep(session, linked.upload_as_json(number, report))
+            return linked, linked.versions[-1].version
 
     async def adapters(self, tenant: str) -> list[Adapter]:
-        """All of the tenant's, by name, each with its versions by number."""
+        """All of the tenant's, by name, each with its versions by number; without their reports."""
         async with self._database.read() as session:
-            found = await self._load(session, _rows(tenant)) if is_tenant_id(tenant) else []
+            found = await self._load(session, rows_of(tenant)) if is_tenant_id(tenant) else []
         return sorted(found, key=lambda adapter: adapter.name)
 
-    async def adapter(self, tenant: str, name: str) -> Adapter:
+    async def answering(self, tenant: str) -> list[Adapter]:
+        """As ``adapters``, of those without a split the live version alone."""
+        async with self._database.read() as session:
+            query = answering().where(AdapterRow.tenant == tenant)
+            found = await self._load(session, query) if is_tenant_id(tenant) else []
+        return sorted(found, key=lambda adapter: adapter.name)
+
+    async def page(self, tenant: str, after: str = "", most: int = 1000) -> tuple[list[Adapter], str | None]:
+        """Adapters behind ``after``, with their reports: ``most`` versions at most, unless the first one has
+        more. Beside them the last one's name where there are more, as the next ``after``."""
+        if not is_tenant_id(tenant) or (after and not is_adapter_name(after)):
+            return [], None
+        async with self._database.read() as session:
+            names, more = await names_within(session, tenant, after, most)
+            query = rows_of(tenant, REPORT).where(AdapterRow.name.in_(names))
+            found = await self._load(session, query)
+        return found, names[-1] if more else None
+
+    async def adapter(self, tenant: str, name: str, *, reports: bool = False) -> Adapter:
         """AdapterNotFound if the tenant has none of that name."""
         async with self._database.read() as session:
-            return await self._one(session, tenant, name)
+            return await self._one(session, tenant, name, *([REPORT] if reports else []))
 
     async def version(
-        self, tenant: str, name: str, number: int | None = None, *, param: str | None = None
+        self,
+        tenant: str,
+        name: str,
+        number: int | None = None,
+        *,
+        param: str | None = None,
+        quarantined: bool = False,
     ) -> Version:
-        """One of the adapter's, the live one if None. AdapterNotFound, which names ``param``."""
-        adapter = await self.adapter(tenant, name)
-        wanted = adapter.live if number is None else number
-        for info in adapter.versions:
-            if info.version.number == wanted:
-                return in_service([(info.version, WHOLE)], self._problem)[0][0]
-        raise no_version(name, wanted, param)
+        """One of the adapter's, the live one if None. AdapterNotFound, which names ``param``.
+
+        AdapterQuarantined, AdapterUnfit, unless also one that is ``quarantined`` will do.
+        """
+        async with self._database.read() as session:
+            row = await self._there(session, tenant, name)
+            wanted = row.live if number is None else number
+            one = rows_of(tenant).where(AdapterRow.name == name, VersionRow.number == wanted)
+            found = await self._load(session, one) if 1 <= (wanted or 0) <= MAX_INTEGER else []
+        if not found:
+            raise no_version(name, wanted, param)
+        (info,) = found[0].versions
+        return info.version if quarantined else in_service([(info.version, WHOLE)], self._problem)[0][0]
+
+    async def of_files(self, tenant: str, digests: Collection[str]) -> list[Version]:
+        """Every version of the tenant that has one of these files; those with the same ones by number."""
+        found: list[Adapter] = []
+        async with self._database.read() as session:
+            for some in slices(digests) if is_tenant_id(tenant) else ():
+                found += await self._load(session, rows_of(tenant).where(VersionRow.digest.in_(some)))
+        return [info.version for adapter in found for info in adapter.versions]
 
     async def update(self, tenant: str, name: str, **changes: Unpack[AdapterChanges]) -> Adapter:
         """Changes what is given, all of it or nothing; ``default=True`` takes it from the one that had it.
@@ -250,7 +300,8 @@ class Catalog:
         async with self._database.write() as session:
             row = await self._locked(session, tenant, name)
             version = await version_row(session, tenant, name, number)
-            if len((await self._one(session, tenant, name)).versions) == 1:
+            infos = (await self._one(session, tenant, name)).versions
+            if len(infos) == 1:
                 raise AdapterConflict(
                     f"Version {number} is the only version of `{name}`. Delete the adapter instead."
                 )
@@ -264,13 +315,13 @@ class Catalog:
                 )
             note(session, "version.delete", tenant, f"{name}@{number}", before={"digest": version.digest})
             await session.delete(version)
-        return self._version(version)
+        return next(info.version for info in infos if info.version.number == number)
 
     async def keep_newest(self, tenant: str, name: str, keep: int) -> list[Version]:
         """Removes all but the ``keep`` newest versions and those that answer; returns what went."""
         async with self._database.write() as session:
             await _lock(session, tenant)
-            query = _rows(tenant).where(AdapterRow.name == name)
+            query = rows_of(tenant).where(AdapterRow.name == name)
             gone = []
             for adapter in await self._load(session, query):
                 answering = {version.number for version, _ in adapter.shares} | {adapter.live}
@@ -299,10 +350,12 @@ class Catalog:
 
     async def probe_of(self, digest: str) -> Mapping[str, Any] | None:
         """What the engine showed of these files when they were last linked, if it was asked."""
-        query = select(VersionRow.report).where(VersionRow.digest == digest)
+        query = select(VersionRow.report["probe"]).where(VersionRow.digest == digest)
         async with self._database.read() as session:
-            report = await session.scalar(query.order_by(VersionRow.created_at.desc()).limit(1))
-        return report.get("probe") if report else None
+            found: Mapping[str, Any] | None = await session.scalar(
+                query.order_by(VersionRow.created_at.desc()).limit(1)
+            )
+        return found
 
     async def golden(self, version: Version) -> Golden:
         """The golden probes that a version came with; AdapterNotFound (``probes_not_found``) without any."""
@@ -323,15 +376,11 @@ class Catalog:
 
     async def unverified(self, here: Mapping[str, Any]) -> list[Version]:
         """Of the versions that answer, those whose golden probes were last checked not ``here``."""
-        query = _answering().where(VersionRow.golden.is_not(None))
+        query = answering(VersionRow.report["golden"].label("verified")).where(VersionRow.golden.is_not(None))
         async with self._database.read() as session:
-            found = await self._load(session, query)
-        return [
-            info.version
-            for adapter in found
-            for info in adapter.versions
-            if not (info.report.get("golden") or {}).items() >= here.items()
-        ]
+            rows = (await session.execute(query)).all()
+        differing = [row for row in rows if not (row.verified or {}).items() >= here.items()]
+        return [version_of(row, self._path_of, row.AdapterRow.defaults) for row in differing]
 
     async def keep_verified(self, version: Version, golden: Mapping[str, Any]) -> None:
         """Replaces what the report of a version, if it is still there, says of its golden probes."""
@@ -343,7 +392,7 @@ class Catalog:
     async def pinned(self) -> list[Version]:
         """The versions that answer to the names of pinned adapters, by tenant, name and number."""
         async with self._database.read() as session:
-            found = await self._load(session, _answering().where(AdapterRow.pinned))
+            found = await self._load(session, answering().where(AdapterRow.pinned))
         return [version for adapter in found for version, _ in adapter.shares]
 
     async def count_versions(self) -> int:
@@ -355,12 +404,12 @@ class Catalog:
         numbered = NUMBERED.fullmatch(model)
         name = numbered[1] if numbered else model
         absent = f"The model `{printable(model)}` does not exist."
-        query = _answering().where(VersionRow.tenant == tenant)
+        query = answering().where(VersionRow.tenant == tenant)
         if model == DEFAULT_MODEL:
             absent = "The tenant has no default adapter with a live version. Name an adapter in `model`."
             query = query.where(AdapterRow.is_default)
         elif numbered:
-            query = _rows(tenant).where(AdapterRow.name == name, VersionRow.number == int(numbered[2]))
+            query = rows_of(tenant).where(AdapterRow.name == name, VersionRow.number == int(numbered[2]))
         else:
             query = query.where(VersionRow.adapter == name)
         if _well_formed(tenant, name):
@@ -372,13 +421,13 @@ class Catalog:
                         return adapter.shares
         raise AdapterNotFound(absent, code="model_not_found", param="model")
 
-    async def _one(self, session: AsyncSession, tenant: str, name: str) -> Adapter:
+    async def _one(self, session: AsyncSession, tenant: str, name: str, *more: Any) -> Adapter:
         if _well_formed(tenant, name):
-            for adapter in await self._load(session, _rows(tenant).where(AdapterRow.name == name)):
+            for adapter in await self._load(session, rows_of(tenant, *more).where(AdapterRow.name == name)):
                 return adapter
         raise AdapterNotFound(f"There is no adapter `{printable(name)}`.")
 
-    async def _load(self, session: AsyncSession, query: Select[AdapterRow, VersionRow]) -> list[Adapter]:
+    async def _load(self, session: AsyncSession, query: Select[Any]) -> list[Adapter]:
         rows = (await session.execute(query)).all()
         return [
             Adapter(
@@ -388,19 +437,23 @@ class Catalog:
                 default=adapter.is_default,
                 pinned=adapter.pinned,
                 created_at=adapter.created_at,
-                versions=tuple(info_of(version, self._path_of, adapter.defaults) for _, version in pairs),
+                versions=tuple(info_of(row, self._path_of, adapter.defaults) for row in group),
                 split={int(n): share for n, share in adapter.split.items()} if adapter.split else None,
                 keep_versions=adapter.keep_versions,
                 defaults=adapter.defaults,
             )
-            for adapter, pairs in groupby(rows, key=lambda pair: pair[0])
+            for adapter, group in groupby(rows, key=lambda row: row.AdapterRow)
         ]
 
     async def _locked(self, session: AsyncSession, tenant: str, name: str) -> AdapterRow:
         """The row of an adapter that has versions; AdapterNotFound."""
         await _lock(session, tenant)
-        await self._one(session, tenant, name)
-        return await session.get_one(AdapterRow, (tenant, name))
+        return await self._there(session, tenant, name)
+
+    async def _there(self, session: AsyncSession, tenant: str, name: str) -> AdapterRow:
+        if _well_formed(tenant, name) and await has_versions(session, tenant, name):
+            return await session.get_one(AdapterRow, (tenant, name))
+        raise AdapterNotFound(f"There is no adapter `{printable(name)}`.")
 
     async def _split(
         self, session: AsyncSession, tenant: str, name: str, split: Mapping[int, int] | None
@@ -412,9 +465,6 @@ class Catalog:
         for number in split:
             await version_row(session, tenant, name, number, param="split")
         return {str(number): share for number, share in sorted(split.items())}
-
-    def _version(self, row: VersionRow) -> Version:
-        return version_of(row, self._path_of)
 
 
 def _state(row: AdapterRow) -> dict[str, Any]:
@@ -429,49 +479,10 @@ def _state(row: AdapterRow) -> dict[str, Any]:
     }
 
 
-def _answering() -> Select[AdapterRow, VersionRow]:
-    """Of adapters without a split the live version alone, of the others all: see ``Adapter.shares``."""
-    return _pairs().where(or_(AdapterRow.live == VersionRow.number, AdapterRow.split.is_not(None)))
-
-
-def _rows(tenant: str) -> Select[AdapterRow, VersionRow]:
-    return _pairs().where(AdapterRow.tenant == tenant)
-
-
-def _pairs() -> Select[AdapterRow, VersionRow]:
-    belongs = and_(AdapterRow.tenant == VersionRow.tenant, AdapterRow.name == VersionRow.adapter)
-    query = select(AdapterRow, VersionRow).join(VersionRow, belongs)
-    return query.order_by(AdapterRow.tenant, AdapterRow.name, VersionRow.number)
-
-
 async def _lock(session: AsyncSession, tenant: str) -> bool:
     """Whether the tenant exists. Every write to its adapters starts here: on PostgreSQL the lock on its
     row keeps another process (a restart that overlaps, the command line) from counting along."""
     return is_tenant_id(tenant) and bool(await session.get(TenantRow, tenant, with_for_update=True))
-
-
-async def _check_quota(
-    session: AsyncSession, tenant: str, adapter: str, quota: Quota, size_bytes: int
-) -> None:
-    distinct = select(func.count(VersionRow.adapter.distinct())).where(VersionRow.tenant == tenant)
-    names, used = await session.scalar(distinct) or 0, await bytes_of(session, tenant)
-    if quota.adapters is not None and names >= quota.adapters and not await _any(session, tenant, adapter):
-        raise QuotaExceeded(
-            f"You have {names} adapters, and may have {quota.adapters}. Delete one, or ask for more."
-        )
-    if quota.size_bytes is not None and used + size_bytes > quota.size_bytes:
-        raise QuotaExceeded(
-            f"What you store takes {used} bytes, this version {size_bytes}, and you may have"
-            f" {quota.size_bytes}. Delete versions that you do not need, or ask for more."
-        )
-
-
-async def _any(session: AsyncSession, tenant: str, adapter: str | None = None) -> bool:
-    """Whether the tenant, or this adapter of it, has a version."""
-    query = select(VersionRow.number).where(VersionRow.tenant == tenant).limit(1)
-    if adapter is not None:
-        query = query.where(VersionRow.adapter == adapter)
-    return await session.scalar(query) is not None
 
 
 def _well_formed(tenant: str, name: str) -> bool:

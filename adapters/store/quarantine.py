@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import defer
 
 from adapters.database.audit import note
 from adapters.database.database import Database
@@ -85,14 +86,18 @@ def in_service(
 
 async def refuse_quarantined_files(session: AsyncSession, tenant: str, digest: str) -> None:
     """Raises AdapterQuarantined where the tenant has a quarantined version of the same files."""
-    for row in await _rows_of(session, tenant, digest):
-        if row.quarantine is not None:
-            raise _quarantined(row.adapter, row.number, row.quarantine["reason"])
+    query = _of(tenant, digest).where(VersionRow.quarantine.is_not(None)).limit(1)
+    if (row := await session.scalar(query)) is not None and row.quarantine is not None:
+        raise _quarantined(row.adapter, row.number, row.quarantine["reason"])
 
 
 async def _rows_of(session: AsyncSession, tenant: str, digest: str) -> Sequence[VersionRow]:
+    return (await session.scalars(_of(tenant, digest))).all()
+
+
+def _of(tenant: str, digest: str) -> Select[VersionRow]:
     query = select(VersionRow).where(VersionRow.tenant == tenant, VersionRow.digest == digest)
-    return (await session.scalars(query)).all()
+    return query.options(defer(VersionRow.report, raiseload=True))
 
 
 def _quarantined(adapter: str, number: int, reason: str) -> AdapterQuarantined:

@@ -1,12 +1,16 @@
-"""Rows of versions: one by its number, and all of all tenants for a start or a check."""
+"""Rows of versions: one by its number, and all of all tenants for a start or a check.
+
+A report has kilobytes, and an adapter up to a thousand versions: reports are read only where they are shown,
+and then as text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import and_, func, or_, select, tuple_
+from sqlalchemy import Row, Select, Text, and_, cast, func, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
@@ -16,12 +20,35 @@ from adapters.model import Version, VersionInfo, is_adapter_name
 
 _PAGE = 500
 
+# What ``version_of`` and ``info_of`` need.
+COLUMNS = (
+    VersionRow.tenant, VersionRow.adapter, VersionRow.number, VersionRow.digest, VersionRow.rank,
+    VersionRow.size_bytes, VersionRow.quarantine, VersionRow.note, VersionRow.uploader, VersionRow.created_at,
+    VersionRow.report["chat"].label("chat"), VersionRow.report["probe"]["base"].as_string().label("base"),
+)  # fmt: skip
+REPORT = cast(VersionRow.report, Text).label("report")
+
+
+def answering(*more: Any) -> Select[Any]:
+    """Of adapters without a split the live version alone, of the others all: see ``Adapter.shares``."""
+    return _pairs(*more).where(or_(AdapterRow.live == VersionRow.number, AdapterRow.split.is_not(None)))
+
+
+def rows_of(tenant: str, *more: Any) -> Select[Any]:
+    return _pairs(*more).where(AdapterRow.tenant == tenant)
+
+
+def _pairs(*more: Any) -> Select[Any]:
+    belongs = and_(AdapterRow.tenant == VersionRow.tenant, AdapterRow.name == VersionRow.adapter)
+    query = select(AdapterRow, *COLUMNS, *more).join(VersionRow, belongs)
+    return query.order_by(AdapterRow.tenant, AdapterRow.name, VersionRow.number)
+
 
 def version_of(
-    row: VersionRow, path_of: Callable[[str], Path], defaults: Mapping[str, Any] | None = None
+    row: Row[Any], path_of: Callable[[str], Path], defaults: Mapping[str, Any] | None = None
 ) -> Version:
-    """The version that a row describes; ``defaults`` are those of its adapter."""
-    chat = row.report.get("chat") or {}
+    """The version that ``COLUMNS`` of a row describe; ``defaults`` are those of its adapter."""
+    chat = row.chat or {}
     said = {name: value for name, value in (defaults or {}).items() if value is not None}
     return Version(
         tenant=row.tenant,
@@ -32,18 +59,17 @@ def version_of(
         rank=row.rank,
         size_bytes=row.size_bytes,
         quarantine=row.quarantine["reason"] if row.quarantine else None,
-        base=(row.report.get("probe") or {}).get("base"),
+        base=row.base,
         chat={**chat, "defaults": {**(chat.get("defaults") or {}), **said}} if chat or said else {},
         labels=row.report.get("labels"),
     )
 
 
-def info_of(
-    row: VersionRow, path_of: Callable[[str], Path], defaults: Mapping[str, Any] | None
-) -> VersionInfo:
+def info_of(row: Row[Any], path_of: Callable[[str], Path], defaults: Mapping[str, Any] | None) -> VersionInfo:
     """The version as the admin API shows it; ``defaults`` are those of its adapter."""
     version = version_of(row, path_of, defaults)
-    return VersionInfo(version, row.created_at, row.report, row.quarantine, row.note, row.uploader)
+    report = getattr(row, "report", None)
+    return VersionInfo(version, row.created_at, report, row.quarantine, row.note, row.uploader)
 
 
 async def version_row(
@@ -86,14 +112,21 @@ async def versions_of(database: Database, digests: Collection[str]) -> dict[str,
     """Digest -> the names ``tenant/adapter@number`` of the versions that have these files."""
     found: dict[str, list[str]] = {digest: [] for digest in digests}
     wanted = sorted(found)
-    for start in range(0, len(wanted), _PAGE):
+    for some in slices(wanted):
         query = select(VersionRow.digest, VersionRow.tenant, VersionRow.adapter, VersionRow.number).where(
-            VersionRow.digest.in_(wanted[start : start + _PAGE])
+            VersionRow.digest.in_(some)
         )
         async with database.read() as session:
             for digest, tenant, adapter, number in (await session.execute(query)).all():
                 found[digest].append(f"{tenant}/{adapter}@{number}")
     return found
+
+
+def slices(digests: Collection[str]) -> Iterator[list[str]]:
+    """As many at once as a statement takes."""
+    wanted = list(digests)
+    for start in range(0, len(wanted), _PAGE):
+        yield wanted[start : start + _PAGE]
 
 
 async def count_of(database: Database, digests: Collection[str], bases: Collection[str] = ()) -> int:

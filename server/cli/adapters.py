@@ -22,6 +22,10 @@ adapters = typer.Typer(no_args_is_help=True, help="Their adapters.")
 def list_adapters(server: AdminClient, tenant: Tenant) -> Shown:
     """A customer's adapters."""
     document = server.get("tenants", tenant, "adapters")
+    page = document
+    while page.get("next") is not None:
+        page = server.get("tenants", tenant, "adapters", after=page["next"])
+        document = {**document, "data": document["data"] + page["data"], "next": None}
     headings = ("adapter", "live", "versions", "tier", "default", "pinned", "rank", "since")
     return document, show.table(headings, map(show.adapter_cells, document["data"]))
 

@@ -48,7 +48,7 @@ async def home(page: Page) -> Response:
 async def _adapters(page: Page) -> list[dict[str, Any]] | None:
     """The customer's adapters; None where this key may not see them."""
     try:
-        found: list[dict[str, Any]] = (await page.api.get("/v1/adapters"))["data"]
+        found = await shared.every_adapter(page, "/v1/adapters")
     except Refused as exc:
         if exc.code != "scope_missing":
             raise
@@ -58,9 +58,12 @@ async def _adapters(page: Page) -> list[dict[str, Any]] | None:
 
 async def adapters(page: Page) -> Response:
     """The customer's adapters."""
-    found = await page.api.get("/v1/adapters")
     q = page.query.get("q", "").lower()
-    listed = [adapter for adapter in found["data"] if q in adapter["name"].lower()]
+    listed = [
+        adapter
+        for adapter in await shared.every_adapter(page, "/v1/adapters")
+        if q in adapter["name"].lower()
+    ]
     return page.show(
         "adapters.html",
         query=page.query,

@@ -184,8 +184,8 @@ async def playground(page: Page) -> Response:
     if tenant is None:
         return shared.playground_page(page, tenants=[], tenant=None, models=[], needs_key=False)
     where = f"{ADMIN}/tenants/{segment(tenant)}"
-    owner, listed = await asyncio.gather(page.api.get(where), page.api.get(f"{where}/adapters"))
-    models = shared.models_of(listed["data"], page.base if owner["base_allowed"] else None)
+    owner, listed = await asyncio.gather(page.api.get(where), shared.every_adapter(page, f"{where}/adapters"))
+    models = shared.models_of(listed, page.base if owner["base_allowed"] else None)
     tenants = tenants if tenant in tenants else [tenant, *tenants]
     needs_key = not await _has_key(page, tenant)
     return shared.playground_page(page, tenants=tenants, tenant=tenant, models=models, needs_key=needs_key)

@@ -91,6 +91,18 @@ def rows_of(adapters: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+async def every_adapter(page: Page, call: str) -> list[dict[str, Any]]:
+    """All pages of a customer's adapters."""
+    asked: dict[str, str] = {}
+    adapters: list[dict[str, Any]] = []
+    while True:
+        found = await page.api.get(call, asked)
+        adapters += found["data"]
+        if found["next"] is None:
+            return adapters
+        asked = {"after": found["next"]}
+
+
 async def newest_rollout(page: Page, where: str) -> Mapping[str, Any] | None:
     """The adapter's newest rollout in full, if it ever had one; ``where`` is the adapter's path."""
     listed = (await page.api.get(f"{where}/rollouts", {"limit": 1}))["data"]

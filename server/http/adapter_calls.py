@@ -13,7 +13,7 @@ from adapters.store.upload_jobs import JobSearch
 from server.accounts.tenants import Tenant
 from server.http import adapters, answers
 from server.http import answers_operators as operators
-from server.http.adapters import UploadsAfter
+from server.http.adapters import AdaptersAfter, UploadsAfter, Versions
 from server.http.both import Both
 from server.http.reports import Limit
 from server.http.services import ServicesOf
@@ -22,12 +22,15 @@ both = Both("")
 
 
 @both.get("", response_model=answers.Adapters)
-async def list_adapters(owner: Tenant, services: ServicesOf) -> dict[str, Any]:
-    return await adapters.listed(services, owner)
+async def list_adapters(
+    owner: Tenant, services: ServicesOf, after: AdaptersAfter = None, limit: Versions = 1000
+) -> Response:
+    """By name. A page has as many as have `limit` versions together, and one at least."""
+    return await adapters.listed(services, owner, after, limit)
 
 
 @both.get("/{name}", response_model=answers.Adapter)
-async def get_adapter(owner: Tenant, name: str, services: ServicesOf) -> dict[str, Any]:
+async def get_adapter(owner: Tenant, name: str, services: ServicesOf) -> Response:
     return await adapters.one(services, owner, name)
 
 

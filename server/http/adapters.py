@@ -6,26 +6,27 @@ Each takes a ``Tenant`` that its key or its row has already proved, and raises a
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from fastapi import Depends, Header, Query, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from adapters.database.rows import MAX_INTEGER
 from adapters.errors import AdapterNotFound
-from adapters.model import Adapter, Quota, Tier, Version, Waivers
+from adapters.model import Quota, Version, Waivers
 from adapters.split import WHOLE
 from adapters.store.downloads import Download
-from adapters.store.fitness import Fitness
 from adapters.store.notes import annotate
 from adapters.store.upload_jobs import JobSearch
 from server.accounts.tenants import Tenant
 from server.errors import TooManyRequests, Unprocessable
+from server.http.adapter_text import adapter_text
 from server.http.bodies import Body, body_as
 from server.http.reports import page_of
 from server.http.services import Services, services_of
@@ -130,20 +131,25 @@ class Warm(Body):
     slot: bool = False
 
 
+Versions = Annotated[int, Query(ge=1, le=1000, description="Most versions of a page, all adapters together.")]
+AdaptersAfter = Annotated[str | None, Query(max_length=128, description="`next` of the page before.")]
 UploadsAfter = Annotated[str | None, Query(max_length=32, description="`next` of the page before.")]
 WarmBody = Annotated[Warm, body_as(Warm)]
 UploadOptionsOf = Annotated[UploadOptions, Depends(_upload_options)]
 
 
-async def listed(services: Services, tenant: Tenant) -> dict[str, Any]:
-    """All adapters of ``tenant``."""
-    adapters = await services.publishing.catalog.adapters(tenant.id)
-    return {"object": "list", "data": [as_json(adapter, services) for adapter in adapters]}
+async def listed(services: Services, tenant: Tenant, after: str | None, limit: int) -> Response:
+    """Adapters of ``tenant``, as many as have ``limit`` versions together."""
+    adapters, last = await services.publishing.catalog.page(tenant.id, after or "", limit)
+    shown = await asyncio.gather(*(adapter_text(adapter, services) for adapter in adapters))
+    text = f'{{"object":"list","data":[{",".join(shown)}],"next":{json.dumps(last)}}}'
+    return Response(text, media_type="application/json")
 
 
-async def one(services: Services, tenant: Tenant, name: str) -> dict[str, Any]:
+async def one(services: Services, tenant: Tenant, name: str) -> Response:
     """The adapter ``name`` of ``tenant``."""
-    return as_json(await services.publishing.catalog.adapter(tenant.id, name), services)
+    adapter = await services.publishing.catalog.adapter(tenant.id, name, reports=True)
+    return Response(await adapter_text(adapter, services), media_type="application/json")
 
 
 async def receive_version(
@@ -214,10 +220,7 @@ async def uploads(services: Services, search: JobSearch, limit: int) -> dict[str
 async def download(services: Services, tenant: Tenant, name: str, version: int) -> StreamingResponse:
     """The files of a version as a tar, as they are stored and served."""
     catalog = services.publishing.catalog
-    infos = {info.version.number: info for info in (await catalog.adapter(tenant.id, name)).versions}
-    if version not in infos:
-        raise AdapterNotFound(f"The adapter `{name}` has no version {version}.", code="version_not_found")
-    found = infos[version].version
+    found = await catalog.version(tenant.id, name, version, quarantined=True)
     try:
         golden = (await catalog.golden(found)).model_dump()
     except AdapterNotFound:
@@ -251,7 +254,7 @@ def one_at_a_time(services: Services, tenant: Tenant) -> Iterator[None]:
         services.busy.discard(tenant.id)
 
 
-async def update(services: Services, tenant: Tenant, name: str, change: AdapterChange) -> dict[str, Any]:
+async def update(services: Services, tenant: Tenant, name: str, change: AdapterChange) -> Response:
     """Changes the adapter, all of it or nothing; Unprocessable where nothing is named."""
     if not change.model_fields_set:
         raise Unprocessable(f"Name at least one of {', '.join(AdapterChange.model_fields)}.")
@@ -264,14 +267,13 @@ async def update(services: Services, tenant: Tenant, name: str, change: AdapterC
             await services.publishing.quarantine.release(tenant.id, name, live)
     if "split" in changes:
         await services.judge.check_idle(tenant.id, name)
-    adapter = await services.publishing.catalog.update(tenant.id, name, **changes)
-    move_pin(services.dispatcher, adapter)
-    return as_json(adapter, services)
+    move_pin(services.dispatcher, await services.publishing.catalog.update(tenant.id, name, **changes))
+    return await one(services, tenant, name)
 
 
 async def update_version(
     services: Services, tenant: Tenant, name: str, version: int, change: VersionChange
-) -> dict[str, Any]:
+) -> Response:
     """Puts a quarantined version back into service, and changes its note; Unprocessable for neither."""
     if not change.model_fields_set:
         raise Unprocessable(f"Name at least one of {', '.join(VersionChange.model_fields)}.")
@@ -304,44 +306,3 @@ def _free(services: Services, versions: Sequence[Version]) -> None:
     """In the background: the rows are gone, and the last request may go on for minutes."""
     if versions:
         services.in_background(unpublish_at_last(services.publishing, list(versions)))
-
-
-def as_json(adapter: Adapter, services: Services) -> dict[str, Any]:
-    """The adapter as both APIs show it, with the tiers that its versions are in now."""
-    live, dispatcher = adapter.live_version, services.dispatcher
-    fitness = services.publishing.fitness
-    return {
-        "name": adapter.name,
-        "tenant": adapter.tenant,
-        "live": adapter.live,
-        "default": adapter.default,
-        "pinned": adapter.pinned,
-        "split": adapter.split,
-        "keep_versions": adapter.keep_versions,
-        "defaults": dict(adapter.defaults) if adapter.defaults else None,
-        "tier": dispatcher.tier_of(live) if live else Tier.DISK,
-        "created_at": adapter.created_at.isoformat(),
-        "versions": [
-            {
-                "version": info.version.number,
-                "digest": info.version.digest,
-                "tier": dispatcher.tier_of(info.version),
-                "created_at": info.created_at.isoformat(),
-                "uploader": info.uploader,
-                "note": info.note,
-                "quarantine": dict(info.quarantine) if info.quarantine else None,
-                "problem": _problem(fitness, info.version),
-                "report": dict(info.report),
-            }
-            for info in adapter.versions
-        ],
-    }
-
-
-def _problem(fitness: Fitness, version: Version) -> dict[str, str] | None:
-    """Why a version is not loaded any more, although nobody has taken it out of service."""
-    if (unfit := fitness.problem(version)) is not None:
-        return {"code": unfit.code, "message": unfit.message}
-    if (damaged := fitness.damage(version)) is not None:
-        return {"code": damaged.code, "message": damaged.message}
-    return None

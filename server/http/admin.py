@@ -203,7 +203,7 @@ async def all_uploads(
 )
 async def update_adapter(
     owner: NamedTenant, name: str, body: AdapterChangeBody, services: ServicesOf
-) -> dict[str, Any]:
+) -> Response:
     return await adapters.update(services, owner, name, body)
 
 
@@ -221,7 +221,7 @@ async def warm_adapter(owner: NamedTenant, name: str, body: WarmBody, services: 
 )
 async def update_version(
     owner: NamedTenant, name: str, version: int, body: VersionChangeBody, services: ServicesOf
-) -> dict[str, Any]:
+) -> Response:
     return await adapters.update_version(services, owner, name, version, body)
 
 

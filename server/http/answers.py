@@ -208,10 +208,11 @@ class BackedUp(Answer):
 
 
 class Adapters(Answer):
-    """A tenant's adapters."""
+    """A tenant's adapters, by name. `next` is what the next page comes after, null where there is none."""
 
     object: Literal["list"]
     data: list[Adapter]
+    next: str | None
 
 
 class NewVersion(Answer):

@@ -9,7 +9,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from adapters.errors import AdapterNotFound
 from adapters.model import DEFAULT_MODEL, Adapter
 from server.accounts.tenants import Tenant
 from server.errors import BadRequest, ModelNotFound
@@ -126,10 +125,7 @@ async def _read(request: Request) -> tuple[Tenant, dict[str, Any]]:
 async def _model_cards(request: Request, tenant: Tenant) -> list[dict[str, Any]]:
     services = services_of(request)
     base = services.completions.answers.base.name
-    try:
-        adapters = await services.completions.catalog.adapters(tenant.id)
-    except AdapterNotFound:
-        adapters = []
+    adapters = await services.completions.catalog.answering(tenant.id)
     problem = services.publishing.fitness.problem
     live = [a for a in adapters if a.shares and any(problem(version) is None for version, _ in a.shares)]
     cards = [_card(adapter, base) for adapter in live if may_name(tenant, adapter.name)]

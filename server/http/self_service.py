@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from adapters.model import Quota
 from server.errors import Forbidden
@@ -50,7 +50,7 @@ async def create_version(
 @router.patch("/{name}", response_model=answers.Adapter, openapi_extra=documented(AdapterChange))
 async def update_adapter(
     owner: AdapterOwner, name: str, body: AdapterChangeBody, services: ServicesOf
-) -> dict[str, Any]:
+) -> Response:
     if body.pinned is not None:
         raise Forbidden("Only the operator can pin an adapter.", param="pinned")
     if body.quarantined is not None:
@@ -63,7 +63,7 @@ async def update_adapter(
 )
 async def update_version(
     owner: AdapterOwner, name: str, version: int, body: VersionChangeBody, services: ServicesOf
-) -> dict[str, Any]:
+) -> Response:
     """Its note; the operator alone puts it back into service."""
     if "quarantined" in body.model_fields_set:
         raise Forbidden("Only the operator can release a version.", param="quarantined")

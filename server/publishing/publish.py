@@ -78,6 +78,7 @@ class Publishing:
     fitness: Fitness
     jobs: UploadJobs
     keep_versions: int = 0
+    max_versions: int | None = None
     # In a fleet, where others publish too: bytes go by age alone, and who pins what is agreed.
     shared: bool = False
     # Who does it, where this process has no engine.
@@ -194,10 +195,11 @@ async def _keep_reason(service: Publishing, upload: Upload, exc: AdapterError | 
 
 
 async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tuple[str, bytes]]) -> Published:
-    tenant, name, waived, key, quota = upload.tenant, upload.name, upload.waived, upload.key, upload.quota
+    tenant, name, waived, key = upload.tenant, upload.name, upload.waived, upload.key
+    quota = replace(upload.quota or Quota(), versions=service.max_versions, keep=service.keep_versions)
     service.catalog.check_name(name)
-    if quota is not None:
-        await service.catalog.check_quota(tenant, name, quota)
+    # With a key it may be a repeated one, which takes no more room.
+    await service.catalog.check_quota(tenant, name, replace(quota, versions=None) if key else quota)
     async with service.blobs.receive() as incoming:
         pickles: set[str] = set()
         async for filename, chunk in files:
@@ -247,7 +249,8 @@ async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tup
     service.dispatcher.numbered(version)
     if not service.shared:
         move_pin(service.dispatcher, adapter)
-    return Published(adapter.upload_as_json(version.number), await _make_room(service, adapter))
+    answer = adapter.upload_as_json(version.number, manifest.as_json())
+    return Published(answer, await _make_room(service, adapter))
 
 
 async def _chat_of(service: Publishing, incoming: Incoming) -> dict[str, Any] | None:
@@ -392,9 +395,8 @@ async def unpublish(service: Publishing, versions: list[Version]) -> None:
     """Frees the memory and the bytes of versions without a row, once their last request is done."""
     gone = {version.key: version for version in versions}
     for tenant in {version.tenant for version in versions}:
-        for adapter in await service.catalog.adapters(tenant):
-            for info in adapter.versions:
-                gone.pop(info.version.key, None)  # the same bytes under another number
+        for named in await service.catalog.of_files(tenant, {version.digest for version in versions}):
+            gone.pop(named.key, None)  # the same bytes under another number
     for version in gone.values():
         service.dispatcher.retire(version)
     if service.shared:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from adapters.errors import AdapterNotFound
 from adapters.model import Version
 from adapters.store.catalog import Catalog
 from adapters.store.quarantine import Quarantine
@@ -45,12 +44,9 @@ async def quarantine_key(
     Nothing happens where no version has this key: the base model, a version that has been deleted, or one
     whose upload is still being tried, which is refused by its probe.
     """
-    tenant, slash, _ = key.partition("/")
-    try:
-        adapters = await catalog.adapters(tenant) if slash else []
-    except AdapterNotFound:  # the tenant has been deleted
-        return
-    found = [info.version for adapter in adapters for info in adapter.versions if info.version.key == key]
+    tenant, slash, rest = key.partition("/")
+    named = await catalog.of_files(tenant, {rest.rpartition("@")[2]}) if slash else []
+    found = [version for version in named if version.key == key]
     if found:
         await quarantine(rows, dispatcher, found[-1], reason)
 

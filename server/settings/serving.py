@@ -235,6 +235,9 @@ class Serving(BaseSettings):
     keep_versions: int = Field(
         0, ge=0, description="Versions of an adapter that an upload leaves, beside those that answer; 0: all."
     )
+    max_versions: int = Field(
+        1000, ge=1, description="Versions of one adapter; one more gets 409, unless its oldest give way."
+    )
     import_prefixes: tuple[str, ...] = Field(
         (),
         description="URLs (`https://…`, `s3://…`, `file://…`) under which adapters may be imported from, as a"

@@ -75,6 +75,7 @@ def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch)
         "rank_slots": "9", "batch_invariant": "True", "host_pool": "False", "activation_slice": "0.01",
         "load_notices": "False",
         "client_timeout": "5.0", "prices": "{}", "keep_usage_days": "30", "keep_versions": "7",
+        "max_versions": "70",
         "blobs_url": "s3://bucket/prefix", "blobs_cache": "5000",
         "schema_timeout": "1.5", "max_uploads": "5", "max_uploads_each": "2", "disk_reserve": "7",
         "backup_dir": "/b", "same_bases": '["abc"]', "scrub_rate": "1000",

@@ -278,16 +278,16 @@ async def test_a_deleted_version_leaves_memory_once_the_database_is_back(
         assert (await site.admin.patch(ADAPTER, json={"pinned": True})).status_code == 200
         assert (await site.chat(key, "hi", model="a")).status_code == 200
         catalog, tries = site.services.publishing.catalog, 0
-        look = catalog.adapters
+        look = catalog.of_files
 
-        async def away(tenant: str) -> Any:
+        async def away(*asked: Any) -> Any:
             nonlocal tries
             tries += 1
             if tries < 4:
                 raise DatabaseUnavailable("The database does not answer.")
-            return await look(tenant)
+            return await look(*asked)
 
-        monkeypatch.setattr(type(catalog), "adapters", lambda _, tenant: away(tenant))
+        monkeypatch.setattr(type(catalog), "of_files", lambda _, *asked: away(*asked))
         assert (await site.admin.delete(ADAPTER)).status_code == 204
         async with asyncio.timeout(60):
             while list((tmp_path / "blobs").iterdir()) or (await site.services.engine.report()).host:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -106,7 +107,9 @@ async def test_the_first_link_makes_an_adapter_that_is_live_and_the_default(cata
     )
     assert (adapter.live, adapter.default, adapter.pinned) == (1, True, False)
     assert adapter.live_version == version
-    assert adapter.versions[0].report == manifest().as_json()
+    assert adapter.versions[0].report is None, "nobody asked for it"
+    shown = (await catalog.adapter("acme", "support", reports=True)).versions[0].report
+    assert json.loads(shown or "") == manifest().as_json()
     assert adapter.versions[0].created_at.utcoffset() is not None
     assert await catalog.adapter("acme", "support") == adapter
     assert await catalog.adapters("acme") == [adapter]
