@@ -25,6 +25,7 @@ COLUMNS = (
     VersionRow.tenant, VersionRow.adapter, VersionRow.number, VersionRow.digest, VersionRow.rank,
     VersionRow.size_bytes, VersionRow.quarantine, VersionRow.note, VersionRow.uploader, VersionRow.created_at,
     VersionRow.report["chat"].label("chat"), VersionRow.report["probe"]["base"].as_string().label("base"),
+    VersionRow.report["labels"].as_integer().label("labels"),
 )  # fmt: skip
 REPORT = cast(VersionRow.report, Text).label("report")
 
@@ -61,7 +62,7 @@ def version_of(
         quarantine=row.quarantine["reason"] if row.quarantine else None,
         base=row.base,
         chat={**chat, "defaults": {**(chat.get("defaults") or {}), **said}} if chat or said else {},
-        labels=row.report.get("labels"),
+        labels=row.labels,
     )
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -570,3 +571,15 @@ async def test_what_was_acknowledged_is_there_after_kill_9(url: str) -> None:
             assert adapter.live == len(adapter.versions)
         await database.close()
     assert len(acknowledged) >= 50
+
+
+async def test_a_version_knows_what_requests_need_of_its_report(catalog: Catalog) -> None:
+    chat = {"kept": True, "content_format": "openai", "defaults": {"temperature": 0.5}}
+    said = replace(manifest(), labels=1, chat=chat, probe={"base": "abc", "effect": True})
+    await catalog.link("acme", "support", digest=digest(1), manifest=said)
+    for model in ("support", "support@1"):
+        found = await catalog.resolve("acme", model)
+        assert (found.labels, found.base, dict(found.chat)) == (1, "abc", chat)
+    await catalog.link("acme", "support", digest=digest(2), manifest=manifest())
+    plain = await catalog.resolve("acme", "support")
+    assert (plain.labels, plain.base, dict(plain.chat)) == (None, None, {})
