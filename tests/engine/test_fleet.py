@@ -19,9 +19,13 @@ from tests.engine.processes import Running, gone, server, starting
 from tests.engine.reference import ATTENTION, Reference, Spec
 from tests.support.site import bearer
 
-pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(1800)]
 
-FLEET = {"FLEET_KEY": "fleet-key-of-the-tests", "ENGINE_ARGS": '{"max_num_seqs": 4, "dtype": "float32"}'}
+FLEET = {
+    "FLEET_KEY": "fleet-key-of-the-tests",
+    "ENGINE_ARGS": '{"max_num_seqs": 4, "dtype": "float32"}',
+    "DRAIN_TIMEOUT": "600",
+}
 TOKENS = 60
 # How often each fault is tried; a replica that has ended is then replaced by a new one.
 ROUNDS = int(os.environ.get("ROUNDS", "1"))

@@ -16,7 +16,7 @@ from tests.support.site import bearer
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
-SETTINGS = {"ENGINE_RESTARTS": "0", "ENGINE_ARGS": '{"max_num_seqs": 4}'}
+SETTINGS = {"ENGINE_RESTARTS": "0", "ENGINE_ARGS": '{"max_num_seqs": 4}', "DRAIN_TIMEOUT": "600"}
 OLD, NEW = "a-metrics-key-of-the-tests", "another-metrics-key-of-the-tests"
 BODY = {"messages": [{"role": "user", "content": "Count to a hundred."}], "temperature": 0}
 

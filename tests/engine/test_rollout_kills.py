@@ -55,7 +55,7 @@ async def test_a_kill_changes_nothing(base_dir: Path, reference: Reference, tmp_
                 await set_up(client, folder)
             client.http = running.http
             asking = asyncio.create_task(client.ask())
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(600):
                 while len((found := await client.hold())["decisions"]) <= decisions:
                     await asyncio.sleep(0.2)
             assert found["state"] == "running", found

@@ -129,7 +129,8 @@ async def test_workers_say_by_themselves_that_they_have_read(pair: Pair) -> None
         dispatcher.retire_key(entry.version)
     heard.clear()
     await pair.ask("rank-8")
-    assert heard.is_set()
+    async with asyncio.timeout(240):
+        await heard.wait()
     engine.listen(dispatcher._pager_wake.set)
 
 

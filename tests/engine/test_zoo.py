@@ -93,7 +93,7 @@ async def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 async def test_each_is_served_as_it_was_trained_or_refused(zoo: Zoo) -> None:
-    room = asyncio.Semaphore(16)
+    room = asyncio.Semaphore(6)  # each waits two minutes at most for its turn to be tried
     wrong: dict[str, str] = {}
 
     async def check(name: str) -> None:
