@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from adapters.worker.cpu import onednn, ranks
 from adapters.worker.extension import _Pager
 from tests.support.trainer import make_base
 from tests.support.vllm_models import SLOTS, loaded, read
@@ -113,3 +114,14 @@ def test_what_has_left_leaves_its_memory(tables: Any, folders: dict[str, Path]) 
         paging.page([("deactivate", loads[0], "", ""), *[("evict", load, "", "") for load in loads]])
     assert paging.report()["pool"] == whole, "none lost, and none that did not fit"
     paging.close()
+
+
+def test_log_probabilities_are_counted_without_a_compiler(
+    tables: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.sample import sampler
+
+    monkeypatch.setattr(sampler, "batched_count_greater_than", sampler.batched_count_greater_than)
+    monkeypatch.setenv(onednn.CAPACITY, "0")
+    pager(tables, folders).make_kernels(SimpleNamespace(max_num_batched_tokens=1, max_num_seqs=1))
+    assert sampler.batched_count_greater_than is ranks.count_as_great
