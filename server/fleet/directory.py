@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -24,7 +25,7 @@ from adapters.store.replicas import Replicas
 from server.engine.parsers import Parsers
 from server.engine.sizing import EngineCapacity
 from server.errors import ServerError, Unavailable
-from server.fleet.placement import Move, Placement
+from server.fleet.placement import Move, Placement, Rules
 from server.fleet.reports import Report
 from server.fleet.wire import PREFIX, as_json, error_of
 from server.logs import REQUEST
@@ -33,7 +34,9 @@ from server.scheduling.awake import AwakeClock
 
 logger = logging.getLogger(__name__)
 
-DISCOVER_EVERY_S = 1.0
+# Replicas announce themselves every 2 s. While none is ready a new one is looked for more often: a look by
+# SQL costs as much as twenty tokens of a stream.
+DISCOVER_EVERY_S, MISSED_EVERY_S = 2.0, 0.5
 # At most; several times before one that says nothing counts as hung.
 ASK_EVERY_S, ASKED_BEFORE_HUNG = 1.0, 5
 TICKS_IN_STALL = 20  # how finely the own pauses are told from a replica's silence
@@ -94,7 +97,8 @@ class Directory:
     """``start`` before the first request, ``stop`` after the last."""
 
     def __init__(self, rows: Replicas, metrics: Metrics, *, key: str, stall: float) -> None:
-        self.placement = Placement()
+        # Who has been silent for too long is said here, where pauses of this process are known.
+        self.placement = Placement(Rules(stale=math.inf))
         self._rows = rows
         self._metrics = metrics
         self._headers = {"Authorization": f"Bearer {key}"}
@@ -331,7 +335,7 @@ class Directory:
                 await self._discover()
             except Exception as exc:  # the database may be away for a while; what is known stays known
                 logger.warning("the replicas cannot be read: %s", exc)
-            await asyncio.sleep(DISCOVER_EVERY_S)
+            await asyncio.sleep(DISCOVER_EVERY_S if self.ready() else MISSED_EVERY_S)
 
     async def _discover(self) -> None:
         rows = {row.id: row for row in await self._rows.all()}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapters import errors as adapter_errors
 from adapters.model import Version
@@ -47,6 +47,9 @@ class Kind(IntEnum):
     END = 6
     OPTIONS = 7
     PIECE = 8
+
+
+_KINDS: Mapping[int, Kind] = {kind.value: kind for kind in Kind}
 
 
 class Malformed(ValueError):
@@ -184,9 +187,11 @@ def version_of(sent: Mapping[str, Any], path: Callable[[str], Path]) -> Version:
 # --- frames --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """``total`` output tokens so far, the last of them ``ids``. ``movable`` as ``Relay.begins`` is told."""
+class Chunk(NamedTuple):
+    """``total`` output tokens so far, the last of them ``ids``. ``movable`` as ``Relay.begins`` is told.
+
+    A tuple, which is made in a third of a frozen dataclass's time: one is, for every token.
+    """
 
     movable: bool
     prompt: int
@@ -282,10 +287,9 @@ class Frames:
             end = at + _HEAD.size + length
             if end > len(whole):
                 break
-            try:
-                found.append((Kind(kind), whole[at + _HEAD.size : end]))
-            except ValueError as exc:
-                raise Malformed(str(exc)) from exc
+            if kind not in _KINDS:
+                raise Malformed(f"a frame of the kind {kind}")
+            found.append((_KINDS[kind], whole[at + _HEAD.size : end]))
             at = end
         self._waiting = whole[at:]
         return found

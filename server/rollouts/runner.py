@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 # A look takes some 20 ms of processor time: a hundredth of one core while a rollout runs.
 LOOK_EVERY_S = 2.0
-IDLE_LOOK_EVERY_S = 30.0  # while there is none, in a process of its own
+IDLE_LOOK_EVERY_S, IDLE_IN_FLEET_S = 30.0, 10.0  # while there is none; what begins in this process is told
 # Who holds the lease decides; when it dies, another one does after so long.
 LEASE = "rollouts"
 LEASE_S = 15.0
@@ -77,8 +77,9 @@ class Runner:
             pause = self._every
             try:
                 # What begins in this process is told, and a look wakes a busy process.
-                if not await self.look() and self._replicas is None:
-                    pause = max(pause, IDLE_LOOK_EVERY_S)
+                if not await self.look():
+                    idle = IDLE_LOOK_EVERY_S if self._replicas is None else IDLE_IN_FLEET_S
+                    pause = max(pause, idle)
             except Exception as exc:  # the database may be away
                 logger.warning("rollouts cannot be looked at: %s", exc)
             with suppress(TimeoutError):

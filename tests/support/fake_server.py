@@ -1,6 +1,7 @@
 """``python -m tests.support.fake_server``: the server as its own process, on an engine without a model.
 
-``FAKE_MODULES`` are the linear layers that its base has: JSON, name -> [in, out].
+``FAKE_MODULES`` are the linear layers that its base has: JSON, name -> [in, out]. ``FAKE_RUNNING`` is how
+many requests run at once, and with it all have their tokens at the same moments, 33 times a second.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ async def _start(settings: Settings) -> FakeEngine:
     }
     base = BaseModel(name=settings.served_model_name, modules=modules, max_lora_rank=8, fingerprint="fake")
     slots = settings.gpu_slots if isinstance(settings.gpu_slots, int) else 2
-    return FakeEngine(base, gpu_slots=slots, host_slots=2 * slots, times=Times(step=0.05))
+    most = int(os.environ.get("FAKE_RUNNING", "0"))
+    times = Times(step=0.03, in_step=True) if most else Times(step=0.05)
+    return FakeEngine(base, gpu_slots=slots, host_slots=2 * slots, max_running=most or 8, times=times)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import asyncio
 import hashlib
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -82,13 +83,24 @@ def log_probs(prompt: str, at: int, push: float, owner: str) -> list[float]:
 
 @dataclass
 class Times:
-    """Seconds: to read an adapter, to activate one, between two tokens, until a page call begins."""
+    """Seconds: to read an adapter, to activate one, between two tokens, until a page call begins.
+
+    ``in_step`` if all that runs has its tokens at the same moments, as in an engine.
+    """
 
     stage: float = 0.0
     activate: float = 0.0
     step: float = 0.0
     page: float = 0.0
     start: float = 20.0
+    in_step: bool = False
+
+    def until_next(self) -> float:
+        """Seconds until the next token."""
+        if not self.in_step:
+            return self.step
+        now = time.monotonic()
+        return (round(now / self.step) + 1) * self.step - now
 
 
 @dataclass
@@ -513,7 +525,7 @@ class FakeEngine:
         try:
             for i in range(run.limit):
                 if i >= said:
-                    await asyncio.sleep(self.times.step)
+                    await asyncio.sleep(self.times.until_next())
                 await self._hung.wait()
                 if self._died is not None:
                     self._on_lost(self._died)
