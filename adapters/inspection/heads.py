@@ -34,6 +34,17 @@ def may_save(modules: Any, base: BaseModel) -> bool:
     return head.module in modules and all(name in NAMES for name in modules)
 
 
+def why_not(modules: Any, base: BaseModel) -> str | None:
+    """Why a head that ``modules_to_save`` names is not served on a base with one; None for anything else."""
+    named = isinstance(modules, list) and modules and all(name in NAMES for name in modules)
+    if not named or base.head is None or base.head.most != 0:
+        return None
+    return (
+        "an adapter's own head is served by one worker alone, in slots that are not shared (RANK_SLOTS), and"
+        " in place of a head that vLLM can replace"
+    )
+
+
 def heads_of(tensors: Mapping[str, TensorHeader], base: BaseModel) -> dict[str, TensorHeader]:
     """The tensors of an adapter's own head, by name; none where the base has no head."""
     if base.head is None:

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field
 from adapters.errors import AdapterRejected, fault
 from adapters.inspection import strict_json
 from adapters.inspection.experts import is_stacked, parameter_of, stacked_parameters
-from adapters.inspection.heads import may_save
+from adapters.inspection.heads import may_save, why_not
 from adapters.inspection.layouts import refuse_foreign_config
 from adapters.inspection.module_names import match, suffixes
 from adapters.inspection.strict_json import show
@@ -356,6 +356,8 @@ def _check_features(fields: Mapping[str, Any], base: BaseModel) -> None:
         if field == "modules_to_save" and may_save(fields.get(field), base):
             continue
         if field in fields and is_refused(fields[field]):
+            if field == "modules_to_save":
+                why = why_not(fields[field], base) or why
             raise _refuse(code, f"{field} is {show(fields[field])}: {why}.")
 
 

@@ -267,8 +267,13 @@ def want_batch_invariance(settings: Settings) -> None:
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
 
 
-def log_advice(config: Any) -> None:
+def log_advice(config: Any, base: BaseModel) -> None:
     """What whoever operates the engine that ``config`` (VllmConfig) describes may not know."""
+    if base.head is not None and base.head.most == 0:
+        logger.warning(
+            "adapters with a head of their own are refused here: they need one worker, slots that are not"
+            " shared (RANK_SLOTS), and a head that vLLM can replace. Others answer by the base's head."
+        )
     bfloat16_on_cpu = current_platform.is_cpu() and str(config.model_config.dtype) == "torch.bfloat16"
     if bfloat16_on_cpu and not multiplies_bfloat16():
         logger.warning(

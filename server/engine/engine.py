@@ -156,7 +156,7 @@ class Engine:
             base = replace(base, quantized=quantized, head=arguments.head_of(base, config, task))
             base = replace(base, chat=arguments.chat_of(config, tokenizer))
             bases.refuse_what_cannot_run(config)
-            arguments.log_advice(config)
+            arguments.log_advice(config, base)
             engine = cls(
                 llm,
                 state,

@@ -207,6 +207,21 @@ async def test_many_pairs_leave_places_to_others_and_limits_count_all(site: Site
     error(await score(site, key, "one", **more), 429, "rate_limit_exceeded")
 
 
+async def test_heads_where_workers_or_adapters_share(tmp_path: Path) -> None:
+    """No head of an adapter's own is served there: the refusal says so, and others answer by the base's."""
+    shared = replace(CLASSIFIER, head=Head("score", HIDDEN, 3, 0))
+    async with fake_site(tmp_path, FakeEngine(shared, times=Times(step=0.001))) as site:
+        key = await site.tenant("acme", {"none": tiny.adapter(2)})
+        assert (await ask(site, key, "none")).json()["data"][0]["num_classes"] == 3
+        own = await site.upload("acme", "own", with_head(tiny.adapter(1), tmp_path / "own"))
+        refused = error(own, 422, "modules_to_save_unsupported", CONFIG_FILE)["message"]
+        assert "RANK_SLOTS" in refused
+        assert "one worker" in refused
+        other = with_head(tiny.adapter(1), tmp_path / "other", modules_to_save=["score", "embed_tokens"])
+        whole = error(await site.upload("acme", "o", other), 422, "modules_to_save_unsupported", CONFIG_FILE)
+        assert "RANK_SLOTS" not in whole["message"]
+
+
 async def test_a_gateway_knows_that_its_replicas_classify(tmp_path: Path) -> None:
     async with fleet(tmp_path, replicas=1, base=CLASSIFIER) as made:
         adapters = {"five": with_head(tiny.adapter(1), tmp_path / "five")}
