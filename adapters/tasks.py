@@ -70,11 +70,11 @@ class Awake:
         self._wait()
         return self
 
-    async def __aexit__(self, *raised: Any) -> bool | None:
+    async def __aexit__(self, *raised: Any) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        return await self._limit.__aexit__(*raised)
+        await self._limit.__aexit__(*raised)
 
     def _wait(self) -> None:
         loop = asyncio.get_running_loop()
