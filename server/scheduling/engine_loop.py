@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 from adapters.model import Version
+from adapters.tasks import Awake
 from server.engine.calls import EngineDied, EngineHung, PageOp, PageReport, PageResult, WorkerReport
 from server.engine.restarts import Restarts
 from server.metrics import Metrics
@@ -33,10 +34,6 @@ STAGE_POLL = 0.005
 # Where workers say by themselves that a load has ended, in case they could not.
 STAGE_LOOK = 0.25
 RECONCILE_EVERY = 5.0
-# A call is looked at so often before the engine is taken for hung. While this process stands still, or the
-# whole machine does, the clock goes on: that counts as one look at most, and an answer that came meanwhile is
-# read before the last.
-LOOKS = 10
 WATCH_EVERY = 0.5
 # Of the event loop, before a check of the plan lets others run; and between two such slices.
 CHECK_SLICE, CHECK_PAUSE = 0.0005, 0.01
@@ -203,8 +200,8 @@ class EngineLoop:
                 await self._check_while_idle()
 
     async def _answer_of(self, call: Coroutine[Any, Any, T]) -> T:
-        """What the engine answers to ``call``. Raises EngineHung if it does not within ``stall`` seconds of
-        this process (see ``LOOKS``), and EngineDied if it is lost meanwhile: a dead engine leaves calls
+        """What the engine answers to ``call``. Raises EngineHung if it does not within ``stall`` seconds in
+        which this process ran, and EngineDied if it is lost meanwhile: a dead engine leaves calls
         unanswered.
         """
         if self._lost is not None:
@@ -213,13 +210,11 @@ class EngineLoop:
         answering = asyncio.ensure_future(call)
         losing = asyncio.ensure_future(self._lost_event.wait())
         try:
-            for _ in range(LOOKS):
-                both, look = {answering, losing}, self._stall / LOOKS
-                await asyncio.wait(both, timeout=look, return_when=asyncio.FIRST_COMPLETED)
-                if answering.done():
-                    return answering.result()  # or what it raised
-                if losing.done():
-                    break
+            with contextlib.suppress(TimeoutError):
+                async with Awake(self._stall):
+                    await asyncio.wait({answering, losing}, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                return answering.result()  # or what it raised
             raise self._lost or EngineHung(f"the engine did not answer for {self._stall:g} s")
         finally:
             losing.cancel()
