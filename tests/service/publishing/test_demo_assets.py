@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,21 @@ class TestBaseModel:
         target = prepare(tmp_path)
         assert [path.name for path in target.iterdir()] == ["theirs"]
         assert list(tmp_path.iterdir()) == [target]
+
+    def test_who_comes_meanwhile_waits_for_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        made: list[Future[Path]] = []
+        other = ThreadPoolExecutor(1)
+
+        def convert(gguf: Path, folder: Path) -> None:
+            assert made == [], "made twice"
+            made.append(other.submit(prepare, tmp_path))
+            with pytest.raises(TimeoutError):
+                made[0].result(0.2)  # it waits
+
+        monkeypatch.setattr(base_module, "_convert", convert)
+        with other:
+            assert prepare(tmp_path) == tmp_path / BASE_NAME == made[0].result(60)
+        assert list(tmp_path.iterdir()) == [tmp_path / BASE_NAME]
 
     def test_without_the_package_it_says_what_to_do(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
