@@ -10,7 +10,8 @@ and cannot be imported there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -353,15 +354,24 @@ def check(roots: Mapping[str, Path] | None = None) -> None:
 
     ``roots``: package -> the folder with its source, in place of the installed one.
     """
-    sources = Sources(roots if roots is not None else _installed())
-    missing = [problem for use in USES for problem in missing_of(sources, use)]
-    if missing:
+    if missing := _missing_of_installed() if roots is None else _missing_in(roots):
         found = ", ".join(f"{name} {_version(name)} (tested with {pin})" for name, pin in PINS.items())
         raise ContractBroken(
             f"this program uses {len(missing)} things that the installed packages do not have:\n  "
             + "\n  ".join(missing)
             + f"\nInstalled: {found}. Install the versions of config/requirements-cpu.txt."
         )
+
+
+@functools.cache
+def _missing_of_installed() -> Sequence[str]:
+    """Looked for once in a process: it takes seconds, and an engine that was lost is started again."""
+    return _missing_in(_installed())
+
+
+def _missing_in(roots: Mapping[str, Path]) -> Sequence[str]:
+    sources = Sources(roots)
+    return [problem for use in USES for problem in missing_of(sources, use)]
 
 
 def _installed() -> dict[str, Path]:

@@ -36,5 +36,7 @@ for name in (
     with contextlib.suppress(ImportError):  # whoever needs it says so
         importlib.import_module(name)
 
+importlib.import_module("server.engine.contract").check()  # reads the source of vLLM, once in a process
+
 gc.collect()
 gc.freeze()  # or each process would look through all of it

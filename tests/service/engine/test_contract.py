@@ -42,9 +42,14 @@ def test_the_installed_packages_have_what_is_used_of_them() -> None:
 
 
 def test_a_check_takes_far_less_than_a_start() -> None:
+    contract._missing_of_installed.cache_clear()
     began = time.process_time()
     check()
-    assert time.process_time() - began < 3
+    took = time.process_time() - began
+    assert took < 8, "a start takes 13 s and more; a busy machine takes longer for each of them"
+    began = time.process_time()
+    check()
+    assert time.process_time() - began < 0.1 * took, "nothing is read twice in a process"
 
 
 def test_the_check_imports_nothing_of_what_it_looks_at() -> None:
