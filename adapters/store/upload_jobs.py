@@ -9,6 +9,8 @@ A row that is not ended is kept alive by whoever works on it; one that nobody ke
 from __future__ import annotations
 
 import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -45,6 +47,17 @@ class UploadJobs:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        # This process's own, which it need not judge by when it last said so: it may have stood still.
+        self._here: set[str] = set()
+
+    @contextmanager
+    def worked_on(self, id_: str) -> Iterator[None]:
+        """The job is this process's while the block runs."""
+        self._here.add(id_)
+        try:
+            yield
+        finally:
+            self._here.discard(id_)
 
     async def begin(self, tenant: str, adapter: str) -> str:
         """Makes a job in the state ``receiving``; returns its id."""
@@ -88,7 +101,7 @@ class UploadJobs:
             row = await session.get(UploadJobRow, _plain(id_, 32))
         if row is None or (row.tenant, row.adapter) != (tenant, adapter):
             raise AdapterNotFound("There is no such upload.", code="upload_not_found")
-        return _shown(row)
+        return _shown(row, self._here)
 
     async def search(self, search: JobSearch, most: int) -> list[dict[str, Any]]:
         """As JSON, newest first."""
@@ -103,7 +116,7 @@ class UploadJobs:
                     return []
                 same = and_(UploadJobRow.created_at == last.created_at, UploadJobRow.id < last.id)
                 query = query.where(or_(UploadJobRow.created_at < last.created_at, same))
-            return [_shown(row) for row in await session.scalars(query.limit(most))]
+            return [_shown(row, self._here) for row in await session.scalars(query.limit(most))]
 
 
 async def _forget(session: AsyncSession, tenant: str) -> None:
@@ -135,9 +148,9 @@ def _plain(text: str, most: int) -> str:
     return text.replace("\0", "")[:most].encode("utf-8", "replace").decode()
 
 
-def _shown(row: UploadJobRow) -> dict[str, Any]:
+def _shown(row: UploadJobRow, here: Collection[str]) -> dict[str, Any]:
     state, code, message = row.state, row.code, row.message
-    if state not in ENDED and row.updated_at < now() - ALIVE:
+    if state not in ENDED and row.id not in here and row.updated_at < now() - ALIVE:
         state, code, message = "refused", INTERRUPTED, "The server stopped during the upload. Send it again."
     return {
         "id": row.id,

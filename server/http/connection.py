@@ -20,6 +20,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.errors import envelope
+from server.http.late import GRACE_S, stood_still
 from server.http.turns import turns_of
 
 HEAD_BYTES = 64 << 10
@@ -182,13 +183,26 @@ class BoundedHeads(HttpToolsProtocol):
         if self.parser is None:  # set so just now, as the connection was lost
             self._part()  # type: ignore[unreachable]
         elif not (self._between or self._in_head or self.transport.is_closing()):
-            self._late = self.loop.call_later(self.rest_seconds, self.transport.close)
+            self._late = self.loop.call_later(self.rest_seconds, self._overdue, self.transport.close)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Closes an idle connection, but none on which a request has come while the process stood still."""
+        timer = self.timeout_keep_alive_task
+        if timer is not None and stood_still(self.loop, timer):
+            self.timeout_keep_alive_task = self.loop.call_later(GRACE_S, super().timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _overdue(self, act: Callable[[], None]) -> None:
+        if stood_still(self.loop, self._late):
+            self._late = self.loop.call_later(GRACE_S, act)
+        else:
+            act()
 
     def _begin(self) -> None:
         self._between, self._in_head, self._received = False, True, 0
-        self._late = self.loop.call_later(
-            self.seconds, self._refuse, HTTPStatus.REQUEST_TIMEOUT, "request_timeout"
-        )
+        refuse = partial(self._refuse, HTTPStatus.REQUEST_TIMEOUT, "request_timeout")
+        self._late = self.loop.call_later(self.seconds, self._overdue, refuse)
 
     def _refuse(self, status: HTTPStatus, code: str) -> None:
         """Answers with ``status`` unless another answer is due or under way on this connection; closes it."""

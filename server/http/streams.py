@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from adapters.errors import AdapterError
 from server.errors import ServerError
+from server.http.late import GRACE_S, stood_still
 from server.http.middleware import ClientLeft
 from server.inference.completion import Completion, LeasedStream
 from server.inference.dialects.base import Dialect
@@ -129,6 +130,8 @@ class LeasedResponse(StreamingResponse):
             """One timer a response: one for each chunk costs as much as the chunk's own way through."""
             nonlocal timer
             due = self._client_timeout + (loop.time() if sending is None else sending)
+            if due <= loop.time() and stood_still(loop, timer):
+                due = loop.time() + GRACE_S  # the client may have read it all
             if due > loop.time():
                 timer = loop.call_at(due, look)
             else:

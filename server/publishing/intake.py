@@ -19,12 +19,14 @@ from typing import Any
 
 from adapters.errors import QuotaExceeded, StorageFull
 from server.errors import RequestTimeout, TooManyRequests, Unavailable
+from server.scheduling.awake import AwakeClock
 
 LOOK_EVERY = 4 << 20  # bytes between two looks at the disk
 FORM_BYTES = 128 << 10  # of a body that are no file's: boundaries, heads of parts
 SLOW_AFTER_S = 5.0
 SLOW_BYTES_S = 16 << 10  # below this an upload gives way to another one
 RETRY_S = 5.0
+TICK_S = 1.0  # of the clock that uploads are judged by
 
 
 class Place:
@@ -37,7 +39,7 @@ class Place:
         self._used = used
         self._stored_before = intake.stored[tenant]
         self._came = self._wrote = self._looked = 0
-        self._mark = asyncio.get_running_loop().time(), 0
+        self._mark = intake.clock.now(), 0
         self.scope = asyncio.timeout(None)
         self.gives_way = False
         self.received = False  # and goes on in the background
@@ -119,6 +121,9 @@ class Intake:
         self._reserve = reserve
         self._places: dict[str, list[Place]] = {}
         self.stored: Counter[str] = Counter()  # bytes linked, by tenant, while it has uploads
+        # What came while this process stood still waits to be read: no upload is slow for that.
+        self.clock = AwakeClock(TICK_S)
+        self._ticking: asyncio.Task[None] | None = None
 
     def coming(self, tenant: str) -> int:
         """Bytes of all uploads of ``tenant`` that are coming."""
@@ -143,6 +148,7 @@ class Intake:
             raise Unavailable("Too many uploads are under way.", retry_after=RETRY_S)
         place = Place(self, tenant, most_bytes, used)
         self._places.setdefault(tenant, []).append(place)
+        self._ticking = self._ticking or asyncio.create_task(self.clock.run())
         try:
             async with place.scope:
                 yield place
@@ -163,10 +169,13 @@ class Intake:
             if not own:
                 del self._places[place.tenant]
                 del self.stored[place.tenant]
+        if self._ticking is not None and not self._places:
+            self._ticking.cancel()
+            self._ticking = None
 
     def _make_room(self) -> bool:
         """Ends the slowest upload, if it is slow."""
-        now = asyncio.get_running_loop().time()
+        now = self.clock.now()
         coming = [place for own in self._places.values() for place in own]
         pace, slowest = min(((place.pace(now), place) for place in coming), key=lambda pair: pair[0])
         if pace >= SLOW_BYTES_S:

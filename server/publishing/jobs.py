@@ -45,8 +45,11 @@ async def publish_later(
     async def work() -> None:
         beating = asyncio.create_task(_beat(jobs, id_))
         try:
-            done = await publish(service, tenant, name, files, progress=told, keep_reason=False, **options)
-            await jobs.done(id_, dict(await published(done)))
+            with jobs.worked_on(id_):
+                done = await publish(
+                    service, tenant, name, files, progress=told, keep_reason=False, **options
+                )
+                await jobs.done(id_, dict(await published(done)))
         except (AdapterError, ServerError) as exc:
             with suppress(Exception):
                 await jobs.refused(tenant, name, exc.code, exc.message, id_)

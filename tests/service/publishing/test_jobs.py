@@ -134,6 +134,10 @@ async def test_no_more_than_so_many_are_kept_and_a_lost_one_says_so(site: Site) 
         await session.execute(update(UploadJobRow).where(UploadJobRow.id == lost).values(updated_at=old))
     told = await jobs.get("acme", "b", lost)
     assert (told["state"], told["error"]["code"]) == ("refused", "upload_interrupted")
+    with jobs.worked_on(lost):
+        assert (await jobs.get("acme", "b", lost))["state"] == "receiving", "it stood still, and goes on"
+        found = (await site.admin.get("/admin/v1/uploads", params={"limit": 1})).json()["data"]
+        assert found[0]["state"] == "receiving"
 
 
 async def test_who_uploaded_and_a_note_are_kept_with_a_version(site: Site) -> None:
