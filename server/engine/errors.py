@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from server.engine.calls import EngineDied, Kind
 from server.errors import BadRequest, Internal, ServerError, Unavailable
@@ -193,13 +194,31 @@ def _raised_by_a_reader(exc: Exception) -> bool:
 
 def invalid_request(exc: ValidationError) -> BadRequest:
     """Of the first field that is wrong; of a union's errors, one for each member, that of the nearest."""
-    found = exc.errors(include_url=False, include_input=False, include_context=False)
+    found = _meant(exc.errors(include_url=False, include_input=False, include_context=False))
     depth = _field_depth(found[0]["loc"])
     same = [one for one in found if one["loc"][:depth] == found[0]["loc"][:depth]]
-    nearest = max(same, key=lambda one: len(one["loc"]))  # the first of those
+    # The first of those; a value of the wrong type says less than a wrong value.
+    nearest = max(same, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     param = ".".join(str(part) for part in nearest["loc"] if _is_field(part)) or None
     message = nearest["msg"].removeprefix("Value error, ")
     return BadRequest(f"{param}: {message}" if param else message, param=param or _named_in(message))
+
+
+def _meant(found: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Without the errors of those members of a union whose ``type`` is another one, where it has others."""
+    others = {
+        member
+        for one in found
+        if (member := _member(one)) and one["type"] == "literal_error" and one["loc"] == (*member, "type")
+    }
+    unions = {member[:-1] for one in found if (member := _member(one)) not in others}
+    return [one for one in found if (member := _member(one)) not in others or member[:-1] not in unions]
+
+
+def _member(error: ErrorDetails) -> tuple[int | str, ...]:
+    """Where the member of a union is that ``error`` is of; empty for none."""
+    loc = error["loc"]
+    return loc[: max((at for at, part in enumerate(loc, 1) if not _is_field(part)), default=0)]
 
 
 def _field_depth(loc: tuple[int | str, ...]) -> int:

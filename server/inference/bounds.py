@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adapters.inspection import strict_json
+from server.engine import MAX_STOPS
 from server.errors import BadRequest
 
 # What a prompt's text may hold, an adapter's file may not; tools' schemas nest deeper than either.
@@ -23,8 +24,8 @@ MAX_ITEMS: Mapping[str, int] = {
     "include": 64,
     "input": 2048,
     "messages": 2048,
-    "stop": 64,
-    "stop_sequences": 64,
+    "stop": MAX_STOPS,
+    "stop_sequences": MAX_STOPS,
     "system": 1024,
     "tools": 128,
 }

@@ -18,7 +18,10 @@ from server.inference.dialects.fields import (
     with_strict_tools,
 )
 from server.inference.dialects.schema import ANY, BOOL, LIMIT, OPENAI, TURNS, object_of
-from server.inference.dialects.tools import with_allowed_tools
+from server.inference.dialects.tools import check_own_choice, check_own_tools, with_allowed_tools
+
+# How other servers of models name the switch.
+_THINKING = 'Send chat_template_kwargs, as in {"enable_thinking": false}; the model\'s template reads it.'
 
 
 class Chat(OpenAIText):
@@ -43,10 +46,14 @@ class Chat(OpenAIText):
         **BEAMS,
         "audio": ((), "Answers are text."),
         "best_of": ((1,), "All n answers are returned; send n."),
+        "enable_thinking": ((), _THINKING),
+        "extra_body": (({},), "It is an argument of SDKs; in a body its members stand beside messages."),
         "function_call": (("none", "auto"), "Send tools and tool_choice, which took its place."),
         "functions": (([],), "Send tools, which took its place."),
         "modalities": ((["text"], []), "Answers are text."),
         "moderation": MODERATION,
+        "reasoning": ((), "Send reasoning_effort."),
+        "thinking": ((), _THINKING),
         "web_search_options": ((), "Nothing is searched here; offer a tool of the type function."),
     }
     max_tokens_fields = ("max_completion_tokens", "max_tokens")
@@ -66,7 +73,10 @@ class Chat(OpenAIText):
 
         Tools that must be called are called with arguments that fit; see ``with_strict_tools``.
         """
-        kept = with_allowed_tools(super().allowed_fields(body), nested=True)
+        kept = super().allowed_fields(body)
+        check_own_tools(kept.get("tools"), ("function",))
+        check_own_choice(kept.get("tool_choice"))
+        kept = with_allowed_tools(kept, nested=True)
         if kept.get("continue_final_message"):
             kept.setdefault("add_generation_prompt", False)
         if "tools" in kept:

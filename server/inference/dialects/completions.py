@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from server.errors import BadRequest
 from server.inference.dialects.answers import Completion
 from server.inference.dialects.base import OPENAI_SAMPLING, OpenAIText
 from server.inference.dialects.fields import BEAMS, GUIDED, VLLM_SAMPLING, check_only
@@ -37,6 +38,8 @@ class Completions(OpenAIText):
 
         An empty ``suffix`` asks for nothing.
         """
+        if body.get("prompt") in (None, ""):
+            raise BadRequest("prompt: a text or token ids are needed", param="prompt")
         best_of, n = body.get("best_of"), body.get("n")
         if best_of is not None:
             check_only("best_of", best_of, ((1 if n is None else n,), "All n answers are returned; send n."))

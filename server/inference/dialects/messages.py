@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from adapters.errors import AdapterError
+from server.engine import MAX_STOPS
 from server.engine.calls import Call
 from server.engine.errors import FAILED, TOO_LONG
 from server.errors import Internal, ServerError, body_of, status_of
@@ -16,6 +17,7 @@ from server.inference.dialects.base import Dialect
 from server.inference.dialects.fields import Only, with_strict_tools
 from server.inference.dialects.schema import ANY, LIMIT, MODEL, SAMPLED, TEXT, TURNS, object_of
 from server.inference.dialects.tools import check_own_tools
+from server.inference.dialects.turns import check_blocks
 
 PROMPT_FIELDS = frozenset(
     {
@@ -36,6 +38,7 @@ NOT_SERVED: Mapping[str, Only] = {
     "compaction": ((), "Nothing is summarized; ask the model for a summary."),
     "container": ((), "There are no containers; offer a tool of your own."),
     "mcp_servers": (([],), "No tool runs here; connect to the server yourself, and offer its tools."),
+    "output_format": ((), "Send output_config.format, which took its place."),
     "thread": ((), "Nothing is kept of a conversation; send its messages."),
 }
 PROMPT_BODY = {"model": MODEL, "messages": TURNS, "system": TEXT, "tools": {"type": "array", "items": ANY}}
@@ -66,7 +69,7 @@ class Messages(Dialect):
         **PROMPT_BODY,
         **SAMPLED,
         max_tokens=LIMIT,
-        stop_sequences={"type": "array", "items": TEXT, "maxItems": 16},
+        stop_sequences={"type": "array", "items": TEXT, "maxItems": MAX_STOPS},
         top_k={"type": "integer", "minimum": 0},
     )
 
@@ -74,6 +77,7 @@ class Messages(Dialect):
         """Tools that must be called are called with arguments that fit; see ``with_strict_tools``."""
         kept = super().allowed_fields(body)
         check_own_tools(kept.get("tools"), ("custom",))
+        check_blocks(kept.get("messages"))
         choice = kept.get("tool_choice")
         if "tools" in kept:
             forced = isinstance(choice, dict) and choice.get("type") in ("any", "tool")

@@ -24,6 +24,7 @@ from server.inference.dialects.fields import (
 )
 from server.inference.dialects.schema import ANY, LIMIT, MODEL, SAMPLED, TEXT, TURNS, object_of
 from server.inference.dialects.tools import check_own_choice, check_own_tools, with_allowed_tools
+from server.inference.dialects.turns import whole_input
 
 _OPENING = ("response.created", "response.in_progress")
 _CHAT_ALONE: Only = ((), "vLLM has it for /v1/chat/completions.")
@@ -84,7 +85,7 @@ class Responses(Dialect):
         check_own_choice(kept.get("tool_choice"))
         kept = with_allowed_tools(kept, nested=False)
         if isinstance(kept.get("input"), list):
-            kept["input"] = [_whole_turn(number, item) for number, item in enumerate(kept["input"])]
+            kept["input"] = whole_input(kept["input"])
         if "tools" in kept:
             forced = kept.get("tool_choice") not in (None, "none", "auto")
             kept["tools"] = with_strict_tools(kept["tools"], forced)
@@ -135,21 +136,6 @@ def _stateless(body: dict[str, Any]) -> dict[str, Any]:
         if body.get(name):
             raise BadRequest(cure, code="stateless", param=name)
     return {name: value for name, value in body.items() if name not in _STATEFUL} | {"store": False}
-
-
-def _whole_turn(number: int, item: Any) -> Any:
-    """An earlier answer with the ids and states that clients leave out, and vLLM does not read it without."""
-    parts = item.get("content") if isinstance(item, dict) and item.get("role") == "assistant" else None
-    said = [part for part in parts if _is_said(part)] if isinstance(parts, list) else []
-    if not said or len(said) != len(parts or ()):
-        return item
-    kept = {name: value for name, value in item.items() if value is not None}
-    whole = [part | {"annotations": part.get("annotations") or []} for part in said]
-    return {"type": "message", "id": f"msg_{number}", "status": "completed"} | kept | {"content": whole}
-
-
-def _is_said(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "output_text"
 
 
 def _response(call: Call, body: dict[str, Any]) -> dict[str, Any]:

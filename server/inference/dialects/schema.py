@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from server.engine import MAX_STOPS
+
 Schema = dict[str, Any]
 
 
@@ -34,7 +36,7 @@ OPENAI = {
     **SAMPLED,
     "max_tokens": LIMIT,
     "n": {"type": "integer", "minimum": 1},
-    "stop": {"anyOf": [TEXT, {"type": "array", "items": TEXT, "maxItems": 16}]},
+    "stop": {"anyOf": [TEXT, {"type": "array", "items": TEXT, "maxItems": MAX_STOPS}]},
     "seed": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
     "presence_penalty": NUMBER | {"minimum": -2, "maximum": 2},
     "frequency_penalty": NUMBER | {"minimum": -2, "maximum": 2},

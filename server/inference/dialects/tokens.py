@@ -11,6 +11,7 @@ from server.inference.dialects.base import Dialect
 from server.inference.dialects.messages import NOT_SERVED, PROMPT_BODY, PROMPT_FIELDS, SERVICE_FIELDS
 from server.inference.dialects.schema import BOOL, MODEL, TEXT, TOKENS, TURNS, object_of
 from server.inference.dialects.tools import check_own_tools
+from server.inference.dialects.turns import check_blocks
 
 
 class _Tokens(Dialect):
@@ -87,6 +88,7 @@ class CountTokens(_Tokens):
     def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
         kept = super().allowed_fields(body)
         check_own_tools(kept.get("tools"), ("custom",))
+        check_blocks(kept.get("messages"))
         return kept
 
     def request_model(self, body: dict[str, Any]) -> str:

@@ -9,13 +9,18 @@ from server.errors import BadRequest
 
 
 def check_own_tools(tools: Any, kinds: Sequence[str]) -> None:
-    """BadRequest for a tool that is none of ``kinds``: its vendor runs it, and nothing runs here."""
+    """BadRequest for a tool that is none of ``kinds``: its vendor runs it, and nothing runs here.
+
+    OpenAI's custom tools, which a model calls with any text, are not served.
+    """
     for index, tool in enumerate(tools if isinstance(tools, list) else ()):
         kind = tool.get("type", kinds[0]) if isinstance(tool, dict) else kinds[0]
         if kind is not None and kind not in kinds:
+            why = "no tool runs here. Offer one of your own."
+            if kind == "custom":
+                why = "offer a function whose only parameter is a string."
             raise BadRequest(
-                f"Only tools of the type {kinds[0]} are served: no tool runs here. Offer one of your own.",
-                param=f"tools.{index}.type",
+                f"Only tools of the type {kinds[0]} are served: {why}", param=f"tools.{index}.type"
             )
 
 

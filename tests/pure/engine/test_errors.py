@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from server.engine.errors import TOO_LONG, invalid_request, named, refusal
 from server.errors import BadRequest, body_of
@@ -85,6 +85,37 @@ def test_what_is_wrong_in_a_part_is_named_without_the_names_of_types(content: An
     error = invalid_request(caught.value)
     assert error.param == param
     assert error.message.startswith(f"{param}: ")
+
+
+class Format(BaseModel):
+    type: Literal["json_schema"]
+    name: str
+
+
+class Plain(BaseModel):
+    type: Literal["text"]
+
+
+class Asked(BaseModel):
+    format: Plain | Format | None = None
+    stop: str | Annotated[list[str], Field(max_length=2)] | None = None
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"format": {"type": "json_schema"}}, "format.name: Field required"),
+        ({"format": {"type": "xml"}}, "format.type: Input should be 'text'"),
+        ({"format": 5}, "format: Input should be a valid"),
+        ({"stop": ["a", "b", "c"]}, "stop: List should have at most 2 items"),
+        ({"stop": [5]}, "stop.0: Input should be a valid string"),
+        ({"stop": 5}, "stop: Input should be a valid string"),
+    ],
+)
+def test_of_a_union_the_member_that_was_meant_says_what_is_wrong(body: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Asked.model_validate(body)
+    assert invalid_request(caught.value).message.startswith(said)
 
 
 def test_a_part_is_named_by_the_messages_that_it_is_in() -> None:

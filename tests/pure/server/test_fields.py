@@ -105,6 +105,10 @@ def test_what_asks_for_nothing_is_accepted_and_goes_no_further(kind: str, fields
         ("completion", "best_of", 2, "send n"),
         ("responses", "min_tokens", 2, "/v1/chat/completions"),
         ("messages", "mcp_servers", [{"url": "http://x"}], "No tool runs here"),
+        ("messages", "output_format", {"type": "json_schema"}, "output_config"),
+        ("chat", "enable_thinking", False, "chat_template_kwargs"),
+        ("chat", "reasoning", {"effort": "low"}, "reasoning_effort"),
+        ("chat", "extra_body", {"top_k": 1}, "beside messages"),
     ],
 )
 def test_what_matters_and_is_not_served(kind: str, name: str, value: Any, reason: str) -> None:
@@ -208,6 +212,14 @@ def test_responses_choose_among_tools_too() -> None:
         assert refused.value.param == param
 
 
+@pytest.mark.parametrize("kind", ["chat", "responses"])
+def test_custom_tools_say_what_to_offer_instead(kind: str) -> None:
+    tool = {"type": "custom", "name": "f", "custom": {"name": "f"}}
+    with pytest.raises(BadRequest, match="whose only parameter is a string") as refused:
+        DIALECTS[kind].allowed_fields({**LEAST[kind], "tools": [tool]})
+    assert refused.value.param == "tools.0.type"
+
+
 def test_an_earlier_answer_needs_no_id() -> None:
     """As Vercel's SDK sends it, and people who write it by hand."""
     answer = {"role": "assistant", "content": [{"type": "output_text", "text": "x"}], "id": None}
@@ -225,6 +237,65 @@ def test_an_earlier_answer_needs_no_id() -> None:
     assert DIALECTS["responses"].allowed_fields({"input": [own]})["input"] == [own]
 
 
+def test_of_an_earlier_answer_no_part_is_lost() -> None:
+    """vLLM reads the first one alone, and none of a refusal or of an empty answer."""
+    said = {"role": "assistant", "content": [{"type": "output_text", "text": text} for text in "ab"]}
+    no = {
+        "type": "message",
+        "id": "m",
+        "role": "assistant",
+        "content": [{"type": "refusal", "refusal": "no"}],
+    }
+    nothing = {"type": "message", "id": "m", "role": "assistant", "content": []}
+    parts = [{"type": "reasoning_text", "text": text} for text in "cd"]
+    thought = {"type": "reasoning", "id": None, "content": parts}
+    kept = DIALECTS["responses"].allowed_fields({"input": [said, no, nothing, thought]})["input"]
+    assert [item["content"] for item in kept] == [
+        [{"type": "output_text", "text": "a\nb", "annotations": []}],
+        [{"type": "output_text", "text": "no", "annotations": []}],
+        "",
+        [{"type": "reasoning_text", "text": "c\nd"}],
+    ]
+    assert (kept[1]["id"], kept[3]["id"], kept[3]["summary"]) == ("m", "rs_3", [])
+
+
+@pytest.mark.parametrize(
+    ("item", "code", "reason"),
+    [
+        ({"type": "item_reference", "id": "msg_1"}, "stateless", "send the item itself"),
+        ({"type": "web_search_call", "id": "ws_1"}, "unsupported_parameter", "only messages"),
+        ({"type": "x" * 5000}, "unsupported_parameter", "only messages"),
+    ],
+)
+def test_items_that_only_their_vendor_has_a_use_for(item: dict[str, Any], code: str, reason: str) -> None:
+    with pytest.raises(BadRequest, match=reason) as refused:
+        DIALECTS["responses"].allowed_fields({"input": [{"role": "user", "content": "x"}, item]})
+    assert (refused.value.code, refused.value.param) == (code, "input.1.type")
+    assert len(refused.value.message) < 300
+
+
+@pytest.mark.parametrize("kind", ["messages", "count_tokens"])
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        ("document", "send its text"),
+        ("search_result", "send its text"),
+        ("server_tool_use", "no tool runs here"),
+        ("web_search_tool_result", "no tool runs here"),
+    ],
+)
+def test_blocks_that_only_their_vendor_reads(kind: str, block: str, reason: str) -> None:
+    turn = {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": block}]}
+    with pytest.raises(BadRequest, match=reason) as refused:
+        DIALECTS[kind].allowed_fields({**LEAST[kind], "messages": [turn]})
+    assert (refused.value.code, refused.value.param) == (
+        "unsupported_parameter",
+        "messages.0.content.1.type",
+    )
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "x"}]}
+    assert DIALECTS[kind].allowed_fields({**LEAST[kind], "messages": [result]})["messages"] == [result]
+
+
 @pytest.mark.parametrize("choice", ["auto", "none", None])
 def test_no_tools_are_no_tools(choice: str | None) -> None:
     kept = DIALECTS["chat"].allowed_fields({**LEAST["chat"], "tools": [], "tool_choice": choice})
@@ -237,6 +308,7 @@ def test_no_tools_are_no_tools(choice: str | None) -> None:
         ("messages", {"type": "web_search_20250305", "name": "web_search"}),
         ("count_tokens", {"type": "bash_20250124", "name": "bash"}),
         ("responses", {"type": "mcp", "server_label": "x"}),
+        ("chat", {"type": "web_search"}),
     ],
 )
 def test_tools_that_the_vendor_runs(kind: str, tool: dict[str, Any]) -> None:
@@ -253,6 +325,8 @@ def test_tools_that_the_vendor_runs(kind: str, tool: dict[str, Any]) -> None:
         ("count_tokens", {"messages": []}, "messages"),
         ("responses", {"input": []}, "input"),
         ("completion", {"prompt": []}, "prompt"),
+        ("completion", {"prompt": ""}, "prompt"),
+        ("completion", {"prompt": None}, "prompt"),
         ("chat", {"messages": [TURN, {"role": "user", "content": {"type": "text"}}]}, "messages.1.content"),
         ("messages", {"messages": [{"role": "user", "content": {"text": "x"}}]}, "messages.0.content"),
         ("responses", {"input": [{"role": "user", "content": {"text": "x"}}]}, "input.0.content"),

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from server.engine import validation
+from server.engine import MAX_STOPS, validation
 from server.engine.errors import parse_errors
 from server.errors import BadRequest
 
@@ -33,6 +35,22 @@ def test_what_vllm_trips_over_is_a_bad_request(wrong: Any) -> None:
     with pytest.raises(BadRequest, match="another type") as told:
         validation.parsed(ChatCompletionRequest, BODY | {"structured_outputs": wrong}, 100)
     assert isinstance(told.value.__cause__, AttributeError)
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "name"),
+    [
+        (ChatCompletionRequest, BODY, "stop"),
+        (AnthropicMessagesRequest, {**BODY, "max_tokens": 5}, "stop_sequences"),
+    ],
+)
+def test_vllm_takes_as_many_stop_texts_as_are_promised(
+    model: type[BaseModel], body: dict[str, Any], name: str
+) -> None:
+    """Anthropic's clients send more than the four of OpenAI's, which are vLLM's bound by itself."""
+    stops = [str(number) for number in range(MAX_STOPS)]
+    assert getattr(validation.parsed(model, {**body, name: stops}, 100), name) == stops
+    assert validation.parsed(ChatCompletionRequest, {**BODY, "stop": stops}, 100).stop == stops
 
 
 def test_a_field_that_vllm_misses_is_named() -> None:
