@@ -57,7 +57,6 @@ def _check_item(number: int, item: Mapping[str, Any]) -> None:
         raise BadRequest(
             f"{param}: items of the type {kind[:64]} are not served, only messages, calls of functions, their"
             " outputs, and reasoning. Leave it out.",
-            code="unsupported_parameter",
             param=param,
         )
 

@@ -263,8 +263,8 @@ def test_of_an_earlier_answer_no_part_is_lost() -> None:
     ("item", "code", "reason"),
     [
         ({"type": "item_reference", "id": "msg_1"}, "stateless", "send the item itself"),
-        ({"type": "web_search_call", "id": "ws_1"}, "unsupported_parameter", "only messages"),
-        ({"type": "x" * 5000}, "unsupported_parameter", "only messages"),
+        ({"type": "web_search_call", "id": "ws_1"}, "invalid_request", "only messages"),
+        ({"type": "x" * 5000}, "invalid_request", "only messages"),
     ],
 )
 def test_items_that_only_their_vendor_has_a_use_for(item: dict[str, Any], code: str, reason: str) -> None:
