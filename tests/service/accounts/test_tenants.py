@@ -7,9 +7,11 @@ import hashlib
 import math
 import re
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from sqlalchemy import select, text
 
 from adapters.database.database import Database
@@ -50,6 +52,28 @@ async def authentication(database: Database) -> Authentication:
     authentication = Authentication(database, admin_key=ADMIN, service_key=SERVICE)
     assert await authentication.open() is None
     return authentication
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tenant ``acme`` with a key, for tests that change nothing."""
+
+    tenants: Tenants
+    authentication: Authentication
+    acme: Tenant
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=KINDS)
+async def kept(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Kept]:
+    async with opened(request.param, tmp_path_factory.mktemp("kept")) as database:
+        tenants = Tenants(database)
+        authentication = Authentication(database, admin_key=ADMIN, service_key=SERVICE)
+        assert await authentication.open() is None
+        acme = await tenants.create("acme", max_running=9)
+        await tenants.issue_key("acme")
+        yield Kept(tenants, authentication, acme)
 
 
 async def refused(
@@ -102,13 +126,15 @@ async def test_an_id_is_taken_once_also_when_two_ask_at_once(tenants: Tenants) -
 @pytest.mark.parametrize(
     "id", ["", "Acme", "-a", "a_b", "a b", "a/b", "ä", "a" * 64, "a\n", "a\x00", "\ud800"]
 )
-async def test_ids_that_no_tenant_may_have(tenants: Tenants, id: str) -> None:
+@pytest.mark.asyncio(loop_scope="module")
+async def test_ids_that_no_tenant_may_have(kept: Kept, id: str) -> None:
+    tenants = kept.tenants
     with pytest.raises(Unprocessable, match=re.escape("[a-z0-9][a-z0-9-]{0,62}")):
         await tenants.create(id)
     for call in (tenants.get(id), tenants.update(id, weight=2.0), tenants.delete(id), tenants.keys(id)):
         with pytest.raises(NotFound):
             await call
-    assert await tenants.list() == []
+    assert await tenants.list() == [kept.acme]
 
 
 @pytest.mark.parametrize(
@@ -138,22 +164,23 @@ async def test_ids_that_no_tenant_may_have(tenants: Tenants, id: str) -> None:
         ("max_running", True),
     ],
 )
-async def test_settings_that_cannot_be(tenants: Tenants, setting: str, value: object) -> None:
-    before = await tenants.create("acme")
+@pytest.mark.asyncio(loop_scope="module")
+async def test_settings_that_cannot_be(kept: Kept, setting: str, value: object) -> None:
+    tenants = kept.tenants
     with pytest.raises(Unprocessable, match=f"`{setting}` must be") as refusal:
         await tenants.update("acme", **{"max_running": 7, setting: value})  # type: ignore[typeddict-item]
     assert refusal.value.param == setting
-    assert await tenants.get("acme") == before
     with pytest.raises(Unprocessable):
         await tenants.create("globex", **{setting: value})  # type: ignore[arg-type]
+    assert await tenants.list() == [kept.acme]
 
 
 @pytest.mark.parametrize("setting", ["id", "cache_salt", "created_at", "colour"])
-async def test_what_is_not_a_setting_cannot_be_changed(tenants: Tenants, setting: str) -> None:
-    before = await tenants.create("acme")
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_is_not_a_setting_cannot_be_changed(kept: Kept, setting: str) -> None:
     with pytest.raises(Unprocessable, match=f"no setting `{setting}`"):
-        await tenants.update("acme", **{setting: "globex"})  # type: ignore[misc]
-    assert await tenants.get("acme") == before
+        await kept.tenants.update("acme", **{setting: "globex"})  # type: ignore[misc]
+    assert await kept.tenants.list() == [kept.acme]
 
 
 async def test_a_key_is_issued_once_and_kept_only_as_a_hash(tenants: Tenants, database: Database) -> None:
@@ -252,19 +279,16 @@ async def test_an_admin_key_administers_and_nothing_else(
     ],
     ids=lambda text: repr(text)[:40],
 )
-async def test_without_a_known_key_nobody_comes_in(
-    tenants: Tenants, authentication: Authentication, authorization: str | None
-) -> None:
-    await tenants.create("acme")
-    await tenants.issue_key("acme")
+@pytest.mark.asyncio(loop_scope="module")
+async def test_without_a_known_key_nobody_comes_in(kept: Kept, authorization: str | None) -> None:
     for customer in (None, "acme"):
-        refusal = await refused(authentication, Unauthorized, authorization, customer)
+        refusal = await refused(kept.authentication, Unauthorized, authorization, customer)
         assert refusal.code == "invalid_api_key"
         assert headers_of(refusal) == {"WWW-Authenticate": "Bearer"}
         assert ("didn't provide" in refusal.message) == (not authorization)
         assert len(refusal.message) < 200
     with pytest.raises(Unauthorized):
-        await authentication.require_admin(authorization)
+        await kept.authentication.require_admin(authorization)
 
 
 async def test_revoked_keys_and_changed_tenants_count_at_once(

@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from adapters.database.database import Database
 from adapters.errors import AdapterConflict, AdapterNotFound, AdapterRejected
@@ -59,16 +61,35 @@ async def opened(url: str) -> Database:
     return database
 
 
-@pytest.fixture(params=KINDS)
-async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
-    """A database with three tenants."""
-    async with with_tables(request.param, tmp_path) as url:
+@asynccontextmanager
+async def with_tenants(kind: str, folder: Path) -> AsyncIterator[str]:
+    """The URL of a database with three tenants."""
+    async with with_tables(kind, folder) as url:
         database = await opened(url)
         tenants = Tenants(database)
         for id in TENANTS:
             await tenants.create(id)
         await database.close()
         yield url
+
+
+@pytest.fixture(params=KINDS)
+async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+    async with with_tenants(request.param, tmp_path) as url:
+        yield url
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=KINDS)
+async def kept(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Catalog]:
+    """A catalog with the adapter ``acme/support``, for tests that change nothing."""
+    async with with_tenants(request.param, tmp_path_factory.mktemp("kept")) as url:
+        database = await opened(url)
+        catalog = catalog_on(database)
+        await link(catalog, "acme", "support")
+        yield catalog
+        await database.close()
 
 
 @pytest.fixture
@@ -196,9 +217,9 @@ async def test_tenants_do_not_see_each_other(catalog: Catalog) -> None:
         "💥",
     ],
 )
-async def test_model_names_are_read_strictly(catalog: Catalog, model: str) -> None:
-    await link(catalog, "acme", "support")
-    assert await not_found(catalog, "acme", model) == f"The model `{model}` does not exist."
+@pytest.mark.asyncio(loop_scope="module")
+async def test_model_names_are_read_strictly(kept: Catalog, model: str) -> None:
+    assert await not_found(kept, "acme", model) == f"The model `{model}` does not exist."
 
 
 async def test_a_message_repeats_only_so_much_and_only_text(catalog: Catalog) -> None:
@@ -209,26 +230,28 @@ async def test_a_message_repeats_only_so_much_and_only_text(catalog: Catalog) ->
 @pytest.mark.parametrize(
     "name", ["", "a@1", "-a", ".a", "a b", "a/b", "ä", "a" * 129, "a\n", "default", "smol"]
 )
-async def test_names_that_no_adapter_may_have(catalog: Catalog, name: str) -> None:
+@pytest.mark.asyncio(loop_scope="module")
+async def test_names_that_no_adapter_may_have(kept: Catalog, name: str) -> None:
     with pytest.raises(AdapterRejected) as refusal:
-        catalog.check_name(name)
+        kept.check_name(name)
     assert (refusal.value.code, refusal.value.param) == ("name_invalid", "name")
     assert "1 to 128 letters" in refusal.value.message
     with pytest.raises(AdapterRejected):
-        await link(catalog, "acme", name)
-    assert await catalog.count_versions() == 0
+        await link(kept, "acme", name)
+    assert await kept.count_versions() == 1
 
 
 @pytest.mark.parametrize("tenant", ["nobody", "ACME", "ac\x00me", "\ud800"])
-async def test_a_tenant_that_is_not_there_has_nothing(catalog: Catalog, tenant: str) -> None:
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_tenant_that_is_not_there_has_nothing(kept: Catalog, tenant: str) -> None:
     with pytest.raises(AdapterNotFound) as refusal:
-        await link(catalog, tenant, "support")
+        await link(kept, tenant, "support")
     assert refusal.value.code == "tenant_not_found"
-    assert await catalog.adapters(tenant) == []
-    await not_found(catalog, tenant, None)
-    await not_found(catalog, tenant, "support")
+    assert await kept.adapters(tenant) == []
+    await not_found(kept, tenant, None)
+    await not_found(kept, tenant, "support")
     with pytest.raises(AdapterNotFound):
-        await catalog.delete_adapter(tenant, "support")
+        await kept.delete_adapter(tenant, "support")
 
 
 async def test_rolling_back(catalog: Catalog) -> None:
