@@ -278,9 +278,8 @@ class Serving(BaseSettings):
         3.0,
         gt=0,
         le=600,
-        description="Seconds of processor time that compiling a schema, pattern or grammar may take; then the"
-        " request gets 400. On a machine that is too busy for it, the request gets 503 after ten times as"
-        " many by the clock.",
+        description="Seconds of processor time to compile a schema, pattern or grammar; then the request gets"
+        " 400, or 503 after ten times as many by the clock.",
     )
     prices: dict[str, Price] = Field(
         default_factory=dict,
