@@ -150,7 +150,7 @@ class _Listing(FakeEngine):
     """Appends ``request id, user`` of every customer's call it takes to a file, which outlives it."""
 
     def __init__(self, base: BaseModel, file: Path) -> None:
-        super().__init__(base, max_running=16, times=Times(step=0.002))
+        super().__init__(base, max_running=16, max_model_len=1 << 16, times=Times(step=0.002))
         self._list = _appending(file)
 
     async def answer(self, call: Call, request: Any) -> Answer:

@@ -29,7 +29,7 @@ _postgres = ""  # the name of a database with tables
 async def opened(kind: str, folder: Path) -> AsyncIterator[Database]:
     """A new database with its tables."""
     async with with_tables(kind, folder) as url:
-        database = Database(url)
+        database = Database(url, timeout=60.0)
         await database.open()
         yield database
         await database.close()

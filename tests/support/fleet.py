@@ -15,10 +15,10 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.model import BaseModel
 from server.app import create_app
-from server.demo.process import free_port
 from server.settings import Settings
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
+from tests.support.ports import unused
 from tests.support.site import Site, serving
 
 FLEET_KEY = "fleet-key-of-the-tests"
@@ -123,7 +123,7 @@ class Fleet:
 async def replica(
     folder: Path, times: Times | None = None, base: BaseModel | None = None, **changes: Any
 ) -> AsyncIterator[FakeReplica]:
-    port = free_port(0)
+    port = unused()
     chosen = tiny.settings(folder, role="replica", fleet_key=FLEET_KEY, port=port, **changes)
     assert isinstance(chosen.gpu_slots, int)
     assert isinstance(chosen.host_slots, int)

@@ -20,11 +20,12 @@ from playwright.async_api import Browser, Page, async_playwright, expect
 
 from server.demo.base import base_folder, cache_folder
 from server.demo.client import create_customer
-from server.demo.process import free_port, running, wait_until_ready
+from server.demo.process import running, wait_until_ready
 from server.demo.run import ADAPTER, ADAPTERS, CUSTOMERS, environment, prepare_base
 from tests.support import tiny
 from tests.support.browser import chromium, sign_in
 from tests.support.fakes import FakeEngine, Times
+from tests.support.ports import unused
 from tests.support.site import ADMIN_KEY
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
@@ -134,7 +135,7 @@ async def look(url: str, admin_key: str, keys: dict[str, str]) -> None:
 async def main() -> None:
     cache = cache_folder()
     await prepare_base(cache)
-    key, port = secrets.token_urlsafe(32), free_port(0)
+    key, port = secrets.token_urlsafe(32), unused()
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as data:
         env = environment(base_folder(cache), Path(data), port, key)

@@ -7,14 +7,14 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from server.demo.process import free_port
+from tests.support.ports import unused
 
 PROGRAM, TOOL = shutil.which("prometheus"), shutil.which("promtool")
 CONFIG = Path(__file__).parents[2] / "config"
@@ -46,13 +46,31 @@ class Prometheus:
         alerts = (await self._http.get("/api/v1/alerts")).json()["data"]["alerts"]
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
-    async def until(self, alert: str, *, fires: bool, seconds: float = 30) -> None:
+    async def until(self, alert: str, *, fires: bool) -> None:
         """Waits until ``alert`` fires, or does not any more."""
-        for _ in range(int(seconds / 0.2)):
-            if (alert in (firing := await self.firing())) == fires:
-                return
+        firing: set[str] = set()
+        try:
+            async with asyncio.timeout(240):
+                while (alert in (firing := await self.firing())) != fires:
+                    await asyncio.sleep(0.2)
+        except TimeoutError:
+            raise AssertionError(
+                f"{alert} does not {'fire' if fires else 'end'}; what fires: {firing}"
+            ) from None
+
+    async def until_calm(self) -> None:
+        """Waits until nothing fires."""
+        async with asyncio.timeout(240):
+            while await self.firing():
+                await asyncio.sleep(0.2)
+
+    async def fires_while(self, alerts: tuple[str, ...], cause: Callable[[], Awaitable[Any]]) -> None:
+        """Repeats ``cause`` until all of ``alerts`` have fired: there may be no sample from just before."""
+        waiting = asyncio.gather(*(self.until(alert, fires=True) for alert in alerts))
+        while not waiting.done():
+            await cause()
             await asyncio.sleep(0.2)
-        raise AssertionError(f"{alert} does not {'fire' if fires else 'end'}; what fires: {firing}")
+        await waiting
 
     async def exemplars(self, series: str) -> list[dict[str, Any]]:
         """All exemplars of ``series``."""
@@ -63,15 +81,15 @@ class Prometheus:
 
 @asynccontextmanager
 async def prometheus(folder: Path, *ports: int) -> AsyncIterator[Prometheus]:
-    """Scrapes ``ports`` of 127.0.0.1 twice a second, and evaluates our alerts as often."""
+    """Scrapes ``ports`` of 127.0.0.1 each second, and evaluates our alerts as often."""
     assert PROGRAM is not None
     folder.mkdir()
     (folder / "alerts.yml").write_text(hurried(ALERTS.read_text()))
-    often = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
+    often = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     job = {"job_name": "loraplex", "static_configs": [{"targets": [f"127.0.0.1:{port}" for port in ports]}]}
     config = {"global": often, "rule_files": ["alerts.yml"], "scrape_configs": [job]}
     (folder / "prometheus.yml").write_text(json.dumps(config))  # which is YAML too
-    own = free_port(0)
+    own = unused()
     process = subprocess.Popen(
         [
             PROGRAM, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
@@ -82,7 +100,7 @@ async def prometheus(folder: Path, *ports: int) -> AsyncIterator[Prometheus]:
     )  # fmt: skip
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{own}", timeout=60) as http:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(240):
                 while not await _ready(http):
                     assert process.poll() is None, (folder / "log").read_text()
                     await asyncio.sleep(0.1)

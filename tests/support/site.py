@@ -6,7 +6,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,12 @@ class Site:
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
+
+
+def waits_at_most(site: Site, seconds: float) -> None:
+    """So long a request may wait in the queue from now on, one that waits already too."""
+    plan = site.services.dispatcher._plan
+    plan._capacity = replace(plan._capacity, queue_timeout=seconds)
 
 
 def engine_settings(

@@ -29,8 +29,10 @@ async def swap_under_load(
     clients: int,
     swaps: int,
     every: float,
+    all_ask: bool = False,
 ) -> list[Streamed]:
-    """The answers of ``clients``, each asking again and again; ``swap`` is awaited ``every`` so many seconds.
+    """The answers of ``clients``, each asking again and again; ``swap`` is awaited ``every`` so many seconds,
+    with ``all_ask`` not before an answer was asked for after the last one.
 
     Fails at the first answer that is an error or breaks off.
     """
@@ -62,6 +64,9 @@ async def swap_under_load(
             group.create_task(client())
         for _ in range(swaps):
             await asyncio.sleep(every)
+            before = len(answers)
+            while all_ask and len(answers) <= before + clients:
+                await asyncio.sleep(0.002)
             await swap()
             done += 1
         await asyncio.sleep(every)

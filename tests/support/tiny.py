@@ -78,6 +78,11 @@ def settings(folder: Path, **changes: Any) -> Settings:
         "host_slots": 4,
         "max_lora_rank": 8,
         "slot_patience": 0.1,
+        # A machine that is busy, or stands still, is no fault of a database, a client or a queue.
+        "database_timeout": 60.0,
+        "client_timeout": 600.0,
+        "queue_timeout": 600.0,
+        "sse_keepalive": 600.0,
     }
     return _Given(**(fields | changes))
 

@@ -396,16 +396,19 @@ async def test_batches_can_be_switched_off(tmp_path: Path) -> None:
 async def test_others_wait_for_one_line_at_most(site: Site) -> None:
     """And nothing of the same customer's own waits behind its batch."""
     engine = engine_of(site)
-    engine.times = Times(step=0.02)
+    engine.times, engine.max_model_len = Times(step=0.02), 1 << 16
     key = await site.tenant("acme")
     client = site.openai(key)
-    stream = asyncio.create_task(site.chat(key, "hello", model=tiny.NAME, max_tokens=400))
+    stream = asyncio.create_task(site.chat(key, "hello", model=tiny.NAME, max_tokens=60_000))
     while not engine.running:
         await asyncio.sleep(0.01)
     batch = await started(client, jsonl(line(f"r{n}") for n in range(100)))
     await until(client, batch.id, lambda b: bool(b.request_counts and b.request_counts.completed > 2))
     engine.most_running = 0
-    await asyncio.sleep(0.5)
+    counts = (await client.batches.retrieve(batch.id)).request_counts
+    assert counts is not None
+    enough = counts.completed + 4
+    await until(client, batch.id, lambda b: bool(b.request_counts and b.request_counts.completed >= enough))
     most = engine.most_running
     stream.cancel()
     await client.batches.cancel(batch.id)

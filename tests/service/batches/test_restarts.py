@@ -18,14 +18,14 @@ from typing import Any
 import httpx
 import pytest
 
-from server.demo.process import free_port
 from tests.service.accounts.test_usage_process import Server
 from tests.service.batches.test_batches import jsonl
 from tests.support import tiny
+from tests.support.ports import unused
 from tests.support.site import ADMIN_KEY, bearer
 
 LINES = int(os.environ.get("LINES", "120"))
-pytestmark = pytest.mark.timeout(300 + LINES)
+pytestmark = pytest.mark.timeout(1200 + LINES)
 
 
 def lines() -> bytes:
@@ -78,7 +78,7 @@ def p99(times: list[float]) -> float:
 
 
 async def test_nothing_is_lost_and_nothing_is_there_twice(tmp_path: Path) -> None:
-    port = free_port(0)
+    port = unused()
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
         server = Server(tmp_path, http, port)
         await server.start()

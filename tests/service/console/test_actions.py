@@ -21,7 +21,7 @@ from tests.support.browser import browsing, sign_in
 from tests.support.site import ADMIN_KEY, Site
 from tests.support.tiny import fake_site
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore:max_tokens is deprecated")]
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 ACME = "/admin/v1/tenants/acme"
 # Puts files into an element as a hand does that lets them go above it.
 DROP = """(zone, files) => {

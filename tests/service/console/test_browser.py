@@ -19,8 +19,6 @@ from tests.support.browser import browsing, sign_in
 from tests.support.site import ADMIN_KEY, Site
 from tests.support.tiny import fake_site
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:

@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
-from server.demo.process import free_port
 from tests.service.console.test_sign_in import csrf
 from tests.support import tiny
 from tests.support.browser import browsing
+from tests.support.ports import unused
 from tests.support.provider import CLIENT, consent, provider
 from tests.support.site import ADMIN_KEY, Site
 from tests.support.tiny import fake_site
@@ -37,10 +37,16 @@ RULES: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is busy a provider that is well may take its time."""
+    monkeypatch.setattr("server.console.oidc.TIMEOUT_S", 60.0)
+
+
 @asynccontextmanager
 async def joined(folder: Path, **changes: Any) -> AsyncIterator[Site]:
     """A server, and the provider that it knows."""
-    port = free_port(0)
+    port = unused()
     async with (
         fake_site(folder, oidc_issuer=f"http://localhost:{port}", **(RULES | changes)) as site,
         provider(port, f"{site.url}/console", PEOPLE),
@@ -172,7 +178,7 @@ async def _led_back(client: httpx.AsyncClient, page: httpx.Response) -> str:
 
 
 async def test_keys_open_the_console_while_the_provider_is_away(tmp_path: Path) -> None:
-    port = free_port(0)
+    port = unused()
     async with (
         fake_site(tmp_path, oidc_issuer=f"http://localhost:{port}", **RULES) as site,
         browser(site) as client,

@@ -66,7 +66,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("code", [UNGUARDED, AT_ONCE], ids=["replaced", "late"])
 def test_what_ends_while_its_guard_is_not_there_yet_leaves_nothing(code: str) -> None:
     root = str(Path(guard.__file__).parents[2])
@@ -84,7 +83,6 @@ def test_what_ends_while_its_guard_is_not_there_yet_leaves_nothing(code: str) ->
     assert not guard.started_at(child)
 
 
-@pytest.mark.timeout(600)
 def test_what_is_started_just_before_the_end_is_ended_too() -> None:
     root = str(Path(guard.__file__).parents[2])
     done = subprocess.run(

@@ -12,11 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.demo.process import free_port
 from tests.service.fleet.test_fleet import CHAT, body
 from tests.support import tiny
 from tests.support.fakes import Times
 from tests.support.fleet import FLEET_KEY, replica
+from tests.support.ports import unused
 from tests.support.site import ADMIN_KEY, bearer
 
 STARTED_WITHIN_S = 240.0
@@ -27,7 +27,7 @@ async def gateway(folder: Path) -> AsyncIterator[tuple[asyncio.subprocess.Proces
     told = {
         "MODEL": f"/not/on/this/machine/{tiny.NAME}",
         "DATA_DIR": str(folder),
-        "PORT": str(free_port(0)),
+        "PORT": str(unused()),
         "ROLE": "gateway",
         "FLEET_KEY": FLEET_KEY,
         "ADMIN_KEY": ADMIN_KEY,

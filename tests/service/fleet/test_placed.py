@@ -20,7 +20,7 @@ from tests.support.fleet import FakeReplica, Fleet, fleet
 
 @pytest.fixture
 async def two(tmp_path: Path) -> AsyncIterator[Fleet]:
-    async with fleet(tmp_path) as made:
+    async with fleet(tmp_path, times=Times(step=0.1)) as made:
         await made.all_known()
         yield made
 
@@ -59,7 +59,7 @@ async def test_a_hot_adapter_is_loaded_at_a_second_replica_before_it_gets_reques
 async def test_a_move_that_fails_harms_nobody(two: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     two.directory.placement.rules = Rules(slack=0.5, most=100.0, calm=0.0, hot=1.0)
     key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
-    reading = asyncio.create_task(read(two.gateway, key, body(200, model="a")))
+    reading = asyncio.create_task(read(two.gateway, key, body(60, model="a")))
     await two.until(lambda: any(one.engine.running for one in two.replicas))
     other = two.other(two.busy())
     await other.kill()

@@ -18,9 +18,9 @@ import yaml
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 
-from server.demo.process import free_port  # noqa: E402
 from server.fleet import ray as fleet  # noqa: E402
 from server.settings import Settings  # noqa: E402
+from tests.support.ports import unused  # noqa: E402
 from tests.support.site import ADMIN_KEY, bearer  # noqa: E402
 
 pytestmark = pytest.mark.timeout(600)
@@ -34,7 +34,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
             "MODEL": "/models/fake",
             "SERVED_MODEL_NAME": "fake",
             "DATA_DIR": str(tmp_path_factory.mktemp("data")),
-            "PORT": str(free_port(0)),
+            "PORT": str(unused()),
             "ADMIN_KEY": ADMIN_KEY,
             "REPLICA_STALL": "20",
             "LOG_LEVEL": "warning",

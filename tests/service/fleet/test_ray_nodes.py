@@ -15,10 +15,10 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ra
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from server.demo.process import free_port  # noqa: E402
 from server.fleet import ray as fleet  # noqa: E402
 from server.settings import Settings  # noqa: E402
 from tests.service.fleet.test_ray import COMMAND, customer, ready, say  # noqa: E402
+from tests.support.ports import unused  # noqa: E402
 from tests.support.site import ADMIN_KEY  # noqa: E402
 
 pytestmark = pytest.mark.timeout(900)
@@ -31,7 +31,7 @@ def nodes(tmp_path: Path) -> Iterator[Cluster]:
         "MODEL": "/models/fake",
         "SERVED_MODEL_NAME": "fake",
         "DATA_DIR": str(tmp_path),
-        "PORT": str(free_port(0)),
+        "PORT": str(unused()),
         "ADMIN_KEY": ADMIN_KEY,
         "FLEET_KEY": "fleet-key-of-the-tests",
         "REPLICA_STALL": "20",

@@ -19,7 +19,7 @@ from server.inference.dialects.fields import BEAMS
 from server.inference.dialects.registry import DIALECTS
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
-from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
+from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer, waits_at_most
 from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
@@ -404,26 +404,25 @@ async def test_an_engine_error_after_the_first_token_is_an_event(site: Site) -> 
 
 
 @pytest.fixture
-async def narrow(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Site]:
-    """A site with one place in the engine, which is taken; its parameter is how long one may wait for it."""
-    engine = FakeEngine(tiny.base(), max_running=1, times=Times(step=0.1))
-    async with fake_site(tmp_path, engine, queue_timeout=request.param) as site:
+async def narrow(tmp_path: Path) -> AsyncIterator[Site]:
+    """A site with one place in the engine, which is taken."""
+    engine = FakeEngine(tiny.base(), max_running=1, times=Times(step=0.1), max_model_len=1 << 16)
+    async with fake_site(tmp_path, engine, queue_timeout=600) as site:
         key = await site.tenant("first", {"a": tiny.adapter(1)})
-        body = {**CHAT, "max_tokens": 500, "stream": True}
+        body = {**CHAT, "max_tokens": 60_000, "stream": True}
         async with site.http.stream("POST", CHAT_URL, json=body, headers=bearer(key)):
             yield site
 
 
-@pytest.mark.parametrize("narrow", [0.5], indirect=True)
 async def test_whoever_waits_too_long_is_told(narrow: Site) -> None:
     key = await narrow.tenant("acme", {"a": tiny.adapter(1)})
+    waits_at_most(narrow, 0.5)
     error(await narrow.chat(key, "hi"), 503, "queue_timeout")
     with pytest.raises(openai.InternalServerError) as refused:
         await narrow.openai(key).chat.completions.create(model="a", messages=MESSAGES)
     assert refused.value.status_code == 503
 
 
-@pytest.mark.parametrize("narrow", [60.0], indirect=True)
 async def test_only_so_many_may_wait(narrow: Site) -> None:
     key = await narrow.tenant("acme", {"a": tiny.adapter(1)}, max_queued=1)
     waiting = asyncio.create_task(narrow.chat(key, "hi"))

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 from server.http.examples import EXAMPLES
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
-from tests.support.site import Site, bearer
+from tests.support.site import Site, bearer, waits_at_most
 from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated", "ignore::DeprecationWarning")
@@ -208,12 +207,6 @@ async def test_the_vendors_clients_read_over_the_comments(tmp_path: Path) -> Non
             assert events[-1].type == "response.completed"
 
 
-def waits_at_most(site: Site, seconds: float) -> None:
-    """So long a request may wait from now on, one that waits already too."""
-    plan = site.services.dispatcher._plan
-    plan._capacity = replace(plan._capacity, queue_timeout=seconds)
-
-
 async def test_a_refusal_after_a_comment_is_an_event(tmp_path: Path) -> None:
     async with site_with(tmp_path, times=Times(step=0.02), sse_keepalive=0.1, queue_timeout=600) as site:
         key = await site.tenant("acme", {"a": tiny.adapter(1)})
@@ -237,11 +230,10 @@ async def test_a_refusal_after_a_comment_is_an_event(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keepalive", [0, 60])
 async def test_before_that_a_refusal_has_its_status(tmp_path: Path, keepalive: float) -> None:
-    async with site_with(
-        tmp_path, times=Times(step=0.02), sse_keepalive=keepalive, queue_timeout=0.3
-    ) as site:
+    async with site_with(tmp_path, times=Times(step=0.02), sse_keepalive=keepalive) as site:
         key = await site.tenant("acme", {"a": tiny.adapter(1)})
         async with busy(site, key):
+            waits_at_most(site, 0.3)
             with pytest.raises(openai.APIStatusError) as refused:
                 await site.openai(key).chat.completions.create(
                     model="a", messages=TURNS, max_tokens=3, stream=True

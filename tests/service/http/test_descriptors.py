@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,9 +16,8 @@ import pytest
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.support import crashes, tiny
 from tests.support.forks import PROCESSES
+from tests.support.ports import unused
 from tests.support.site import ADMIN_KEY, bearer
-
-pytestmark = pytest.mark.timeout(300)
 
 DESCRIPTORS = 256
 
@@ -49,9 +47,7 @@ class Small:
 
 @pytest.fixture
 async def small(tmp_path: Path) -> AsyncIterator[Small]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = unused()
     settings = tiny.settings(tmp_path / "data", port=port, drain_timeout=0.3, log_level="error")
     arguments = (DESCRIPTORS, settings, tiny.base(), tmp_path)
     process = PROCESSES.Process(target=crashes.serve_with, args=arguments)

@@ -13,12 +13,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.demo.process import free_port
 from tests.service.http.test_browsers import TURNS, busy
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
 from tests.support.nginx import CONFIG as ALONE
 from tests.support.nginx import INSIDE, NGINX
+from tests.support.ports import unused
 from tests.support.site import Site, bearer
 from tests.support.tiny import fake_site
 
@@ -38,7 +38,7 @@ CONFIG = ALONE.replace(
 
 @asynccontextmanager
 async def behind_nginx(site: Site, folder: Path, extra: str = "") -> AsyncIterator[httpx.AsyncClient]:
-    port = free_port(0)
+    port = unused()
     config = folder / "nginx.conf"
     config.write_text(CONFIG.format(folder=folder, port=port, upstream=site.url, extra=extra))
     process = subprocess.Popen([NGINX, "-c", str(config), "-p", str(folder), "-e", str(folder / "error.log")])
@@ -121,7 +121,7 @@ async def test_a_stream_that_waits_outlives_the_proxys_patience(tmp_path: Path) 
 async def test_a_stream_waits_for_minutes(tmp_path: Path) -> None:
     engine = FakeEngine(tiny.base(), times=Times(step=QUEUED_S / 60), max_running=1)
     async with (
-        fake_site(tmp_path / "data", engine, queue_timeout=QUEUED_S + 60) as site,
+        fake_site(tmp_path / "data", engine, queue_timeout=QUEUED_S + 60, sse_keepalive=15) as site,
         behind_nginx(site, tmp_path) as proxied,
     ):
         key = await site.tenant("acme", {"a": tiny.adapter(1)})

@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from server.demo.process import free_port
 from server.settings import Settings
 from tests.support import nginx, tiny
 from tests.support.fakes import FakeEngine, Times
+from tests.support.ports import unused
 from tests.support.site import ADMIN_KEY, Site, bearer
 from tests.support.tiny import fake_site
 
@@ -82,7 +82,7 @@ async def behind(program: str, site: Site, folder: Path) -> AsyncIterator[str]:
     """The address of a proxy in front of ``site``."""
     if not Path(PROGRAMS[program]).exists():
         pytest.skip(f"{program} is not installed")
-    port, tls = free_port(0), certificate(folder)
+    port, tls = unused(), certificate(folder)
     upstream = urlsplit(site.url).netloc
     words = {"nginx": nginx, "caddy": caddy}[program](folder, port, upstream, tls)
     with (folder / "log").open("w") as log:

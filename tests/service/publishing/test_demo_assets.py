@@ -29,6 +29,7 @@ from server.demo import process, run
 from server.demo.base import BASE_NAME, cache_folder, prepare
 from server.demo.client import Answer, DemoError, ask, create_customer
 from server.settings import Settings
+from tests.support.ports import unused
 
 ADAPTERS = run.ADAPTERS
 CUSTOMERS = run.CUSTOMERS
@@ -377,7 +378,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 class TestServerProcess:
     async def test_it_is_waited_for_and_stopped(self, tmp_path: Path) -> None:
-        log, port = tmp_path / "log", process.free_port(0)
+        log, port = tmp_path / "log", unused()
         command = [sys.executable, "-c", SERVER, str(port)]
         async with (
             process.running(command, os.environ, log) as child,

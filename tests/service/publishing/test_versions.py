@@ -15,7 +15,7 @@ from adapters.errors import DatabaseUnavailable
 from adapters.split import choose
 from server.publishing import publish
 from tests.service.http.test_admin import TENANTS, ask_first, eventually, residency
-from tests.service.http.test_api import CHAT, CHAT_URL, error
+from tests.service.http.test_api import CHAT, CHAT_URL, engine_of, error
 from tests.service.publishing.test_upload import blobs
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
@@ -217,15 +217,18 @@ async def test_a_running_request_finishes_on_a_version_that_goes(site: Site, tmp
     key = await site.tenant("acme")
     (digest,) = await upload(site, 1)
     await site.admin.patch(ADAPTER, json={"keep_versions": 1})
-    body = {**CHAT, "max_tokens": 200, "stream": True}
+    body = {**CHAT, "max_tokens": 400, "stream": True}
+    times = engine_of(site).times
+    times.step = 0.1
     async with site.http.stream("POST", CHAT_URL, json=body, headers=bearer(key)) as stream:
         lines = stream.aiter_lines()
         await anext(lines)
         await upload(site, 2)
         assert await numbers(site) == [2]
         assert (tmp_path / "blobs" / digest).exists()
+        times.step = 0.001
         rest = "".join([line async for line in lines])
-    assert '" 199"' in rest
+    assert '" 399"' in rest
     await eventually(site, tmp_path / "blobs" / digest)
 
 

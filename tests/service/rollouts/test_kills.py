@@ -9,7 +9,6 @@ import asyncio
 import os
 import random
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ import pytest
 from tests.service.accounts.test_usage_process import Server
 from tests.service.rollouts.test_rollouts import ADAPTER, QUICK, ROLLOUTS
 from tests.support import tiny
+from tests.support.ports import unused
 from tests.support.site import ADMIN_KEY, bearer
 
 KILLS = int(os.environ.get("KILLS", "2"))
-pytestmark = pytest.mark.timeout(max(300, KILLS * 60))
+pytestmark = pytest.mark.timeout(max(1200, KILLS * 60))
 
 ADMIN = bearer(ADMIN_KEY)
 
@@ -86,8 +86,7 @@ class Client:
 
 
 async def test_a_kill_changes_nothing(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = unused()
     rng = random.Random(int(os.environ.get("SEED", "1")))
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
         server, client = Server(tmp_path, http, port), Client(http)

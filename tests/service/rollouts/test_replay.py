@@ -20,7 +20,7 @@ from tests.service.rollouts.test_rollouts import ADAPTER, QUICK, ROLLOUTS, adapt
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
 from tests.support.fleet import Fleet, fleet
-from tests.support.site import Site
+from tests.support.site import Site, waits_at_most
 from tests.support.tiny import fake_site
 
 KEY = "a key of the tests that is long enough"
@@ -254,11 +254,12 @@ async def test_replays_go_on_beside_others_who_always_wait(
     monkeypatch.setattr("server.rollouts.replay.ANSWER_TOKENS", 4)
     monkeypatch.setattr("server.rollouts.replay.ASK_AGAIN_S", 0.05)
     engine = FakeEngine(tiny.base(), times=Times(step=0.002), max_running=1)
-    async with fake_site(tmp_path, engine, rollout_key=KEY, queue_timeout=0.3) as site:
+    async with fake_site(tmp_path, engine, rollout_key=KEY) as site:
         key = await two(site, 2)
         replayer = site.services.judge.replayer
         replay = replayer.replay
         id_ = await kept(site, key)
+        waits_at_most(site, 0.3)
         other, refusals = await site.tenant("globex", base_allowed=True), 0
 
         async def flood() -> None:

@@ -16,26 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from sqlalchemy import insert, select
 
 from adapters.database.database import Database
 from adapters.database.rows import LeaseRow, UsageRow
 from server.accounts.usage import Usage, UsageWriter
-from server.demo.process import free_port
 from server.rollouts import runner
 from tests.service.rollouts.test_kills import Client
 from tests.service.rollouts.test_rollouts import QUICK, begun, two_versions, until
 from tests.support import crashes, databases, tiny
 from tests.support.fleet import FLEET_KEY
 from tests.support.forks import PROCESSES
-
-pytestmark = pytest.mark.timeout(600)
+from tests.support.ports import unused
 
 
 @asynccontextmanager
 async def running(folder: Path, url: str) -> AsyncIterator[tuple[Any, httpx.AsyncClient]]:
-    port = free_port(0)
+    port = unused()
     settings = tiny.settings(
         folder / "data",
         role="gateway",

@@ -26,9 +26,6 @@ from tests.support.crashes import Operation
 from tests.support.forks import PROCESSES
 from tests.support.tiny import fake_site
 
-pytestmark = pytest.mark.timeout(300)
-
-
 # tenant, adapter -> (live, default, pinned, ((number, digest), …))
 State = dict[tuple[str, str], tuple[int | None, bool, bool, tuple[tuple[int, str], ...]]]
 

@@ -6,9 +6,10 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -38,6 +39,13 @@ async def until_ready(site: Site) -> None:
     async with asyncio.timeout(60):
         while (await site.http.get("/ready")).status_code != 200:
             await asyncio.sleep(0.05)
+
+
+async def until(ask: Callable[[], Awaitable[httpx.Response]], status: int) -> None:
+    """Asks again where the database did not answer in time, as of a machine that stands still."""
+    async with asyncio.timeout(120):
+        while (answer := await ask()).status_code != status:
+            assert answer.status_code == 503, answer.text
 
 
 async def test_a_restart_of_the_database_costs_nobody_an_answer(
@@ -98,20 +106,26 @@ async def test_inference_goes_on_without_the_database_and_its_usage_is_kept(
 async def test_a_database_that_says_nothing_hangs_nobody(tmp_path: Path, way: tuple[str, Proxy]) -> None:
     """As where its process is stopped, or a network swallows what is sent: no connection ends by itself."""
     url, between = way
-    async with fake_site(tmp_path, database_url=url, database_timeout=1.0) as site:
+    async with fake_site(tmp_path, database_url=url) as site:
         key = await site.tenant("acme", {"a": tiny.adapter(1)})
         assert (await site.chat(key, "hi", model="a", max_tokens=4)).status_code == 200
+    async with fake_site(tmp_path, database_url=url, database_timeout=1.0) as site:
+        await until(lambda: site.chat(key, "hi", model="a", max_tokens=4), 200)
         between.swallow()
         for _ in range(3):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 assert (await site.chat(key, "hi", model="a", max_tokens=4)).status_code == 200
+        alone = time.monotonic()
+        error(await site.admin.get("/admin/v1/tenants?limit=8"), 503, "database_unavailable")
+        alone = time.monotonic() - alone
         asked = [site.admin.post("/admin/v1/tenants", json={"id": f"t{number}"}) for number in range(8)]
         asked += [site.admin.get("/admin/v1/tenants?limit=7") for _ in range(24)]
         began = time.monotonic()
         for answer in await asyncio.gather(*asked, site.upload("acme", "b", tiny.adapter(2))):
             error(answer, 503, "database_unavailable")
             assert int(answer.headers["Retry-After"]) >= 1
-        assert time.monotonic() - began < 25, "one after another they take longer than that"
+        most = max(25, 0.6 * len(asked) * alone)
+        assert time.monotonic() - began < most, "one after another they take longer than that"
         strange = await site.http.get("/v1/models", headers=bearer("lp-" + "x" * 43))
         error(strange, 503, "database_unavailable")
         ready = await site.http.get("/ready")
@@ -119,11 +133,11 @@ async def test_a_database_that_says_nothing_hangs_nobody(tmp_path: Path, way: tu
         assert (await site.http.get("/health")).status_code == 200
         await between.mend()
         await until_ready(site)
-        assert (await site.admin.post("/admin/v1/tenants", json={"id": "t0"})).status_code == 201
-        assert (await site.upload("acme", "b", tiny.adapter(2))).status_code == 201
-        await site.services.usage_writer.flush()
+        await until(lambda: site.admin.post("/admin/v1/tenants", json={"id": "t0"}), 201)
+        await until(lambda: site.upload("acme", "b", tiny.adapter(2)), 201)
+    async with fake_site(tmp_path, database_url=url) as site:
         used = (await site.admin.get("/admin/v1/usage?tenant=acme")).json()
-        assert sum(row["requests"] for row in used["data"]) == 4, json.dumps(used)
+        assert sum(row["requests"] for row in used["data"]) == 5, json.dumps(used)
 
 
 async def test_connections_that_are_cut_again_and_again_end_in_no_500(

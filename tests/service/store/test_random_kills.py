@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,12 +28,13 @@ from tests.service.batches.test_batches import CHAT, jsonl, line
 from tests.support import changes, crashes
 from tests.support.changes import Change, State
 from tests.support.databases import empty
+from tests.support.ports import unused
 from tests.support.site import ADMIN_KEY, bearer
 
 KILLS = int(os.environ.get("KILLS", "3"))
 DB = os.environ.get("DB", "sqlite")
 LINES = 6  # of a batch
-pytestmark = pytest.mark.timeout(max(300, KILLS * 60))
+pytestmark = pytest.mark.timeout(max(1200, KILLS * 60))
 
 NAMES = ("a", "b")
 ADMIN = bearer(ADMIN_KEY)
@@ -173,8 +173,7 @@ class Batcher:
 
 
 async def test_all_that_was_acknowledged_and_nothing_half(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = unused()
     seed = int(os.environ.get("SEED", "1"))
     rng = random.Random(seed)
     async with (

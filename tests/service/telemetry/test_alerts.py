@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -57,20 +57,9 @@ async def small_disk(folder: Path) -> AsyncIterator[bool]:
             subprocess.run(["umount", "-l", folder], check=True)
 
 
-async def fires_while(
-    watching: Prometheus, alerts: tuple[str, ...], cause: Callable[[], Awaitable[Any]]
-) -> None:
-    """Repeats ``cause`` until all of ``alerts`` have fired."""
-    waiting = asyncio.gather(*(watching.until(alert, fires=True, seconds=60) for alert in alerts))
-    while not waiting.done():
-        await cause()
-        await asyncio.sleep(0.2)
-    await waiting
-
-
 async def ended(watching: Prometheus, alerts: tuple[str, ...]) -> None:
     for alert in alerts:
-        await watching.until(alert, fires=False, seconds=60)
+        await watching.until(alert, fires=False)
 
 
 # --- a server whose adapters lie in an object store, with Redis and a small disk of its own --------------
@@ -86,15 +75,15 @@ async def storage(
         for name in "abcd":
             await site.chat(key, "hi", model=name, max_tokens=1)
 
-    await fires_while(watching, ("LoraplexThrashing",), all_in_turn)
+    await watching.fires_while(("LoraplexThrashing",), all_in_turn)
     blobs = store / "blobs"
     blobs.rename(store / "away")
     failing = ("LoraplexFetchFailures", "LoraplexLoadFailures", "LoraplexErrors")
-    await fires_while(watching, failing, all_in_turn)
+    await watching.fires_while(failing, all_in_turn)
     (store / "away").rename(blobs)
     redis.kill()
     without = ("LoraplexLimitsUncounted",)
-    await fires_while(watching, without, lambda: site.chat(limited, "hi", model=tiny.NAME))
+    await watching.fires_while(without, lambda: site.chat(limited, "hi", model=tiny.NAME))
     redis.start()
     if disk is not None:
         await watching.until("LoraplexDiskLow", fires=True)
@@ -119,13 +108,11 @@ async def versions(site: Site, watching: Prometheus, folder: Path) -> None:
         await site.admin.patch(where, json={"action": "roll_back"})
         await ended(watching, ("LoraplexRolloutHeld",))
 
-    taken_back = asyncio.create_task(watching.until("LoraplexRolledBack", fires=True, seconds=90))
-    await rolled_back()
-    await taken_back
+    await watching.fires_while(("LoraplexRolledBack",), rolled_back)
 
     plan = site.services.dispatcher._plan
     plan._sequences += 1  # a state that cannot be, as a defect would leave it
-    await fires_while(watching, ("LoraplexSelfCheckFailed",), lambda: site.chat(key, "hi", model="plain"))
+    await watching.fires_while(("LoraplexSelfCheckFailed",), lambda: site.chat(key, "hi", model="plain"))
     plan._sequences -= 1
 
     version = await site.services.publishing.catalog.resolve("acme", "plain")
@@ -137,7 +124,7 @@ async def versions(site: Site, watching: Prometheus, folder: Path) -> None:
     async def ask() -> None:
         await site.chat(key, "hi", model="plain")
 
-    await fires_while(watching, ("LoraplexUnserved",), ask)
+    await watching.fires_while(("LoraplexUnserved",), ask)
     weights.write_bytes(good)
     await site.admin.delete("/admin/v1/tenants/acme/adapters/plain")
     # The version that was trained on this engine answers again.
@@ -169,14 +156,14 @@ async def after_an_upgrade(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Asy
 async def work(site: Fleet, watching: Prometheus) -> None:
     key = await site.gateway.tenant("acme")
     slow = ("LoraplexQueueLong", "LoraplexSlowFirstToken")
-    seen = asyncio.gather(*(watching.until(alert, fires=True, seconds=60) for alert in slow))
     tokens = int(WAIT_S / 0.25) + 4
     asked = {"model": tiny.NAME, "stream": True}
-    first = asyncio.create_task(site.gateway.chat(key, "hi", max_tokens=tokens, **asked))
-    await asyncio.sleep(0.5)
-    await site.gateway.chat(key, "hi", max_tokens=1, **asked)
-    await first
-    await seen
+
+    async def two_at_once() -> None:
+        both = site.gateway.chat(key, "hi", max_tokens=tokens, **asked), site.gateway.chat(key, "hi", **asked)
+        await asyncio.gather(*both)
+
+    await watching.fires_while(slow, two_at_once)
     await ended(watching, slow)
     (replica,) = site.replicas
     replica.freeze()

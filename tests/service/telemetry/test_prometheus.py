@@ -37,7 +37,7 @@ ELSEWHERE = ("loraplex_replica_", "loraplex_moved_", "loraplex_budget_", "vllm:k
 @pytest.mark.parametrize("words", [["check", "rules"], ["test", "rules"]])
 def test_promtool_takes_the_alerts(words: list[str]) -> None:
     file = ALERTS if words[0] == "check" else ALERTS.with_name("alerts_test.yml")
-    done = subprocess.run([str(TOOL), *words, str(file)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(TOOL), *words, str(file)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -45,7 +45,7 @@ def test_promtool_takes_the_alerts(words: list[str]) -> None:
 def test_promtool_takes_the_configuration() -> None:
     config = ALERTS.parent / "prometheus.yml"
     done = subprocess.run(
-        [str(TOOL), "check", "config", str(config)], capture_output=True, text=True, timeout=60
+        [str(TOOL), "check", "config", str(config)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -81,6 +81,7 @@ def test_the_dashboards_are_those_of_the_code(name: str) -> None:
 
 def site_of(folder: Path, **settings: Any) -> Any:
     engine = FakeEngine(tiny.base(), times=Times(step=0.002, start=0.2))
+    settings = {"engine_restarts": 1000} | settings
     return fake_site(folder, engine, log_format="text", auth_failures=0, **settings)
 
 
@@ -98,8 +99,7 @@ async def test_alerts_fire_by_their_causes_and_end(tmp_path: Path) -> None:
         assert port is not None
         async with proxy("127.0.0.1", port) as way, prometheus(tmp_path / "prometheus", way.port) as watching:
             await site.chat(key, "hi", max_tokens=2)
-            await asyncio.sleep(1.0)
-            assert await watching.firing() == set()
+            await watching.until_calm()
 
             way.cut()
             await watching.until("LoraplexDown", fires=True)
@@ -109,15 +109,20 @@ async def test_alerts_fire_by_their_causes_and_end(tmp_path: Path) -> None:
             version = await site.services.publishing.catalog.version("acme", "a", 1)
             await quarantine(site.services.publishing.quarantine, site.services.dispatcher, version, "NaN")
             began = ("LoraplexQuarantined", "LoraplexWrongKeys", "LoraplexCustomerRefused")
-            seen = asyncio.gather(*(watching.until(alert, fires=True) for alert in began))
-            await asyncio.gather(
-                wrong_keys(site), *(site.chat(key, "hi", model=tiny.NAME) for _ in range(20))
-            )
-            await seen
-            site.services.engine.die()
-            asking = asyncio.create_task(site.chat(await site.tenant("zeta"), "hi", model=tiny.NAME))
-            await watching.until("LoraplexEngineRestarted", fires=True)
-            assert (await asking).status_code in (200, 503), "it may be what met the loss"
+
+            async def refused() -> None:
+                asked = (site.chat(key, "hi", model=tiny.NAME) for _ in range(20))
+                await asyncio.gather(wrong_keys(site), *asked)
+
+            await watching.fires_while(began, refused)
+            other = await site.tenant("zeta")
+
+            async def died() -> None:
+                site.services.engine.die()
+                met = await site.chat(other, "hi", model=tiny.NAME)
+                assert met.status_code in (200, 503), "it may be what met the loss"
+
+            await watching.fires_while(("LoraplexEngineRestarted",), died)
 
             released = await site.admin.patch(
                 "/admin/v1/tenants/acme/adapters/a/versions/1", json={"quarantined": False}
@@ -152,15 +157,12 @@ async def test_every_query_of_the_dashboards_is_answered(tmp_path: Path) -> None
         port = urlsplit(site.url).port
         assert port is not None
         async with prometheus(tmp_path / "prometheus", port) as watching:
-            left: set[str] = set()
-            for turn in range(300):
+            left: set[str] | None = None  # pytest's own limit ends it where something stays unanswered
+            while left != set():
                 said = await site.chat(key, "hi", max_tokens=4, stream=True)
                 assert said.status_code == 200
                 await asyncio.sleep(0.2)
-                left = await unanswered(watching) if turn > 3 else {"not yet"}
-                if not left:
-                    break
-            assert left == set()
+                left = await unanswered(watching)
             found = await watching.exemplars("loraplex_time_to_first_token_seconds_bucket")
             assert found
             assert all(re.fullmatch("[0-9a-f]{32}", one["labels"]["trace_id"]) for one in found)
