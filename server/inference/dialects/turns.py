@@ -77,7 +77,7 @@ def _whole_answer(number: int, item: Mapping[str, Any]) -> Any:
 
 
 def _whole_reasoning(number: int, item: Mapping[str, Any]) -> Any:
-    whole = {"id": f"rs_{number}", "summary": []}
+    whole: dict[str, Any] = {"id": f"rs_{number}", "summary": []}
     whole |= {name: value for name, value in item.items() if value is not None}
     for name, kind in (("content", "reasoning_text"), ("summary", "summary_text")):
         texts = _texts(item.get(name), {kind: "text"})
