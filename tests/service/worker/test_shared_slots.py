@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,26 +29,29 @@ RANK, SLOTS, ADAPTERS, TOKENS = 64, 3, 24, 40
 OUTPUTS = {"qkv_proj": [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD], "o_proj": [HIDDEN]}
 
 
+ONE_WORKER = SimpleNamespace(world_size=1, rank_in_group=0)
+
+
+def layers_of(slots: int, wrapper: Any, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """vLLM's layers with so many slots, and its ``wrapper`` of kernels."""
+    with set_current_vllm_config(VllmConfig()):
+        lora = LoRAConfig(max_loras=slots, max_lora_rank=RANK, lora_dtype=dtype)
+        inside = {"bias": False, "params_dtype": dtype}
+        qkv = linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, **inside)
+        out = linear.RowParallelLinear(HIDDEN, HIDDEN, **inside)
+        made = {
+            "qkv_proj": from_layer(qkv, slots, lora, FUSED["qkv_proj"]),
+            "o_proj": from_layer(out, slots, lora, []),
+        }
+    for layer in made.values():
+        layer.set_mapping(wrapper)
+    return made
+
+
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes vLLM's layers with so many slots, and its wrapper of kernels."""
-    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(world_size=1, rank_in_group=0))
-
-    def make(slots: int, wrapper: Any) -> dict[str, Any]:
-        with set_current_vllm_config(VllmConfig()):
-            lora = LoRAConfig(max_loras=slots, max_lora_rank=RANK, lora_dtype=torch.float32)
-            inside = {"bias": False, "params_dtype": torch.float32}
-            qkv = linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, **inside)
-            out = linear.RowParallelLinear(HIDDEN, HIDDEN, **inside)
-            made = {
-                "qkv_proj": from_layer(qkv, slots, lora, FUSED["qkv_proj"]),
-                "o_proj": from_layer(out, slots, lora, []),
-            }
-        for layer in made.values():
-            layer.set_mapping(wrapper)
-        return made
-
-    return make
+    monkeypatch.setattr(parallel_state, "_TP", ONE_WORKER)
+    return layers_of
 
 
 def adapter(load_id: int, rank: int, rng: random.Random) -> LoRAModel:
@@ -95,7 +101,7 @@ def deltas(
     wrapper.update_metadata(LoRAMapping(tuple(ids), tuple(ids), is_prefill=True), table, len(table) + 1, 100)
     made = []
     for name, layer in layers.items():
-        y = torch.zeros(len(ids), sum(OUTPUTS[name]))
+        y = torch.zeros(len(ids), sum(OUTPUTS[name]), dtype=x.dtype)
         wrapper.add_lora_linear(y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, layer.output_slices)
         made.append(y)
     return made
@@ -110,6 +116,13 @@ def padded(layers: Any, loras: list[LoRAModel], ids: list[int], x: torch.Tensor)
             if one := lora.get_lora(name):
                 layer.set_lora(index, one.lora_a, one.lora_b)
     return deltas(alone, wrapper, ids, [lora.id for lora in loras], x)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="pip install triton, 290 MB")
+def test_the_kernels_of_a_gpu_answer_alike() -> None:
+    """In Triton's interpreter, in a process of its own: here vLLM has decided that there is no Triton."""
+    told = subprocess.run([sys.executable, "-m", "tests.support.interpreted"], capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout + told.stderr
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,0 +1,61 @@
+"""Adapters that share slots, by vLLM's kernels for a GPU, in Triton's interpreter: ``python -m`` this.
+
+Triton is in no list of pins: ``pip install triton``, 290 MB, and 1 GB on the disk. Its interpreter runs the
+kernels that a GPU would, one block after the other in numpy, so that ``SharedRowsOnGPU`` is tried as it is:
+how it maps rows, what it masks, and that vLLM's shrink and expand then answer as with a slot for each. In
+float16, which these kernels want. Ends with 1 where they do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+# Outputs are about one, and float16 has eleven bits of them.
+TOLERANCE = 5e-3
+
+
+def find_triton() -> None:
+    """Lets vLLM take Triton, which its CPU build does without. Raises SystemExit where there is none.
+
+    With no card to be seen it needs none; that this is a CPU build it is not told while it looks.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import vllm.platforms
+
+    assert vllm.platforms.current_platform.is_cpu(), "this is for the CPU build"
+    usual = vllm.platforms.vllm_version_matches_substr
+    vllm.platforms.vllm_version_matches_substr = lambda part: False
+    from vllm.triton_utils import HAS_TRITON
+
+    vllm.platforms.vllm_version_matches_substr = usual
+    if not HAS_TRITON:
+        raise SystemExit("Triton is not here: pip install triton")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sets", nargs="?", type=int, default=8, help="sets of adapters that are tried (8)")
+    given = parser.parse_args()
+    find_triton()
+    import torch
+    from vllm.distributed import parallel_state
+
+    from tests.service.worker.test_shared_slots import ONE_WORKER, SLOTS
+    from tests.support.shared_in_triton import differences
+
+    parallel_state._TP = ONE_WORKER  # type: ignore[assignment]
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    with torch.inference_mode():
+        found = differences(given.sets)
+    print(f"{len(found)} sets of adapters in {SLOTS} shared slots, {time.monotonic() - began:.0f} s:")
+    print(f"largest difference from a slot for each: {max(found):.1e} (float16; allowed {TOLERANCE:.0e})")
+    return int(max(found) > TOLERANCE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
