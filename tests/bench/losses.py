@@ -107,6 +107,51 @@ class Process:
         await self.process.wait()
 
 
+async def prepared(customers: int, *, real: bool) -> tuple[dict[str, str], list[Path]]:
+    """The settings of an engine, and folders of so many adapters for it."""
+    if real:
+        base = await asyncio.to_thread(prepare, cache_folder())
+        chosen = of_rank(8, customers)
+        await make(chosen)
+        engine = json.dumps({"max_num_seqs": 8, "dtype": "float32"})
+        settings = {"MODEL": str(base), "ENGINE_ARGS": engine, "MAX_MODEL_LEN": "512"}
+        return settings, [adapter.folder for adapter in chosen]
+    from tests.support import tiny  # imports torch
+
+    shapes = {n: [shape.in_features, shape.out_features] for n, shape in tiny.base().modules.items()}
+    os.environ["FAKE_MODULES"] = json.dumps(shapes)
+    return {"MODEL": f"/models/{tiny.NAME}"}, [tiny.adapter(number) for number in range(customers)]
+
+
+async def started(settings: dict[str, str], *, real: bool) -> Process:
+    """A process on a free port, which is not ready yet."""
+    port = free_port(0)
+    told = settings | {
+        "PORT": str(port),
+        "ADMIN_KEY": ADMIN["Authorization"].removeprefix("Bearer "),
+        "FLEET_KEY": FLEET_KEY,
+        "LOG_LEVEL": "error",
+    }
+    own = real or settings["ROLE"] == "gateway"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", *(("server", "serve") if own else ("tests.support.fake_server",))),
+        env=os.environ | {f"LORAPLEX_{name}": value for name, value in told.items()},
+        start_new_session=True,
+    )
+    return Process(process, f"http://127.0.0.1:{port}")
+
+
+async def customer(server: Process, name: str, folder: Path) -> dict[str, str]:
+    """Headers with the key of a new customer, who has the adapter ``a``."""
+    http, path = server.http, f"/admin/v1/tenants/{name}"
+    files = {file: (folder / file).read_bytes() for file in (CONFIG_FILE, WEIGHTS_FILE)}
+    made = await http.post("/admin/v1/tenants", json={"id": name}, headers=ADMIN)
+    upload = await http.post(f"{path}/adapters/a/versions", files=files, headers=ADMIN)
+    check((made.status_code, upload.status_code) == (201, 201), made.text, upload.text)
+    key = await http.post(f"{path}/keys", json={}, headers=ADMIN)
+    return bearer(key.json()["key"])
+
+
 class Answer:
     """A stream as its client sees it; ``pause`` is the longest time between two pieces, in seconds."""
 
@@ -183,14 +228,7 @@ class Losses:
         self.gateway = await self._started("gateway")
         await self._ready()
         for number, folder in enumerate(folders):
-            name, http = f"c{number}", self.gateway.http
-            files = {file: (folder / file).read_bytes() for file in (CONFIG_FILE, WEIGHTS_FILE)}
-            made = await http.post("/admin/v1/tenants", json={"id": name}, headers=ADMIN)
-            path = f"/admin/v1/tenants/{name}"
-            upload = await http.post(f"{path}/adapters/a/versions", files=files, headers=ADMIN)
-            check((made.status_code, upload.status_code) == (201, 201), made.text, upload.text)
-            key = await http.post(f"{path}/keys", json={}, headers=ADMIN)
-            self._keys.append(bearer(key.json()["key"]))
+            self._keys.append(await customer(self.gateway, f"c{number}", folder))
         for number in range(CUSTOMERS):
             answer = Answer(number)
             await answer.read(self.gateway, self._keys[number])
@@ -295,38 +333,12 @@ class Losses:
 
     async def _prepare(self) -> list[Path]:
         """Folders of as many adapters as there are customers."""
-        if self._real:
-            base = await asyncio.to_thread(prepare, cache_folder())
-            chosen = of_rank(8, CUSTOMERS)
-            await make(chosen)
-            engine = json.dumps({"max_num_seqs": 8, "dtype": "float32"})
-            self._settings = {"MODEL": str(base), "ENGINE_ARGS": engine, "MAX_MODEL_LEN": "512"}
-            return [adapter.folder for adapter in chosen]
-        from tests.support import tiny  # imports torch
-
-        shapes = {n: [shape.in_features, shape.out_features] for n, shape in tiny.base().modules.items()}
-        os.environ["FAKE_MODULES"] = json.dumps(shapes)
-        self._settings = {"MODEL": f"/models/{tiny.NAME}"}
-        return [tiny.adapter(number) for number in range(CUSTOMERS)]
+        self._settings, folders = await prepared(CUSTOMERS, real=self._real)
+        self._settings |= {"DATA_DIR": str(self._folder), "GPU_SLOTS": str(CUSTOMERS)}
+        return folders
 
     async def _started(self, role: str) -> Process:
-        port = free_port(0)
-        told = self._settings | {
-            "DATA_DIR": str(self._folder),
-            "PORT": str(port),
-            "ROLE": role,
-            "ADMIN_KEY": ADMIN["Authorization"].removeprefix("Bearer "),
-            "FLEET_KEY": FLEET_KEY,
-            "GPU_SLOTS": str(CUSTOMERS),
-            "LOG_LEVEL": "error",
-        }
-        own = self._real or role == "gateway"
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", *(("server", "serve") if own else ("tests.support.fake_server",))),
-            env=os.environ | {f"LORAPLEX_{name}": value for name, value in told.items()},
-            start_new_session=True,
-        )
-        return Process(process, f"http://127.0.0.1:{port}")
+        return await started(self._settings | {"ROLE": role}, real=self._real)
 
     async def _replace(self, one: Process, *, status: int) -> None:
         check(await one.process.wait() == status, f"it ended with {one.process.returncode}")
