@@ -275,7 +275,7 @@ def _serve(settings: Settings, config: Path | None = None) -> int:
     import uvicorn
 
     from server import logs
-    from server.app import create_app, drain
+    from server.app import create_app, drain, listening
     from server.engine.calls import EngineDied
     from server.http.connection import BoundedHeads, DrainingServer, connections_for, raise_descriptors
     from server.http.heap import keep_large_blocks_apart
@@ -316,6 +316,7 @@ def _serve(settings: Settings, config: Path | None = None) -> int:
             server_header=False,
         ),
         partial(drain, app),
+        partial(listening, app),
     )
     server.run()
     return 1 if died or not server.started else 0

@@ -375,7 +375,6 @@ async def _join_fleet(
         chores=chores,
         remember=stores.ownership.try_to_remember,
     )
-    await replica.start()
     stack.push_async_callback(replica.stop)
     services.on_drain = replica.drain
     logger.info("replica %s", replica.id)
@@ -470,6 +469,12 @@ async def _redis_ledger(settings: Settings, stack: AsyncExitStack) -> RedisLedge
 async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait([task])
+
+
+def listening(app: FastAPI) -> None:
+    """The server takes connections: a replica announces itself now, as gateways ask it at once."""
+    if (replica := getattr(app.state, "replica", None)) is not None:
+        replica.start()
 
 
 async def drain(app: FastAPI) -> None:

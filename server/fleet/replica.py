@@ -70,9 +70,8 @@ class Replica:
         self._peers: frozenset[str] = frozenset()
         self._beating: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Announces this replica to the gateways; returns once that is on record."""
-        await self._beat()
+    def start(self) -> None:
+        """Announces this replica to the gateways, at once and then again and again."""
         self._beating = asyncio.create_task(self._beat_forever(), name="loraplex-beat")
 
     async def stop(self) -> None:
@@ -153,13 +152,13 @@ class Replica:
 
     async def _beat_forever(self) -> None:
         while True:
-            await asyncio.sleep(BEAT_EVERY_S)
             try:
                 if self.state == "restarting":  # elsewhere they need not wait for the engine
                     await self._ask_to_move()
                 await self._beat()
             except Exception as exc:  # the database may be away: gateways that know us still ask us
                 logger.warning("this replica cannot announce itself: %s", exc)
+            await asyncio.sleep(BEAT_EVERY_S)
 
     async def _beat(self) -> None:
         await self._announce()

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import resource
+import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
@@ -283,13 +284,26 @@ def raise_descriptors() -> int:
 class DrainingServer(uvicorn.Server):
     """uvicorn with a drain: on the first signal it goes on listening, not ready, until streams are done.
 
-    ``drain`` returns when they are. A second signal ends the server as uvicorn ends it.
+    ``drain`` returns when they are. A second signal ends the server as uvicorn ends it. ``listening`` is
+    called once, when connections are taken.
     """
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        drain: Callable[[], Awaitable[None]],
+        listening: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(config)
         self._drain_app = drain
+        self._listening = listening
         self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, which returns when it listens."""
+        await super().startup(sockets)
+        if self.started:
+            self._listening()
 
     async def main_loop(self) -> None:
         """As uvicorn's own, whose ten looks a second cost as much as one or two tokens of a stream."""

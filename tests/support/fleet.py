@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
 from adapters.model import BaseModel
-from server.app import create_app
+from server.app import create_app, listening
 from server.settings import Settings
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
@@ -81,8 +81,8 @@ class FakeReplica:
 
     async def kill(self) -> None:
         """As its process would end: connections break, and nothing is told or tidied up."""
-        for listening in self.server.servers:
-            listening.close()
+        for one in self.server.servers:
+            one.close()
         self.app.state.replica._beating.cancel()
         for connection in list(self.server.server_state.connections):
             transport: Any = connection.transport  # type: ignore[union-attr]
@@ -143,6 +143,8 @@ async def replica(
             task.result()
             raise RuntimeError("the replica did not start")
         await asyncio.sleep(0.01)
+    assert app.state.replica._beating is None, "it is announced when it listens"
+    listening(app)
     yield FakeReplica(engine, app, freezer, server, port)
     freezer.going.set()
     server.should_exit = True

@@ -68,7 +68,7 @@ async def run(replicas: int) -> None:
 
 
 async def heard(client: httpx.AsyncClient) -> None:
-    """The gateway has an answer of a replica, which announces itself before it listens."""
+    """The gateway has an answer of a replica."""
     async with asyncio.timeout(240):
         while (await client.get("/ready")).status_code != 200:
             await asyncio.sleep(0.3)

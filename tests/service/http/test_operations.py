@@ -7,6 +7,7 @@ import logging
 import random
 import shutil
 import signal
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator
 from email.utils import parsedate_to_datetime
@@ -206,6 +207,26 @@ async def test_the_server_leaves_when_told_and_keeps_the_date() -> None:
     server.should_exit = True
     async with asyncio.timeout(60):
         await serving
+
+
+async def test_who_waits_for_it_is_told_when_the_server_takes_connections() -> None:
+    """A replica announces itself then: gateways ask it at once."""
+    told: list[int] = []
+
+    def listening() -> None:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port), 60):
+            told.append(port)
+        server.should_exit = True
+
+    async def drained() -> None:
+        return
+
+    config = uvicorn.Config(lambda: None, port=0, lifespan="off", log_config=None)
+    server = DrainingServer(config, drained, listening)
+    async with asyncio.timeout(60):
+        await server.serve()
+    assert len(told) == 1
 
 
 # --- death ------------------------------------------------------------------------------------------
