@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -31,6 +32,7 @@ Key = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Command = Callable[..., Shown]
 LOCAL = "http://127.0.0.1:8000"
+PIPED_WIDTH = 200  # columns of a table that goes to a file or a pipe
 
 _COMMON = {"url": (Url, LOCAL), "key": (Key, ""), "as_json": (Json, False)}
 
@@ -57,9 +59,7 @@ def command(
             if as_json:
                 print(json.dumps(document, indent=2))
             else:
-                from rich.console import Console
-
-                Console().print(shown)
+                show(shown)
 
         added = [_keyword(n, annotation=a, default=d) for n, (a, d) in _COMMON.items()]
         wrapped.__signature__ = inspect.Signature([*own, *more, *added])  # type: ignore[attr-defined]
@@ -68,6 +68,16 @@ def command(
         return run
 
     return register
+
+
+def show(table: Any) -> None:
+    """Prints it, in wide rows where it goes to a file or a pipe, which has no width of its own."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=PIPED_WIDTH)
+    console.print(table)
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

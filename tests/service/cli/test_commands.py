@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from server.__main__ import cli
 from server.cli import client as remote
-from server.cli import top
+from server.cli import command, tables, top
 from server.metrics import Metrics
 from server.publishing.quarantine import quarantine
 from tests.support import tiny
@@ -42,6 +42,21 @@ async def run(site: Site, *words: str, key: str = ADMIN_KEY, answer: str = "", *
     """The command as a process would run it; the server goes on in this loop meanwhile."""
     settings = {"LORAPLEX_URL": site.url, "LORAPLEX_ADMIN_KEY": key, "COLUMNS": "200"} | env
     return await asyncio.to_thread(CliRunner().invoke, cli, list(words), input=answer, env=settings)
+
+
+def test_a_pipe_gets_a_row_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody says how wide it is; a terminal's own width counts there."""
+    rows = tables.rows([{"id": "a" * 32, "outcome": "rejected (context_length_exceeded)", "at": "b" * 60}])
+    lines = {}
+    for columns in ("", "40"):
+        monkeypatch.setenv("COLUMNS", columns)
+        if not columns:
+            monkeypatch.delenv("COLUMNS")
+        command.show(rows)
+        lines[columns] = len(capsys.readouterr().out.strip().splitlines())
+    assert lines[""] == 2 < lines["40"]
 
 
 async def shown(site: Site, *words: str) -> list[list[str]]:
