@@ -14,7 +14,7 @@ _ITEMS = frozenset(
         "custom_tool_call_output",
     }
 )  # fmt: skip
-_SAID = {"output_text": "text", "refusal": "refusal"}
+_SAID = {"output_text": "text", "input_text": "text", "refusal": "refusal"}
 _AS_TEXT = "send its text as a block of the type text"
 _NO_TOOL = "no tool runs here; leave it out, or offer a tool of your own"
 # Anthropic's blocks that vLLM does not read.
@@ -69,10 +69,9 @@ def _whole_answer(number: int, item: Mapping[str, Any]) -> Any:
     if not texts or not isinstance(parts, list):
         return item
     kept = {name: value for name, value in item.items() if value is not None}
-    notes = [note for part in parts for note in part.get("annotations") or ()]
-    one = {"type": "output_text", "text": "\n".join(texts), "annotations": notes}
-    if len(parts) == 1 and "text" in parts[0]:
-        one = parts[0] | one
+    one: dict[str, Any] = {"type": "output_text", "text": "\n".join(texts), "annotations": []}
+    if len(parts) == 1 and parts[0]["type"] == "output_text":
+        one = parts[0] | {"annotations": parts[0].get("annotations") or []}
     return {"type": "message", "id": f"msg_{number}", "status": "completed"} | kept | {"content": [one]}
 
 

@@ -239,7 +239,8 @@ def test_an_earlier_answer_needs_no_id() -> None:
 
 def test_of_an_earlier_answer_no_part_is_lost() -> None:
     """vLLM reads the first one alone, and none of a refusal or of an empty answer."""
-    said = {"role": "assistant", "content": [{"type": "output_text", "text": text} for text in "ab"]}
+    said = {"role": "assistant", "content": [{"type": "output_text", "text": "a", "annotations": 5}]}
+    said["content"] += [{"type": "input_text", "text": "b"}]  # type: ignore[operator]
     no = {
         "type": "message",
         "id": "m",
