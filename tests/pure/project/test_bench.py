@@ -55,6 +55,7 @@ from tests.bench.workload import (
     uniform,
     zipf,
 )
+from tests.pure.project.simulated import number_of
 
 DRAWS = 20_000
 
@@ -511,7 +512,7 @@ def test_adapters_are_what_an_upload_must_be(tmp_path: Path) -> None:
 def test_a_scenario_is_measured_as_often_as_it_says(tmp_path: Path) -> None:
     """A simulation needs no server, and its values come from a process of its own."""
     simulation = Simulation(
-        "storm", (Measure("x", "number of the run", goal=Goal("value", "≤", 0)),), _number, runs=1
+        "storm", (Measure("x", "number of the run", goal=Goal("value", "≤", 0)),), number_of, runs=1
     )
     running = Bench([simulation], [], tmp_path)
 
@@ -524,10 +525,6 @@ def test_a_scenario_is_measured_as_often_as_it_says(tmp_path: Path) -> None:
     assert running.complete
     assert (tmp_path / "storm.png").is_file()
     assert json.loads((tmp_path / "storm.json").read_text())["measures"][0]["verdict"] == "met"
-
-
-def _number(round_: Round) -> Values:
-    return {"x": float(round_.number)}
 
 
 def test_a_slope_has_an_interval_that_holds_it() -> None:

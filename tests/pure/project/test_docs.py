@@ -149,6 +149,20 @@ def test_named_files_exist(page: str) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_what_is_named_beside_files_is_in_one_of_them() -> None:
+    """In the table of where a change goes: a name that moved sends its reader to the wrong file."""
+    rows = [
+        line for line in PAGES["architecture.md"].splitlines() if line.startswith("| ") and ".py`" in line
+    ]
+    assert len(rows) > 15
+    for row in rows:
+        named = re.findall(r"`([^`]+)`", row)
+        files = [ROOT / name for name in named if name.endswith((".py", ".lua"))]
+        source = "".join(file.read_text() for file in files)
+        found = {name.partition("(")[0].strip('"') for name in named if "/" not in name}
+        assert {name for name in found if name.isidentifier() and name not in source} == set(), row
+
+
 def test_every_page_is_on_the_map() -> None:
     for page in PAGES:
         assert f"(docs/{page})" in README, page
