@@ -16,6 +16,7 @@ from adapters.model import BaseModel, Version
 from adapters.store.cache import Cache
 from server.engine.calls import Call, InFlight
 from server.engine.engine import Engine
+from server.engine.errors import named
 from server.engine.manners import Manners
 from server.errors import BadRequest
 from server.inference import embeddings
@@ -76,7 +77,7 @@ class LocalAnswers:
     async def tokens(
         self, dialect: Dialect, fields: dict[str, Any], version: Version | None = None
     ) -> dict[str, Any]:
-        request = await self.engine.parse_in_turns(dialect.name, fields)
+        request = await self._parsed(dialect, fields)
         if self._cache is None or version is None or not version.chat.get("kept"):
             manner = await self._manners.of(version)
         else:
@@ -84,13 +85,20 @@ class LocalAnswers:
                 manner = await self._manners.of(version)
         return await self.engine.tokens(dialect.name, request, manner)
 
+    async def _parsed(self, dialect: Dialect, fields: dict[str, Any]) -> Any:
+        """vLLM's request; BadRequest names the field, also where vLLM has read parts apart from it."""
+        try:
+            return await self.engine.parse_in_turns(dialect.name, fields)
+        except BadRequest as exc:
+            raise named(exc, dialect.name) from exc.__cause__
+
     async def admit(self, order: Order) -> Admitted:
         """Waits for its turn; see ``Dispatcher.submit``. Raises also BadRequest, and as ``reserve``.
 
         The lease then tells the reservation what it uses.
         """
         engine, dialect = self.engine, order.dialect
-        request = await engine.parse_in_turns(dialect.name, order.fields)
+        request = await self._parsed(dialect, order.fields)
         if dialect.pools:
             return await self._admit_embeddings(order, request)
         sequences, max_tokens = sequences_and_tokens(

@@ -180,6 +180,11 @@ class OpenAIText(Dialect):
         if isinstance(wanted, dict) and str(wanted.get("type")) not in RESPONSE_FORMATS:
             formats = ", ".join(sorted(RESPONSE_FORMATS))
             raise BadRequest(f"response_format.type must be one of {formats}", param="response_format")
+        if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
+            given = wanted.get("json_schema")
+            if given is None or (isinstance(given, dict) and given.get("schema") is None):
+                where = "response_format.json_schema.schema"
+                raise BadRequest(f"{where} is needed; json_object asks for any object", param=where)
         return kept
 
 

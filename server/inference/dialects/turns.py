@@ -25,6 +25,7 @@ _NO_BLOCKS: Mapping[str, str] = {
     "search_result": _AS_TEXT,
     "server_tool_use": _NO_TOOL,
 }
+_OF_A_RESULT = frozenset({"image", "text", "tool_reference"})
 _OF_ITS_VENDOR = "_tool_result"  # as in web_search_tool_result
 
 
@@ -98,15 +99,30 @@ def _texts(parts: Any, names: Mapping[str, str]) -> list[str] | None:
 
 
 def check_blocks(messages: Any) -> None:
-    """BadRequest, with what to do, for a block of Anthropic's that vLLM does not read."""
+    """BadRequest, with what to do, for a block of Anthropic's that vLLM does not read.
+
+    Of a tool's result vLLM reads texts, images and references, and passes over all else.
+    """
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         content = message.get("content") if isinstance(message, dict) else None
         for place, block in enumerate(content if isinstance(content, list) else ()):
-            kind = block.get("type") if isinstance(block, dict) else None
-            if not isinstance(kind, str):
+            if not isinstance(block, dict):
                 continue
-            cure = _NO_BLOCKS.get(kind, _NO_TOOL if kind.endswith(_OF_ITS_VENDOR) else None)
-            if cure is not None:
-                param = f"messages.{number}.content.{place}.type"
-                told = f"{param}: blocks of the type {kind[:64]} are not served: {cure}."
-                raise BadRequest(told, code="unsupported_parameter", param=param)
+            where = f"messages.{number}.content.{place}"
+            _check_block(where, block.get("type"))
+            inner = block.get("content") if block.get("type") == "tool_result" else None
+            for at, part in enumerate(inner if isinstance(inner, list) else ()):
+                kind = part.get("type") if isinstance(part, dict) else None
+                _check_block(f"{where}.content.{at}", kind)
+                if not isinstance(kind, str) or kind not in _OF_A_RESULT:
+                    param = f"{where}.content.{at}.type"
+                    raise BadRequest(f"{param}: a tool's result has blocks of text, and images", param=param)
+
+
+def _check_block(where: str, kind: Any) -> None:
+    if not isinstance(kind, str) or kind == "tool_result":
+        return
+    cure = _NO_BLOCKS.get(kind, _NO_TOOL if kind.endswith(_OF_ITS_VENDOR) else None)
+    if cure is not None:
+        told = f"{where}.type: blocks of the type {kind[:64]} are not served: {cure}."
+        raise BadRequest(told, code="unsupported_parameter", param=f"{where}.type")

@@ -172,6 +172,15 @@ def test_the_older_names_of_a_constraint() -> None:
     assert "guided_choice" not in kept
 
 
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize("format_", [{"name": "x"}, {"name": "x", "schema": None}, None])
+def test_a_format_by_schema_has_one(kind: str, format_: Any) -> None:
+    wanted = {"type": "json_schema", "json_schema": format_}
+    with pytest.raises(BadRequest, match="is needed") as refused:
+        DIALECTS[kind].allowed_fields({**LEAST[kind], "response_format": wanted})
+    assert refused.value.param == "response_format.json_schema.schema"
+
+
 FUNCTIONS = [{"type": "function", "function": {"name": name}} for name in ("a", "b", "c")]
 
 
@@ -293,8 +302,24 @@ def test_blocks_that_only_their_vendor_reads(kind: str, block: str, reason: str)
         "unsupported_parameter",
         "messages.0.content.1.type",
     )
-    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "x"}]}
-    assert DIALECTS[kind].allowed_fields({**LEAST[kind], "messages": [result]})["messages"] == [result]
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "x"}]}
+    turns: list[Any] = [{"role": "user", "content": [result]}]
+    assert DIALECTS[kind].allowed_fields({**LEAST[kind], "messages": turns})["messages"] == turns
+    turns = [{"role": "user", "content": [{**result, "content": [{"type": block}]}]}]
+    with pytest.raises(BadRequest, match=reason) as refused:
+        DIALECTS[kind].allowed_fields({**LEAST[kind], "messages": turns})
+    assert refused.value.param == "messages.0.content.0.content.0.type"
+
+
+@pytest.mark.parametrize("part", ["x", None, {}, {"type": "odd"}, {"type": 5}])
+def test_of_a_tools_result_nothing_is_passed_over(part: Any) -> None:
+    """vLLM reads texts and images of it, and goes on without a word where there is something else."""
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "x"}, part]}
+    with pytest.raises(BadRequest, match="has blocks of text") as refused:
+        DIALECTS["messages"].allowed_fields(
+            {"messages": [{"role": "user", "content": [result]}], "max_tokens": 5}
+        )
+    assert refused.value.param == "messages.0.content.0.content.1.type"
 
 
 @pytest.mark.parametrize("choice", ["auto", "none", None])

@@ -248,6 +248,15 @@ async def test_every_field_that_is_not_meant_is_refused_by_name(site: Site) -> N
     assert engine_of(site).calls == []
 
 
+async def test_a_part_that_vllm_reads_apart_is_named_by_its_messages(site: Site) -> None:
+    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    asked = {**CHAT, "messages": [{"role": "assistant", "tool_calls": [call]}]}
+    refused = await site.http.post(CHAT_URL, json=asked, headers=bearer(key))
+    error(refused, 400, "invalid_request", "messages")
+    assert "function.arguments" in refused.json()["error"]["message"]
+
+
 async def test_fields_about_openais_own_service_are_dropped(site: Site) -> None:
     key = await site.tenant("acme", {"a": tiny.adapter(1)})
     dropped = dict.fromkeys(CHAT_SURFACE.ignored, "x") | {"stream_options": {"include_obfuscation": False}}
