@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 from pydantic import ValidationError
@@ -45,6 +45,20 @@ def embeddings_of(result: Any) -> dict[str, Any]:
     """The answer as plain data. Since 0.33 vLLM makes a response in bytes whatever the class."""
     shown: dict[str, Any] = json.loads(result.body) if hasattr(result, "body") else result
     return shown
+
+
+async def numbers_of(answering: Awaitable[Any]) -> dict[str, Any]:
+    """vLLM's answer with labels or scores as plain data.
+
+    Internal where one is no number: vLLM makes JSON of it, which has none such, and its ValueError would read
+    as the client's mistake.
+    """
+    try:
+        return embeddings_of(await answering)
+    except ValueError as exc:
+        if "not JSON compliant" in str(exc):
+            raise Internal("The model's answer to this input is not a number.") from exc
+        raise
 
 
 async def until_broken(call: Call, chunks: AsyncIterator[str]) -> AsyncIterator[str]:

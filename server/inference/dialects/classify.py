@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from server.engine.calls import Call
-from server.engine.serving import embeddings_of
+from server.engine.serving import numbers_of
 from server.errors import Unavailable
 from server.inference.dialects.answers import Classifications
 from server.inference.dialects.base import Dialect
@@ -36,7 +36,7 @@ class Classify(Dialect):
         """With labels by the base's names where there are as many as the base has, else as transformers
         calls those without a name: ``LABEL_0``."""
         classifier = serving.serving_classification
-        told = embeddings_of(await classifier(request))
+        told = await numbers_of(classifier(request))
         config = classifier.model_config.hf_config
         for one in told.get("data", ()):
             if one["num_classes"] != config.num_labels:

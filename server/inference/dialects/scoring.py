@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from server.engine.calls import Call
-from server.engine.serving import embeddings_of
+from server.engine.serving import numbers_of
 from server.errors import BadRequest, Unavailable
 from server.inference.dialects.answers import Reranked, Scores
 from server.inference.dialects.base import Dialect
@@ -165,7 +165,7 @@ class Score(Scoring):
                 " the token ids of both.",
                 code="not_supported_by_base",
             )
-        return embeddings_of(await serving.serving_scores(request))
+        return await numbers_of(serving.serving_scores(request))
 
     def document(self, call: Call, result: Any) -> dict[str, Any]:
         """Plain data. Unavailable if it was aborted."""

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fastapi.responses import JSONResponse
 from safetensors.torch import load_file, save_file
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, Head
+from server.engine.errors import request_errors
+from server.errors import Internal
+from server.inference.dialects.base import Dialect
+from server.inference.dialects.classify import Classify
+from server.inference.dialects.scoring import PAIRS as PAIRS_BY_HEAD
 from tests.service.http.test_api import engine_of, error
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
@@ -205,6 +213,18 @@ async def test_many_pairs_leave_places_to_others_and_limits_count_all(site: Site
     assert engine.most_running == engine.max_running // 4
     more = {"query": "why", "documents": ["not"] * 25}
     error(await score(site, key, "one", **more), 429, "rate_limit_exceeded")
+
+
+@pytest.mark.parametrize("dialect", [Classify(), PAIRS_BY_HEAD], ids=lambda dialect: dialect.name)
+async def test_an_answer_that_is_no_number_is_our_fault(dialect: Dialect) -> None:
+    """vLLM makes JSON of it first, whose ValueError would be told as the client's mistake."""
+
+    async def answered(_: Any) -> JSONResponse:
+        return JSONResponse({"data": [{"probs": [math.nan], "score": math.nan}]})
+
+    serving = SimpleNamespace(serving_classification=answered, serving_scores=answered)
+    with pytest.raises(Internal, match="not a number"), request_errors():
+        await dialect.call(serving, None)
 
 
 async def test_heads_where_workers_or_adapters_share(tmp_path: Path) -> None:
