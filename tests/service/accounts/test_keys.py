@@ -148,8 +148,8 @@ async def test_a_key_that_another_process_revokes_is_refused_within_a_second(
     assert (await ask(site, key["key"])).status_code == 200
     assert WATCH_EVERY <= 0.5
     database, ours = Database(site.services.settings.database_url), site.services.database
-    await Tenants(database).revoke("acme", key["id"])
     before = ours.generation
+    await Tenants(database).revoke("acme", key["id"])
     async with asyncio.timeout(60):
         while ours.generation == before:  # until it looks
             await asyncio.sleep(0.02)
