@@ -13,7 +13,7 @@ from adapters.model import Tier
 from server.engine.calls import PageOp, PageReport
 from server.errors import TooManyRequests, Unavailable, headers_of
 from server.scheduling.engine_loop import RECONCILE_EVERY
-from tests.support.clock import run
+from tests.support.clock import VirtualLoop, run
 from tests.support.fakes import FakeEngine, Times
 from tests.support.world import World, read, tenant, version
 
@@ -625,3 +625,18 @@ def test_a_notice_that_is_lost_is_made_up_for() -> None:
             return world.dispatcher.now() - began
 
     assert run(scenario()) < 1
+
+
+def test_a_drain_does_not_count_the_time_in_which_the_process_stood_still() -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        async with World(times=Times(step=0.1)) as world, world.busy("acme", 20):
+            draining = asyncio.create_task(world.dispatcher.wait_until_idle(5.0))
+            await asyncio.sleep(0.5)
+            loop.stand_still(60.0)
+            assert await draining, "two seconds were enough"
+        async with World(times=Times(step=0.1)) as world, world.busy("acme", 200):
+            assert not await world.dispatcher.wait_until_idle(5.0)
+
+    run(scenario())
