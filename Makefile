@@ -76,7 +76,7 @@ attack: $(STAMP) ## Send every hostile input beside a customer who must not noti
 chaos: $(STAMP) ## Make faults under load and look for what is lost, 20 minutes; DB=postgres, ENGINE=real, MINUTES=20, FAULT="the engine dies"
 	DB=$(DB) ENGINE=$(ENGINE) RUNS=$(RUNS) SEED=$(SEED) MINUTES=$(MINUTES) $(PY) -m tests.bench.chaos $(if $(FAULT),"$(FAULT)")
 
-families: $(STAMP) $(VENV)/qlora/.installed ## Adapters on tiny bases of nineteen families against PEFT, half an hour; FAMILY=qwen3 for one
+families: $(STAMP) $(VENV)/qlora/.installed ## Adapters on tiny bases of twenty families and more against PEFT, half an hour; FAMILY=qwen3 for one
 	@PYTHONPATH=$(CURDIR):$(VENV)/qlora $(PY) -W ignore -m tests.families $(or $(FAMILY),--write)
 
 # Which trains adapters on four bits, 125 MB: beside .venv's own packages, for nothing else needs it.

@@ -80,6 +80,8 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(everything)}")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/adapters.md")
     given = parser.parse_args()
+    if unknown := set(given.names) - set(everything):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(everything)}")
     names = given.names or everything
     rows = asyncio.run(_rows([name for name in names if name in FAMILIES]))
     heads = asyncio.run(_classifier_rows([name for name in names if name in BASES]))

@@ -132,6 +132,12 @@ FAMILIES = {
         ("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
         sliding_window=None,
     ),
+    "phi2": _of(
+        "Phi-2, biases everywhere",
+        "PhiConfig",
+        ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+        tie_word_embeddings=False,
+    ),
 }
 
 
