@@ -99,6 +99,30 @@ async def test_an_equal_version_goes_live_by_itself(site: Site) -> None:
     assert 'loraplex_rollouts{state="completed"} 1.0' in metrics
 
 
+async def test_a_look_reads_the_adapter_again_once_something_was_written(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await two_versions(site)
+    id_ = await begun(site, hold=600)
+    await until(site, id_, lambda found: found["share"] == 50)
+    judge, reads = site.services.judge, 0
+    read = judge.rows.adapted_now
+
+    async def counted(*asked: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return await read(*asked)
+
+    monkeypatch.setattr(judge.rows, "adapted_now", counted)
+    for _ in range(10):
+        (stored,) = await judge.rows.active()
+        await judge.look(stored)
+    assert reads < 5, "nothing was written since the share was given"
+    await site.admin.patch(ADAPTER, json={"live": 2})
+    ended = await until(site, id_, has_ended)
+    assert (ended["state"], ended["decisions"][-1]["by"]) == ("completed", "hand")
+
+
 async def test_a_version_that_refuses_some_prompts_goes_back(site: Site) -> None:
     """Refused after its version is known, as by a template of its own: a bad temperature stands for that."""
     key = await two_versions(site)
