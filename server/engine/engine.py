@@ -418,8 +418,7 @@ class Engine:
             raise named(exc, kind) from None
         finally:
             current_manner.reset(chats)
-        answer: dict[str, Any] = result.model_dump(exclude_none=True)
-        return answer
+        return serving.shallow(result)
 
     async def abort(self, call: Call) -> None:
         """Ends what ``call`` still runs in the engine. Safe to call again, and after the end."""

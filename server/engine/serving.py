@@ -12,7 +12,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from server.engine.calls import Call, current_call
 from server.engine.errors import FAILED, from_vllm, named, request_errors
@@ -215,6 +215,15 @@ async def in_call_context(call: Call, stream: AsyncIterator[Any]) -> AsyncIterat
         if item is end:
             return
         yield item
+
+
+def shallow(result: Any) -> dict[str, Any]:
+    """A pydantic model without what is None. Its lists are not copied: they may have millions of tokens."""
+    told = {name: value for name, value in result if value is not None}
+    return {
+        name: value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
+        for name, value in told.items()
+    }
 
 
 def raise_if_error(call: Call | None, result: Any) -> None:

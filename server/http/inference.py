@@ -15,6 +15,7 @@ from server.errors import BadRequest, ModelNotFound
 from server.http.answers import Model, Models
 from server.http.auth import tenant_of
 from server.http.bodies import json_object
+from server.http.long_answers import long_text
 from server.http.middleware import while_connected
 from server.http.services import services_of
 from server.http.streams import Late, LeasedResponse
@@ -104,13 +105,14 @@ async def _done_within(task: asyncio.Task[Any], seconds: float) -> bool:
     return bool(done)
 
 
-async def _tokens(request: Request, dialect: Dialect) -> dict[str, Any]:
+async def _tokens(request: Request, dialect: Dialect) -> Response:
     tenant, body = await _read(request)
     service = services_of(request).completions
     check_base(service.answers.base, dialect)
     version, _ = await resolve(service, tenant, body.get("model"))
     request.state.headers = lambda: version_header(version)
-    return await service.answers.tokens(dialect, dialect.allowed_fields(body), version)
+    document = await service.answers.tokens(dialect, dialect.allowed_fields(body), version)
+    return Response((await long_text(document)).encode("utf-8", "replace"), media_type="application/json")
 
 
 async def _read(request: Request) -> tuple[Tenant, dict[str, Any]]:
@@ -153,10 +155,10 @@ def _answers(dialect: Dialect) -> Callable[[Request], Awaitable[Response]]:
     return route
 
 
-def _counts(dialect: Dialect) -> Callable[[Request], Awaitable[dict[str, Any]]]:
+def _counts(dialect: Dialect) -> Callable[[Request], Awaitable[Response]]:
     """The route of a dialect that the tokenizer answers alone."""
 
-    async def route(request: Request) -> dict[str, Any]:
+    async def route(request: Request) -> Response:
         return await _tokens(request, dialect)
 
     return route

@@ -13,6 +13,16 @@ from server.inference.dialects.schema import BOOL, MODEL, TEXT, TOKENS, TURNS, o
 from server.inference.dialects.tools import check_own_tools
 from server.inference.dialects.turns import check_blocks
 
+NAMED = 1 << 17  # characters of a text whose tokens are told as texts too
+
+
+def _length(value: Any) -> int:
+    """Characters of all texts in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_length, inner))
+
 
 class _Tokens(Dialect):
     """Answers with a document, and needs no slot."""
@@ -44,6 +54,16 @@ class Tokenize(_Tokens):
         add_special_tokens=BOOL,
         return_token_strs=BOOL,
     ) | {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
+
+    def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
+        """BadRequest for the texts of more tokens than can be looked up while others wait."""
+        kept = super().allowed_fields(body)
+        if kept.get("return_token_strs") and _length([kept.get("prompt"), kept.get("messages")]) > NAMED:
+            raise BadRequest(
+                f"return_token_strs: of a text of at most {NAMED} characters. Send it in parts.",
+                param="return_token_strs",
+            )
+        return kept
 
     def request_model(self, body: dict[str, Any]) -> str:
         form = "TokenizeChatRequest" if "messages" in body else "TokenizeCompletionRequest"
