@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import psutil
@@ -328,10 +328,13 @@ async def test_limits_hold_while_the_engine_hangs(base_dir: Path, tmp_path: Path
             await running_one
 
 
-# Seconds from an engine's first process until it has nearly started. Servers that are to end meanwhile start
-# the engine's processes as they do elsewhere: the guard finds the youngest ones by what they were started
-# with, which those that were forked do not show.
-NEARLY_STARTED = 8.0
+# How a server that is to end meanwhile starts its engine, and the seconds from the engine's first process
+# until it has nearly started. One that is killed leaves the end to the guard, which finds the youngest
+# processes by what they were started with; those that were forked do not show that.
+STARTS: dict[signal.Signals, tuple[Literal["all", "server"], float]] = {
+    signal.SIGTERM: ("all", 3.0),
+    signal.SIGKILL: ("server", 8.0),
+}
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
@@ -339,7 +342,8 @@ async def test_the_server_ends_while_its_engine_is_started_again(
     base_dir: Path, tmp_path: Path, ending: signal.Signals
 ) -> None:
     settings = {"SERVED_MODEL_NAME": "base", "DRAIN_TIMEOUT": "2"}
-    async with server(base_dir, tmp_path, forked="server", **settings) as running:
+    forked, nearly_started = STARTS[ending]
+    async with server(base_dir, tmp_path, forked=forked, **settings) as running:
         headers = await running.tenant("acme")
         going = asyncio.create_task(
             ask(running, headers, CHAT, {"model": "base", **COUNT, **STREAM, "max_tokens": 460})
@@ -348,7 +352,7 @@ async def test_the_server_ends_while_its_engine_is_started_again(
         known = running.family()
         await lose(running, "core")
         await running.next_child(known)
-        await asyncio.sleep(random.uniform(0.0, NEARLY_STARTED))
+        await asyncio.sleep(random.uniform(0.0, nearly_started))
         family = running.family()
         began = time.monotonic()
         running.process.send_signal(ending)
@@ -366,9 +370,10 @@ async def test_the_server_ends_while_it_starts(
     base_dir: Path, tmp_path: Path, moment: float, ending: signal.Signals
 ) -> None:
     """``moment`` is a part of the time from the engine's first process until it has nearly started."""
-    async with starting(base_dir, tmp_path, forked="server") as running:
+    forked, nearly_started = STARTS[ending]
+    async with starting(base_dir, tmp_path, forked=forked) as running:
         await running.next_child()
-        await asyncio.sleep(moment * NEARLY_STARTED)
+        await asyncio.sleep(moment * nearly_started)
         family = running.family()
         running.process.send_signal(ending)
         await running.exit_status(within=WAIT)
