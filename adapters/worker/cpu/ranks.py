@@ -1,8 +1,9 @@
 """How many tokens are as likely as one, which vLLM counts for every log-probability.
 
-vLLM compiles that count in the worker when the first log-probability is asked for: on a CPU eleven seconds
-of processor time, a minute on a busy machine. No step is made meanwhile: every stream stands still, and the
-engine may be taken for hung. NumPy counts as fast as what is compiled: 0.6 ms for 16 rows of 150,000.
+vLLM compiles that count in the worker when the first log-probability is asked for: on a CPU two seconds of
+processor time in each new engine, eleven the first time on a machine, and several times as long where others
+work too. No step is made meanwhile: every stream stands still, and the engine may be taken for hung. NumPy
+counts as fast as what is compiled: 0.6 ms for 16 rows of 150,000.
 
     install()    in place of vLLM's own, in this process
 """
