@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,18 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def time_in(folder: Path) -> float:
+    """Seconds since 1970 by the clock that the times of files in ``folder`` are of.
+
+    A shared folder may be another machine's. This machine's clock where nothing can be written there.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
 
 
 def write_all(descriptor: int, data: Any, offset: int | None = None) -> None:

@@ -43,7 +43,7 @@ from adapters.errors import (
     UploadTooLarge,
     fault,
 )
-from adapters.files import sync_path, write_all
+from adapters.files import sync_path, time_in, write_all
 from adapters.inspection.layouts import refuse_foreign
 from adapters.model import CHAT_FILES, CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
 from adapters.store.digests import digest_from, digest_of
@@ -222,7 +222,7 @@ class BlobStore:
         return f"{ASIDE}/{moved}"
 
     def _sweep(self, linked: frozenset[str], older_than: float, shared: bool) -> list[str]:
-        written_before = time.time() - older_than
+        written_before = time_in(self.quarantine) - older_than
         with disk_errors("sweeping the adapter store"):
             for folder in self.quarantine.iterdir():
                 with contextlib.suppress(FileNotFoundError):

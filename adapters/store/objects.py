@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
@@ -35,7 +34,7 @@ from adapters.tasks import Awake, run_in_thread
 logger = logging.getLogger(__name__)
 
 SCHEMES = ("file", "s3", "gs", "az")
-OWNER_FILE = "installation.json"
+OWNER_FILE, CLOCK_FILE = "installation.json", "clock"
 _BLOBS = "blobs"
 _PIECE = 8 << 20
 # Seconds: for a connection, for the next piece, and for a small call as a whole.
@@ -154,11 +153,19 @@ class ObjectStore:
             if self._folder is not None:
                 await run_in_thread(_remove_empty, self._folder / _BLOBS / digest)
 
+    async def now(self) -> float:
+        """Seconds since 1970 by the store's clock, of which the times of its objects are."""
+        with _errors("asking the object store for the time"):
+            async with Awake(_CALL):
+                await obstore.put_async(self._bucket, CLOCK_FILE, b"")
+                written = await obstore.head_async(self._bucket, CLOCK_FILE)
+            return float(written["last_modified"].timestamp())
+
     async def ages(self) -> dict[str, float]:
         """Every blob, whole or not -> seconds since anything of it was last written."""
+        now = await self.now()
         found: dict[str, float] = {}
         with _errors("listing the object store"):
-            now = time.time()
             async for name, written in self._listed(f"{_BLOBS}/"):
                 parts = name.split("/")
                 if len(parts) == 3:

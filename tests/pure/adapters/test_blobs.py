@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import threading
+import time
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from pathlib import Path
@@ -408,6 +409,17 @@ async def test_a_removal_cut_short_leaves_no_half_blob(
 
 
 # --- start-up -------------------------------------------------------------------------------------------
+
+
+async def test_a_sweep_goes_by_the_clock_of_the_folder(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine whose clock is days ahead must not take what another one has just written for old."""
+    written = await upload(store)
+    ahead = time.time() + 3 * 86400
+    monkeypatch.setattr(time, "time", lambda: ahead)
+    assert await store.sweep([], shared=True) == []
+    assert_whole(written)
 
 
 async def test_sweep_keeps_what_is_linked_and_tells_what_it_removed(store: BlobStore) -> None:

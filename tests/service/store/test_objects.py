@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,21 @@ async def test_a_sweep_goes_by_age_and_link(store: ObjectStore, tmp_path: Path) 
     assert await store.sweep({kept}, 0.0, lambda name: name == kept) == []
     assert await store.sweep({kept}, 0.0, lambda _: True) == [gone]
     assert (await store.ages()).keys() == {kept}
+
+
+async def test_a_sweep_goes_by_the_clock_of_the_store(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine whose clock is days ahead must not take what another one has just stored for old."""
+    digest = files(tmp_path / "from")
+    await store.claim("here")
+    await store.put(digest, tmp_path / "from")
+    behind = await store.now()
+    assert abs(behind - time.time()) < 3600
+    ahead = types.SimpleNamespace(time=lambda: behind + 3 * 86400)
+    monkeypatch.setattr("adapters.store.objects.time", ahead, raising=False)
+    assert await store.sweep(set(), 86400.0, lambda _: True) == []
+    assert (await store.ages()).keys() == {digest}
 
 
 async def test_one_installation_owns_a_store(store: ObjectStore) -> None:
