@@ -37,6 +37,7 @@ from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.demo.base import cache_folder, prepare
 from server.demo.process import free_port
 from tests.bench.adapters import make, of_rank
+from tests.bench.servers import ENVIRONMENT
 from tests.support.site import bearer
 
 ADMIN, FLEET_KEY = bearer("admin-key-of-the-bench"), "fleet-key-of-the-bench"
@@ -135,7 +136,7 @@ async def started(settings: dict[str, str], *, real: bool) -> Process:
     own = real or settings["ROLE"] == "gateway"
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", *(("server", "serve") if own else ("tests.support.fake_server",))),
-        env=os.environ | {f"LORAPLEX_{name}": value for name, value in told.items()},
+        env=os.environ | ENVIRONMENT | {f"LORAPLEX_{name}": value for name, value in told.items()},
         start_new_session=True,
     )
     return Process(process, f"http://127.0.0.1:{port}")
