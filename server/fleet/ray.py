@@ -252,12 +252,12 @@ def _number(plan: Plan) -> dict[str, Any]:
     bounds = plan.bounds
     if bounds.least == bounds.most:
         return {"num_replicas": bounds.least}
+    # Without ``initial_replicas``, to which Serve would go back with every update, however many run.
     told = {"least": bounds.least, "most": bounds.most, "target": bounds.target, "calm": bounds.calm}
     return {
         "autoscaling_config": AutoscalingConfig(
             min_replicas=bounds.least,
             max_replicas=bounds.most,
-            initial_replicas=bounds.least,
             look_back_period_s=LOOK_BACK_S,
             upscale_delay_s=0,  # how long to wait is the policy's
             downscale_delay_s=0,

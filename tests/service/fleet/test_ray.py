@@ -120,6 +120,10 @@ def test_serves_own_tools_build_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
         assert isinstance(fleet.app(args), fleet.serve.Application)
     with pytest.raises(ValueError, match="replica"):
         fleet.app({"replica": 1})
+    grown = fleet._number(fleet.Plan(replicas=1, most=3))["autoscaling_config"]
+    assert (grown.min_replicas, grown.initial_replicas, grown.max_replicas) == (1, None, 3), (
+        "an update would go back to the initial number"
+    )
 
 
 async def test_a_fleet_lives_through_a_killed_actor_and_an_update(
