@@ -138,6 +138,8 @@ FAMILIES = {
         ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
         tie_word_embeddings=False,
     ),
+    # vLLM's windows of this family hold a token more than transformers': these are longer than what is asked.
+    "cohere2": _of("Command R7B", "Cohere2Config", logit_scale=0.25, sliding_window=64, layer_types=_WINDOWS),
 }
 
 
