@@ -30,12 +30,13 @@ from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection
 
+from adapters.awake import AwakeTimeout
 from adapters.database import postgres
 from adapters.database.rows import MetaRow
 from adapters.database.unusable import ordinary, usable
 from adapters.database.urls import checked_url as checked_url
 from adapters.errors import DatabaseUnavailable, StorageBusy, StorageFailed, StorageFull
-from adapters.tasks import Awake, uninterruptible
+from adapters.tasks import uninterruptible
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +215,7 @@ class Database:
     async def _its_turn(self) -> AsyncIterator[None]:
         """Raises StorageBusy, for PostgreSQL DatabaseUnavailable, where the writes before it do not end."""
         try:
-            async with Awake(TURN_TIMEOUT_S):
+            async with AwakeTimeout(TURN_TIMEOUT_S):
                 await self._turn.acquire()
         except TimeoutError as error:
             sqlite = self.url.get_backend_name() == "sqlite"

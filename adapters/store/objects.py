@@ -26,10 +26,11 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 from obstore.store import ObjectStore as Bucket
 
+from adapters.awake import AwakeTimeout
 from adapters.errors import BlobMissing, StoreUnavailable
 from adapters.files import sync_path, write_all
 from adapters.model import CONFIG_FILE
-from adapters.tasks import Awake, run_in_thread
+from adapters.tasks import run_in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class ObjectStore:
         with _errors("reading whose the object store is"):
             content = json.dumps({"id": installation}).encode()
             try:
-                async with Awake(_CALL):
+                async with AwakeTimeout(_CALL):
                     await obstore.put_async(self._bucket, OWNER_FILE, content, mode="create")
                 await self._sync(OWNER_FILE)
                 self.claimed = True
@@ -97,7 +98,7 @@ class ObjectStore:
     async def adopt(self, installation: str) -> None:
         """Makes the store that of ``installation``, whoever's it was."""
         with _errors("taking over the object store"):
-            async with Awake(_CALL):
+            async with AwakeTimeout(_CALL):
                 await obstore.put_async(self._bucket, OWNER_FILE, json.dumps({"id": installation}).encode())
             await self._sync(OWNER_FILE)
         self.claimed = True
@@ -106,7 +107,7 @@ class ObjectStore:
         """The id of the installation that the store belongs to; None where it is nobody's."""
         with _errors("reading whose the object store is"):
             try:
-                async with Awake(_CALL):
+                async with AwakeTimeout(_CALL):
                     answer = await obstore.get_async(self._bucket, OWNER_FILE)
                     return str(json.loads(bytes(await answer.bytes_async()))["id"])
             except FileNotFoundError:  # which the library raises for an object that is not there
@@ -117,7 +118,7 @@ class ObjectStore:
     async def check(self) -> None:
         """Whether the store answers, and soon: whoever asks wants to know it now."""
         with _errors("asking the object store"):
-            async with Awake(_CHECK):
+            async with AwakeTimeout(_CHECK):
                 await self.owner()
 
     async def put(self, digest: str, folder: Path) -> None:
@@ -148,7 +149,7 @@ class ObjectStore:
             names = [name async for name, _ in self._listed(f"{_BLOBS}/{digest}/")]
             for name in sorted(names, key=lambda name: not name.endswith(CONFIG_FILE)):
                 with suppress(FileNotFoundError):
-                    async with Awake(_CALL):
+                    async with AwakeTimeout(_CALL):
                         await obstore.delete_async(self._bucket, name)
             if self._folder is not None:
                 await run_in_thread(_remove_empty, self._folder / _BLOBS / digest)
@@ -156,7 +157,7 @@ class ObjectStore:
     async def now(self) -> float:
         """Seconds since 1970 by the store's clock, of which the times of its objects are."""
         with _errors("asking the object store for the time"):
-            async with Awake(_CALL):
+            async with AwakeTimeout(_CALL):
                 await obstore.put_async(self._bucket, CLOCK_FILE, b"")
                 written = await obstore.head_async(self._bucket, CLOCK_FILE)
             return float(written["last_modified"].timestamp())
@@ -193,7 +194,7 @@ class ObjectStore:
         stream = obstore.list(self._bucket, prefix=prefix).__aiter__()
         while True:
             try:
-                async with Awake(_CALL):
+                async with AwakeTimeout(_CALL):
                     page = await anext(stream)
             except StopAsyncIteration:
                 return
@@ -202,7 +203,7 @@ class ObjectStore:
 
     async def _download(self, name: str, path: Path) -> None:
         try:
-            async with Awake(_CALL):
+            async with AwakeTimeout(_CALL):
                 answer = await obstore.get_async(self._bucket, name)
         except FileNotFoundError as error:
             raise BlobMissing(f"The object store has lost {name}.") from error
@@ -210,7 +211,7 @@ class ObjectStore:
             pieces = answer.stream(min_chunk_size=_PIECE).__aiter__()
             while True:
                 try:
-                    async with Awake(_READ * 2):
+                    async with AwakeTimeout(_READ * 2):
                         piece = await anext(pieces)
                 except StopAsyncIteration:
                     return

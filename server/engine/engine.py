@@ -22,8 +22,8 @@ from typing import Any
 
 from starlette.datastructures import State
 
+from adapters.awake import AwakeTimeout
 from adapters.model import BaseModel
-from adapters.tasks import Awake
 from server.engine import contract, guard, scoring, serving, structure
 from server.engine.calls import (
     Answer,
@@ -280,7 +280,7 @@ class Engine:
     async def restart(self) -> None:
         """Starts the engine's processes again, with the same model and no adapter. Raises what vLLM does."""
         await self._llm.restart()
-        async with Awake(OPEN_TIMEOUT_S):
+        async with AwakeTimeout(OPEN_TIMEOUT_S):
             await self._while_it_lives(self._open())
 
     async def _open(self) -> None:
@@ -308,7 +308,7 @@ class Engine:
             self._notices.close()
         await self._llm.kill_starting()
         try:
-            async with Awake(ANSWER_TIMEOUT_S):
+            async with AwakeTimeout(ANSWER_TIMEOUT_S):
                 await self.check()
                 await self.report()
         except Exception:
@@ -425,7 +425,7 @@ class Engine:
         call.aborted = True
         self.poll(call)
         with contextlib.suppress(Exception):
-            async with Awake(ABORT_TIMEOUT_S):
+            async with AwakeTimeout(ABORT_TIMEOUT_S):
                 await self._llm.abort(call.request_ids)
 
     async def pause(self, call: Call) -> bool:

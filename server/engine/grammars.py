@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from adapters.tasks import Awake
+from adapters.awake import AwakeTimeout
 from server.engine.grammar_process import LENGTH
 from server.errors import BadRequest, TooManyRequests, Unavailable
 
@@ -145,7 +145,7 @@ class Grammars:
         try:
             async with AsyncExitStack() as held:
                 try:
-                    async with Awake(self._seconds):
+                    async with AwakeTimeout(self._seconds):
                         await held.enter_async_context(own)
                         await held.enter_async_context(self._places)
                 except TimeoutError:
@@ -180,7 +180,7 @@ class Grammars:
                 message = json.dumps(job).encode()
                 writer.write(LENGTH.pack(len(message)) + message)
                 theirs.close()
-                async with Awake(START_TIMEOUT_S):
+                async with AwakeTimeout(START_TIMEOUT_S):
                     begun = await reader.read(1)
                 if not begun:
                     raise Unavailable("Schemas cannot be compiled now.", retry_after=1)
@@ -197,7 +197,7 @@ class Grammars:
         until = began + REFUSED_FOR_S
         late = f"it takes longer than {self._seconds:g} s to compile; make it simpler"
         try:
-            async with Awake(BY_THE_CLOCK * self._seconds):  # the kernel ends the child before
+            async with AwakeTimeout(BY_THE_CLOCK * self._seconds):  # the kernel ends the child before
                 answer = await reader.read()
         except TimeoutError:  # the machine had no time for it, which says nothing of the schema
             raise Unavailable(

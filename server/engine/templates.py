@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from adapters.tasks import Awake
+from adapters.awake import AwakeTimeout
 from server.errors import BadRequest
 
 # At most so many templates run at once; one that runs away leaves the other room to everybody else.
@@ -99,7 +99,7 @@ class _Room:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            async with Awake(SECONDS):
+            async with AwakeTimeout(SECONDS):
                 process.stdin.write(line)
                 await process.stdin.drain()
                 answer = await process.stdout.readline()
@@ -144,7 +144,7 @@ async def _started() -> asyncio.subprocess.Process:
     )
     assert process.stdout is not None
     try:
-        async with Awake(START_SECONDS):
+        async with AwakeTimeout(START_SECONDS):
             ready = await process.stdout.readline()
     except BaseException:
         process.kill()

@@ -2,7 +2,7 @@
 
 Rows of the database say which there are; what each says of itself every second says how it is. One that says
 nothing for ``stall`` seconds counts as hung: it gets nothing more, and what it had goes on elsewhere. Seconds
-in which this process could not listen itself do not count (``server.scheduling.awake``).
+in which this process could not listen itself do not count (``adapters.awake``).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
+from adapters.awake import AwakeClock
 from adapters.errors import AdapterError
 from adapters.model import BaseModel, Head, Tier, Version
 from adapters.store.replicas import Replicas
@@ -30,7 +31,6 @@ from server.fleet.reports import Report
 from server.fleet.wire import PREFIX, as_json, error_of
 from server.logs import REQUEST
 from server.metrics import Metrics
-from server.scheduling.awake import AwakeClock
 
 logger = logging.getLogger(__name__)
 

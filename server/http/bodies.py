@@ -10,10 +10,10 @@ from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from adapters.awake import AwakeTimeout
 from adapters.errors import UploadTooLarge
 from adapters.inspection import strict_json
 from adapters.inspection.strict_json import Bounds
-from adapters.tasks import Awake
 from server.errors import BadRequest, RequestTimeout, UnsupportedEncoding
 from server.http.services import services_of
 from server.inference.bounds import CLIENT_JSON, SETTING_JSON
@@ -70,7 +70,7 @@ async def whole_body(request: Request) -> bytes:
 
 async def _in_time(work: Awaitable[T], seconds: float) -> T:
     try:
-        async with Awake(seconds):
+        async with AwakeTimeout(seconds):
             return await work
     except TimeoutError as exc:
         raise RequestTimeout(f"The body did not come within {seconds:g} seconds.") from exc

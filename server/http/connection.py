@@ -20,8 +20,8 @@ import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from adapters.awake import GRACE_S, stood_still
 from server.errors import envelope
-from server.http.late import GRACE_S, stood_still
 from server.http.turns import turns_of
 
 HEAD_BYTES = 64 << 10

@@ -10,8 +10,8 @@ from dataclasses import replace
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from adapters.awake import AwakeTimeout
 from adapters.store.versions import count_differing, count_of
-from adapters.tasks import Awake
 from server import __version__
 from server.http.answers import Health, Readiness
 from server.http.auth import METRICS
@@ -103,7 +103,7 @@ async def _checks(services: Services) -> dict[str, str]:
         del parts["engine"]
     for name, check in parts.items():
         try:
-            async with Awake(CHECK_SECONDS):
+            async with AwakeTimeout(CHECK_SECONDS):
                 await check()
             results[name] = "ok"
         except Exception as exc:  # any reason is a reason

@@ -12,9 +12,9 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
+from adapters.awake import GRACE_S, stood_still
 from adapters.errors import AdapterError
 from server.errors import ServerError
-from server.http.late import GRACE_S, stood_still
 from server.http.middleware import ClientLeft
 from server.inference.completion import Completion, LeasedStream
 from server.inference.dialects.base import Dialect

@@ -29,8 +29,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from adapters.awake import AwakeTimeout
 from adapters.database.rows import now as wall_now
-from adapters.tasks import Awake
 from server.accounts.terms import PERIODS, UNITS, Budget, Period, Unit
 from server.limits.budget import Amount, BudgetExceeded, Spending, period_end, period_start
 from server.limits.errors import limits_unavailable
@@ -123,7 +123,7 @@ class RedisLedger:
 
     async def check(self) -> None:
         """Raises what keeps Redis from answering."""
-        async with Awake(TIMEOUT_S):
+        async with AwakeTimeout(TIMEOUT_S):
             await self._redis.ping()
 
     @property
@@ -289,7 +289,7 @@ class RedisLedger:
         return keys, args
 
     async def _ask(self, entry: Entry, keys: list[str], args: list[str | float]) -> list[bytes]:
-        async with Awake(TIMEOUT_S):
+        async with AwakeTimeout(TIMEOUT_S):
             refusal, states, spent = await self._script(keys=keys, args=args)
         for scope, state in zip(entry.scopes, states, strict=False):
             self._remember(scope, [float(number) for number in state])

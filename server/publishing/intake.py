@@ -17,9 +17,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from adapters.awake import AwakeClock
 from adapters.errors import QuotaExceeded, StorageFull
 from server.errors import RequestTimeout, TooManyRequests, Unavailable
-from server.scheduling.awake import AwakeClock
 
 LOOK_EVERY = 4 << 20  # bytes between two looks at the disk
 FORM_BYTES = 128 << 10  # of a body that are no file's: boundaries, heads of parts

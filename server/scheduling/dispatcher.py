@@ -18,9 +18,9 @@ import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Protocol
 
+from adapters.awake import LOOK_S
 from adapters.errors import AdapterError, AdapterUnavailable
 from adapters.model import Tier, Version
-from adapters.tasks import LOOK_S
 from server.engine.calls import EngineDied, PageOp
 from server.engine.restarts import Restarts
 from server.errors import ServerError, Unavailable

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
+from adapters.awake import AwakeTimeout
 from adapters.model import Version
-from adapters.tasks import Awake
 from server.engine.calls import EngineDied, EngineHung, PageOp, PageReport, PageResult, WorkerReport
 from server.engine.restarts import Restarts
 from server.metrics import Metrics
@@ -211,7 +211,7 @@ class EngineLoop:
         losing = asyncio.ensure_future(self._lost_event.wait())
         try:
             with contextlib.suppress(TimeoutError):
-                async with Awake(self._stall):
+                async with AwakeTimeout(self._stall):
                     await asyncio.wait({answering, losing}, return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
                 return answering.result()  # or what it raised

@@ -5,8 +5,7 @@ import threading
 
 import pytest
 
-from adapters.tasks import Awake, run_in_thread, uninterruptible
-from tests.support.clock import VirtualLoop, run
+from adapters.tasks import run_in_thread, uninterruptible
 
 
 async def test_it_returns_what_the_step_returns() -> None:
@@ -67,68 +66,3 @@ async def test_a_cancelled_caller_waits_for_its_thread() -> None:
     with pytest.raises(asyncio.CancelledError):
         await caller
     assert ended
-
-
-def stand_still(seconds: float) -> None:
-    """The clock goes on, and nothing else."""
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
-    loop._virtual_now += seconds
-
-
-@pytest.mark.parametrize("seconds", [0.2, 3.0, 60.0])
-def test_a_limit_ends_what_takes_longer(seconds: float) -> None:
-    async def scenario() -> None:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        with pytest.raises(TimeoutError):
-            async with Awake(seconds) as limit:
-                await asyncio.Event().wait()
-        assert limit.expired()
-        assert loop.time() - began == pytest.approx(seconds, rel=0.2)
-        async with Awake(seconds) as limit:
-            await asyncio.sleep(0.9 * seconds)
-        assert not limit.expired()
-        await asyncio.sleep(2 * seconds)
-
-    run(scenario())
-
-
-@pytest.mark.parametrize("before", [0.0, 2.4, 2.9])
-def test_a_limit_does_not_count_a_time_in_which_the_process_stood_still(before: float) -> None:
-    """What came meanwhile is read, also where it takes a moment to come up through the layers."""
-
-    async def scenario() -> None:
-        async with Awake(3.0):
-            await asyncio.sleep(before)
-            stand_still(30.0)
-            for _ in range(10):
-                await asyncio.sleep(0.005)
-
-    run(scenario())
-
-
-def test_a_limit_holds_where_the_event_loop_is_always_late() -> None:
-    async def scenario() -> None:
-        async with Awake(3.0):
-            for _ in range(100):
-                stand_still(2.0)
-                await asyncio.sleep(0)
-
-    with pytest.raises(TimeoutError):
-        run(scenario())
-
-
-def test_a_limit_lets_a_cancellation_through() -> None:
-    async def wait() -> None:
-        async with Awake(3.0):
-            await asyncio.Event().wait()
-
-    async def scenario() -> None:
-        waiting = asyncio.create_task(wait())
-        await asyncio.sleep(1.0)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-
-    run(scenario())

@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
     {"server"},
     {"adapters.offline", "adapters.store", "adapters.worker"},
     {"adapters.inspection", "adapters.database"},
-    {"adapters.model", "adapters.errors", "adapters.files", "adapters.tasks"},
+    {"adapters.awake", "adapters.errors", "adapters.files", "adapters.model", "adapters.tasks"},
     {"adapters.split"},
     {"adapters"},
 ]

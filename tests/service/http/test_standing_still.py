@@ -10,11 +10,10 @@ from typing import Any
 import uvicorn
 from uvicorn.server import ServerState
 
+from adapters.awake import GRACE_S, AwakeClock
 from server.http.connection import BoundedHeads
-from server.http.late import GRACE_S
 from server.http.streams import LeasedResponse
 from server.publishing.intake import SLOW_AFTER_S, SLOW_BYTES_S, Intake
-from server.scheduling.awake import AwakeClock
 from tests.support import clock
 from tests.support.clock import VirtualLoop
 
