@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from server.cli import tables as show
-from server.cli.arguments import Name, Tenant, Yes, confirm
+from server.cli.arguments import Name, Tenant, Yes, confirm, json_objects
 from server.cli.client import OWN, AdminClient, RemoteError
 from server.cli.command import command, say
 from server.cli.tables import Shown
@@ -209,6 +209,20 @@ def release(server: AdminClient, tenant: Tenant, name: Name, version: Number) ->
 def make_default(server: AdminClient, tenant: Tenant, name: Name) -> Shown:
     """Answer requests that name no model."""
     return _change(server, tenant, name, default=True)
+
+
+@command(adapters, "defaults")
+def set_defaults(
+    server: AdminClient,
+    tenant: Tenant,
+    name: Name,
+    values: Annotated[
+        str, typer.Argument(help="A JSON object, as the API takes it, or none.", metavar="JSON|none")
+    ],
+) -> Shown:
+    """Set what requests that do not say get: temperature, max_tokens, a system prompt and others."""
+    given = None if values == "none" else json_objects(defaults=values)["defaults"]
+    return _change(server, tenant, name, defaults=given)
 
 
 @command(adapters, "warm")

@@ -86,6 +86,10 @@ EXAMPLES = {
     "adapters verify": ["loraplex adapters verify acme support"],
     "adapters release": ["loraplex adapters release acme support 2"],
     "adapters default": ["loraplex adapters default acme support"],
+    "adapters defaults": [
+        "loraplex adapters defaults acme support '{\"max_tokens\": 200}'",
+        "loraplex adapters defaults acme support none",
+    ],
     "adapters warm": ["loraplex adapters warm acme support"],
     "adapters pin": ["loraplex adapters pin acme support"],
     "adapters unpin": ["loraplex adapters unpin acme support"],

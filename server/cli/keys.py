@@ -21,7 +21,7 @@ keys = typer.Typer(no_args_is_help=True, help="Their keys.")
 def list_keys(server: AdminClient, tenant: Tenant) -> Shown:
     """A customer's keys, without their secrets."""
     document = server.get("tenants", tenant, "keys")
-    headings = ("id", "name", "scopes", "since", "expires", "last used")
+    headings = ("id", "name", "scopes", "limits", "since", "expires", "last used")
     return document, show.table(headings, map(show.key_cells, document["data"]))
 
 

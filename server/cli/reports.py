@@ -75,8 +75,14 @@ def requests(
     return document, show.rows([_request(row) for row in document["data"]])
 
 
+# Refusals of the model that a request named, which its row does not have.
+_NO_MODEL = ("model_not_allowed", "model_not_found")
+
+
 def _request(row: dict[str, Any]) -> dict[str, Any]:
-    model = f"{row['adapter']}@{row['version']}" if row["adapter"] else "base"
+    model = None if row["code"] in _NO_MODEL else "base"
+    if row["adapter"]:
+        model = f"{row['adapter']}@{row['version']}"
     return {
         "at": row["at"],
         "tenant": row["tenant"],
@@ -106,8 +112,12 @@ def audit(
     asked = {"tenant": tenant, "actor": actor, "action": action, "from": start, "to": end}
     asked["order"] = "newest" if after is None else "oldest"
     document = server.get("audit", **asked, after=after, limit=limit)
-    shown = ("id", "at", "actor", "action", "tenant", "target")
-    return document, show.rows([{name: entry[name] for name in shown} for entry in document["data"]])
+    names = ("id", "at", "actor", "action", "tenant", "target")
+    rows = [
+        {name: entry[name] for name in names} | {"change": show.change(entry["before"], entry["after"])}
+        for entry in document["data"]
+    ]
+    return document, show.rows(rows)
 
 
 def replicas(server: AdminClient) -> Shown:

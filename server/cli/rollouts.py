@@ -129,7 +129,7 @@ def _found(server: AdminClient, tenant: str, name: str, rollout: str | None) -> 
     if rollout is None:
         newest = server.get(*_path(tenant, name), limit=1)["data"]
         if not newest:
-            raise typer.BadParameter(f"{name} has had no rollout", param_hint="--rollout")
+            raise typer.BadParameter(f"{name} has had no rollout", param_hint="the adapter's name")
         rollout = newest[0]["id"]
     return server.get(*_path(tenant, name), rollout)
 

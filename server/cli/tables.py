@@ -51,8 +51,10 @@ def fields(document: dict[str, Any]) -> Shown:
 
 
 def _field(name: str, value: Any) -> Any:
-    """A value as people read it: times to the minute, objects as JSON."""
-    if value and (name == "at" or name.endswith("_at")):
+    """A value as people read it: moments to the second, other times to the minute, objects as JSON."""
+    if value and name == "at":
+        return value[:19].replace("T", " ")
+    if value and name.endswith("_at"):
         return when(value)
     return json.dumps(value) if isinstance(value, dict | list) else value
 
@@ -75,6 +77,25 @@ def when(timestamp: str) -> str:
     return timestamp[:16].replace("T", " ")
 
 
+def change(before: Any, after: Any) -> str | None:
+    """What differs between two states of something, as ``live 2 -> 1``; of a new one what it has."""
+    was, now = (one if isinstance(one, dict) else {} for one in (before, after))
+    if was:
+        names = [name for name in now | was if was.get(name) != now.get(name)]
+        said = [f"{name} {_brief(was.get(name))} -> {_brief(now.get(name))}" for name in names]
+    else:
+        said = [f"{name} {_brief(value)}" for name, value in now.items() if value and name[-3:] != "_at"]
+    return _cut(", ".join(said), 100) or None
+
+
+def _brief(value: Any) -> str:
+    return "none" if value is None else _cut(json.dumps(value, ensure_ascii=False), 60)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def size(count: int | None) -> str | None:
     from rich.filesize import decimal
 
@@ -90,7 +111,8 @@ def tenant_cells(tenant: dict[str, Any]) -> tuple[Any, ...]:
 
 def key_cells(key: dict[str, Any]) -> tuple[Any, ...]:
     times = (key[field] and when(key[field]) for field in ("created_at", "expires_at", "last_used_at"))
-    return key["id"], key["name"], ", ".join(key["scopes"]), *times
+    limits = json.dumps(key["limits"]) if key["limits"] else None
+    return key["id"], key["name"], ", ".join(key["scopes"]), limits, *times
 
 
 def adapter_cells(adapter: dict[str, Any]) -> tuple[Any, ...]:
@@ -122,6 +144,8 @@ def adapter(document: dict[str, Any], covered: int | None = None) -> Shown:
     marks = ", ".join(mark for mark in ("default", "pinned") if document[mark])
     made.title = escape(f"{document['tenant']}/{document['name']}") + (f" ({marks})" if marks else "")
     made.title_justify = "left"
+    if document.get("defaults"):
+        notes.insert(0, escape(f"defaults: {json.dumps(document['defaults'], ensure_ascii=False)}"))
     return document, Group(made, *notes, *coverage)
 
 

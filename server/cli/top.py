@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -31,15 +32,24 @@ Counts = Mapping[str, Mapping[str, float]]  # by tenant, then by name
 
 
 def watch(server: AdminClient, *, interval: float, count: int | None) -> None:
-    """Shows ``view`` every ``interval`` seconds, ``count`` times or until Ctrl-C. Raises RemoteError."""
+    """Shows ``view`` every ``interval`` seconds, ``count`` times or until Ctrl-C. Raises RemoteError.
+
+    On a terminal in place of the one before, elsewhere below it, each as soon as it is there.
+    """
     before: tuple[float, Counts] | None = None
-    with Live(console=Console(), auto_refresh=False) as live:
+    console = Console()
+    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
         try:
             while count is None or count > 0:
                 now, counts = time.monotonic(), _counts(server)
                 since = changes(before[1], counts) if before else None
                 seconds = now - before[0] if before else 0.0
-                live.update(view(server.get("residency"), since, seconds), refresh=True)
+                seen = view(server.get("residency"), since, seconds)
+                if live is not None:
+                    live.update(seen, refresh=True)
+                else:
+                    console.print(seen)
+                    console.file.flush()
                 before = now, counts
                 count = None if count is None else count - 1
                 if count != 0:

@@ -169,7 +169,7 @@ async def test_requests_are_found_by_their_id(site: Site) -> None:
     assert headings == [
         "at", "tenant", "model", "outcome", "prompt", "output", "queue", "load", "first", "total", "id",
     ]  # fmt: skip
-    assert [row[2:4] for row in rows] == [["base", "rejected (model_not_found)"], ["a@1", "completed"]]
+    assert [row[2:4] for row in rows] == [["-", "rejected (model_not_found)"], ["a@1", "completed"]]
     (found,) = (await document(site, "requests", "--id", said.headers["x-request-id"]))["data"]
     assert found["output_tokens"] == 2
 
