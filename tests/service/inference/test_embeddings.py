@@ -101,7 +101,7 @@ async def test_who_leaves_gives_its_places_back(tmp_path: Path) -> None:
 
 
 async def test_what_a_drain_cuts_is_no_answer(tmp_path: Path) -> None:
-    async with fake_site(tmp_path, FakeEngine(EMBEDDING, times=Times(step=60.0)), drain_timeout=0.1) as site:
+    async with fake_site(tmp_path, FakeEngine(EMBEDDING, times=Times(step=8.0)), drain_timeout=0.1) as site:
         key = await site.tenant("acme")
         asking = asyncio.create_task(ask(site, key, "why", tiny.NAME))
         async with asyncio.timeout(60):
