@@ -6,11 +6,10 @@ It is made as text: the reports of a thousand versions are megabytes of JSON tha
 from __future__ import annotations
 
 import asyncio
-import json
-from typing import Any
 
 from adapters.model import Adapter, Tier, Version, VersionInfo
 from adapters.store.fitness import Fitness
+from server.http.long_answers import dumped
 from server.http.services import Services
 
 # Versions that are put into words at once, in the event loop or out of it.
@@ -38,7 +37,7 @@ async def adapter_text(adapter: Adapter, services: Services) -> str:
             await asyncio.sleep(0)
         for info in adapter.versions[first : first + SLICE]:
             shown.append(_version(info, dispatcher.tier_of(info.version), _problem(fitness, info.version)))
-    return f'{_dumped(head)[:-1]},"versions":[{",".join(shown)}]}}'
+    return f'{dumped(head)[:-1]},"versions":[{",".join(shown)}]}}'
 
 
 def _version(info: VersionInfo, tier: Tier, problem: dict[str, str] | None) -> str:
@@ -52,11 +51,7 @@ def _version(info: VersionInfo, tier: Tier, problem: dict[str, str] | None) -> s
         "quarantine": dict(info.quarantine) if info.quarantine else None,
         "problem": problem,
     }
-    return f'{_dumped(version)[:-1]},"report":{info.report}}}'
-
-
-def _dumped(document: dict[str, Any]) -> str:
-    return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return f'{dumped(version)[:-1]},"report":{info.report}}}'
 
 
 def _problem(fitness: Fitness, version: Version) -> dict[str, str] | None:

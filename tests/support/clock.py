@@ -57,3 +57,10 @@ def run(scenario: Coroutine[Any, Any, T]) -> T:
     """The result of ``scenario`` on a loop of its own, in virtual time."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(scenario)
+
+
+def stand_still(seconds: float) -> None:
+    """The clock of the running ``VirtualLoop`` goes on, and nothing else."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    loop.stand_still(seconds)

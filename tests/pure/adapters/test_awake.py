@@ -8,7 +8,7 @@ import random
 import pytest
 
 from adapters.awake import TICKS_AT_ONCE, AwakeClock, AwakeTimeout
-from tests.support.clock import VirtualLoop, run
+from tests.support.clock import run, stand_still
 
 
 class Wall:
@@ -50,13 +50,6 @@ def test_it_never_goes_back(seed: int) -> None:
             clock.look()
         assert before <= clock.now() <= wall.seconds - 1000
         before = clock.now()
-
-
-def stand_still(seconds: float) -> None:
-    """The clock goes on, and nothing else."""
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
-    loop._virtual_now += seconds
 
 
 @pytest.mark.parametrize("seconds", [0.2, 3.0, 60.0])

@@ -15,7 +15,7 @@ from server.http.connection import BoundedHeads
 from server.http.streams import LeasedResponse
 from server.publishing.intake import SLOW_AFTER_S, SLOW_BYTES_S, Intake
 from tests.support import clock
-from tests.support.clock import VirtualLoop
+from tests.support.clock import stand_still
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
@@ -62,12 +62,6 @@ async def until(done: Callable[[], bool]) -> None:
     for _ in range(10):
         await asyncio.sleep(0)
     assert done()
-
-
-def stand_still(seconds: float) -> None:
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
-    loop.stand_still(seconds)
 
 
 def test_a_request_that_came_meanwhile_is_answered_on_its_idle_connection() -> None:
