@@ -34,6 +34,7 @@ from adapters.worker.scheduler import ADAPTERS
 from server.engine import sizing
 from server.engine.layers import lora_layers
 from server.engine.parsers import AUTO, Parsers, parsers_of
+from server.engine.sharding import divides_in_full
 from server.engine.sizing import EngineCapacity, Layer
 from server.settings import HOST_PER_GPU_SLOT, Settings
 
@@ -341,9 +342,10 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
         os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
         given["otlp_traces_endpoint"] = f"{settings.traces_url.rstrip('/')}/v1/traces"
     given |= settings.engine_args
-    if (labels := labels_of(read_base_config(Path(settings.model)) or {})) or given.get(
-        "convert"
-    ) == "classify":
+    base = read_base_config(Path(settings.model))
+    if not settings.rank_slots and divides_in_full(base, given, rank=settings.max_lora_rank):
+        given.setdefault("fully_sharded_loras", True)
+    if (labels := labels_of(base or {})) or given.get("convert") == "classify":
         given.setdefault("max_lora_cls_labels", max(LABELS, labels))
     if slots.adapters:
         given["additional_config"] = (given.get("additional_config") or {}) | {ADAPTERS: slots.adapters}

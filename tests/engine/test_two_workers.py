@@ -83,7 +83,6 @@ async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
             "max_num_seqs": 4,
             "tokenizer": str(root / "base" / "tokenizer"),
             "tensor_parallel_size": 2,
-            "fully_sharded_loras": True,
         },
     )
     # A slice of no time: each slot is filled layer by layer, in as many calls.

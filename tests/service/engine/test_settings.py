@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -51,6 +52,33 @@ def test_the_executor_is_handed_over_as_a_class(tmp_path: Path) -> None:
     _, made = vllm_arguments(settings, Slots(1, 4))
     assert made.distributed_executor_backend is YieldingExecutor
     assert made.distributed_executor_backend.supports_pp
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("base", "engine_args", "others", "divided"),
+    [
+        (LLAMA, {"tensor_parallel_size": 2}, {}, True),
+        (LLAMA, {"tensor_parallel_size": 2, "fully_sharded_loras": False}, {}, False),
+        (LLAMA, {}, {}, False),
+        (LLAMA, {"tensor_parallel_size": 2}, {"rank_slots": 4}, False),
+        (LLAMA, {"tensor_parallel_size": 16}, {"max_lora_rank": 8}, False),
+        (LLAMA | {"hidden_size": 66}, {"tensor_parallel_size": 4}, {}, False),
+        (LLAMA, {"tensor_parallel_size": 2, "model_impl": "transformers"}, {}, False),
+        ({"model_type": "mixtral", "hidden_size": 64}, {"tensor_parallel_size": 2}, {}, False),
+        ({"model_type": "qwen3_next", "hidden_size": 64}, {"tensor_parallel_size": 2}, {}, False),
+        (None, {"tensor_parallel_size": 2}, {}, False),
+    ],
+)
+def test_several_workers_keep_one_copy_where_vllm_can_divide_all_layers(
+    tmp_path: Path, base: Any, engine_args: dict[str, Any], others: dict[str, Any], divided: bool
+) -> None:
+    if base is not None:
+        (tmp_path / "config.json").write_text(json.dumps(base))
+    settings = Settings(model=str(tmp_path), engine_args=engine_args, **{"gpu_slots": 2} | others)
+    assert vllm_arguments(settings, Slots(1, 4))[1].fully_sharded_loras is divided
 
 
 def test_traces_of_the_engine_go_where_ours_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

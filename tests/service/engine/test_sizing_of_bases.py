@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from server.engine import arguments, sizing
 from server.engine.arguments import Slots
+from server.engine.sharding import DIVIDED
 from server.settings import Settings
 from tests.support.quantized import KINDS
 
@@ -44,10 +46,9 @@ class Base:
 
     @property
     def config(self) -> dict[str, Any]:
-        architecture = {"qwen2": "Qwen2", "llama": "Llama", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}
         return {
             "model_type": self.model,
-            "architectures": [f"{architecture[self.model]}ForCausalLM"],
+            "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model]],
             "hidden_size": self.hidden,
             "intermediate_size": self.inner,
             "num_hidden_layers": self.depth,
@@ -144,8 +145,8 @@ def engine_config(base: Base, folder: Path, workers: int, fully: bool) -> Iterat
         yield config
 
 
-def allocated(config: Any, workers: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes of a slot on the first of so many workers, by vLLM's own code."""
+def adapted(config: Any, workers: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The layers that take adapters on the first of so many workers, by their names, by vLLM's own code."""
     from vllm.distributed import parallel_state
     from vllm.lora.layers import BaseLayerWithLoRA
     from vllm.lora.model_manager import LRUCacheLoRAModelManager
@@ -173,10 +174,12 @@ def allocated(config: Any, workers: int, monkeypatch: pytest.MonkeyPatch) -> int
             LRUCacheLoRAModelManager(model, 8, 64, words, config.lora_config, torch.device("meta"), config)
     finally:
         torch.set_default_dtype(dtype)
-    sides: list[Any] = []
-    for layer in model.modules():
-        if isinstance(layer, BaseLayerWithLoRA):
-            sides += [layer.lora_a_stacked, layer.lora_b_stacked]
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseLayerWithLoRA)}
+
+
+def allocated(layers: dict[str, Any]) -> int:
+    """Bytes of a slot of these."""
+    sides = [side for layer in layers.values() for side in (layer.lora_a_stacked, layer.lora_b_stacked)]
     tensors = [t for side in sides for t in (side if isinstance(side, tuple | list) else [side])]
     return sum(t.nbytes for t in tensors) // SLOTS
 
@@ -188,7 +191,7 @@ def size(
     with engine_config(base, folder, workers, fully) as config:
         layers = arguments._slot_layers(config)
         computed = sizing.slot_bytes(layers, rank=RANK, itemsize=ITEM, workers=workers, fully_sharded=fully)
-        return computed, allocated(config, workers, monkeypatch)
+        return computed, allocated(adapted(config, workers, monkeypatch))
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.title)
@@ -198,3 +201,21 @@ def test_a_slot_takes_what_was_computed(base: Base, tmp_path: Path, monkeypatch:
         assert abs(computed - found) <= WITHIN * found
     row = " | ".join(f"{number / 2**20:,.1f}" for number in (*one, *two))
     assert f"| {base.title} | {row} |" in DOCS.read_text()
+
+
+@pytest.mark.parametrize("model", sorted(DIVIDED))
+def test_what_is_divided_in_full_takes_the_same_adapters(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No layer of a base that two workers divide by default is left without one, and a slot is smaller."""
+    small = Base(model, model, 64, 128, 1, (4, 2), 256, more={"head_dim": 16, "pad_token_id": 0})
+    found = {}
+    for fully in (False, True):
+        with engine_config(small, tmp_path, 2, fully) as config:
+            found[fully] = adapted(config, 2, monkeypatch)
+    assert found[True].keys() == found[False].keys()
+    whole, divided = (
+        {name: one for name, one in found[fully].items() if name.endswith("_proj")} for fully in (False, True)
+    )
+    assert {name.rpartition(".")[2] for name in whole} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert allocated(divided) < 0.8 * allocated(whole)
