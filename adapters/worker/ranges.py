@@ -11,7 +11,6 @@ so many ranks are free, all slots together. Where no gap is wide enough, a few n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -54,7 +53,13 @@ def width_of(rank: int) -> int:
 
 
 class RankRanges:
-    """Owner of the ranges of ``slots`` slots of ``rank`` ranks, a power of two."""
+    """Owner of the ranges of ``slots`` slots of ``rank`` ranks, a power of two.
+
+    What is free is kept as the largest aligned ranges that it can be cut into, by width; two halves that are
+    both free become one (the buddy system: Knuth, The Art of Computer Programming, volume 1, section 2.5).
+    A load that finds one takes a few steps, whatever else is there; only a load for which others must move
+    looks at each of them, once for each that moves at most.
+    """
 
     def __init__(self, slots: int, rank: int) -> None:
         if width_of(rank) != rank:
@@ -62,6 +67,9 @@ class RankRanges:
         self._slots = slots
         self._rank = rank
         self._places: dict[int, Range] = {}
+        # (slot, first rank) of each, by width
+        self._gaps: dict[int, set[tuple[int, int]]] = {1 << i: set() for i in range(rank.bit_length())}
+        self._gaps[rank] = {(slot, 0) for slot in range(slots)}
 
     def __repr__(self) -> str:
         shown = (f"{p.slot}[{p.start}:{p.stop}] {load}" for load, p in self._in_order())
@@ -70,7 +78,7 @@ class RankRanges:
     @property
     def free(self) -> int:
         """Ranks that no load has, of all slots."""
-        return self._slots * self._rank - sum(place.width for place in self._places.values())
+        return sum(width * len(gaps) for width, gaps in self._gaps.items())
 
     def place(self, load: int) -> Range | None:
         return self._places.get(load)
@@ -91,52 +99,69 @@ class RankRanges:
 
     def remove(self, load: int) -> None:
         """Gives its range back. Safe to call for a load that has none."""
-        self._places.pop(load, None)
+        place = self._places.pop(load, None)
+        if place is None:
+            return
+        start, width = place.start, place.width
+        while (place.slot, start ^ width) in self._gaps[width]:  # its other half
+            self._gaps[width].remove((place.slot, start ^ width))
+            start, width = start & ~width, 2 * width
+        self._gaps[width].add((place.slot, start))
 
     def check(self) -> None:
-        """Raises AssertionError unless ranges are aligned, inside their slots and apart."""
+        """Raises AssertionError unless ranges and gaps are aligned, inside their slots, apart, complete."""
+        gaps = [Range(*at, width) for width, found in self._gaps.items() for at in found]
         end = (-1, 0)
-        for load, place in self._in_order():
-            assert place.start % place.width == 0, (load, place)
-            assert place.stop <= self._rank, (load, place)
-            assert (place.slot, place.start) >= end, f"load {load} overlaps: {self!r}"
+        for place in sorted([*self._places.values(), *gaps]):
+            assert place.start % place.width == 0, place
+            assert place.stop <= self._rank, place
+            assert (place.slot, place.start) >= end, f"{place} overlaps: {self!r}"
             end = (place.slot, place.stop)
-        assert self.free >= 0, self
+        for one in gaps:
+            assert (one.slot, one.start ^ one.width) not in self._gaps[one.width], f"{one} has its other half"
+        assert self.free + sum(place.width for place in self._places.values()) == self._slots * self._rank
 
     def _make_room(self, width: int, spared: list[Range], effects: list[Put]) -> Range:
-        """A free range outside of ``spared``, where so many ranks are free; moves what is in its way.
+        """A range that is nobody's and no gap any more, outside of ``spared``; moves what is in its way.
 
-        The candidate with the least in it that leaves the fewest neighbours free: a gap is filled before a
-        wider one is broken. What has to move is narrower than ``width``, so this ends.
+        So many ranks are free. What has to move is narrower than ``width``, so this ends.
         """
-        best = min(self._candidates(width, spared), key=lambda one: (*self._cost(one), one))
-        for load, place in sorted(self._in_order(), key=lambda pair: -pair[1].width):
-            if best.holds(place):
-                to = self._make_room(place.width, [*spared, best], effects)
-                self._places[load] = to
-                effects.append(Move(load, to, place))
+        if (gap := self._take(width)) is not None:
+            return gap
+        best = self._least_used(width, spared)
+        for narrower, gaps in self._gaps.items():
+            gaps -= {at for at in gaps if best.holds(Range(*at, narrower))}
+        inside = [pair for pair in self._in_order() if best.holds(pair[1])]
+        for load, place in sorted(inside, key=lambda pair: -pair[1].width):
+            to = self._make_room(place.width, [*spared, best], effects)
+            self._places[load] = to
+            effects.append(Move(load, to, place))
         return best
 
-    def _candidates(self, width: int, spared: list[Range]) -> Iterator[Range]:
-        """Aligned ranges of ``width`` that are not part of a wider load, nor of ``spared``."""
-        taken = [*self._places.values(), *spared]
-        for slot in range(self._slots):
-            for start in range(0, self._rank, width):
-                one = Range(slot, start, width)
-                if not any(other.holds(one) or (other in spared and one.holds(other)) for other in taken):
-                    yield one
+    def _take(self, width: int) -> Range | None:
+        """The first part of the narrowest gap that is wide enough, so that wider ones stay whole."""
+        found = next((wide for wide, gaps in self._gaps.items() if wide >= width and gaps), None)
+        if found is None:
+            return None
+        slot, start = min(self._gaps[found])
+        self._gaps[found].remove((slot, start))
+        while found > width:
+            found //= 2
+            self._gaps[found].add((slot, start + found))
+        return Range(slot, start, width)
 
-    def _cost(self, one: Range) -> tuple[int, int]:
-        """(ranks that must move away, free ranks around it that a wider load could have had)."""
-        inside = sum(p.width for p in self._places.values() if one.holds(p))
-        around = width = one.width
-        while width < self._rank:
-            width *= 2
-            wider = Range(one.slot, one.start // width * width, width)
-            if any(wider.holds(p) or p.holds(wider) for p in self._places.values()):
-                break
-            around = width
-        return inside, around
+    def _least_used(self, width: int, spared: list[Range]) -> Range:
+        """The aligned range with the least in it that is not part of a wider load, nor of ``spared``."""
+        used: dict[tuple[int, int], int] = {}
+        covered: set[tuple[int, int]] = set()
+        for place in (*self._places.values(), *spared):
+            if place.width >= width:
+                covered.update((place.slot, start) for start in range(place.start, place.stop, width))
+            else:
+                at = place.slot, place.start // width * width
+                used[at] = used.get(at, 0) + place.width
+        _, at = min((ranks, at) for at, ranks in used.items() if at not in covered)
+        return Range(*at, width)
 
     def _in_order(self) -> list[tuple[int, Range]]:
         return sorted(self._places.items(), key=lambda pair: pair[1])

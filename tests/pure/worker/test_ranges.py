@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -101,3 +103,36 @@ def test_walks(seed: int) -> None:
             }
         # Each level moves less than the width above it.
         assert sum(e.place.width for e in effects[:-1]) <= width_of(asked) * rank.bit_length()
+
+
+def calls_of(action: Callable[[], object]) -> int:
+    """How many functions, of Python and of C, ``action`` calls: its cost on any machine."""
+    count = 0
+
+    def profile(_frame: object, event: str, _what: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def test_a_load_costs_the_engine_little_however_many_there_are() -> None:
+    """It is decided between two steps: with 128 loads on 16 slots, where none, one or many have to move."""
+    ranges = RankRanges(16, 64)
+    for load in range(128):
+        ranges.add(load, 8)
+    ranges.remove(5)
+    assert calls_of(lambda: ranges.add(5, 1)) < 60
+    ranges.remove(5)
+    for load in range(3, 128, 8):
+        ranges.remove(load)
+    moves: list[Put] = []
+    assert calls_of(lambda: moves.extend(ranges.add(200, 64))) < 3000
+    assert len(moves) == 7, "six went elsewhere"
+    ranges.check()
