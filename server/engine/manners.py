@@ -21,7 +21,7 @@ REMEMBERED = 256
 class Manner:
     """``template`` is None for the base's; ``content_format`` is how it takes a message's content.
 
-    ``tokens`` are special tokens that the base's tokenizer has not, by their text.
+    ``tokens`` are special tokens that the base's tokenizer has not, by their text. ``tenant`` is whose it is.
     """
 
     template: str | None
@@ -29,29 +29,31 @@ class Manner:
     stop_token_ids: tuple[int, ...] = ()
     content_format: str = "string"
     tokens: Mapping[str, int] = field(default_factory=dict)
+    tenant: str = ""
 
 
 class Manners:
-    """Of versions, by their digest."""
+    """Of versions, by their tenant and digest: two tenants may have the same files."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[str, Manner] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], Manner] = OrderedDict()
 
     async def of(self, version: Version | None) -> Manner | None:
         """None where the base's holds. Raises AdapterUnavailable where the version's files are not here."""
         if version is None or not version.chat.get("kept"):
             return None
-        found = self._known.get(version.digest)
+        key = version.tenant, version.digest
+        found = self._known.get(key)
         if found is None:
             try:
                 found = await asyncio.to_thread(_read, version)
             except FileNotFoundError as exc:  # another process of the fleet may have it
                 raise AdapterUnavailable("The adapter's chat template is not here yet; try again.") from exc
-            self._known[version.digest] = found
+            self._known[key] = found
             while len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         else:
-            self._known.move_to_end(version.digest)
+            self._known.move_to_end(key)
         return found
 
 
@@ -63,6 +65,7 @@ def _read(version: Version) -> Manner:
         tuple(kept.get("stop_token_ids") or ()),
         str(version.chat.get("content_format") or "string"),
         kept.get("tokens") or {},
+        version.tenant,
     )
 
 

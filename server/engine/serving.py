@@ -131,7 +131,11 @@ def own_templates(online: Any) -> None:
         special = {n: t for n, t in tokenizer.special_tokens_map.items() if isinstance(t, str)}
         variables = {name: value for name, value in kwargs.items() if name not in _NOT_VARIABLES}
         return await templates().render(
-            manner.template, conversation, tools, {**special, **manner.special_tokens, **variables}
+            manner.tenant,
+            manner.template,
+            conversation,
+            tools,
+            {**special, **manner.special_tokens, **variables},
         )
 
     online.preprocess_chat = preprocess_chat

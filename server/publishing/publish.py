@@ -216,7 +216,7 @@ async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tup
             from adapters.inspection.admit import admit
 
             golden = await incoming.examine(take)
-            chat = await _chat_of(service, incoming)
+            chat = await _chat_of(service, tenant, incoming)
             manifest = await incoming.examine(
                 partial(
                     admit,
@@ -253,7 +253,7 @@ async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tup
     return Published(answer, await _make_room(service, adapter))
 
 
-async def _chat_of(service: Publishing, incoming: Incoming) -> dict[str, Any] | None:
+async def _chat_of(service: Publishing, tenant: str, incoming: Incoming) -> dict[str, Any] | None:
     """What the upload says about chats, for its report; kept among its files where it is not the base's.
 
     AdapterRejected, also for a template that does not run (``chat_template_invalid``).
@@ -262,7 +262,7 @@ async def _chat_of(service: Publishing, incoming: Incoming) -> dict[str, Any] | 
     form = "string"
     if found is not None and found.template is not None:
         try:
-            form = await templates().check(found.template)
+            form = await templates().check(tenant, found.template)
         except TemplateFailed as exc:
             raise fault(
                 "chat_template_invalid", f"The chat template does not run: {exc}.", param=TEMPLATE_FILE
