@@ -49,6 +49,7 @@ from server.fleet.directory import Directory
 from server.fleet.gateway import FleetDispatcher, FleetEngine, RemotePublisher
 from server.fleet.remote import RemoteAnswers
 from server.fleet.replica import Replica
+from server.fleet.residency import FleetResidency
 from server.http.heap import trimmed
 from server.http.middleware import RequestContext, allow_origins, install_error_handlers
 from server.http.openapi import document
@@ -411,6 +412,7 @@ async def _start_gateway(settings: Settings, stores: _Stores, stack: AsyncExitSt
         elsewhere=RemotePublisher(directory, stores.blobs),
     )
     services = _services(settings, stores, engine, dispatcher, answers, publishing)
+    services.peers = FleetResidency(directory)
     if stores.cache is not None:
         services.in_background(stores.cache.open())
     logger.info("ready: a gateway, with %d replicas", len(directory.all()))

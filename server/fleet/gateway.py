@@ -86,7 +86,7 @@ class FleetDispatcher:
         self._draining = False
 
     def snapshot(self) -> Snapshot:
-        """Slots and queues of this gateway's requests alone; ``/admin/v1/replicas`` has those of replicas."""
+        """This gateway's own requests, and no slots: ``server.fleet.residency`` asks replicas for theirs."""
         running: dict[str, int] = {}
         for lease in self._answers.leases.values():
             running[lease.tenant] = running.get(lease.tenant, 0) + 1
@@ -101,10 +101,6 @@ class FleetDispatcher:
             preemptions=0,
             draining=self._draining,
         )
-
-    def last_events(self, number: int) -> list[dict[str, Any]]:
-        """None: each replica has its own scheduler."""
-        return []
 
     def version(self, key: str) -> Version | None:
         """What a key of the engines' stands for, if this gateway was asked for it."""

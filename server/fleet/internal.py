@@ -20,6 +20,8 @@ from server.errors import BadRequest, ServerError, TooManyRequests, Unauthorized
 from server.fleet import wire
 from server.fleet.replica import Replica
 from server.fleet.wire import Chunk, End, Granted, Kind, Malformed, WireOrder
+from server.http.long_answers import long_text
+from server.http.residency import look
 from server.inference.completion import Order, counted_refusals
 from server.inference.dialects.registry import DIALECTS
 from server.publishing.publish import publish, verify
@@ -324,6 +326,14 @@ async def unfit_(request: Request) -> Response:
         return {"unfit": await unfit(services.publishing.fitness, services.database, services.blobs.path)}
 
     return await _told(found())
+
+
+@router.post("/residency")
+async def residency(request: Request) -> Response:
+    """What a gateway asks for its ``/admin/v1/residency``, and the last events of the scheduler."""
+    services, sent = _replica_of(request).services, await _json(request)
+    events = services.dispatcher.last_events(int(sent["events"]))
+    return Response(await long_text(look(services) | {"events": events}), media_type="application/json")
 
 
 @router.post("/publish")

@@ -307,9 +307,13 @@ class Audit(Answer):
     next: Annotated[Count | None, Field(description="What `after` of the next page is; null at the end.")]
 
 
+_WHOSE = Field(description="Only in a fleet.")
+
+
 class ResidentSlot(Answer):
     """A GPU slot; all null when it is free. `running` counts requests."""
 
+    replica: Annotated[str | None, _WHOSE] = None
     tenant: str | None
     name: Annotated[str | None, Field(description="`adapter@version`.")]
     number: Number | None
@@ -323,6 +327,7 @@ class ResidentSlot(Answer):
 class ResidentVersion(Answer):
     """A version that takes room in host memory."""
 
+    replica: Annotated[str | None, _WHOSE] = None
     tenant: str | None
     name: Annotated[str | None, Field(description="`adapter@version`.")]
     number: Number | None
@@ -344,8 +349,31 @@ class Rates(Answer):
     first_token_p99: Annotated[float | None, Field(description="Seconds.")]
 
 
+class ResidentReplica(Answer):
+    """One replica of a fleet; null what it has not told. `answered` is false of one that does not answer."""
+
+    id: str
+    url: str
+    state: str
+    answered: bool
+    gpu_slots: Count | None
+    host_slots: Count | None
+    max_running: Count | None
+    backlog_seconds: float | None
+    running: Count | None
+    queued: Count | None
+    aside: Count | None
+    drains: Count | None
+    preemptions: Count | None
+    rates: Rates | None
+
+
 class Residency(Answer):
-    """The scheduler's state: slots, host memory, and requests and counters of fairness by tenant."""
+    """The scheduler's state: slots, host memory, and requests and counters of fairness by tenant.
+
+    Of a fleet, that of all replicas together: counts are sums, tokens per second too, and the times to the
+    first token are of this gateway's clients.
+    """
 
     slots: list[ResidentSlot]
     host: list[ResidentVersion]
@@ -357,6 +385,7 @@ class Residency(Answer):
     preemptions: Count
     draining: bool
     rates: Rates
+    replicas: Annotated[list[ResidentReplica] | None, _WHOSE] = None
     events: Annotated[list[JsonValue] | None, Field(description="Only where they were asked for.")] = None
 
 

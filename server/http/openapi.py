@@ -108,7 +108,7 @@ def _statuses(tag: str, path: str, arguments: bool, body: bool) -> list[str]:
         found += ["408", "413", "415"]
     if body and tag == "inference":
         found += ["503"]
-    if "{" in path or tag == "inference" or path.endswith(("/files", "/batches")):
+    if "{" in path or tag == "inference" or path.endswith(("/files", "/batches", "/residency")):
         found += ["404"]
     if tag != "inference" and arguments:
         found += ["409", "422"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
@@ -41,12 +41,18 @@ logger = logging.getLogger(__name__)
 BODIES_EACH, BODIES = 32, 128
 
 
+class Peers(Protocol):
+    """Those who have slots and queues in the place of this process; see ``server.fleet.residency``."""
+
+    async def residency(self, own: Mapping[str, Any], events: int, replica: str | None) -> dict[str, Any]: ...
+
+
 @dataclass
 class Services:
     """Everything that a route may need; complete once the server has started.
 
     ``redis_ledger`` is None where limits are counted in this process alone, ``cache`` where all files are in
-    the data folder. ``started`` is in seconds since 1970.
+    the data folder. ``started`` is in seconds since 1970. ``peers`` are a gateway's replicas.
     ``on_drain`` goes on beside what still runs.
     """
 
@@ -70,6 +76,7 @@ class Services:
     replicas: Replicas
     cache: Cache | None
     started: int
+    peers: Peers | None = None
     on_drain: Callable[[], Coroutine[Any, Any, None]] | None = None
     draining: bool = False
     # Tenants with a call of their own under way that only one at a time is allowed of.

@@ -192,6 +192,76 @@ class TestAnswering:
         await two.until(lambda: not any(one.app.state.replica.calls for one in two.replicas))
 
 
+class TestResidency:
+    async def test_a_gateway_shows_slots_memory_and_queues_of_all_replicas(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)}, max_running=1)
+        answers = [asyncio.create_task(read(two.gateway, key, body(400, model="a"))) for _ in range(3)]
+        await two.until(lambda: sum(len(one.services.dispatcher._leases) for one in two.replicas) == 3)
+        await two.until(lambda: any(one.engine.running for one in two.replicas))
+        snapshots = [one.services.dispatcher.snapshot() for one in two.replicas]
+        found = (await two.gateway.admin.get("/admin/v1/residency")).json()
+        for answer in answers:
+            answer.cancel()
+        slots = [slot for one in snapshots for slot in one.slots]
+        assert len(found["slots"]) == len(slots)
+        assert {slot["replica"] for slot in found["slots"]} == {one.id for one in two.replicas}
+        named = {(slot["tenant"], slot["name"]) for slot in found["slots"] if slot["version"]}
+        assert named == {("acme", "a@1")}
+        assert {(entry["tenant"], entry["name"], entry["tier"]) for entry in found["host"]} >= {
+            ("acme", "a@1", "gpu")
+        }
+        assert found["running"]["acme"] + found["queued"].get("acme", 0) == 3
+        parts = {one["id"]: one for one in found["replicas"]}
+        assert set(parts) == {one.id for one in two.replicas}
+        assert all(one["answered"] and one["state"] == "ready" for one in parts.values())
+        assert sum(one["running"] + one["queued"] for one in parts.values()) == 3
+        assert {one["gpu_slots"] for one in parts.values()} == {len(snapshots[0].slots)}
+
+    async def test_events_are_those_of_each_replica(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        await two.gateway.chat(key, "hello", model="a", max_tokens=3)
+        path = "/admin/v1/residency"
+        assert "events" not in (await two.gateway.admin.get(path)).json()
+        for one in two.replicas:
+            asked = {"replica": one.id, "events": 8192}
+            found = (await two.gateway.admin.get(path, params=asked)).json()
+            assert [each["id"] for each in found["replicas"]] == [one.id]
+            assert {slot["replica"] for slot in found["slots"]} == {one.id}
+            names = [event["event"] for event in found["events"]]
+            theirs = [event["event"] for event in one.services.dispatcher.last_events(8192)]
+            assert names == theirs[: len(names)], "more may have come since"
+            assert all(event["replica"] == one.id for event in found["events"])
+        every = (await two.gateway.admin.get(path, params={"events": 8192})).json()["events"]
+        assert "submitted" in [event["event"] for event in every]
+        unknown = await two.gateway.admin.get(path, params={"replica": "nobody"})
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "replica_not_found")
+
+    async def test_one_that_does_not_answer_is_shown_as_such(self, two: Fleet) -> None:
+        gone, there = two.replicas
+        await gone.kill()
+        await two.until(lambda: any(one.lost for one in two.directory.all()))
+        found = (await two.gateway.admin.get("/admin/v1/residency")).json()
+        assert {slot["replica"] for slot in found["slots"]} == {there.id}
+        parts = {one["id"]: one for one in found["replicas"]}
+        assert (parts[gone.id]["state"], parts[gone.id]["answered"]) == ("lost", False)
+        assert (parts[gone.id]["running"], parts[gone.id]["rates"]) == (None, None)
+        assert (parts[there.id]["state"], parts[there.id]["answered"]) == ("ready", True)
+
+    async def test_it_comes_as_a_stream(self, two: Fleet) -> None:
+        await two.gateway.tenant("acme")
+        seen: list[dict[str, Any]] = []
+        asked = {"params": {"every": 0.2}, "headers": {"Accept": "text/event-stream"}}
+        async with two.gateway.admin.stream("GET", "/admin/v1/residency", **asked) as stream:
+            async for line in stream.aiter_lines():
+                if line.startswith("data: "):
+                    seen.append(json.loads(line.removeprefix("data: ")))
+                    if len(seen) == 1:
+                        await two.gateway.upload("acme", "b", tiny.adapter(2))
+                    elif "b@1" in {entry["name"] for entry in seen[-1]["host"]}:
+                        break
+        assert {one["id"] for one in seen[0]["replicas"]} == {one.id for one in two.replicas}
+
+
 class TestCheck:
     async def test_a_gateway_says_what_any_replica_does_not_serve(
         self, two: Fleet, monkeypatch: pytest.MonkeyPatch

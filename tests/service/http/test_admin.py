@@ -401,6 +401,8 @@ async def test_the_schedulers_last_events_can_be_replayed(site: Site) -> None:
     replay(plan, every)
     now = asdict(site.services.dispatcher.snapshot())
     assert asdict(plan.snapshot()) == now
+    no_fleet = await site.admin.get("/admin/v1/residency?replica=x")
+    error(no_fleet, 404, "replica_not_found", "replica")
     for wrong in ("-1", "8193", "x"):
         error(
             await site.admin.get(f"/admin/v1/residency?events={wrong}"),

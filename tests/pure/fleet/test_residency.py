@@ -1,0 +1,66 @@
+"""What a gateway shows of its replicas' slots and queues, from what each told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.fleet.residency import merged
+
+OWN = {
+    "slots": [], "host": [], "queued": {}, "running": {"acme": 1}, "counters": {},
+    "aside": 0, "drains": 0, "preemptions": 0, "draining": True,
+    "rates": {
+        "seconds": 9.0, "output_tokens_per_second": 7.0, "first_tokens": 3,
+        "first_token_p50": 0.1, "first_token_p99": 0.2,
+    },
+}  # fmt: skip
+
+
+def known(id_: str, **changes: Any) -> dict[str, Any]:
+    return {"id": id_, "url": f"http://{id_}", "state": "ready", "gpu_slots": 2} | changes
+
+
+def told(tokens: float | None, **changes: Any) -> dict[str, Any]:
+    rates = {"seconds": 2.0, "output_tokens_per_second": tokens, "first_tokens": 8, "first_token_p50": 5.0}
+    said = {
+        "slots": [{"version": "acme/a@1"}], "host": [], "queued": {"acme": 2}, "running": {"acme": 1, "b": 1},
+        "counters": {"acme": 1.5}, "aside": 1, "drains": 2, "preemptions": 3, "draining": False,
+        "rates": rates, "events": [{"event": "tick"}],
+    }  # fmt: skip
+    return said | changes
+
+
+def test_counts_are_sums_and_entries_say_whose_they_are() -> None:
+    found = merged(OWN, [(known("x"), told(10.0)), (known("y"), told(2.5, queued={"c": 1}))])
+    assert found["slots"] == [{"replica": id_, "version": "acme/a@1"} for id_ in "xy"]
+    assert (found["queued"], found["running"]) == ({"acme": 2, "c": 1}, {"acme": 2, "b": 2})
+    assert found["counters"] == {"acme": 3.0}
+    assert (found["aside"], found["drains"], found["preemptions"]) == (2, 4, 6)
+    assert [(one["id"], one["running"], one["queued"]) for one in found["replicas"]] == [
+        ("x", 2, 2),
+        ("y", 2, 1),
+    ]
+    assert "events" not in found
+
+
+def test_tokens_are_of_all_and_first_tokens_of_the_gateways_clients() -> None:
+    found = merged(OWN, [(known("x"), told(10.0)), (known("y"), told(2.5)), (known("z"), told(None))])
+    assert found["rates"] == OWN["rates"] | {"seconds": 2.0, "output_tokens_per_second": 12.5}
+    first = merged(OWN, [(known("x"), told(None))])["rates"]
+    assert first["output_tokens_per_second"] is None, "nobody has looked before"
+    assert found["draining"], "the gateway's own"
+
+
+def test_one_that_does_not_answer_has_nulls_and_counts_nowhere() -> None:
+    found = merged(OWN, [(known("x", state="lost"), None), (known("y"), told(2.5))], with_events=True)
+    lost, there = found["replicas"]
+    assert (lost["answered"], lost["state"], lost["running"], lost["rates"]) == (False, "lost", None, None)
+    assert there["answered"]
+    assert lost.keys() == there.keys()
+    assert {slot["replica"] for slot in found["slots"]} == {"y"}
+    assert found["events"] == [{"replica": "y", "event": "tick"}]
+
+
+def test_without_replicas_nothing_is_there() -> None:
+    found = merged(OWN, [])
+    assert (found["slots"], found["running"], found["replicas"]) == ([], {}, [])
