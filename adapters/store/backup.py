@@ -55,18 +55,21 @@ class BackupRuns(BackupFailed):
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """``copied`` and ``present`` count adapters' files; ``broken`` are digests whose bytes are other ones."""
+    """``copied`` and ``present`` count adapters' files. Not in the copy are ``broken``, digests whose bytes
+    are other ones, and ``missing``, those that rows name and nothing holds."""
 
     copied: int
     present: int
     broken: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = "") -> Backup:
     """Copies the database and the blobs that its rows name to ``folder``, from ``blobs_url`` if not here.
 
     A server may be writing to both meanwhile. Files whose bytes are not those of their name are left out, and
-    named in the result. Raises BackupFailed, and OSError where a disk fails.
+    so are files that are not there; both are named in the result. Raises BackupFailed, and OSError where a
+    disk fails.
     """
     url = checked_url(database_url)
     if url.get_backend_name() == "sqlite" and not Path(str(url.database)).is_file():
@@ -74,22 +77,22 @@ def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = ""
     _refuse_source(url, blobs, folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     copied: set[str] = set()
+    missing: set[str] = set()
     with _alone(folder), _database_errors():
         _sweep(folder, folder / "blobs")
         for _ in range(_TRIES):
+            before = missing
             with _partial(folder / DATABASE_FILE) as snapshot:
                 _copy_out(url, snapshot)
                 wanted = _linked(snapshot)
                 done, missing, broken = _copy_blobs(wanted, _from(blobs, blobs_url), folder / "blobs")
                 copied |= done
-                if not missing:
+                # What this snapshot and the one before miss was not deleted between them: it is lost.
+                if missing <= before:
                     os.replace(snapshot, folder / DATABASE_FILE)
                     sync_path(folder)
-                    return Backup(len(copied), len(wanted - copied - broken), tuple(sorted(broken)))
-    raise BackupFailed(
-        f"files of {len(missing)} adapters are on record and not there, {min(missing)} for one; see"
-        " `loraplex check`"
-    )
+                    return _backup(wanted, copied, broken, missing)
+    raise BackupFailed("versions are deleted faster than they can be copied; try again")
 
 
 def restore(folder: Path, database_url: str, blobs: Path, *, blobs_url: str = "") -> Backup:
@@ -97,9 +100,10 @@ def restore(folder: Path, database_url: str, blobs: Path, *, blobs_url: str = ""
     Blobs go to ``blobs_url`` too, if there is one.
 
     What is restored is an installation of its own, with an id of its own. Bytes are held against their
-    digests; those that differ are left out, and named in the result. What lies in ``blobs`` already is kept
-    if it is whole, and moved to ``aside`` in the data folder if not. Raises BackupFailed, and OSError where a
-    disk fails.
+    digests; those that differ, and those that the backup lacks, are left out and named in the result: their
+    versions are on record and cannot be served until somebody uploads the same files. What lies in ``blobs``
+    already is kept if it is whole, and moved to ``aside`` in the data folder if not. Raises BackupFailed, and
+    OSError where a disk fails.
     """
     source, url = folder / DATABASE_FILE, checked_url(database_url)
     if not source.is_file():
@@ -114,12 +118,15 @@ def restore(folder: Path, database_url: str, blobs: Path, *, blobs_url: str = ""
             if (blobs / digest).is_dir() and digest_of(blobs / digest) != digest:
                 _set_aside(blobs / digest, blobs.parent / ASIDE)
         copied, missing, broken = _copy_blobs(wanted, _from(folder / "blobs", ""), blobs)
-        if missing:
-            raise BackupFailed(f"the backup lacks files of {len(missing)} adapters, {min(missing)} for one")
         if blobs_url:
-            asyncio.run(_put(ObjectStore(blobs_url), wanted - broken, blobs))
+            asyncio.run(_put(ObjectStore(blobs_url), wanted - broken - missing, blobs))
         _copy_in(source, url, blobs.parent)
-    return Backup(len(copied), len(wanted - copied - broken), tuple(sorted(broken)))
+    return _backup(wanted, copied, broken, missing)
+
+
+def _backup(wanted: set[str], copied: set[str], broken: set[str], missing: set[str]) -> Backup:
+    present = len(wanted - copied - broken - missing)
+    return Backup(len(copied), present, tuple(sorted(broken)), tuple(sorted(missing)))
 
 
 def _refuse_source(url: URL, blobs: Path, folder: Path) -> None:

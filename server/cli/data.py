@@ -117,7 +117,9 @@ def _report(what: str, folder: Path, run: Callable[[], backup.Backup]) -> int:
     print(f"{what} {folder}: {done.copied} adapters' files copied, {done.present} were there already.")
     for digest in done.broken:
         print(f"left out, its bytes are not those that were uploaded: {digest}")
-    return PARTLY if done.broken else OK
+    for digest in done.missing:
+        print(f"left out, its files are not there: {digest}")
+    return PARTLY if done.broken or done.missing else OK
 
 
 async def _check(settings: Settings, repair: bool) -> dict[str, Any]:

@@ -204,6 +204,7 @@ class BackedUp(Answer):
     copied: Count
     present: Count
     broken: list[Digest]
+    missing: list[Digest]
     seconds: float
 
 

@@ -60,7 +60,8 @@ async def _checked(services: Services, *, repair: bool) -> dict[str, Any]:
 
 @router.post("/backup", status_code=201, response_model=answers.BackedUp, openapi_extra=documented(NewBackup))
 async def back_up(body: Annotated[NewBackup, body_as(NewBackup)], services: ServicesOf) -> dict[str, Any]:
-    """A consistent copy in BACKUP_DIR; only what is not there yet is copied."""
+    """A consistent copy in BACKUP_DIR; only what is not there yet is copied. Files that are damaged, or are
+    not there, are left out and named, as ``broken`` and ``missing``."""
     settings, began = services.settings, time.monotonic()
     folder = settings.backup_dir.absolute()
     folder = folder if body.name is None else folder / body.name
@@ -69,6 +70,8 @@ async def back_up(body: Annotated[NewBackup, body_as(NewBackup)], services: Serv
             done = await run_in_thread(_back_up, services, folder)
     finally:
         logger.info("a backup to %s took %.1f s", folder, time.monotonic() - began)
+    if left := len(done.broken) + len(done.missing):
+        logger.warning("the backup to %s lacks the files of %d adapters; see /admin/v1/check", folder, left)
     return {"folder": str(folder), **asdict(done), "seconds": round(time.monotonic() - began, 3)}
 
 

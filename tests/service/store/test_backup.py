@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,19 +198,41 @@ async def test_the_next_backup_copies_what_is_new(tmp_path: Path, capsys: pytest
     assert blobs_in(copy) == blobs_in(live)
 
 
-async def test_broken_bytes_are_left_out_and_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    live, copy = tmp_path / "live", tmp_path / "copy"
-    async with fake_site(live) as site:
-        await site.tenant("acme", {"a": tiny.adapter(1)})
-    (digest,) = blobs_in(live)
-    file = live / "blobs" / digest / WEIGHTS_FILE
+def change_a_byte(folder: Path) -> None:
+    file = folder / WEIGHTS_FILE
     file.chmod(0o600)
     file.write_bytes(file.read_bytes()[:-1] + b"!")
-    assert data.back_up(settings(live), copy) == 1
+
+
+def remove(folder: Path) -> None:
+    folder.chmod(0o700)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("damage", [change_a_byte, remove])
+@pytest.mark.parametrize("side", ["live", "copy"])
+async def test_what_is_damaged_is_left_out_and_named_and_all_else_comes_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], side: str
+) -> None:
+    live, copy, back = tmp_path / "live", tmp_path / "copy", tmp_path / "back"
+    async with fake_site(live) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)})
+        digest = (await site.admin.get("/admin/v1/tenants/acme/adapters/a")).json()["versions"][0]["digest"]
+    if side == "live":
+        damage(live / "blobs" / digest)
+        assert data.back_up(settings(live), copy) == 1
+        assert digest in capsys.readouterr().out
+        assert len(blobs_in(copy)) == 1
+    else:
+        assert data.back_up(settings(live), copy) == 0
+        damage(copy / "blobs" / digest)
+    assert await asyncio.to_thread(data.restore, settings(back), copy) == 1
     assert digest in capsys.readouterr().out
-    assert blobs_in(copy) == set()
+    async with fake_site(back) as site:
+        error(await site.chat(key, "hi", model="a"), 503, "adapter_damaged")
+        assert (await site.chat(key, "hi", model="b")).status_code == 200
+        await site.upload("acme", "a", tiny.adapter(1))  # the cure
+        assert (await site.chat(key, "hi", model="a")).status_code == 200
 
 
 async def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,11 +245,7 @@ async def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixt
     assert data.restore(settings(live), copy) == 2
     assert "already" in capsys.readouterr().err
     assert data.restore(settings(tmp_path / "new"), tmp_path / "nothing") == 2
-    (digest,) = blobs_in(copy)
-    (copy / "blobs" / digest).chmod(0o700)
-    shutil.rmtree(copy / "blobs" / digest)
-    assert data.restore(settings(tmp_path / "other"), copy) == 2
-    assert not (tmp_path / "other" / "loraplex.db").exists()
+    assert not (tmp_path / "new" / "loraplex.db").exists()
 
 
 async def test_a_backup_is_not_made_on_top_of_what_it_copies(
@@ -349,7 +368,7 @@ async def test_the_admin_api_makes_a_backup(tmp_path: Path) -> None:
         assert made.status_code == 201, made.text
         first = made.json()
         assert first["folder"] == str((tmp_path / "live" / "backups").absolute())
-        assert (first["copied"], first["present"], first["broken"]) == (1, 0, [])
+        assert (first["copied"], first["present"], first["broken"], first["missing"]) == (1, 0, [], [])
         again = (await site.admin.post("/admin/v1/backup", json={})).json()
         assert (again["copied"], again["present"]) == (0, 1)
         named = (await site.admin.post("/admin/v1/backup", json={"name": "friday"})).json()
@@ -374,11 +393,28 @@ async def test_a_backup_that_cannot_be_made_is_said_so_and_the_one_before_stays(
         await site.upload("acme", "b", tiny.adapter(2))
         digest = (await site.admin.get("/admin/v1/tenants/acme/adapters/b")).json()["versions"][0]["digest"]
         blob = site.services.blobs.path(digest)
-        blob.rename(tmp_path / "away")
+        blob.chmod(0o700)
+        os.mkfifo(blob / "cannot-be-copied")
         error(await site.admin.post("/admin/v1/backup"), 500, "backup_failed")
         assert (folder / "loraplex.db").read_bytes() == before
-        (tmp_path / "away").rename(blob)
+        (blob / "cannot-be-copied").unlink()
         assert (await site.admin.post("/admin/v1/backup")).status_code == 201
+
+
+async def test_files_that_are_gone_do_not_stop_later_backups(tmp_path: Path) -> None:
+    async with fake_site(tmp_path / "live") as site:
+        await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)})
+        digest = (await site.admin.get("/admin/v1/tenants/acme/adapters/a")).json()["versions"][0]["digest"]
+        change_a_byte(site.services.blobs.path(digest))
+        repaired = (await site.admin.post("/admin/v1/check", json={"repair": True})).json()
+        assert repaired["moved"]
+        made = await site.admin.post("/admin/v1/backup")
+        assert made.status_code == 201, made.text
+        first = made.json()
+        assert (first["copied"], first["broken"], first["missing"]) == (1, [], [digest])
+        await site.upload("acme", "a", tiny.adapter(1))
+        again = (await site.admin.post("/admin/v1/backup")).json()
+        assert (again["copied"], again["present"], again["missing"]) == (1, 1, [])
 
 
 async def test_what_lies_in_an_object_store_is_backed_up_and_put_back(
