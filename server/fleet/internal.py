@@ -197,7 +197,7 @@ class RelayedCall(Response):
         body: dict[str, Any] | None = None
         error: Exception | None = None
         try:
-            await self.tell(wire.framed(Kind.RUNNING, {}))
+            await self.tell(wire.framed(Kind.RUNNING, {"load": self._lease.load_seconds}))
             completion = await answers.run(admitted)
             body = completion.body
             if completion.stream is not None:

@@ -202,7 +202,8 @@ class RemoteCall:
             except Lost as exc:
                 await self._go_on(exc)
                 continue
-            if kind is Kind.RUNNING:
+            if kind is Kind.RUNNING:  # a replica of the release before says nothing of a load
+                self._lease.load_seconds = json_of(payload).get("load", 0.0)
                 return
             if kind is Kind.END:
                 await self._refused(End.decoded(payload).error)

@@ -2,7 +2,7 @@
 
 A gateway posts an order (JSON) and reads frames, each of four bytes of length, one of kind, and a payload:
 
-    RUNNING   {"queued": seconds}                     it has a place in the engine
+    RUNNING   {"load": seconds}                       it has a place in the engine; its adapter took so long
     ASKS      [prompt, output, sequences]             what the engine has counted; not more than was reserved
     LARGER    the same                                more than was reserved: nothing ran, ask again with more
     CHUNK     totals, new token ids, the text         everything that the tokens so far have to say

@@ -15,6 +15,7 @@ import pytest
 from adapters.errors import AdapterUnfit
 from adapters.model import Version
 from tests.support import tiny
+from tests.support.fakes import Times
 from tests.support.fleet import FLEET_KEY, Fleet, fleet
 from tests.support.site import bearer
 
@@ -104,6 +105,20 @@ class TestAnswering:
         assert counted == {"prompt_tokens": 3, "completion_tokens": 20, "total_tokens": 23}
         (row,) = await usage(two)
         assert (row["requests"], row["output_tokens"]) == (2, 23)
+
+    async def test_a_cold_request_says_how_long_its_load_took(self, tmp_path: Path) -> None:
+        """A gateway's row of it, and so its access line and trace, know what a replica has waited for."""
+        times = Times(stage=0.05, activate=0.02, step=0.005)
+        async with fleet(tmp_path, 1, times, gpu_slots=1, host_slots=1) as one:
+            key = await one.gateway.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)})
+            for model in ("a", "b", "b"):
+                assert (await one.gateway.chat(key, "hi", model=model, max_tokens=1)).status_code == 200
+            await one.gateway.services.usage_writer.flush()
+            again, b, a = (await one.gateway.admin.get("/admin/v1/requests")).json()["data"]
+            for row in (a, b):
+                assert row["cold"]
+                assert 0.07 <= row["load_seconds"] <= row["queue_seconds"]
+            assert (again["cold"], again["load_seconds"]) == (False, 0)
 
     async def test_a_replica_works_in_the_trace_of_the_gateway(
         self, two: Fleet, caplog: pytest.LogCaptureFixture
