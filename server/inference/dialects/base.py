@@ -27,6 +27,7 @@ from server.inference.dialects.fields import (
     unknown_field,
     with_structured_outputs,
 )
+from server.inference.dialects.nested import check_nested
 from server.inference.dialects.schema import Schema
 
 # What says something about OpenAI's own service and not about the answer, or is an advice that costs nothing.
@@ -87,6 +88,8 @@ class Dialect:
     """Whether a stream that another engine goes on with looks as if one had made it."""
     integers: ClassVar[frozenset[str]] = frozenset()
     """Fields that are integers in this dialect, and something else in another."""
+    booleans: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are booleans in this dialect, and something else in another."""
 
     @property
     def pools(self) -> bool:
@@ -104,7 +107,8 @@ class Dialect:
         check_sizes(body)
         kept = {name: value for name, value in body.items() if name in self.accepted and value is not None}
         for name, value in kept.items():
-            check_type(name, value, integer=name in self.integers)
+            check_type(name, value, integer=name in self.integers, boolean=name in self.booleans)
+            check_nested(name, value)
         self._check_amounts(kept)
         kept = with_structured_outputs(kept)
         if "chat_template_kwargs" in kept:

@@ -56,6 +56,7 @@ class Chat(OpenAIText):
         "thinking": ((), _THINKING),
         "web_search_options": ((), "Nothing is searched here; offer a tool of the type function."),
     }
+    booleans = frozenset({"logprobs"})
     max_tokens_fields = ("max_completion_tokens", "max_tokens")
     body = object_of(
         "messages",

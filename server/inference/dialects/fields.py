@@ -127,22 +127,19 @@ def check_only(name: str, value: Any, only: Only) -> None:
         raise BadRequest(f"{name} is not served here: {reason}", code="unsupported_parameter", param=name)
 
 
-def check_type(name: str, value: Any, *, integer: bool = False) -> None:
+def check_type(name: str, value: Any, *, integer: bool = False, boolean: bool = False) -> None:
     """BadRequest where a number, a boolean or a list of token ids is something that could be read as one.
 
-    ``integer`` for a field that is an integer in this dialect only.
+    ``integer`` and ``boolean`` for a field that is one in this dialect only.
     """
     if integer or name in INTEGERS:
-        _check(name, value, int, "an integer")
-        if abs(value) > _LARGEST_INTEGER and name != "seed":
-            raise BadRequest(f"{name}: at most {_LARGEST_INTEGER}, but got more", param=name)
+        check_integer(name, value)
     elif name in _NUMBERS:
         _check(name, value, int | float, "a number")
         if name == "repetition_penalty":
             _check_range(name, value, LEAST_REPETITION_PENALTY, LARGEST_REPETITION_PENALTY)
-    elif name in _BOOLEANS:
-        if not isinstance(value, bool):
-            raise _wrong(name, value, "a boolean")
+    elif boolean or name in _BOOLEANS:
+        check_boolean(name, value)
     elif name in _TOKEN_LISTS:
         _check_tokens(name, value)
     elif name in _PROMPTS and isinstance(value, list):
@@ -154,6 +151,19 @@ def check_type(name: str, value: Any, *, integer: bool = False) -> None:
     elif name == "logit_bias" and isinstance(value, dict):
         for token, bias in value.items():
             _check(f"{name}.{token}", bias, int | float, "a number")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """BadRequest for what is no integer, or one that the engine's arrays do not hold."""
+    _check(name, value, int, "an integer")
+    if abs(value) > _LARGEST_INTEGER and name != "seed":
+        raise BadRequest(f"{name}: at most {_LARGEST_INTEGER}, but got more", param=name)
+
+
+def check_boolean(name: str, value: Any) -> None:
+    """BadRequest for what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise _wrong(name, value, "a boolean")
 
 
 def _check(name: str, value: Any, kind: Any, wanted: str) -> None:

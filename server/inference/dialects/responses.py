@@ -20,6 +20,7 @@ from server.inference.dialects.fields import (
     VLLM_CHAT,
     VLLM_SAMPLING,
     Only,
+    check_boolean,
     with_strict_tools,
 )
 from server.inference.dialects.schema import ANY, LIMIT, MODEL, SAMPLED, TEXT, TURNS, object_of
@@ -132,6 +133,9 @@ class Responses(Dialect):
 
 def _stateless(body: dict[str, Any]) -> dict[str, Any]:
     """``body`` that asks for nothing to be kept. BadRequest (``stateless``) where it asks for it."""
+    for name in ("background", "store"):
+        if (given := body.get(name)) is not None and not given:
+            check_boolean(name, given)
     for name, cure in _STATEFUL.items():
         if body.get(name):
             raise BadRequest(cure, code="stateless", param=name)

@@ -164,6 +164,77 @@ def test_nothing_is_read_as_something_else(fields: dict[str, Any], param: str) -
     assert refused.value.param == param
 
 
+def bodies(path: str, value: Any) -> dict[str, Any]:
+    """A body that has ``value`` there; ``*`` is the second item of an array."""
+    made: Any = value
+    for name in reversed(path.split(".")):
+        made = [{}, made] if name == "*" else {name: made}
+    found: dict[str, Any] = made
+    return found
+
+
+INSIDE = [(kind, path) for kind, paths in {
+    "chat": (
+        "stream_options.include_usage", "stream_options.include_obfuscation",
+        "response_format.json_schema.strict", "tools.*.function.strict", "tools.*.strict",
+        "tools.*.function.defer_loading",
+        "messages.*.tools.*.function.strict", "structured_outputs.disable_any_whitespace",
+    ),
+    "completion": ("stream_options.include_usage", "response_format.json_schema.strict"),
+    "responses": ("stream_options.include_obfuscation", "text.format.strict", "tools.*.strict"),
+    "messages": (
+        "tool_choice.disable_parallel_tool_use", "tools.*.strict", "tools.*.defer_loading",
+        "messages.*.content.*.is_error",
+    ),
+    "count_tokens": ("tool_choice.disable_parallel_tool_use", "messages.*.content.*.is_error"),
+}.items() for path in paths]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "path"), INSIDE)
+@pytest.mark.parametrize("value", ["true", "yes", 1, 0, 1.0, {}])
+def test_what_is_inside_a_field_is_not_read_as_a_boolean(kind: str, path: str, value: Any) -> None:
+    with pytest.raises(BadRequest, match="expected a boolean") as refused:
+        DIALECTS[kind].allowed_fields({**LEAST[kind], **bodies(path, value)})
+    assert refused.value.param == path.replace("*", "1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [("chat", "stream_options.include_usage"), ("messages", "tool_choice.disable_parallel_tool_use")],
+)
+@pytest.mark.parametrize("value", [True, False, None])
+def test_booleans_inside_a_field_are_taken(kind: str, path: str, value: Any) -> None:
+    body = bodies(path, value)
+    kept = DIALECTS[kind].allowed_fields({**LEAST[kind], **body})
+    assert kept | body == kept
+
+
+@pytest.mark.parametrize("kind", ["messages", "count_tokens"])
+@pytest.mark.parametrize("value", ["2048", 2048.0, True, 2**31])
+def test_a_budget_of_thinking_is_a_whole_number(kind: str, value: Any) -> None:
+    thinking = {"type": "enabled", "budget_tokens": value}
+    with pytest.raises(BadRequest, match=r"integer|at most") as refused:
+        DIALECTS[kind].allowed_fields({**LEAST[kind], "thinking": thinking})
+    assert refused.value.param == "thinking.budget_tokens"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("chat", "logprobs", "true"),
+        ("chat", "logprobs", 1),
+        ("completion", "logprobs", True),
+        ("completion", "logprobs", "1"),
+        ("responses", "store", 0),
+        ("responses", "background", ""),
+    ],
+)
+def test_fields_that_are_something_else_elsewhere(kind: str, name: str, value: Any) -> None:
+    with pytest.raises(BadRequest, match=r"expected an? (boolean|integer)") as refused:
+        DIALECTS[kind].allowed_fields({**LEAST[kind], name: value})
+    assert refused.value.param == name
+
+
 def test_the_older_names_of_a_constraint() -> None:
     kept = DIALECTS["chat"].allowed_fields(
         {**LEAST["chat"], "guided_choice": ["a", "b"], "guided_json": None}
