@@ -58,17 +58,24 @@ class Replicas:
 
     async def beat(
         self, id: str, url: str, state: str, facts: Mapping[str, Any], load: Mapping[str, Any]
-    ) -> None:
-        """Announces the replica, or says that it is still there."""
+    ) -> list[str]:
+        """Announces the replica, or says that it is still there.
+
+        One that is new takes the place of those at its URL, whose ids are returned: where it listens they
+        do not, and one that was killed has not left.
+        """
         async with self._database.append() as session:
             at = await _time(session)
             values = {"url": url, "state": state, "beat_at": at, "facts": dict(facts), "load": dict(load)}
             row = await session.get(ReplicaRow, id)
-            if row is None:
-                session.add(ReplicaRow(id=id, started_at=at, **values))
-            else:
+            if row is not None:
                 for name, value in values.items():
                     setattr(row, name, value)
+                return []
+            before = delete(ReplicaRow).where(ReplicaRow.url == url).returning(ReplicaRow.id)
+            gone = list(await session.scalars(before))
+            session.add(ReplicaRow(id=id, started_at=at, **values))
+            return gone
 
     async def leave(self, id: str) -> None:
         """The replica has stopped."""

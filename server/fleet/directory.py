@@ -21,11 +21,10 @@ import aiohttp
 
 from adapters.awake import AwakeClock
 from adapters.errors import AdapterError
-from adapters.model import BaseModel, Head, Tier, Version
+from adapters.model import Tier, Version
 from adapters.store.replicas import Replicas
-from server.engine.parsers import Parsers
-from server.engine.sizing import EngineCapacity
 from server.errors import ServerError, Unavailable
+from server.fleet.facts import Facts, common, facts_of
 from server.fleet.placement import Move, Placement, Rules
 from server.fleet.reports import Report
 from server.fleet.wire import PREFIX, as_json, error_of
@@ -47,7 +46,6 @@ VERSIONS_REMEMBERED = 16_384
 CONNECT_TIMEOUT_S = 3.0
 # Below uvicorn's 5 s, which closes what is idle: a request must not meet a connection that is being closed.
 KEEP_ALIVE_S = 3.0
-CAPACITY = ("gpu_slots", "host_slots", "slot_bytes", "entry_bytes")
 CALL_TIMEOUT_S = 150.0  # of what needs the engine: probes wait for their turn
 
 
@@ -55,23 +53,14 @@ class Unreachable(Exception):
     """A replica could not be asked, or did not answer as a replica does."""
 
 
+class Replaced(Unreachable):
+    """Another process answers where a replica was: that one has ended."""
+
+
 class Moves(Protocol):
     """What runs at a replica; see ``server.fleet.remote.RemoteCall``."""
 
     def lose(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What all replicas of a kind share."""
-
-    base: BaseModel
-    max_model_len: int
-    max_running: int
-    capacity: EngineCapacity
-    dtype: str
-    engine: str
-    parsers: Parsers
 
 
 @dataclass(slots=True, eq=False)
@@ -146,7 +135,10 @@ class Directory:
 
     @property
     def facts(self) -> Facts:
-        """What the serving replicas have in common. Unavailable (``no_replica``) until one was heard of."""
+        """What the ready replicas have in common, and the last ones where none is.
+
+        Unavailable (``no_replica``) until one was heard of.
+        """
         if self._facts is None:
             raise self.nobody()
         return self._facts
@@ -350,6 +342,7 @@ class Directory:
                 one.watching.cancel()
                 self.placement.forget(id_)
                 del self._known[id_]
+                self._compare()
 
     async def _watch(self, one: Known) -> None:
         every = min(ASK_EVERY_S, self._stall / ASKED_BEFORE_HUNG)
@@ -361,7 +354,8 @@ class Directory:
             try:
                 await self._hear(one, within)
             except Exception as exc:  # whatever it is, it is no answer
-                if not one.lost and (isinstance(exc, aiohttp.ClientConnectorError) or self._is_silent(one)):
+                gone = isinstance(exc, aiohttp.ClientConnectorError | Replaced)
+                if not one.lost and (gone or self._is_silent(one)):
                     self._lose(one, exc)
             await asyncio.sleep(max(0.1, asked + every - self._now()))
 
@@ -375,47 +369,38 @@ class Directory:
             if response.status != 200:
                 raise Unreachable(f"status {response.status}")
             said = await response.json(content_type=None)
+        if said.get("id", one.id) != one.id:  # an older replica does not say
+            raise Replaced(f"{said['id']} answers there")
         if one.facts is None:
             one.facts = facts_of(said["facts"])
-            if self._facts is None:
-                self._facts = one.facts
         report = Report.of(one.id, said["report"], one.facts.capacity.host_slots, said.get("backlog", 0.0))
         if one.lost:
             logger.info("replica %s is back", one.id)
+        changed = one.lost or one.said.get("state") != report.state
         one.heard, one.lost, one.said = self._now(), False, said["report"]
         one.served, one.backlog = said.get("served", {}), report.backlog
         self.placement.beat(self._now(), report)
+        if changed:
+            self._compare()
 
     def _lose(self, one: Known, why: Exception) -> None:
         one.lost = True
         logger.warning("replica %s at %s is lost: %s", one.id, one.url, type(why).__name__)
         self.placement.lost(one.id)
+        self._compare()
         for call in list(one.calls):
             call.lose()
         for limit in one.asked:
             limit.reschedule(0.0)
 
+    def _compare(self) -> None:
+        """``facts`` anew, since a replica came, went or has another state."""
+        there = self.ready() or [one for one in self.all() if not one.lost]
+        if told := [one.facts for one in there if one.facts is not None]:
+            self._facts = common(told)
+
     def _now(self) -> float:
         return self._clock.now()
-
-
-def facts_of(sent: Mapping[str, Any]) -> Facts:
-    """What ``server.fleet.replica.Replica.facts`` told."""
-    base = BaseModel(
-        name=str(sent["base"]),
-        modules={},
-        max_lora_rank=int(sent["max_lora_rank"]),
-        fingerprint=sent["fingerprint"],
-        pooling=bool(sent["pooling"]),
-        head=Head(**sent["head"]) if sent.get("head") else None,  # an older replica has none
-    )
-    capacity = EngineCapacity(**{name: int(sent[name]) for name in CAPACITY})
-    sizes = int(sent["max_model_len"]), int(sent["max_running"])
-    parsers = sent.get("parsers") or {}  # an older replica says nothing of them
-    chosen = Parsers(
-        parsers.get("tool_parser"), parsers.get("reasoning_parser"), bool(parsers.get("tools_shown"))
-    )
-    return Facts(base, *sizes, capacity, str(sent["dtype"]), str(sent["engine"]), chosen)
 
 
 def _no_answer() -> Unavailable:

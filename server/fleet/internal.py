@@ -284,7 +284,7 @@ async def state(request: Request) -> dict[str, Any]:
     served = replica.services.dispatcher.served()
     report = replica.report()
     told = {"report": report.as_json(), "backlog": report.backlog}
-    return {**told, "facts": replica.facts, "served": served}
+    return {**told, "id": replica.id, "facts": replica.facts, "served": served}
 
 
 @router.post("/tokens")

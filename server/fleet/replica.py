@@ -69,6 +69,7 @@ class Replica:
         self._seen = -1
         self._peers: frozenset[str] = frozenset()
         self._beating: asyncio.Task[None] | None = None
+        self._announced = False
 
     def start(self) -> None:
         """Announces this replica to the gateways, at once and then again and again."""
@@ -173,12 +174,19 @@ class Replica:
             self._chores_due = clock
         elif clock >= self._chores_due:
             self._chores_due = clock + CHORES_EVERY_S
-            await self._rows.forget(FORGOTTEN)
             self.services.in_background(self._do_chores())
 
     async def _announce(self) -> None:
         load = self.report().as_json() | {"replica": self.id}
-        await self._rows.beat(self.id, self._url, self.state, self.facts, load)
+        others = await self._rows.beat(self.id, self._url, self.state, self.facts, load)
+        if others and self._announced:
+            logger.warning(
+                "replica %s announces itself at %s too: give each a LORAPLEX_REPLICA_URL of its own",
+                *(", ".join(others), self._url),
+            )
+        elif others:
+            logger.info("in place of replica %s at %s", ", ".join(others), self._url)
+        self._announced = True
 
     async def _do_chores(self) -> None:
         try:
@@ -188,7 +196,10 @@ class Replica:
 
     async def _follow(self) -> None:
         """Pins what is this replica's part, and lets go of what nothing links to any more."""
-        alive = [row for row in await self._rows.all() if not row.is_lost]
+        rows = await self._rows.all()
+        if any(row.silent_s > FORGOTTEN.total_seconds() for row in rows):
+            await self._rows.forget(FORGOTTEN)
+        alive = [row for row in rows if not row.is_lost]
         peers = frozenset(row.id for row in alive if row.state == "ready")
         generation = self.services.database.generation
         if (generation, peers) == (self._seen, self._peers):

@@ -121,14 +121,21 @@ class Fleet:
 
 @asynccontextmanager
 async def replica(
-    folder: Path, times: Times | None = None, base: BaseModel | None = None, **changes: Any
+    folder: Path,
+    times: Times | None = None,
+    base: BaseModel | None = None,
+    *,
+    engine: FakeEngine | None = None,
+    port: int | None = None,
+    **changes: Any,
 ) -> AsyncIterator[FakeReplica]:
-    port = unused()
+    """On ``engine`` and ``port``, or one made for it and a free one."""
+    port = port or unused()
     chosen = tiny.settings(folder, role="replica", fleet_key=FLEET_KEY, port=port, **changes)
     assert isinstance(chosen.gpu_slots, int)
     assert isinstance(chosen.host_slots, int)
     slots = {"gpu_slots": chosen.gpu_slots, "host_slots": chosen.host_slots}
-    engine = FakeEngine(base or tiny.base(), **slots, times=times or Times(step=0.02))
+    engine = engine or FakeEngine(base or tiny.base(), **slots, times=times or Times(step=0.02))
 
     async def start(_: Settings) -> FakeEngine:
         return engine

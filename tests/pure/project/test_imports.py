@@ -77,6 +77,7 @@ PURE = {
     "adapters.split",
     "server.engine.restarts",
     "server.engine.sizing",
+    "server.fleet.facts",
     "server.fleet.placement",
     "server.fleet.rendezvous",
     "server.fleet.reports",

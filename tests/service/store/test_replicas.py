@@ -60,3 +60,12 @@ async def test_who_is_silent_is_lost_and_loses_what_it_held(database: Database) 
     assert not await rows.hold("chores", "theirs", 15.0)
     await rows.forget(timedelta(seconds=5))
     assert not await rows.all()
+
+
+async def test_a_new_replica_takes_the_place_of_the_one_at_its_url(database: Database) -> None:
+    rows = Replicas(database)
+    assert await rows.beat("killed", "http://here", "ready", {}, {}) == []
+    assert await rows.beat("other", "http://there", "ready", {}, {}) == []
+    assert await rows.beat("again", "http://here", "ready", {}, {}) == ["killed"]
+    assert await rows.beat("again", "http://here", "ready", {}, {}) == []
+    assert [row.id for row in await rows.all()] == ["again", "other"]
