@@ -96,6 +96,7 @@ class World:
         self._serial = itertools.count()
         self.life = 1
         self.suspects: frozenset[str] = frozenset()
+        self.ran_at_last_loss: set[str] = set()
         self.quarantined: list[str] = []
 
     # --- time ------------------------------------------------------------------------------------
@@ -169,8 +170,10 @@ class World:
             held.clear()
         self.quarantined.clear()
         self.carry_out(self.plan.engine_stopped(self.now, kept))
-        assert set(self.quarantined) == ran & before
-        assert self.suspects == ran - before
+        guilty = ran & before or (ran & self.ran_at_last_loss if len(ran) == 1 else set())
+        assert set(self.quarantined) == guilty
+        assert self.suspects == ran - guilty
+        self.ran_at_last_loss = ran - guilty
         self.later(self.rng.uniform(0.2, 2), lambda: self.plan.engine_started(self.now))
 
     def _end_lost(self, sent: Sent) -> Sequence[Effect]:
