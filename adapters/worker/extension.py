@@ -307,6 +307,7 @@ class _Pager:
             getattr(model, "hf_to_vllm_mapper", None),
             known=checkpoint_modules(self._checkpoint),
             language_model=language.language_model[0] if language is not None else None,
+            model_type=getattr(getattr(model, "config", None), "model_type", None),
         )
 
     def _largest_entry(self) -> int:

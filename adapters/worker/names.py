@@ -8,6 +8,8 @@ name counts only where vLLM's own function maps it onto the layer. Proposed are
     the rules'         with what a rule puts in taken out again: other releases of transformers say so
     vLLM's own         where no rule changes it
     the text model's   a multimodal model's language model, as PEFT knows it when that was trained by itself
+    today's            what transformers makes of the checkpoint's names when it reads it (Mixtral's
+                       ``block_sparse_moe`` is its ``mlp``)
 
 A layer of which no name reaches it is left out: an adapter on it would be read and never applied.
 """
@@ -15,7 +17,7 @@ A layer of which no name reaches it is left out: an adapter on it would be read 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,19 @@ class Names:
 
 
 def names_of(
-    modules: Sequence[str], mapper: Any, *, known: Iterable[str] = (), language_model: str | None = None
+    modules: Sequence[str],
+    mapper: Any,
+    *,
+    known: Iterable[str] = (),
+    language_model: str | None = None,
+    model_type: str | None = None,
 ) -> Names:
     """``modules`` are vLLM's; ``mapper`` its ``WeightsMapper`` or None; ``known`` the checkpoint's names.
 
-    ``language_model`` is where a multimodal model keeps its language model.
+    ``language_model`` is where a multimodal model keeps its language model, ``model_type`` what transformers
+    calls the whole.
     """
+    today = _todays(model_type)
     renames = mapper.get_rename_mapper() if mapper is not None else None
     wanted = set(modules)
     by_module: dict[str, list[str]] = {}
@@ -59,7 +68,7 @@ def names_of(
         if found:
             canonical[module] = found[0]
             alone = _alone(module, language_model)
-            for name in [*found[1:], *([alone] if alone else [])]:
+            for name in [*found[1:], *([alone] if alone else []), today(found[0])]:
                 others.setdefault(name, set()).add(found[0])
     taken = set(canonical.values())
     aliases = {name: next(iter(of)) for name, of in others.items() if len(of) == 1 and name not in taken}
@@ -116,9 +125,30 @@ def _without_infixes(module: str, rules: Mapping[str, str]) -> str:
 
 
 def _alone(module: str, language_model: str | None) -> str | None:
-    """``language_model.model.layers.0`` -> ``model.layers.0``."""
+    """``language_model.model.layers.0`` -> ``model.layers.0``, where ``language_model`` may end in ``model``."""
     if not language_model:
         return None
     prefix = language_model.rstrip(".") + "."
     inner = module.removeprefix(prefix)
-    return inner if inner != module and inner.startswith("model.") else None
+    if inner == module:
+        return None
+    if inner.startswith("layers."):
+        inner = f"model.{inner}"
+    return inner if inner.startswith("model.") else None
+
+
+def _todays(model_type: str | None) -> Callable[[str], str]:
+    """The name that transformers 5 gives a module of a checkpoint of this type: often the same."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules = get_checkpoint_conversion_mapping(model_type) if model_type else None
+    renamings = [rule for rule in rules or () if isinstance(rule, WeightRenaming)]
+
+    def renamed(module: str) -> str:
+        name, _ = (
+            rename_source_key(f"{module}.weight", renamings, []) if renamings else (f"{module}.weight", None)
+        )
+        return name.removesuffix(".weight")
+
+    return renamed

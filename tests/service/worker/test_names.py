@@ -151,6 +151,44 @@ def test_an_adapter_of_the_language_model_alone() -> None:
     assert found.aliases[alone] == "model.language_model.layers.3.self_attn.q_proj"
 
 
+@pytest.mark.parametrize(("model_type", "router"), [("mixtral", "gate"), ("phimoe", "router")])
+def test_todays_names_of_what_checkpoints_call_otherwise(model_type: str, router: str) -> None:
+    """transformers 5 renames what it reads, and PEFT saves its names."""
+    block = "model.layers.3.block_sparse_moe"
+    modules = [
+        f"{block}.gate",
+        f"{block}.experts",
+        f"{block}.experts.base_layer",
+        "model.layers.3.self_attn.q_proj",
+    ]
+    found = names_of(modules, None, model_type=model_type)
+    assert set(found.canonical) == set(modules)
+    today = [f"model.layers.3.mlp.{name}" for name in (router, "experts", "experts.base_layer")]
+    assert found.aliases == dict(zip(today, modules, strict=False))
+
+
+def language_models() -> dict[str, str]:
+    """Class -> where it says that its language model is."""
+    found = {}
+    for name, node in _classes().items():
+        (method,) = [f for f in node.body if getattr(f, "name", "") == "get_mm_mapping"][:1] or [None]
+        for part in ast.walk(method) if method is not None else ():
+            if isinstance(part, ast.keyword) and part.arg == "language_model":
+                found[name] = str(ast.literal_eval(part.value))
+    return found
+
+
+def test_a_text_model_alone_wherever_a_multimodal_one_keeps_it() -> None:
+    """It calls its layers ``model.layers``, and vLLM may count that ``model`` in or not."""
+    places = language_models()
+    assert {"language_model.model", "model.text_model", "language_model."} <= set(places.values())
+    for name, place in places.items():
+        prefix = place.rstrip(".")
+        inner = "layers" if prefix.endswith((".model", ".text_model")) else "model.layers"
+        found = names_of([f"{prefix}.{inner}.3.self_attn.q_proj"], None, language_model=place)
+        assert "model.layers.3.self_attn.q_proj" in found.aliases, name
+
+
 def test_a_layer_that_no_name_reaches_is_left_out() -> None:
     mapper = WeightsMapper(orig_to_new_prefix={"model.": "inner.model.", "inner.": "elsewhere."})
     assert names_of(["inner.model.layers.0.q_proj", "head"], mapper).canonical == {"head": "head"}
