@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from adapters.errors import AdapterRejected, fault
 from adapters.inspection.dora import without_doras
+from adapters.inspection.experts import is_stacked, of_modules, parameter_of, with_literal_patterns
 from adapters.inspection.heads import heads_of, without_heads
 from adapters.inspection.inspect import (
     PREFIX,
@@ -41,7 +42,7 @@ from adapters.inspection.inspect import (
     parse_name,
     refuse_pickles,
 )
-from adapters.inspection.module_names import leaf
+from adapters.inspection.module_names import kind_of, leaf
 from adapters.inspection.peft_config import PeftConfig, load_fields, parse_config
 from adapters.inspection.safetensors_header import ITEM_BYTES, TensorHeader, read_header, write_header
 from adapters.inspection.strict_json import show
@@ -57,6 +58,8 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _TRAINING_ONLY = re.compile(r".+\.lora_velora_embed(?:\.[^.]+)?")
 _NAMED = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _TABLE = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?")
+
+_LITERAL = "keys of the patterns that PEFT wrote as expressions became the names that they stand for"
 
 # (full module name, "A" or "B")
 Side = tuple[str, str]
@@ -149,7 +152,9 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
     Reads the config and the headers, and no tensor. Raises AdapterRejected for what no conversion helps.
     """
     refuse_pickles(folder)
-    fields = load_fields(folder / CONFIG_FILE)
+    given = load_fields(folder / CONFIG_FILE)
+    fields = with_literal_patterns(given)
+    rewritten = [_LITERAL] if fields != given else []
     initial: _Named | None = None
     if (folder / INITIAL_FILE).exists():
         fields = _without_init(fields)
@@ -160,13 +165,19 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
     others = without_heads(headers, base)
     upload = _named(WEIGHTS_FILE, without_doras(others) if config.dora else others, base)
     parts = {module: parts for module, _ in upload.tensors if (parts := _parts(module, base))}
-    if initial is None and not parts and not upload.notes:
+    modules = {module for module, _ in upload.tensors}
+    trained = {module: upload.trained_as.get(module, module) for module in modules}
+    weights = [name for name in trained.values() if not is_stacked(name) and config.targets_weight(name)]
+    if weights:
+        rewritten.append(
+            f"weights adapted as parameters became layers: {', '.join(sorted(set(map(kind_of, weights))))}"
+        )
+    if initial is None and not parts and not upload.notes and not rewritten:
         return Upload(config, headers)
     if config.dora:
         raise _refuse("dora_unsupported", "a DoRA is served as PEFT saves it, with the checkpoint's names.")
-    modules = {module for module, _ in upload.tensors}
-    config.check_targets(base, {upload.trained_as.get(module, module) for module in modules})
-    tensors, notes, twice = upload.tensors, list(upload.notes), 1
+    config.check_targets(base, set(trained.values()))
+    tensors, notes, twice = upload.tensors, [*upload.notes, *rewritten], 1
     if initial is not None:
         tensors, twice = _subtract(tensors, initial.tensors), 2
         fields = _of_twice_the_rank(fields, config)
@@ -176,16 +187,18 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
         fields = _with_patterns_of_parts(fields, config, parts)
         for fused in sorted({leaf(module) for module in parts}):
             notes.append(f"{fused} was split into {', '.join(base.fused[fused])}, rows in this order")
+    if weights:
+        fields = of_modules(fields, [parameter_of(name) for name in weights])
     if upload.trained_as:
         fields = _with_renamed_keys(fields, {old: new for new, old in upload.trained_as.items()})
-    if parts or upload.trained_as:
+    if parts or upload.trained_as or weights:
         fields = _with_exact_targets(fields, {module for module, _ in tensors})
     conversion = Conversion(fields, tensors, tuple(notes), base, upload.left_out, heads)
     converted = parse_config(fields, base)
     check_tensors(conversion.headers(), converted, base)
     for module in modules:
         for part in parts.get(module, (module,)):
-            _check_same(config, upload.trained_as.get(module, module), converted, part, twice)
+            _check_same(config, trained[module], converted, part, twice)
     return conversion
 
 
@@ -345,6 +358,8 @@ def _subtract(trained: Mapping[Side, _Tensor], initial: Mapping[Side, _Tensor]) 
         raise _refuse("tensor_unpaired", f"{show(module)} has a lora_{side} in one file only.", INITIAL_FILE)
     joined = {}
     for (module, side), tensor in trained.items():
+        if is_stacked(module):
+            raise _refuse("init_unsupported", f"{show(module)} holds experts together.", INITIAL_FILE)
         before = initial[module, side]
         if before.shape != tensor.shape or len(tensor.shape) != 2:
             raise _refuse(
@@ -423,16 +438,24 @@ def _with_patterns_of_parts(
 
 def _with_renamed_keys(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """A pattern's key that is a module's whole name follows it; suffixes are the same under either name."""
+    names = {_in_patterns(old): _in_patterns(new) for old, new in names.items()}
     changed = dict(fields)
     for field in ("rank_pattern", "alpha_pattern"):
         changed[field] = {names.get(key, key): value for key, value in (fields.get(field) or {}).items()}
     return changed
 
 
+def _in_patterns(module: str) -> str:
+    return parameter_of(module) if is_stacked(module) else module
+
+
 def _with_exact_targets(fields: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    modules = set(modules)
+    stacked = set(filter(is_stacked, modules))
     return {
         **fields,
-        "target_modules": sorted(modules),
+        "target_modules": sorted(modules - stacked),
+        "target_parameters": sorted(map(parameter_of, stacked)) or None,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,

@@ -7,29 +7,39 @@
 
 vLLM packs a layer's experts together: all of them, each projection with one rank, in one form for the whole
 adapter. What it would end the load for, or serve in part, is refused here.
+
+From transformers 5 on, PEFT itself turns ``all-linear`` and the projections' names into
+``target_parameters``. The router is then one of them, ``gate.weight``: a matrix, whose pair is like a linear
+layer's. The patterns get the key ``.*\\.gate_up_proj`` (``peft/utils/transformers_weight_conversion.py``), an
+expression that says what the name says.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 
 from adapters.errors import AdapterRejected, fault
+from adapters.inspection.module_names import suffixes
 from adapters.inspection.strict_json import show
 from adapters.model import WEIGHTS_FILE, BaseModel
 
 _STACKED = re.compile(r"(?P<layer>(?:.+\.)?experts)(?P<inner>\.base_layer)?")
 _APART = re.compile(r"(?P<layer>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<projection>[^.]+)")
+# What PEFT makes of a name; see the top.
+_ANY_WITH = re.compile(r"\.\*\\\.(?P<name>[A-Za-z0-9_]+)")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def parameter_of(module: str) -> str:
-    """What the patterns and ``target_parameters`` call a stacked pair; any other module's own name."""
+    """What ``target_parameters`` calls the weight that a pair changes."""
     found = _STACKED.fullmatch(module)
     if found is None:
-        return module
+        return f"{module}.weight"
     return f"{found['layer']}.{'gate_up_proj' if found['inner'] else 'down_proj'}"
 
 
@@ -37,9 +47,40 @@ def is_stacked(module: str) -> bool:
     return _STACKED.fullmatch(module) is not None
 
 
-def stacked_parameters(base: BaseModel) -> Iterator[str]:
-    """The parameters of ``base`` that ``target_parameters`` may name."""
-    return (parameter_of(module) for module in base.modules if is_stacked(module))
+def unknown_parameters(named: Collection[str], base: BaseModel) -> list[str]:
+    """Those of ``named``, whole names or ends of them, that are no weights on which adapters are served."""
+    left = set(named)
+    for module in (*base.modules, *base.aliases) if left else ():
+        left.difference_update(suffixes(parameter_of(module)))
+    return [name for name in named if name in left]
+
+
+def with_literal_patterns(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """``fields`` of a config with names for the expressions that PEFT itself makes of them."""
+    return {
+        **fields,
+        **_with_keys(fields, lambda key: found["name"] if (found := _ANY_WITH.fullmatch(key)) else key),
+    }
+
+
+def of_modules(fields: Mapping[str, Any], parameters: Collection[str]) -> dict[str, Any]:
+    """``fields`` with the keys for ``parameters``, weights of linear layers, as keys for these layers.
+
+    vLLM knows the patterns of a layer by its name alone.
+    """
+    named = {suffix for name in parameters for suffix in suffixes(name)} - {"weight"}
+    return {**fields, **_with_keys(fields, lambda key: key.removesuffix(".weight") if key in named else key)}
+
+
+def _with_keys(fields: Mapping[str, Any], renamed: Callable[[str], str]) -> dict[str, Any]:
+    """The patterns with other keys; of two that become one the first counts, as of two that match."""
+    changed: dict[str, Any] = {}
+    for field in _PATTERNS:
+        if isinstance(fields.get(field), dict):
+            changed[field] = {}
+            for key, value in fields[field].items():
+                changed[field].setdefault(renamed(key), value)
+    return changed
 
 
 def check_experts(ranks: Mapping[str, int], base: BaseModel) -> None:

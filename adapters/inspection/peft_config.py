@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field
 
 from adapters.errors import AdapterRejected, fault
 from adapters.inspection import strict_json
-from adapters.inspection.experts import is_stacked, parameter_of, stacked_parameters
+from adapters.inspection.experts import is_stacked, parameter_of, unknown_parameters
 from adapters.inspection.heads import may_save, why_not
 from adapters.inspection.layouts import refuse_foreign_config
 from adapters.inspection.module_names import match, suffixes
@@ -131,17 +131,28 @@ class PeftConfig(pydantic.BaseModel):
 
     def rank_of(self, module: str) -> int:
         """The rank PEFT gave ``module``, a name without the ``base_model.model.`` prefix."""
-        return match(self.rank_pattern or {}, parameter_of(module)) or self.r
+        return match(self.rank_pattern or {}, self._name_of(module)) or self.r
 
     def scaling_of(self, module: str) -> float:
         """What lora_B is multiplied with: alpha / r, with rsLoRA alpha / sqrt(r) (arXiv:2312.03732)."""
-        alpha = match(self.alpha_pattern or {}, parameter_of(module)) or self.lora_alpha
+        alpha = match(self.alpha_pattern or {}, self._name_of(module)) or self.lora_alpha
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets_weight(self, module: str) -> bool:
+        """Whether ``target_parameters`` names the weight that the pair of ``module`` changes."""
+        named = self.target_parameters
+        return bool(named) and any(suffix in named for suffix in suffixes(parameter_of(module)))
+
+    def _name_of(self, module: str) -> str:
+        """What the patterns are compared with: the parameter's name where that was adapted."""
+        by_weight = is_stacked(module) or self.targets_weight(module)
+        return parameter_of(module) if by_weight else module
 
     def warnings(self, base: BaseModel, adapted: Collection[str]) -> list[str]:
         """What is served as it stands but may not be what was meant; ``adapted`` are the module names."""
         found = {suffix for module in adapted for suffix in suffixes(module)}
+        named = {suffix for module in adapted for suffix in suffixes(self._name_of(module))}
         return [
             *self._other_base(base),
             *self._quantized_base(base),
@@ -149,8 +160,8 @@ class PeftConfig(pydantic.BaseModel):
             *self._risky_init(),
             *self._without_tensors(found),
             *self._partly_without_tensors(base, adapted, found),
-            *self._idle_patterns(found),
-            *self._shadowed_patterns(found),
+            *self._idle_patterns(named),
+            *self._shadowed_patterns(named),
         ]
 
     @functools.cached_property
@@ -179,8 +190,8 @@ class PeftConfig(pydantic.BaseModel):
 
     def _covers(self, module: str) -> bool:
         """False where PEFT would ignore its tensors; True also where only an expression could tell."""
-        if is_stacked(module):
-            return any(suffix in (self.target_parameters or ()) for suffix in suffixes(parameter_of(module)))
+        if is_stacked(module) or self.targets_weight(module):
+            return self.targets_weight(module)
         return self.targets.covers(module) is not False
 
     def _other_base(self, base: BaseModel) -> Iterable[str]:
@@ -372,15 +383,14 @@ def _validate(fields: Mapping[str, Any]) -> PeftConfig:
 
 
 def _check_parameters(config: PeftConfig, base: BaseModel) -> None:
-    """Those of experts are served; any other bare parameter is not."""
+    """Those of experts and of linear layers are served; any other bare parameter is not."""
     if config.target_modules is None and not config.target_parameters:
         raise _refuse("config_invalid", "target_modules: Input should be a list or a string, found None.")
-    known = {suffix for name in stacked_parameters(base) for suffix in suffixes(name)}
-    beyond = [name for name in config.target_parameters or () if name not in known]
-    if beyond:
+    if beyond := unknown_parameters(config.target_parameters or (), base):
         raise _refuse(
             "feature_unsupported",
-            f"target_parameters names {_some(beyond)}; of bare parameters only experts' are served.",
+            f"target_parameters names {_some(beyond)}; of bare parameters only weights of experts and of"
+            " linear layers are served.",
         )
 
 

@@ -17,14 +17,19 @@ from adapters.model import WEIGHTS_FILE
 def expert_shapes(tables: Any, name: str, layer: Any) -> dict[str, list[int]]:
     """vLLM's name of each pair on the experts ``layer`` -> [inputs, outputs, experts]; {} for another layer.
 
-    Of experts without a gate nothing is served: how their pairs are laid out is not known.
+    Sizes are the checkpoint's: vLLM rounds them up for some kernels, and its slots with them. Of experts
+    without a gate nothing is served: how their pairs are laid out is not known. Nor where several workers
+    share experts whose inner size is rounded: vLLM cuts an adapter at the rounded size, the base at its own.
     """
     from vllm.lora.layers import FusedMoEWithLoRA
 
     if not isinstance(layer, FusedMoEWithLoRA) or not layer.moe_config.is_act_and_mul:
         return {}
-    hidden, experts = layer.hidden_size, layer.global_num_experts
-    inner = layer.intermediate_size_per_partition * layer.tp_size
+    sizes = layer.moe_config
+    hidden, part = sizes.hidden_dim_unpadded, sizes.intermediate_size_per_partition_unpadded
+    if layer.tp_size > 1 and part != layer.intermediate_size_per_partition:
+        return {}
+    inner, experts = part * layer.tp_size, layer.global_num_experts
     found: dict[str, list[int]] = {}
     if tables._enable_mixed_moe_lora_format or tables._is_3d_moe_model:
         found |= {f"{name}.base_layer": [hidden, 2 * inner, experts], name: [inner, hidden, experts]}
@@ -37,7 +42,7 @@ def expert_shapes(tables: Any, name: str, layer: Any) -> dict[str, list[int]]:
 def largest_pairs(layer: Any, rank: int) -> int:
     """Elements of an adapter of ``rank`` on the experts ``layer``, which each worker keeps whole.
 
-    0 for another layer. The form with gate and up apart is the larger one.
+    0 for another layer. The form with gate and up apart is the larger one; sizes are as vLLM rounds them up.
     """
     from vllm.lora.layers import FusedMoEWithLoRA
 

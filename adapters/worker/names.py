@@ -125,7 +125,7 @@ def _without_infixes(module: str, rules: Mapping[str, str]) -> str:
 
 
 def _alone(module: str, language_model: str | None) -> str | None:
-    """``language_model.model.layers.0`` -> ``model.layers.0``, where ``language_model`` may end in ``model``."""
+    """``language_model.model.layers.0`` -> ``model.layers.0``; ``language_model`` may end in ``model``."""
     if not language_model:
         return None
     prefix = language_model.rstrip(".") + "."

@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from vllm.lora.layers import FusedMoE3DWithLoRA, FusedMoEWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
@@ -25,10 +25,12 @@ from adapters.errors import AdapterRejected
 from adapters.inspection.admit import admit
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, ModuleShape
 from adapters.worker.experts import expert_shapes, has_stacked_experts
+from adapters.worker.names import names_of
 
 EXPERTS, HIDDEN, INNER, RANK, SLOTS = 4, 32, 24, 3, 2
 LAYER = "model.layers.0.mlp.experts"
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PREFIX = "base_model.model."
 
 
@@ -50,10 +52,25 @@ def make_model() -> Any:
     return Qwen3MoeForCausalLM(config)
 
 
-def apart() -> list[str]:
+def make_mixtral() -> Any:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+    )
+    return MixtralForCausalLM(config)
+
+
+def apart(layer: str = LAYER, names: tuple[str, ...] = ("gate_proj", "down_proj", "up_proj")) -> list[str]:
     """As ``packed_modules`` lists them."""
-    names = ("gate_proj", "down_proj", "up_proj")
-    return [f"{LAYER}.{expert}.{name}" for expert in range(EXPERTS) for name in names]
+    return [f"{layer}.{expert}.{name}" for expert in range(EXPERTS) for name in names]
 
 
 def tables(*, three_dimensional: bool = False) -> Any:
@@ -72,7 +89,6 @@ class Experts:
     hidden_size, global_num_experts, local_num_experts = HIDDEN, EXPERTS, EXPERTS
     intermediate_size_per_partition, tp_size, ep_rank, _w13_slices = INNER, 1, 0, 2
     use_ep = False
-    moe_config = SimpleNamespace(is_act_and_mul=True)
     set_lora: Callable[..., None] = FusedMoEWithLoRA.set_lora
     reset_lora = _match_expert_dim = lambda self, *given: given[0]
 
@@ -97,9 +113,15 @@ class RealExperts(FusedMoEWithLoRA):  # type: ignore[misc]
     hidden_size, global_num_experts = HIDDEN, EXPERTS
     intermediate_size_per_partition = INNER
 
-    def __init__(self, *, gated: bool = True) -> None:
+    def __init__(self, *, gated: bool = True, workers: int = 1, rounded: int = 0) -> None:
+        """``rounded``: by how much vLLM made both sizes larger."""
         torch.nn.Module.__init__(self)
-        self.tp_size, self.moe_config = 1, SimpleNamespace(is_act_and_mul=gated)
+        self.tp_size = workers
+        self.moe_config = SimpleNamespace(
+            is_act_and_mul=gated,
+            hidden_dim_unpadded=HIDDEN - rounded,
+            intermediate_size_per_partition_unpadded=INNER - rounded,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +165,7 @@ def deltas(model: Any) -> dict[str, torch.Tensor]:
 
 def loaded(folder: Path) -> LoRAModel:
     """By vLLM's own code, as a worker does it."""
-    expected = {*apart(), "q_proj", "experts", "experts.base_layer"}
+    expected = {*apart(), *ATTENTION, "gate", "experts", "experts.base_layer"}
     expected |= {name.partition("mlp.")[2] for name in apart()}
     helper = PEFTHelper.from_local_dir(str(folder), None)
     lora = LoRAModel.from_local_checkpoint(
@@ -177,6 +199,87 @@ def test_stacked_experts_are_what_peft_adds(trained: tuple[Path, Any], base: Bas
     check(layer, wanted)
     (down,) = (row for row in manifest.coverage if row.module == "mlp.experts")
     assert down.norm[0] == pytest.approx(wanted["down_proj"].norm().item(), rel=1e-4)
+
+
+MIXTRAL_LAYER = "model.layers.0.block_sparse_moe.experts"
+# PEFT's own recipes: what is asked for, of which model, and vLLM's name of the layer.
+RECIPES: dict[str, tuple[Callable[[], Any], Any, str]] = {
+    "Qwen3-MoE, all-linear": (make_model, "all-linear", LAYER),
+    "Qwen3-MoE, the list of seven": (make_model, [*ATTENTION, "gate_proj", "up_proj", "down_proj"], LAYER),
+    "Mixtral, all-linear": (make_mixtral, "all-linear", MIXTRAL_LAYER),
+    "Mixtral, projections": (make_mixtral, ["q_proj", "w1", "w2", "w3"], MIXTRAL_LAYER),
+}
+
+
+def base_with(layer: str, model_type: str) -> BaseModel:
+    """As a worker describes a base with attention, a router and experts."""
+    block = layer.removesuffix(".experts")
+    parts = apart() if layer == LAYER else apart(layer, ("w1", "w2", "w3"))
+    shapes = expert_shapes(
+        SimpleNamespace(**{**vars(tables()), "packed_modules": {layer: parts}}), layer, RealExperts()
+    )
+    shapes |= {f"model.layers.0.self_attn.{name}": [HIDDEN, 32] for name in ATTENTION}
+    shapes[f"{block}.gate"] = [HIDDEN, EXPERTS]
+    names = names_of(list(shapes), None, model_type=model_type)
+    modules = {name: ModuleShape(*shapes[module]) for module, name in names.canonical.items()}
+    return BaseModel("tiny-moe", modules, max_lora_rank=8, aliases=names.aliases)
+
+
+def trained_by(recipe: str, folder: Path, **changed: Any) -> tuple[Any, BaseModel, str]:
+    """PEFT's model, saved in ``folder``; the base that serves it, and the layer with experts there."""
+    make, targets, layer = RECIPES[recipe]
+    config = LoraConfig(r=RANK, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM", **changed)
+    model = get_peft_model(make(), config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return model, base_with(layer, model.config.model_type), layer
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_peft_makes_of_its_own_recipes_is_served_as_there(recipe: str, tmp_path: Path) -> None:
+    model, base, layer = trained_by(recipe, tmp_path)
+    manifest = admit(tmp_path, base, serving_dtype="float32")
+    assert manifest.rank == 2 * RANK  # of gate and up together
+    assert {layer, f"{layer}.base_layer"} <= set(manifest.modules)
+    assert not [warning for warning in manifest.warnings if "pattern" in warning]
+    assert "expressions became the names" in " ".join(manifest.conversions)
+    lora, experts = loaded(tmp_path), Experts()
+    LoRAModelManager._convert_3d_to_2d_moe_lora(tables(), lora, experts, layer)
+    experts.set_lora(1, lora.get_lora(layer).lora_a, lora.get_lora(layer).lora_b)
+    check(experts, deltas(model))
+    router = lora.get_lora(f"{layer.removesuffix('.experts')}.gate")
+    assert (router is not None) == ("all-linear" in recipe)
+    if router is not None:
+        gate = model.base_model.model.get_submodule("model.layers.0.mlp.gate")
+        wanted = gate.get_delta_weight("default")
+        assert torch.allclose(router.lora_b @ router.lora_a, wanted, atol=1e-6)
+        assert wanted.abs().max() > 0.01
+    # What is kept is read again at each start.
+    assert admit(tmp_path, base, serving_dtype="float32").conversions == ()
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+def test_a_router_has_the_rank_and_alpha_that_peft_gave_it(tmp_path: Path) -> None:
+    """PEFT knows it as a weight in the patterns, and vLLM as a layer."""
+    changed = {"rank_pattern": {"mlp.gate.weight": 2}, "alpha_pattern": {"gate.weight": 9.0}}
+    model, base, _ = trained_by("Qwen3-MoE, all-linear", tmp_path, **changed)
+    admit(tmp_path, base, serving_dtype="float32")
+    router = loaded(tmp_path).get_lora("model.layers.0.mlp.gate")
+    gate = model.base_model.model.get_submodule("model.layers.0.mlp.gate")
+    assert gate.scaling == {"default": 4.5}
+    assert torch.allclose(router.lora_b @ router.lora_a, gate.get_delta_weight("default"), atol=1e-6)
+
+
+def test_a_key_that_means_another_layer_to_vllm_is_refused(tmp_path: Path) -> None:
+    """To PEFT "gate" does not match the parameter "gate.weight"; to vLLM it matches the layer."""
+    with pytest.warns(RuntimeWarning, match="alpha_pattern"):
+        _, base, _ = trained_by("Qwen3-MoE, all-linear", tmp_path, alpha_pattern={"gate": 9.0})
+    with pytest.raises(AdapterRejected, match="another rank or alpha"):
+        admit(tmp_path, base)
 
 
 def unstacked(folder: Path, into: Path) -> Path:
@@ -243,9 +346,14 @@ BAD: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str, str]]
         "rank",
     ),
     "another parameter": (
-        lambda c, t: c.update(target_parameters=[*PARAMETERS, "mlp.gate.weight"]),
+        lambda c, t: c.update(target_parameters=[*PARAMETERS, "mlp.gate.e_score_correction_bias"]),
         "feature_unsupported",
-        "mlp.gate.weight",
+        "mlp.gate.e_score_correction_bias",
+    ),
+    "another expression": (
+        lambda c, t: c.update(rank_pattern={".*gate_up_proj": 6}),
+        "pattern_not_literal",
+        "gate_up_proj",
     ),
 }  # fmt: skip
 
@@ -293,4 +401,15 @@ def test_which_forms_a_layer_takes() -> None:
     }
     assert expert_shapes(tables(), LAYER, RealExperts(gated=False)) == {}
     assert expert_shapes(tables(), LAYER, object()) == {}
+    assert expert_shapes(tables(), LAYER, RealExperts(workers=2))[LAYER] == [2 * INNER, HIDDEN, EXPERTS]
     assert issubclass(FusedMoE3DWithLoRA, FusedMoEWithLoRA)
+
+
+def test_sizes_are_the_checkpoints_where_vllm_rounds_them_up() -> None:
+    """As of GPT-OSS in MXFP4, whose kernels want multiples: an adapter is as PEFT made it."""
+    shapes = expert_shapes(tables(three_dimensional=True), LAYER, RealExperts(rounded=8))
+    assert shapes == {
+        f"{LAYER}.base_layer": [HIDDEN - 8, 2 * (INNER - 8), EXPERTS],
+        LAYER: [INNER - 8, HIDDEN - 8, EXPERTS],
+    }
+    assert expert_shapes(tables(), LAYER, RealExperts(rounded=8, workers=2)) == {}
