@@ -17,12 +17,14 @@ A layer of which no name reaches it is left out: an adapter on it would be read 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from adapters.inspection.todays_names import todays_names
 
 # Parts of names that a rule puts in and that are too short to tell where it did.
 _SHORTEST = 4
@@ -52,7 +54,7 @@ def names_of(
     ``language_model`` is where a multimodal model keeps its language model, ``model_type`` what transformers
     calls the whole.
     """
-    today = _todays(model_type)
+    today = todays_names(model_type)
     renames = mapper.get_rename_mapper() if mapper is not None else None
     wanted = set(modules)
     by_module: dict[str, list[str]] = {}
@@ -135,20 +137,3 @@ def _alone(module: str, language_model: str | None) -> str | None:
     if inner.startswith("layers."):
         inner = f"model.{inner}"
     return inner if inner.startswith("model.") else None
-
-
-def _todays(model_type: str | None) -> Callable[[str], str]:
-    """The name that transformers 5 gives a module of a checkpoint of this type: often the same."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    rules = get_checkpoint_conversion_mapping(model_type) if model_type else None
-    renamings = [rule for rule in rules or () if isinstance(rule, WeightRenaming)]
-
-    def renamed(module: str) -> str:
-        name, _ = (
-            rename_source_key(f"{module}.weight", renamings, []) if renamings else (f"{module}.weight", None)
-        )
-        return name.removesuffix(".weight")
-
-    return renamed
