@@ -8,10 +8,6 @@ from typing import Any
 # Before torch is imported. Processes run side by side, and two threads that spin for each other take up to
 # ten times the processor time of one. Engines set their own number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if (number := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")).isdigit():
-    # By itself each of two engines would bind its worker to the last core.
-    cores = sorted(os.sched_getaffinity(0))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[-1 - int(number) % len(cores)]))
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -37,6 +33,22 @@ OWN_ENGINE = (
 # An engine keeps a core busy, its process and the server's half of another.
 ENGINES_AT_ONCE = 2
 ENGINE_TEST_S = 1800
+
+
+def pytest_configure() -> None:
+    if (number := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")).isdigit():
+        # By itself each of two engines would bind its worker to the last core.
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[-1 - int(number) % len(cores)]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """Before the first of the processes is started."""
+    if os.environ.get("TESTS_FORK_ENGINES"):
+        from tests.support.forked_workers import fork_workers
+
+        fork_workers([str(one) for one in config.invocation_params.args])
 
 
 class Layers(LoadFileScheduling):

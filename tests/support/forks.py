@@ -22,22 +22,40 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
-from multiprocessing import connection, forkserver, resource_tracker
+from collections.abc import Mapping, Sequence
+from multiprocessing import connection, forkserver, reduction, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.support.imported"])
 # In the environment of the processes whose children are to be forked.
 WANTED = "TESTS_FORK_ENGINES"
 TITLE = "forked"  # of a process until it gives itself another
 
 
-class Forked(ForkServerProcess):
-    """A process with the environment that its parent has when it starts it, and a fork server of its own.
+class _Process(ForkServerProcess):
+    """A process whose standard output and error are those of its parent when it starts it.
+
+    What a test captures is not what its fork server has been given.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_outputs": [reduction.DupFd(number) for number in (1, 2)]}
+
+    def run(self) -> None:
+        self._take_outputs()
+        super().run()
+
+    def _take_outputs(self) -> None:
+        for number, given in enumerate(vars(self).pop("_outputs", ()), 1):
+            descriptor = given.detach()
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
+
+class Forked(_Process):
+    """The same with the environment that its parent has when it starts it, and a fork server of its own.
 
     ``environment`` replaces that of the parent. With ``leads`` it leads a session.
     """
@@ -59,13 +77,14 @@ class Forked(ForkServerProcess):
         import setproctitle
 
         assert self._environment is not None
+        self._take_outputs()
         os.environ.clear()
         os.environ.update(self._environment)
         setproctitle.setproctitle(f"{TITLE} {self.name}")
         if self._leads:
             os.setsid()
         if not self.daemon:  # a daemon has no children
-            _fork_server()
+            fork_server()
         _log_as_told()
         _bind_threads()
         # vLLM looks through all objects when it ends. Those from before the fork stay, and to look at them
@@ -77,11 +96,17 @@ class Forked(ForkServerProcess):
             atexit._run_exitfuncs()  # which a process that was forked does not do
 
 
-class _Context(ForkServerContext):
+class _Processes(ForkServerContext):
+    Process = _Process
+
+
+class _Forked(ForkServerContext):
     Process = Forked
 
 
-FORKED = _Context()
+PROCESSES = _Processes()
+PROCESSES.set_forkserver_preload(["tests.support.imported"])
+FORKED = _Forked()
 
 
 def instead_of_spawn() -> None:
@@ -100,8 +125,11 @@ def _nothing() -> None:
     pass
 
 
-def _fork_server() -> None:
-    """Fork a fork server from this process, which has no thread yet, in place of the one it came from."""
+def fork_server(without: Sequence[int] = ()) -> None:
+    """Fork a fork server from this process, which has no thread yet, in place of the one it came from.
+
+    It has none of the descriptors ``without``.
+    """
     resource_tracker.ensure_running()
     server: Any = forkserver._forkserver
     with socket.socket(socket.AF_UNIX) as listener:
@@ -111,7 +139,9 @@ def _fork_server() -> None:
         alive_r, alive_w = os.pipe()
         pid = os.fork()
         if pid == 0:
-            _serve_forks(listener.detach(), alive_r, alive_w)
+            for descriptor in (alive_w, *without):
+                os.close(descriptor)
+            _serve_forks(listener.detach(), alive_r)
         os.close(alive_r)
     if server._forkserver_alive_fd is not None:
         os.close(server._forkserver_alive_fd)
@@ -120,10 +150,9 @@ def _fork_server() -> None:
     server._forkserver_pid = pid
 
 
-def _serve_forks(listener: int, alive_r: int, alive_w: int) -> None:
+def _serve_forks(listener: int, alive_r: int) -> None:
     import setproctitle
 
-    os.close(alive_w)
     setproctitle.setproctitle("fork server")
     with contextlib.suppress(BaseException):
         forkserver.main(listener, alive_r, [])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -23,7 +26,14 @@ from tests.support.fakes import FakeEngine
 from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, serving
 
 NAME = "tiny-llama"
-_folder = tempfile.TemporaryDirectory(prefix="loraplex-tiny-")
+_folder = Path(tempfile.mkdtemp(prefix="loraplex-tiny-"))
+_process = os.getpid()
+
+
+@atexit.register
+def _clean_up() -> None:
+    if os.getpid() == _process:  # not one that was forked from it
+        shutil.rmtree(_folder)
 
 
 @functools.cache
@@ -53,7 +63,7 @@ def adapter(seed: int) -> Path:
         for name, weight in _model().named_parameters():
             if "lora_" in name:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
-    folder = Path(_folder.name) / str(seed)
+    folder = _folder / str(os.getpid()) / str(seed)
     _model().save_pretrained(folder)
     return folder
 
