@@ -21,13 +21,14 @@ import psutil
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.demo.process import free_port
-from tests.support.forks import TITLE, WANTED, Served
+from tests.support.forks import FIRST, TITLE, WANTED, Served
 from tests.support.resting import RESTING
 from tests.support.site import bearer
 
 START = 600.0
 LINES_SHOWN = 60  # of a server's log, where a test fails
 CORE = "EngineCore"
+Which = Literal["all", "first", "server", "nothing"]  # of a server and its engines is forked
 
 
 class Running:
@@ -138,13 +139,13 @@ def _runs(process: psutil.Process) -> bool:
 
 @asynccontextmanager
 async def starting(
-    base: Path, data: Path, *, forked: Literal["all", "server", "nothing"] = "all", **settings: str
+    base: Path, data: Path, *, forked: Which = "all", **settings: str
 ) -> AsyncIterator[Running]:
     """A server's process, from its first moment. What is left of it ends with the block.
 
-    Its engine's processes and itself are ``forked`` from one that has imported vLLM; or itself alone, and it
-    starts the engine's as it does elsewhere. With "nothing", and where it is a gateway, which needs no vLLM,
-    it is started as an operator does.
+    Its engines' processes and itself are ``forked`` from one that has imported vLLM; or itself and its first
+    engine, or itself alone, and it starts the others as it does elsewhere. With "nothing", and where it is a
+    gateway, which needs no vLLM, it is started as an operator does.
     """
     # Not one that the system hands out to others while the model is being loaded.
     port = free_port(random.randrange(20_000, 32_000))
@@ -162,7 +163,9 @@ async def starting(
     environment = os.environ | {f"LORAPLEX_{name}": value for name, value in settings.items()}
     process: asyncio.subprocess.Process | Served
     wanted = environment.get(WANTED) and forked != "nothing" and settings.get("ROLE") != "gateway"
-    if forked != "all":
+    if forked == "first" and wanted:
+        environment[WANTED] = FIRST
+    elif forked != "all":
         environment.pop(WANTED, None)
     if wanted:
         process = Served(environment, log)
@@ -191,9 +194,7 @@ async def starting(
 
 
 @asynccontextmanager
-async def server(
-    base: Path, data: Path, *, forked: Literal["all", "server", "nothing"] = "all", **settings: str
-) -> AsyncIterator[Running]:
+async def server(base: Path, data: Path, *, forked: Which = "all", **settings: str) -> AsyncIterator[Running]:
     """The same, ready to serve."""
     async with starting(base, data, forked=forked, **settings) as running:
         await running.until_ready()

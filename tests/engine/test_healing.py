@@ -15,13 +15,13 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from tests.engine.processes import Running, gone, server, starting
+from tests.engine.processes import Running, Which, gone, server, starting
 from tests.engine.reference import ATTENTION, Reference, Spec
 from tests.support.collector import Collector, collector
 from tests.support.follow import COUNTS, Followed, Sent, agree, look_up, spans, spans_agree, used
@@ -329,13 +329,10 @@ async def test_limits_hold_while_the_engine_hangs(base_dir: Path, tmp_path: Path
             await running_one
 
 
-# How a server that is to end meanwhile starts its engine, and the seconds from the engine's first process
-# until it has nearly started. One that is killed leaves the end to the guard, which finds the youngest
-# processes by what they were started with; those that were forked do not show that.
-STARTS: dict[signal.Signals, tuple[Literal["all", "server"], float]] = {
-    signal.SIGTERM: ("all", 3.0),
-    signal.SIGKILL: ("server", 8.0),
-}
+# The seconds from an engine's first process until it has nearly started, by how its server ends meanwhile.
+# One that is killed leaves the end to the guard, which finds the youngest processes by what they were started
+# with. Those that were forked do not show that, so these are not, and start more slowly.
+NEARLY_STARTED = {signal.SIGTERM: 3.0, signal.SIGKILL: 8.0}
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
@@ -343,7 +340,7 @@ async def test_the_server_ends_while_its_engine_is_started_again(
     base_dir: Path, tmp_path: Path, ending: signal.Signals
 ) -> None:
     settings = {"SERVED_MODEL_NAME": "base", "DRAIN_TIMEOUT": "2"}
-    forked, nearly_started = STARTS[ending]
+    forked: Which = "all" if ending is signal.SIGTERM else "first"
     async with server(base_dir, tmp_path, forked=forked, **settings) as running:
         headers = await running.tenant("acme")
         going = asyncio.create_task(
@@ -353,7 +350,7 @@ async def test_the_server_ends_while_its_engine_is_started_again(
         known = running.family()
         await lose(running, "core")
         await running.next_child(known)
-        await asyncio.sleep(random.uniform(0.0, nearly_started))
+        await asyncio.sleep(random.uniform(0.0, NEARLY_STARTED[ending]))
         family = running.family()
         began = time.monotonic()
         running.process.send_signal(ending)
@@ -371,10 +368,10 @@ async def test_the_server_ends_while_it_starts(
     base_dir: Path, tmp_path: Path, moment: float, ending: signal.Signals
 ) -> None:
     """``moment`` is a part of the time from the engine's first process until it has nearly started."""
-    forked, nearly_started = STARTS[ending]
+    forked: Which = "all" if ending is signal.SIGTERM else "server"
     async with starting(base_dir, tmp_path, forked=forked) as running:
         await running.next_child()
-        await asyncio.sleep(moment * nearly_started)
+        await asyncio.sleep(moment * NEARLY_STARTED[ending])
         family = running.family()
         running.process.send_signal(ending)
         await running.exit_status(within=WAIT)

@@ -31,6 +31,8 @@ from typing import Any
 
 # In the environment of the processes whose children are to be forked.
 WANTED = "TESTS_FORK_ENGINES"
+# The value of a server whose first engine alone is forked.
+FIRST = "first"
 TITLE = "forked"  # of a process until it gives itself another
 
 
@@ -71,6 +73,8 @@ class Forked(_Process):
         if self._environment is None:
             self._environment = dict(os.environ)
         super().start()
+        if os.environ.get(WANTED) == FIRST:
+            del os.environ[WANTED]
 
     def run(self) -> None:
         """As the process would begin that had been started with this environment."""
