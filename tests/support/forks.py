@@ -123,6 +123,10 @@ def instead_of_spawn() -> None:
 
     names = vars(multiprocessing) | {"get_context": get_context}
     system_utils.multiprocessing = SimpleNamespace(**names)
+    if WANTED in os.environ:
+        from tests.support.forked_grammars import instead_of_new_ones
+
+        instead_of_new_ones()
 
 
 def _nothing() -> None:
