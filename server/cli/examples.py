@@ -45,7 +45,7 @@ EXAMPLES = {
         "loraplex requests --slower-than 10",
     ],
     "audit": ["loraplex audit --tenant acme"],
-    "residency": ["loraplex residency"],
+    "residency": ["loraplex residency", "loraplex residency --events 100 --json"],
     "replicas": ["loraplex replicas"],
     "top": ["loraplex top"],
     "probes make": ["loraplex probes make --base /models/llama --adapter ./adapter --prompt 'Hello'"],

@@ -12,6 +12,7 @@ from server.cli.command import LOCAL, Key, Url, command, connected
 from server.cli.tables import Shown
 
 OfTenant = Annotated[str | None, typer.Option("--tenant", help="Of this customer only.")]
+OfReplica = Annotated[str | None, typer.Option(help="Of a fleet: this replica's alone, by its id.")]
 From = Annotated[str | None, typer.Option("--from", help="ISO 8601; UTC where it has no zone.")]
 To = Annotated[str | None, typer.Option("--to", help="The first moment that does not count.")]
 
@@ -141,12 +142,18 @@ def about(server: AdminClient) -> Shown:
     return document, show.fields(flat)[1]
 
 
-def residency(server: AdminClient) -> Shown:
+def residency(
+    server: AdminClient,
+    replica: OfReplica = None,
+    events: Annotated[int, typer.Option(min=0, help="The scheduler's last so many events instead.")] = 0,
+) -> Shown:
     """Slots, host memory and queues as they are now."""
     from server.cli.top import view
 
-    document = server.get("residency")
-    return document, view(document)
+    document = server.get("residency", replica=replica, events=events or None)
+    if not events:
+        return document, view(document)
+    return document, show.rows(document["events"])
 
 
 def top(
@@ -154,9 +161,10 @@ def top(
     key: Key = "",
     interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
     count: Annotated[int | None, typer.Option(min=1, help="Looks; until Ctrl-C if not given.")] = None,
+    replica: OfReplica = None,
 ) -> None:
     """Watch slots, queues and tokens per second."""
     from server.cli.top import watch
 
     with connected(url, key) as server:
-        watch(server, interval=interval, count=count)
+        watch(server, interval=interval, count=count, replica=replica)

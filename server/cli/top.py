@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -31,7 +32,7 @@ _REFUSED = ("refused", "unavailable", "failed")
 Counts = Mapping[str, Mapping[str, float]]  # by tenant, then by name
 
 
-def watch(server: AdminClient, *, interval: float, count: int | None) -> None:
+def watch(server: AdminClient, *, interval: float, count: int | None, replica: str | None = None) -> None:
     """Shows ``view`` every ``interval`` seconds, ``count`` times or until Ctrl-C. Raises RemoteError.
 
     On a terminal in place of the one before, elsewhere below it, each as soon as it is there.
@@ -44,7 +45,7 @@ def watch(server: AdminClient, *, interval: float, count: int | None) -> None:
                 now, counts = time.monotonic(), _counts(server)
                 since = changes(before[1], counts) if before else None
                 seconds = now - before[0] if before else 0.0
-                seen = view(server.get("residency"), since, seconds)
+                seen = view(server.get("residency", replica=replica), since, seconds)
                 if live is not None:
                     live.update(seen, refresh=True)
                 else:
@@ -99,14 +100,24 @@ def changes(before: Counts, now: Counts) -> dict[str, dict[str, float]]:
 def view(residency: Mapping[str, Any], since: Counts | None = None, seconds: float = 0.0) -> RenderableType:
     """``/admin/v1/residency`` as tables; ``since`` is what came in the last ``seconds``, by tenant."""
     queued, running, counters = (residency[name] for name in ("queued", "running", "counters"))
+    whose = ("replica",) if "replicas" in residency else ()
     slots = [
-        (number, _name(slot), "draining" if slot["draining"] else slot["state"], slot["running"])
+        (
+            *_whose(slot),
+            number,
+            _name(slot),
+            "draining" if slot["draining"] else slot["state"],
+            slot["running"],
+        )
         if slot["version"]
-        else (number, "free", None, None)
-        for number, slot in enumerate(residency["slots"])
+        else (*_whose(slot), number, "free", None, None)
+        for number, slot in _numbered(residency["slots"])
     ]
     host = [
-        (_name(entry), entry["tier"], entry["state"], entry["pinned"], show.size(entry["size_bytes"]))
+        (
+            *_whose(entry),
+            *(_name(entry), entry["tier"], entry["state"], entry["pinned"], show.size(entry["size_bytes"])),
+        )
         for entry in residency["host"]
     ]
     tenants = [
@@ -118,12 +129,40 @@ def view(residency: Mapping[str, Any], since: Counts | None = None, seconds: flo
     return Group(
         _line(residency, since, seconds),
         "",
-        show.table(("slot", "adapter", "state", "running"), slots),
+        *((_replicas(residency["replicas"]), "") if whose else ()),
+        show.table((*whose, "slot", "adapter", "state", "running"), slots),
         "",
-        show.table(("host memory", "tier", "state", "pinned", "size"), host),
+        show.table((*whose, "host memory", "tier", "state", "pinned", "size"), host),
         "",
         show.table(("tenant", "queued", "running", "tokens had", *rated), tenants),
     )
+
+
+def _replicas(replicas: Iterable[Mapping[str, Any]]) -> RenderableType:
+    """How each is; one that does not answer has dashes."""
+    rows = [
+        {
+            "replica": one["id"],
+            "url": one["url"],
+            "state": one["state"] if one["answered"] or one["state"] != "ready" else "does not answer",
+            **{name: one[name] for name in ("running", "queued", "aside", "drains", "preemptions")},
+            "backlog_s": one["backlog_seconds"],
+            "tokens/s": one["rates"] and one["rates"]["output_tokens_per_second"],
+        }
+        for one in replicas
+    ]
+    return show.rows(rows)
+
+
+def _whose(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The replica that a slot or an entry is of, in a fleet."""
+    return (entry["replica"],) if "replica" in entry else ()
+
+
+def _numbered(slots: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """From 0 on, at each replica."""
+    for _, of_one in groupby(slots, key=_whose):
+        yield from enumerate(of_one)
 
 
 def _line(residency: Mapping[str, Any], since: Counts | None, seconds: float) -> str:

@@ -27,13 +27,14 @@ async def fleet(page: Page) -> Response:
     """Readiness, slots, host memory, queues, rates, and what this server is."""
     now, server = await asyncio.gather(_now(page.api), page.api.get(f"{ADMIN}/server"))
     capacity, disk = server["capacity"], server["disk"]
+    each = ", each replica" if now["replicas"] is not None else ""
     facts = [
         ("Base model", server["base"]["name"]),
         ("Version", server["version"]),
         ("Engine", server.get("engine")),
         ("Type of adapters", server["dtype"]),
-        ("Slots", capacity.get("gpu_slots")),
-        ("Adapters in host memory, at most", capacity.get("host_slots")),
+        (f"Slots{each}", capacity.get("gpu_slots")),
+        (f"Adapters in host memory, at most{each}", capacity.get("host_slots")),
         ("Largest rank", capacity.get("max_lora_rank")),
         ("Context, tokens", capacity.get("max_model_len")),
         ("Up since", when(server["started_at"])),
@@ -50,7 +51,7 @@ async def fleet_live(page: Page) -> Response:
 
 async def _now(api: Api) -> dict[str, Any]:
     (status, ready), residency = await asyncio.gather(api.status("/ready"), api.get(f"{ADMIN}/residency"))
-    host = [(entry, views.named(entry)) for entry in residency["host"]]
+    replicas = residency.get("replicas")
     return {
         "ready": status == 200,
         "checks": ready.get("checks", {}),
@@ -58,8 +59,9 @@ async def _now(api: Api) -> dict[str, Any]:
         "residency": residency,
         "running": sum(residency["running"].values()),
         "waiting": sum(residency["queued"].values()),
-        "tiles": views.tiles(residency),
-        "host": host,
+        "replicas": replicas,
+        "serving": sum(one["answered"] and one["state"] == "ready" for one in replicas or ()),
+        "places": views.places(residency),
         "host_bytes": sum(entry["size_bytes"] for entry in residency["host"]),
         "queues": views.queues(residency),
     }

@@ -61,6 +61,33 @@ def tiles(residency: JSON) -> list[Tile]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Slots and host memory of one replica, or of a server that has none: then ``replica`` is None.
+
+    ``host`` has its entries of the residency, and whom each is about.
+    """
+
+    replica: JSON | None
+    tiles: list[Tile]
+    host: list[tuple[JSON, Named | None]]
+    host_bytes: int
+
+
+def places(residency: JSON) -> list[Place]:
+    """Of each replica of ``GET /admin/v1/residency``, in its order; of a single process one place."""
+    replicas: Sequence[JSON | None] = residency.get("replicas", [None])
+    return [_place(residency, replica) for replica in replicas]
+
+
+def _place(residency: JSON, replica: JSON | None) -> Place:
+    id_ = replica["id"] if replica is not None else None
+    slots, host = ([e for e in residency[name] if e.get("replica") == id_] for name in ("slots", "host"))
+    named_host = [(entry, named(entry)) for entry in host]
+    mine = tiles({"slots": slots, "host": host})
+    return Place(replica, mine, named_host, sum(entry["size_bytes"] for entry in host))
+
+
 class Queue(NamedTuple):
     """One customer's requests: ``waiting`` in the queue and ``running`` in the engine."""
 

@@ -55,6 +55,26 @@ def test_the_number_of_a_version_is_shown_where_it_is_known() -> None:
     assert views.named({"version": "acme/a@0123456789", "number": 7}) == ("acme", "a", "7")
 
 
+def test_a_single_process_is_one_place_and_a_fleet_one_for_each_replica() -> None:
+    seen = residency()
+    (whole,) = views.places(seen)
+    assert whole.replica is None
+    assert whole.tiles == views.tiles(seen)
+    assert [(entry["version"], who and who.adapter) for entry, who in whole.host] == [
+        ("acme/a@0123456789abcdef", "a")
+    ]
+
+    slots = [{**seen["slots"][0], "replica": "y"}, {**seen["slots"][1], "replica": "x"}]
+    host = [{**seen["host"][0], "replica": "y"}, {**seen["host"][0], "replica": "x", "pinned": False}]
+    replicas = [{"id": "x"}, {"id": "y"}, {"id": "z"}]
+    x, y, z = views.places({"slots": slots, "host": host, "replicas": replicas})
+    assert [place.replica for place in (x, y, z)] == replicas
+    assert [(tile.number, tile.state) for tile in x.tiles] == [(0, "free")]
+    assert [(tile.number, tile.state, tile.pinned) for tile in y.tiles] == [(0, "running", True)]
+    assert (len(x.host), y.host_bytes, z.tiles, z.host) == (1, 5, [], [])
+    assert views.places({"slots": [], "host": [], "replicas": []}) == []
+
+
 def test_queues_begin_with_the_longest() -> None:
     found = views.queues(residency(queued={"a": 2, "b": 8}, running={"c": 1}))
     assert found == [("b", 8, 0, 1.0), ("a", 2, 0, 0.25), ("c", 0, 1, 0.0)]

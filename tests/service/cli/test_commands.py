@@ -296,6 +296,9 @@ async def test_residency_and_top(site: Site) -> None:
     assert rows[2][1] == "acme/support@1"
     assert rows[3] == ["1", "free", "-", "-"]
     assert ["tenant", "queued", "running", "tokens had"] in rows
+    events = await shown(site, "residency", "--events", "4")
+    assert events[0] == ["event", "now", "arguments"]
+    assert len(events) >= 5
 
     rows = await shown(site, "top", "--interval", "0.5", "--count", "2")
     looks = [number for number, row in enumerate(rows) if " queued, " in row[0]]
