@@ -335,7 +335,13 @@ USES: tuple[Use, ...] = (
         ),
         "bounds heads, which uvicorn does not",
     ),
-    Use("uvicorn.protocols.http.httptools_impl", "RequestResponseCycle", ("response_complete",), "as above"),
+    Use(
+        "uvicorn.protocols.http.httptools_impl",
+        "RequestResponseCycle",
+        ("response_complete", "chunked_encoding", "disconnected", "flow", "scope", "transport"),
+        "writes pieces of an answer past ASGI: server/http/pieces.py",
+    ),
+    Use("uvicorn.protocols.http.flow_control", "FlowControl", ("write_paused",), "as above"),
     Use("uvicorn.server", "Server", ("main_loop", "handle_exit(sig, frame)"), "drains before it stops"),
     # The database: adapters/database/database.py
     Use(

@@ -25,9 +25,10 @@ from adapters.model import Tier, Version
 from adapters.store.replicas import Replicas
 from server.errors import ServerError, Unavailable
 from server.fleet.facts import Facts, common, facts_of
+from server.fleet.lines import CONNECT_TIMEOUT_S, KEEP_ALIVE_S, Line, Lines, Lost
 from server.fleet.placement import Move, Placement, Rules
 from server.fleet.reports import Report
-from server.fleet.wire import PREFIX, as_json, error_of
+from server.fleet.wire import OPEN, PREFIX, as_json, error_of
 from server.logs import REQUEST
 from server.metrics import Metrics
 
@@ -43,9 +44,6 @@ TICKS_IN_STALL = 20  # how finely the own pauses are told from a replica's silen
 # room.
 MOVE_EVERY_S, MOVE_TIMEOUT_S = 0.2, 10.0
 VERSIONS_REMEMBERED = 16_384
-CONNECT_TIMEOUT_S = 3.0
-# Below uvicorn's 5 s, which closes what is idle: a request must not meet a connection that is being closed.
-KEEP_ALIVE_S = 3.0
 CALL_TIMEOUT_S = 150.0  # of what needs the engine: probes wait for their turn
 
 
@@ -96,6 +94,7 @@ class Directory:
         self._known: dict[str, Known] = {}
         self._facts: Facts | None = None
         self._session: aiohttp.ClientSession | None = None
+        self._lines = Lines(self._headers)
         self._ticking: asyncio.Task[None] | None = None
         self._discovering: asyncio.Task[None] | None = None
         self._moving: asyncio.Task[None] | None = None
@@ -130,6 +129,7 @@ class Directory:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
+        self._lines.close()
 
     # --- what is known -------------------------------------------------------------------------------
 
@@ -225,6 +225,28 @@ class Directory:
 
     # --- asking --------------------------------------------------------------------------------------
 
+    async def order(self, replica: Known, body: bytes) -> Line:
+        """Sends an order; its frames come on what is returned, which ``done`` takes back.
+
+        Raises as ``stream``.
+        """
+        try:
+            async with self.while_heard(replica):
+                line = await self._lines.order(replica.url, OPEN, body, _traced())
+                if line.status == 200:
+                    return line
+                try:
+                    told = json.loads(await line.refusal())
+                finally:
+                    self._lines.release(line)
+        except (Lost, OSError, ValueError) as exc:
+            raise Unreachable(f"{type(exc).__name__}: {exc}") from exc
+        raise _refusal(line.status, told)
+
+    def done(self, line: Line) -> None:
+        """Whatever ``order`` was answered has been read."""
+        self._lines.release(line)
+
     async def stream(
         self, replica: Known, path: str, body: bytes | AsyncIterator[bytes]
     ) -> aiohttp.ClientResponse:
@@ -233,19 +255,15 @@ class Directory:
         What is refused with a status and an error is raised.
         """
         assert self._session is not None
-        ids = REQUEST.get()  # what the replica logs and traces is found by the same trace
-        headers = {"traceparent": ids.traceparent} if ids is not None and ids.traceparent else None
         try:
             async with self.while_heard(replica):
-                response = await self._session.post(replica.url + path, data=body, headers=headers)
+                response = await self._session.post(replica.url + path, data=body, headers=_traced())
                 if response.status == 200:
                     return response
                 told = await response.json(content_type=None)
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             raise Unreachable(f"{type(exc).__name__}: {exc}") from exc
-        if "loraplex_error" in told:
-            raise error_of(told["loraplex_error"])
-        raise Unreachable(f"it answers with status {response.status}: {str(told)[:200]}")
+        raise _refusal(response.status, told)
 
     @asynccontextmanager
     async def while_heard(self, replica: Known) -> AsyncIterator[None]:
@@ -401,6 +419,19 @@ class Directory:
 
     def _now(self) -> float:
         return self._clock.now()
+
+
+def _traced() -> dict[str, str]:
+    """Headers by which what a replica logs and traces is found by the trace of this request."""
+    ids = REQUEST.get()
+    return {"traceparent": ids.traceparent} if ids is not None and ids.traceparent else {}
+
+
+def _refusal(status: int, told: Any) -> Exception:
+    """What ``told``, the JSON of an answer with another status than 200, is to be raised as."""
+    if "loraplex_error" in told:
+        return error_of(told["loraplex_error"])
+    return Unreachable(f"it answers with status {status}: {str(told)[:200]}")
 
 
 def _no_answer() -> Unavailable:

@@ -21,6 +21,7 @@ from server.fleet import wire
 from server.fleet.replica import Replica
 from server.fleet.wire import Chunk, End, Granted, Kind, Malformed, WireOrder
 from server.http.long_answers import long_text
+from server.http.pieces import Pieces
 from server.http.residency import look
 from server.inference.completion import Order, counted_refusals
 from server.inference.dialects.registry import DIALECTS
@@ -125,6 +126,7 @@ class RelayedCall(Response):
         )
         self._lease: Lease | None = None
         self._send: Send | None = None
+        self._pieces: Pieces | None = None
         self._task: asyncio.Task[None] | None = None
         self._movable = False
         self._ids: list[int] = []
@@ -135,7 +137,7 @@ class RelayedCall(Response):
         calls = self._replica.calls
         headers = [(b"content-type", b"application/octet-stream")]  # and no length, as a response has one
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        self._send = send
+        self._send, self._pieces = send, Pieces.of(scope)
         self._task = asyncio.ensure_future(self._answer())
         gone = asyncio.ensure_future(_disconnected(receive))
         calls[self._order.id] = self
@@ -154,7 +156,11 @@ class RelayedCall(Response):
 
     async def tell(self, framed: bytes) -> None:
         """Waits while the gateway does not read."""
-        if self._send is not None:
+        if self._send is None:
+            return
+        if self._pieces is not None and self._pieces.ready():
+            self._pieces.write(framed)
+        else:
             await self._send({"type": "http.response.body", "body": framed, "more_body": True})
 
     async def end(self) -> tuple[int, int, int]:

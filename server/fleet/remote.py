@@ -13,31 +13,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
-import aiohttp
 from cachetools import LRUCache
 
 from adapters.errors import AdapterError
 from adapters.model import BaseModel, Version
 from server.errors import ServerError, Unavailable
 from server.fleet.directory import Directory, Known, Unreachable
-from server.fleet.wire import (
-    OPEN,
-    Chunk,
-    End,
-    Frames,
-    Granted,
-    Kind,
-    Malformed,
-    WireOrder,
-    as_json,
-    json_of,
+from server.fleet.lines import Frame, Line, Lost
+from server.fleet.wire import Chunk, End, Granted, Kind, WireOrder, as_json, json_of
+from server.inference.completion import (
+    Completion,
+    LeasedStream,
+    Order,
+    Sink,
+    closed_on_failure,
+    counted_refusals,
 )
-from server.inference.completion import Completion, LeasedStream, Order, closed_on_failure, counted_refusals
 from server.inference.dialects.base import Dialect
 from server.inference.local import sequences_and_tokens
 from server.metrics import Metrics
@@ -56,10 +51,6 @@ END_TIMEOUT_S = 5.0
 ELSEWHERE = frozenset({"shutting_down", "engine_restarting", "engine_stopped"})
 # No client's text: in a JSON string the quote before it would be escaped.
 _CREATED = re.compile(r'(?<!\\)"created": ?\d+')
-
-
-class Lost(Exception):
-    """The connection to a replica broke off before the end, or was given up."""
 
 
 class RemoteAnswers:
@@ -102,7 +93,7 @@ class RemoteAnswers:
         if order.version is not None:
             self.versions[order.version.key] = order.version
         async with closed_on_failure(lease):
-            stream = await LeasedStream.opened(call.chunks(), lease, order.dialect)
+            stream = await LeasedStream.opened(call.chunks(), lease, order.dialect, call)
             if call.body is None:
                 return Completion(order.public_model, lease, stream=stream)
         await lease.close("completed")
@@ -164,9 +155,13 @@ class RemoteAnswers:
 
 
 class RemoteCall:
-    """One order, which is answered by one replica after another until it is whole."""
+    """One order, which is answered by one replica after another until it is whole.
+
+    While its consumer waits for ``chunks``, they go to its ``sink``, where that takes them at once.
+    """
 
     paused = False
+    sink: Sink | None = None
 
     def __init__(self, answers: RemoteAnswers, order: Order, lease: Lease, granted: Granted | None) -> None:
         self.body: dict[str, Any] | None = None
@@ -184,9 +179,7 @@ class RemoteCall:
         self._losses = 0
         self._tried: set[str] = set()
         self._replica: Known | None = None
-        self._response: aiohttp.ClientResponse | None = None
-        self._frames = Frames()
-        self._ready: deque[tuple[Kind, bytes]] = deque()
+        self._line: Line | None = None
         self._first: str | None = None  # the replica that it began at
         self._moves = 0
         self._aborted = False
@@ -223,8 +216,8 @@ class RemoteCall:
                 continue
             if kind is Kind.CHUNK:
                 text = self._taken(Chunk.decoded(payload))
-                while self._ready and self._ready[0][0] is Kind.CHUNK:  # what came at once goes at once
-                    text += self._taken(Chunk.decoded(self._ready.popleft()[1]))
+                while self._line and (more := self._line.take(Kind.CHUNK)):  # what came at once goes at once
+                    text += self._taken(Chunk.decoded(more))
                 if text:
                     yield text
             elif kind is Kind.END:
@@ -252,7 +245,7 @@ class RemoteCall:
         """Ends it in the engine, and counts what was produced until then."""
         replica, self._aborted = self._replica, True
         try:
-            if replica is not None and self._response is not None and not self._directory.is_lost(replica):
+            if replica is not None and self._line is not None and not self._directory.is_lost(replica):
                 with suppress(ServerError, AdapterError, TimeoutError):
                     async with asyncio.timeout(END_TIMEOUT_S):
                         told = await self._directory.post(replica, f"calls/{self._order.id}/end", {})
@@ -262,19 +255,17 @@ class RemoteCall:
 
     def leave(self) -> None:
         """Gives the connection up: its replica then ends what runs. May be repeated."""
-        response, self._response = self._response, None
-        if response is not None:
-            response.close()
+        line, self._line = self._line, None
+        if line is not None:
+            line.abort()
         replica, self._replica = self._replica, None
         if replica is not None:
             self._directory.ended(replica, self._order.version, self)
-        self._ready.clear()
-        self._frames = Frames()
 
     def lose(self) -> None:
         """Called when its replica is silent: whoever reads is woken up, and goes on elsewhere."""
-        if self._response is not None:
-            self._response.close()
+        if self._line is not None:
+            self._line.abort()
 
     async def pause(self) -> bool:
         return False
@@ -291,17 +282,23 @@ class RemoteCall:
     # --- frames --------------------------------------------------------------------------------------
 
     async def _next(self) -> tuple[Kind, bytes]:
-        while not self._ready:
-            if self._response is None:
-                raise Lost("the connection was closed")
-            try:
-                data = await self._response.content.readany()
-                if not data:
-                    raise Lost("the connection ended")
-                self._ready.extend(self._frames.feed(data))
-            except (aiohttp.ClientError, OSError, Malformed) as exc:
-                raise Lost(f"{type(exc).__name__}: {exc}") from exc
-        return self._ready.popleft()
+        if self._line is None:
+            raise Lost("the connection was closed")
+        return await self._line.next(self._pass_on)
+
+    def _pass_on(self, frames: Sequence[Frame]) -> int:
+        """See ``server.fleet.lines.Tap``: chunks, if nothing else has come before them."""
+        text, taken = "", 0
+        if self.sink is None or not self.sink.ready():
+            return 0
+        for kind, payload in frames:
+            if kind is not Kind.CHUNK:
+                break
+            text += self._taken(Chunk.decoded(payload))
+            taken += 1
+        if text:
+            self.sink.take(text)
+        return taken
 
     def _taken(self, chunk: Chunk) -> str:
         """The part of the text that was not handed on before; empty if all of it was."""
@@ -332,11 +329,12 @@ class RemoteCall:
 
         A replica that hangs just then is left as any other; see ``lose``.
         """
-        response = self._response
-        if response is not None:
-            with suppress(aiohttp.ClientError, OSError):
-                await response.content.readany()
-                response.release()
+        line = self._line
+        if line is not None:
+            with suppress(Lost):
+                await line.end()
+                self._line = None
+                self._directory.done(line)
         self.leave()
 
     async def _settle(self, asked: list[int], *, larger: bool) -> None:
@@ -407,7 +405,7 @@ class RemoteCall:
         self._directory.sent(replica, order.version, self)
         self._replica = replica
         try:
-            self._response = await self._directory.stream(replica, OPEN, sent.encoded())
+            self._line = await self._directory.order(replica, sent.encoded())
         except Unreachable as exc:
             logger.warning("replica %s does not take a request: %s", replica.id, exc)
             self.leave()

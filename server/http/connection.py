@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from adapters.awake import GRACE_S, stood_still
 from server.errors import envelope
+from server.http.pieces import offer
 from server.http.turns import turns_of
 
 HEAD_BYTES = 64 << 10
@@ -164,6 +165,7 @@ class BoundedHeads(HttpToolsProtocol):
         self.headers = []  # where trailers go; the request keeps its own
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        offer(cycle)
         turns_of(self.loop).begin(partial(super()._start_asgi_task, cycle, app), cycle.scope)
 
     def on_body(self, body: bytes) -> None:

@@ -16,7 +16,8 @@ from adapters.awake import GRACE_S, stood_still
 from adapters.errors import AdapterError
 from server.errors import ServerError
 from server.http.middleware import ClientLeft
-from server.inference.completion import Completion, LeasedStream
+from server.http.pieces import Pieces
+from server.inference.completion import Completion, LeasedStream, Sink
 from server.inference.dialects.base import Dialect
 from server.scheduling.lease import Lease, told_of
 
@@ -68,7 +69,12 @@ class Late:
         self._dialect = dialect
         self._log = log
         self.lease: Lease | None = None
+        self._sink: Sink | None = None
         self._stream: LeasedStream | None = None
+
+    def goes_to(self, sink: Sink) -> None:
+        """See ``LeasedStream``."""
+        self._sink = sink
 
     async def __aiter__(self) -> AsyncIterator[str]:
         yield COMMENT
@@ -82,6 +88,8 @@ class Late:
             return
         self._take(opened)
         assert self._stream is not None, "a request that is to stream was answered with a document"
+        if self._sink is not None:
+            self._stream.goes_to(self._sink)
         async for chunk in self._stream:
             yield chunk
 
@@ -98,8 +106,46 @@ class Late:
             await self._stream.aclose()
 
 
+class Way:
+    """The way of one answer's messages to its client. Times are the event loop's.
+
+    ``waiting`` is since when a message is being sent, None while none is. ``sent`` is when the last one was
+    handed over, infinite before the answer's head and after its end.
+    """
+
+    def __init__(self, send: Send, pieces: Pieces | None) -> None:
+        self._send = send
+        self._pieces = pieces
+        self._now = asyncio.get_running_loop().time
+        self.waiting: float | None = None
+        self.sent = math.inf
+
+    def silent_since(self) -> float:
+        """See ``Comments``."""
+        return math.inf if self.waiting is not None else self.sent
+
+    async def message(self, message: Message) -> None:
+        """Waits for a client who does not read."""
+        self.waiting = self._now()
+        await self._send(message)
+        self.sent = self.waiting if message.get("more_body", True) else math.inf
+        self.waiting = None
+
+    def ready(self) -> bool:
+        """Whether ``take`` can hand a chunk on without waiting for the client."""
+        return self._pieces is not None and self._pieces.ready()
+
+    def take(self, chunk: str) -> None:
+        """Hands ``chunk`` on, past everything that looks at messages."""
+        if chunk and self._pieces is not None:
+            self._pieces.write(chunk.encode())
+            self.sent = self._now()
+
+
 class LeasedResponse(StreamingResponse):
     """SSE that closes its stream whatever happens: read to the end, left by the client, or never begun."""
+
+    _way: Way
 
     def __init__(
         self,
@@ -117,19 +163,31 @@ class LeasedResponse(StreamingResponse):
         self._client_timeout = client_timeout
         self._keepalive = keepalive
 
+    async def stream_response(self, send: Send) -> None:
+        """As Starlette's, except that a chunk goes straight to a client who reads."""
+        way = self._way
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for chunk in self._stream:
+            if way.ready():
+                way.take(chunk)
+            else:
+                await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ends the connection of a client that does not read: its place in the engine is others' too."""
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout(None)
-        sending: float | None = None  # since when
         timer: asyncio.TimerHandle
-        sent = math.inf  # when the last piece was handed over; none is when it has begun or ended
-        comments = Comments(send, lambda: math.inf if sending is not None else sent, self._keepalive)
+        self._way = way = Way(send, Pieces.of(scope))
+        if isinstance(self._stream, LeasedStream | Late):
+            self._stream.goes_to(way)
+        comments = Comments(send, way.silent_since, self._keepalive)
 
         def look() -> None:
             """One timer a response: one for each chunk costs as much as the chunk's own way through."""
             nonlocal timer
-            due = self._client_timeout + (loop.time() if sending is None else sending)
+            due = self._client_timeout + (loop.time() if way.waiting is None else way.waiting)
             if due <= loop.time() and stood_still(loop, timer):
                 due = loop.time() + GRACE_S  # the client may have read it all
             if due > loop.time():
@@ -137,17 +195,10 @@ class LeasedResponse(StreamingResponse):
             else:
                 limit.reschedule(due)
 
-        async def send_in_time(message: Message) -> None:
-            nonlocal sending, sent
-            sending = loop.time()
-            await send(message)
-            sent = sending if message.get("more_body", True) else math.inf
-            sending = None
-
         timer = loop.call_later(self._client_timeout, look)
         try:
             async with limit:
-                await super().__call__(scope, receive, send_in_time)
+                await super().__call__(scope, receive, way.message)
         except (TimeoutError, ClientDisconnect):
             if not limit.expired():
                 raise

@@ -261,39 +261,91 @@ async def closed_on_failure(lease: Lease) -> AsyncIterator[None]:
 DONE = "data: [DONE]\n\n"
 
 
+class Sink(Protocol):
+    """Where the chunks of a stream go; see ``server.http.streams.Way``."""
+
+    def ready(self) -> bool:
+        """Whether a chunk can be handed on without waiting for anybody."""
+
+    def take(self, chunk: str) -> None:
+        """Hands it on; only where ``ready``."""
+
+
+class Passing(Protocol):
+    """Where chunks come from that may go to ``sink`` while their consumer waits for them, and past it."""
+
+    sink: Sink | None
+
+
 class LeasedStream:
     """SSE chunks, and the lease that they are produced with. ``aclose`` is idempotent and always needed."""
 
-    def __init__(self, chunks: AsyncIterator[str], first: str | None, lease: Lease, dialect: Dialect) -> None:
+    def __init__(
+        self,
+        chunks: AsyncIterator[str],
+        first: str | None,
+        lease: Lease,
+        dialect: Dialect,
+        passing: Passing | None = None,
+    ) -> None:
         self._chunks = chunks
         self._first = first
         self._lease = lease
         self._dialect = dialect
+        self._passing = passing
+        self._sink: Sink | None = None
+        self._number = 0  # of the last chunk
         self._outcome: Outcome = "disconnected"
 
     @classmethod
-    async def opened(cls, chunks: AsyncIterator[str], lease: Lease, dialect: Dialect) -> LeasedStream:
-        """Waits for the first chunk, so that a request which fails at once gets a status, not a stream."""
-        return cls(chunks, await anext(chunks, None), lease, dialect)
+    async def opened(
+        cls,
+        chunks: AsyncIterator[str],
+        lease: Lease,
+        dialect: Dialect,
+        passing: Passing | None = None,
+    ) -> LeasedStream:
+        """Waits for the first chunk, so that a request which fails at once gets a status, not a stream.
+
+        ``passing`` is where ``chunks`` come from, if they can go past whoever iterates.
+        """
+        return cls(chunks, await anext(chunks, None), lease, dialect, passing)
+
+    def goes_to(self, sink: Sink) -> None:
+        """Whoever iterates hands each chunk to ``sink``, where some may go by themselves meanwhile."""
+        if self._passing is not None:
+            self._sink, self._passing.sink = sink, self
+
+    def ready(self) -> bool:
+        """As a ``Sink``."""
+        return self._sink is not None and self._sink.ready()
+
+    def take(self, chunk: str) -> None:
+        """As a ``Sink``."""
+        assert self._sink is not None
+        self._passes(chunk)
+        self._sink.take(chunk)
+
+    def _passes(self, chunk: str) -> None:
+        self._number += 1
+        if chunk.endswith(DONE):
+            self._outcome = "completed"  # its client may leave before a replica says that it ended
 
     async def __aiter__(self) -> AsyncIterator[str]:
         """The chunks; an error becomes the last one, as clients of this dialect expect it."""
-        number = 0
         try:
             if self._first is not None:
-                number = 1
+                self._passes(self._first)
                 yield self._first
             async for chunk in self._chunks:
-                number += 1
-                if chunk.endswith(DONE):
-                    self._outcome = "completed"  # its client may leave before a replica says that it ended
+                self._passes(chunk)
                 yield chunk
         except (ServerError, EngineDied) as exc:
             self._outcome = "failed"
             died = engine_restarting() if isinstance(exc, EngineDied) else exc
             error = self._lease.failure or died
             self._lease.code = error.code
-            yield self._dialect.error_event(error, number)
+            yield self._dialect.error_event(error, self._number)
         else:
             self._outcome = "completed"
 
@@ -306,6 +358,8 @@ class LeasedStream:
         self._outcome = "completed"
 
     async def aclose(self) -> None:
+        if self._passing is not None:  # which refers to this
+            self._sink = self._passing.sink = None
         await self._lease.close(self._outcome)
 
 

@@ -422,7 +422,7 @@ class TestLosses:
         (run,) = hit.engine.running
         for known in two.directory.all():
             for call in list(known.calls):
-                call._response.connection.transport.abort()
+                call._line._transport.abort()
                 call._aborted = True
         await two.until(lambda: not hit.engine.running)
         assert sum(run.produced.values()) < 100, "it did not go on to its end, 400 tokens"
