@@ -78,6 +78,7 @@ class FleetDispatcher:
     """What routes ask of a dispatcher. Pins and retirements need no telling: replicas read the database."""
 
     is_restarting = False
+    is_silent = False
     restarts = 0
 
     def __init__(self, directory: Directory, answers: RemoteAnswers) -> None:

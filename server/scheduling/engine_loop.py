@@ -34,6 +34,8 @@ STAGE_POLL = 0.005
 # Where workers say by themselves that a load has ended, in case they could not.
 STAGE_LOOK = 0.25
 RECONCILE_EVERY = 5.0
+# The part of the time that an engine has for an answer after which it counts as one that may hang.
+SILENT_AFTER = 0.25
 WATCH_EVERY = 0.5
 # Of the event loop, before a check of the plan lets others run; and between two such slices.
 CHECK_SLICE, CHECK_PAUSE = 0.0005, 0.01
@@ -107,6 +109,7 @@ class EngineLoop:
         self._pager_wake = asyncio.Event()
         self._in_step_loads = 0
         self._reconcile_soon = False
+        self._unanswered: set[asyncio.Future[Any]] = set()  # calls; see SILENT_AFTER
 
     def _apply(self, effects: Sequence[Effect]) -> None:
         raise NotImplementedError
@@ -126,6 +129,11 @@ class EngineLoop:
     def is_restarting(self) -> bool:
         """Whether the engine is gone and being started again, or given up."""
         return self._lost is not None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether a call has waited for the engine's answer for a good part of the time that it has."""
+        return bool(self._unanswered)
 
     @property
     def restarts(self) -> int:
@@ -209,14 +217,20 @@ class EngineLoop:
             raise self._lost
         answering = asyncio.ensure_future(call)
         losing = asyncio.ensure_future(self._lost_event.wait())
+        silence = self._stall * SILENT_AFTER
         try:
-            with contextlib.suppress(TimeoutError):
-                async with AwakeTimeout(self._stall):
-                    await asyncio.wait({answering, losing}, return_when=asyncio.FIRST_COMPLETED)
-            if answering.done():
-                return answering.result()  # or what it raised
-            raise self._lost or EngineHung(f"the engine did not answer for {self._stall:g} s")
+            for seconds in (silence, self._stall - silence):
+                with contextlib.suppress(TimeoutError):
+                    async with AwakeTimeout(seconds):
+                        await asyncio.wait({answering, losing}, return_when=asyncio.FIRST_COMPLETED)
+                if answering.done():
+                    return answering.result()  # or what it raised
+                if self._lost is not None:
+                    raise self._lost
+                self._unanswered.add(answering)
+            raise EngineHung(f"the engine did not answer for {self._stall:g} s")
         finally:
+            self._unanswered.discard(answering)
             losing.cancel()
             answering.cancel()
 

@@ -11,6 +11,7 @@ import pytest
 from adapters.model import Tier
 from server.engine.calls import PageOp, PageReport
 from server.errors import Unavailable, headers_of
+from server.scheduling.engine_loop import RECONCILE_EVERY
 from tests.support.clock import VirtualLoop, run
 from tests.support.world import Pager, World, version
 
@@ -123,10 +124,15 @@ def test_a_hung_engine_is_noticed_when_nothing_runs() -> None:
     async def scenario() -> None:
         async with World(restarts=3, stall=5.0) as world:
             await world.ask("acme")
+            assert not world.dispatcher.is_silent
             world.engine.hang()
+            await asyncio.sleep(RECONCILE_EVERY + 1.5)
+            assert world.dispatcher.is_silent, "a quarter of the time has passed"
+            assert world.engine.lives == 1
             await asyncio.sleep(40)
             assert world.engine.lives == 2
             assert not world.dispatcher.is_restarting
+            assert not world.dispatcher.is_silent
 
     run(scenario())
 
