@@ -50,6 +50,7 @@ from server.fleet.gateway import FleetDispatcher, FleetEngine, RemotePublisher
 from server.fleet.remote import RemoteAnswers
 from server.fleet.replica import Replica
 from server.fleet.residency import FleetResidency
+from server.fleet.verifying import verify_first
 from server.http.heap import trimmed
 from server.http.middleware import RequestContext, allow_origins, install_error_handlers
 from server.http.openapi import document
@@ -79,7 +80,6 @@ from server.settings import Settings
 from server.telemetry.spans import tracer_of
 
 logger = logging.getLogger(__name__)
-
 
 StartEngine = Callable[[Settings], Awaitable[Engine]]
 
@@ -378,7 +378,7 @@ async def _join_fleet(
     )
     stack.push_async_callback(replica.stop)
     services.on_drain = replica.drain
-    logger.info("replica %s", replica.id)
+    await verify_first(services, replica.id)
     return replica
 
 

@@ -188,7 +188,7 @@ class Metrics:
         for family, values in (
             (self._restarts, ("death", "hang")),
             (self._failures, ("stage", "activate")),
-            (self._verified, ("matches", "differs", "not_possible")),
+            (self._verified, ("matches", "differs", "not_possible", "late")),
             (self._fetch, ("fetched", "failed")),
             (self._evictions, ("gpu", "host")),
             (self._moves, ("lost", "drained", "failed")),
@@ -285,9 +285,11 @@ class Metrics:
         """Counts a request with a key that is nobody's."""
         self._wrong_keys.labels().inc()
 
-    def verified(self, result: Literal["matches", "differs", "not_possible"]) -> None:
-        """Golden probes were held against this engine."""
-        self._verified.labels(result).inc()
+    def verified(
+        self, result: Literal["matches", "differs", "not_possible", "late"], versions: int = 1
+    ) -> None:
+        """Golden probes were held against this engine; ``late``: not before it took requests."""
+        self._verified.labels(result).inc(versions)
 
     def load_failed(self, step: Literal["stage", "activate"]) -> None:
         """A load failed at ``step``."""

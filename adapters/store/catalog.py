@@ -38,6 +38,7 @@ from adapters.split import WHOLE, choose
 from adapters.store.idempotency import Receipt
 from adapters.store.quarantine import in_service, refuse_quarantined_files
 from adapters.store.room import check_quota, has_versions, names_within
+from adapters.store.verdicts import VERDICTS, has_verdict, with_verdict
 from adapters.store.versions import (
     REPORT,
     answering,
@@ -375,19 +376,20 @@ class Catalog:
         return Golden.model_validate(found)
 
     async def unverified(self, here: Mapping[str, Any]) -> list[Version]:
-        """Of the versions that answer, those whose golden probes were last checked not ``here``."""
-        query = answering(VersionRow.report["golden"].label("verified")).where(VersionRow.golden.is_not(None))
+        """Of the versions that answer, those whose golden probes were not checked ``here``."""
+        found = [VersionRow.report[name].label(name) for name in VERDICTS]
+        query = answering(*found).where(VersionRow.golden.is_not(None))
         async with self._database.read() as session:
             rows = (await session.execute(query)).all()
-        differing = [row for row in rows if not (row.verified or {}).items() >= here.items()]
-        return [version_of(row, self._path_of, row.AdapterRow.defaults) for row in differing]
+        missing = [row for row in rows if not has_verdict(row._mapping, here)]
+        return [version_of(row, self._path_of, row.AdapterRow.defaults) for row in missing]
 
     async def keep_verified(self, version: Version, golden: Mapping[str, Any]) -> None:
-        """Replaces what the report of a version, if it is still there, says of its golden probes."""
+        """What the report of a version, if it is still there, says of its golden probes, as found last."""
         async with self._database.write() as session:
             row = await session.get(VersionRow, (version.tenant, version.adapter, version.number))
             if row is not None and row.digest == version.digest:
-                row.report = row.report | {"golden": dict(golden)}
+                row.report = with_verdict(row.report, golden)
 
     async def pinned(self) -> list[Version]:
         """The versions that answer to the names of pinned adapters, by tenant, name and number."""

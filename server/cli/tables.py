@@ -192,8 +192,9 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
     """What a version's report says in words and numbers."""
     for kind in ("conversions", "warnings"):
         yield from (f"{kind.removesuffix('s')}: {text}" for text in report.get(kind) or ())
-    for kind in ("probe", "golden"):
-        if found := report.get(kind):
+    elsewhere = [("golden elsewhere", found) for found in report.get("golden_elsewhere") or ()]
+    for kind, found in [("probe", report.get("probe")), ("golden", report.get("golden")), *elsewhere]:
+        if found:
             values = (f"{name} {_cell(_field(name, value))}" for name, value in found.items())
             yield f"{kind}: {', '.join(values)}"
 

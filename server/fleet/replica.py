@@ -73,6 +73,7 @@ class Replica:
 
     def start(self) -> None:
         """Announces this replica to the gateways, at once and then again and again."""
+        logger.info("replica %s at %s", self.id, self._url)
         self._beating = asyncio.create_task(self._beat_forever(), name="loraplex-beat")
 
     async def stop(self) -> None:

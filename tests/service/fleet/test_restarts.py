@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from adapters.database.rows import ReplicaRow
+from adapters.inspection.golden import Agreement, Golden
+from adapters.model import Version
+from server.fleet import verifying
 from server.fleet.replica import FORGOTTEN
+from server.publishing.probe import Prober
+from tests.service.publishing.test_golden import VERIFY, trained, upload
 from tests.support import tiny
 from tests.support.fakes import NATURAL_LENGTH, FakeEngine
-from tests.support.fleet import Fleet, fleet, replica
+from tests.support.fleet import FakeReplica, Fleet, fleet, replica
 from tests.support.site import bearer
+
+
+class Checks:
+    """Of golden probes; each waits for ``going``."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.number = 0
+        self.going = asyncio.Event()
+        check = Prober.check
+
+        async def held(prober: Prober, version: Version, golden: Golden) -> Agreement:
+            self.number += 1
+            await self.going.wait()
+            return await check(prober, version, golden)
+
+        patch.setattr(Prober, "check", held)
+
+
+async def with_probes(made: Fleet) -> None:
+    """A customer whose adapter came with golden probes."""
+    await made.gateway.tenant("acme")
+    assert (await upload(made.gateway, await trained(made.gateway))).status_code == 201
+
+
+def another_kind() -> FakeEngine:
+    made = FakeEngine(tiny.base())
+    made.version = "fake 2"
+    return made
+
+
+async def unverified(one: FakeReplica) -> list[Version]:
+    publishing = one.services.publishing
+    return list(await publishing.catalog.unverified(publishing.prober.here))
 
 
 def up(page: str) -> list[str]:
@@ -50,8 +92,11 @@ async def test_another_process_at_its_address_is_not_the_replica(tmp_path: Path)
 
 
 async def test_one_that_has_long_been_silent_is_forgotten(tmp_path: Path) -> None:
+    """By one that did its chores when it came, and does them again in an hour."""
     async with fleet(tmp_path) as made:
-        killed, other = made.replicas
+        await made.until(lambda: any(one.app.state.replica.holds_chores for one in made.replicas))
+        (other,) = [one for one in made.replicas if one.app.state.replica.holds_chores]
+        killed = made.other(other)
         await killed.kill()
         async with other.services.database.append() as session:
             (await session.get_one(ReplicaRow, killed.id)).beat_at -= FORGOTTEN + timedelta(seconds=1)
@@ -68,8 +113,8 @@ async def test_a_gateway_says_what_the_replicas_of_now_are(tmp_path: Path) -> No
             return int((await made.gateway.http.get("/v1/me", headers=bearer(key))).json()["max_model_len"])
 
         assert (await server(made))["capacity"]["max_model_len"] == await shown() == 512
-        newer = FakeEngine(tiny.base(), max_model_len=128)
-        newer.version = "fake 2"
+        newer = another_kind()
+        newer.max_model_len = 128
         async with replica(tmp_path, engine=newer) as new:
             await made.until(lambda: len(made.directory.ready()) == 2)
             assert await shown() == 128, "what fits one of them fits all"
@@ -81,3 +126,44 @@ async def test_a_gateway_says_what_the_replicas_of_now_are(tmp_path: Path) -> No
             assert answer.json()["usage"]["completion_tokens"] == NATURAL_LENGTH, "no length was filled in"
         await made.until(lambda: not made.directory.ready())
         assert await shown() == 128, "it is remembered"
+
+
+async def test_another_engine_is_verified_before_it_takes_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, though two of its kind start at the same time; and not again where it has been."""
+    async with fleet(tmp_path, replicas=1) as made, AsyncExitStack() as stack:
+        (old,) = made.replicas
+        await with_probes(made)
+        checks = Checks(monkeypatch)
+        new = [stack.enter_async_context(replica(tmp_path, engine=another_kind())) for _ in range(2)]
+        starting = [asyncio.create_task(each) for each in new]
+        await made.until(lambda: checks.number > 0)
+        assert [one.id for one in made.directory.all()] == [old.id]
+        checks.going.set()
+        ids = {old.id} | {(await each).id for each in starting}
+        await made.until(lambda: {one.id for one in made.directory.ready()} == ids)
+        assert checks.number == 1
+        shown = (await made.gateway.admin.get(VERIFY.removesuffix("/verify"))).json()["versions"][0]["report"]
+        assert (shown["golden"]["matches"], shown["golden"]["engine"]) == (True, "fake 2")
+        assert [found["engine"] for found in shown["golden_elsewhere"]] == ["fake 1"]
+        assert not await unverified(old), "what was found on one kind says nothing of the other"
+
+
+async def test_a_replica_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with fleet(tmp_path, replicas=1) as made:
+        await with_probes(made)
+        checks = Checks(monkeypatch)
+        monkeypatch.setattr(verifying, "VERIFY_S", 0.05)
+        async with replica(tmp_path, engine=another_kind()) as new:
+            await made.until(lambda: len(made.directory.ready()) == 2)
+            assert "requests come all the same; not yet verified: 1" in caplog.text
+            late = new.services.metrics._verified.labels("late")
+            assert late._value == 1
+            assert await unverified(new)
+            checks.going.set()
+            async with asyncio.timeout(60):
+                while await unverified(new):
+                    await asyncio.sleep(0.01)
