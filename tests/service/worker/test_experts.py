@@ -15,7 +15,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from vllm.lora.layers import FusedMoE3DWithLoRA, FusedMoEWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
@@ -68,17 +75,34 @@ def make_mixtral() -> Any:
     return MixtralForCausalLM(config)
 
 
+def make_gpt_oss() -> Any:
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=64,
+        hidden_size=HIDDEN - 8,
+        intermediate_size=INNER - 8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        layer_types=["full_attention"],
+    )
+    return GptOssForCausalLM(config)
+
+
 def apart(layer: str = LAYER, names: tuple[str, ...] = ("gate_proj", "down_proj", "up_proj")) -> list[str]:
     """As ``packed_modules`` lists them."""
     return [f"{layer}.{expert}.{name}" for expert in range(EXPERTS) for name in names]
 
 
-def tables(*, three_dimensional: bool = False) -> Any:
+def tables(*, three_dimensional: bool = False, model: str = "Qwen3MoeForCausalLM") -> Any:
     return SimpleNamespace(
         _enable_mixed_moe_lora_format=not three_dimensional,
         _is_3d_moe_model=three_dimensional,
         packed_modules={} if three_dimensional else {LAYER: apart()},
-        model=SimpleNamespace(config=SimpleNamespace(architectures=["Qwen3MoeForCausalLM"])),
+        model=SimpleNamespace(config=SimpleNamespace(architectures=[model])),
         _get_lora_layer_weights=lambda lora, name: lora.get_lora(name),
     )
 
@@ -413,3 +437,28 @@ def test_sizes_are_the_checkpoints_where_vllm_rounds_them_up() -> None:
         LAYER: [INNER - 8, HIDDEN - 8, EXPERTS],
     }
     assert expert_shapes(tables(), LAYER, RealExperts(rounded=8, workers=2)) == {}
+
+
+def test_experts_of_gpt_oss_whose_gate_and_up_take_turns(tmp_path: Path) -> None:
+    """In slots that vLLM rounded up by 8: what follows the adapter's own sizes stays zero."""
+    config = LoraConfig(
+        r=RANK, lora_alpha=5, target_modules=["q_proj"], target_parameters=PARAMETERS, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(make_gpt_oss(), config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    shapes = expert_shapes(tables(three_dimensional=True), LAYER, RealExperts(rounded=8))
+    shapes["model.layers.0.self_attn.q_proj"] = [HIDDEN - 8, 32]
+    modules = {name: ModuleShape(*shape) for name, shape in shapes.items()}
+    assert set(admit(tmp_path, BaseModel("tiny-oss", modules, max_lora_rank=8)).modules) == set(modules)
+    lora, layer = loaded(tmp_path), Experts()
+    LoRAModelManager._convert_3d_to_2d_moe_lora(tables(model="GptOssForCausalLM"), lora, layer, LAYER)
+    layer.set_lora(1, lora.get_lora(LAYER).lora_a, lora.get_lora(LAYER).lora_b)
+    outer = model.base_model.model.get_submodule(LAYER)
+    found = {one.parameter_name: one.get_delta_weight("default") for one in (outer, outer.base_layer)}
+    gate_up, down = (found[name].detach().transpose(1, 2) for name in ("gate_up_proj", "down_proj"))
+    wanted = {"gate_proj": gate_up[:, ::2], "up_proj": gate_up[:, 1::2], "down_proj": down}
+    check(layer, {name: torch.nn.functional.pad(delta, (0, 8, 0, 8)) for name, delta in wanted.items()})
