@@ -112,7 +112,7 @@ class BaseModel:
     ``adapters.inspection.base_model``.
     ``pooling`` if it makes embeddings or, with a ``head``, labels instead of text. ``dora`` if DoRA can be
     computed on it.
-    ``quantized`` is the method by which its weights were put into few bits (``gptq``), if they were.
+    ``quantized`` is the method by which its weights were put into few bits (``gptq w4a16``), if they were.
     ``vocabulary`` maps ``lm_head`` and ``model.embed_tokens`` to their shapes where adapters are served on
     them; an embedding has the tokens as its inputs, as PEFT's ``lora_embedding_A`` does.
     """

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from adapters.inspection.module_names import leaf
-from adapters.inspection.quantized import method_of, quantization_of
+from adapters.inspection.quantized import quantization_of
+from adapters.inspection.quantized_names import bits_in
 from adapters.inspection.tensor_stats import TORCH_DTYPES
 from adapters.inspection.vocabulary import vocabulary_of
 from adapters.model import BaseModel, Head, ModuleShape
@@ -51,7 +52,7 @@ def quantized_as(model_dir: Path) -> str | None:
         found = quantization_of(model_dir)
     except (OSError, ValueError):
         return None
-    return method_of(found) if found is not None else None
+    return str(bits_in(found)) if found is not None else None
 
 
 def module_shapes(model_dir: Path) -> dict[str, ModuleShape]:

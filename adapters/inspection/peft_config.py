@@ -22,6 +22,7 @@ from adapters.inspection.experts import is_stacked, parameter_of, unknown_parame
 from adapters.inspection.heads import may_save, why_not
 from adapters.inspection.layouts import refuse_foreign_config
 from adapters.inspection.module_names import match, suffixes
+from adapters.inspection.quantized_names import bits_by_name, parse, without_bits
 from adapters.inspection.strict_json import show
 from adapters.inspection.targets import Targets
 from adapters.model import CONFIG_FILE, BaseModel
@@ -203,9 +204,12 @@ class PeftConfig(pydantic.BaseModel):
     def _quantized_base(self, base: BaseModel) -> Iterable[str]:
         """Where it was trained on other bits than are served."""
         named = self.base_model_name_or_path
-        trained, by_name = _quantized_as(named or ""), _quantized_as(f"{base.name} {base.source or ''}")
-        served = base.quantized or by_name
-        same = trained in (served, by_name) if trained else served is None
+        trained, by_name = bits_by_name(named or ""), bits_by_name(f"{base.name} {base.source or ''}")
+        served = parse(base.quantized) if base.quantized else by_name
+        if trained and served:
+            same = trained.may_be(served) or (not served.form and trained == by_name)
+        else:
+            same = trained is served
         if not named or same:
             return
         differ = "its answers differ a little from those in training; a probes.json says how far"
@@ -455,30 +459,12 @@ def _check_wildcards(keys: Mapping[str, str], base: BaseModel) -> None:
             )
 
 
-# What is added to a model's name where it is quantized -> how vLLM or the trainer calls that.
-_QUANTIZED_NAMES = (
-    (r"(?:-unsloth)?-bnb-[48]bit|-nf4", "bitsandbytes"),
-    (r"-gptq(?:-int[48]|-[48]bit)?", "gptq"),
-    (r"-awq(?:-int4|-4bit)?", "awq"),
-    (r"-fp8(?:-dynamic|-block)?", "fp8"),
-    (r"[.-](?:quantized[.-])?w[48]a(?:16|8)(?:-asym)?", "compressed-tensors"),
-    (r"-(?:int)?[48]-?bit|-int[48]", "few bits"),
-)
-_QUANTIZED = re.compile("|".join(pattern for pattern, _ in _QUANTIZED_NAMES))
-
-
-def _quantized_as(name: str) -> str | None:
-    """How the model is quantized, as far as its name or path says so."""
-    name = name.casefold()
-    return next((method for pattern, method in _QUANTIZED_NAMES if re.search(pattern, name)), None)
-
-
 def _last_part(name: str) -> str:
     """The model in a hub id or path; QLoRA's quantized copies and hub snapshots are the model they are of."""
     *parents, last = name.rstrip("/").split("/")
     if len(parents) > 1 and parents[-1] == "snapshots":  # models--org--name/snapshots/revision
         last = parents[-2].rsplit("--", 1)[-1]
-    return _QUANTIZED.sub("", last.casefold())
+    return without_bits(last)
 
 
 def _some(names: list[str]) -> str:

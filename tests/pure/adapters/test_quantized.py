@@ -17,6 +17,7 @@ from adapters.errors import AdapterRejected
 from adapters.inspection.base_model import read_base
 from adapters.inspection.inspect import inspect
 from adapters.inspection.quantized import UnknownQuantization, quantization_of, shape_of, weight_of
+from adapters.inspection.quantized_names import bits_in, parse
 from adapters.model import BaseModel
 from adapters.offline.dequantize import INDEX_FILE, Checkpoint, dequantize, load
 from adapters.offline.doctor import diagnose
@@ -67,7 +68,7 @@ def test_a_base_is_read_and_merged_as_what_its_bits_mean(kind: str, plain: Path,
     reference = quantize(plain, kind, few)
     adapter = bred(reference, tmp_path / "adapter")
     base = read_base(few, max_lora_rank=64)
-    assert base.quantized == KINDS[kind][0]["quant_method"]
+    assert base.quantized == {"GPTQ": "gptq w4a16", "FP8 by tensor": "fp8"}[kind]
     assert not base.dora
     assert base.modules == read_base(plain, max_lora_rank=64).modules
     assert base.fingerprint not in (None, read_base(plain, max_lora_rank=64).fingerprint)
@@ -198,6 +199,18 @@ def test_what_vllm_serves_nowhere_and_eight_packed_bits_are_refused() -> None:
         refuse({"quant_method": "gptq", "bits": 8}, dtype="auto", on_cpu=True, amx=True)
 
 
+def test_bits_are_those_that_a_config_says() -> None:
+    found = {kind: str(bits_in(config)) for kind, (config, _) in KINDS.items()}
+    assert found["w4a16"] == "compressed-tensors w4a16"
+    assert found["w8a8"] == "compressed-tensors w8a8"
+    assert found["AWQ"] == "awq w4a16"
+    assert found["FP8 by channel"] == "compressed-tensors fp8"
+    assert str(bits_in({"quant_method": "bitsandbytes", "load_in_4bit": True})) == "bitsandbytes w4"
+    assert str(bits_in({"quant_method": "modelopt", "quant_algo": "NVFP4"})) == "modelopt nvfp4"
+    assert str(bits_in({"quant_method": "mxfp4"})) == "mxfp4"
+    assert all(str(parse(text)) == text for text in found.values())
+
+
 @pytest.mark.parametrize(
     ("named", "served", "quantized", "says"),
     [
@@ -209,6 +222,19 @@ def test_what_vllm_serves_nowhere_and_eight_packed_bits_are_refused() -> None:
         ("org/m-bnb-4bit", "m", "awq", "quantized in another way (awq)"),
         ("org/m-GPTQ-Int4", "m", "gptq", None),
         ("org/m-FP8-dynamic", "m-FP8-dynamic", "compressed-tensors", None),
+        ("org/m-FP8-dynamic", "m", "compressed-tensors fp8", None),
+        ("org/m-quantized.w4a16", "m", "compressed-tensors w4a16", None),
+        ("org/m-quantized.w4a16", "m", "compressed-tensors w8a8", "in another way (compressed-tensors w8a8)"),
+        ("org/m-quantized.w4a16", "m-quantized.w8a8", None, "in another way (compressed-tensors w8a8)"),
+        ("org/m-GPTQ-Int4", "m", "gptq w8a16", "in another way (gptq w8a16)"),
+        ("org/m-GPTQ-Int8", "m", "gptq w8a16", None),
+        ("org/m-GPTQ", "m", "gptq w8a16", None),
+        ("org/m-AWQ", "m", "awq w4a16", None),
+        ("org/m-NVFP4", "m", "modelopt nvfp4", None),
+        ("org/m-NVFP4", "m", None, "trained on a quantized copy"),
+        ("org/m-MXFP4", "m", "mxfp4", None),
+        ("org/m-HQQ-4bit", "m", "gptq w4a16", "in another way (gptq w4a16)"),
+        ("org/m-GGUF", "m", None, "trained on a quantized copy"),
         ("org/m", "m", None, None),
     ],
 )
