@@ -33,7 +33,7 @@ from adapters.worker.cpu.features import multiplies_bfloat16
 from adapters.worker.scheduler import ADAPTERS
 from server.engine import sizing
 from server.engine.layers import lora_layers
-from server.engine.parsers import AUTO, Parsers, parsers_of
+from server.engine.parsers import AUTO, UNSHOWN, Parsers, parsers_of
 from server.engine.sharding import divides_in_full
 from server.engine.sizing import EngineCapacity, Layer
 from server.settings import HOST_PER_GPU_SLOT, Settings
@@ -161,7 +161,8 @@ def choose_parsers(settings: Settings) -> tuple[Settings, Parsers, BaseTokenizer
     """(``settings`` with vLLM's parsers in ENGINE_ARGS, which they are, the tokenizer); see ``parsers_of``.
 
     What ENGINE_ARGS say goes before the settings. A parser that was guessed, and that the model's tokenizer
-    does not suit, is left out with a warning. ValueError for a name that vLLM does not know.
+    does not suit, is left out with a warning; then tool calls are read in the commonest form. ValueError for
+    a name that vLLM does not know.
     """
     given = settings.engine_args
     structured = given.get("structured_outputs_config")
@@ -175,9 +176,13 @@ def choose_parsers(settings: Settings) -> tuple[Settings, Parsers, BaseTokenizer
     named = given.get("reasoning_parser") or structured.get("reasoning_parser")
     reasoning = str(named or settings.reasoning_parser)
     found = parsers_of(template, chat.model_type, tools=tools, reasoning=reasoning)
+    read = _usable("TOOL_PARSER", _tool_parsers(), found.tools, chat, guessed=tools == AUTO)
+    if read is None and found.tools not in (None, UNSHOWN):
+        other = _usable("TOOL_PARSER", _tool_parsers(), UNSHOWN, chat, guessed=True)
+        read, found = other, replace(found, tools_guessed=found.tools_shown)
     found = replace(
         found,
-        tools=_usable("TOOL_PARSER", _tool_parsers(), found.tools, chat, guessed=tools == AUTO),
+        tools=read,
         reasoning=_usable(
             "REASONING_PARSER", _reasoning_parsers(), found.reasoning, chat, guessed=reasoning == AUTO
         ),
@@ -185,6 +190,12 @@ def choose_parsers(settings: Settings) -> tuple[Settings, Parsers, BaseTokenizer
     logger.info("tool calls are read as %s, reasoning as %s", found.tools, found.reasoning)
     if found.tools is not None and not found.tools_shown:
         logger.info("the chat template shows no tools to the model: it calls them where it is made to")
+    if found.tools_guessed:
+        logger.warning(
+            "no parser is known for the form in which the chat template shows tools: calls are read as %s"
+            " and may come back as text. Set TOOL_PARSER to one of vLLM's, or to none",
+            found.tools,
+        )
     # JSON without blanks between its parts, unless ENGINE_ARGS want them: a small model that may write a
     # blank goes on writing them until its answer is cut off.
     written = {"disable_any_whitespace": True, **structured, "backend": "xgrammar"}
@@ -225,21 +236,29 @@ def _template_given(path: Any) -> str | None:
 
 
 def _tool_parsers() -> Any:
+    from vllm.parser import ParserManager
     from vllm.tool_parsers import ToolParserManager
 
-    return ToolParserManager, ToolParserManager.get_tool_parser
+    def get(name: str) -> Any:
+        return ParserManager.get_parser(tool_parser_name=name, enable_auto_tools=True)
+
+    return ToolParserManager, ToolParserManager.get_tool_parser, get
 
 
 def _reasoning_parsers() -> Any:
+    from vllm.parser import ParserManager
     from vllm.reasoning import ReasoningParserManager
 
-    return ReasoningParserManager, ReasoningParserManager.get_reasoning_parser
+    def get(name: str) -> Any:
+        return ParserManager.get_parser(reasoning_parser_name=name)
+
+    return ReasoningParserManager, ReasoningParserManager.get_reasoning_parser, get
 
 
 def _usable(
     setting: str, registry: Any, name: str | None, chat: BaseTokenizer, *, guessed: bool
 ) -> str | None:
-    manager, get = registry
+    manager, get, composed = registry
     if name is None:
         return None
     if name not in (known := manager.list_registered()):
@@ -248,6 +267,7 @@ def _usable(
         return name
     try:
         get(name)(chat.tokenizer)
+        composed(name)  # of some it needs a package that is not vLLM's
     except Exception as exc:  # each parser raises its own
         logger.warning("the parser %s, which the chat template calls for, cannot be used: %s", name, exc)
         return None

@@ -40,7 +40,10 @@ def facts_of(sent: Mapping[str, Any]) -> Facts:
     sizes = int(sent["max_model_len"]), int(sent["max_running"])
     parsers = sent.get("parsers") or {}  # an older replica says nothing of them
     chosen = Parsers(
-        parsers.get("tool_parser"), parsers.get("reasoning_parser"), bool(parsers.get("tools_shown"))
+        parsers.get("tool_parser"),
+        parsers.get("reasoning_parser"),
+        bool(parsers.get("tools_shown")),
+        bool(parsers.get("tools_guessed")),
     )
     return Facts(base, *sizes, capacity, str(sent["dtype"]), str(sent["engine"]), chosen)
 

@@ -56,12 +56,14 @@ class Disk(Answer):
 class ServedParsers(Answer):
     """vLLM's parsers of tool calls and of reasoning, chosen by the base's template or by settings.
 
-    `tools_shown` is whether the template shows tools to the model.
+    `tools_shown` is whether the template shows tools to the model, `tools_guessed` whether in a form
+    that is none of those known: then calls may come back as text.
     """
 
     tool_parser: str | None
     reasoning_parser: str | None
     tools_shown: bool
+    tools_guessed: bool
 
 
 class Server(Answer):

@@ -33,6 +33,47 @@ SMOL = "{% for message in messages %}<|im_start|>{{ message.role }}{% endfor %}"
         ),
         ("glm4_moe", TOOLS + "<tool_call>{name}<arg_key></arg_key><think>", "glm45", "glm45", True),
         ("phi3", "{{ tools }}<|tool|>", "phi4_mini_json", None, True),
+        (
+            "cohere2",
+            TOOLS + "<|START_ACTION|><|START_THINKING|><|START_RESPONSE|>",
+            *["cohere_command3"] * 2,
+            True,
+        ),
+        (
+            "cohere2",
+            TOOLS + "<|START_ACTION|><|START_THINKING|><|START_TEXT|>",
+            *["cohere_command4"] * 2,
+            True,
+        ),
+        ("gemma4", TOOLS + "<|tool_call>call:f{}<tool_call|><|channel>thought", "gemma4", "gemma4", True),
+        ("olmo3", TOOLS + "<functions></functions><function_calls>", "olmo3", None, True),
+        ("olmo3", TOOLS + "<function_calls><think>", "olmo3", "olmo3", True),
+        (
+            "step3_text",
+            TOOLS + '<｜tool_calls_begin｜><steptml:invoke name="f"><think>',
+            "step3",
+            "step3",
+            True,
+        ),
+        ("step3p5", CODER + "<think>", "step3p5", "step3p5", True),
+        ("apertus", TOOLS + '<|tools_prefix|>[{"f": {}}]<|tools_suffix|>', "apertus", None, True),
+        (
+            "granite",
+            TOOLS + "<|start_of_role|><|tool_call|>Here is my thought process:",
+            *["granite"] * 2,
+            True,
+        ),
+        ("granitemoehybrid", TOOLS + "<|start_of_role|><tool_call>", "granite4", None, True),
+        ("nemotron_h", CODER + "<think>enable_thinking", "qwen3_coder", "nemotron_v3", True),
+        ("kimi_k2", TOOLS + "<|tool_calls_section_begin|><think></think>", "kimi_k2", "kimi_k2", True),
+        (
+            "deepseek_v3",
+            TOOLS + "{{thinking}}<｜tool▁calls▁begin｜></think>",
+            "deepseek_v31",
+            "deepseek_v3",
+            True,
+        ),
+        ("deepseek_v32", None, "deepseek_v32", "deepseek_v3", True),
         ("gpt_oss", None, "openai", "openai_gptoss", True),
         ("llama", SMOL, "hermes", None, False),
         ("llama", None, "hermes", None, False),
@@ -49,4 +90,22 @@ def test_settings_go_first() -> None:
     found = parsers_of(QWEN3, "qwen3", tools="xlam", reasoning="none")
     assert (found.tools, found.reasoning) == ("xlam", None)
     assert parsers_of(QWEN3, "qwen3", tools="none").tools is None
-    assert found.as_json() == {"tool_parser": "xlam", "reasoning_parser": None, "tools_shown": True}
+    assert found.as_json() == {
+        "tool_parser": "xlam",
+        "reasoning_parser": None,
+        "tools_shown": True,
+        "tools_guessed": False,
+    }
+
+
+def test_a_form_that_is_not_known_is_said() -> None:
+    unknown = TOOLS + "<<call me: f>>"
+    found = parsers_of(unknown, "new")
+    assert (found.tools, found.tools_shown, found.tools_guessed) == ("hermes", True, True)
+    for known in (
+        parsers_of(QWEN, "qwen2"),
+        parsers_of(SMOL, "llama"),
+        parsers_of(unknown, "new", tools="xlam"),
+        parsers_of(unknown, "new", tools="none"),
+    ):
+        assert not known.tools_guessed

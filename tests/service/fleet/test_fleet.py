@@ -67,7 +67,12 @@ def paths(caplog: pytest.LogCaptureFixture, trace: str) -> set[str]:
 class TestAnswering:
     async def test_a_gateway_says_what_its_replicas_are(self, two: Fleet) -> None:
         found = (await two.gateway.admin.get("/admin/v1/server")).json()
-        assert found["parsers"] == {"tool_parser": "hermes", "reasoning_parser": None, "tools_shown": True}
+        assert found["parsers"] == {
+            "tool_parser": "hermes",
+            "reasoning_parser": None,
+            "tools_shown": True,
+            "tools_guessed": False,
+        }
 
     async def test_one_gateway_runs_a_batch(self, two: Fleet) -> None:
         key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})

@@ -47,7 +47,12 @@ async def test_the_server_says_what_it_is_and_no_secret(site: Site) -> None:
     assert found["base"]["name"] == tiny.NAME
     assert (found["capacity"]["gpu_slots"], found["capacity"]["max_lora_rank"]) == (2, 8)
     assert found["disk"]["free"] > 0
-    assert found["parsers"] == {"tool_parser": "hermes", "reasoning_parser": None, "tools_shown": True}
+    assert found["parsers"] == {
+        "tool_parser": "hermes",
+        "reasoning_parser": None,
+        "tools_shown": True,
+        "tools_guessed": False,
+    }
     assert found["uptime_seconds"] >= 0
     assert (found["engine_restarts"], found["engine_state"]) == (0, "running")
     assert found["settings"]["admin_key"] == MASK
