@@ -64,7 +64,7 @@ class Moves(Protocol):
 @dataclass(slots=True, eq=False)
 class Known:
     """A replica. ``heard`` is when it last answered; ``said`` what, and ``served`` what each tenant that has
-    requests there has been charged for.
+    requests there has been charged for; ``queued`` and ``running`` count those, by tenant.
     """
 
     id: str
@@ -73,6 +73,8 @@ class Known:
     facts: Facts | None = None
     said: Mapping[str, Any] = field(default_factory=dict)
     served: Mapping[str, float] = field(default_factory=dict)
+    queued: Mapping[str, int] = field(default_factory=dict)
+    running: Mapping[str, int] = field(default_factory=dict)
     backlog: float = 0.0
     lost: bool = False
     calls: set[Moves] = field(default_factory=set)
@@ -397,6 +399,7 @@ class Directory:
         changed = one.lost or one.said.get("state") != report.state
         one.heard, one.lost, one.said = self._now(), False, said["report"]
         one.served, one.backlog = said.get("served", {}), report.backlog
+        one.queued, one.running = said.get("queued", {}), said.get("running", {})
         self.placement.beat(self._now(), report)
         if changed:
             self._compare()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from dataclasses import asdict
@@ -87,14 +88,18 @@ class FleetDispatcher:
         self._draining = False
 
     def snapshot(self) -> Snapshot:
-        """This gateway's own requests, and no slots: ``server.fleet.residency`` asks replicas for theirs."""
-        running: dict[str, int] = {}
-        for lease in self._answers.leases.values():
-            running[lease.tenant] = running.get(lease.tenant, 0) + 1
+        """What waits and runs at replicas by tenant, as they last said, within a second; and no slots, which
+        ``server.fleet.residency`` asks them for."""
+        queued: Counter[str] = Counter()
+        running: Counter[str] = Counter()
+        for one in self._directory.all():
+            if not one.lost:
+                queued.update(one.queued)
+                running.update(one.running)
         return Snapshot(
             slots=(),
             host=(),
-            queued={},
+            queued=queued,
             running=running,
             counters={},
             aside=0,
@@ -145,7 +150,6 @@ class FleetDispatcher:
         said = [one.said for one in known if one.said and not one.lost]
         gpu = {key for one in said for key in one["in_slots"]}
         host = {key for one in said for key in one["in_host"]} - gpu
-        snapshot = self.snapshot()
         facts = [one.facts for one in known if one.facts is not None and not one.lost]
         return Gauges(
             adapters={
@@ -157,7 +161,7 @@ class FleetDispatcher:
             slots_used=sum(len(one["in_slots"]) for one in said),
             host_slots=sum(one.capacity.host_slots for one in facts),
             queued={},
-            running=snapshot.running,
+            running=Counter(lease.tenant for lease in self._answers.leases.values()),
             in_step_loads=0,
             replicas=[
                 ReplicaGauges(

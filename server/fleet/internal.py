@@ -288,9 +288,11 @@ async def state(request: Request) -> dict[str, Any]:
     """How this replica is, asked every second by every gateway."""
     replica = _replica_of(request)
     served = replica.services.dispatcher.served()
-    report = replica.report()
-    told = {"report": report.as_json(), "backlog": report.backlog}
-    return {**told, "id": replica.id, "facts": replica.facts, "served": served}
+    now = replica.services.dispatcher.snapshot()
+    report = replica.report(now)
+    told = {"report": report.as_json(), "backlog": report.backlog, "id": replica.id}
+    counts = {"queued": now.queued, "running": now.running}
+    return {**told, **counts, "facts": replica.facts, "served": served}
 
 
 @router.post("/tokens")

@@ -20,6 +20,7 @@ from server.fleet.reports import Report
 from server.fleet.wire import Kind, framed
 from server.http.services import Services
 from server.inference.local import LocalAnswers
+from server.scheduling.nouns import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +114,9 @@ class Replica:
             return "draining"
         return "restarting" if self.services.dispatcher.is_restarting else "ready"
 
-    def report(self) -> Report:
+    def report(self, now_: Snapshot | None = None) -> Report:
         """The replica's load and tiers now, with a number that grows with each report."""
-        engine, now_ = self.answers.engine, self.services.dispatcher.snapshot()
+        engine, now_ = self.answers.engine, now_ or self.services.dispatcher.snapshot()
         base = engine.base.fingerprint or engine.base.name
         in_slots = [
             slot.version for slot in now_.slots if slot.version is not None and slot.state == "active"

@@ -237,6 +237,20 @@ class TestResidency:
         assert sum(one["running"] + one["queued"] for one in parts.values()) == 3
         assert {one["gpu_slots"] for one in parts.values()} == {len(snapshots[0].slots)}
 
+    async def test_limits_show_what_waits_and_runs_at_replicas(self, two: Fleet) -> None:
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)}, max_running=1)
+        for one in two.replicas:
+            one.engine.times.step = 0.2
+        answers = [asyncio.create_task(read(two.gateway, key, body(400, model="a"))) for _ in range(3)]
+        counted: set[int] = set()
+        async with asyncio.timeout(60):
+            while 3 not in counted:
+                await asyncio.sleep(0.05)
+                now = (await two.gateway.admin.get("/admin/v1/tenants/acme/limits")).json()
+                counted.add(now["queued"] + now["running"] if now["queued"] else 0)
+        for answer in answers:
+            answer.cancel()
+
     async def test_events_are_those_of_each_replica(self, two: Fleet) -> None:
         key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
         await two.gateway.chat(key, "hello", model="a", max_tokens=3)
