@@ -17,14 +17,16 @@ import inspect
 import itertools
 import random
 import time
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adapters.model import Version
-from server.engine.calls import Call
+from adapters.worker.ranges import RankRanges, width_of
+from server.engine.calls import Call, StageResult
 from server.errors import TooManyRequests, Unavailable
 from server.scheduling.nouns import Ask, Effect
 from server.scheduling.plan import Plan
@@ -33,6 +35,8 @@ from tests.support.clock import run
 from tests.support.fakes import Times
 from tests.support.world import Pager, World, version
 
+RANK = 64  # of a slot that is shared
+RANKS = (8, 8, 8, 16, 16, 32, 64, 1)  # of the adapters there, in turn
 LONGEST = 256  # output tokens; what clients ask for, though most answers end earlier
 
 
@@ -40,7 +44,8 @@ LONGEST = 256  # output tokens; what clients ask for, though most answers end ea
 class Machine:
     """The simulated engine: each of its steps gives every running sequence ``tokens`` more.
 
-    ``limits`` are those of the plan's ``Capacity`` that are not the machine's.
+    ``limits`` are those of the plan's ``Capacity`` that are not the machine's. ``shared``: so many slots of
+    ``RANK`` ranks are shared by ``gpu_slots`` adapters of ``RANKS``; 0: each has one of its own.
     """
 
     gpu_slots: int = 64
@@ -48,6 +53,7 @@ class Machine:
     max_running: int = 256
     limits: Mapping[str, Any] = field(default_factory=lambda: {"max_staging": 8})
     tokens: int = 1
+    shared: int = 0
     times: Times = field(default_factory=lambda: Times(stage=0.1, activate=0.005, step=0.025, page=0.01))
 
 
@@ -83,6 +89,7 @@ class Simulated:
     """``outcomes`` counts requests; waits are in virtual seconds, of those that ran; ``wall`` is real.
 
     ``seconds`` are those of CPU time of each event of the plan, by its name; ``effects`` counts by class.
+    ``placing``: those in which a worker finds an adapter's place in shared slots; ``moves`` made room for it.
     """
 
     outcomes: Counter[str]
@@ -92,6 +99,8 @@ class Simulated:
     drains: int
     virtual: float
     wall: float
+    placing: Sequence[float] = ()
+    moves: int = 0
 
 
 class TimedPlan:
@@ -152,6 +161,38 @@ class SimulatedEngine(Pager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._stepping: asyncio.Task[None] | None = None
+        self.ranges: RankRanges | None = None
+        self.placing = array("d")
+        self.moves = 0
+
+    def share(self, slots: int) -> None:
+        """Its adapters share so many slots, as they do in a worker with RANK_SLOTS."""
+        self.ranges = RankRanges(slots, RANK)
+
+    def _ranks(self, load_id: int) -> int:
+        return RANKS[zlib.crc32(self._loads[load_id].name.encode()) % len(RANKS)]
+
+    def _collect(self) -> list[StageResult]:
+        staged = super()._collect()
+        if self.ranges is None:
+            return staged
+        return [replace(one, ranks=width_of(self._ranks(one.load_id))) for one in staged]
+
+    def _activate(self, load_id: int) -> str | None:
+        if self.ranges is None or load_id in self._slots:
+            return super()._activate(load_id)
+        if not self.ranges.fits(self._ranks(load_id)):
+            self._violated(f"load {load_id} is given a place where none is")
+        began = time.thread_time()
+        effects = self.ranges.add(load_id, self._ranks(load_id))
+        self.placing.append(time.thread_time() - began)
+        self.moves += len(effects) - 1
+        return super()._activate(load_id)
+
+    def _leave_slot(self, load_id: int) -> None:
+        super()._leave_slot(load_id)
+        if self.ranges is not None:
+            self.ranges.remove(load_id)
 
     async def generate(self, call: Call, input_tokens: int, output_tokens: int) -> None:
         """Returns when the last of ``output_tokens`` is out; the call's meter is told of each step."""
@@ -189,10 +230,12 @@ async def _simulated(traffic: Traffic, machine: Machine) -> Simulated:
         machine.host_slots,
         machine.max_running,
         machine.times,
-        dict(machine.limits),
+        dict(machine.limits) | ({"slot_ranks": machine.shared * RANK} if machine.shared else {}),
         make_engine=SimulatedEngine,
     )
     world.engine.tokens = machine.tokens
+    if machine.shared:
+        world.engine.share(machine.shared)
     plan = TimedPlan(world.plan)
     world.dispatcher._plan = plan  # type: ignore[assignment]
     outcomes: list[str] = []
@@ -216,6 +259,8 @@ async def _simulated(traffic: Traffic, machine: Machine) -> Simulated:
         drains=world.plan.snapshot().drains,
         virtual=loop.time(),
         wall=time.perf_counter() - began,
+        placing=world.engine.placing,
+        moves=world.engine.moves,
     )
 
 

@@ -33,6 +33,15 @@ def test_popular_adapters_get_their_slots_beside_an_endless_row_of_others() -> N
     assert done.outcomes == {"completed": traffic.requests}
 
 
+def test_adapters_that_share_slots_always_have_a_place_where_the_plan_counts_one() -> None:
+    """The engine complains of one that has none; nobody waits without end for ranks that are free."""
+    traffic = Traffic(tenants=125, adapters=1_250, popularity=1_250, requests=600, rate=14.0)
+    done = simulate(traffic, Machine(gpu_slots=24, host_slots=64, max_running=32, shared=8))
+    assert done.outcomes == {"completed": traffic.requests}
+    assert len(done.placing) == done.effects["Activate"]
+    assert done.moves
+
+
 def test_a_simulation_is_the_same_every_time() -> None:
     traffic = Traffic(tenants=5, adapters=20, popularity=20, requests=200)
     first, second = simulate(traffic, CROWDED), simulate(traffic, CROWDED)
