@@ -47,6 +47,7 @@ from adapters.worker.names import Names, checkpoint_modules, names_of
 from adapters.worker.not_finite import NotFiniteGuard
 from adapters.worker.notices import Teller, teller
 from adapters.worker.shards import cut_when_read, is_divided
+from adapters.worker.shared_filling import SharedFiller
 from adapters.worker.shared_rows_gpu import offer
 from adapters.worker.sizes import allocated, size_of
 from adapters.worker.vocabulary import vocabulary_shape
@@ -194,10 +195,12 @@ class _Pager:
         self._cuts = shards and is_divided(self.tables)
         self._pool = self._make_room(pool, workers)
         self._copies: Copies = CopiesOnGPU() if self._on_cuda else CopiesOnCPU()
-        self._filler: SlotFiller | None = None
+        self._filler: SlotFiller | SharedFiller | None = None
         seconds = (SLICE_ON_CPU_S if on_cpu else SLICE_S) if slice_s is None else slice_s
         ordered = on_cpu or self._on_cuda  # elsewhere what is copied when is not known
-        if seconds and ordered and self._shared is None and can_be_sliced(self.tables):
+        if seconds and ordered and self._shared is not None:
+            self._filler = SharedFiller(self._shared, seconds)
+        elif seconds and ordered and can_be_sliced(self.tables):
             self._filler = SlotFiller(self.tables, self._copies, seconds, self._scale)
         self._held = 0.0
         self._notices = notices

@@ -5,7 +5,8 @@ times B. Here several lie in it side by side; what a token gets from the ranks o
 between the two products, which leaves exactly its own adapter:
 
     SharedRows       beside one of vLLM's wrappers of kernels: which slot, and which of its ranks, a row has
-    SharedSlots      in place of vLLM's table of slots: writes adapters into their ranges, moves them
+    SharedSlots      in place of vLLM's table of slots: writes adapters into their ranges, moves them;
+                     a slice at a time by ``adapters.worker.shared_filling``
 
 So ``max_loras`` counts slots for the memory, and another number, larger, counts the adapters that run at the
 same time: ``lora_index_to_id`` has a place for each of those here, and the scheduler is told that number
@@ -15,12 +16,13 @@ same time: ``lora_index_to_id`` has a place for each of those here, and the sche
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from adapters.worker.cpu.kernels import GroupedPunicaWrapper, install
-from adapters.worker.ranges import Range, RankRanges, width_of
+from adapters.worker.ranges import Put, Range, RankRanges, width_of
 
 NOWHERE = Range(-1, 0, 0)
 
@@ -148,8 +150,8 @@ class SharedSlots:
         tables.lora_config = copy.copy(config)
         tables.lora_config.max_loras = adapters  # which ``lora_slots`` is from now on
         tables.lora_index_to_id = [None] * adapters
-        tables._active_adapters = AdapterLRUCache(adapters, self._deactivate)
-        tables._deactivate_adapter = self._deactivate
+        tables._active_adapters = AdapterLRUCache(adapters, self.give_back)
+        tables._deactivate_adapter = self.give_back
         tables.activate_adapter = self.activate
         tables._last_mapping = None
 
@@ -169,51 +171,73 @@ class SharedSlots:
 
         ValueError where no room is left, or a weight is not finite or of another shape than its layer's.
         """
-        tables = self._tables
-        if load_id in tables._active_adapters:
+        if load_id in self._tables._active_adapters:
             return False
-        index = tables.lora_index_to_id.index(None)
-        lora = tables._registered_adapters[load_id]
+        effects = self.take(load_id)
         try:
-            for effect in self.ranges.add(load_id, self.ranks_of(lora)):
-                moved = effect.load != load_id
-                self._write(tables._registered_adapters[effect.load], effect.place)
-                at = tables.lora_index_to_id.index(effect.load) if moved else index
-                self._wrapper.settle(at, effect.place)
+            for effect in effects:
+                for _ in self.write(effect):
+                    pass
+                self.settle(effect)
         except BaseException:
-            self.ranges.remove(load_id)
-            self._wrapper.settle(index, NOWHERE)
+            self.give_back(load_id)
             raise
-        tables.lora_index_to_id[index] = load_id
-        tables._active_adapters[load_id] = None
-        tables._last_mapping = None  # rows of adapters that were there already may have other ranks
         return True
 
-    def _deactivate(self, load_id: int) -> None:
-        """Forgets whose the ranks are. Their weights stay, and no token uses them."""
+    def take(self, load_id: int) -> list[Put]:
+        """A place for a load that is registered: what is to be written for it, in order, itself last.
+
+        LookupError where so many are active already, ValueError where its ranks are not free.
+        """
+        table = self._tables.lora_index_to_id
+        if None not in table:
+            raise LookupError("no slot is free")
+        effects = self.ranges.add(load_id, self.ranks_of(self._tables._registered_adapters[load_id]))
+        table[table.index(None)] = load_id
+        return effects
+
+    def give_back(self, load_id: int) -> None:
+        """The place of a load, active or not yet. Its weights stay, and no token uses them."""
         self.ranges.remove(load_id)
         if load_id in self._tables.lora_index_to_id:
             index = self._tables.lora_index_to_id.index(load_id)
             self._tables.lora_index_to_id[index] = None
             self._wrapper.settle(index, NOWHERE)
 
-    def _write(self, lora: Any, place: Range) -> None:
+    def write(self, effect: Put) -> Iterator[None]:
+        """Writes one layer after the other. ValueError for a weight that may not be there."""
+        lora = self._tables._registered_adapters[effect.load]
         for name, layer in self._layers.items():
-            weights = self._tables._get_lora_layer_weights(lora, name)
-            a, b = (weights.lora_a, weights.lora_b) if weights else ([None] * layer.n_slices,) * 2
-            if weights and layer.tp_size > 1:
-                a, b = layer.slice_lora_a(a), layer.slice_lora_b(b)
-            a, b = (side if isinstance(side, list) else [side] for side in (a, b))
-            if not len(a) == len(b) == layer.n_slices:
-                raise ValueError(f"RANK_SLOTS: {name} has {layer.n_slices} parts, and the adapter {len(a)}")
-            stacked = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
-            for (slot_a, slot_b), part_a, part_b in zip(stacked, a, b, strict=True):
-                _fill(slot_a[place.slot, 0, place.start : place.stop], part_a, name)
-                _fill(
-                    slot_b[place.slot, 0, :, place.start : place.stop].T,
-                    None if part_b is None else part_b.T,
-                    name,
-                )
+            self._write_layer(lora, name, layer, effect.place)
+            yield
+
+    def settle(self, effect: Put) -> None:
+        """All of it is written: from the next step on its tokens use it."""
+        tables = self._tables
+        self._wrapper.settle(tables.lora_index_to_id.index(effect.load), effect.place)
+        tables._active_adapters[effect.load] = None
+        tables._last_mapping = None  # rows of adapters that were there already may have other ranks
+
+    def remove(self, load_id: int) -> None:
+        """From vLLM's tables, and so from host memory."""
+        self._tables.remove_adapter(load_id)
+
+    def _write_layer(self, lora: Any, name: str, layer: Any, place: Range) -> None:
+        weights = self._tables._get_lora_layer_weights(lora, name)
+        a, b = (weights.lora_a, weights.lora_b) if weights else ([None] * layer.n_slices,) * 2
+        if weights and layer.tp_size > 1:
+            a, b = layer.slice_lora_a(a), layer.slice_lora_b(b)
+        a, b = (side if isinstance(side, list) else [side] for side in (a, b))
+        if not len(a) == len(b) == layer.n_slices:
+            raise ValueError(f"RANK_SLOTS: {name} has {layer.n_slices} parts, and the adapter {len(a)}")
+        stacked = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
+        for (slot_a, slot_b), part_a, part_b in zip(stacked, a, b, strict=True):
+            _fill(slot_a[place.slot, 0, place.start : place.stop], part_a, name)
+            _fill(
+                slot_b[place.slot, 0, :, place.start : place.stop].T,
+                None if part_b is None else part_b.T,
+                name,
+            )
 
 
 def _fill(rows: torch.Tensor, weights: torch.Tensor | None, name: str) -> None:
