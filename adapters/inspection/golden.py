@@ -9,7 +9,9 @@ of a prompt has none. ``loraplex probes make`` writes the file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -62,7 +64,8 @@ class Golden(_Strict):
 
     def compare(self, found: Sequence[Sequence[float]]) -> Agreement:
         """``found`` are the server's log-probabilities, finite, one list for each probe."""
-        worst = Agreement(self, 0, 0, 0.0, 0.0)
+        bits = digest_of(found)
+        worst = Agreement(self, 0, 0, 0.0, 0.0, bits)
         for number, (probe, here) in enumerate(zip(self.probes, found, strict=True)):
             if len(here) != len(probe.log_probs):
                 raise _refuse(
@@ -72,19 +75,23 @@ class Golden(_Strict):
                 )
             for at, (served, trained) in enumerate(zip(here, probe.log_probs, strict=True), start=1):
                 if abs(served - trained) > worst.difference:
-                    worst = Agreement(self, number, at, served, trained)
+                    worst = Agreement(self, number, at, served, trained, bits)
         return worst
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Where server and training side differ most: at token ``at`` (from 0) of prompt ``number`` (from 0)."""
+    """Where server and training side differ most: at token ``at`` (from 0) of prompt ``number`` (from 0).
+
+    ``bits`` is a digest of all that the server said, which is another one where a single bit is.
+    """
 
     golden: Golden
     number: int
     at: int
     served: float
     trained: float
+    bits: str = ""
 
     @property
     def difference(self) -> float:
@@ -114,6 +121,30 @@ class Agreement:
             f" {self.served:.4g} here and {self.trained:.4g} there: they differ by {self.difference:.3g}, and"
             f" the tolerance is {self.golden.tolerance:g}.",
         )
+
+
+def digest_of(found: Sequence[Sequence[float]]) -> str:
+    """Of log-probabilities, one list for each prompt, to the last bit."""
+    digest = hashlib.sha256()
+    for one in found:
+        digest.update(struct.pack(f"<q{len(one)}d", len(one), *one))
+    return digest.hexdigest()[:32]
+
+
+def held_exactly(
+    report: Mapping[str, Any], bits: str, earlier: Mapping[str, Any] | None, here: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``report`` of an engine whose answers have the same bits in any batch: they must be those of before.
+
+    ``earlier`` is the report that is kept of the version; its bits count where the engine was as ``here``,
+    and stay what later answers are held against. ``identical`` is None where nothing was kept.
+    """
+    before = None
+    if earlier is not None and earlier.items() >= here.items():
+        before = earlier.get("bits")
+    identical = None if before is None else before == bits
+    matches = bool(report["matches"]) and identical is not False
+    return {**report, **here, "matches": matches, "bits": before or bits, "identical": identical}
 
 
 def take(folder: Path) -> Golden | None:

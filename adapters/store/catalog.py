@@ -384,6 +384,12 @@ class Catalog:
         missing = [row for row in rows if not has_verdict(row._mapping, here)]
         return [version_of(row, self._path_of, row.AdapterRow.defaults) for row in missing]
 
+    async def verified(self, version: Version) -> Mapping[str, Any] | None:
+        """What the report of a version says of its golden probes."""
+        async with self._database.read() as session:
+            row = await session.get(VersionRow, (version.tenant, version.adapter, version.number))
+        return None if row is None else row.report.get("golden")
+
     async def keep_verified(self, version: Version, golden: Mapping[str, Any]) -> None:
         """What the report of a version, if it is still there, says of its golden probes, as found last."""
         async with self._database.write() as session:

@@ -159,7 +159,7 @@ def adapter_page(
         refused=refused,
         facts=_facts(report, chosen),
         probe=_numbers(report.get("probe"), skip=("effect",)),
-        golden=_numbers(report.get("golden"), skip=("matches",)),
+        golden=_numbers(report.get("golden"), skip=("matches", "bits")),
         heat=views.heat_map(report.get("coverage") or ()),
         upload_api=where,
         upload_name=adapter["name"],

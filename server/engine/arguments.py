@@ -288,6 +288,13 @@ def want_batch_invariance(settings: Settings) -> None:
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
 
 
+def exact_on(settings: Settings, config: Any) -> str | None:
+    """What kind of devices, and how many, give answers of the same bits in any batch; None if none do."""
+    if not settings.batch_invariant:
+        return None
+    return f"{current_platform.get_device_name()} x {config.parallel_config.world_size}"
+
+
 def log_advice(config: Any, base: BaseModel) -> None:
     """What whoever operates the engine that ``config`` (VllmConfig) describes may not know."""
     if base.head is not None and base.head.most == 0:

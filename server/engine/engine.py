@@ -91,6 +91,7 @@ class Engine:
         self._paging = paging
         self._dialects = dialects
         self.parsers = Parsers(None, None, tools_shown=False)
+        self.exact_on: str | None = None  # the devices whose answers have the same bits in any batch
         self._notices: Notices | None = None
         # Told (model, reason) when a model's answer was not a number; see ``_not_finite``.
         self.on_fault: Callable[[str, str], None] = _log_fault
@@ -169,6 +170,7 @@ class Engine:
                 dialects=dialects,
             )
             engine.parsers = parsers
+            engine.exact_on = arguments.exact_on(settings, config)
             engine._notices = notices
             llm.watch_for_nan(engine._not_finite)
             engine._adapt_serving(settings.served_model_name)

@@ -225,7 +225,11 @@ async def update_version(
     return await adapters.update_version(services, owner, name, version, body)
 
 
-@router.post("/tenants/{tenant}/adapters/{name}/verify", response_model=answers.Verified)
+@router.post(
+    "/tenants/{tenant}/adapters/{name}/verify",
+    response_model=answers.Verified,
+    response_model_exclude_unset=True,
+)
 async def verify_adapter(
     owner: NamedTenant, name: str, services: ServicesOf, version: int | None = None
 ) -> dict[str, Any]:

@@ -250,6 +250,12 @@ class Verified(Answer):
     base: Annotated[str | None, Field(description="The base model's fingerprint.")]
     dtype: str | None
     engine: Annotated[str | None, Field(description="vLLM's version.")]
+    device: Annotated[str | None, Field(description="Only with BATCH_INVARIANT, as what follows.")] = None
+    bits: Annotated[str | None, Field(description="A digest of the engine's log-probabilities.")] = None
+    identical: Annotated[
+        bool | None,
+        Field(description="Whether they have the bits of before; null where there is nothing to compare."),
+    ] = None
 
 
 # --- reports and operations -------------------------------------------------------------------------

@@ -81,7 +81,7 @@ async def warm_adapter(
         return await adapters.warm(services, owner, name, body)
 
 
-@router.post("/{name}/verify", response_model=answers.Verified)
+@router.post("/{name}/verify", response_model=answers.Verified, response_model_exclude_unset=True)
 async def verify_adapter(
     owner: AdapterOwner, name: str, services: ServicesOf, version: int | None = None
 ) -> dict[str, Any]:

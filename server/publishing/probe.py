@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from adapters.errors import AdapterRejected, AdapterUnavailable, fault
-from adapters.inspection.golden import Agreement, Golden
+from adapters.inspection.golden import Agreement, Golden, held_exactly
 from adapters.inspection.logprobs import PROMPTS, Scores, Vectors, compare, finite, finite_vectors, shift
 from adapters.model import TEMPLATE_FILE, Manifest, Version
 from server.engine.calls import Call, EngineDied, InFlight, Kind
@@ -46,6 +46,19 @@ class Prober:
         """What an answer depends on besides the adapter."""
         engine = self._engine
         return {"base": engine.base.fingerprint, "dtype": engine.lora_dtype, "engine": engine.version}
+
+    @property
+    def golden_here(self) -> dict[str, str | None]:
+        """What an answer to golden probes depends on; to the last bit where there is a ``device``."""
+        device = self._engine.exact_on
+        return self.here if device is None else {**self.here, "device": device}
+
+    def held(self, agreement: Agreement, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """``agreement`` as the report of a version, of which ``earlier`` was kept."""
+        here = self.golden_here
+        if "device" not in here:
+            return agreement.as_json() | here
+        return held_exactly(agreement.as_json(), agreement.bits, earlier, here)
 
     async def probe(self, version: Version, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What ``version``, which needs no row of the catalog, changes in the base's answers; as JSON.

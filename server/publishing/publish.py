@@ -302,10 +302,12 @@ async def _probed(
     if (manifest.chat or {}).get("template"):
         await service.prober.chat(candidate)
     agreement = await service.prober.check(candidate, golden) if golden is not None else None
+    if agreement is not None:
+        agreement.agreed()
     return replace(
         manifest,
         probe=probe | {"no_effect_allowed": waived.no_effect},
-        golden=agreement.agreed() | service.prober.here if agreement is not None else None,
+        golden=service.prober.held(agreement) if agreement is not None else None,
     )
 
 
@@ -355,7 +357,7 @@ async def verify_all(service: Publishing, metrics: Metrics) -> None:
     One after the other, beside the customers' requests. What disagrees is logged and counted, and goes on
     answering: whether to roll back the engine or the adapter is the operator's to say.
     """
-    for version in await service.catalog.unverified(service.prober.here):
+    for version in await service.catalog.unverified(service.prober.golden_here):
         if version.quarantine is not None:
             continue
         what = f"{version.tenant}/{version.adapter}@{version.number}"
@@ -369,6 +371,9 @@ async def verify_all(service: Publishing, metrics: Metrics) -> None:
             continue
         metrics.verified("matches" if report["matches"] else "differs")
         if not report["matches"]:
+            if report.get("identical") is False:
+                logger.error("%s does not answer with the bits of before", what)
+                continue
             logger.error(
                 "%s differs from its probes.json by %.3g, and %.3g is allowed: the engine, its dtype or the"
                 " base model have changed since it was uploaded",
@@ -378,7 +383,7 @@ async def verify_all(service: Publishing, metrics: Metrics) -> None:
 
 async def _verified(service: Publishing, version: Version) -> dict[str, Any]:
     agreement = await service.prober.check(version, await service.catalog.golden(version))
-    report = agreement.as_json() | service.prober.here
+    report = service.prober.held(agreement, await service.catalog.verified(version))
     await service.catalog.keep_verified(version, report)
     return report
 

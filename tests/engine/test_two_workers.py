@@ -88,6 +88,9 @@ async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
     # A slice of no time: each slot is filled layer by layer, in as many calls.
     changes: dict[str, Any] = {"gpu_slots": 2, "host_slots": 3, "activation_slice": 1e-9}
     settings = settings.model_copy(update=changes)
+    if os.environ.get("TESTS_RANK_SLOTS"):  # four adapters share the two slots
+        changes |= {"rank_slots": 6, "host_slots": 6}
+        settings = settings.model_copy(update=changes)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{CORES[0]}|{CORES[-1]}")
         async with serving(create_app(settings)) as site:

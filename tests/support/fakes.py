@@ -141,6 +141,7 @@ class _Run:
 
 class FakeEngine:
     lora_dtype = "float32"
+    exact_on: str | None = None
     parsers = Parsers("hermes", None, tools_shown=True)
     max_logprobs = 20
     vocabulary = 49152

@@ -86,4 +86,5 @@ SCENARIO = Simulation(
     measure,
     settings={"machine": asdict(MACHINE), "shared": asdict(SHARED), "traffic": asdict(MANY)},
     runs=1,
+    longest=3600.0,
 )

@@ -108,6 +108,37 @@ async def test_an_engine_that_has_changed_is_found_out_on_demand(
     assert (await site.admin.get(VERIFY.removesuffix("/verify"))).json()["live"] == 2, "it only looks"
 
 
+async def test_an_engine_with_exact_kernels_is_held_to_its_own_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Far within the tolerance of the training side, one bit is too many; another device may have others."""
+    push = push_of
+
+    async def after(device: str | None, change: float = 1.0) -> dict[str, Any]:
+        """What a server that starts on ``device`` says, once it has looked by itself where it has to."""
+        monkeypatch.setattr("tests.support.fakes.push_of", lambda folder: change * push(folder))
+        engine = FakeEngine(tiny.base())
+        engine.exact_on = device
+        async with fake_site(tmp_path, engine) as site:
+            await asyncio.gather(*site.services.tasks)
+            said: dict[str, Any] = (await site.admin.post(VERIFY)).json()
+            return said
+
+    async with fake_site(tmp_path) as site:
+        await site.admin.post("/admin/v1/tenants", json={"id": "acme"})
+        assert "bits" not in (await upload(site, await trained(site))).json()["report"]["golden"]
+    first = await after("H100 x 1")
+    assert (first["matches"], first["identical"]) == (True, True), "the start has kept what is held against"
+    moved = await after("H100 x 1", change=1 + 1e-12)
+    assert 0 < moved["largest_difference"] < 1e-9 < moved["tolerance"]
+    assert (moved["matches"], moved["identical"], moved["bits"]) == (False, False, first["bits"])
+    assert (await after("H100 x 1"))["identical"], "and again as before"
+    other = await after("H200 x 1", change=1 + 1e-12)
+    assert (other["matches"], other["identical"]) == (True, True)
+    assert other["bits"] != first["bits"]
+    assert "bits" not in await after(None)
+
+
 async def test_after_an_upgrade_the_server_looks_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
