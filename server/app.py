@@ -372,7 +372,7 @@ async def _join_fleet(
         answers,
         services.replicas,
         key=_fleet_key(settings),
-        url=settings.replica_url or f"http://{settings.host}:{settings.port}",
+        url=settings.reached_at,
         chores=chores,
         remember=stores.ownership.try_to_remember,
     )

@@ -39,6 +39,7 @@ from server.fleet.reports import READY, Report
 from server.fleet.scaling import Bounds, Scaler, pressure
 from server.fleet.wire import PREFIX
 from server.settings import Settings
+from server.settings.addresses import family_of, from_here, is_every, url_of
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,9 @@ class Member:
         deadline = time.monotonic() + self._patience
         while not _is_free(self._host, self._port):
             if time.monotonic() > deadline:
-                raise RuntimeError(f"port {self._port} of {self._host} is taken")
+                raise RuntimeError(
+                    f"port {self._port} of {self._host} is taken, or that is no address of this node"
+                )
             await asyncio.sleep(POLL_S)
 
     async def _until_ready(self) -> None:
@@ -157,7 +160,7 @@ class Member:
 
     @property
     def _url(self) -> str:
-        return f"http://{self._host}:{self._port}"
+        return url_of(self._host, self._port)
 
 
 class Replica(Member):
@@ -180,7 +183,7 @@ class Replica(Member):
     def _address(self, settings: Mapping[str, str]) -> tuple[str, int]:
         self._key = settings["LORAPLEX_FLEET_KEY"]
         host = str(ray.util.get_node_ip_address())
-        with socket.socket() as probe:
+        with socket.socket(family_of(host)) as probe:
             probe.bind((host, 0))
             return host, int(probe.getsockname()[1])
 
@@ -200,10 +203,13 @@ class Gateway(Member):
 
     async def __call__(self, request: Any) -> dict[str, str]:
         """Where clients find it, for who asks Serve's own proxy."""
-        return {"gateway": f"http://{ray.util.get_node_ip_address()}:{self._port}"}
+        host = ray.util.get_node_ip_address() if self._is_everywhere else self._host
+        return {"gateway": url_of(host, self._port)}
 
     def _address(self, settings: Mapping[str, str]) -> tuple[str, int]:
-        return "127.0.0.1", int(settings["LORAPLEX_PORT"])
+        host = settings["LORAPLEX_HOST"]
+        self._is_everywhere = is_every(host)
+        return from_here(host), int(settings["LORAPLEX_PORT"])
 
 
 class Policy:
@@ -228,6 +234,7 @@ def application(
     key = settings.fleet_key.get_secret_value() if settings.fleet_key else secrets.token_urlsafe(32)
     shared = {name: value for name, value in os.environ.items() if name.startswith("LORAPLEX_")} | {
         "LORAPLEX_FLEET_KEY": key,
+        "LORAPLEX_HOST": settings.host,
         "LORAPLEX_PORT": str(settings.port),
         "LORAPLEX_DATA_DIR": str(settings.data_dir.absolute()),
     }
@@ -308,7 +315,7 @@ def connected() -> Any:
 
 
 def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
+    with socket.socket(family_of(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

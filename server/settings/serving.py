@@ -24,6 +24,7 @@ from pydantic_settings import (
 )
 from sqlalchemy import URL
 
+from server.settings.addresses import is_every, url_of
 from server.settings.engine_args import (
     CACHE_HASHES,
     ONE_ENGINE_ARGS,
@@ -430,9 +431,14 @@ class Serving(BaseSettings):
             raise ValueError(
                 "LORAPLEX_FLEET_KEY must have at least 16 characters, the same for all gateways and replicas"
             )
-        if self.role == "replica" and not self.replica_url and (self.port == 0 or self.host == "0.0.0.0"):  # noqa: S104
+        if self.role == "replica" and not self.replica_url and (self.port == 0 or is_every(self.host)):
             raise ValueError("LORAPLEX_REPLICA_URL must say where gateways reach this replica")
         return self
+
+    @property
+    def reached_at(self) -> str:
+        """Where gateways reach this replica."""
+        return self.replica_url or url_of(self.host, self.port)
 
     @model_validator(mode="after")
     def _slots_fit(self) -> Self:

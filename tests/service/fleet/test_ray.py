@@ -48,6 +48,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
             yield Settings.load(None)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.2", "0.0.0.0", "::"])
+def test_a_gateway_is_asked_where_it_listens(host: str) -> None:
+    asked = object.__new__(fleet.Gateway)
+    found = asked._address({"LORAPLEX_HOST": host, "LORAPLEX_PORT": "8000"})
+    assert found == ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), 8000)
+
+
 def run(settings: Settings, **plan: Any) -> None:
     made = fleet.application(settings, fleet.Plan(cpus=0, **plan), command=COMMAND)
     fleet.serve.run(made, name=fleet.NAME, route_prefix=None)
