@@ -104,6 +104,7 @@ class Record:
     seconds: float
     output_tokens: int
     finish: str | None
+    code: str | None = None
 
 
 _RECORD = [getattr(UsageRow, name) for name in Record.__slots__]

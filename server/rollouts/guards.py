@@ -71,11 +71,13 @@ class Seen:
 
     ``failed`` is the server's fault, ``refused`` what the engine or the version's own template did not take.
     ``first_token`` is without the wait for a turn, ``token`` between two tokens, ``length`` in tokens,
-    ``cut`` if it ended because it was as long as it might be.
+    ``cut`` if it ended because it was as long as it might be. ``unanswered``: it got no turn, or its client
+    left, so that it says nothing of the version and is counted alone.
     """
 
     failed: bool = False
     refused: bool = False
+    unanswered: bool = False
     first_token: float | None = None
     token: float | None = None
     length: int | None = None
@@ -294,7 +296,7 @@ class _Running:
         del mine[:-MAX_WAITING]
 
 
-NUMBERS = ("requests", "failed", "refused", "cut", "finished")
+NUMBERS = ("requests", "failed", "refused", "cut", "finished", "unanswered")
 SUMS = ("first_token", "token", "length")
 
 
@@ -327,6 +329,8 @@ class Evidence:
     def see(self, seen: Seen, *, is_new: bool) -> None:
         """Takes one request, in the order in which they ended."""
         _count(self.new if is_new else self.live, seen)
+        if seen.unanswered:
+            return
         for name, kind in KINDS.items():
             value = kind.value(seen) if name in self._running else None
             if value is not None:
@@ -387,7 +391,7 @@ class Evidence:
                 running.test.restore(one)
                 running.compared = one["compared"]
                 running.new, running.live = list(one["waiting"]), list(one["beside"])
-            evidence.new, evidence.live = dict(kept["new"]), dict(kept["live"])
+            evidence.new, evidence.live = _no_numbers() | kept["new"], _no_numbers() | kept["live"]
             evidence.replays = dict(kept.get("replays") or _no_replays())
         return evidence
 
@@ -406,6 +410,9 @@ def _tolerance(kind: Kind, tolerance: float) -> float:
 
 
 def _count(numbers: dict[str, float], seen: Seen) -> None:
+    if seen.unanswered:
+        numbers["unanswered"] += 1
+        return
     numbers["requests"] += 1
     numbers["failed"] += seen.failed
     numbers["refused"] += seen.refused
@@ -425,6 +432,7 @@ def _shown(numbers: dict[str, float]) -> dict[str, float | None]:
     token = mean("token", "token_of")
     return {
         "requests": int(numbers["requests"]),
+        "unanswered": int(numbers["unanswered"]),
         "errors": mean("failed", "requests"),
         "refusals": mean("refused", "requests"),
         "first_token_seconds": mean("first_token", "first_token_of"),

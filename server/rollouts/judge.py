@@ -202,7 +202,7 @@ class Judge:
             if (request := seen_of(record)) is not None:
                 is_new = record.version == rollout.version
                 evidence.see(request, is_new=is_new)
-                samples += is_new
+                samples += is_new and not request.unanswered
         found = await self.replayer.sampler.prompts.results(stored.id) if self.replayer.possible else []
         for _, result in found:
             evidence.see_replay(result)

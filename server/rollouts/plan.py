@@ -247,13 +247,21 @@ def _waits_for(rollout: Rollout, evidence: Evidence, findings: Sequence[Finding]
         return f"{_rest(left.total_seconds())} of its hold"
     missing = rollout.guards.min_samples - rollout.samples
     if missing > 0:
-        return f"{missing} requests of version {rollout.version}"
+        return f"{missing} requests of version {rollout.version}{_but(evidence)}"
     unsure = [finding for finding in _that_apply(findings) if finding.verdict != "safe"]
     if _is_last(rollout) and unsure:
         replayed = [finding for finding in unsure if finding.guard in REPLAYED]
         more = "replayed prompts" if len(replayed) == len(unsure) else "requests"
         return f"more {more}, to be certain of {names(unsure)}"
     return None
+
+
+def _but(evidence: Evidence) -> str:
+    """Why requests of the new version are missing although they come: most of them get no answer."""
+    unanswered = int(evidence.new["unanswered"])
+    if unanswered <= evidence.new["requests"]:
+        return ""
+    return f"; {unanswered} others got no turn, or their clients left before the answer"
 
 
 def _rest(seconds: float) -> str:

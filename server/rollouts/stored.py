@@ -13,6 +13,14 @@ from server.rollouts.plan import Decision, Rollout
 
 # What failed was the server's fault, or the version's; not what limits refused, nor whom its client left.
 _FAILED = ("failed", "unavailable")
+# Of these the version knows nothing: the server was full, stopped, or without what it leans on. A version
+# that is in no slot yet meets them more often than the live one.
+_NO_TURN = frozenset(
+    {
+        "database_unavailable", "limits_unavailable", "no_replica", "no_room", "queue_timeout",
+        "server_overloaded", "shutting_down", "store_unavailable",
+    }
+)  # fmt: skip
 # Requests of each version that one look takes in.
 MOST = 100
 
@@ -80,7 +88,13 @@ def _at_most(places: list[int], draw: random.Random) -> list[int]:
 
 
 def seen_of(record: Record) -> Seen | None:
-    """None for what says nothing of the version: a limit refused it, its client left, the server stopped."""
+    """None for what is not to be counted either: a limit refused it, or the server stopped.
+
+    An answer without tokens, as of embeddings, has begun when it is there.
+    """
+    no_turn = record.outcome == "unavailable" and record.code in _NO_TURN
+    if no_turn or record.outcome == "disconnected":
+        return Seen(unanswered=True)
     if record.outcome in _FAILED:
         return Seen(failed=True)
     if record.outcome == "rejected":
@@ -89,8 +103,10 @@ def seen_of(record: Record) -> Seen | None:
         return None
     tokens, first = record.output_tokens, record.first_token_seconds
     begun = tokens > 0 and first > 0
+    if not tokens:
+        first = record.seconds
     return Seen(
-        first_token=max(0.0, first - record.queue_seconds) if begun else None,
+        first_token=max(0.0, first - record.queue_seconds) if first > 0 else None,
         token=max(0.0, record.seconds - first) / (tokens - 1) if begun and tokens > 1 else None,
         length=tokens if tokens else None,
         cut=record.finish == "length" if record.finish is not None else None,

@@ -28,6 +28,7 @@ class Model:
     """How a version answers: times and lengths are lognormal, with these medians and spreads."""
 
     errors: float = 0.005
+    unanswered: float = 0.0  # got no turn
     first_token: float = 0.15
     token: float = 0.02
     length: float = 80.0
@@ -36,6 +37,8 @@ class Model:
 
     def request(self, rng: random.Random, slower: float = 1.0) -> Seen:
         """One request; all times are ``slower`` times theirs."""
+        if self.unanswered and rng.random() < self.unanswered:
+            return Seen(unanswered=True)
         if rng.random() < self.errors:
             return Seen(failed=True)
         wanted = self.length * math.exp(rng.gauss(0, self.length_spread))
@@ -68,6 +71,11 @@ def _day(seconds: float) -> float:
 CASES = {
     "equal": Case("an equal version", LIVE, worse=False),
     "drift": Case("an equal version, while the load makes both up to 9 times slower", LIVE, False, _day),
+    "cold": Case(
+        "an equal version in no slot, of whose requests a full server leaves three in ten without a turn",
+        replace(LIVE, unanswered=0.3),
+        worse=False,
+    ),
     "errors": Case("3 % errors instead of 0.5 %", replace(LIVE, errors=0.03), worse=True),
     "slow": Case("twice as slow", replace(LIVE, first_token=0.3, token=0.04), worse=True),
     "short": Case("30 % shorter answers", replace(LIVE, length=56.0), worse=True),
@@ -105,9 +113,10 @@ def roll_out(case: Case, seed: int, rollout: Rollout | None = None) -> Outcome:
         new = 0
         for _ in range(round(RATE * LOOK_S)):
             is_new = rng.random() * 100 < rollout.share
-            new += is_new
             model = case.new if is_new else LIVE
-            evidence.see(model.request(rng, case.slower(now)), is_new=is_new)
+            seen = model.request(rng, case.slower(now))
+            new += is_new and not seen.unanswered
+            evidence.see(seen, is_new=is_new)
         now += LOOK_S
         samples += new
         rollout = replace(rollout, samples=rollout.samples + new)
@@ -129,7 +138,7 @@ class _Sums:
 
     def see(self, seen: Seen) -> None:
         for name, kind in KINDS.items():
-            if (value := kind.value(seen)) is not None:
+            if not seen.unanswered and (value := kind.value(seen)) is not None:
                 sums = self.of[name]
                 sums[0] += 1
                 sums[1] += value

@@ -85,6 +85,22 @@ def test_it_waits_for_its_hold_for_samples_and_at_the_end_for_certainty() -> Non
     assert done.decisions[-1].numbers["new"]["requests"] == 600
 
 
+def test_requests_without_an_answer_are_no_samples_and_are_said() -> None:
+    """As of a version that is in no slot while the server is full, or whose clients all hang up."""
+    evidence = seen(3)
+    for _ in range(40):
+        evidence.see(Seen(unanswered=True), is_new=True)
+    rollout = looked(replace(begun(), samples=3), evidence, AT + 3 * SOON)
+    assert rollout.state == "running"
+    assert rollout.waits_for is not None
+    assert rollout.waits_for.startswith("47 requests of version 2; 40 others got no turn")
+    numbers = evidence.numbers()["new"]
+    assert (numbers["requests"], numbers["unanswered"], numbers["errors"]) == (3, 40, 0)
+    kept = evidence.as_json()
+    del kept["new"]["unanswered"], kept["live"]["unanswered"]  # of an earlier release
+    assert Evidence.from_json(Guards(), kept).numbers()["new"]["unanswered"] == 0
+
+
 def test_what_a_hold_has_left_changes_once_a_minute_until_its_last() -> None:
     rollout = begun(steps=(5, 100), hold=timedelta(minutes=10))
     ages = (0, 1, 59, 60, 61, 539, 540, 541, 599)
