@@ -29,6 +29,7 @@ MAX_LINES = 50_000
 AT_ONCE = 1024  # lines that are looked at in one go
 MAX_ERRORS = 100  # that one batch names
 MAX_CUSTOM_ID = 512
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 # Errors that may pass and often do not are tried so often.
 TRIES = 5
 RETRY_SOONEST, RETRY_LATEST = 0.5, 60.0  # seconds
@@ -168,26 +169,28 @@ class Checker:
             self.errors.append(BadLine("empty_file", "The file has no lines.", None).shown)
 
 
-def answered(
-    id_: str, custom_id: str, body: Mapping[str, Any], version: Version | None = None, status: int = 200
-) -> str:
+def answered(id_: str, custom_id: str, body: str, version: Version | None = None, status: int = 200) -> str:
     """The line of an answer by ``version``, or of an error of one request, whose id is ``id_``.
 
-    It has the headers of any other answer that say what gave it.
+    ``body`` is JSON. The line has the headers of any other answer that say what gave it.
     """
     headers = {"X-Request-Id": id_, **version_header(version)}
-    response = {"status_code": status, "request_id": id_, "headers": headers, "body": body}
-    return json.dumps(
-        {"id": f"batch_req_{id_}", "custom_id": custom_id, "response": response, "error": None},
-        separators=(",", ":"),
-    )
+    response = _dumped({"status_code": status, "request_id": id_, "headers": headers})
+    line = _dumped({"id": f"batch_req_{id_}", "custom_id": custom_id, "error": None})
+    if not body.isascii():  # U+2028 and others end a line for some readers
+        body = _NOT_ASCII.sub(lambda found: _dumped(found[0])[1:-1], body)
+    return f'{line[:-1]},"response":{response[:-1]},"body":{body}}}}}'
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def refused(
     id_: str, custom_id: str, error: ServerError | AdapterError, version: Version | None = None
 ) -> str:
     """The line of a request that ended with ``error``; ``version`` if it was known by then."""
-    return answered(id_, custom_id, body_of(error), version, status_of(error)[0])
+    return answered(id_, custom_id, _dumped(body_of(error)), version, status_of(error)[0])
 
 
 _UNANSWERED = {

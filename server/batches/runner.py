@@ -47,6 +47,7 @@ from server.batches.writer import Writer
 from server.errors import BadRequest, Internal, ServerError
 from server.inference.completion import Asked, Completions, new_request_id, open_completion
 from server.inference.embeddings import embed
+from server.inference.long_documents import written
 from server.limits.permissions import counted_scopes
 from server.settings import Settings
 
@@ -356,9 +357,10 @@ class Runner:
             raise BadRequest("A line of a batch cannot be streamed.", param="stream")
         use_case = embed if asked.dialect.pools else open_completion
         opened = await use_case(self.completions, asked, line.body)
-        assert opened.body is not None, "a document was asked for"
-        used = opened.lease
-        document = answered(asked.id, line.custom_id, opened.body, asked.version)
+        used, parts = opened.lease, opened.parts
+        if parts is None:
+            parts = await written(opened.document)
+        document = answered(asked.id, line.custom_id, b"".join(parts).decode(), asked.version)
         return Result(
             line.number, False, document, used.prompt_tokens, used.cached_tokens, used.output_tokens
         )

@@ -20,11 +20,12 @@ from server.errors import BadRequest, ServerError, TooManyRequests, Unauthorized
 from server.fleet import wire
 from server.fleet.replica import Replica
 from server.fleet.wire import Chunk, End, Granted, Kind, Malformed, WireOrder
-from server.http.long_answers import long_text
+from server.http.long_answers import long_answer
 from server.http.pieces import Pieces
 from server.http.residency import look
 from server.inference.completion import Order, counted_refusals
 from server.inference.dialects.registry import DIALECTS
+from server.inference.long_documents import is_long, written
 from server.publishing.publish import publish, verify
 from server.publishing.truth import unfit
 from server.scheduling.lease import Lease
@@ -110,6 +111,7 @@ class RelayedCall(Response):
         self.cached = sent.cached
         self._replica = replica
         self._reserved = Reserved(sent.granted, self.tell)
+        self._in_parts = sent.in_parts
         self._order = Order(
             id=sent.id,
             tenant=sent.tenant,
@@ -210,6 +212,10 @@ class RelayedCall(Response):
                 async for chunk in completion.stream.raw():
                     self._text.append(chunk)
             await self._lease.close("completed")
+            if body is not None and self._in_parts and is_long(body):
+                for part in await written(body):
+                    await self.tell(wire.frame(Kind.BODY, part))
+                body = None
         except (ServerError, AdapterError, EngineDied) as exc:
             await self._lease.close("failed")
             lost = engine_restarting() if isinstance(exc, EngineDied) else exc
@@ -341,7 +347,7 @@ async def residency(request: Request) -> Response:
     """What a gateway asks for its ``/admin/v1/residency``, and the last events of the scheduler."""
     services, sent = _replica_of(request).services, await _json(request)
     events = services.dispatcher.last_events(int(sent["events"]))
-    return Response(await long_text(look(services) | {"events": events}), media_type="application/json")
+    return await long_answer(look(services) | {"events": events}, services.settings.client_timeout)
 
 
 @router.post("/publish")

@@ -34,7 +34,7 @@ from server.inference.completion import (
     counted_refusals,
 )
 from server.inference.dialects.base import Dialect
-from server.inference.local import sequences_and_tokens
+from server.inference.local import Fields, sequences_and_tokens
 from server.metrics import Metrics
 from server.scheduling.lease import Lease
 
@@ -94,10 +94,10 @@ class RemoteAnswers:
             self.versions[order.version.key] = order.version
         async with closed_on_failure(lease):
             stream = await LeasedStream.opened(call.chunks(), lease, order.dialect, call)
-            if call.body is None:
+            if call.body is None and call.parts is None:
                 return Completion(order.public_model, lease, stream=stream)
         await lease.close("completed")
-        return Completion(order.public_model, lease, body=call.body)
+        return Completion(order.public_model, lease, body=call.body, parts=call.parts)
 
     async def tokens(
         self, dialect: Dialect, fields: dict[str, Any], version: Version | None = None
@@ -115,7 +115,7 @@ class RemoteAnswers:
             sequences, most = sequences_and_tokens(
                 order.fields,
                 order.dialect,
-                _Fields(order.fields, order.dialect),
+                Fields(order.fields, order.dialect),
                 most=facts.max_model_len,
                 max_running=facts.max_running,
             )
@@ -165,6 +165,8 @@ class RemoteCall:
 
     def __init__(self, answers: RemoteAnswers, order: Order, lease: Lease, granted: Granted | None) -> None:
         self.body: dict[str, Any] | None = None
+        self.parts: list[bytes] | None = None  # of a long body, as JSON
+        self._parts: list[bytes] = []  # those so far
         self._directory = answers.directory
         self._metrics = answers.metrics
         self._order = order
@@ -204,7 +206,7 @@ class RemoteCall:
                 await self._leave_for_another()
 
     async def chunks(self) -> AsyncIterator[str]:
-        """The answer's text as it comes; none where it is a document, which is then in ``body``.
+        """The answer's text as it comes; none where it is a document, then in ``body`` or ``parts``.
 
         Raises what the replica says, and Unavailable (``replica_lost``) where it cannot go on.
         """
@@ -230,7 +232,7 @@ class RemoteCall:
                     if end.tail:
                         yield self._as_before(end.tail)
                     raise end.error
-                self.body = end.body
+                self.body, self.parts = end.body, self._parts or None
                 self._lease.finished([end.finish])
                 if end.tail:
                     yield self._as_before(end.tail)
@@ -238,7 +240,9 @@ class RemoteCall:
                 return
             elif kind in (Kind.ASKS, Kind.LARGER):
                 await self._settle(json_of(payload), larger=kind is Kind.LARGER)
-            elif kind is Kind.MOVE and self._can_leave():
+            elif kind is Kind.BODY:
+                self._parts.append(payload)
+            elif kind is Kind.MOVE and not self._parts and self._can_leave():
                 await self._leave_for_another()
 
     async def abort(self) -> None:
@@ -261,6 +265,7 @@ class RemoteCall:
         replica, self._replica = self._replica, None
         if replica is not None:
             self._directory.ended(replica, self._order.version, self)
+        self._parts = []
 
     def lose(self) -> None:
         """Called when its replica is silent: whoever reads is woken up, and goes on elsewhere."""
@@ -401,6 +406,7 @@ class RemoteCall:
             granted=self._granted,
             said=self._said,
             cached=self._totals[1],
+            in_parts=True,
         )
         self._directory.sent(replica, order.version, self)
         self._replica = replica
@@ -476,18 +482,6 @@ class RemoteCall:
         self._moves += 1
         self._metrics.moved(reason)
         await self._connect()
-
-
-class _Fields:
-    """A request's fields as attributes, as far as a dialect's ``sizes`` looks at them."""
-
-    def __init__(self, fields: dict[str, Any], dialect: Dialect) -> None:
-        self._fields = fields
-        self._default = dict.fromkeys(dialect.max_tokens_fields, dialect.default_max_tokens)
-
-    def __getattr__(self, name: str) -> Any:
-        value = self._fields.get(name)
-        return self._default.get(name) if value is None else value
 
 
 def _lost() -> Unavailable:

@@ -7,6 +7,7 @@ A gateway posts an order (JSON) and reads frames, each of four bytes of length, 
     LARGER    the same                                more than was reserved: nothing ran, ask again with more
     CHUNK     totals, new token ids, the text         everything that the tokens so far have to say
     MOVE      {}                                      the replica stops; go on elsewhere if you can
+    BODY      a part of the body's JSON               of a long document, before its END; not read by gateways
     END       totals, the last text, body or error    the last frame
 
 A stream that ends without END is broken: what its CHUNKs said is whole, and it can be asked for again with
@@ -47,6 +48,7 @@ class Kind(IntEnum):
     END = 6
     OPTIONS = 7
     PIECE = 8
+    BODY = 9
 
 
 _KINDS: Mapping[int, Kind] = {kind.value: kind for kind in Kind}
@@ -54,6 +56,10 @@ _KINDS: Mapping[int, Kind] = {kind.value: kind for kind in Kind}
 
 class Malformed(ValueError):
     """What came is not what a process of this version sends."""
+
+
+class Oversized(errors.Internal):
+    """A frame beyond ``MAX_FRAME``: its sender is well, and another one would send the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,7 @@ class WireOrder:
     """An order as it crosses; ``fields`` are those of ``server.inference.completion.Order``.
 
     ``granted`` is None where no limit counts tokens. ``said`` and ``cached`` are those of
-    ``server.engine.calls.Relay``.
+    ``server.engine.calls.Relay``. ``in_parts``: the gateway takes BODY frames.
     """
 
     id: str
@@ -94,6 +100,7 @@ class WireOrder:
     granted: Granted | None = None
     said: Sequence[int] = ()
     cached: int = 0
+    in_parts: bool = False
 
     def encoded(self) -> bytes:
         tenant = self.tenant
@@ -115,6 +122,7 @@ class WireOrder:
                 else [self.granted.prompt, self.granted.output, self.granted.by_cost, self.granted.most],
                 "said": list(self.said),
                 "cached": self.cached,
+                "parts": self.in_parts,
             },
             separators=(",", ":"),
         ).encode()
@@ -139,6 +147,7 @@ class WireOrder:
                 granted=Granted(*granted) if granted else None,
                 said=[int(token) for token in sent["said"]],
                 cached=int(sent["cached"]),
+                in_parts=bool(sent.get("parts")),  # not those of the release before
             )
         except (ValueError, KeyError, TypeError) as exc:
             raise Malformed(f"not an order: {exc}") from exc
@@ -274,24 +283,33 @@ class Frames:
     """Puts the pieces that a connection gives together again."""
 
     def __init__(self) -> None:
-        self._waiting = b""
+        self._waiting: list[bytes] = []  # put together once they are a frame, not with every piece
+        self._missing = 0  # bytes until then
 
     def feed(self, data: bytes) -> list[tuple[Kind, bytes]]:
-        """The frames that are whole with ``data``. Raises Malformed."""
-        whole = self._waiting + data if self._waiting else data
-        at, found = 0, []
+        """The frames that are whole with ``data``. Raises Malformed, and Oversized."""
+        whole = data
+        if self._waiting:
+            self._waiting.append(data)
+            self._missing -= len(data)
+            if self._missing > 0:
+                return []
+            whole = b"".join(self._waiting)
+        at, found, missing = 0, [], _HEAD.size
         while len(whole) - at >= _HEAD.size:
             length, kind = _HEAD.unpack_from(whole, at)
             if length > MAX_FRAME:
-                raise Malformed(f"a frame of {length} bytes")
+                raise Oversized(f"A message of {length} bytes within the fleet, {MAX_FRAME} being the most.")
             end = at + _HEAD.size + length
             if end > len(whole):
+                missing = end - at
                 break
             if kind not in _KINDS:
                 raise Malformed(f"a frame of the kind {kind}")
             found.append((_KINDS[kind], whole[at + _HEAD.size : end]))
             at = end
-        self._waiting = whole[at:]
+        rest = whole[at:]
+        self._waiting, self._missing = [rest] if rest else [], missing - len(rest)
         return found
 
 

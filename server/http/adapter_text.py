@@ -9,8 +9,8 @@ import asyncio
 
 from adapters.model import Adapter, Tier, Version, VersionInfo
 from adapters.store.fitness import Fitness
-from server.http.long_answers import dumped
 from server.http.services import Services
+from server.inference.long_documents import dumped
 
 # Versions that are put into words at once, in the event loop or out of it.
 SLICE = 50

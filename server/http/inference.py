@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from adapters.model import DEFAULT_MODEL, Adapter
 from server.accounts.tenants import Tenant
@@ -15,7 +15,7 @@ from server.errors import BadRequest, ModelNotFound
 from server.http.answers import Model, Models
 from server.http.auth import tenant_of
 from server.http.bodies import json_object
-from server.http.long_answers import long_text
+from server.http.long_answers import answer_of, long_answer
 from server.http.middleware import while_connected
 from server.http.services import services_of
 from server.http.streams import Late, LeasedResponse
@@ -91,7 +91,7 @@ async def _complete(request: Request, dialect: Dialect) -> Response:
     if opened.stream is not None:
         return LeasedResponse(opened.stream, opened.lease, log, timeout, keepalive)
     log |= told_of(opened.lease)
-    return JSONResponse(opened.body)
+    return await answer_of(opened, timeout)
 
 
 async def _done_within(task: asyncio.Task[Any], seconds: float) -> bool:
@@ -107,12 +107,13 @@ async def _done_within(task: asyncio.Task[Any], seconds: float) -> bool:
 
 async def _tokens(request: Request, dialect: Dialect) -> Response:
     tenant, body = await _read(request)
-    service = services_of(request).completions
+    services = services_of(request)
+    service = services.completions
     check_base(service.answers.base, dialect)
     version, _ = await resolve(service, tenant, body.get("model"))
     request.state.headers = lambda: version_header(version)
     document = await service.answers.tokens(dialect, dialect.allowed_fields(body), version)
-    return Response((await long_text(document)).encode("utf-8", "replace"), media_type="application/json")
+    return await long_answer(document, services.settings.client_timeout)
 
 
 async def _read(request: Request) -> tuple[Tenant, dict[str, Any]]:

@@ -15,7 +15,7 @@ from adapters.model import Version
 from server.errors import NotFound
 from server.http import answers
 from server.http.auth import ADMIN
-from server.http.long_answers import long_text
+from server.http.long_answers import long_answer
 from server.http.services import Services, ServicesOf
 from server.scheduling.event_log import KEPT
 
@@ -45,7 +45,7 @@ async def residency(
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         stream = _stream(services, every, replica, found)
         return StreamingResponse(stream, media_type=EVENT_STREAM, headers=headers)
-    return Response(await long_text(found), media_type="application/json")
+    return await long_answer(found, services.settings.client_timeout)
 
 
 async def seen(services: Services, events: int = 0, replica: str | None = None) -> dict[str, Any]:

@@ -8,9 +8,10 @@ stream carries its lease and gives it back when it is closed, even if nobody eve
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -118,12 +119,25 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """``body`` or ``stream`` is set. ``model`` is the public name of what answered."""
+    """``body``, ``parts`` or ``stream`` is set. ``model`` is the public name of what answered.
+
+    ``parts`` are a body as JSON, where another process wrote it; see ``server.inference.long_documents``.
+    """
 
     model: str
     lease: Lease
     body: dict[str, Any] | None = None
     stream: LeasedStream | None = None
+    parts: Sequence[bytes] | None = None
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The body, read if it came in parts."""
+        if self.parts is None:
+            assert self.body is not None, "a document was asked for"
+            return self.body
+        read: dict[str, Any] = json.loads(b"".join(self.parts))
+        return read
 
     async def discard(self) -> None:
         """For one that nobody will read any more."""

@@ -68,9 +68,9 @@ async def _score(service: Completions, asked: Asked, dialect: Scoring, body: dic
         if exc.param == "input":  # no field of the request's own
             exc.param = compared.longest
         raise
-    assert opened.body is not None
-    scores = await run_in_thread(scores_of, compared, opened.body)
-    return replace(opened, body=dialect.told(asked.id, fields, compared, scores, opened.body))
+    answered = opened.document
+    scores = await run_in_thread(scores_of, compared, answered)
+    return replace(opened, body=dialect.told(asked.id, fields, compared, scores, answered), parts=None)
 
 
 async def _embed(service: Completions, asked: Asked, by: Dialect, body: dict[str, Any]) -> Completion:
@@ -135,11 +135,16 @@ def places_of(inputs: Sequence[Input], max_running: int) -> int:
     return min(len(inputs), max(1, max_running // _SHARE))
 
 
-def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One document, in the order of the inputs. Internal if an embedding or a score is no number."""
-    data = [one for part in parts for one in part["data"]]
-    if not all(_finite(_numbers(one)) for one in data):
+def finite(part: dict[str, Any]) -> dict[str, Any]:
+    """The answer to some of the inputs. Internal if an embedding or a score in it is no number."""
+    if not all(_finite(_numbers(one)) for one in part["data"]):
         raise Internal("The model's answer to this input is not a number.")
+    return part
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One document, in the order of the inputs."""
+    data = [one for part in parts for one in part["data"]]
     tokens = sum(part["usage"]["prompt_tokens"] for part in parts)
     return {
         **{name: parts[0][name] for name in ("id", "created") if "probs" in data[0]},

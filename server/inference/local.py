@@ -175,7 +175,7 @@ class LocalAnswers:
                 some = embeddings.part_of(admitted.request, inputs[at : at + places])
                 answer = await self.engine.answer(call, some)
                 assert answer.body is not None
-                parts.append(answer.body)
+                parts.append(embeddings.finite(answer.body))
             whole = embeddings.joined(parts)
         await lease.close("completed")
         return Completion(admitted.order.public_model, lease, body=whole)
@@ -206,3 +206,15 @@ def sequences_and_tokens(
     if not 1 <= sequences <= max_running:
         raise BadRequest(f"n times the number of prompts must be from 1 to {max_running}", param="n")
     return sequences, most if limit is None else max(1, min(limit, most))
+
+
+class Fields:
+    """A request's fields as attributes, as far as a dialect's ``sizes`` looks at them."""
+
+    def __init__(self, fields: dict[str, Any], dialect: Dialect) -> None:
+        self._fields = fields
+        self._default = dict.fromkeys(dialect.max_tokens_fields, dialect.default_max_tokens)
+
+    def __getattr__(self, name: str) -> Any:
+        value = self._fields.get(name)
+        return self._default.get(name) if value is None else value

@@ -210,8 +210,7 @@ class Replayer:
             elastic=False,
         )
         opened = await self._in_turn(order, used)
-        assert opened.body is not None, "a document was asked for"
-        return said_of(opened.body["choices"][0]["logprobs"])
+        return said_of(opened.document["choices"][0]["logprobs"])
 
     async def _in_turn(self, order: Order, used: Unbilled) -> Completion:
         """The answer, however often the wait for a turn ends without one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,21 @@ def test_frames_come_in_any_pieces(sent: list[Chunk], size: int) -> None:
 
 
 def test_a_frame_is_bounded_and_of_a_known_kind() -> None:
-    with pytest.raises(Malformed):
+    with pytest.raises(wire.Oversized):
         Frames().feed(b"\xff\xff\xff\xff\x04")
     with pytest.raises(Malformed):
         Frames().feed(b"\0\0\0\0\x63")
+
+
+def test_a_large_frame_in_small_pieces_is_put_together_once() -> None:
+    """All that waits, copied with every piece, would be 50 GB here."""
+    payload = bytes(20 << 20)
+    raw, frames, found = wire.frame(Kind.BODY, payload), Frames(), []
+    began = time.process_time()
+    for at in range(0, len(raw), 4096):
+        found += frames.feed(raw[at : at + 4096])
+    assert found == [(Kind.BODY, payload)]
+    assert time.process_time() - began < 2
 
 
 def test_an_order_is_the_same_on_the_other_side() -> None:
@@ -56,6 +68,7 @@ def test_an_order_is_the_same_on_the_other_side() -> None:
         granted=Granted(9, 3, True, 2),
         said=[1, 2, 2**31],
         cached=4,
+        in_parts=True,
     )
     there = WireOrder.decoded(order.encoded(), Path("/there").joinpath)
     for name in (
@@ -68,6 +81,7 @@ def test_an_order_is_the_same_on_the_other_side() -> None:
         "said",
         "cached",
         "elastic",
+        "in_parts",
     ):
         assert getattr(there, name) == getattr(order, name), name
     assert there.version is not None

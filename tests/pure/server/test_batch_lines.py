@@ -139,7 +139,7 @@ def test_too_many_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_written() -> None:
-    assert json.loads(answered("i", "a", {"x": 1})) == {
+    assert json.loads(answered("i", "a", '{"x":1}')) == {
         "id": "batch_req_i",
         "custom_id": "a",
         "response": {
@@ -154,7 +154,9 @@ def test_what_is_written() -> None:
     assert wrong["response"]["status_code"] == 400
     assert wrong["response"]["body"]["error"]["param"] == "n"
     assert json.loads(unanswered("i", "a", "expired"))["error"]["code"] == "batch_expired"
-    assert "\n" not in answered("i", "a\n", {"x": "\n\u2028"})
+    line = answered("i", "a\n", json.dumps({"x": "\n\u2028 😀"}, ensure_ascii=False))
+    assert len(line.splitlines()) == 1
+    assert json.loads(line)["response"]["body"] == {"x": "\n\u2028 😀"}
 
 
 @pytest.mark.parametrize(

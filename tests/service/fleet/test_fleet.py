@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 
 from adapters.errors import AdapterUnfit
 from adapters.model import Version
+from server.fleet import internal, wire
+from server.inference import long_documents
 from tests.support import tiny
 from tests.support.fakes import Times
 from tests.support.fleet import FLEET_KEY, Fleet, fleet
@@ -294,6 +297,56 @@ class TestResidency:
                     elif "b@1" in {entry["name"] for entry in seen[-1]["host"]}:
                         break
         assert {one["id"] for one in seen[0]["replicas"]} == {one.id for one in two.replicas}
+
+
+class TestLongDocuments:
+    """Embeddings of many inputs, which would stall every stream if they were written or read at once."""
+
+    INPUTS = tuple(f"text {i}" for i in range(600))
+
+    @pytest.fixture
+    async def pooling(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Fleet]:
+        monkeypatch.setattr(wire, "MAX_FRAME", 64 << 10)  # instead of documents of 64 MiB
+        monkeypatch.setattr(long_documents, "PART_BYTES", 16 << 10)
+        monkeypatch.setattr(long_documents, "LONG", 1000)
+        base = replace(tiny.base(), pooling=True)
+        async with fleet(tmp_path, times=Times(step=0.001), base=base) as made:
+            yield made
+
+    async def test_they_pass_a_gateway_in_parts_and_are_read_where_it_needs_them(
+        self, pooling: Fleet
+    ) -> None:
+        key = await pooling.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        asked = {"model": "a", "input": self.INPUTS}
+        answer = await pooling.gateway.http.post("/v1/embeddings", json=asked, headers=bearer(key))
+        assert answer.status_code == 200, answer.text
+        assert len(answer.content) == int(answer.headers["content-length"]) > wire.MAX_FRAME
+        data = answer.json()["data"]
+        assert [one["index"] for one in data] == list(range(600))
+        one = {"model": "a", "input": self.INPUTS[321]}
+        alone = await pooling.gateway.http.post("/v1/embeddings", json=one, headers=bearer(key))
+        assert data[321]["embedding"] == alone.json()["data"][0]["embedding"]
+        asked = {"model": "a", "query": "text 7", "documents": self.INPUTS}
+        answer = await pooling.gateway.http.post("/v1/rerank", json=asked, headers=bearer(key))
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["results"][0]["relevance_score"] == pytest.approx(1)
+        assert len(answer.json()["results"]) == 600
+        (row,) = await usage(pooling)
+        assert (row["outcome"], row["requests"]) == ("completed", 3)
+
+    async def test_what_no_frame_holds_is_an_error_and_no_loss(
+        self, pooling: Fleet, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a replica of the release before sends it."""
+        monkeypatch.setattr(internal, "is_long", lambda body: False)
+        key = await pooling.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        before = [len(one.engine.calls) for one in pooling.replicas]
+        asked = {"model": "a", "input": self.INPUTS}
+        answer = await pooling.gateway.http.post("/v1/embeddings", json=asked, headers=bearer(key))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error"), answer.text
+        asked_of = [len(one.engine.calls) > was for one, was in zip(pooling.replicas, before, strict=True)]
+        assert sorted(asked_of) == [False, True], "another one would answer the same"
+        assert not any(one.lost for one in pooling.directory.all())
 
 
 class TestCheck:

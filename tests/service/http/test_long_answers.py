@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from server.engine.serving import shallow
-from server.http.long_answers import SLICE, long_text
+from server.inference.long_documents import SLICE, written
 from tests.service.http.test_api import error
 from tests.support import tiny
 from tests.support.site import bearer
@@ -33,9 +33,9 @@ async def test_others_have_turns_while_a_long_list_is_written() -> None:
             await asyncio.sleep(0)
 
     beside = asyncio.create_task(others())
-    text = await long_text(document)
+    parts = await written(document)
     beside.cancel()
-    assert json.loads(text) == document
+    assert json.loads(b"".join(parts)) == document
     assert turns >= 10
 
 
