@@ -284,6 +284,13 @@ class TestResidency:
         assert (parts[gone.id]["running"], parts[gone.id]["rates"]) == (None, None)
         assert (parts[there.id]["state"], parts[there.id]["answered"]) == ("ready", True)
 
+    async def test_one_that_hangs_keeps_nobody_from_seeing_the_others(self, two: Fleet) -> None:
+        hung, there = two.replicas
+        hung.freeze()
+        found = (await two.gateway.admin.get("/admin/v1/residency")).json()
+        assert {one["id"]: one["answered"] for one in found["replicas"]} == {hung.id: False, there.id: True}
+        assert {slot["replica"] for slot in found["slots"]} == {there.id}
+
     async def test_it_comes_as_a_stream(self, two: Fleet) -> None:
         await two.gateway.tenant("acme")
         seen: list[dict[str, Any]] = []
