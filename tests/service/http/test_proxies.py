@@ -53,6 +53,7 @@ def nginx(folder: Path, port: int, upstream: str, tls: tuple[Path, Path]) -> lis
         ("listen 443", f"listen 127.0.0.1:{port}"),
         ("/etc/ssl/llm.example.pem", str(tls[0])),
         ("/etc/ssl/llm.example.key", str(tls[1])),
+        ("allow 127.0.0.0/8", "allow 127.0.0.1"),
     ):
         assert text.count(ours) == 1
         text = text.replace(ours, theirs)
@@ -69,6 +70,7 @@ def caddy(folder: Path, port: int, upstream: str, tls: tuple[Path, Path]) -> lis
             f"\nhttps://localhost:{port}, https://127.0.0.1:{port} {{\n\ttls {tls[0]} {tls[1]}\n",
         ),
         ("reverse_proxy 127.0.0.1:8000", f"reverse_proxy {upstream}"),
+        ("remote_ip 127.0.0.0/8", "remote_ip 127.0.0.1"),
     ):
         assert text.count(ours) == 1
         text = text.replace(ours, theirs)
@@ -166,3 +168,11 @@ async def test_behind_a_proxy_with_our_example(program: str, tmp_path: Path) -> 
             assert codes[-1] == 429
             assert (await other.get("/v1/models", headers=forged)).status_code == 401, "another address"
         assert (await http.get("/metrics")).status_code == 200, "from this machine"
+        async with client(url, tmp_path, "127.0.0.9") as outside:
+            paths = (
+                *("/metrics", "/metrics/", "/metrics//", "//metrics"),
+                *("/%6detrics", "/metrics%2f", "/v1/../metrics", "/Metrics"),
+            )
+            codes = {path: (await outside.get(path)).status_code for path in paths}
+            assert {codes[path] for path in paths[:3]} == {403}, codes
+            assert not any(httpx.codes.is_success(code) for code in codes.values()), codes
