@@ -23,6 +23,7 @@ from server.accounts.tenants import Tenant
 from server.engine.calls import EngineDied, Relay
 from server.errors import (
     BadRequest,
+    Forbidden,
     ModelNotFound,
     ServerError,
     TooManyRequests,
@@ -484,7 +485,7 @@ def _outcome_of(exc: BaseException) -> Outcome:
         return "refused"
     if isinstance(exc, Unavailable):
         return "unavailable"
-    if isinstance(exc, BadRequest | ModelNotFound):
+    if isinstance(exc, BadRequest | ModelNotFound | Forbidden):
         return "rejected"
     return "unavailable" if isinstance(exc, AdapterError) else "failed"
 

@@ -427,6 +427,8 @@ async def test_the_list_of_models_has_what_may_be_named(site: Site) -> None:
     listed = await site.http.get("/v1/models", headers=bearer(key))
     assert [card["id"] for card in listed.json()["data"]] == ["b"]
     error(await site.chat(key, "hi", model="a"), 403, "model_not_allowed", "model")
+    rows = (await site.admin.get("/admin/v1/requests", params={"tenant": "acme"})).json()["data"]
+    assert [row["outcome"] for row in rows] == ["rejected"], "it is no fault of the server's"
 
 
 @pytest.mark.parametrize(
