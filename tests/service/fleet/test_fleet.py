@@ -16,6 +16,7 @@ import pytest
 from adapters.errors import AdapterUnfit
 from adapters.model import Version
 from server.fleet import internal, wire
+from server.fleet.internal import RelayedCall
 from server.inference import long_documents
 from tests.support import tiny
 from tests.support.fakes import Times
@@ -340,6 +341,29 @@ class TestLongDocuments:
         assert len(answer.json()["results"]) == 600
         (row,) = await usage(pooling)
         assert (row["outcome"], row["requests"]) == ("completed", 3)
+
+    async def test_a_replica_that_dies_in_the_middle_leaves_none_of_its_parts(
+        self, pooling: Fleet, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        key = await pooling.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        asked = {"model": "a", "input": self.INPUTS}
+        whole = await pooling.gateway.http.post("/v1/embeddings", json=asked, headers=bearer(key))
+        tell, said = RelayedCall.tell, [0]
+
+        async def dying(self: RelayedCall, framed: bytes) -> None:
+            await tell(self, framed)
+            said[0] += framed[4] == wire.Kind.BODY
+            if said[0] == 3:
+                said[0] += 1
+                await next(r for r in pooling.replicas if r.app.state.replica is self._replica).kill()
+
+        monkeypatch.setattr(RelayedCall, "tell", dying)
+        again = await pooling.gateway.http.post("/v1/embeddings", json=asked, headers=bearer(key))
+        assert said[0] > 3
+        assert again.status_code == 200, again.text
+        assert again.json()["data"] == whole.json()["data"]
+        (row,) = await usage(pooling)
+        assert (row["outcome"], row["requests"]) == ("completed", 2)
 
     async def test_what_no_frame_holds_is_an_error_and_no_loss(
         self, pooling: Fleet, monkeypatch: pytest.MonkeyPatch
