@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from adapters.inspection.mixtures import Mixture, mixture_of
 from adapters.inspection.module_names import leaf
 from adapters.inspection.quantized import quantization_of
 from adapters.inspection.quantized_names import bits_in
@@ -27,17 +28,18 @@ _SAMPLE = 4096
 def read_base(model_dir: Path, *, max_lora_rank: int, name: str | None = None) -> BaseModel:
     """The base model in ``model_dir``, named after the folder. Raises as ``module_shapes`` does."""
     folder = model_dir.absolute()
-    modules, vocabulary, head = _shapes(folder)
+    modules, vocabulary, head, mixture = _shapes(folder)
     quantized = quantized_as(folder)
     leaves = {leaf(module) for module in modules}
     return BaseModel(
         name=name or folder.name,
         modules=modules,
         max_lora_rank=max_lora_rank,
+        aliases=mixture.aliases if mixture is not None else {},
         fused={fused: parts for fused, parts in FUSED.items() if leaves.issuperset(parts)},
         source=str(folder),
         fingerprint=fingerprint(folder),
-        dora=quantized is None,
+        dora=quantized is None and mixture is None,
         quantized=quantized,
         vocabulary=vocabulary,
         head=head,
@@ -58,12 +60,16 @@ def quantized_as(model_dir: Path) -> str | None:
 def module_shapes(model_dir: Path) -> dict[str, ModuleShape]:
     """Every linear layer but the language-model head by its full name, sorted; reads ``config.json`` only.
 
+    Of a mixture also experts and routers, which are parameters to transformers.
+
     Raises OSError where there is no config, ValueError where transformers does not know the architecture.
     """
     return _shapes(model_dir)[0]
 
 
-def _shapes(model_dir: Path) -> tuple[dict[str, ModuleShape], dict[str, ModuleShape], Head | None]:
+def _shapes(
+    model_dir: Path,
+) -> tuple[dict[str, ModuleShape], dict[str, ModuleShape], Head | None, Mixture | None]:
     import torch
     from transformers import AutoConfig
 
@@ -75,7 +81,11 @@ def _shapes(model_dir: Path) -> tuple[dict[str, ModuleShape], dict[str, ModuleSh
         for name, layer in model.named_modules()
         if isinstance(layer, torch.nn.Linear) and layer is not head
     }
-    return dict(sorted(shapes.items())), vocabulary_of(config, model), _head_of(config)
+    mixture = mixture_of(model, str(config.model_type))
+    if mixture is not None:
+        shapes = {name: shape for name, shape in shapes.items() if name not in mixture.aliases}
+        shapes |= mixture.modules
+    return dict(sorted(shapes.items())), vocabulary_of(config, model), _head_of(config), mixture
 
 
 def _head_of(config: Any) -> Head | None:

@@ -14,7 +14,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -25,12 +25,15 @@ from safetensors import safe_open
 
 from adapters.files import sync_path, write_all
 from adapters.inspection.admit import admit
+from adapters.inspection.base_config import read_base_config
 from adapters.inspection.dora import SCALE
+from adapters.inspection.experts import is_stacked, per_expert
 from adapters.inspection.inspect import check_tensors
 from adapters.inspection.peft_config import read_config
 from adapters.inspection.quantized import method_of, quantization_of
 from adapters.inspection.safetensors_header import FILE_NAMES, ITEM_BYTES, read_entries, read_header
 from adapters.inspection.tensor_stats import TORCH_DTYPES
+from adapters.inspection.todays_names import parts_of_experts
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, Waivers
 from adapters.offline.dequantize import INDEX_FILE, load, write_into
 
@@ -53,7 +56,9 @@ class MergeError(Exception):
 class _Change:
     """What is added to one weight: ``scaling * b @ a``, both by their names in the adapter's file.
 
-    With DoRA the sum's rows are then multiplied by what is called ``scale_name`` there.
+    With DoRA the sum's rows are then multiplied by what is called ``scale_name`` there. Of a pair on a
+    mixture's experts together, ``expert`` is the one that this weight is of, and ``half`` the rows of
+    lora_B that are its: 0 for the gate, 1 for up, None for all.
     """
 
     weight: str
@@ -61,6 +66,18 @@ class _Change:
     b_name: str
     scaling: float
     scale_name: str | None = None
+    expert: int | None = None
+    experts: int = 1
+    half: int | None = None
+
+    def factors(self, adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """lora_A and lora_B, times the scaling, in float32; ``adapter`` is its open file."""
+        a, b = adapter.get_tensor(self.a_name).float(), adapter.get_tensor(self.b_name).float()
+        if self.expert is not None:
+            a, b = list(per_expert(a, b, self.experts))[self.expert]
+        if self.half is not None:
+            b = b.chunk(2)[self.half]
+        return a, b * self.scaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +111,8 @@ class Merge(AbstractContextManager["Merge"]):
         self.out = out.absolute()
         self.partial = self.out.with_name(f".{self.out.name}-{uuid.uuid4().hex}")
         self._adapter = adapter
+        # PEFT reads a mixture by transformers' names, and not by those that are served.
+        self._known_to_peft = adapter
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -103,6 +122,7 @@ class Merge(AbstractContextManager["Merge"]):
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="loraplex-merge-")))
             if admit(self._adapter, self.base, into=scratch, waived=_SIZE_WAIVED).conversions:
                 self._adapter = scratch
+                self._known_to_peft = self._known_to_peft if self.base.aliases else scratch
             self.partial.mkdir(parents=True)
             stack.callback(shutil.rmtree, self.partial, ignore_errors=True)
             self._stack = stack.pop_all()
@@ -120,6 +140,11 @@ class Merge(AbstractContextManager["Merge"]):
             return self._run_quantized(changes, method_of(quantization))
         shards = _shards(self.base_dir)
         missing = sorted(changes.keys() - shards.keys())
+        if missing and changes[missing[0]].expert is not None:
+            raise MergeError(
+                f"{self.base.name} keeps its experts together in one tensor, which PEFT's merge_and_unload"
+                " merges"
+            )
         if missing:
             raise MergeError(
                 f"the checkpoint of {self.base.name} has no tensor {missing[0]}: its weights have other"
@@ -149,9 +174,8 @@ class Merge(AbstractContextManager["Merge"]):
                 if change is None:
                     return weight
                 done.add(change.weight)
-                a = adapter.get_tensor(change.a_name).float()
-                b = adapter.get_tensor(change.b_name).float()
-                return torch.addmm(weight.float(), b * change.scaling, a)
+                a, b = change.factors(adapter)
+                return torch.addmm(weight.float(), b, a)
 
             try:
                 write_into(self.partial, self.base_dir, dtype=self.dequantize, change=changed)
@@ -169,7 +193,7 @@ class Merge(AbstractContextManager["Merge"]):
         tokenizer = AutoTokenizer.from_pretrained(self.base_dir, local_files_only=True)
         ids = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in prompts]
         with torch.inference_mode():
-            model = PeftModel.from_pretrained(load(self.base_dir), self._adapter).eval()
+            model = PeftModel.from_pretrained(load(self.base_dir), self._known_to_peft).eval()
             adapted = [_log_probs(model, one) for one in ids]
             with model.disable_adapter():
                 plain = [_log_probs(model, one) for one in ids]
@@ -202,8 +226,8 @@ class Merge(AbstractContextManager["Merge"]):
             raise MergeError(
                 f"the adapter changes {vocabulary[0]}: that is merged by PEFT's merge_and_unload, not here"
             )
-        return {
-            f"{module}.weight": _Change(
+        changes = [
+            _Change(
                 f"{module}.weight",
                 pair.a_name,
                 pair.b_name,
@@ -211,7 +235,24 @@ class Merge(AbstractContextManager["Merge"]):
                 pair.a_name.removesuffix(".lora_A.weight") + SCALE if config.dora else None,
             )
             for module, pair in pairs.items()
-        }
+            if not is_stacked(module)
+        ]
+        parts = parts_of_experts(str((read_base_config(self.base_dir) or {}).get("model_type")))
+        for module in filter(is_stacked, pairs):
+            pair, scaling = pairs[module], config.scaling_of(module)
+            layer, experts = module.removesuffix(".base_layer"), self.base.modules[module].experts
+            halves = ((parts[2], None),) if layer == module else ((parts[0], 0), (parts[1], 1))
+            changes += [
+                replace(
+                    _Change(f"{layer}.{expert}.{part}.weight", pair.a_name, pair.b_name, scaling),
+                    expert=expert,
+                    experts=experts,
+                    half=half,
+                )
+                for expert in range(experts)
+                for part, half in halves
+            ]
+        return {change.weight: change for change in changes}
 
     def _merge_shard(self, name: str, changes: list[_Change]) -> None:
         target = self.partial / name
@@ -231,11 +272,10 @@ class Merge(AbstractContextManager["Merge"]):
                         f" be F32, F16 or BF16 of shape {[shape.out_features, shape.in_features]}. Merge into"
                         " the original checkpoint, not into a quantized one."
                     )
-                a = adapter.get_tensor(change.a_name).float()
-                b = adapter.get_tensor(change.b_name).float()
+                a, b = change.factors(adapter)
                 scale = adapter.get_tensor(change.scale_name) if change.scale_name else None
                 begin = data + entry.begin
-                _add(shard.fileno(), begin, entry.dtype, a, b * change.scaling, change.weight, scale)
+                _add(shard.fileno(), begin, entry.dtype, a, b, change.weight, scale)
 
 
 def _add(

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     MixtralConfig,
@@ -30,7 +31,10 @@ from vllm.lora.peft_helper import PEFTHelper
 
 from adapters.errors import AdapterRejected
 from adapters.inspection.admit import admit
+from adapters.inspection.base_model import read_base
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, ModuleShape
+from adapters.offline.doctor import diagnose
+from adapters.offline.merge import Merge, MergeError
 from adapters.worker.experts import expert_shapes, has_stacked_experts
 from adapters.worker.names import names_of
 
@@ -284,6 +288,48 @@ def test_what_peft_makes_of_its_own_recipes_is_served_as_there(recipe: str, tmp_
         assert wanted.abs().max() > 0.01
     # What is kept is read again at each start.
     assert admit(tmp_path, base, serving_dtype="float32").conversions == ()
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_offline_tools_know_a_mixture_as_the_server_does(recipe: str, tmp_path: Path) -> None:
+    make, _, _ = RECIPES[recipe]
+    make().save_pretrained(tmp_path / "base")
+    model, served, _ = trained_by(recipe, tmp_path / "adapter")
+    base = read_base(tmp_path / "base", max_lora_rank=8)
+    assert base.modules == served.modules
+    assert base.aliases.items() <= served.aliases.items()
+    assert not base.dora
+    found = diagnose(tmp_path / "adapter", base)
+    assert found.manifest is not None
+    with Merge(tmp_path / "base", base, tmp_path / "adapter", tmp_path / "out") as merging:
+        assert merging.run() == len(found.manifest.modules) - 2 + 3 * EXPERTS
+        merging.keep()
+    tokens = torch.arange(20)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.inference_mode():
+        wanted, got = model.eval()(tokens).logits, merged.eval()(tokens).logits
+        with model.disable_adapter():
+            plain = model(tokens).logits
+    assert torch.allclose(got, wanted, atol=1e-5)
+    assert (plain - wanted).abs().max() > 1e-3
+
+
+def test_experts_that_a_checkpoint_keeps_together_are_left_to_peft(tmp_path: Path) -> None:
+    make_gpt_oss().save_pretrained(tmp_path / "base")
+    config = LoraConfig(
+        r=RANK, lora_alpha=5, target_modules=["q_proj"], target_parameters=PARAMETERS, init_lora_weights=False
+    )
+    get_peft_model(make_gpt_oss(), config).save_pretrained(tmp_path / "adapter")
+    base = read_base(tmp_path / "base", max_lora_rank=8)
+    assert base.modules[f"{LAYER}.base_layer"] == ModuleShape(HIDDEN - 8, 2 * (INNER - 8), EXPERTS)
+    found = diagnose(tmp_path / "adapter", base)
+    assert found.error is None
+    with (
+        Merge(tmp_path / "base", base, tmp_path / "adapter", tmp_path / "out") as merging,
+        pytest.raises(MergeError, match="merge_and_unload"),
+    ):
+        merging.run()
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
