@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import uvloop
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from server.fleet import lines
 from server.fleet.lines import Frame, Line, Lines, Lost
@@ -59,10 +67,13 @@ class Replica:
 
 
 @asynccontextmanager
-async def replica(*answers: Answer) -> AsyncIterator[tuple[Replica, Lines]]:
+async def replica(
+    *answers: Answer, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[tuple[Replica, Lines]]:
     made, known = Replica(answers=list(answers)), Lines({"Authorization": "Bearer key"})
-    server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
-    made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server = await asyncio.start_server(made.serve, "127.0.0.1", 0, ssl=tls)
+    site = "https://localhost" if tls is not None else "http://127.0.0.1"
+    made.url = f"{site}:{server.sockets[0].getsockname()[1]}"
     async with asyncio.timeout(WITHIN_S):
         try:
             yield made, known
@@ -258,6 +269,35 @@ async def test_an_idle_line_that_its_replica_closes_is_not_used(monkeypatch: pyt
         assert known._idle == {}
 
 
+async def test_a_replica_behind_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate, key = certified("localhost", tmp_path)
+    ours = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    ours.load_cert_chain(certificate, key)
+    monkeypatch.setattr(lines, "_tls", lambda: ssl.create_default_context(cafile=certificate))
+    async with replica(three, tls=ours) as (made, known):
+        line = await ordered(known, made)
+        assert [await line.next() for _ in range(4)][-1] == (Kind.END, b"{}")
+        line.abort()
+        made.url = made.url.replace("localhost", "127.0.0.1")  # which the certificate is not for
+        with pytest.raises(OSError):
+            await ordered(known, made)
+
+
+def certified(name: str, folder: Path) -> tuple[Path, Path]:
+    """A certificate for ``name`` and its key, as files."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    made = x509.CertificateBuilder(
+        subject, subject, key.public_key(), 1, now - timedelta(days=1), now + timedelta(days=1)
+    ).add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+    files = folder / "certificate.pem", folder / "key.pem"
+    files[0].write_bytes(made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    plain = Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+    files[1].write_bytes(key.private_bytes(*plain))
+    return files
+
+
 async def test_nobody_listens() -> None:
     async with replica() as (made, known):
         made.url = "http://127.0.0.1:1"
@@ -266,8 +306,8 @@ async def test_nobody_listens() -> None:
 
 
 @pytest.fixture
-async def one(tmp_path: object) -> AsyncIterator[Fleet]:
-    async with fleet(tmp_path, 1, Times(step=0.002)) as made:  # type: ignore[arg-type]
+async def one(tmp_path: Path) -> AsyncIterator[Fleet]:
+    async with fleet(tmp_path, 1, Times(step=0.002)) as made:
         yield made
 
 
