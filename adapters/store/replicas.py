@@ -6,7 +6,7 @@ agree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,10 +16,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
-from adapters.database.rows import LeaseRow, ReplicaRow, database_now
+from adapters.database.rows import LeaseRow, ReplicaRow, VersionRow, database_now
 
 # A replica that has not announced itself for so long is lost: it holds no lease and no pins.
 SILENT_S = 10.0
+IN_MEMORY = ("in_slots", "in_host")  # of a load: keys of versions
+LOOKED_UP_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,24 @@ class Replicas:
         async with self._database.read() as session:
             rows = await session.execute(select(ReplicaRow, database_now()).order_by(ReplicaRow.id))
             return [_info(row, at) for row, at in rows]
+
+    async def names(self, rows: Sequence[ReplicaInfo]) -> dict[str, str]:
+        """``tenant/adapter@number`` of what is in memory there, by its key (``Version.key``).
+
+        The newest number where the same files have several; what was deleted has none.
+        """
+        keys = {key for row in rows for where in IN_MEMORY for key in row.load[where]}
+        digests = sorted({key.rpartition("@")[2] for key in keys})
+        columns = VersionRow.tenant, VersionRow.adapter, VersionRow.number, VersionRow.digest
+        found: dict[str, str] = {}
+        async with self._database.read() as session:
+            for begin in range(0, len(digests), LOOKED_UP_AT_ONCE):
+                some = digests[begin : begin + LOOKED_UP_AT_ONCE]
+                query = select(*columns).where(VersionRow.digest.in_(some)).order_by(VersionRow.number)
+                for tenant, adapter, number, digest in await session.execute(query):
+                    if (key := f"{tenant}/{adapter}@{digest}") in keys:
+                        found[key] = f"{tenant}/{adapter}@{number}"
+        return found
 
     async def beat(
         self, id: str, url: str, state: str, facts: Mapping[str, Any], load: Mapping[str, Any]
@@ -130,11 +150,11 @@ def _info(row: ReplicaRow, at: datetime) -> ReplicaInfo:
     return ReplicaInfo(row.id, row.url, row.state, row.started_at, row.beat_at, row.facts, row.load, silent)
 
 
-def as_json(row: ReplicaInfo) -> dict[str, Any]:
-    """As operators see it; ``lost`` where it has been silent for ``SILENT_S``."""
+def as_json(row: ReplicaInfo, names: Mapping[str, str]) -> dict[str, Any]:
+    """As operators see it, with ``Replicas.names``; ``lost`` where it has been silent for ``SILENT_S``."""
     facts = ("base", "fingerprint", "engine", "dtype")
     sizes = ("max_model_len", "max_running", "gpu_slots", "host_slots")
-    load = ("running", "queued", "busy_slots", "in_slots", "in_host")
+    load = ("running", "queued", "busy_slots")
     return {
         "id": row.id,
         "url": row.url,
@@ -143,4 +163,6 @@ def as_json(row: ReplicaInfo) -> dict[str, Any]:
         "beat_at": row.beat_at.isoformat(),
         **{name: row.facts[name] for name in (*facts, *sizes)},
         **{name: row.load[name] for name in load},
+        **{name: row.load.get(name) for name in ("backlog_seconds", "pressure")},  # an older one has none
+        **{name: sorted(names.get(key, key) for key in row.load[name]) for name in IN_MEMORY},
     }

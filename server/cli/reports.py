@@ -124,7 +124,10 @@ def audit(
 def replicas(server: AdminClient) -> Shown:
     """Show the fleet's replicas: where, how they are, and what they have to do."""
     document = server.get("replicas")
-    names = ("id", "url", "state", "running", "queued", "max_running", "gpu_slots", "engine", "beat_at")
+    names = (
+        *("id", "url", "state", "running", "queued", "backlog_seconds", "pressure", "max_running"),
+        *("gpu_slots", "engine", "beat_at"),
+    )
     found = [
         {name: row[name] for name in names} | {"in_slots": len(row["in_slots"])} for row in document["data"]
     ]

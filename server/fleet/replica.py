@@ -17,6 +17,7 @@ from adapters.model import Tier, Version
 from adapters.store.replicas import ReplicaInfo, Replicas
 from server.fleet.placement import Placement
 from server.fleet.reports import Report
+from server.fleet.scaling import pressure
 from server.fleet.wire import Kind, framed
 from server.http.services import Services
 from server.inference.local import LocalAnswers
@@ -179,7 +180,9 @@ class Replica:
             self.services.in_background(self._do_chores())
 
     async def _announce(self) -> None:
-        load = self.report().as_json() | {"replica": self.id}
+        report = self.report()
+        pressed = {"backlog_seconds": round(report.backlog, 3), "pressure": round(pressure(report), 3)}
+        load = report.as_json() | {"replica": self.id} | pressed
         others = await self._rows.beat(self.id, self._url, self.state, self.facts, load)
         if others and self._announced:
             logger.warning(

@@ -239,4 +239,6 @@ async def verify_adapter(
 @router.get("/replicas", response_model=answers.Replicas)
 async def replicas(services: ServicesOf) -> dict[str, Any]:
     """The fleet's replicas as they last announced themselves; none where one process does everything."""
-    return {"object": "list", "data": [replica_as_json(row) for row in await services.replicas.all()]}
+    rows = await services.replicas.all()
+    names = await services.replicas.names(rows)
+    return {"object": "list", "data": [replica_as_json(row, names) for row in rows]}

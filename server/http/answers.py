@@ -396,7 +396,12 @@ class Residency(Answer):
     events: Annotated[list[JsonValue] | None, Field(description="Only where they were asked for.")] = None
 
 
+_NAMED = Field(description="`tenant/adapter@version`; the digest in place of a version that is deleted.")
+
+
 class Replica(Answer):
+    """A replica as it last announced itself, every 2 s."""
+
     id: str
     url: str
     state: Literal["ready", "restarting", "draining", "lost"]
@@ -413,8 +418,10 @@ class Replica(Answer):
     running: Count
     queued: Count
     busy_slots: Count
-    in_slots: list[str]
-    in_host: list[str]
+    backlog_seconds: Annotated[float | None, Field(description="Until all that waits has a place.")]
+    pressure: Annotated[float | None, Field(description="0 idle, 1 full; as `loraplex_pressure`.")]
+    in_slots: Annotated[list[str], _NAMED]
+    in_host: Annotated[list[str], _NAMED]
 
 
 class Replicas(Answer):

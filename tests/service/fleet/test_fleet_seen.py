@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,21 @@ async def busy(tmp_path: Path) -> AsyncIterator[Fleet]:
         yield made
         talking.cancel()
         await asyncio.wait([talking])
+
+
+async def test_replicas_say_what_they_hold_by_version_and_how_pressed_they_are(busy: Fleet) -> None:
+    async def told() -> list[dict[str, Any]]:
+        return list((await busy.gateway.admin.get("/admin/v1/replicas")).json()["data"])
+
+    async with asyncio.timeout(60):  # they announce themselves every 2 s
+        while not any(one["running"] and one["in_slots"] for one in await told()):
+            await asyncio.sleep(0.1)
+    found = await told()
+    (one,) = [one for one in found if one["running"]]
+    assert one["in_slots"] == ["acme/support@1"]
+    assert {name for each in found for name in each["in_host"]} == {"acme/support@1", "globex/sales@1"}
+    assert one["pressure"] == 0.5, "one of two slots is busy"
+    assert all(each["backlog_seconds"] == 0 for each in found)
 
 
 async def test_the_first_page_has_a_part_for_each_replica(busy: Fleet) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from adapters.database.database import Database
-from adapters.database.rows import LeaseRow, ReplicaRow, now
+from adapters.database.rows import LeaseRow, ReplicaRow, VersionRow, now
+from adapters.store import replicas
 from adapters.store.replicas import SILENT_S, Replicas
+from tests.service.store.test_migrations import adapter_row, tenant_row
 from tests.support.databases import KINDS, opened
 
 
@@ -60,6 +62,24 @@ async def test_who_is_silent_is_lost_and_loses_what_it_held(database: Database) 
     assert not await rows.hold("chores", "theirs", 15.0)
     await rows.forget(timedelta(seconds=5))
     assert not await rows.all()
+
+
+async def test_what_is_in_memory_is_named_by_version(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "LOOKED_UP_AT_ONCE", 2)
+    async with database.write() as session:
+        session.add(tenant_row("acme"))
+        await session.flush()
+        session.add(adapter_row("a", is_default=True))
+        await session.flush()
+        for number, digest in enumerate(("d1", "d2", "d1", "d3"), 1):
+            about = {"digest": digest, "rank": 1, "size_bytes": 1, "report": {}, "created_at": now()}
+            session.add(VersionRow(tenant="acme", adapter="a", number=number, **about))
+    rows = Replicas(database)
+    load = {"in_slots": ["acme/a@d1"], "in_host": ["acme/a@d1", "acme/a@d3", "acme/a@gone", "globex/a@d2"]}
+    await rows.beat("one", "http://here", "ready", {}, load)
+    assert await rows.names(await rows.all()) == {"acme/a@d1": "acme/a@3", "acme/a@d3": "acme/a@4"}
 
 
 async def test_a_new_replica_takes_the_place_of_the_one_at_its_url(database: Database) -> None:
