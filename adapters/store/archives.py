@@ -21,6 +21,7 @@ from adapters.errors import AdapterRejected, UploadTooLarge, fault
 from adapters.inspection.layouts import refuse_foreign, trainer_of
 from adapters.inspection.pickles import PICKLES
 from adapters.inspection.strict_json import show
+from adapters.inspection.unused import unused
 from adapters.model import CHAT_FILES, CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
 from adapters.store.blobs import disk_errors
 from adapters.tasks import run_in_thread
@@ -65,7 +66,8 @@ def read(file: IO[bytes], *, max_bytes: int) -> Iterator[tuple[str, bytes]]:
     """``unpacked``, of an open file and at once.
 
     The archive is read twice: the first time to find the adapter's folder, see ``_chosen``. Of pickled
-    weights beside the safetensors file comes the name alone, with an empty piece.
+    weights beside the safetensors file, and of files that are ``unused``, comes the name alone, with an empty
+    piece.
     """
     magic = file.read(2)
 
@@ -78,9 +80,10 @@ def read(file: IO[bytes], *, max_bytes: int) -> Iterator[tuple[str, bytes]]:
         for path, opened in entries():
             if path not in chosen:
                 continue
-            name = path.rpartition("/")[2]
+            passed_over = unused(path)
+            name = passed_over[1] if passed_over else path.rpartition("/")[2]
             yield name, b""
-            if name in PICKLES:
+            if passed_over or name in PICKLES:
                 continue
             while piece := opened.read(_BLOCK):
                 yield name, piece
@@ -98,7 +101,8 @@ def _chosen(paths: list[str]) -> set[str]:
     chosen: dict[str, str] = {}
     beside = [path for path in paths if path.rpartition("/")[2] in CHAT_FILES]
     others = {path for path in paths if trainer_of(path.rpartition("/")[2]) is not None}
-    paths = [path for path in paths if path not in beside and path not in others]
+    passed_over = {path: found[0] for path in paths if (found := unused(path)) is not None}
+    paths = [path for path in paths if path not in beside and path not in others | passed_over.keys()]
     for path in sorted(paths, key=lambda path: path.count("/")):
         name = path.rpartition("/")[2]
         if name in chosen and chosen[name].count("/") == path.count("/"):
@@ -115,7 +119,8 @@ def _chosen(paths: list[str]) -> set[str]:
         refuse_foreign(path.rpartition("/")[2] for path in others)
     # A tokenizer is the adapter's where it lies beside its config; elsewhere it may be anybody's.
     home = chosen.get(CONFIG_FILE, "").rpartition("/")[0]
-    return set(chosen.values()) | {path for path in beside if path.rpartition("/")[0] == home}
+    own = {path for path in beside if path.rpartition("/")[0] == home}
+    return set(chosen.values()) | own | {path for path, folder in passed_over.items() if folder == home}
 
 
 def _without_name(folder: Path) -> IO[bytes]:
@@ -144,7 +149,7 @@ def _is_wanted(path: str, count: int) -> bool:
     if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/") or path[1:2] == ":":
         raise _refuse(f"{show(path)} leads out of it")
     name = path.rpartition("/")[2]
-    return name in _KNOWN or trainer_of(name) is not None
+    return name in _KNOWN or trainer_of(name) is not None or unused(path) is not None
 
 
 def _tar(file: IO[bytes], compressed: bool, max_bytes: int) -> Iterator[tuple[str, IO[bytes]]]:
@@ -155,7 +160,7 @@ def _tar(file: IO[bytes], compressed: bool, max_bytes: int) -> Iterator[tuple[st
             if member.isdir():
                 continue
             if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
-                if not wanted:
+                if not wanted or unused(member.name):
                     continue  # a log folder's `latest`, say
                 raise _refuse(f"{show(member.name)} is a link, a device or another special file")
             opened = archive.extractfile(member) if wanted else None
@@ -196,7 +201,7 @@ def _zip(file: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
         for count, info in enumerate(archive.infolist(), 1):
             wanted = _is_wanted(info.orig_filename, count)
             kind = info.external_attr >> 28  # of the mode that Unix keeps there
-            if wanted and kind not in (0, 4, 8):
+            if wanted and kind not in (0, 4, 8) and not unused(info.filename):
                 raise _refuse(f"{show(info.filename)} is a link, a device or another special file")
             if wanted and not info.is_dir():
                 with archive.open(info) as opened:

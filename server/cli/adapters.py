@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from adapters.inspection.unused import ignored_unused
 from server.cli import tables as show
 from server.cli.arguments import Name, Tenant, Yes, confirm, json_objects
 from server.cli.client import OWN, AdminClient, RemoteError
@@ -129,7 +130,10 @@ def push(
     flags = {"allow_no_effect": allow_no_effect, "allow_implausible": allow_implausible}
     query = {name: value for name, value in given.items() if value}
     query |= {name: "true" for name, chosen in flags.items() if chosen}
-    document, was_there = Push(folder, query).send(server, tenant, name, again=again)
+    pushed = Push(folder, query)
+    document, was_there = pushed.send(server, tenant, name, again=again)
+    if unused := pushed.unused():
+        say("yellow", "warning", ignored_unused(unused))
     report = document["report"]
     for note_ in report.get("conversions", ()):
         say("cyan", "converted", str(note_))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from adapters.inspection.unused import TEMPLATES_FOLDER, is_unused
 from adapters.model import CHAT_FILES, CONFIG_FILE, INITIAL_FILE, PROBES_FILE, WEIGHTS_FILE
 from server.cli.client import AdminClient, RemoteError
 
@@ -34,6 +35,12 @@ class Push:
 
     folder: Path
     query: Mapping[str, str]
+
+    def unused(self) -> list[str]:
+        """Files in the folder that are not sent, since no version has a use for them."""
+        templates = sorted(self.folder.glob(f"{TEMPLATES_FOLDER}/*.jinja"))
+        found = [*self.folder.glob("*"), *templates]
+        return [name for path in found if is_unused(name := path.relative_to(self.folder).as_posix())]
 
     def key(self) -> str:
         """Of the same files with the same options the same: the Idempotency-Key."""

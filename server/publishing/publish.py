@@ -19,6 +19,7 @@ from adapters.errors import AdapterError, AdapterNotFound, fault
 from adapters.inspection.chat_files import read_chat_files, take_chat_files
 from adapters.inspection.golden import Golden, take
 from adapters.inspection.pickles import PICKLES, ignored_pickles
+from adapters.inspection.unused import ignored_unused, is_unused
 from adapters.model import NOTHING_WAIVED, TEMPLATE_FILE, Adapter, Manifest, Quota, Version, Waivers
 from adapters.store.blobs import BlobStore, Incoming
 from adapters.store.catalog import Catalog
@@ -202,9 +203,12 @@ async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tup
     await service.catalog.check_quota(tenant, name, replace(quota, versions=None) if key else quota)
     async with service.blobs.receive() as incoming:
         pickles: set[str] = set()
+        unused: set[str] = set()
         async for filename, chunk in files:
             if filename in PICKLES and not chunk:  # an archive says that it has one beside the weights
                 pickles.add(filename)
+            elif is_unused(filename) and not chunk:
+                unused.add(filename)
             else:
                 await incoming.write(filename, chunk)
         uploaded = await incoming.finish()
@@ -230,6 +234,8 @@ async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tup
             if pickles:
                 warning = ignored_pickles(sorted(pickles))
                 manifest = replace(manifest, warnings=(*manifest.warnings, warning))
+            if unused:
+                manifest = replace(manifest, warnings=(*manifest.warnings, ignored_unused(unused)))
             async with _committed(service, incoming, tenant, name, manifest) as candidate:
                 await upload.progress("probing", incoming.size_bytes)
                 manifest = await _probed(service, candidate, manifest, golden, waived)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -185,6 +186,17 @@ async def test_limits_and_budgets_of_a_tenant(site: Site) -> None:
 
 
 # --- adapters ---------------------------------------------------------------------------------------
+
+
+async def test_a_push_says_which_files_it_leaves_out(site: Site, tmp_path: Path) -> None:
+    await document(site, "tenants", "create", "acme")
+    shutil.copytree(tiny.adapter(1), tmp_path / "run")
+    (tmp_path / "run" / "additional_chat_templates").mkdir()
+    (tmp_path / "run" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (tmp_path / "run" / "tokenizer.model").write_bytes(b"sentences")
+    words = ("adapters", "push", str(tmp_path / "run"), "--tenant", "acme", "--name", "left")
+    result = await run(site, *words)
+    assert "tool_use.jinja, tokenizer.model ignored" in " ".join(result.stderr.split()), result.stderr
 
 
 async def push(site: Site, folder: Path, name: str = "a") -> Any:

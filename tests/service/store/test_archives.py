@@ -290,6 +290,23 @@ async def test_a_pickle_beside_the_weights_is_ignored_and_said(site: Site, first
     assert warning.startswith("adapter_model.bin beside")
 
 
+async def test_files_of_a_tokenizer_that_are_passed_over_are_said(site: Site) -> None:
+    """Those beside the adapter's config alone: others may be the base's."""
+    files = [entry(f"run/{name}", (tiny.adapter(1) / name).read_bytes()) for name in FILES]
+    more = [
+        entry("run/additional_chat_templates/tool_use.jinja", b"{{ tools }}"),
+        entry("run/additional_chat_templates/readme.txt", b"about"),
+        entry("run/tokenizer.model", b"sentences"),
+        entry("run/chat_template.json", type=tarfile.SYMTYPE, linkname="elsewhere"),
+        entry("run/checkpoint-5/tokenizer.model", b"sentences"),
+        entry("tokenizer.model", b"sentences"),
+    ]
+    made = await site.admin.post(URL, **raw(tar(*more, *files)))
+    assert made.status_code == 201, made.text
+    (warning,) = made.json()["report"]["warnings"]
+    assert warning.startswith("additional_chat_templates/tool_use.jinja, tokenizer.model ignored: ")
+
+
 async def test_an_archive_that_breaks_off_is_said_to(site: Site, tmp_path: Path) -> None:
     request = httpx.Request("POST", f"{site.url}{URL}", files={"archive": packed("w")})
     body = request.read()
