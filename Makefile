@@ -68,7 +68,8 @@ bench: $(STAMP) ## Measure against bare vLLM, about 45 minutes; SCENARIO=storm f
 		$(if $(MINUTES),--minutes $(MINUTES))
 
 card: $(STAMP) ## Measure adapters of an 8B model on one GPU, 10 minutes; CPU=1 tries it in small
-	$(PY) -m tests.bench.card $(if $(filter-out 0,$(CPU)),--cpu)
+	$(PY) -m tests.bench.card $(if $(filter-out 0,$(CPU)),--cpu) $(if $(WORKERS),--workers $(WORKERS)) \
+		$(addprefix --only ,$(ONLY))
 
 attack: $(STAMP) ## Send every hostile input beside a customer who must not notice, 12 minutes; KIND="many items", MINUTES=60, ENGINE=fake
 	ENGINE=$(ENGINE) $(PY) -m $(if $(MINUTES),tests.bench.hostile_time $(MINUTES),tests.bench.attack $(if $(KIND),"$(KIND)"))

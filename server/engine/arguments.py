@@ -34,7 +34,7 @@ from adapters.worker.scheduler import ADAPTERS
 from server.engine import sizing
 from server.engine.layers import lora_layers
 from server.engine.parsers import AUTO, UNSHOWN, Parsers, parsers_of
-from server.engine.sharding import divides_in_full
+from server.engine.sharding import divides_in_full, layers_served
 from server.engine.sizing import EngineCapacity, Layer
 from server.settings import HOST_PER_GPU_SLOT, Settings
 
@@ -372,6 +372,8 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
     base = read_base_config(Path(settings.model))
     if not settings.rank_slots and divides_in_full(base, given, rank=settings.max_lora_rank):
         given.setdefault("fully_sharded_loras", True)
+    if served := layers_served(base, given, shared=bool(settings.rank_slots)):
+        given.setdefault("lora_target_modules", served)
     if (labels := labels_of(base or {})) or given.get("convert") == "classify":
         given.setdefault("max_lora_cls_labels", max(LABELS, labels))
     if slots.adapters:

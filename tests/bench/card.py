@@ -1,9 +1,15 @@
 """``python -m tests.bench.card``: what adapters cost on one GPU; ``--cpu`` tries the same in small.
 
 A Llama of 8B, its weights at random; adapters of rank 8 to 128 on all its linear layers; eight slots; and a
-thousand more adapters registered, small ones. Three servers, one after the other, with the same settings:
-Loraplex, Loraplex without what is written for a GPU and unproven there (HOST_POOL, ACTIVATION_SLICE,
-LOAD_NOTICES), and vLLM. The table goes to ``--out``, and to the screen.
+thousand more adapters registered, small ones. Servers one after the other, with the same settings:
+
+    loraplex
+    shared      with RANK_SLOTS: sixteen adapters share the eight slots
+    before      without HOST_POOL, ACTIVATION_SLICE, LOAD_NOTICES and HOST_SHARDS, unproven on a GPU
+    vllm
+    exact       with BATCH_INVARIANT; only where it is asked for by ``--only exact``
+
+The table goes to ``--out``, and to the screen.
 """
 
 from __future__ import annotations
@@ -33,7 +39,19 @@ from tests.bench.workload import closed_loop, prompt
 RANKS = (8, 16, 32, 64, 128)
 SLOTS, HOST = 8, 32
 INPUT = 32  # tokens of a prompt
-WAYS_BACK = {"HOST_POOL": "false", "ACTIVATION_SLICE": "0", "LOAD_NOTICES": "false"}
+# Loraplex's settings, by the server's name.
+CHANGES: dict[str, dict[str, str]] = {
+    "loraplex": {},
+    "shared": {"RANK_SLOTS": str(2 * SLOTS)},
+    "before": {
+        "HOST_POOL": "false",
+        "ACTIVATION_SLICE": "0",
+        "LOAD_NOTICES": "false",
+        "HOST_SHARDS": "false",
+    },
+    "exact": {"BATCH_INVARIANT": "true"},
+}
+USUAL = ("loraplex", "shared", "before", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +121,7 @@ class CardLoraplex(Loraplex):
         found = super().environment(port)
         args = json.loads(found["LORAPLEX_ENGINE_ARGS"]) | {"load_format": "dummy"}
         if self._workers > 1:
-            args |= {"tensor_parallel_size": self._workers, "fully_sharded_loras": True}
+            args |= {"tensor_parallel_size": self._workers}  # fully sharded by itself
         found["LORAPLEX_ENGINE_ARGS"] = json.dumps(args)
         changes = {f"LORAPLEX_{name}": value for name, value in self._changes.items()}
         return found | changes | cores(self._workers)
@@ -306,14 +324,13 @@ async def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         root = Path(folder)
         base = make_base(size, root / "base")
         large, small = make_adapters(size, root)
-        for name in options.only or ("loraplex", "before", "vllm"):
+        for name in options.only or USUAL:
             work = root / name
             work.mkdir()
-            changes = WAYS_BACK if name == "before" else {}
             server: Server = (
                 CardVllm(base, work, options.workers)
                 if name == "vllm"
-                else CardLoraplex(base, work, setup, changes, options.workers)
+                else CardLoraplex(base, work, setup, CHANGES[name], options.workers)
             )
             await server.install([*large, *small])
             async with server.running(setup):
@@ -328,8 +345,8 @@ async def run(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.card", description=__doc__)
     parser.add_argument("--cpu", action="store_true", help="a tiny model, to see that everything works")
-    parser.add_argument("--workers", type=int, default=1, help="that share the model, fully sharded")
-    parser.add_argument("--only", action="append", choices=["loraplex", "before", "vllm"])
+    parser.add_argument("--workers", type=int, default=1, help="that share the model, each on a card")
+    parser.add_argument("--only", action="append", choices=[*CHANGES, "vllm"])
     parser.add_argument("--work", type=Path, help="folder for model and adapters: 15 GB without --cpu")
     parser.add_argument("--out", type=Path, default=CHECKOUT / "bench-results", help="folder for card.md")
     print(table(asyncio.run(run(parser.parse_args()))))

@@ -11,6 +11,7 @@ import yaml
 from adapters.worker.ranges import RankRanges
 from server.engine import sizing
 from server.engine.layers import lora_layers
+from server.engine.sharding import LAYERS, divides_in_full, layers_served
 from server.engine.sizing import Layer
 from tests.pure.engine.test_sizing import FUSED
 
@@ -31,9 +32,9 @@ LLAMA_70B = transformers.LlamaConfig(
 @pytest.fixture(scope="module")
 def layers() -> list[Layer]:
     found = lora_layers(
-        LLAMA_70B, vocabulary=("embed_tokens", "lm_head"), fused=FUSED, targets=None, workers=4
+        LLAMA_70B, vocabulary=("embed_tokens", "lm_head"), fused=FUSED, targets=LAYERS, workers=4
     )
-    return [layer for layer in found if layer.served] * DEPTH + [y for y in found if not y.served]
+    return found * DEPTH
 
 
 def slot(layers: list[Layer], rank: int = 32, *, fully: bool = True) -> float:
@@ -48,19 +49,19 @@ def entries(layers: list[Layer], rank: int, *, fully: bool = True, shards: bool 
 
 def test_its_comments_say_what_is_so(layers: list[Layer]) -> None:
     text, settings = FILE.read_text(), yaml.safe_load(FILE.read_text())
-    served = [layer for layer in layers if layer.served]
     assert (settings["max_lora_rank"], settings["gpu_slots"], settings["host_slots"]) == (32, 16, 50)
     assert settings["engine_args"]["tensor_parallel_size"] == 4
-    assert settings["engine_args"]["fully_sharded_loras"] is True
-    per_layer = sum(layer.inputs + layer.outputs for layer in served) // DEPTH
-    adapter = sizing.entry_bytes(served, rank=1, itemsize=ITEM)
-    vocabulary = slot(layers) - slot(served)
+    assert "fully_sharded_loras" not in settings["engine_args"], "it is so by itself"
+    config, given = LLAMA_70B.to_dict(), settings["engine_args"]
+    assert divides_in_full(config, given, rank=settings["max_lora_rank"])
+    assert layers_served(config, given, shared=False) == list(LAYERS)
+    per_layer = sum(layer.inputs + layer.outputs for layer in layers) // DEPTH
+    adapter = sizing.entry_bytes(layers, rank=1, itemsize=ITEM)
     kv_token = 2 * DEPTH * 8 * 128 * ITEM // 4  # keys and values of a GPU's two heads
     for said in (
         f"{per_layer:,} a layer x {DEPTH} layers x {ITEM} bytes = {adapter / 1e6:.1f} MB",
         f"an adapter of rank 16 is {16 * adapter / 1e6:.0f} MB, of rank 32 {32 * adapter / 1e6:.0f} MB",
-        f"{adapter / 1e6:.1f} MB / 4 = {slot(served) / 32e6:.1f} MB, and {vocabulary / 32e6:.1f} MB",
-        f"not sharded: {slot(layers) / 32e6:.1f} MB per unit of rank",
+        f"{adapter / 1e6:.1f} MB / 4 = {slot(layers) / 32e6:.1f} MB per unit of rank",
         f"{slot(layers) / 1e6:.0f} MB a slot; 16 slots {16 * slot(layers) / 1e9:.1f} GB,"
         f" all 50 in slots {50 * slot(layers) / 1e9:.1f} GB",
         f"({slot(layers, fully=False) / 32e6:.1f} MB per unit of rank)",
@@ -104,8 +105,14 @@ def test_the_table_of_adapters_per_gib() -> None:
     layers = lora_layers(LLAMA_8B, vocabulary=("embed_tokens", "lm_head"), fused=FUSED, targets=None)
     once = [y for y in layers if LLAMA_8B.vocab_size in (y.inputs, y.outputs)]
     whole = [y for y in layers if y not in once] * 32 + once
-    slots = 4 * 2**30 // sizing.slot_bytes(whole, rank=64, itemsize=ITEM)
+    slots, common = (
+        4 * 2**30 // sizing.slot_bytes(room, rank=64, itemsize=ITEM)
+        for room in (
+            whole,
+            [y for y in whole if y not in once],
+        )  # what shares slots has none for the vocabulary
+    )
     text = (FILE.parents[1] / "docs" / "benchmarks.md").read_text()
     for name, ranks in MIXES.items():
-        shared = sharing(slots, ranks)
+        shared = sharing(common, ranks)
         assert f"| {name} | {slots / 4:.2f} | {shared / 4:.2f} | {shared / slots:.1f} × |" in text

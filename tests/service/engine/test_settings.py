@@ -23,6 +23,7 @@ from server.engine.arguments import (
     vllm_arguments,
     want_batch_invariance,
 )
+from server.engine.sharding import LAYERS
 from server.settings import ALLOWED_MAX_RANKS, Settings
 from server.settings.engine_args import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS
 from tests.pure.server.test_settings import refusal
@@ -79,6 +80,27 @@ def test_several_workers_keep_one_copy_where_vllm_can_divide_all_layers(
         (tmp_path / "config.json").write_text(json.dumps(base))
     settings = Settings(model=str(tmp_path), engine_args=engine_args, **{"gpu_slots": 2} | others)
     assert vllm_arguments(settings, Slots(1, 4))[1].fully_sharded_loras is divided
+
+
+@pytest.mark.parametrize(
+    ("base", "engine_args", "others", "served"),
+    [
+        (LLAMA, {"tensor_parallel_size": 2}, {}, LAYERS),
+        (LLAMA, {}, {"rank_slots": 4}, LAYERS),
+        (LLAMA, {}, {}, None),
+        (LLAMA, {"tensor_parallel_size": 2, "lora_target_modules": ["o_proj"]}, {}, ["o_proj"]),
+        ({"model_type": "mixtral", "hidden_size": 64}, {"tensor_parallel_size": 2}, {}, None),
+        (None, {"tensor_parallel_size": 2}, {}, None),
+    ],
+)
+def test_a_slot_has_no_room_for_a_vocabulary_that_is_not_served(
+    tmp_path: Path, base: Any, engine_args: dict[str, Any], others: dict[str, Any], served: Any
+) -> None:
+    if base is not None:
+        (tmp_path / "config.json").write_text(json.dumps(base))
+    settings = Settings(model=str(tmp_path), engine_args=engine_args, **{"gpu_slots": 2} | others)
+    made = vllm_arguments(settings, Slots(1, 4))[1].lora_target_modules
+    assert made == (None if served is None else list(served))
 
 
 def test_traces_of_the_engine_go_where_ours_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
