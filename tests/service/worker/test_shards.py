@@ -17,6 +17,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
 from vllm.lora.utils import from_layer
 from vllm.model_executor.layers import linear
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from adapters.worker.shards import cut_when_read, is_divided
 from tests.pure.engine.test_sizing import FUSED
@@ -176,3 +177,34 @@ def test_an_adapter_that_was_not_cut_still_is_by_vllm(worker: Worker) -> None:
 def test_one_worker_alone_has_nothing_to_cut(worker: Worker) -> None:
     assert not is_divided(tables_of(worker(0, 1, False)))
     assert is_divided(tables_of(worker(0, 2, False)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_pipeline_stage_keeps_its_own_layers(worker: Worker, workers: int) -> None:
+    """Two stages, each of so many workers: every layer is in one of them, and both fill slots as vLLM does.
+
+    vLLM leaves a placeholder for what another stage has; on a CPU its stages do not run (``bases.py``).
+    """
+    stages = (("qkv_proj", "dense", "router"), ("gate_up_proj", "one_gate_up", "down_proj"))
+    for seed in range(6):
+        whole = adapter(random.Random(seed))
+        for rank in range(workers):
+            kept: list[str] = []
+            for stage in stages:
+                theirs, ours = worker(rank, workers, workers > 1), worker(rank, workers, workers > 1)
+                tables = tables_of({name: ours[name] for name in stage})
+                others = [name for name in ours if name not in stage]
+                tables.model.update({name: PPMissingLayer() for name in others})
+                assert is_divided(tables)
+                room = Mock(side_effect=torch.empty)
+                cut_when_read(tables, room)
+                lora = adapter(random.Random(seed))
+                tables._create_merged_loras_inplace(lora)
+                room.assert_called_once_with(size_of(lora, list(stage)))
+                kept += lora.loras
+                fill(tables.modules, lora)
+                fill({name: theirs[name] for name in stage}, adapter(random.Random(seed)))
+                for name in stage:
+                    both = stacked({name: theirs[name]}), stacked({name: ours[name]})
+                    assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
+            assert sorted(kept) == sorted(whole.loras.keys() - {"another_stage"})
