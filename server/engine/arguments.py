@@ -370,7 +370,9 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
         given["otlp_traces_endpoint"] = f"{settings.traces_url.rstrip('/')}/v1/traces"
     given |= settings.engine_args
     base = read_base_config(Path(settings.model))
-    if not settings.rank_slots and divides_in_full(base, given, rank=settings.max_lora_rank):
+    # Neither goes with adapters that are divided in full.
+    others = settings.rank_slots or os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0"
+    if not others and divides_in_full(base, given, rank=settings.max_lora_rank):
         given.setdefault("fully_sharded_loras", True)
     if served := layers_served(base, given, shared=bool(settings.rank_slots)):
         given.setdefault("lora_target_modules", served)

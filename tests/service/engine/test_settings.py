@@ -82,6 +82,16 @@ def test_several_workers_keep_one_copy_where_vllm_can_divide_all_layers(
     assert vllm_arguments(settings, Slots(1, 4))[1].fully_sharded_loras is divided
 
 
+def test_two_streams_for_adapters_are_left_on_where_they_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM switches them off where it divides both halves."""
+    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    settings = Settings(model=str(tmp_path), engine_args={"tensor_parallel_size": 2})
+    assert vllm_arguments(settings, Slots(1, 4))[1].fully_sharded_loras is False
+
+
 @pytest.mark.parametrize(
     ("base", "engine_args", "others", "served"),
     [
