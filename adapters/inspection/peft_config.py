@@ -142,8 +142,8 @@ class PeftConfig(pydantic.BaseModel):
 
     def targets_weight(self, module: str) -> bool:
         """Whether ``target_parameters`` names the weight that the pair of ``module`` changes."""
-        named = self.target_parameters
-        return bool(named) and any(suffix in named for suffix in suffixes(parameter_of(module)))
+        named = self.target_parameters or ()
+        return any(suffix in named for suffix in suffixes(parameter_of(module)))
 
     def _name_of(self, module: str) -> str:
         """What the patterns are compared with: the parameter's name where that was adapted."""

@@ -58,4 +58,5 @@ def _by(renamings: list[Any]) -> Rename:
 def _rules(model_type: str | None) -> list[Any]:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    return list(get_checkpoint_conversion_mapping(model_type) or ()) if model_type else []
+    rules = get_checkpoint_conversion_mapping(model_type) if model_type else None  # type: ignore[no-untyped-call]
+    return list(rules or ())

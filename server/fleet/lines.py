@@ -16,7 +16,7 @@ import contextvars
 import ssl
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -128,7 +128,8 @@ class Line(asyncio.Protocol):
             raise Lost(str(self._failure)) if isinstance(self._failure, Lost) else self._failure
         self._waiter = self._loop.create_future()
         if tap is not None:  # the connection's own context is that of whoever had it made
-            self._tap = partial(contextvars.copy_context().run, tap)
+            context = contextvars.copy_context()
+            self._tap = lambda frame: context.run(tap, frame)
         try:
             await self._waiter
         finally:
@@ -263,7 +264,7 @@ async def _connected(url: str) -> Line:
     tls = _tls() if at.scheme == "https" else None
     async with asyncio.timeout(CONNECT_TIMEOUT_S):
         loop = asyncio.get_running_loop()
-        return (await loop.create_connection(lambda: Line(url), at.hostname, port, ssl=tls))[1]
+        return (await loop.create_connection(lambda: Line(url), at.hostname or "", port, ssl=tls))[1]
 
 
 @cache
