@@ -9,7 +9,7 @@ from typing import Any
 
 from adapters.inspection import dora, trained_rows
 from adapters.inspection.convert import Conversion, plan
-from adapters.inspection.inspect import Upload, check_tensors, inspect
+from adapters.inspection.inspect import Upload, check_tensors, inspect, read_upload
 from adapters.inspection.tensor_stats import one_thread
 from adapters.model import CONFIG_FILE, NOTHING_WAIVED, WEIGHTS_FILE, BaseModel, Manifest, Waivers
 
@@ -39,7 +39,9 @@ def admit(
     notes: tuple[str, ...] = (dora.NOTE,)
     if isinstance(found, Conversion):
         found.write(folder, into)
-        notes = (*rows, *found.notes)
+        if found.magnitudes:
+            _complete(into, read_upload(into, base), base, into)
+        notes = (*rows, *found.notes, *((dora.NOTE,) if found.magnitudes else ()))
     elif found.config.dora:
         _complete(folder, found, base, into)
     elif rows:

@@ -21,7 +21,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adapters.errors import AdapterRejected, fault
-from adapters.inspection.dora import without_doras
+from adapters.inspection.converted_config import (
+    of_twice_the_rank,
+    with_exact_targets,
+    with_patterns_of_parts,
+    with_renamed_keys,
+    without_init,
+)
+from adapters.inspection.dora import MAGNITUDE, without_doras
 from adapters.inspection.experts import is_stacked, of_modules, parameter_of, with_literal_patterns
 from adapters.inspection.heads import heads_of, without_heads
 from adapters.inspection.inspect import (
@@ -50,9 +57,6 @@ from adapters.inspection.tensor_stats import TORCH_DTYPES
 from adapters.inspection.vocabulary import check_left_out, is_embedding, tensor_name, whole_layer
 from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE, BaseModel
 
-# What PEFT's conversion with path_initial_model_for_weight_conversion is for.
-CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
-
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # VeLoRA compresses what a training step keeps for its gradients, with a projection that PEFT saves too.
 _TRAINING_ONLY = re.compile(r".+\.lora_velora_embed(?:\.[^.]+)?")
@@ -60,6 +64,8 @@ _NAMED = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+)
 _TABLE = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?")
 
 _LITERAL = "keys of the patterns that PEFT wrote as expressions became the names that they stand for"
+
+_MAGNITUDE = re.compile(rf"(?P<module>.+){re.escape(MAGNITUDE)}(?:\.[^.]+)?(?:\.weight)?")
 
 # (full module name, "A" or "B")
 Side = tuple[str, str]
@@ -97,6 +103,8 @@ class Conversion:
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # A classifier's own head, by the names of its tensors, copied as it is.
     heads: Mapping[str, TensorHeader] = dataclasses.field(default_factory=dict)
+    # DoRA's, by the names that PEFT gives them.
+    magnitudes: Mapping[str, _Tensor] = dataclasses.field(default_factory=dict)
 
     def write(self, source: Path, target: Path) -> None:
         """Both files in ``target``, on disk and complete under their names; ``target`` may be ``source``.
@@ -124,6 +132,10 @@ class Conversion:
                 tensor.dtype, tensor.shape, at, at + size
             )
             at += size
+        for name, vector in sorted(self.magnitudes.items()):
+            size = math.prod(vector.shape) * ITEM_BYTES[vector.dtype]
+            headers[name] = TensorHeader(vector.dtype, vector.shape, at, at + size)
+            at += size
         for name, head in sorted(self.heads.items()):
             size = head.elements * ITEM_BYTES[head.dtype]
             headers[name] = TensorHeader(head.dtype, head.shape, at, at + size)
@@ -140,6 +152,8 @@ class Conversion:
                 }
                 for side in sorted(self.tensors):
                     file.write(_bytes_of(_build(self.tensors[side], opened)))
+                for name in sorted(self.magnitudes):
+                    file.write(_bytes_of(_build(self.magnitudes[name], opened)))
                 for name in sorted(self.heads):
                     file.write(_bytes_of(opened[WEIGHTS_FILE].get_tensor(name)))
         except SafetensorError as error:
@@ -157,13 +171,15 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
     rewritten = [_LITERAL] if fields != given else []
     initial: _Named | None = None
     if (folder / INITIAL_FILE).exists():
-        fields = _without_init(fields)
+        fields = without_init(fields)
         initial = _named(INITIAL_FILE, read_header(folder / INITIAL_FILE), base)
     config = parse_config(fields, base)
     headers = read_header(folder / WEIGHTS_FILE)
     heads = heads_of(headers, base)
     others = without_heads(headers, base)
-    upload = _named(WEIGHTS_FILE, without_doras(others) if config.dora else others, base)
+    if config.dora:
+        others = {name: x for name, x in without_doras(others).items() if not _MAGNITUDE.fullmatch(name)}
+    upload = _named(WEIGHTS_FILE, others, base)
     parts = {module: parts for module, _ in upload.tensors if (parts := _parts(module, base))}
     modules = {module for module, _ in upload.tensors}
     trained = {module: upload.trained_as.get(module, module) for module in modules}
@@ -174,26 +190,27 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
         )
     if initial is None and not parts and not upload.notes and not rewritten:
         return Upload(config, headers)
-    if config.dora:
-        raise _refuse("dora_unsupported", "a DoRA is served as PEFT saves it, with the checkpoint's names.")
+    if config.dora and initial is not None:
+        raise _refuse("dora_unsupported", "no initial weights are subtracted from a DoRA.")
     config.check_targets(base, set(trained.values()))
     tensors, notes, twice = upload.tensors, [*upload.notes, *rewritten], 1
     if initial is not None:
         tensors, twice = _subtract(tensors, initial.tensors), 2
-        fields = _of_twice_the_rank(fields, config)
+        fields = of_twice_the_rank(fields, config)
         notes.append("its initial weights were subtracted: a plain LoRA of twice the rank")
     if parts:
         tensors = _split(tensors, parts, base)
-        fields = _with_patterns_of_parts(fields, config, parts)
+        fields = with_patterns_of_parts(fields, config, parts)
         for fused in sorted({leaf(module) for module in parts}):
             notes.append(f"{fused} was split into {', '.join(base.fused[fused])}, rows in this order")
     if weights:
         fields = of_modules(fields, [parameter_of(name) for name in weights])
     if upload.trained_as:
-        fields = _with_renamed_keys(fields, {old: new for new, old in upload.trained_as.items()})
+        fields = with_renamed_keys(fields, {old: new for new, old in upload.trained_as.items()})
     if parts or upload.trained_as or weights:
-        fields = _with_exact_targets(fields, {module for module, _ in tensors})
-    conversion = Conversion(fields, tensors, tuple(notes), base, upload.left_out, heads)
+        fields = with_exact_targets(fields, {module for module, _ in tensors})
+    magnitudes = _magnitudes(headers, parts, base) if config.dora else {}
+    conversion = Conversion(fields, tensors, tuple(notes), base, upload.left_out, heads, magnitudes)
     converted = parse_config(fields, base)
     check_tensors(conversion.headers(), converted, base)
     for module in modules:
@@ -351,6 +368,28 @@ def _rows(tensor: _Tensor, begin: int, end: int) -> _Tensor:
     return replace(tensor, shape=(end - begin, *tensor.shape[1:]), pieces=pieces)
 
 
+def _magnitudes(
+    headers: Mapping[str, TensorHeader], parts: Mapping[str, tuple[str, ...]], base: BaseModel
+) -> dict[str, _Tensor]:
+    """DoRA's magnitudes under PEFT's names; those of a fused layer are cut as the rows of its lora_B are."""
+    found: dict[str, _Tensor] = {}
+    for name, header in sorted(headers.items()):
+        match = _MAGNITUDE.fullmatch(name)
+        if match is None:
+            continue
+        module, begin = _rooted(_unwrapped(match["module"])[0], base), 0
+        for part in parts.get(module, (module,)):
+            made = _Tensor(header.dtype, header.shape, (_Piece(WEIGHTS_FILE, name),))
+            if module in parts:
+                end = begin + base.modules[part].out_features
+                made, begin = _rows(made, begin, end), end
+            if found.setdefault(f"{PREFIX}{part}{MAGNITUDE}", made) is not made:
+                raise _refuse("weights_invalid", f"{show(name)}: {show(part)} has two magnitudes.")
+        if module in parts and header.shape != (begin,):
+            raise _refuse("shape_mismatch", f"tensor {show(name)} is {header.shape}, not ({begin},).")
+    return found
+
+
 def _subtract(trained: Mapping[Side, _Tensor], initial: Mapping[Side, _Tensor]) -> dict[Side, _Tensor]:
     """[A ; A0] and [B | -B0] for every pair; both files have the same tensors in the same shapes."""
     if trained.keys() != initial.keys():
@@ -395,71 +434,6 @@ def _bytes_of(tensor: torch.Tensor) -> Any:
 
 
 # --- the config -----------------------------------------------------------------------------------------
-
-
-def _without_init(fields: Mapping[str, Any]) -> dict[str, Any]:
-    init = fields.get("init_lora_weights")
-    if not isinstance(init, str) or not init.lower().startswith(CONVERTIBLE):
-        raise fault(
-            "unexpected_file",
-            f"The upload holds {INITIAL_FILE}, and init_lora_weights is {show(init)}, which needs none.",
-            param=INITIAL_FILE,
-        )
-    return {**fields, "init_lora_weights": True}
-
-
-def _of_twice_the_rank(fields: Mapping[str, Any], config: PeftConfig) -> dict[str, Any]:
-    """Of the same scaling: alpha grows with the rank, with rsLoRA with its root."""
-    factor = math.sqrt(2) if config.use_rslora else 2
-    return {
-        **fields,
-        "r": config.r * 2,
-        "lora_alpha": config.lora_alpha * factor,
-        "rank_pattern": {key: rank * 2 for key, rank in (config.rank_pattern or {}).items()},
-        "alpha_pattern": {key: alpha * factor for key, alpha in (config.alpha_pattern or {}).items()},
-    }
-
-
-def _with_patterns_of_parts(
-    fields: Mapping[str, Any], config: PeftConfig, parts: Mapping[str, tuple[str, ...]]
-) -> dict[str, Any]:
-    """A key of a fused module becomes one of each of its parts, at the same place in the order."""
-    names = {leaf(module): [leaf(part) for part in of] for module, of in parts.items()}
-    changed = dict(fields)
-    for field in ("rank_pattern", "alpha_pattern"):
-        expanded: dict[str, Any] = {}
-        for key, value in (fields.get(field) or {}).items():
-            parent, dot, last = key.rpartition(".")
-            for name in names.get(last, [last]):
-                expanded.setdefault(f"{parent}{dot}{name}", value)
-        changed[field] = expanded
-    return changed
-
-
-def _with_renamed_keys(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A pattern's key that is a module's whole name follows it; suffixes are the same under either name."""
-    names = {_in_patterns(old): _in_patterns(new) for old, new in names.items()}
-    changed = dict(fields)
-    for field in ("rank_pattern", "alpha_pattern"):
-        changed[field] = {names.get(key, key): value for key, value in (fields.get(field) or {}).items()}
-    return changed
-
-
-def _in_patterns(module: str) -> str:
-    return parameter_of(module) if is_stacked(module) else module
-
-
-def _with_exact_targets(fields: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
-    modules = set(modules)
-    stacked = set(filter(is_stacked, modules))
-    return {
-        **fields,
-        "target_modules": sorted(modules - stacked),
-        "target_parameters": sorted(map(parameter_of, stacked)) or None,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
 
 
 def _check_same(config: PeftConfig, module: str, converted: PeftConfig, part: str, twice: int) -> None:

@@ -140,6 +140,7 @@ class Checkpoint:
     """The weights of the base model's folder, some rows at a time."""
 
     def __init__(self, base: BaseModel) -> None:
+        self._base = base
         self._folder = Path(base.source or "")
         self._stack = ExitStack()
         self._opened: dict[Path, Any] = {}
@@ -186,13 +187,28 @@ class Checkpoint:
 
     def rows(self, module: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(number of the first row, rows in float32) of a module's weight, block by block."""
-        file = self._files.get(f"{module}.weight")
-        if file is None:
-            raise _refuse(f"the base's folder has no weight of {show(module)}; it may be quantized.")
-        weight = self._open(file).get_slice(f"{module}.weight")
+        whole, begin, end = self._place(module)
+        weight = self._open(self._files[f"{whole}.weight"]).get_slice(f"{whole}.weight")
         if weight.get_dtype() not in DTYPES or len(weight.get_shape()) != 2:
             raise _refuse(f"the base's weight of {show(module)} is quantized, {weight.get_dtype()}.")
         rows, columns = weight.get_shape()
+        end = rows if end is None else end
         step = max(1, _ROWS // columns)
-        for at in range(0, rows, step):
-            yield at, weight[at : at + step].float()
+        for at in range(begin, end, step):
+            yield at - begin, weight[at : min(at + step, end)].float()
+
+    def _place(self, module: str) -> tuple[str, int, int | None]:
+        """Whose weight holds that of ``module``, and its rows there, all of them if the last is None.
+
+        A checkpoint may keep layers in one that are served apart, as GLM-4 its gate_up_proj.
+        """
+        if self.has(module):
+            return module, 0, None
+        parent, _, last = module.rpartition(".")
+        for fused, parts in self._base.fused.items():
+            shapes = [self._base.modules.get(f"{parent}.{part}") for part in parts]
+            if last in parts and None not in shapes and self.has(f"{parent}.{fused}"):
+                sizes = [shape.out_features for shape in shapes if shape is not None]
+                begin = sum(sizes[: parts.index(last)])
+                return f"{parent}.{fused}", begin, begin + sizes[parts.index(last)]
+        raise _refuse(f"the base's folder has no weight of {show(module)}; it may be quantized.")

@@ -174,7 +174,7 @@ VARIANTS = {
     "DoRA with rsLoRA": _of({"use_dora": True, "use_rslora": True}, converted=True),
     "DoRA with patterns": _of({**_PATTERNED, "use_dora": True}, converted=True),
     "DoRA, in bfloat16": _of({"use_dora": True}, dtype="bfloat16", converted=True),
-    "DoRA under DDP": _of({"use_dora": True}, "dora_unsupported", style="ddp"),
+    "DoRA under DDP": _of({"use_dora": True}, style="ddp", converted=True),
     "all biases": _of({"bias": "all"}, "bias_unsupported"),
     "LoRA's biases": _of({"bias": "lora_only"}, "bias_unsupported"),
     "a bias on lora_B": _of({"lora_bias": True}, "bias_unsupported"),

@@ -64,6 +64,79 @@ def test_the_scale_is_pefts(apart: bool, trained: Path, base: BaseModel, tmp_pat
     assert (tmp_path / WEIGHTS_FILE).read_bytes() == (into / WEIGHTS_FILE).read_bytes()
 
 
+RENAMED: dict[str, Callable[[str], str]] = {
+    "DDP": lambda name: f"module.{name}",
+    "compiled": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+    "the adapter's name": lambda name: (
+        f"{name}.default" if name.endswith(MAGNITUDE) else name.replace(".weight", ".default.weight")
+    ),
+    "the adapter's name, as a weight": lambda name: (
+        f"{name}.default.weight" if name.endswith(MAGNITUDE) else name.replace(".weight", ".default.weight")
+    ),
+    "a bare backbone": lambda name: name.replace("base_model.model.model.", "base_model.model."),
+}
+
+
+@pytest.mark.parametrize("style", RENAMED)
+def test_magnitudes_are_renamed_along(style: str, trained: Path, base: BaseModel, tmp_path: Path) -> None:
+    config, tensors = read(trained)
+    upload = write(tmp_path / "upload", config, {RENAMED[style](name): x for name, x in tensors.items()})
+    plain, into = tmp_path / "plain", tmp_path / "into"
+    plain.mkdir()
+    into.mkdir()
+    admit(trained, base, into=plain, serving_dtype="float32")
+    manifest = admit(upload, base, into=into, serving_dtype="float32")
+    assert manifest.conversions[-1] == NOTE
+    assert len(manifest.conversions) == 2
+    wanted, stored = load_file(plain / WEIGHTS_FILE), load_file(into / WEIGHTS_FILE)
+    assert {name.removesuffix(".weight") for name in stored} == {n.removesuffix(".weight") for n in wanted}
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, wanted.get(name, wanted.get(f"{name}.weight", tensor * torch.nan)))
+    check_fit(into, base)
+
+
+def test_what_is_fused_in_checkpoint_and_upload_is_cut_alike(base: BaseModel, tmp_path: Path) -> None:
+    """As GLM-4 has gate and up: one weight, and in an adapter one lora_A, lora_B and vector of magnitudes."""
+    apart = train(tmp_path / "apart", use_dora=True, target_modules=["gate_proj", "up_proj"])
+    config, tensors = read(apart)
+    fused: Tensors = {}
+    for layer in ("0", "1"):
+        stem = f"base_model.model.model.layers.{layer}.mlp"
+        tensors[f"{stem}.up_proj.lora_A.weight"] = tensors[f"{stem}.gate_proj.lora_A.weight"].clone()
+        fused[f"{stem}.gate_up_proj.lora_A.weight"] = tensors[f"{stem}.gate_proj.lora_A.weight"].clone()
+        for end in (".lora_B.weight", MAGNITUDE):
+            both = [tensors[f"{stem}.{part}{end}"] for part in ("gate_proj", "up_proj")]
+            fused[f"{stem}.gate_up_proj{end}"] = torch.cat(both)
+    weights = make_llama().state_dict()
+    for layer in ("0", "1"):
+        stem = f"model.layers.{layer}.mlp"
+        both = [weights.pop(f"{stem}.{part}.weight") for part in ("gate_proj", "up_proj")]
+        weights[f"{stem}.gate_up_proj.weight"] = torch.cat(both)
+    (tmp_path / "base").mkdir()
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    base = replace(base, fused={"gate_up_proj": ("gate_proj", "up_proj")})
+    found = []
+    for name, one, of in (
+        ("apart", tensors, base),
+        ("fused", fused, replace(base, source=str(tmp_path / "base"))),
+    ):
+        targets = ["gate_proj", "up_proj"] if name == "apart" else ["gate_up_proj"]
+        into = tmp_path / f"into-{name}"
+        into.mkdir()
+        admit(write(tmp_path / f"up-{name}", {**config, "target_modules": targets}, one), of, into=into)
+        found.append(load_file(into / WEIGHTS_FILE))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_two_magnitudes_of_one_layer_are_refused(trained: Path, base: BaseModel, tmp_path: Path) -> None:
+    config, tensors = read(trained)
+    tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    tensors[M1] = tensors[f"module.{M1}"].clone()
+    with pytest.raises(AdapterRejected, match="two magnitudes"):
+        admit(write(tmp_path, config, tensors), base)
+
+
 def test_a_stored_scale_is_for_one_base(trained: Path, base: BaseModel, tmp_path: Path) -> None:
     admit(trained, base, into=tmp_path)
     with pytest.raises(AdapterRejected, match="another base") as refused:
@@ -94,17 +167,11 @@ def _orphan(_: Config, tensors: Tensors) -> None:
     tensors[M1.replace("k_proj", "o_proj")] = torch.ones(64)
 
 
-def _wrapped(_: Config, tensors: Tensors) -> None:
-    for name in list(tensors):
-        tensors[f"module.{name}"] = tensors.pop(name)
-
-
 BAD = {
     "tensor_unpaired": (_without, "has no lora_magnitude_vector"),
     "shape_mismatch": (_shorter, "is needed"),
     "adapter_implausible": (_huge, "another base model"),
     "weights_not_finite": (_nan, "not finite"),
-    "dora_unsupported": (_wrapped, "as PEFT saves it"),
 }
 
 
