@@ -21,6 +21,8 @@ from transformers import (
     GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -204,13 +206,15 @@ def loaded(folder: Path) -> LoRAModel:
     return lora
 
 
-def check(layer: Experts, wanted: dict[str, torch.Tensor]) -> None:
+def check(layer: Experts, wanted: dict[str, torch.Tensor]) -> float:
+    """The largest difference."""
     a, b = layer.w13_lora_a_stacked, layer.w13_lora_b_stacked
     got = {"gate_proj": b[0][1] @ a[0][1], "up_proj": b[1][1] @ a[1][1]}
     got["down_proj"] = layer.w2_lora_b_stacked[0][1] @ layer.w2_lora_a_stacked[0][1]
     for name, delta in wanted.items():
         assert torch.allclose(got[name], delta, atol=1e-6), name
         assert delta.abs().max() > 0.01
+    return max((got[name] - delta).abs().max().item() for name, delta in wanted.items())
 
 
 def test_stacked_experts_are_what_peft_adds(trained: tuple[Path, Any], base: BaseModel) -> None:
@@ -224,7 +228,7 @@ def test_stacked_experts_are_what_peft_adds(trained: tuple[Path, Any], base: Bas
     made = lora.get_lora(LAYER)
     layer.set_lora(1, made.lora_a, made.lora_b)
     wanted = deltas(model)
-    check(layer, wanted)
+    print(f"| Qwen3-MoE, target_parameters | what slots hold | {check(layer, wanted):.1e} |")
     (down,) = (row for row in manifest.coverage if row.module == "mlp.experts")
     assert down.norm[0] == pytest.approx(wanted["down_proj"].norm().item(), rel=1e-4)
 
@@ -278,7 +282,7 @@ def test_what_peft_makes_of_its_own_recipes_is_served_as_there(recipe: str, tmp_
     lora, experts = loaded(tmp_path), Experts()
     LoRAModelManager._convert_3d_to_2d_moe_lora(tables(), lora, experts, layer)
     experts.set_lora(1, lora.get_lora(layer).lora_a, lora.get_lora(layer).lora_b)
-    check(experts, deltas(model))
+    print(f"| {recipe} | what slots hold | {check(experts, deltas(model)):.1e} |")
     router = lora.get_lora(f"{layer.removesuffix('.experts')}.gate")
     assert (router is not None) == ("all-linear" in recipe)
     if router is not None:
@@ -312,7 +316,53 @@ def test_offline_tools_know_a_mixture_as_the_server_does(recipe: str, tmp_path: 
         with model.disable_adapter():
             plain = model(tokens).logits
     assert torch.allclose(got, wanted, atol=1e-5)
+    print(f"| {recipe} | logits of the merged model | {(got - wanted).abs().max():.1e} |")
     assert (plain - wanted).abs().max() > 1e-3
+
+
+def test_shared_experts_and_their_gate_are_layers_like_others(tmp_path: Path) -> None:
+    """Under the names of older releases: PEFT on transformers 5 takes these projections for the experts'."""
+    config = Qwen2MoeConfig(
+        vocab_size=64,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        moe_intermediate_size=INNER,
+        shared_expert_intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+    )
+    Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = read_base(tmp_path / "base", max_lora_rank=8)
+    names = [
+        "shared_expert.gate_proj",
+        "shared_expert.up_proj",
+        "shared_expert.down_proj",
+        "shared_expert_gate",
+    ]
+    tensors = {}
+    for name in names:
+        shape = base.modules[f"model.layers.0.mlp.{name}"]
+        stem = f"{PREFIX}model.layers.0.mlp.{name}"
+        tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, shape.in_features) / 10
+        tensors[f"{stem}.lora_B.weight"] = torch.randn(shape.out_features, RANK) / 10
+    assert shape.out_features == 1
+    fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": names}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / CONFIG_FILE).write_text(json.dumps(fields))
+    save_file(tensors, tmp_path / "adapter" / WEIGHTS_FILE)
+    assert len(admit(tmp_path / "adapter", base).modules) == len(names)
+    with Merge(tmp_path / "base", base, tmp_path / "adapter", tmp_path / "out") as merging:
+        assert merging.run() == len(names)
+        merging.keep()
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.0.mlp.{name}.weight" for name in names}
+    gate = "model.layers.0.mlp.shared_expert_gate"
+    a, b = (tensors[f"{PREFIX}{gate}.lora_{side}.weight"] for side in "AB")
+    assert torch.allclose(after[f"{gate}.weight"], before[f"{gate}.weight"] + 2 * b @ a)
 
 
 def test_experts_that_a_checkpoint_keeps_together_are_left_to_peft(tmp_path: Path) -> None:
@@ -385,7 +435,9 @@ def test_experts_apart_are_what_peft_adds(trained: tuple[Path, Any], base: BaseM
     packed = PackedLoRALayerWeights.pack_moe([lora.get_lora(name) for name in apart()], LAYER)
     packed.optimize()
     layer.set_lora(1, packed.lora_a, packed.lora_b)
-    check(layer, deltas(trained[1]))
+    print(
+        f"| Qwen3-MoE, a layer for each expert | what slots hold | {check(layer, deltas(trained[1])):.1e} |"
+    )
 
 
 def _add_one_apart(_: dict[str, Any], tensors: dict[str, Any]) -> None:
@@ -507,4 +559,5 @@ def test_experts_of_gpt_oss_whose_gate_and_up_take_turns(tmp_path: Path) -> None
     found = {one.parameter_name: one.get_delta_weight("default") for one in (outer, outer.base_layer)}
     gate_up, down = (found[name].detach().transpose(1, 2) for name in ("gate_up_proj", "down_proj"))
     wanted = {"gate_proj": gate_up[:, ::2], "up_proj": gate_up[:, 1::2], "down_proj": down}
-    check(layer, {name: torch.nn.functional.pad(delta, (0, 8, 0, 8)) for name, delta in wanted.items()})
+    padded = {name: torch.nn.functional.pad(delta, (0, 8, 0, 8)) for name, delta in wanted.items()}
+    print(f"| GPT-OSS, target_parameters, rounded up | what slots hold | {check(layer, padded):.1e} |")
