@@ -20,6 +20,7 @@ import httpx
 import psutil
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from adapters.worker.cpu.onednn import CAPACITY
 from server.demo.process import free_port
 from tests.support.forks import FIRST, TITLE, WANTED, Served
 from tests.support.resting import RESTING
@@ -28,6 +29,7 @@ from tests.support.site import bearer
 START = 600.0
 LINES_SHOWN = 60  # of a server's log, where a test fails
 CORE = "EngineCore"
+FEW_KERNELS = "128"  # of oneDNN, made at the start: 512 of them take a second
 Which = Literal["all", "first", "server", "nothing"]  # of a server and its engines is forked
 
 
@@ -168,6 +170,7 @@ async def starting(
     elif forked != "all":
         environment.pop(WANTED, None)
     if wanted:
+        environment[CAPACITY] = FEW_KERNELS
         process = Served(environment, log)
     else:
         environment.pop(WANTED, None)
