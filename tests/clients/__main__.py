@@ -27,7 +27,9 @@ from tests.clients.libraries_known import (
     JAVASCRIPT,
     JAVASCRIPT_EMBEDDERS,
     NOT_THERE,
+    NOT_TRIED,
     PYTHON,
+    REASONS,
     WHY_NOT,
     WITH_OPENAI_2,
 )
@@ -75,21 +77,26 @@ async def ask(library: str, command: list[str], environment: Mapping[str, str]) 
 def table(results: Mapping[str, Result], before: str) -> str:
     """One row a library: what was tried now, over what ``before``, the last table, has of it.
 
-    A cell: it passes, or not, or the library has no such thing, or (``?``) it was not tried.
+    A cell: it passes, or not, or the library has no such thing (``REASONS``), or (``?``) it was not tried.
     """
     rows = {row[0]: row for line in before.splitlines() if len(row := _cells(line)) == len(CHECKS) + 2}
-    notes = [line for line in before.splitlines() if line.startswith("- ")]
+    notes = [line for line in before.splitlines() if line.startswith("- ") and not line.startswith("- `")]
     for library, result in results.items():
         known = dict(zip(CHECKS, rows.get(library, [])[2:], strict=False))
         for check, error in result.errors.items():
             known[check] = "yes" if error is None else "**no**"
             notes = [note for note in notes if not note.startswith(f"- {library}, {check}: ")]
             notes += [] if error is None else [f"- {library}, {check}: {error}"]
-        rows[library] = [library, result.version, *(known.get(check, NOT_THERE) for check in CHECKS)]
+        rows[library] = [library, result.version, *(known.get(check, NOT_TRIED) for check in CHECKS)]
+    for library, row in rows.items():
+        for place, check in enumerate(CHECKS, 2):
+            if row[place] in (NOT_THERE, NOT_TRIED):
+                row[place] = NOT_THERE if (library, check) in REASONS else NOT_TRIED
     head = f"| library | version | {' | '.join(CHECKS)} |", f"| --- | --- |{' --- |' * len(CHECKS)}"
     order = [*PYTHON, *JAVASCRIPT]
     shown = [f"| {' | '.join(rows[library])} |" for library in order if library in rows]
-    return "\n".join([*head, *shown, "", WHY_NOT, *(["", *notes] if notes else [])])
+    reasons = [f"- `–` {library}, {check}: {reason}." for (library, check), reason in REASONS.items()]
+    return "\n".join([*head, *shown, "", WHY_NOT, "", *reasons, *(["", *notes] if notes else [])])
 
 
 def _cells(line: str) -> list[str]:

@@ -84,6 +84,10 @@ const libraries = {
         const narrow = new Anthropic({ baseURL: url, apiKey: narrowKey, maxRetries: patience });
         await Promise.all([1, 2, 3].map(() => narrow.messages.create({ model, messages, max_tokens: tokens })));
       },
+      "structured output": async () => {
+        const made = await create({ output_config: { format: { type: "json_schema", schema: parameters } } });
+        cityOf(made.content.map((block) => block.text ?? "").join(""));
+      },
       errors: async () => refused(create({ messages: long }), "prompt is too long"),
     };
   },
@@ -108,6 +112,19 @@ const libraries = {
       "structured output": async () => {
         const made = await generateText({ ...options, output: Output.object({ schema: jsonSchema(parameters) }) });
         cityOf(made.output);
+      },
+      // By @ai-sdk/openai, in two steps: told to keep nothing, it sends the call itself and no reference to it.
+      responses: async () => {
+        const { createOpenAI } = await load("@ai-sdk/openai");
+        const openai = createOpenAI({ baseURL: `${url}/v1`, apiKey: key });
+        const asked = { ...options, model: openai.responses(model), providerOptions: { openai: { store: false } } };
+        const first = await generateText({ ...asked, tools, toolChoice: "required" });
+        const called = first.toolCalls[0];
+        cityOf(called.input);
+        const output = { type: "text", value: "Sunny." };
+        const result = { type: "tool-result", toolCallId: called.toolCallId, toolName: called.toolName, output };
+        const turns = [{ role: "user", content: question }, ...first.response.messages.slice(0, 1), { role: "tool", content: [result] }];
+        check((await generateText({ ...asked, prompt: undefined, messages: turns })).text, "no text");
       },
       embeddings: async () => {
         const { embedMany } = await load("ai");

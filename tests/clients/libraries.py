@@ -140,6 +140,11 @@ def anthropic_checks() -> dict[str, Check]:
         for used in await tools({"type": "any"}):
             city_of(used.input)
 
+    async def structured() -> None:
+        form: Any = {"format": {"type": "json_schema", "schema": PARAMETERS}}
+        made = await client.messages.create(**options, output_config=form)
+        city_of("".join(block.text for block in made.content if block.type == "text"))
+
     async def errors() -> None:
         await refused(client.messages.create(model=MODEL, messages=LONG, max_tokens=5), "prompt is too long")
         await refused(client.messages.create(model="nobodys", messages=TURNS, max_tokens=5), "NotFoundError")
@@ -150,7 +155,8 @@ def anthropic_checks() -> dict[str, Check]:
 
     return {
         "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
-        "tools: named": named, "tools: parallel": parallel, "errors": errors, "retries": retries,
+        "tools: named": named, "tools: parallel": parallel, "structured output": structured,
+        "errors": errors, "retries": retries,
     }  # fmt: skip
 
 
@@ -192,6 +198,11 @@ def litellm_checks() -> dict[str, Check]:
         made = await litellm.acompletion(**options, response_format=form)
         city_of(made.choices[0].message.content)
 
+    async def responses() -> None:
+        asked = {name: options[name] for name in ("model", "api_base", "api_key")}
+        made: Any = await litellm.aresponses(**asked, input=QUESTION, max_output_tokens=8)
+        assert made.output
+
     async def embeddings() -> None:
         asked = {name: options[name] for name in ("model", "api_base", "api_key")}
         made = await litellm.aembedding(**asked, input=["one", "two"])
@@ -207,7 +218,7 @@ def litellm_checks() -> dict[str, Check]:
     return {
         "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
         "tools: named": named, "tools: parallel": parallel, "structured output": structured,
-        "errors": errors, "retries": retries, "embeddings": embeddings,
+        "responses": responses, "errors": errors, "retries": retries, "embeddings": embeddings,
     }  # fmt: skip
 
 
@@ -257,6 +268,10 @@ def langchain_checks() -> dict[str, Check]:
             made = await model.with_structured_output(Place, method=method).ainvoke(QUESTION)
             assert made.city in CITIES
 
+    async def responses() -> None:
+        made = ChatOpenAI(**options, api_key=KEY, max_retries=0, use_responses_api=True)
+        assert (await made.ainvoke(QUESTION)).content
+
     async def embeddings() -> None:
         from langchain_openai import OpenAIEmbeddings
 
@@ -273,14 +288,15 @@ def langchain_checks() -> dict[str, Check]:
     return {
         "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
         "tools: named": named, "tools: parallel": parallel, "structured output": structured,
-        "errors": errors, "retries": retries, "embeddings": embeddings,
+        "responses": responses, "errors": errors, "retries": retries, "embeddings": embeddings,
     }  # fmt: skip
 
 
 def pydantic_ai_checks() -> dict[str, Check]:
+    import openai
     from pydantic import BaseModel
     from pydantic_ai import Agent, NativeOutput
-    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
     model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=BASE, api_key=KEY))
@@ -314,12 +330,22 @@ def pydantic_ai_checks() -> dict[str, Check]:
         agent: Any = Agent(model, output_type=NativeOutput(Place), model_settings=settings)
         assert (await agent.run(QUESTION)).output.city in CITIES
 
+    async def responses() -> None:
+        asked = OpenAIResponsesModel(MODEL, provider=OpenAIProvider(base_url=BASE, api_key=KEY))
+        assert (await Agent(asked, model_settings=settings).run(QUESTION)).output
+
     async def errors() -> None:
         await refused(Agent(model).run("word " * 4000), *TOO_LONG)
 
+    async def retries() -> None:
+        patient = openai.AsyncOpenAI(base_url=BASE, api_key=NARROW_KEY, max_retries=PATIENCE)
+        narrow = OpenAIChatModel(MODEL, provider=OpenAIProvider(openai_client=patient))
+        await asyncio.gather(*(Agent(narrow, model_settings=settings).run(QUESTION) for _ in range(3)))
+
     return {
         "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
-        "structured output": structured, "errors": errors,
+        "structured output": structured, "responses": responses,
+        "errors": errors, "retries": retries,
     }  # fmt: skip
 
 
@@ -335,10 +361,21 @@ def instructor_checks() -> dict[str, Check]:
         "model": MODEL, "messages": TURNS, "max_tokens": TOKENS, "response_model": Place, "max_retries": 0,
     }  # fmt: skip
 
+    def client(mode: Any, key: str = KEY, retries: int = 0) -> Any:
+        return instructor.from_openai(
+            openai.AsyncOpenAI(base_url=BASE, api_key=key, max_retries=retries), mode=mode
+        )
+
     async def made_by(mode: Any) -> None:
-        client = openai.AsyncOpenAI(base_url=BASE, api_key=KEY, max_retries=0)
-        made = await instructor.from_openai(client, mode=mode).create(**options)
-        assert made.city in CITIES
+        assert (await client(mode).create(**options)).city in CITIES
+
+    async def chat() -> None:
+        made = await client(instructor.Mode.TOOLS).create(**{**options, "response_model": None})
+        assert made.choices[0].message.content
+
+    async def stream() -> None:
+        parts = client(instructor.Mode.JSON_SCHEMA).create_partial(**options)
+        assert [part async for part in parts][-1].city in CITIES
 
     async def named() -> None:
         await made_by(instructor.Mode.TOOLS)
@@ -346,7 +383,18 @@ def instructor_checks() -> dict[str, Check]:
     async def structured() -> None:
         await made_by(instructor.Mode.JSON_SCHEMA)
 
-    return {"tools: named": named, "structured output": structured}
+    async def errors() -> None:
+        long = {**options, "messages": LONG}
+        await refused(client(instructor.Mode.TOOLS).create(**long), *TOO_LONG)
+
+    async def retries() -> None:
+        narrow = client(instructor.Mode.JSON_SCHEMA, NARROW_KEY, PATIENCE)
+        await asyncio.gather(*(narrow.create(**options) for _ in range(3)))
+
+    return {
+        "chat": chat, "stream": stream, "tools: named": named, "structured output": structured,
+        "errors": errors, "retries": retries,
+    }  # fmt: skip
 
 
 LIBRARIES: dict[str, tuple[str, Callable[[], dict[str, Check]]]] = {

@@ -13,11 +13,24 @@ CHECKS = (
     "chat", "stream", "tools: auto", "tools: required", "tools: named", "tools: parallel",
     "structured output", "responses", "embeddings", "errors", "retries",
 )  # fmt: skip
-NOT_THERE = "–"
+NOT_THERE, NOT_TRIED = "–", "?"
+_ANTHROPIC = "Anthropic's API has none"
+# Why a library has no cell: (library, check) -> the reason. Every other cell is tried, or `?`.
+REASONS: dict[tuple[str, str], str] = {
+    ("anthropic", "responses"): _ANTHROPIC,
+    ("anthropic", "embeddings"): _ANTHROPIC,
+    ("anthropic (JS)", "responses"): _ANTHROPIC,
+    ("anthropic (JS)", "embeddings"): _ANTHROPIC,
+    ("pydantic-ai", "tools: named"): "an agent forces one of its outputs, not a tool by its name",
+    ("instructor", "tools: auto"): "it forces the one tool that it makes of a model",
+    ("instructor", "tools: required"): "it forces the one tool that it makes of a model, by its name",
+    ("instructor", "embeddings"): "it makes no embeddings",
+    ("autogen", "responses"): "its client speaks chat alone",
+    ("autogen", "embeddings"): "it makes no embeddings",
+}
 WHY_NOT = (
-    "`–`: the library has no such thing, or does it as the library in another row that it is built on."
-    " `?`: not tried on the\nreal engine as it is now. `make clients LIBRARY=…` writes the row of one library"
-    " anew."
+    "`–`: the library has no such thing; the reasons are below. `?`: it has, or may have, and is not tried."
+    " `make clients\nLIBRARY=…` writes the row of one library anew."
 )
 # What is tried on a base that makes embeddings instead of text, by ``libraries.py LIBRARY embeddings``.
 EMBEDDINGS = "embeddings"
