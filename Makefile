@@ -47,7 +47,7 @@ demo: $(STAMP) ## Three customers, three voices, one model; ONCE=1 ends after th
 	@$(PY) -m server demo $(if $(filter-out 0,$(ONCE)),--once)
 
 fleet: $(STAMP) ## A gateway, two replicas, six customers; one replica is killed; ONCE=1 ends after the answers
-	@$(PY) -m server fleet demo $(if $(filter-out 0,$(ONCE)),--once)
+	@$(PY) -m server fleet demo $(if $(filter-out 0,$(ONCE)),--once) $(if $(RAY),$(if $(filter 0,$(RAY)),--no-ray,--ray))
 
 quick: $(STAMP) ## Run the pure layer of the tests, under a minute: no vLLM, no server
 	$(PY) -m pytest -q -n 2 --dist loadfile tests/pure

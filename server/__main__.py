@@ -93,11 +93,14 @@ def fleet_demo(
     once: Annotated[bool, typer.Option(help="Stop after the answers.")] = False,
     port: Annotated[int | None, typer.Option(help="Port to serve on; 8000 if it is free.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for the base model and the demo's data.")] = None,
+    by_ray: Annotated[
+        bool | None, typer.Option("--ray/--no-ray", help="Under Ray; if not said, where that is installed.")
+    ] = None,
 ) -> None:
     """Two replicas, six customers; one replica is killed in mid-stream."""
     from server.demo.fleet import run
 
-    raise SystemExit(run(once=once, port=port, cache=cache))
+    raise SystemExit(run(once=once, port=port, cache=cache, ray=by_ray))
 
 
 @cli.command()

@@ -6,15 +6,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import secrets
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import httpx
+import psutil
 from rich.table import Table
 
 from server.demo.base import base_folder, cache_folder
@@ -38,22 +39,28 @@ SHOWN = 36  # characters of an answer: the table fits a terminal of 80
 LONG_ENOUGH = 0.6  # seconds into the answers, before the kill
 
 
-def run(*, once: bool, port: int | None, cache: Path | None) -> int:
-    """As the demo's ``run``; with ``once`` it ends after the table, with 0 only if no answer changed."""
-    return interruptible(_fleet(once, port or 8000, (cache or cache_folder()).absolute()))
+def run(*, once: bool, port: int | None, cache: Path | None, ray: bool | None = None) -> int:
+    """As the demo's ``run``; with ``once`` it ends after the table, with 0 only if no answer changed.
+
+    ``ray`` None: under Ray where that is installed.
+    """
+    by_ray = find_spec("ray") is not None if ray is None else ray
+    return interruptible(_fleet(once, port or 8000, (cache or cache_folder()).absolute(), by_ray))
 
 
-async def _fleet(once: bool, wanted: int, cache: Path) -> int:
+async def _fleet(once: bool, wanted: int, cache: Path, by_ray: bool) -> int:
     await prepare_base(cache)
     port, key = free_port(wanted), secrets.token_urlsafe(32)
     data = cache / "fleet-data"
     data.mkdir(parents=True, exist_ok=True)
     log, url = data / "fleet.log", f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "server", "fleet", "up", "--replicas", "2"]
+    command += ["--ray", "--cpus", "0"] if by_ray else []
     # In float32: in bfloat16 two words that are nearly as likely may change places with the number of
     # requests that are answered at once, on one engine as on two.
     engine = {"max_num_seqs": 16, "dtype": "float32"}
     more = {
+        "RAY_ADDRESS": "",  # a cluster of its own
         "LORAPLEX_FLEET_KEY": secrets.token_urlsafe(32),
         "LORAPLEX_ENGINE_ARGS": json.dumps(engine),
     }
@@ -62,7 +69,8 @@ async def _fleet(once: bool, wanted: int, cache: Path) -> int:
         httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as client,
     ):
         admin = {"Authorization": f"Bearer {key}"}
-        with step("Starting a gateway and two replicas, each with the model"):
+        how = "under Ray" if by_ray else "as plain processes"
+        with step(f"Starting a gateway and two replicas {how}, each with the model"):
             await wait_until_ready(fleet, client, log)
             await _both(client, admin)
         with step("Creating six customers and uploading an adapter for each"):
@@ -76,12 +84,12 @@ async def _fleet(once: bool, wanted: int, cache: Path) -> int:
         with step("Asking all of them again, and killing one replica while it answers"):
             asking = asyncio.create_task(_ask_all(client, keys))
             await asyncio.sleep(LONG_ENOUGH)
-            killed = await _kill_one(client, admin, log)
+            killed = await _kill_one(client, admin)
             after = await asking
-        console.print(_table(before, after))
+        console.print(_table(before, after, how))
         same = all(before[name].text == after[name].text for name in SIX)
         console.print(
-            f"Replica {killed} was killed; "
+            f"{killed} was killed; "
             + ("nobody noticed more than a pause." if same else "[red]an answer changed.[/red]")
         )
         if once or not same:
@@ -106,20 +114,24 @@ async def _ask_all(client: httpx.AsyncClient, keys: dict[str, str]) -> dict[str,
     return dict(zip(keys, answers, strict=True))
 
 
-async def _kill_one(client: httpx.AsyncClient, admin: dict[str, str], log: Path) -> str:
-    """The busier replica; the fleet's log has its process."""
+async def _kill_one(client: httpx.AsyncClient, admin: dict[str, str]) -> str:
+    """The busier replica; says which that was."""
     busiest = max(await _replicas(client, admin), key=lambda one: one["running"])
-    number = int(busiest["url"].rpartition(":")[2]) - int(str(client.base_url).rpartition(":")[2].strip("/"))
-    os.kill(_process_of(f"replica-{number}", log), signal.SIGKILL)
-    return f"replica-{number}"
+    process = await asyncio.to_thread(process_at, int(busiest["url"].rpartition(":")[2]))
+    os.kill(process, signal.SIGKILL)
+    return f"The replica at {busiest['url']}, process {process},"
 
 
-def _process_of(name: str, log: Path) -> int:
-    return int(re.findall(rf"fleet: {name} has process (\d+)", log.read_text(errors="replace"))[-1])
+def process_at(port: int) -> int:
+    """Who listens on ``port`` of this machine, whoever started it; DemoError if nobody does."""
+    for one in psutil.net_connections("tcp"):
+        if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid is not None:
+            return int(one.pid)
+    raise DemoError(f"no process listens on port {port}")
 
 
-def _table(before: dict[str, Answer], after: dict[str, Answer]) -> Table:
-    table = Table(title=f"“{QUESTION}”", title_justify="left")
+def _table(before: dict[str, Answer], after: dict[str, Answer], how: str) -> Table:
+    table = Table(title=f"“{QUESTION}”, two replicas {how}", title_justify="left")
     table.add_column("customer", no_wrap=True, min_width=max(map(len, SIX)))
     table.add_column("answer", no_wrap=True)
     table.add_column("seconds", justify="right", min_width=7)
