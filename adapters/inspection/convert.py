@@ -83,7 +83,7 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor of the result: ``pieces`` one after the other along ``dim``."""
+    """A tensor of the result: ``pieces`` one after the other along ``dim``, or zeros."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -179,9 +179,10 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
     others = without_heads(headers, base)
     if config.dora:
         others = {name: x for name, x in without_doras(others).items() if not _MAGNITUDE.fullmatch(name)}
-    upload = _named(WEIGHTS_FILE, others, base)
+    upload = _with_whole_experts(_named(WEIGHTS_FILE, others, base), config, base)
     parts = {module: parts for module, _ in upload.tensors if (parts := _parts(module, base))}
-    modules = {module for module, _ in upload.tensors}
+    zeros = {module for (module, _), tensor in upload.tensors.items() if not tensor.pieces}
+    modules = {module for module, _ in upload.tensors} - zeros
     trained = {module: upload.trained_as.get(module, module) for module in modules}
     weights = [name for name in trained.values() if not is_stacked(name) and config.targets_weight(name)]
     if weights:
@@ -207,7 +208,7 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
         fields = of_modules(fields, [parameter_of(name) for name in weights])
     if upload.trained_as:
         fields = with_renamed_keys(fields, {old: new for new, old in upload.trained_as.items()})
-    if parts or upload.trained_as or weights:
+    if parts or upload.trained_as or weights or zeros:
         fields = with_exact_targets(fields, {module for module, _ in tensors})
     magnitudes = _magnitudes(headers, parts, base) if config.dora else {}
     conversion = Conversion(fields, tensors, tuple(notes), base, upload.left_out, heads, magnitudes)
@@ -287,6 +288,34 @@ def _named(file: str, headers: Mapping[str, TensorHeader], base: BaseModel) -> _
     if other is not None:
         notes.append(f"modules were renamed as the served checkpoint has them, {other[1]} to {other[0]}")
     return _Named(tensors, trained_as, tuple(notes), whole)
+
+
+def _with_whole_experts(upload: _Named, config: PeftConfig, base: BaseModel) -> _Named:
+    """``upload`` with zeros for the projection of stacked experts that was not adapted beside the other.
+
+    PEFT calls the pair of either alone ``…experts``; the config says which it is.
+    """
+    tensors, trained_as = dict(upload.tensors), dict(upload.trained_as)
+    for down in sorted({module for module, _ in tensors if f"{module}.base_layer" in base.modules}):
+        gate_up, trained = f"{down}.base_layer", trained_as.get(down, down)
+        adapted = [config.targets_weight(name) for name in (trained, f"{trained}.base_layer")]
+        if (gate_up, "A") in tensors or sum(adapted) != 1:
+            continue
+        if adapted[1]:
+            tensors |= {
+                (gate_up, side): tensors.pop((down, side)) for side in "AB" if (down, side) in tensors
+            }
+            if trained_as.pop(down, None) is not None:
+                trained_as[gate_up] = f"{trained}.base_layer"
+        missing = down if adapted[1] else gate_up
+        shape, dtype = base.modules[missing], next(iter(tensors.values())).dtype
+        rank = config.rank_of(missing) * shape.experts
+        tensors[missing, "A"] = _Tensor(dtype, (rank, shape.in_features), ())
+        tensors[missing, "B"] = _Tensor(dtype, (shape.out_features, rank), ())
+    if tensors == upload.tensors:
+        return upload
+    note = "one projection of the experts was not adapted, and got a pair of zeros"
+    return replace(upload, tensors=tensors, trained_as=trained_as, notes=(*upload.notes, note))
 
 
 def _table(name: str) -> re.Match[str]:
@@ -417,6 +446,8 @@ def _subtract(trained: Mapping[Side, _Tensor], initial: Mapping[Side, _Tensor]) 
 
 
 def _build(tensor: _Tensor, files: Mapping[str, Any]) -> torch.Tensor:
+    if not tensor.pieces:
+        return torch.zeros(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype])
     pieces = []
     for piece in tensor.pieces:
         if piece.rows is None:
@@ -431,9 +462,6 @@ def _build(tensor: _Tensor, files: Mapping[str, Any]) -> torch.Tensor:
 def _bytes_of(tensor: torch.Tensor) -> Any:
     """A buffer of its bytes, row after row."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy()
-
-
-# --- the config -----------------------------------------------------------------------------------------
 
 
 def _check_same(config: PeftConfig, module: str, converted: PeftConfig, part: str, twice: int) -> None:

@@ -382,6 +382,35 @@ def test_experts_that_a_checkpoint_keeps_together_are_left_to_peft(tmp_path: Pat
         merging.run()
 
 
+@pytest.mark.parametrize("alone", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("recipe", ["Qwen3-MoE, all-linear", "Mixtral, all-linear"])
+def test_one_projection_alone_gets_zeros_beside_it(recipe: str, alone: str, tmp_path: Path) -> None:
+    """PEFT calls its pair the same, whichever it is."""
+    make, _, layer = RECIPES[recipe]
+    config = LoraConfig(r=RANK, lora_alpha=5, target_modules=["q_proj"], target_parameters=[alone])
+    model = get_peft_model(make(), config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    base = base_with(layer, model.config.model_type)
+    manifest = admit(tmp_path, base, serving_dtype="float32")
+    assert manifest.modules == (layer, f"{layer}.base_layer", "model.layers.0.self_attn.q_proj")
+    assert "a pair of zeros" in " ".join(manifest.conversions)
+    lora, experts = loaded(tmp_path), Experts()
+    LoRAModelManager._convert_3d_to_2d_moe_lora(tables(), lora, experts, layer)
+    experts.set_lora(1, lora.get_lora(layer).lora_a, lora.get_lora(layer).lora_b)
+    delta = model.base_model.model.get_submodule(LAYER).get_delta_weight("default").detach()
+    a, b = experts.w13_lora_a_stacked, experts.w13_lora_b_stacked
+    gate_up = torch.cat([b[0][1] @ a[0][1], b[1][1] @ a[1][1]], dim=1)
+    down = experts.w2_lora_b_stacked[0][1] @ experts.w2_lora_a_stacked[0][1]
+    served, other = (gate_up, down) if alone == "gate_up_proj" else (down, gate_up)
+    assert torch.allclose(served, delta, atol=1e-6)
+    assert delta.abs().max() > 0.01
+    assert not other.any()
+
+
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
 def test_a_router_has_the_rank_and_alpha_that_peft_gave_it(tmp_path: Path) -> None:
     """PEFT knows it as a weight in the patterns, and vLLM as a layer."""
