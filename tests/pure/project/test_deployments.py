@@ -216,7 +216,8 @@ def test_a_unit_starts_the_server_in_its_role(path: Path) -> None:
     service = unit["Service"]
     variables = dict(entry.split("=", 1) for entry in service["Environment"].split())
     check_settings(list(variables))
-    assert variables["LORAPLEX_ROLE"] == ("gateway" if "gateway" in path.name else "replica")
+    role = re.sub(r"^loraplex-?|@?\.service$", "", path.name)
+    assert variables.get("LORAPLEX_ROLE", "") == role, "the unit's name is its role; alone it has the default"
     assert service["ExecStart"].endswith("python -m server serve")
     assert float(service["TimeoutStopSec"]) > drain_timeout()
     assert service["KillMode"] == "mixed"
