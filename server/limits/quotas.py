@@ -100,6 +100,8 @@ class Quotas:
         ids = REQUEST.get()
         if (line := LINE.get()) is not None:
             line["outcome"] = outcome
+            line["adapter"] = version.adapter if version else None
+            line["version"] = version.number if version else None
         self._record_refused(
             Usage(
                 at=self._wall(),

@@ -88,6 +88,8 @@ def end_request(root: Trace, method: str, path: str, log: Mapping[str, Any], beg
         "http.route": path,
         "http.response.status_code": log["status"],
         "loraplex.tenant": log.get("tenant"),
+        "loraplex.adapter": log.get("adapter"),
+        "loraplex.version": log.get("version"),
         "loraplex.request_id": log["request_id"],
         "loraplex.client_request_id": log.get("client_request_id"),
         "loraplex.code": log.get("code"),

@@ -117,7 +117,7 @@ async def used(admin: httpx.AsyncClient, tenant: str, row: dict[str, Any]) -> di
 def agree(found: Followed) -> None:
     """The access line, the row and the exemplars have equal numbers."""
     line, row = found.line, found.row
-    for name in ("request_id", "client_request_id", "tenant", "outcome", "code"):
+    for name in ("request_id", "client_request_id", "tenant", "adapter", "version", "outcome", "code"):
         assert line.get(name) == row[name], name
     if row["outcome"] == "refused":
         return  # it used nothing, and waited for nothing

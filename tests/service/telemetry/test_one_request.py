@@ -64,7 +64,9 @@ async def refused(site: Site, caplog: pytest.LogCaptureFixture, store: Collector
     assert found.row["code"] == found.line["code"] == "rate_limit_exceeded"
     assert [found.row[name] for name in COUNTS] == [0, 0, 0]
     seen = await spans(store, found)
-    assert seen["POST /v1/chat/completions"].attributes["loraplex.code"] == "rate_limit_exceeded"
+    root = seen["POST /v1/chat/completions"].attributes
+    assert root["loraplex.code"] == "rate_limit_exceeded"
+    assert (root["loraplex.adapter"], root["loraplex.version"]) == ("a", 1)
     page = (await site.http.get("/metrics")).text
     assert 'loraplex_requests_total{outcome="refused",tenant="little"} 1.0' in page
     counted = (await site.admin.get("/admin/v1/usage", params={"tenant": "little"})).json()["data"]
