@@ -22,12 +22,14 @@ from pythonjsonlogger.core import RESERVED_ATTRS
 class RequestIds:
     """How a request is known: ``own`` is the server's id, ``client`` the one that its client gave it.
 
-    ``traceparent`` is what the server hands on: the trace of the client, or a new one.
+    ``traceparent`` is what the server hands on: the trace of the client, or a new one. ``is_kept`` is False
+    where there is a store of traces that does not get this one.
     """
 
     own: str
     client: str | None = None
     traceparent: str | None = None
+    is_kept: bool = True
 
     @property
     def trace_id(self) -> str | None:

@@ -412,8 +412,9 @@ def form_of(accept: str) -> Form:
 
 
 def _trace() -> str | None:
+    """The trace for an exemplar; none where a look into the store would not find it."""
     ids = REQUEST.get()
-    return ids.trace_id if ids is not None else None
+    return ids.trace_id if ids is not None and ids.is_kept else None
 
 
 def _by_replica(replicas: Sequence[ReplicaGauges]) -> Iterator[str]:

@@ -101,7 +101,10 @@ class RequestContext:
         trace = self._tracer.begin(scope["method"], given, began) if self._tracer and is_traced else None
         TRACE.set(trace if trace is not None and trace.is_kept else None)
         ids = RequestIds(
-            request_id, log.get("client_request_id"), trace.traceparent if trace else traceparent(given)
+            request_id,
+            log.get("client_request_id"),
+            trace.traceparent if trace else traceparent(given),
+            is_kept=trace is None or trace.is_kept,
         )
         log["trace_id"] = ids.trace_id
         REQUEST.set(ids)

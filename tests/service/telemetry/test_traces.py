@@ -103,6 +103,9 @@ async def test_who_begins_a_trace_says_whether_it_is_kept(tmp_path: Path, store:
         key = await site.tenant("acme", {"a": tiny.adapter(1)})
         await site.chat(key, "hi", max_tokens=2)
         await ask(site, key, dropped, flags="00")
+        page = await site.http.get("/metrics", headers={"accept": "application/openmetrics-text"})
+        assert "loraplex_queue_seconds_bucket" in page.text
+        assert "trace_id" not in page.text, "an exemplar of a trace that the store never gets"
         await ask(site, key, theirs, flags="01")
         await spans(store, theirs, "POST /v1/chat/completions")
     assert {span.trace for span in store.spans} == {theirs}
