@@ -25,7 +25,10 @@ def bench(
         list[str] | None,
         typer.Option(envvar=KEY_VARIABLES[0], help="A customer's key; once for each.", show_default=False),
     ] = None,
-    keys: Annotated[Path | None, typer.Option(help="A file with a key in each line.")] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, readable=True, help="A file with a key in each line."),
+    ] = None,
     rate: Annotated[float, typer.Option(min=0.01, help="Requests a second.")] = 2.0,
     seconds: Annotated[float, typer.Option(min=0.1, help="For how long.")] = 30.0,
     burst: Annotated[float, typer.Option(min=0, help="0: evenly; 1: by chance; more: in bursts.")] = 1.0,

@@ -46,17 +46,22 @@ async def _run(url: str, keys: Sequence[str], models: Sequence[str], load: Load)
 
 
 async def _choices(http: httpx.AsyncClient, keys: Sequence[str], models: Sequence[str]) -> list[Asked]:
-    """Each key's models, of ``models`` if any are named; RemoteError where there are none."""
+    """Each key's models, of ``models`` if any are named; RemoteError where there are none of one of them."""
     found = []
     for key in keys:
         answer = await _get(http, "/v1/models", key)
         known = [str(one["id"]) for one in answer["data"]]
-        # A version or `default` is not in the list.
-        wanted = [name for name in models if name.split("@")[0] in known] if models else known
-        found += [Asked(name, key) for name in wanted]
-    if not found:
-        raise RemoteError("no_models", "None of the keys may ask for one of these models.")
+        found += [Asked(name, key) for name in models or known if not models or _is_of(name, known)]
+    missing = sorted(set(models) - {asked.model for asked in found})
+    if missing or not found:
+        which = ", ".join(missing) or "a model"
+        raise RemoteError("no_models", f"None of the keys may ask for {which}.")
     return found
+
+
+def _is_of(name: str, known: Sequence[str]) -> bool:
+    """Neither a version nor ``default`` is in a list of models."""
+    return name == "default" or name.split("@")[0] in known
 
 
 async def _get(http: httpx.AsyncClient, path: str, key: str) -> Any:
@@ -96,11 +101,13 @@ async def _ask(
 
 
 def _take(shot: Shot, chunk: dict[str, Any], now: float) -> None:
+    """Notes a chunk; thoughts are pieces of an answer too."""
     if error := chunk.get("error"):
         shot.error = str(error.get("code"))
     if usage := chunk.get("usage"):
         shot.tokens = usage["completion_tokens"]
-    if any(choice["delta"].get("content") for choice in chunk.get("choices", ())):
+    deltas = [choice["delta"] for choice in chunk.get("choices", ())]
+    if any(delta.get("content") or delta.get("reasoning") for delta in deltas):
         shot.chunks.append(now)
 
 

@@ -51,12 +51,14 @@ class Side:
         self.turns.append({"role": "assistant", "content": self.text})
 
     def _pieces(self, chunks: Iterator[dict[str, Any]]) -> Iterator[str]:
+        """The answer's text; an empty piece for a thought, which is a first token too."""
         for chunk in chunks:
             if usage := chunk.get("usage"):
                 self.tokens = usage["completion_tokens"]
             for choice in chunk["choices"]:
-                if piece := choice["delta"].get("content"):
-                    yield piece
+                delta = choice["delta"]
+                if (piece := delta.get("content")) or delta.get("reasoning"):
+                    yield piece or ""
 
     def as_json(self) -> dict[str, Any]:
         error = {"code": self.error.code, "message": str(self.error)} if self.error else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -71,18 +72,26 @@ def watch(
     tenant: Tenant,
     name: Name,
     rollout: Rollout = None,
-    interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 2.0,
-    count: Annotated[int | None, typer.Option(help="Looks; until it has ended if not given.")] = None,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    count: Annotated[int | None, typer.Option(min=1, help="Looks; until it has ended if not given.")] = None,
 ) -> Shown:
-    """Look at a rollout again and again, until it has ended."""
+    """Look at a rollout again and again, until it has ended.
+
+    On a terminal each look takes the place of the one before, elsewhere each is printed as it comes.
+    """
     from rich.console import Console
     from rich.live import Live
 
-    document = _found(server, tenant, name, rollout)
-    with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
+    document, console = _found(server, tenant, name, rollout), Console(stderr=True)
+    live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+    with live or nullcontext():
         try:
             while document["state"] not in _ENDED and (count is None or count > 1):
-                live.update(view(document), refresh=True)
+                if live is not None:
+                    live.update(view(document), refresh=True)
+                else:
+                    console.print(view(document))
+                    console.file.flush()
                 time.sleep(interval)
                 count = None if count is None else count - 1
                 document = server.get(*_path(tenant, name), document["id"])

@@ -6,11 +6,14 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server.cli.bench_load import Asked, Load, Shot
 from server.cli.bench_report import as_json, page, percentile, rows
+from server.cli.bench_run import _take
+from server.cli.chat import Side
 from tests.service.cli.test_commands import run
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
@@ -50,9 +53,28 @@ async def test_two_customers_and_their_models(tmp_path: Path) -> None:
         assert "a@1" in one.stdout
         none = await run(site, "bench", site.url, "--model", "b", "--key", keys[0])
         assert (none.exit_code, "no_models" in none.stderr) == (1, True)
+        misspelt = await run(site, "bench", site.url, "--model", "a", "--model", "suport", "--key", keys[0])
+        assert (misspelt.exit_code, "may ask for suport" in misspelt.stderr) == (1, True)
+        bare = await run(site, "bench", site.url, "--model", "default", "--key", keys[0], "--seconds", "0.5")
+        assert (bare.exit_code, "default" in bare.stdout) == (0, True), bare.output
+        absent = await run(site, "bench", site.url, "--keys", str(tmp_path / "absent"))
+        assert (absent.exit_code, "does not exist" in absent.stderr) == (2, True)
         wrong = await run(site, "bench", site.url, "--key", "lp-wrong")
         assert (wrong.exit_code, "invalid_api_key" in wrong.stderr) == (1, True)
         assert "no_key" in (await run(site, "bench", site.url)).stderr
+
+
+def test_a_thought_is_a_first_token() -> None:
+    shot, side = Shot("a", began=1.0), Side("a")
+    chunks: list[dict[str, Any]] = [
+        {"choices": [{"delta": {"role": "assistant", "content": ""}}]},
+        {"choices": [{"delta": {"reasoning": "Hm."}}]},
+        {"choices": [{"delta": {"content": "Yes."}}]},
+    ]
+    for at, chunk in enumerate(chunks, 2):
+        _take(shot, chunk, float(at))
+    assert shot.chunks == [3.0, 4.0]
+    assert list(side._pieces(iter(chunks))) == ["", "Yes."]
 
 
 def test_arrivals_are_as_many_and_as_uneven_as_asked() -> None:

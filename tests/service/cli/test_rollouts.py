@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -35,8 +36,12 @@ async def test_a_rollout_from_a_terminal(site: Site) -> None:
     assert (await document(site, "rollouts", "forward", *which))["share"] > 0
     assert (await document(site, "rollouts", "pause", *which))["state"] == "held"
     assert (await document(site, "rollouts", "resume", *which))["state"] == "running"
-    seen = await document(site, "rollouts", "watch", *which, "--interval", "0.05", "--count", "3")
+    watched = await run(site, "rollouts", "watch", *which, "--interval", "0.2", "--count", "3", "--json")
+    seen = json.loads(watched.stdout)
     assert (seen["id"], seen["state"]) == (made["id"], "running")
+    assert watched.stderr.count("version 2 beside 1") == 2, "each look but the last, as it comes"
+    for wrong in (("--interval", "-1"), ("--interval", "0"), ("--count", "0")):
+        assert (await run(site, "rollouts", "watch", *which, *wrong)).exit_code == 2
     assert (await document(site, "rollouts", "back", *which, "--rollout", made["id"]))[
         "state"
     ] == "rolled_back"
