@@ -32,8 +32,7 @@ class Family:
     """``config`` names a class of transformers; ``options`` go over the sizes of ``trainer``.
 
     ``refused`` is why vLLM does not start on it with LoRA. ``vocabulary``: whether its class serves adapters
-    on the head and the embedding. ``splits``: whether vLLM has parts of what its checkpoint has in one layer,
-    on which no DoRA is served.
+    on the head and the embedding.
     """
 
     title: str
@@ -42,7 +41,6 @@ class Family:
     modules: tuple[str, ...]
     refused: str = ""
     vocabulary: bool = False
-    splits: bool = False
 
     def make_config(self, sizes: Mapping[str, Any]) -> Any:
         return getattr(transformers, self.config)(**{**sizes, "pad_token_id": 0, **self.options})
@@ -58,10 +56,9 @@ def _of(
     *,
     refused: str = "",
     vocabulary: bool = False,
-    splits: bool = False,
     **options: Any,
 ) -> Family:
-    return Family(title, config, MappingProxyType(options), modules, refused, vocabulary, splits)
+    return Family(title, config, MappingProxyType(options), modules, refused, vocabulary)
 
 
 FAMILIES = {
@@ -102,7 +99,6 @@ FAMILIES = {
         "GLM-4, fused gate_up_proj",
         "Glm4Config",
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
-        splits=True,
         head_dim=32,
         tie_word_embeddings=False,
     ),
@@ -151,9 +147,7 @@ def adapters(family: Family) -> dict[str, Specimen]:
     return {
         "every linear layer": Specimen(whole),
         "every linear layer, rank 64, rsLoRA": Specimen({**whole, "r": 64, "use_rslora": True}),
-        "every linear layer, DoRA": Specimen(
-            {**whole, "use_dora": True}, "dora_unsupported" if family.splits else None, converted=True
-        ),
+        "every linear layer, DoRA": Specimen({**whole, "use_dora": True}, converted=True),
         "one layer of three": Specimen({"target_modules": list(family.modules), "layers_to_transform": 1}),
         **({"head, embedding and queries": words, "rows": rows} if family.vocabulary else {}),
         **{f"{module} alone": Specimen({"target_modules": [module]}) for module in family.modules},
