@@ -14,6 +14,7 @@ import pytest
 from adapters.model import PROBES_FILE
 from server.http.answers import Residency
 from server.inference.dialects.registry import DIALECTS, SCORING
+from tests.service.batches.test_batches import CHAT, jsonl, line
 from tests.service.publishing.test_golden import trained
 from tests.service.publishing.test_upload import files
 from tests.support.site import Site, bearer
@@ -146,9 +147,10 @@ async def test_every_field_is_documented(tmp_path: Path) -> None:
         await call("POST", "/admin/v1/people", "/admin/v1/people", json={"name": "alice"})
         await call("POST", "/admin/v1/check", "/admin/v1/check", json={})
         await call("POST", "/admin/v1/backup", "/admin/v1/backup", json={})
-        sent = {"files": {"file": b"{}"}, "data": {"purpose": "batch"}}
+        asked = jsonl(line(f"r{number}") for number in range(2000))  # not over before it is cancelled
+        sent = {"files": {"file": asked}, "data": {"purpose": "batch"}}
         file = await call("POST", "/v1/files", "/v1/files", key=key, **sent)
-        batch = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        batch = {"input_file_id": file["id"], "endpoint": CHAT, "completion_window": "24h"}
         id_ = (await call("POST", "/v1/batches", "/v1/batches", key=key, json=batch))["id"]
         await call("GET", "/v1/batches/{batch_id}", f"/v1/batches/{id_}", key=key)
         await call("POST", "/v1/batches/{batch_id}/cancel", f"/v1/batches/{id_}/cancel", key=key)
