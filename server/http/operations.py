@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shutil
 from dataclasses import replace
+from functools import partial
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -15,6 +16,7 @@ from adapters.store.versions import count_differing, count_of
 from server import __version__
 from server.http.answers import Health, Readiness
 from server.http.auth import METRICS
+from server.http.counted import Counted
 from server.http.services import Services, ServicesOf
 from server.metrics import CONTENT_TYPES, form_of
 
@@ -57,21 +59,31 @@ def _first_problem(checks: dict[str, str], needs: tuple[str, ...]) -> str:
 @router.get("/metrics", dependencies=[METRICS])
 async def metrics(request: Request, services: ServicesOf) -> Response:
     """Text, or OpenMetrics with exemplars for who asks for it."""
-    versions = await services.publishing.catalog.count_versions()
-    quarantined = await services.publishing.quarantine.count()
-    fitness, database = services.publishing.fitness, services.database
+    counted = await services.counted.count(partial(_count, services), CHECK_SECONDS)
     gauges = replace(
-        services.dispatcher.gauges(versions),
-        quarantined=quarantined,
-        unfit=await count_of(database, fitness.unfit, fitness.bases),
-        damaged=await count_of(database, fitness.damaged),
-        differing=await count_differing(database),
+        services.dispatcher.gauges(counted.versions),
+        quarantined=counted.quarantined,
+        unfit=counted.unfit,
+        damaged=counted.damaged,
+        differing=counted.differing,
         build=_build(services),
         disk_free=(await asyncio.to_thread(shutil.disk_usage, services.settings.data_dir)).free,
-        rollouts=await services.judge.rows.counts(),
+        rollouts=counted.rollouts,
     )
     form = form_of(request.headers.get("accept", ""))
     return Response(services.metrics.render(gauges, form), media_type=CONTENT_TYPES[form])
+
+
+async def _count(services: Services) -> Counted:
+    fitness, database = services.publishing.fitness, services.database
+    return Counted(
+        versions=await services.publishing.catalog.count_versions(),
+        quarantined=await services.publishing.quarantine.count(),
+        unfit=await count_of(database, fitness.unfit, fitness.bases),
+        damaged=await count_of(database, fitness.damaged),
+        differing=await count_differing(database),
+        rollouts=await services.judge.rows.counts(),
+    )
 
 
 def _build(services: Services) -> dict[str, str]:

@@ -23,6 +23,7 @@ from server.accounts.usage import UsageWriter
 from server.accounts.wrong_keys import WrongKeys
 from server.batches.runner import Runner
 from server.engine.engine import Engine
+from server.http.counted import LastCounted
 from server.http.held import HeldBodies
 from server.inference.completion import Completions
 from server.limits.redis import RedisLedger
@@ -84,6 +85,7 @@ class Services:
     holding: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     checking: asyncio.Task[dict[str, str]] | None = None
+    counted: LastCounted = field(default_factory=LastCounted)
     bodies: HeldBodies = field(init=False)
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
+from adapters.errors import DatabaseUnavailable
 from server.app import create_app, drain
 from server.engine.calls import EngineDied
 from server.http.connection import DrainingServer
@@ -386,3 +388,33 @@ async def test_a_load_balancer_may_ask_for_the_head_alone(site: Site, path: str)
     head, whole = await site.http.head(path), await site.http.get(path)
     assert (head.status_code, head.content) == (whole.status_code, b"")
     assert head.headers["content-type"] == whole.headers["content-type"]
+
+
+@pytest.mark.parametrize("way", ["fails", "hangs"])
+async def test_the_page_of_metrics_is_there_while_the_database_is_not(
+    site: Site, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the last counts of what only the database knows."""
+    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+    before = await samples(site)
+    assert (
+        value(before, "loraplex_adapters", tier="gpu") + value(before, "loraplex_adapters", tier="disk") == 1
+    )
+
+    @asynccontextmanager
+    async def away() -> AsyncIterator[None]:
+        if way == "hangs":
+            await asyncio.Event().wait()
+        raise DatabaseUnavailable("The database does not answer.")
+        yield
+
+    await site.chat(key, "hi", model="a", max_tokens=2)
+    if way == "hangs":
+        monkeypatch.setattr("server.http.operations.CHECK_SECONDS", 0.2)
+    monkeypatch.setattr(site.services.database, "read", away)
+    during = await samples(site)
+    told = [name for name in before if name[0] == "loraplex_adapters"]
+    assert sum(during[name] for name in told) == 1
+    for name in ("loraplex_quarantined_versions", "loraplex_differing_versions"):
+        assert value(during, name) == value(before, name) == 0
+    assert value(during, "loraplex_requests_total", tenant="acme", outcome="completed") == 1
