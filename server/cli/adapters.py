@@ -119,6 +119,9 @@ def push(
         list[str] | None, typer.Option(help="A field of its config that does not matter; once for each.")
     ] = None,
     note: Annotated[str | None, typer.Option(help="Kept with the version, for people.")] = None,
+    rollout: Annotated[
+        bool, typer.Option("--rollout", help="It goes live by a standard rollout, not at once.")
+    ] = False,
     again: Annotated[
         bool, typer.Option("--again", help="A new version, though these files are one since today.")
     ] = False,
@@ -126,7 +129,11 @@ def push(
     """Upload a folder as the next version, and make it live; the same files again make nothing new."""
     from server.cli.push import Push
 
-    given = {"ignore_fields": ",".join(ignore_field or ()), "note": note or ""}
+    given = {
+        "ignore_fields": ",".join(ignore_field or ()),
+        "note": note or "",
+        "rollout": "standard" if rollout else "",
+    }
     flags = {"allow_no_effect": allow_no_effect, "allow_implausible": allow_implausible}
     query = {name: value for name, value in given.items() if value}
     query |= {name: "true" for name, chosen in flags.items() if chosen}
@@ -139,6 +146,8 @@ def push(
         say("cyan", "converted", str(note_))
     for warning in report.get("warnings", ()):
         say("yellow", "warning", str(warning))
+    if begun := document.get("rollout"):
+        say("cyan", "rollout", f"{begun['id']}: {begun['state']} at {begun['share']} %")
     if was_there:
         text = f"these files are version {document['version']}; --again makes another of them"
         say("yellow", "nothing new", text)

@@ -53,3 +53,13 @@ async def test_a_rollout_from_a_terminal(site: Site) -> None:
     assert headings[:4] == ["rollout", "version", "state", "share"]
     assert row[1:4] == ["2", "rolled_back", "0 %"]
     assert (await document(site, "rollouts", "watch", *which))["state"] == "rolled_back"
+
+
+async def test_a_push_that_goes_live_by_a_rollout(site: Site) -> None:
+    await document(site, "tenants", "create", "acme")
+    await push(site, tiny.adapter(1))
+    words = ("adapters", "push", str(tiny.adapter(2)), "--tenant", "acme", "--name", "a", "--rollout")
+    pushed = await run(site, *words, "--json")
+    made = json.loads(pushed.stdout)
+    assert (made["version"], made["live"], made["rollout"]["version"]) == (2, 1, 2)
+    assert f"{made['rollout']['id']}: running at" in pushed.stderr
