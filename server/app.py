@@ -348,7 +348,7 @@ def _services(
         publishing=publishing,
         judge=Judge(Rollouts(stores.database), publishing, replayer),
         intake=Intake(
-            settings.data_dir,
+            settings.written_folders(),
             partial(size_of, stores.database),
             most=settings.max_uploads,
             each=settings.max_uploads_each,

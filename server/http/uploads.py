@@ -37,6 +37,7 @@ _MAX_BOUNDARY = 70  # RFC 2046
 _MAX_PARTS = 64
 
 Files = AsyncIterator[tuple[str, bytes]]
+Counted = Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]]
 
 
 def files_of(
@@ -45,12 +46,12 @@ def files_of(
     *,
     max_bytes: int,
     prefixes: Sequence[str],
-    counted: Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]],
+    counted: Counted,
 ) -> Files:
     """The files in the body of ``request``; an archive is kept in ``folder`` while it is read.
 
-    ``counted`` sees the bytes of the body while they come. ``prefixes`` are the sources that may be fetched;
-    without any, JSON is a body of another kind.
+    ``counted`` sees the bytes of the body, or of an archive that is fetched, while they come. ``prefixes``
+    are the sources that may be fetched; without any, JSON is a body of another kind.
     Raises BadRequest for a body of another kind, at once; then what reading raises.
     """
     header = Message()
@@ -58,18 +59,20 @@ def files_of(
     if header.get_content_type() in ARCHIVE_TYPES:
         return unpacked(counted(limited_body(request, max_bytes)), folder, max_bytes=max_bytes)
     if prefixes and header.get_content_type() == "application/json":
-        return _of_source(request, prefixes, folder, max_bytes)
+        return _of_source(request, prefixes, folder, max_bytes, counted)
     boundary = boundary_of(request.headers.get("content-type"))
     body = counted(limited_body(request, max_bytes + _ROOM))
     return _of_form(parts(body, boundary), folder, max_bytes)
 
 
-async def _of_source(request: Request, prefixes: Sequence[str], folder: Path, max_bytes: int) -> Files:
+async def _of_source(
+    request: Request, prefixes: Sequence[str], folder: Path, max_bytes: int, counted: Counted
+) -> Files:
     body = await json_object(request)
     source = body.get("source")
     if not isinstance(source, str) or len(body) > 1:
         raise BadRequest('Send {"source": URL} and nothing else.', param="source")
-    async for entry in imported(source, prefixes, folder, max_bytes=max_bytes):
+    async for entry in imported(source, prefixes, folder, max_bytes=max_bytes, counted=counted):
         yield entry
 
 

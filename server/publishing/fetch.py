@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,17 @@ def _is_private(host: str) -> bool:
         return False
 
 
-async def imported(source: str, prefixes: Sequence[str], folder: Path, *, max_bytes: int) -> Files:
+async def imported(
+    source: str,
+    prefixes: Sequence[str],
+    folder: Path,
+    *,
+    max_bytes: int,
+    counted: Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]],
+) -> Files:
     """The files at ``source``; an archive is kept in ``folder`` while it is read.
+
+    ``counted`` sees the bytes of an archive while they come, and may raise.
 
     Raises Forbidden, Unprocessable (``source_unavailable``), UploadTooLarge, and what an archive leads to.
     """
@@ -84,7 +93,7 @@ async def imported(source: str, prefixes: Sequence[str], folder: Path, *, max_by
     try:
         async with asyncio.timeout(TOTAL):
             if urlsplit(source).path.endswith(ARCHIVES):
-                body = _bytes_of(source, prefixes, max_bytes)
+                body = counted(_bytes_of(source, prefixes, max_bytes))
                 async for entry in unpacked(body, folder, max_bytes=max_bytes):
                     yield entry
                 return

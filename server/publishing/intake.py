@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -103,18 +103,19 @@ class Place:
 
 
 class Intake:
-    """At most ``most`` uploads at once, ``each`` of one customer; ``reserve`` bytes of the disk stay free."""
+    """At most ``most`` uploads at once, ``each`` of one customer; ``reserve`` bytes stay free beside each of
+    ``folders``, where adapters and the database are kept."""
 
     def __init__(
         self,
-        folder: Path,
+        folders: Collection[Path],
         used: Callable[[str], Awaitable[int]],
         *,
         most: int,
         each: int,
         reserve: int,
     ) -> None:
-        self._folder = folder
+        self._folders = folders
         self._used = used
         self._most = most
         self._each = each
@@ -186,9 +187,9 @@ class Intake:
 
     async def check_disk(self) -> None:
         """StorageFull where less than the reserve is free."""
-        free = (await asyncio.to_thread(shutil.disk_usage, self._folder)).free
-        if free < self._reserve:
+        free = [(await asyncio.to_thread(shutil.disk_usage, folder)).free for folder in self._folders]
+        if min(free) < self._reserve:
             raise StorageFull(
-                "There is no room to store adapters. Remove some, or ask the operator to free space in"
-                " LORAPLEX_DATA_DIR."
+                "There is no room to store adapters or files. Remove some, or ask the operator to free space"
+                " in LORAPLEX_DATA_DIR and where the database is."
             )

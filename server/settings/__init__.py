@@ -29,6 +29,12 @@ class Settings(SignIn):
             "database_url": url.render_as_string(hide_password=True)
         }
 
+    def written_folders(self) -> set[Path]:
+        """Where adapters and files are kept: DATA_DIR, and the folder of a SQLite database elsewhere."""
+        url = make_url(self.database_url)
+        beside = Path(str(url.database)).parent if url.get_backend_name() == "sqlite" else self.data_dir
+        return {self.data_dir, beside} if beside.is_dir() else {self.data_dir}
+
     @classmethod
     def load(cls, config: Path | None = None, **overrides: Any) -> Settings:
         """Settings from the environment over ``config`` (YAML); ``overrides`` win over both.

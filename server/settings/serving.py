@@ -231,7 +231,9 @@ class Serving(BaseSettings):
     max_uploads: int = Field(16, ge=1, description="Uploads at once; one more gets 503.")
     max_uploads_each: int = Field(4, ge=1, description="Uploads of one customer at once; one more gets 429.")
     disk_reserve: ByteSize = Field(
-        ByteSize(512 << 20), ge=0, description="Room in DATA_DIR that no upload takes; then it gets 507."
+        ByteSize(512 << 20),
+        ge=0,
+        description="Room in DATA_DIR, and beside a SQLite database, that no upload takes; then it gets 507.",
     )
     keep_versions: int = Field(
         0, ge=0, description="Versions of an adapter that an upload leaves, beside those that answer; 0: all."

@@ -345,3 +345,18 @@ def test_a_secret_file_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("LORAPLEX_ADMIN_KEY", "k" * 16)
     with pytest.raises(ValueError, match="both"):
         Settings.load()
+
+
+@pytest.mark.parametrize(
+    ("url", "beside"),
+    [
+        ("sqlite+aiosqlite:///{other}/x.db", True),
+        ("sqlite+aiosqlite:///{other}/missing/x.db", False),
+        ("postgresql+asyncpg://me:x@db/x", False),
+    ],
+)
+def test_the_reserve_is_kept_beside_a_database_too(tmp_path: Path, url: str, beside: bool) -> None:
+    (data := tmp_path / "data").mkdir()
+    (other := tmp_path / "other").mkdir()
+    settings = Settings(model="/m", data_dir=data, database_url=url.format(other=other))
+    assert settings.written_folders() == ({data, other} if beside else {data})

@@ -156,7 +156,7 @@ def test_an_upload_is_not_slow_for_a_pause_of_the_server(tmp_path: Path) -> None
         async def used(_: str) -> int:
             return 0
 
-        intake = Intake(tmp_path, used, most=1, each=1, reserve=0)
+        intake = Intake([tmp_path], used, most=1, each=1, reserve=0)
         intake.clock = AwakeClock(1.0, asyncio.get_running_loop().time)
 
         async def room() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pytest
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.errors import Forbidden
+from server.publishing import intake
 from server.publishing.fetch import allow
 from tests.service.http.test_api import error
 from tests.service.store.test_archives import packed
@@ -174,3 +176,20 @@ async def test_a_name_with_a_private_address_is_not_asked(
     refused = await fetch(site, web.url("/ok/run.zip", "named.example"))
     error(refused, 403, "source_forbidden", "source")
     assert web.asked == []
+
+
+async def test_the_reserve_is_looked_at_while_an_archive_is_fetched(
+    site: Site, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The archive is no archive and is kept until it ends: only its bytes can stop it before."""
+    disk = shutil.disk_usage(site.services.settings.data_dir)
+    free = iter([disk])
+
+    def look(_: Path) -> Any:
+        return next(free, disk._replace(free=0))
+
+    monkeypatch.setattr(intake, "LOOK_EVERY", 1000)
+    monkeypatch.setattr("server.publishing.intake.shutil.disk_usage", look)
+    web.pages["/ok/large.zip"] = (200, {}, b"PK" * 90_000)
+    answer = await site.admin.post(URL, json={"source": web.url("/ok/large.zip")})
+    error(answer, 507, "storage_full")
