@@ -19,6 +19,7 @@ _NO_FRONT_END = "Loraplex has its own HTTP server, and it would do nothing"
 _TLS = "TLS ends in a proxy in front of Loraplex, and it would do nothing"
 _LOGS = "prompts and answers never reach a log here"
 _ONE = "adapters are paged in one engine only"
+_MACHINE = "one machine runs the workers, whose processes are ended and started again after a crash"
 _TEXT = "this server reads and writes text"
 _KV = "the KV cache would leave the engine, where nothing keeps customers apart"
 # Arguments of vLLM that do nothing here, or that would break paging or isolation; and why.
@@ -47,6 +48,11 @@ REFUSED_ENGINE_ARGS = {
     "h11_max_header_count": _NO_FRONT_END,
     "h11_max_incomplete_event_size": _NO_FRONT_END,
     "grpc": _NO_FRONT_END,
+    "grpc_port": _NO_FRONT_END,
+    "enable_scale_out": _NO_FRONT_END,
+    "tool_parser_plugin": "only vLLM's own front end loads it, and it would do nothing",
+    "config": "ENGINE_ARGS takes the arguments themselves, and it would do nothing",
+    "model_tag": "MODEL is a setting of its own",
     "enable_offline_docs": _NO_FRONT_END,
     "enable_tokenizer_info_endpoint": _NO_FRONT_END,
     "enable_server_load_tracking": _NO_FRONT_END,
@@ -58,6 +64,7 @@ REFUSED_ENGINE_ARGS = {
     "enable_log_requests": _LOGS,
     "enable_log_outputs": _LOGS,
     "enable_log_deltas": _LOGS,
+    "max_log_len": _LOGS,
     "skip_tokenizer_init": _TEXT,
     "tokens_only": _TEXT,
     "default_mm_loras": "adapters are those of customers, uploaded to the admin API",
@@ -67,6 +74,19 @@ REFUSED_ENGINE_ARGS = {
     "data_parallel_start_rank": _ONE,
     "data_parallel_external_lb": _ONE,
     "data_parallel_hybrid_lb": _ONE,
+    "data_parallel_multi_port_external_lb": _ONE,
+    "data_parallel_supervisor_port": _ONE,
+    "data_parallel_backend": _ONE,
+    "data_parallel_address": _ONE,
+    "data_parallel_rpc_port": _ONE,
+    "dp_supervisor_probe_failure_threshold": _ONE,
+    "dp_supervisor_probe_interval_s": _ONE,
+    "dp_supervisor_probe_timeout_s": _ONE,
+    "enable_elastic_ep": _ONE,
+    "elastic_ep_max_dp_size": _ONE,
+    "nnodes": _MACHINE,
+    "node_rank": _MACHINE,
+    "master_addr": _MACHINE,
     "kv_transfer_config": _KV,
     "kv_events_config": _KV,
     "kv_offloading_size": _KV,

@@ -47,6 +47,44 @@ def test_refused_arguments_are_arguments_of_vllm() -> None:
     assert {*REFUSED_ENGINE_ARGS, *ONE_ENGINE_ARGS} <= known
 
 
+# Arguments of vLLM's front end that are handed to what serves requests here too.
+PASSED_ON = {
+    "anthropic_disabled_thinking_effort",
+    "chat_template",
+    "chat_template_content_format",
+    "cohere_format",
+    "cohere_is_reasoning_model",
+    "default_chat_template_kwargs",
+    "enable_auto_tool_choice",
+    "enable_flash_late_interaction",
+    "enable_force_include_usage",
+    "enable_per_request_metrics",
+    "enable_prompt_tokens_details",
+    "exclude_tools_when_tool_choice_none",
+    "fingerprint_mode",
+    "fingerprint_value",
+    "log_error_stack",
+    "response_role",
+    "return_tokens_as_token_ids",
+    "tool_call_parser",
+    "tool_strict_level",
+    "trust_request_mm_kwargs",
+}
+
+
+def test_every_argument_of_the_front_end_is_handed_on_or_refused() -> None:
+    """A new one of vLLM's is to be looked at: most do nothing without its own server."""
+    front_end = vars(arguments.make_arg_parser(FlexibleArgumentParser()).parse_args([])).keys()
+    others = front_end - {field.name for field in fields(AsyncEngineArgs)} - OWNED_ENGINE_ARGS.keys()
+    assert others - REFUSED_ENGINE_ARGS.keys() == PASSED_ON | {"api_server_count"}
+
+
+def test_a_second_engine_or_machine_is_refused_by_every_argument() -> None:
+    several = ("data_parallel_", "dp_supervisor_", "elastic_", "node_rank", "nnodes", "master_addr")
+    named = {field.name for field in fields(AsyncEngineArgs) if field.name.startswith(several)}
+    assert named <= REFUSED_ENGINE_ARGS.keys() | set(ONE_ENGINE_ARGS)
+
+
 def test_the_executor_is_handed_over_as_a_class(tmp_path: Path) -> None:
     """vLLM asks it what it supports, as it does for pipeline stages; a name supports nothing."""
     settings = Settings(model=str(tmp_path), gpu_slots=1, max_lora_rank=8)
