@@ -21,6 +21,7 @@ from server.errors import BadRequest
 CONVERSATIONS = ("messages", "input")
 NEEDED = ("model", "max_tokens")  # by some model that has a conversation
 PIECE = 64
+_PARTED = ("content", "tool_calls", "summary", "output")
 # One piece in each turn of the event loop, however many bodies there are.
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 _LISTS = ("list", "tuple", "set", "frozenset")
@@ -67,9 +68,9 @@ def _is_long(value: Any) -> bool:
 
 
 def _weight(items: list[Any]) -> int:
-    """Items and the parts of their content."""
-    contents = (item.get("content") for item in items if isinstance(item, dict))
-    return len(items) + sum(len(content) for content in contents if isinstance(content, list))
+    """Items and what is in their lists: parts, calls, summaries."""
+    lists = (item.get(member) for item in items if isinstance(item, dict) for member in _PARTED)
+    return len(items) + sum(len(parts) for parts in lists if isinstance(parts, list))
 
 
 def _pieces(items: list[Any]) -> list[list[Any]]:

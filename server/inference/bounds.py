@@ -31,6 +31,8 @@ MAX_ITEMS: Mapping[str, int] = {
 }
 MAX_MEMBERS: Mapping[str, int] = {"logit_bias": 1024, "metadata": 16, "stream_options": 16}
 MAX_PARTS = 1024
+# Lists of a turn: its parts, the calls in it, a summary of its reasoning, what a call gave.
+PARTED = ("content", "tool_calls", "summary", "output")
 MAX_TOKEN_IDS: Mapping[str, int] = {"logprob_token_ids": 128, "stop_token_ids": 1024}
 # A list of these is one prompt, which the model's length bounds.
 _TOKENS = {int}
@@ -47,6 +49,21 @@ def check_sizes(body: Mapping[str, Any]) -> None:
             raise BadRequest(f"{name} has more than {MAX_MEMBERS[name]} members.", param=name)
 
 
+def _check_parts(turn: str, item: Mapping[str, Any]) -> None:
+    """Raises BadRequest for more than ``MAX_PARTS`` in one list of a turn, with what is in them."""
+    for member in PARTED:
+        parts = item.get(member)
+        if isinstance(parts, list) and len(parts) + _within(parts) > MAX_PARTS:
+            where = f"{turn}.{member}"
+            raise BadRequest(f"{where} has more than {MAX_PARTS} parts.", param=where)
+
+
+def _within(parts: list[Any]) -> int:
+    """Parts of parts, as those of a tool's result."""
+    contents = (part.get("content") for part in parts if isinstance(part, dict))
+    return sum(len(content) for content in contents if isinstance(content, list))
+
+
 def _check_list(name: str, value: list[Any]) -> None:
     if len(value) > MAX_TOKEN_IDS.get(name, len(value)):
         raise BadRequest(f"{name} has more than {MAX_TOKEN_IDS[name]} items.", param=name)
@@ -58,9 +75,7 @@ def _check_list(name: str, value: list[Any]) -> None:
             if name in _TURNS and isinstance(parts, dict):  # vLLM would read it as no parts at all
                 where = f"{name}.{place}.content"
                 raise BadRequest(f"{where} must be a text, or a list of parts.", param=where)
-            if isinstance(parts, list) and len(parts) > MAX_PARTS:
-                where = f"{name}.{place}.content"
-                raise BadRequest(f"{where} has more than {MAX_PARTS} parts.", param=where)
+            _check_parts(f"{name}.{place}", item)
         elif name in _OBJECTS:
             raise BadRequest(f"{name}.{place} must be an object.", param=f"{name}.{place}")
         else:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from server.errors import BadRequest
-from server.inference.bounds import MAX_ITEMS, MAX_MEMBERS, MAX_PARTS, check_sizes
+from server.inference.bounds import MAX_ITEMS, MAX_MEMBERS, MAX_PARTS, PARTED, check_sizes
 
 BIASES = {str(n): 1 for n in range(MAX_MEMBERS["logit_bias"])}
 TURN = {"role": "user", "content": "hi"}
@@ -49,6 +49,21 @@ def test_too_many_members(name: str) -> None:
 def test_too_many_parts(name: str) -> None:
     with pytest.raises(BadRequest, match=rf"{name}.1.content has more than {MAX_PARTS} parts"):
         check_sizes({name: [TURN, {"role": "user", "content": [{}] * (MAX_PARTS + 1)}]})
+
+
+@pytest.mark.parametrize("name", ["messages", "input"])
+@pytest.mark.parametrize("member", PARTED)
+def test_too_many_of_anything_in_one_turn(name: str, member: str) -> None:
+    check_sizes({name: [{"role": "assistant", member: [{}] * MAX_PARTS}]})
+    with pytest.raises(BadRequest, match=rf"{name}.0.{member} has more than {MAX_PARTS} parts"):
+        check_sizes({name: [{"role": "assistant", member: [{}] * (MAX_PARTS + 1)}]})
+
+
+def test_too_many_parts_within_a_part() -> None:
+    result = {"type": "tool_result", "content": [{}] * (MAX_PARTS // 2)}
+    check_sizes({"messages": [{"role": "user", "content": [result]}]})
+    with pytest.raises(BadRequest, match=r"messages.0.content has more than"):
+        check_sizes({"messages": [{"role": "user", "content": [result, result]}]})
 
 
 @pytest.mark.parametrize("item", [1, "x", None, [], True])
