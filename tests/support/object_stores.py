@@ -9,8 +9,10 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moto.server import ThreadedMotoServer
+if TYPE_CHECKING:
+    from moto.server import ThreadedMotoServer
 
 KINDS = ("file", "s3")
 _BUCKETS = itertools.count()
@@ -24,6 +26,10 @@ class S3:
         self.port = 0
 
     def start(self) -> None:
+        # Here alone: an engine that is forked from a process with Flask in it does not start, since vLLM
+        # looks at every name of every module that is imported, and Flask's answer within a request only.
+        from moto.server import ThreadedMotoServer
+
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
         self._server.start()

@@ -190,7 +190,7 @@ async def test_nothing_more_is_read_for_somebody_who_takes_nothing() -> None:
 
 @pytest.mark.parametrize(
     "ends",
-    [b"", chunk(b"\xff" * 5), b"no chunk\r\n", chunk(said(1))[:-4]],
+    [b"", chunk(b"\0\0\0\0\xff"), b"no chunk\r\n", chunk(said(1))[:-4]],
     ids=["closed", "no frame", "no chunk", "in a frame"],
 )
 async def test_a_connection_that_breaks_is_lost_behind_what_it_has_said(ends: bytes) -> None:
