@@ -4,10 +4,6 @@ A version that was running when the engine was lost is a suspect. From then on i
 suspect: while a request of one runs, the others wait, whatever slots they have. So the next loss meets one
 suspect at most, and that one was there twice in a row. A suspect that has finished some requests, or written
 a good deal, without a loss is cleared.
-
-Whoever knows that could do harmless work before each blow. So a version that was cleared and is there at the
-next loss too has ended the engine if it ran alone; otherwise it is a suspect again, and has to do many times
-as much as before. Suspects take turns of as much work as clears one, for others not to wait for longer.
 """
 
 from __future__ import annotations
@@ -18,35 +14,20 @@ from dataclasses import dataclass
 # What a suspect has to do without a loss, of either: few, so that other suspects do not wait for long.
 CLEARED_AFTER_REQUESTS = 4
 CLEARED_AFTER_TOKENS = 1000
-# How many times as much for each further loss in a row. At 64 the third in ten minutes, after which a server
-# does not start its engine again by default, takes 256 requests, and one more takes 16,384.
-HARDER = 64
 
 
 @dataclass(slots=True)
 class _Record:
-    """What a suspect has done since the loss, and does now. ``losses`` counts those in a row that it was
-    there at, and ``is_open`` says whether its slot takes requests."""
+    """What a suspect has done since the loss, and does now. ``is_open`` while its slot takes requests."""
 
-    losses: int = 1
     finished: int = 0
     tokens: int = 0
     running: int = 0
     is_open: bool = False
-    before_turn: tuple[int, int] = (0, 0)  # what it had finished and written when its turn began
 
     @property
     def is_cleared(self) -> bool:
-        return _is_enough(self.finished, self.tokens, HARDER ** (self.losses - 1))
-
-    @property
-    def has_had_turn(self) -> bool:
-        finished, tokens = self.before_turn
-        return _is_enough(self.finished - finished, self.tokens - tokens, 1)
-
-
-def _is_enough(finished: int, tokens: int, times: int) -> bool:
-    return finished >= CLEARED_AFTER_REQUESTS * times or tokens >= CLEARED_AFTER_TOKENS * times
+        return self.finished >= CLEARED_AFTER_REQUESTS or self.tokens >= CLEARED_AFTER_TOKENS
 
 
 class Suspects:
@@ -64,7 +45,6 @@ class Suspects:
         self._gate = gate
         self._changed = changed
         self._records = {version: _Record() for version in known}
-        self._losses = dict.fromkeys(self._records, 1)  # in a row, of what was there at the last one
         self._turn: str | None = None  # the one that runs
 
     @property
@@ -77,16 +57,11 @@ class Suspects:
         record = self._records.get(version)
         if record is not None:
             record.is_open = is_open
-            if self._turn not in (None, version):  # whose turn may end for this one's sake
-                self._gate(self._turn, self._records[self._turn].is_open and self.may_run(self._turn))
         self._gate(version, is_open and self.may_run(version))
 
     def may_run(self, version: str) -> bool:
-        """Whether no other suspect is in its way, nor waits for the end of its turn."""
-        record = self._records.get(version)
-        if record is None or self._turn is None:
-            return True
-        return self._turn == version and not (record.has_had_turn and self._others_wait(version))
+        """Whether no other suspect is in its way."""
+        return self._turn in (None, version) or version not in self._records
 
     def began(self, version: str) -> None:
         """A request of ``version`` runs now."""
@@ -96,7 +71,6 @@ class Suspects:
         record.running += 1
         if self._turn is None:
             self._turn = version
-            record.before_turn = (record.finished, record.tokens)
             self._gate_others()
 
     def progressed(self, version: str, tokens: int) -> None:
@@ -118,31 +92,21 @@ class Suspects:
             self._pass_on(version)
 
     def lost(self, running: Collection[str]) -> list[str]:
-        """The engine was lost while these ran: those of them that must have ended it, by name.
+        """The engine was lost while these ran: those of them that were suspects, by name.
 
         They will not run any more; the others are the suspects from now on. No version has a slot now.
         """
-        ran = set(running)
-        guilty = self._records.keys() & ran
-        if len(ran) == 1:  # it has done harmless work since the last loss, and nobody else can have been it
-            guilty |= self._losses.keys() & ran
-        self._losses = {version: self._losses.get(version, 0) + 1 for version in sorted(ran - guilty)}
-        self._records = {version: _Record(losses) for version, losses in self._losses.items()}
+        guilty = sorted(self._records.keys() & set(running))
+        self._records = {version: _Record() for version in sorted(set(running)) if version not in guilty}
         self._turn = None
         self._changed(self.versions)
-        return sorted(guilty)
-
-    def _others_wait(self, version: str) -> bool:
-        return any(record.is_open for other, record in self._records.items() if other != version)
+        return guilty
 
     def _judge(self, version: str, record: _Record) -> None:
         if record.is_cleared:
             del self._records[version]
             self._changed(self.versions)
-            self._gate(version, record.is_open)
             self._pass_on(version)
-        elif record.has_had_turn:
-            self._gate(version, record.is_open and self.may_run(version))
 
     def _pass_on(self, version: str) -> None:
         if self._turn == version:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from server.scheduling.nouns import (
     Warmed,
 )
 from server.scheduling.plan import TWICE, Plan
-from server.scheduling.suspects import CLEARED_AFTER_REQUESTS, CLEARED_AFTER_TOKENS, HARDER
+from server.scheduling.suspects import CLEARED_AFTER_REQUESTS, CLEARED_AFTER_TOKENS
 
 
 def make(gpu: int = 1, host: int = 4, running: int = 8, suspects: str = "", **limits: Any) -> Plan:
@@ -1081,79 +1080,6 @@ def test_a_suspect_is_cleared_by_finished_requests_and_by_tokens() -> None:
     assert plan.progressed(1.0, "b", 10, CLEARED_AFTER_TOKENS - 1) == []
     assert plan.progressed(1.0, "b", 10, CLEARED_AFTER_TOKENS) == [Suspect(frozenset())]
     plan.check()
-
-
-def work(plan: Plan, name: str, requests: int, number: itertools.count[int]) -> list[Effect]:
-    """So many requests of ``name``, one after another."""
-    effects: list[Effect] = []
-    for _ in range(requests):
-        run(plan, 0.0, id_ := f"{name}{next(number)}", name)
-        effects += plan.finished(0.0, id_)
-    return effects
-
-
-def test_harmless_work_between_two_losses_hides_nobody_who_was_alone() -> None:
-    plan, number = make(gpu=2), itertools.count()
-    load(plan, 0.0, "a", 1)
-    load(plan, 0.0, "b", 2)
-    run(plan, 0.0, "1", "a")
-    run(plan, 0.0, "2", "b")
-    lose(plan, 1.0)
-    load(plan, 2.0, "a", 3)
-    load(plan, 2.0, "b", 4)
-    assert work(plan, "a", CLEARED_AFTER_REQUESTS - 1, number) == [Suspect(frozenset("b"))]  # loading is one
-    assert work(plan, "b", CLEARED_AFTER_REQUESTS - 1, number) == [Suspect(frozenset())]
-    run(plan, 3.0, "3", "a")
-    assert Quarantine("a", TWICE) in lose(plan, 4.0)
-
-
-def test_those_who_are_there_at_each_loss_have_to_do_many_times_as_much() -> None:
-    plan, number = make(gpu=3), itertools.count()
-    for load_id, name in enumerate("abc", 1):
-        load(plan, 0.0, name, load_id)
-    run(plan, 0.0, "1", "a")
-    run(plan, 0.0, "2", "b")
-    lose(plan, 1.0)
-    for load_id, name in enumerate("abc", 4):
-        load(plan, 2.0, name, load_id)
-        work(plan, name, CLEARED_AFTER_REQUESTS - 1, number)
-    for name in "abc":
-        run(plan, 3.0, f"3{name}", name)
-    effects = lose(plan, 4.0)
-    assert not any(isinstance(e, Quarantine) for e in effects), "any of them may have been it"
-    assert Suspect(frozenset("abc")) in effects
-    for load_id, name in enumerate("abc", 7):
-        load(plan, 5.0, name, load_id)
-    assert work(plan, "c", CLEARED_AFTER_REQUESTS - 1, number) == [Suspect(frozenset("ab"))], "there once"
-    assert not work(plan, "a", CLEARED_AFTER_REQUESTS * HARDER - 2, number)
-    run(plan, 6.0, "4", "c")
-    run(plan, 6.0, "5", "a")
-    assert plan.submitted(6.0, ask("6", "b")) == []
-    assert {e for e in lose(plan, 7.0) if isinstance(e, Quarantine)} == {Quarantine("a", TWICE)}
-
-
-def test_a_suspect_with_much_to_do_does_not_keep_another_waiting() -> None:
-    plan, number = make(gpu=2), itertools.count()
-    for life in range(2):  # each is there at both losses, and will not be cleared soon
-        load(plan, 0.0, "a", 2 * life + 1)
-        load(plan, 0.0, "b", 2 * life + 2)
-        work(plan, "a", CLEARED_AFTER_REQUESTS, number)
-        work(plan, "b", CLEARED_AFTER_REQUESTS, number)
-        run(plan, 0.0, f"a{next(number)}", "a")
-        run(plan, 0.0, f"b{next(number)}", "b")
-        lose(plan, 1.0)
-    load(plan, 2.0, "a", 5)
-    load(plan, 2.0, "b", 6)
-    for id_ in ("long", "1", "2", "3", "4"):
-        run(plan, 2.0, id_, "a")
-    assert plan.submitted(2.0, ask("b", "b")) == []
-    for id_ in "1234":
-        plan.finished(3.0, id_)
-        plan.check()
-    assert plan.submitted(3.0, ask("5", "a")) == [], "its turn ends with what runs"
-    assert plan.finished(4.0, "long") == [Run("b")]
-    plan.check()
-    assert plan.finished(5.0, "b") == [Run("5")]
 
 
 def test_what_ran_in_an_engine_that_is_gone_says_nothing_about_the_next_one() -> None:

@@ -96,7 +96,6 @@ class World:
         self._serial = itertools.count()
         self.life = 1
         self.suspects: frozenset[str] = frozenset()
-        self.ran_at_last_loss: set[str] = set()
         self.quarantined: list[str] = []
 
     # --- time ------------------------------------------------------------------------------------
@@ -170,10 +169,8 @@ class World:
             held.clear()
         self.quarantined.clear()
         self.carry_out(self.plan.engine_stopped(self.now, kept))
-        guilty = ran & before or (ran & self.ran_at_last_loss if len(ran) == 1 else set())
-        assert set(self.quarantined) == guilty
-        assert self.suspects == ran - guilty
-        self.ran_at_last_loss = ran - guilty
+        assert set(self.quarantined) == ran & before
+        assert self.suspects == ran - before
         self.later(self.rng.uniform(0.2, 2), lambda: self.plan.engine_started(self.now))
 
     def _end_lost(self, sent: Sent) -> Sequence[Effect]:
