@@ -113,9 +113,7 @@ TARGETS |= {
         on_qwen="feature_unsupported",
     ),
     "tied modules trained beside": _of({"ensure_weight_tying": True}, "feature_unsupported"),
-    "a bare parameter": _of(
-        {"target_modules": [], "target_parameters": ["q_proj.weight"]}, "feature_unsupported"
-    ),
+    "a bare parameter": _of({"target_modules": [], "target_parameters": ["q_proj.weight"]}, converted=True),
 }
 
 PATTERNS = {
