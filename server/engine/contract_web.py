@@ -44,7 +44,7 @@ WEB_USES: tuple[Use, ...] = (
         ("disconnected", "message_event", "response_complete", "response_started", "scope"),
         "as above",
     ),
-    Use("uvicorn.protocols.http.flow_control", "FlowControl", ("resume_reading",), "as above"),
+    Use("uvicorn.protocols.http.flow_control", "FlowControl", ("read_paused", "resume_reading"), "as above"),
     Use(
         PROTOCOL,
         "RequestResponseCycle",

@@ -33,6 +33,10 @@ TICK_SECONDS = 0.5  # between two looks whether to leave
 _CHUNKED = 8
 PIPELINED = 16
 STALLED_SECONDS = 5.0  # without a piece of a body, while others find no room
+LEAST_PACE = 1024  # bytes of a body in a second, on average, while others find no room
+# Whose questions are answered while there is no room for others; so many connections are kept for them.
+_PROBES = frozenset({b"health", b"ready", b"metrics"})
+SPARE = 8
 
 
 class _Patient:
@@ -62,7 +66,9 @@ class BoundedHeads(HttpToolsProtocol):
     ``seconds`` of its first byte, or of the connection. After an answer the rest of its request has
     ``rest_seconds``; a connection that the server closes meanwhile is closed ``_LINGER`` seconds after its
     answer. More than ``PIPELINED`` requests ahead of their answers end the connection. At most ``limit``
-    connections are open: a new one takes the place of those that have been idle longest.
+    connections are open: a new one takes the place of those that have been idle longest, or on which a body
+    comes most slowly. Where there are none of either, up to ``SPARE`` more are open, on which probes are
+    answered and all else is refused with 503.
 
     Trailers are thrown away: as headers they would come behind all that a proxy looked at. A request to go on
     in another protocol is answered in this one, its body too, which Java's client sends along; llhttp would
@@ -74,8 +80,9 @@ class BoundedHeads(HttpToolsProtocol):
     limit: ClassVar[int] = 8192
     _late: asyncio.TimerHandle
     closed = False
-    _between = _in_head = _overrun = False
+    _between = _in_head = _overrun = _is_spare = False
     _received = _body = 0
+    _body_began, _body_bytes = 0.0, 0
     _heard = 0.0  # when the last bytes came
 
     def connection_made(self, transport: Any) -> None:
@@ -83,7 +90,9 @@ class BoundedHeads(HttpToolsProtocol):
         self._heard = self.loop.time()
         self._begin()
         if len(self.connections) > self.limit:
-            self._make_room()
+            self._is_spare = not self._make_room()
+            if self._is_spare and len(self.connections) > self.limit + SPARE:
+                self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Leaves nothing that refers to itself in a circle.
@@ -159,8 +168,13 @@ class BoundedHeads(HttpToolsProtocol):
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "head_too_large")
             self._overrun = True  # what was read with it is no request any more
             return
+        if self._is_spare and not self._finds_room():
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too_many_connections")
+            self._overrun = True
+            return
         self._in_head = False
         self._received = 0
+        self._body_began, self._body_bytes = self.loop.time(), 0
         super().on_headers_complete()
         self.headers = []  # where trailers go; the request keeps its own
 
@@ -170,6 +184,7 @@ class BoundedHeads(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._body += len(body)
+        self._body_bytes += len(body)
         if not self._overrun:
             super().on_body(body)
 
@@ -212,9 +227,11 @@ class BoundedHeads(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._may_answer():
-            body = json.dumps(envelope(f"{status.phrase}.", "invalid_request_error", code)).encode()
+            kind = "invalid_request_error" if status.value < 500 else "service_unavailable_error"
+            body = json.dumps(envelope(f"{status.phrase}.", kind, code)).encode()
+            later = "Retry-After: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
             head = (
-                f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/json\r\n"
+                f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/json\r\n{later}"
                 f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
@@ -229,19 +246,33 @@ class BoundedHeads(HttpToolsProtocol):
             return cycle is None or cycle.response_complete
         return cycle is not None and not cycle.response_started and not self.pipeline
 
-    def _make_room(self) -> None:
-        """Closes a part of the idle connections, the longest idle first; where there are none, this one."""
+    def _finds_room(self) -> bool:
+        """Whether the request that has begun may go on, as a probe may on a spare connection."""
+        if len(self.connections) <= self.limit or self._make_room():
+            self._is_spare = False
+            return True
+        return self.url.partition(b"?")[0].rstrip(b"/").rpartition(b"/")[2] in _PROBES
+
+    def _make_room(self) -> bool:
+        """Closes a part of the idle connections, the longest idle first; where there are none, of those on
+        which a body comes too slowly. False where there are none of either."""
         now = self.loop.time()
-        idle = [
-            connection
-            for connection in self.connections
-            if isinstance(connection, BoundedHeads) and connection is not self and connection._is_idle(now)
+        others = [one for one in self.connections if isinstance(one, BoundedHeads) and one is not self]
+        idle = [(one._heard, number) for number, one in enumerate(others) if one._is_idle(now)]
+        slow = idle or [
+            (pace, number) for number, one in enumerate(others) if (pace := one._pace(now)) < LEAST_PACE
         ]
-        if not idle:
-            self.transport.close()
-        for connection in heapq.nsmallest(max(1, self.limit // 64), idle, key=lambda one: one._heard):
-            connection.closed = True
-            connection.transport._transport.abort()  # type: ignore[attr-defined]
+        for _, number in heapq.nsmallest(max(1, self.limit // 64), slow):
+            others[number].closed = True
+            others[number].transport._transport.abort()  # type: ignore[attr-defined]
+        return bool(slow)
+
+    def _pace(self, now: float) -> float:
+        """Bytes a second of a body that has been coming for a while; of all else, more than enough."""
+        if self.closed or self._in_head or self._between or self.flow.read_paused:
+            return LEAST_PACE
+        seconds = now - self._body_began
+        return LEAST_PACE if seconds < STALLED_SECONDS else self._body_bytes / seconds
 
     def _is_idle(self, now: float) -> bool:
         """Without a whole request, and without a piece of one for a while if it has a head; or answered.

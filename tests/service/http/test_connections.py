@@ -249,6 +249,68 @@ async def test_idle_connections_make_room(site: Site, few: int, sent: bytes) -> 
         writer.close()
 
 
+async def test_bodies_that_come_too_slowly_make_room(site: Site, few: int) -> None:
+    """A byte each so often is never a pause, and holds a place for as long as a body may take."""
+    key = await site.tenant("acme", {"a": tiny.adapter(1)})
+    lines = (f"POST {CHAT} HTTP/1.1", "Host: x", f"Authorization: Bearer {key}", "Content-Length: 100000")
+    begun = "\r\n".join([*lines, "", ""]).encode()
+    held = [await opened(site, begun) for _ in range(few)]
+
+    async def drip() -> None:
+        while True:
+            for _, writer in held:
+                writer.write(b" ")
+            await asyncio.sleep(0.02)
+
+    dripping = asyncio.create_task(drip())
+    try:
+        for _ in range(3):
+            async with asyncio.timeout(60):
+                while not await _is_answered(site, "/v1/models", b"401"):
+                    await asyncio.sleep(0.05)
+    finally:
+        dripping.cancel()
+        for _, writer in held:
+            writer.close()
+
+
+async def test_probes_are_answered_while_requests_take_all_places(tmp_path: Path, few: int) -> None:
+    engine = FakeEngine(tiny.base())
+    async with fake_site(tmp_path, engine) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        engine.times = Times(step=30.0)
+        body = json.dumps({"model": "a", "messages": [{"role": "user", "content": "hi"}]})
+        asked = (
+            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        ).encode()
+        held = [await opened(site, asked) for _ in range(few + 1)]
+        async with asyncio.timeout(60):
+            while not await _is_answered(site, "/v1/models", b"503"):  # until each place has its request
+                await asyncio.sleep(0.05)
+        for path in ("/ready", "/health", "/metrics") * 4:
+            assert await _is_answered(site, path, b"200"), path
+        reader, writer = await opened(site, b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        told = await reader.read()
+        assert b"Retry-After: 1" in told
+        assert b'"code": "too_many_connections"' in told
+        writer.close()
+        for _, holding in held:
+            holding.transport.abort()
+
+
+async def _is_answered(site: Site, path: str, status: bytes) -> bool:
+    """Whether a connection of its own gets this status for ``path``; False where that finds no room."""
+    asked = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+    reader, writer = await opened(site, asked)
+    try:
+        return (await reader.readline()).startswith(b"HTTP/1.1 " + status)
+    except ConnectionError:
+        return False
+    finally:
+        writer.close()
+
+
 async def _is_ready(site: Site) -> bool:
     """Whether the server answers so on a connection of its own; not where that finds no room."""
     reader, writer = await opened(site, b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
