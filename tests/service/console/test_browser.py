@@ -283,7 +283,8 @@ async def test_everybody_can_use_every_page(site: Site, who: str) -> None:
 async def test_a_keyboard_is_enough(site: Site) -> None:
     async with browsing(site.url) as page:
         await page.goto("/console")
-        await page.keyboard.type(ADMIN_KEY)  # the field has the focus
+        await expect(page.get_by_role("textbox", name="Key")).to_be_focused()  # without a click
+        await page.keyboard.type(ADMIN_KEY)
         await page.keyboard.press("Enter")
         await expect(page.get_by_role("heading", name="Fleet")).to_be_visible()
         await page.keyboard.press("Tab")
