@@ -78,6 +78,10 @@ class Receipts:
                 )
             yield Receipt(tenant, key, fingerprint, known.answer if known else None)
 
+    async def has(self, tenant: str, key: str | None) -> bool:
+        """Whether an upload with this key has been answered."""
+        return key is not None and await self._find(tenant, key) is not None
+
     async def _find(self, tenant: str, key: str) -> UploadRow | None:
         if not is_tenant_id(tenant):
             return None

@@ -167,7 +167,8 @@ async def receive_version(
         "waived": options.waived, "key": options.key, "quota": quota, "annotation": options.note,
         "make_live": options.rollout is None,
     }  # fmt: skip
-    if options.rollout is not None:
+    # One that is repeated is answered with the rollout that it began.
+    if options.rollout is not None and not await services.publishing.receipts.has(tenant.id, options.key):
         await services.judge.check_idle(tenant.id, name)
 
     async def finished(published: Published) -> dict[str, Any]:

@@ -281,9 +281,10 @@ async def test_a_quarantined_version_goes_back_and_a_quarantined_live_one_holds(
     assert await adapter(site) == (1, None)
 
 
-async def upload(site: Site, seed: int, **query: str) -> Any:
+async def upload(site: Site, seed: int, key: str = "", **query: str) -> Any:
     files = {path.name: path.read_bytes() for path in tiny.adapter(seed).iterdir() if "adapter" in path.name}
-    return await site.admin.post(f"{ADAPTER}/versions", params=query, files=files)
+    headers = {"Idempotency-Key": key} if key else {}
+    return await site.admin.post(f"{ADAPTER}/versions", params=query, files=files, headers=headers)
 
 
 async def test_an_upload_begins_one(site: Site) -> None:
@@ -304,6 +305,17 @@ async def test_an_upload_begins_one(site: Site) -> None:
             await asyncio.sleep(0.1)
     assert (done["result"]["live"], done["result"]["rollout"]["version"]) == (1, 3)
     error(await upload(site, 4, rollout="daring"), 422, "invalid_request", "query.rollout")
+
+
+async def test_an_upload_that_is_repeated_has_the_rollout_that_it_began(site: Site) -> None:
+    await site.tenant("acme", {"a": tiny.adapter(1)})
+    begun = await upload(site, 2, "once", rollout="standard")
+    assert begun.json()["rollout"]["state"] == "running"
+    again = await upload(site, 2, "once", rollout="standard")
+    assert again.status_code == 201, again.text
+    assert again.json()["rollout"]["id"] == begun.json()["rollout"]["id"]
+    error(await upload(site, 3, "once", rollout="standard"), 409, "idempotency_conflict", "Idempotency-Key")
+    error(await upload(site, 3, "twice", rollout="standard"), 409, "rollout_running")
 
 
 async def test_of_two_who_decide_one_does(site: Site) -> None:
