@@ -24,7 +24,8 @@ class _Write:
 
 
 class SharedFiller:
-    """Fills places of ``slots``; the same calls as ``SlotFiller`` has. ``seconds``: of a slice."""
+    """Fills places of ``slots``; the same calls as ``SlotFiller`` has. ``seconds``: of a slice; 0 fills
+    a place in one."""
 
     def __init__(
         self, slots: SharedSlots, seconds: float, clock: Callable[[], float] = time.perf_counter
@@ -60,7 +61,7 @@ class SharedFiller:
         A load that cannot be written is removed from vLLM's tables. One that moves was written before, from
         the same memory: what is raised then is raised here, since its tokens would be answered wrongly.
         """
-        until = self._clock() + self._seconds
+        until = self._clock() + self._seconds if self._seconds else float("inf")
         ended: list[Ended] = []
         while self._writes:
             write = self._writes[0]

@@ -77,6 +77,16 @@ def test_between_any_two_slices_every_answer_is_right(layers: Any, seed: int) ->
     assert seen > 3
 
 
+def test_without_slices_one_call_writes_all(layers: Any) -> None:
+    tables, _, slots, _ = tables_of(layers)
+    filler = SharedFiller(slots, 0.0)
+    tables._registered_adapters |= {i: adapter(i, 8, random.Random(i)) for i in (1, 2)}
+    filler.begin(1)
+    filler.begin(2)
+    assert [(load_id, error) for load_id, error, _ in filler.go_on()] == [(1, None), (2, None)]
+    assert len(filler) == 0
+
+
 def test_one_call_writes_no_more_than_a_slice_holds(layers: Any) -> None:
     """Two layers, and four that move first: ten calls, and none of them switches what is not whole."""
     tables, wrapper, _, filler = tables_of(layers, slots=2, adapters=16)
