@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from adapters.awake import AwakeTimeout
 from server.fleet.wire import Frames, Kind, Malformed
 
 CONNECT_TIMEOUT_S = 3.0
@@ -262,7 +263,7 @@ async def _connected(url: str) -> Line:
     at = urlsplit(url)
     port = at.port or (443 if at.scheme == "https" else 80)
     tls = _tls() if at.scheme == "https" else None
-    async with asyncio.timeout(CONNECT_TIMEOUT_S):
+    async with AwakeTimeout(CONNECT_TIMEOUT_S):
         loop = asyncio.get_running_loop()
         return (await loop.create_connection(lambda: Line(url), at.hostname or "", port, ssl=tls))[1]
 

@@ -187,7 +187,8 @@ class Replica:
         if others and self._announced:
             logger.warning(
                 "replica %s announces itself at %s too: give each a LORAPLEX_REPLICA_URL of its own",
-                *(", ".join(others), self._url),
+                ", ".join(others),
+                self._url,
             )
         elif others:
             logger.info("in place of replica %s at %s", ", ".join(others), self._url)
