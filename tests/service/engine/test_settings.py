@@ -96,6 +96,14 @@ def test_the_executor_is_handed_over_as_a_class(tmp_path: Path) -> None:
 LLAMA = {"model_type": "llama", "hidden_size": 64}
 
 
+def made_for(folder: Path, base: Any, engine_args: dict[str, Any], **others: Any) -> Any:
+    """vLLM's arguments for a base with this config.json; None: it is not in a folder."""
+    if base is not None:
+        (folder / "config.json").write_text(json.dumps(base))
+    settings = Settings(model=str(folder), engine_args=engine_args, **{"gpu_slots": 2} | others)
+    return vllm_arguments(settings, Slots(1, 4))[1]
+
+
 @pytest.mark.parametrize(
     ("base", "engine_args", "others", "divided"),
     [
@@ -114,10 +122,7 @@ LLAMA = {"model_type": "llama", "hidden_size": 64}
 def test_several_workers_keep_one_copy_where_vllm_can_divide_all_layers(
     tmp_path: Path, base: Any, engine_args: dict[str, Any], others: dict[str, Any], divided: bool
 ) -> None:
-    if base is not None:
-        (tmp_path / "config.json").write_text(json.dumps(base))
-    settings = Settings(model=str(tmp_path), engine_args=engine_args, **{"gpu_slots": 2} | others)
-    assert vllm_arguments(settings, Slots(1, 4))[1].fully_sharded_loras is divided
+    assert made_for(tmp_path, base, engine_args, **others).fully_sharded_loras is divided
 
 
 def test_two_streams_for_adapters_are_left_on_where_they_were_asked_for(
@@ -125,9 +130,7 @@ def test_two_streams_for_adapters_are_left_on_where_they_were_asked_for(
 ) -> None:
     """vLLM switches them off where it divides both halves."""
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    settings = Settings(model=str(tmp_path), engine_args={"tensor_parallel_size": 2})
-    assert vllm_arguments(settings, Slots(1, 4))[1].fully_sharded_loras is False
+    assert made_for(tmp_path, LLAMA, {"tensor_parallel_size": 2}).fully_sharded_loras is False
 
 
 @pytest.mark.parametrize(
@@ -144,10 +147,7 @@ def test_two_streams_for_adapters_are_left_on_where_they_were_asked_for(
 def test_a_slot_has_no_room_for_a_vocabulary_that_is_not_served(
     tmp_path: Path, base: Any, engine_args: dict[str, Any], others: dict[str, Any], served: Any
 ) -> None:
-    if base is not None:
-        (tmp_path / "config.json").write_text(json.dumps(base))
-    settings = Settings(model=str(tmp_path), engine_args=engine_args, **{"gpu_slots": 2} | others)
-    made = vllm_arguments(settings, Slots(1, 4))[1].lora_target_modules
+    made = made_for(tmp_path, base, engine_args, **others).lora_target_modules
     assert made == (None if served is None else list(served))
 
 

@@ -45,21 +45,25 @@ LAYER = "model.layers.0.mlp.experts"
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PREFIX = "base_model.model."
+# What the smallest models of all three families have.
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts_per_tok": 2,
+}
 
 
 def make_model() -> Any:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=64,
+        **SMALL,
         hidden_size=HIDDEN,
         intermediate_size=48,
         moe_intermediate_size=INNER,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
         num_experts=EXPERTS,
-        num_experts_per_tok=2,
         decoder_sparse_step=1,
     )
     return Qwen3MoeForCausalLM(config)
@@ -68,15 +72,10 @@ def make_model() -> Any:
 def make_mixtral() -> Any:
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=64,
+        **SMALL,
         hidden_size=HIDDEN,
         intermediate_size=INNER,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
         num_local_experts=EXPERTS,
-        num_experts_per_tok=2,
     )
     return MixtralForCausalLM(config)
 
@@ -84,15 +83,10 @@ def make_mixtral() -> Any:
 def make_gpt_oss() -> Any:
     torch.manual_seed(0)
     config = GptOssConfig(
-        vocab_size=64,
+        **SMALL,
         hidden_size=HIDDEN - 8,
         intermediate_size=INNER - 8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
         num_local_experts=EXPERTS,
-        num_experts_per_tok=2,
         layer_types=["full_attention"],
     )
     return GptOssForCausalLM(config)
