@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +13,7 @@ from server.cli.adapters import Number
 from server.cli.arguments import Document, Name, Tenant, json_objects
 from server.cli.client import AdminClient
 from server.cli.command import command
+from server.cli.looks import looks
 from server.cli.tables import Shown
 
 Rollout = Annotated[
@@ -80,18 +80,12 @@ def watch(
     On a terminal each look takes the place of the one before, elsewhere each is printed as it comes.
     """
     from rich.console import Console
-    from rich.live import Live
 
-    document, console = _found(server, tenant, name, rollout), Console(stderr=True)
-    live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-    with live or nullcontext():
+    document = _found(server, tenant, name, rollout)
+    with looks(Console(stderr=True), transient=True) as show_look:
         try:
             while document["state"] not in _ENDED and (count is None or count > 1):
-                if live is not None:
-                    live.update(view(document), refresh=True)
-                else:
-                    console.print(view(document))
-                    console.file.flush()
+                show_look(view(document))
                 time.sleep(interval)
                 count = None if count is None else count - 1
                 document = server.get(*_path(tenant, name), document["id"])

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 
 from server.cli import tables as show
 from server.cli.client import AdminClient, RemoteError
+from server.cli.looks import looks
 
 # What is looked at on the page of metrics: counters with the label ``tenant``, and what they are called here.
 COUNTED = {
@@ -38,19 +37,13 @@ def watch(server: AdminClient, *, interval: float, count: int | None, replica: s
     On a terminal in place of the one before, elsewhere below it, each as soon as it is there.
     """
     before: tuple[float, Counts] | None = None
-    console = Console()
-    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+    with looks(Console()) as show_look:
         try:
             while count is None or count > 0:
                 now, counts = time.monotonic(), _counts(server)
                 since = changes(before[1], counts) if before else None
                 seconds = now - before[0] if before else 0.0
-                seen = view(server.get("residency", replica=replica), since, seconds)
-                if live is not None:
-                    live.update(seen, refresh=True)
-                else:
-                    console.print(seen)
-                    console.file.flush()
+                show_look(view(server.get("residency", replica=replica), since, seconds))
                 before = now, counts
                 count = None if count is None else count - 1
                 if count != 0:
