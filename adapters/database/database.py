@@ -24,7 +24,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import URL, Connection, event, select, text, update
+from sqlalchemy import URL, Connection, event, func, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
@@ -187,7 +187,12 @@ class Database:
             try:
                 yield session
                 # Last, because on PostgreSQL other writers wait for this row.
-                await session.execute(update(MetaRow).where(MetaRow.key == LAST_WRITE).values(value=mark))
+                marking = update(MetaRow).where(MetaRow.key == LAST_WRITE).values(value=mark)
+                if self.url.get_backend_name() == "sqlite":
+                    await session.execute(marking)
+                else:
+                    number = await session.scalar(marking.returning(func.txid_current()))
+                    session.info["transaction"] = number
                 self._last_write = mark
             finally:
                 session.info["invalidates"] = True
@@ -202,7 +207,7 @@ class Database:
                     self._refuse_another_file()
                     yield session
                     committing = True  # from here on it may be on disk, whatever is raised
-                    await uninterruptible(session.commit())
+                    await uninterruptible(self._commit(session))
                     self._refuse_another_file()
             finally:
                 try:
@@ -210,6 +215,25 @@ class Database:
                 finally:
                     # One that failed before has changed nothing, and must not cost others what is remembered.
                     self.generation += committing and session.info.get("invalidates", False)
+
+    async def _commit(self, session: AsyncSession) -> None:
+        """Where PostgreSQL's answer is lost, asks again by another connection whether it was committed."""
+        try:
+            await session.commit()
+        except (DBAPIError, OSError) as error:
+            transaction = session.info.get("transaction")
+            lost = isinstance(error, OSError) or error.connection_invalidated
+            if transaction is None or not (lost or postgres.is_outage(error)):
+                raise
+            try:
+                if await postgres.is_committed(self._engine, transaction):
+                    return
+            except TimeoutError:
+                raise DatabaseUnavailable(
+                    "The database does not answer, and whether the change was made is not known. Look at"
+                    " what is there before you send it again."
+                ) from error
+            raise
 
     @asynccontextmanager
     async def _its_turn(self) -> AsyncIterator[None]:

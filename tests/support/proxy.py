@@ -18,6 +18,8 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._passing = asyncio.Event()
         self._passing.set()
+        self._delay = 0.0
+        self._losing: tuple[bytes, bool, bool] | None = None
 
     async def mend(self) -> None:
         """New connections come through from now on."""
@@ -35,23 +37,54 @@ class Proxy:
 
     def cut(self) -> None:
         """Ends every connection, and refuses new ones."""
+        self.refuse()
+        self.drop()
+
+    def refuse(self) -> None:
+        """Refuses new connections."""
         assert self._server is not None
         self._server.close()
-        self.drop()
 
     def swallow(self) -> None:
         """Every connection stays, new ones are taken, and not a byte comes through until ``mend``."""
         self._passing.clear()
 
+    def slow_down(self, seconds: float) -> None:
+        """Each piece comes through so much later; 0 ends it."""
+        self._delay = seconds
+
+    def lose(self, piece: bytes, *, passes: bool, cut: bool = False) -> None:
+        """The connection that sends ``piece`` next gets no answer and ends: whether the other end has it
+        says ``passes``. ``cut`` then refuses new connections.
+        """
+        self._losing = piece, passes, cut
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(*self._to)
         self._writers |= {writer, back}
-        await asyncio.gather(self._pipe(reader, back), self._pipe(there, writer))
+        await asyncio.gather(self._pipe(reader, back, writer), self._pipe(there, writer))
 
-    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pipe(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        answers: asyncio.StreamWriter | None = None,
+    ) -> None:
+        """``answers`` is the way back."""
         with contextlib.suppress(OSError):
             while data := await reader.read(1 << 16):
                 await self._passing.wait()
+                if self._delay:
+                    await asyncio.sleep(self._delay)
+                if answers is not None and self._losing and self._losing[0] in data:
+                    (_, passes, cut), self._losing = self._losing, None
+                    if passes:
+                        writer.write(data)
+                        await writer.drain()
+                    answers.transport.abort()
+                    if cut:
+                        self.refuse()
+                    break
                 writer.write(data)
         writer.close()
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -14,6 +15,9 @@ import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from adapters.database.database import Database
+from adapters.database.rows import MetaRow
+from adapters.errors import DatabaseUnavailable
 from tests.service.http.test_api import error
 from tests.support import databases, tiny
 from tests.support.fakes import FakeEngine, Times
@@ -32,6 +36,14 @@ async def way(tmp_path: Path) -> AsyncIterator[tuple[str, Proxy]]:
         there = make_url(url)
         async with proxy(there.host or "", there.port or 5432) as between:
             yield there.set(port=between.port).render_as_string(hide_password=False), between
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[Database]:
+    database = Database(url, timeout=60.0)
+    await database.open()
+    yield database
+    await database.close()
 
 
 async def until_ready(site: Site) -> None:
@@ -184,3 +196,39 @@ async def test_a_write_that_cannot_begin_does_not_make_the_server_forget(
         error(await site.admin.post("/admin/v1/tenants", json={"id": "late"}), 503, "database_unavailable")
         assert (await site.chat(key, "hi", model="a", max_tokens=1)).status_code == 200
         await between.mend()
+
+
+async def write_one(database: Database, between: Proxy, *, passes: bool, cut: bool = False) -> None:
+    """A change whose commit ends its connection."""
+    async with database.write() as session:
+        session.add(MetaRow(key="one", value="1"))
+        await session.flush()
+        between.lose(b"COMMIT", passes=passes, cut=cut)
+
+
+async def test_a_commit_whose_answer_is_lost_is_acknowledged(way: tuple[str, Proxy]) -> None:
+    """It was made: who is told that nothing was changed would send it again."""
+    url, between = way
+    async with opened(url) as database:
+        await write_one(database, between, passes=True)
+        async with database.read() as session:
+            assert await session.get(MetaRow, "one") is not None
+
+
+async def test_a_commit_that_did_not_arrive_is_refused(way: tuple[str, Proxy]) -> None:
+    url, between = way
+    async with opened(url) as database:
+        with pytest.raises(DatabaseUnavailable, match="nothing was changed"):
+            await write_one(database, between, passes=False)
+        async with database.read() as session:
+            assert await session.get(MetaRow, "one") is None
+
+
+async def test_a_commit_of_which_nothing_is_known_is_called_that(
+    way: tuple[str, Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters.database.postgres.SETTLE_S", 0.5)
+    url, between = way
+    async with opened(url) as database:
+        with pytest.raises(DatabaseUnavailable, match="is not known"):
+            await write_one(database, between, passes=True, cut=True)
