@@ -51,7 +51,7 @@ from server.fleet.gateway import FleetDispatcher, FleetEngine, RemotePublisher
 from server.fleet.remote import RemoteAnswers
 from server.fleet.replica import Replica
 from server.fleet.residency import FleetResidency
-from server.fleet.verifying import verify_first
+from server.fleet.verifying import unverified
 from server.http.heap import trimmed
 from server.http.middleware import RequestContext, allow_origins, install_error_handlers
 from server.http.openapi import document
@@ -379,7 +379,7 @@ async def _join_fleet(
     )
     stack.push_async_callback(replica.stop)
     services.on_drain = replica.drain
-    await verify_first(services, replica.id)
+    services.verifying = bool(await unverified(services))
     return replica
 
 

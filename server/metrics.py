@@ -66,7 +66,7 @@ class Gauges:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaGauges:
-    """A replica as a gateway knows it; ``up`` if it may be sent something."""
+    """A replica as a gateway knows it; ``up`` if it may be sent something, ``verifying`` if not yet."""
 
     id: str
     up: bool
@@ -74,6 +74,7 @@ class ReplicaGauges:
     queued: int
     slots_used: int
     backlog: float = 0.0
+    verifying: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,6 +422,10 @@ def _by_replica(replicas: Sequence[ReplicaGauges]) -> Iterator[str]:
     """What a gateway knows of each replica; nothing where there are none."""
     shown: dict[str, tuple[str, Callable[[ReplicaGauges], float]]] = {
         "loraplex_replica_up": ("Whether a replica is sent requests.", lambda one: float(one.up)),
+        "loraplex_replica_verifying": (
+            "Whether a replica is held against golden probes before it is sent requests.",
+            lambda one: float(one.verifying),
+        ),
         "loraplex_replica_running": ("Sequences in its engine.", lambda one: one.running),
         "loraplex_replica_queued": ("Requests that wait there.", lambda one: one.queued),
         "loraplex_replica_slots_used": ("Slots there that hold an adapter.", lambda one: one.slots_used),

@@ -26,9 +26,9 @@ LOOKED_UP_AT_ONCE = 500
 
 @dataclass(frozen=True, slots=True)
 class ReplicaInfo:
-    """``state`` is ``ready``, ``restarting`` or ``draining``; ``facts`` and ``load`` are JSON of its own.
+    """``state`` is ``ready``, ``verifying``, ``restarting`` or ``draining``.
 
-    ``silent_s`` is how many seconds ago it announced itself last.
+    ``facts`` and ``load`` are JSON of its own. ``silent_s`` is how many seconds ago it announced itself last.
     """
 
     id: str

@@ -171,6 +171,7 @@ class FleetDispatcher:
                     queued=one.said.get("queued", 0),
                     slots_used=len(one.said.get("in_slots", ())),
                     backlog=one.backlog,
+                    verifying=not one.lost and one.said.get("state") == "verifying",
                 )
                 for one in known
             ],

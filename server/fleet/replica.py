@@ -18,6 +18,7 @@ from adapters.store.replicas import ReplicaInfo, Replicas
 from server.fleet.placement import Placement
 from server.fleet.reports import Report
 from server.fleet.scaling import pressure
+from server.fleet.verifying import verify_first
 from server.fleet.wire import Kind, framed
 from server.http.services import Services
 from server.inference.local import LocalAnswers
@@ -74,8 +75,13 @@ class Replica:
         self._announced = False
 
     def start(self) -> None:
-        """Announces this replica to the gateways, at once and then again and again."""
+        """Announces this replica to the gateways, at once and then again and again.
+
+        While ``Services.verifying`` it is shown, and sent nothing.
+        """
         logger.info("replica %s at %s", self.id, self._url)
+        if self.services.verifying:
+            self.services.in_background(self._verify())
         self._beating = asyncio.create_task(self._beat_forever(), name="loraplex-beat")
 
     async def stop(self) -> None:
@@ -110,10 +116,12 @@ class Replica:
 
     @property
     def state(self) -> str:
-        """``ready``, ``restarting`` (its engine) or ``draining``."""
+        """``ready``, ``verifying`` (before its first request), ``restarting`` (the engine) or ``draining``."""
         if self.services.draining:
             return "draining"
-        return "restarting" if self.services.dispatcher.is_restarting else "ready"
+        if self.services.dispatcher.is_restarting:
+            return "restarting"
+        return "verifying" if self.services.verifying else "ready"
 
     def report(self, now_: Snapshot | None = None) -> Report:
         """The replica's load and tiers now, with a number that grows with each report."""
@@ -151,6 +159,15 @@ class Replica:
         for call in list(self.calls.values()):
             with contextlib.suppress(Exception):  # a gateway that has gone takes its requests along
                 await call.tell(framed(Kind.MOVE, {}))
+
+    async def _verify(self) -> None:
+        try:
+            await verify_first(self.services, self.id)
+        except Exception:  # it must not keep a replica away that can answer
+            logger.exception("versions could not be verified")
+        self.services.verifying = False
+        with contextlib.suppress(Exception):  # gateways ask it anyway, and the next beat is soon
+            await self._announce()
 
     # --- beats -----------------------------------------------------------------------------------------
 

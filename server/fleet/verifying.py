@@ -13,46 +13,77 @@ from server.publishing.publish import verify_all
 
 logger = logging.getLogger(__name__)
 
-# How long a start may take longer for it; what is left is verified beside the requests.
-VERIFY_S = 60.0
+# How long requests wait for it where no other replica takes them, and where one does; what is left is
+# verified beside the requests.
+ALONE_S, VERIFY_S = 60.0, 600.0
+LEASE_S = 60.0
 LOOK_EVERY_S = 1.0
 
 
 async def verify_first(services: Services, holder: str) -> None:
     """Returns when each version that answers, and has golden probes, has a verdict on this replica's engine,
-    dtype and base, or ``VERIFY_S`` seconds have passed: then it goes on in the background.
+    dtype and base, or when it took too long: then it goes on in the background.
 
+    That is after ``VERIFY_S`` seconds, and after ``ALONE_S`` where no other replica takes requests.
     Of several replicas of one kind that start at once one verifies, by a lease, and the others wait for it.
     What differs is logged and counted, and no reason to stay away; see ``verify_all``.
     """
-    waiting = await _unverified(services)
-    if not waiting:
-        return
-    logger.info("before requests come, versions to be verified on this kind of engine: %d", len(waiting))
-    work = services.in_background(_in_turn(services, holder))
-    await asyncio.wait([work], timeout=VERIFY_S)
-    if work.done():
-        return
-    left = len(await _unverified(services))
-    services.metrics.verified("late", left)
-    logger.warning("after %.0f s requests come all the same; not yet verified: %d", VERIFY_S, left)
+    logger.info(
+        "before requests come, versions to be verified on this kind of engine: %d",
+        len(await unverified(services)),
+    )
+    clock = asyncio.get_running_loop().time
+    work, began = services.in_background(_in_turn(services, holder)), clock()
+    while clock() - began < VERIFY_S:
+        most = VERIFY_S if await _others_answer(services, holder) else ALONE_S
+        left = began + most - clock()
+        await asyncio.wait([work], timeout=max(0.0, min(LOOK_EVERY_S, left)))
+        if work.done():
+            return
+        if left <= 0:
+            break
+    waiting = len(await unverified(services))
+    services.metrics.verified("late", waiting)
+    logger.warning("after %.0f s requests come all the same; not yet verified: %d", clock() - began, waiting)
+
+
+async def _others_answer(services: Services, holder: str) -> bool:
+    try:
+        rows = await services.replicas.all()
+    except Exception:  # the database is away: no reason to begin sooner
+        return True
+    return any(row.id != holder and row.state == "ready" and not row.is_lost for row in rows)
 
 
 async def _in_turn(services: Services, holder: str) -> None:
     here = json.dumps(services.publishing.prober.here, sort_keys=True)
     lease = f"verify {hashlib.sha256(here.encode()).hexdigest()[:32]}"
     try:
-        while not await services.replicas.hold(lease, holder, VERIFY_S):
+        while not await services.replicas.hold(lease, holder, LEASE_S):
             await asyncio.sleep(LOOK_EVERY_S)
+        keeping = asyncio.create_task(_keep(services, lease, holder), name="loraplex-verify-lease")
         try:
             await verify_all(services.publishing, services.metrics)
         finally:
+            keeping.cancel()
+            await asyncio.wait([keeping])
             await services.replicas.release(holder, lease)
     except Exception:  # it must not keep a replica away that can answer
         logger.exception("versions could not be verified")
 
 
-async def _unverified(services: Services) -> list[Version]:
+async def _keep(services: Services, lease: str, holder: str) -> None:
+    """Or the next one of this kind would verify the same at the same time."""
+    while True:
+        await asyncio.sleep(LEASE_S / 4)
+        try:
+            await services.replicas.hold(lease, holder, LEASE_S)
+        except Exception as exc:  # it is tried again, and at worst something is verified twice
+            logger.warning("the turn to verify could not be kept: %s", exc)
+
+
+async def unverified(services: Services) -> list[Version]:
+    """The versions that answer, came with golden probes, and have no verdict on this kind of engine."""
     publishing = services.publishing
     found = await publishing.catalog.unverified(publishing.prober.here)
     return [version for version in found if version.quarantine is None]

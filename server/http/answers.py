@@ -404,7 +404,7 @@ class Replica(Answer):
 
     id: str
     url: str
-    state: Literal["ready", "restarting", "draining", "lost"]
+    state: Literal["ready", "verifying", "restarting", "draining", "lost"]
     started_at: Time
     beat_at: Time
     base: str

@@ -113,6 +113,9 @@ async def _checks(services: Services) -> dict[str, str]:
     if services.dispatcher.is_restarting:
         results["engine"] = "restarting"
         del parts["engine"]
+    elif services.verifying:
+        results["engine"] = "verifying"
+        del parts["engine"]
     elif services.dispatcher.is_silent:
         results["engine"] = "not answering"
         del parts["engine"]

@@ -80,6 +80,8 @@ class Services:
     peers: Peers | None = None
     on_drain: Callable[[], Coroutine[Any, Any, None]] | None = None
     draining: bool = False
+    # A replica that is held against golden probes before it takes requests; see ``server.fleet.verifying``.
+    verifying: bool = False
     # Tenants with a call of their own under way that only one at a time is allowed of.
     busy: set[str] = field(default_factory=set)
     holding: asyncio.Lock = field(default_factory=asyncio.Lock)

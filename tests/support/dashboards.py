@@ -99,6 +99,7 @@ def _fleet() -> list[Panel]:
                 ("{{replica}} running", f"loraplex_replica_running{{{BY}}}"),
                 ("{{replica}} waiting", f"loraplex_replica_queued{{{BY}}}"),
                 ("{{replica}} up", f"loraplex_replica_up{{{BY}}}"),
+                ("{{replica}} verifying", f"loraplex_replica_verifying{{{BY}}}"),
             ],
         ),
         (

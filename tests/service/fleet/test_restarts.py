@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from adapters.database.rows import ReplicaRow
@@ -58,6 +59,12 @@ async def unverified(one: FakeReplica) -> list[Version]:
 
 def up(page: str) -> list[str]:
     return [line for line in page.splitlines() if line.startswith("loraplex_replica_up{")]
+
+
+async def states(made: Fleet) -> dict[str, str]:
+    """By replica, as operators see them."""
+    shown = (await made.gateway.admin.get("/admin/v1/replicas")).json()["data"]
+    return {one["id"]: one["state"] for one in shown}
 
 
 async def server(made: Fleet) -> dict[str, Any]:
@@ -136,12 +143,12 @@ async def test_another_engine_is_verified_before_it_takes_requests(
         (old,) = made.replicas
         await with_probes(made)
         checks = Checks(monkeypatch)
-        new = [stack.enter_async_context(replica(tmp_path, engine=another_kind())) for _ in range(2)]
-        starting = [asyncio.create_task(each) for each in new]
+        new = [replica(tmp_path, engine=another_kind()) for _ in range(2)]
+        ids = {old.id} | {(await stack.enter_async_context(each)).id for each in new}
         await made.until(lambda: checks.number > 0)
-        assert [one.id for one in made.directory.all()] == [old.id]
+        await made.until(lambda: {one.id for one in made.directory.all() if one.said} == ids)
+        assert [one.id for one in made.directory.ready()] == [old.id]
         checks.going.set()
-        ids = {old.id} | {(await each).id for each in starting}
         await made.until(lambda: {one.id for one in made.directory.ready()} == ids)
         assert checks.number == 1
         shown = (await made.gateway.admin.get(VERIFY.removesuffix("/verify"))).json()["versions"][0]["report"]
@@ -150,13 +157,60 @@ async def test_another_engine_is_verified_before_it_takes_requests(
         assert not await unverified(old), "what was found on one kind says nothing of the other"
 
 
+async def test_a_replica_that_is_verified_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To operators, monitors and who asks it; and takes nothing, also of a gateway that knows no other."""
+    async with fleet(tmp_path, replicas=1) as made:
+        (old,) = made.replicas
+        await with_probes(made)
+        checks = Checks(monkeypatch)
+        async with replica(tmp_path, engine=another_kind()) as new:
+            of_new = f'{{replica="{new.id}"}} '
+            await made.until(lambda: any(one.id == new.id and one.said for one in made.directory.all()))
+            await made.until(lambda: checks.number > 0)
+            assert await states(made) == {old.id: "ready", new.id: "verifying"}
+            seen = (await made.gateway.admin.get("/admin/v1/residency")).json()["replicas"]
+            assert {one["id"]: one["state"] for one in seen} == {old.id: "ready", new.id: "verifying"}
+            page = (await made.gateway.http.get("/metrics")).text
+            assert f"loraplex_replica_verifying{of_new}1.0" in page
+            assert f"loraplex_replica_up{of_new}0.0" in page
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{new.port}") as http:
+                told = await http.get("/ready")
+                assert (told.status_code, told.json()["checks"]["engine"]) == (503, "verifying")
+                assert (await http.get("/health")).status_code == 200
+            await old.kill()
+            await made.until(lambda: not made.directory.ready())
+            assert (await made.gateway.http.get("/ready")).status_code == 503
+            checks.going.set()
+            await made.until(lambda: [one.id for one in made.directory.ready()] == [new.id])
+            assert (await states(made))[new.id] == "ready"
+            page = (await made.gateway.http.get("/metrics")).text
+            assert f"loraplex_replica_verifying{of_new}0.0" in page
+
+
+async def test_one_alone_is_verified_for_a_shorter_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet(tmp_path, replicas=1) as made:
+        (old,) = made.replicas
+        await with_probes(made)
+        checks = Checks(monkeypatch)
+        monkeypatch.setattr(verifying, "ALONE_S", 0.05)
+        monkeypatch.setattr(verifying, "LOOK_EVERY_S", 0.02)
+        async with replica(tmp_path, engine=another_kind()) as new:
+            await made.until(lambda: checks.number > 0)
+            old.app.state.replica._beating.cancel()
+            await old.services.replicas.leave(old.id)
+            await made.until(lambda: new.id in [one.id for one in made.directory.ready()])
+            checks.going.set()
+
+
 async def test_a_replica_does_not_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with fleet(tmp_path, replicas=1) as made:
         await with_probes(made)
         checks = Checks(monkeypatch)
-        monkeypatch.setattr(verifying, "VERIFY_S", 0.05)
+        monkeypatch.setattr(verifying, "VERIFY_S", 0.05)  # the old one takes requests meanwhile
         async with replica(tmp_path, engine=another_kind()) as new:
             await made.until(lambda: len(made.directory.ready()) == 2)
             assert "requests come all the same; not yet verified: 1" in caplog.text
