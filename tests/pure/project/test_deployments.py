@@ -16,6 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from server.__main__ import _settings
 from server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -223,6 +224,14 @@ def test_a_unit_starts_the_server_in_its_role(path: Path) -> None:
     assert service["KillMode"] == "mixed"
     assert variables["LORAPLEX_DATA_DIR"] == f"/var/lib/{service['StateDirectory']}"
     check_settings(re.findall(r"LORAPLEX_[A-Z_]+", path.read_text()))
+
+
+@pytest.mark.parametrize("path", SYSTEMD, ids=lambda path: path.name)
+def test_a_unit_does_not_try_a_wrong_setting_for_ever(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_text("max_lora_rank: many\n")
+    with pytest.raises(SystemExit) as ended:
+        _settings(tmp_path / "wrong.yaml")
+    assert f"RestartPreventExitStatus={ended.value.code}" in path.read_text().splitlines()
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
