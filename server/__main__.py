@@ -215,11 +215,18 @@ def check(
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
     url: Annotated[str, typer.Option(help="Ask the server there instead of reading its files.")] = "",
     key: Key = "",
+    backup: Annotated[Path | None, typer.Option(help="Read a backup in this folder instead.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Hold all rows against the stored bytes, both ways: 0 all is well, 1 it is not, 2 it cannot be told."""
     from server.cli import data
 
+    if backup is not None:
+        if repair or url:
+            raise typer.BadParameter(
+                "--backup only looks, at a folder of this machine; leave --repair and --url out"
+            )
+        raise SystemExit(data.check_backup(backup, as_json=as_json))
     if not url:
         raise SystemExit(data.check(_settings(config), repair=repair, as_json=as_json))
     with connected(url, key) as server:

@@ -1,7 +1,8 @@
 """A consistent copy of an installation, while its server runs or not, and the way back.
 
 <folder>/loraplex.db         all rows as of one moment, as SQLite; replaced last: the one before stays whole
-<folder>/blobs/<digest>/     every adapter that a row of it names; those that are there already are kept
+<folder>/blobs/<digest>/     every adapter that a row of it names; those that are there already are kept. The
+                             time of the folder is when its bytes were last held against their digest
 
 The database may be SQLite or PostgreSQL, and a backup of one may be restored into the other. All calls are
 synchronous and take as long as copying does: call them in a thread, never on an event loop.
@@ -18,7 +19,7 @@ import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy import URL
@@ -37,12 +38,14 @@ from adapters.store.transfer import NotEmpty, transfer
 DATABASE_FILE = "loraplex.db"
 # A version may be deleted between the copies of its row and of its files; then the rows are read again.
 _TRIES = 5
+# Of the adapters that are there already each backup reads this part, those first that were read longest ago.
+_READ_AGAIN = 1 / 30
 # Folders of the data folder that are the server's; "backups" is for what is made here.
 _OWN = ("blobs", "quarantine", ASIDE, "fits")
 # Rows of processes that belong to the original.
 _OF_PROCESSES = {ReplicaRow.__tablename__, LeaseRow.__tablename__}
 # What a copy that was killed has left; SQLite's own files beside it too.
-_PARTIAL = re.compile(rf"\.({re.escape(DATABASE_FILE)}|[0-9a-f]{{64}})-[0-9a-f]{{32}}(-journal|-wal|-shm)?")
+PARTIAL = re.compile(rf"\.({re.escape(DATABASE_FILE)}|[0-9a-f]{{64}})-[0-9a-f]{{32}}(-journal|-wal|-shm)?")
 
 
 class BackupFailed(OSError):
@@ -56,20 +59,23 @@ class BackupRuns(BackupFailed):
 @dataclass(frozen=True, slots=True)
 class Backup:
     """``copied`` and ``present`` count adapters' files. Not in the copy are ``broken``, digests whose bytes
-    are other ones, and ``missing``, those that rows name and nothing holds."""
+    are other ones, and ``missing``, those that rows name and nothing holds. ``verified`` counts those of
+    ``present`` that were read again, and ``repaired`` names those of ``copied`` that had rotted there."""
 
     copied: int
     present: int
     broken: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    verified: int = 0
+    repaired: tuple[str, ...] = ()
 
 
 def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = "") -> Backup:
     """Copies the database and the blobs that its rows name to ``folder``, from ``blobs_url`` if not here.
 
     A server may be writing to both meanwhile. Files whose bytes are not those of their name are left out, and
-    so are files that are not there; both are named in the result. Raises BackupFailed, and OSError where a
-    disk fails.
+    so are files that are not there; both are named in the result. A part of what is there already is read
+    again, and copied anew where it has rotted. Raises BackupFailed, and OSError where a disk fails.
     """
     url = checked_url(database_url)
     if url.get_backend_name() == "sqlite" and not Path(str(url.database)).is_file():
@@ -78,6 +84,7 @@ def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = ""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     copied: set[str] = set()
     missing: set[str] = set()
+    read: _Read | None = None
     with _alone(folder), _database_errors():
         _sweep(folder, folder / "blobs")
         for _ in range(_TRIES):
@@ -85,13 +92,16 @@ def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = ""
             with _partial(folder / DATABASE_FILE) as snapshot:
                 _copy_out(url, snapshot)
                 wanted = _linked(snapshot)
-                done, missing, broken = _copy_blobs(wanted, _from(blobs, blobs_url), folder / "blobs")
+                copy = _from(blobs, blobs_url)
+                if read is None:
+                    read = _read_again(wanted, copy, folder / "blobs")
+                done, missing, broken = _copy_blobs(wanted - read.rotten, copy, folder / "blobs")
                 copied |= done
                 # What this snapshot and the one before miss was not deleted between them: it is lost.
                 if missing <= before:
                     os.replace(snapshot, folder / DATABASE_FILE)
                     sync_path(folder)
-                    return _backup(wanted, copied, broken, missing)
+                    return _backup(wanted, copied, broken, missing, read)
     raise BackupFailed("versions are deleted faster than they can be copied; try again")
 
 
@@ -121,12 +131,19 @@ def restore(folder: Path, database_url: str, blobs: Path, *, blobs_url: str = ""
         if blobs_url:
             asyncio.run(_put(ObjectStore(blobs_url), wanted - broken - missing, blobs))
         _copy_in(source, url, blobs.parent)
-    return _backup(wanted, copied, broken, missing)
+    return _backup(wanted, copied, broken, missing, _Read())
 
 
-def _backup(wanted: set[str], copied: set[str], broken: set[str], missing: set[str]) -> Backup:
-    present = len(wanted - copied - broken - missing)
-    return Backup(len(copied), present, tuple(sorted(broken)), tuple(sorted(missing)))
+def _backup(wanted: set[str], copied: set[str], broken: set[str], missing: set[str], read: _Read) -> Backup:
+    copied, broken = copied | read.repaired, broken | read.rotten & wanted
+    return Backup(
+        len(copied),
+        len(wanted - copied - broken - missing),
+        tuple(sorted(broken)),
+        tuple(sorted(missing)),
+        read.whole,
+        tuple(sorted(read.repaired)),
+    )
 
 
 def _refuse_source(url: URL, blobs: Path, folder: Path) -> None:
@@ -144,7 +161,7 @@ def _sweep(*folders: Path) -> None:
     """Removes what a backup or a restore left that was killed."""
     for folder in folders:
         for path in folder.iterdir() if folder.is_dir() else ():
-            if _PARTIAL.fullmatch(path.name):
+            if PARTIAL.fullmatch(path.name):
                 discard(path)
 
 
@@ -256,14 +273,53 @@ def _copy_blobs(wanted: set[str], copy: _Copy, target: Path) -> tuple[set[str], 
             if digest_of(partial) != digest:
                 broken.add(digest)
                 continue
-            partial.chmod(0o700)
-            for path in (*partial.iterdir(), partial):
-                sync_path(path)
-            partial.rename(target / digest)
-            (target / digest).chmod(0o555)
+            _install(partial, target / digest)
             copied.add(digest)
-    sync_path(target)
     return copied, missing, broken
+
+
+@dataclass(slots=True)
+class _Read:
+    """What came of reading files of a backup again: how many were ``whole``, which had rotted and were copied
+    anew (``repaired``), and which stay ``rotten``, since there are no whole ones to be copied."""
+
+    whole: int = 0
+    repaired: set[str] = field(default_factory=set)
+    rotten: set[str] = field(default_factory=set)
+
+
+def _read_again(wanted: set[str], copy: _Copy, target: Path) -> _Read:
+    """Reads a part of those that are wanted and there, so that rot is found while there is a whole copy."""
+    there = [path for digest in wanted if (path := target / digest).is_dir()]
+    there.sort(key=lambda path: (path.stat().st_mtime, path.name))
+    read = _Read()
+    for path in there:  # those that stay rotten are named each time, and take nobody's turn
+        if read.whole + len(read.repaired) >= len(there) * _READ_AGAIN:
+            break
+        if digest_of(path) == path.name:
+            os.utime(path)
+            read.whole += 1
+            continue
+        with _partial(path) as anew, _partial(path) as rotten:
+            if copy(path.name, anew) and digest_of(anew) == path.name:
+                path.chmod(0o755)
+                path.rename(rotten)
+                _install(anew, path)
+                read.repaired.add(path.name)
+            else:
+                read.rotten.add(path.name)
+    return read
+
+
+def _install(partial: Path, path: Path) -> None:
+    """What was held against its digest just now gets its name."""
+    partial.chmod(0o700)
+    for file in (*partial.iterdir(), partial):
+        sync_path(file)
+    os.utime(partial)
+    partial.rename(path)
+    path.chmod(0o555)
+    sync_path(path.parent)
 
 
 @contextmanager

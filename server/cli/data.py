@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from adapters.database.database import Database, SchemaTooNew
 from adapters.errors import AdapterError
-from adapters.store import backup
+from adapters.store import backup, backup_check
 from adapters.store.blobs import BlobStore
 from adapters.store.check import check_offline
 from adapters.store.objects import ObjectStore
@@ -81,6 +81,15 @@ def check(settings: Settings, *, repair: bool, as_json: bool) -> int:
     return show_check(found, as_json=as_json)
 
 
+def check_backup(folder: Path, *, as_json: bool) -> int:
+    """Every byte of a backup; 0 all is well, 1 something was found, 2 nothing of it can be restored."""
+    try:
+        found = backup_check.check_backup(folder)
+    except (OSError, ValueError) as error:
+        return _failed(error)
+    return show_check(found.as_json(), as_json=as_json)
+
+
 def show_check(found: dict[str, Any], *, as_json: bool) -> int:
     """Prints what a check found, of a server's too."""
     if as_json:
@@ -115,6 +124,10 @@ def _report(what: str, folder: Path, run: Callable[[], backup.Backup]) -> int:
     except (OSError, ValueError, SchemaTooNew, AdapterError) as error:
         return _failed(error)
     print(f"{what} {folder}: {done.copied} adapters' files copied, {done.present} were there already.")
+    if done.verified:
+        print(f"{done.verified} of those were read again, and are whole.")
+    for digest in done.repaired:
+        print(f"copied anew, its bytes in the backup had changed: {digest}")
     for digest in done.broken:
         print(f"left out, its bytes are not those that were uploaded: {digest}")
     for digest in done.missing:

@@ -30,7 +30,11 @@ EXAMPLES = {
     "adopt": ["loraplex adopt --config config/laptop.yaml"],
     "backup": ["loraplex backup /mnt/backups/today"],
     "restore": ["loraplex restore /mnt/backups/today"],
-    "check": ["loraplex check", "loraplex check --url http://127.0.0.1:8000"],
+    "check": [
+        "loraplex check",
+        "loraplex check --url http://127.0.0.1:8000",
+        "loraplex check --backup /mnt/backups/today",
+    ],
     "version": ["loraplex version"],
     "chat": ["loraplex chat support 'Where is my parcel?'", "loraplex chat support@3 --beside support@2"],
     "bench": ["loraplex bench http://127.0.0.1:8000 --keys keys.txt --rate 10 --plot times.html"],

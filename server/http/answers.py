@@ -205,6 +205,8 @@ class BackedUp(Answer):
     present: Count
     broken: list[Digest]
     missing: list[Digest]
+    verified: Count
+    repaired: list[Digest]
     seconds: float
 
 

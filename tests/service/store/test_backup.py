@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import create_engine
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from adapters.database import database as tables
 from adapters.database.database import MIGRATIONS
@@ -450,18 +451,33 @@ REVISIONS = sorted(
 )
 
 
-@pytest.mark.parametrize("revision", REVISIONS)
-async def test_every_release_is_upgraded_and_rolled_back(tmp_path: Path, revision: str) -> None:
+# Each on SQLite; on PostgreSQL the first one, which takes every step, and some between.
+RELEASES = [("sqlite", revision) for revision in REVISIONS] + [("postgres", one) for one in REVISIONS[::3]]
+
+
+@pytest.mark.parametrize(("kind", "revision"), RELEASES)
+async def test_every_release_is_upgraded_and_rolled_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, revision: str
+) -> None:
     """As docs/operations.md says: a backup, the new release; back is the old one on the backup."""
     live, copy, old = tmp_path / "live", tmp_path / "copy", tmp_path / "old"
-    async with fake_site(live) as site:
-        key = await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)})
-    await asyncio.to_thread(turn_back, live, revision)
-    assert await asyncio.to_thread(data.back_up, settings(live), copy) == 0
-    async with fake_site(live) as site:
-        for model in ("a", "b@1"):
-            assert (await site.chat(key, "hi", model=model)).status_code == 200
-        assert (await site.upload("acme", "a", tiny.adapter(3))).status_code == 201
+    async with empty(kind, live) as url:
+        here = settings(live, database_url=url)
+        async with fake_site(live, database_url=url) as site:
+            key = await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)})
+        if kind == "postgres":  # what an earlier release writes of it is SQLite with its own schema
+            assert await asyncio.to_thread(data.back_up, here, copy) == 0
+            await turn_back(f"sqlite+aiosqlite:///{copy / 'loraplex.db'}", revision)
+        await turn_back(url, revision, live)
+        if kind == "sqlite":
+            assert await asyncio.to_thread(data.back_up, here, copy) == 0
+        elif revision != REVISIONS[-1]:
+            assert await asyncio.to_thread(data.back_up, here, tmp_path / "late") == 2
+            assert f"is {revision}, this program's is {REVISIONS[-1]}" in capsys.readouterr().err
+        async with fake_site(live, database_url=url) as site:
+            for model in ("a", "b@1"):
+                assert (await site.chat(key, "hi", model=model)).status_code == 200
+            assert (await site.upload("acme", "a", tiny.adapter(3))).status_code == 201
     shutil.copytree(copy, old)
     with closing(sqlite3.connect(old / "loraplex.db")) as database:
         assert database.execute("SELECT version_num FROM alembic_version").fetchone() == (revision,)
@@ -469,20 +485,26 @@ async def test_every_release_is_upgraded_and_rolled_back(tmp_path: Path, revisio
     assert len(blobs_in(old)) == 2
     # The new release reads the old backup too.
     restored = tmp_path / "restored"
-    assert await asyncio.to_thread(data.restore, settings(restored), copy) == 0
-    async with fake_site(restored) as site:
-        assert (await site.chat(key, "hi", model="a")).status_code == 200
-        assert (await site.chat(key, "hi", model="a@2")).status_code == 404
+    async with empty(kind, restored) as url:
+        assert await asyncio.to_thread(data.restore, settings(restored, database_url=url), copy) == 0
+        async with fake_site(restored, database_url=url) as site:
+            assert (await site.chat(key, "hi", model="a")).status_code == 200
+            assert (await site.chat(key, "hi", model="a@2")).status_code == 404
 
 
-def turn_back(folder: Path, revision: str) -> None:
-    """Lets an earlier release have written the database: by what every migration does backwards."""
+async def turn_back(url: str, revision: str, folder: Path | None = None) -> None:
+    """Lets an earlier release have written the database, and its data folder: by what every migration does
+    backwards."""
     config = Config()
     config.set_main_option("script_location", MIGRATIONS)
-    engine = create_engine(f"sqlite:///{folder / 'loraplex.db'}")
-    with engine.begin() as connection:
+
+    def downgrade(connection: Connection) -> None:
         config.attributes["connection"] = connection
         command.downgrade(config, revision)
-    engine.dispose()
-    if revision < "0003":  # which knew neither an audit nor a mark
+
+    engine = create_async_engine(url)
+    async with engine.begin() as connection:
+        await connection.run_sync(downgrade)
+    await engine.dispose()
+    if folder is not None and revision < "0003":  # which knew neither an audit nor a mark
         (folder / INSTALLATION_FILE).unlink()
