@@ -346,8 +346,8 @@ async def unfit_(request: Request) -> Response:
 async def residency(request: Request) -> Response:
     """What a gateway asks for its ``/admin/v1/residency``, and the last events of the scheduler."""
     services, sent = _replica_of(request).services, await _json(request)
-    events = services.dispatcher.last_events(int(sent["events"]))
-    return await long_answer(look(services) | {"events": events}, services.settings.client_timeout)
+    told = await services.dispatcher.recorded(int(sent["events"]))
+    return await long_answer(look(services) | told, services.settings.client_timeout)
 
 
 @router.post("/publish")

@@ -80,7 +80,9 @@ def merged(own: JSON, seen: Sequence[Seen], with_events: bool = False) -> dict[s
         "rates": {**own["rates"], **_tokens(said["rates"] for _, said in told)},
         "replicas": [_part(known, said) for known, said in seen],
     }
-    return {**found, "events": list(_entries(told, "events"))} if with_events else found
+    if with_events:
+        found |= {name: list(_entries(told, name)) for name in ("events", "checkpoint")}
+    return found
 
 
 def _entries(told: Iterable[tuple[str, JSON]], name: str) -> Iterator[dict[str, Any]]:

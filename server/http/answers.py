@@ -396,6 +396,12 @@ class Residency(Answer):
     rates: Rates
     replicas: Annotated[list[ResidentReplica] | None, _WHOSE] = None
     events: Annotated[list[JsonValue] | None, Field(description="Only where they were asked for.")] = None
+    checkpoint: Annotated[
+        list[JsonValue] | None,
+        Field(
+            description="The state before the first of `events`; only where all that are kept were asked for."
+        ),
+    ] = None
 
 
 _NAMED = Field(description="`tenant/adapter@version`; the digest in place of a version that is deleted.")

@@ -60,7 +60,7 @@ async def seen(services: Services, events: int = 0, replica: str | None = None) 
             "This process has no replicas; leave `replica` out.", code="replica_not_found", param="replica"
         )
     found = look(services)
-    return found | {"events": services.dispatcher.last_events(events)} if events else found
+    return found | await services.dispatcher.recorded(events) if events else found
 
 
 def look(services: Services) -> dict[str, Any]:

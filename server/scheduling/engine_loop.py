@@ -20,7 +20,7 @@ from adapters.model import Version
 from server.engine.calls import EngineDied, EngineHung, PageOp, PageReport, PageResult, WorkerReport
 from server.engine.restarts import Restarts
 from server.metrics import Metrics
-from server.scheduling.event_log import LOGGED, EventLog
+from server.scheduling.event_log import KEPT, LOGGED, EventLog, as_lines
 from server.scheduling.lease import Lease
 from server.scheduling.nouns import Capacity, Effect
 from server.scheduling.plan import Plan
@@ -98,7 +98,8 @@ class EngineLoop:
         self._lost_event = asyncio.Event()
         self._losses = 0
         self._came_back = 0
-        self._events = EventLog()
+        self._events = EventLog(Plan(capacity, suspects=suspects))
+        self._recorded = False  # in the log, at the first check that failed
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
         self._versions: dict[str, Version] = {}
@@ -143,6 +144,19 @@ class EngineLoop:
     def last_events(self, number: int) -> list[dict[str, Any]]:
         """The last events that the plan was told, as JSON; see ``event_log.replay``."""
         return self._events.last(number)
+
+    async def recorded(self, number: int) -> dict[str, Any]:
+        """The same as ``events``; where that is all that is kept, also the ``checkpoint`` before the first of
+        them; see ``checkpoints.restored``.
+        """
+        if number < KEPT:
+            return {"events": self.last_events(number)}
+        found: dict[str, Any] = {}
+        with self._events.recording() as recording:
+            steps = recording.steps(found)
+            while _some(steps):
+                await asyncio.sleep(0)
+        return found
 
     def _tell(self, event: Callable[[float, *Ts], list[Effect]], *args: *Ts) -> None:
         """Tell the plan an event, carry out what follows, and be there when the next deadline is due."""
@@ -326,6 +340,18 @@ class EngineLoop:
             last = self._events.last(LOGGED)
             logger.exception("the plan is wrong: %r; %r; last events: %s", exc, self._plan, last)
             self._reconcile_soon = True
+            await self._log_recording()
+
+    async def _log_recording(self) -> None:
+        """Log all that is kept, once in a process: a defect that stays would fill the disk."""
+        if self._recorded:
+            return
+        self._recorded = True
+        try:
+            for line in as_lines(await self.recorded(KEPT)):
+                logger.error("%s", line)
+        except Exception:
+            logger.exception("the events could not be recorded")
 
     # --- healing ---------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ class Plan:
         self._capacity = capacity
         self._effects: list[Effect] = []
         self._queue = FairQueue(self._counted)
-        self._suspects = Suspects(self._queue.gate, lambda now: self._emit(Suspect(now)), suspects)
+        self._suspects = Suspects(self._queue.gate, self._suspect, suspects)
         self._residency = Residency(
             capacity, first_load_id, self._emit, self._suspects.gate, self._queue.counter
         )
@@ -346,6 +346,9 @@ class Plan:
 
     def _emit(self, effect: Effect) -> None:
         self._effects.append(effect)
+
+    def _suspect(self, versions: frozenset[str]) -> None:
+        self._emit(Suspect(versions))
 
     def _counted(self, tenant: str) -> None:
         self._residency.indices.for_slot.rerank(tenant)

@@ -90,7 +90,7 @@ class Residency:
         self.claims: dict[str, Claim] = {}
         self.claims_of: dict[str, int] = {}  # how many, by tenant
         self.pins: dict[str, str] = {}  # version -> tenant
-        self._retired: set[str] = set()  # only while in memory or wanted
+        self._retired: dict[str, None] = {}  # by time; only while in memory or wanted
         self.prefetch = Prefetch(emit)
         self.indices = Indices(self.share)
         self.is_blocked = False  # the next to be staged is overdue and finds no host entry
@@ -212,18 +212,18 @@ class Residency:
             self.pins.pop(version, None)
         else:
             self.pins[version] = tenant
-            self._retired.discard(version)
+            self._retired.pop(version, None)
         self._index(version)
 
     def retire(self, version: str) -> None:
         """Evict ``version`` as soon as nothing runs on it or waits for it."""
-        self._retired.add(version)
+        self._retired[version] = None
         self.prefetch.end(version, Refusal.ADAPTER_UNAVAILABLE)
         self.pin(version, None)
 
     def warm(self, version: str, slot: bool) -> None:
         """Load ``version`` when nothing else needs the room."""
-        self._retired.discard(version)
+        self._retired.pop(version, None)
         self.prefetch.ask(version, slot)
         self._index(version)
 
@@ -252,7 +252,7 @@ class Residency:
         for version in self._retired:
             load = self.loads.get(version)
             if load is None and version not in self.claims:
-                self._retired.discard(version)
+                del self._retired[version]
                 return True
             if load is not None and self.indices.is_idle(version):
                 self._evict(load, now)

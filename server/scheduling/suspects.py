@@ -17,7 +17,7 @@ CLEARED_AFTER_TOKENS = 1000
 
 
 @dataclass(slots=True)
-class _Record:
+class Record:
     """What a suspect has done since the loss, and does now. ``is_open`` while its slot takes requests."""
 
     finished: int = 0
@@ -44,7 +44,7 @@ class Suspects:
     ) -> None:
         self._gate = gate
         self._changed = changed
-        self._records = {version: _Record() for version in known}
+        self._records = {version: Record() for version in known}
         self._turn: str | None = None  # the one that runs
 
     @property
@@ -97,12 +97,12 @@ class Suspects:
         They will not run any more; the others are the suspects from now on. No version has a slot now.
         """
         guilty = sorted(self._records.keys() & set(running))
-        self._records = {version: _Record() for version in sorted(set(running)) if version not in guilty}
+        self._records = {version: Record() for version in sorted(set(running)) if version not in guilty}
         self._turn = None
         self._changed(self.versions)
         return guilty
 
-    def _judge(self, version: str, record: _Record) -> None:
+    def _judge(self, version: str, record: Record) -> None:
         if record.is_cleared:
             del self._records[version]
             self._changed(self.versions)

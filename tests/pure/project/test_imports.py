@@ -91,6 +91,7 @@ PURE = {
     "server.rollouts.guards",
     "server.rollouts.late",
     "server.rollouts.plan",
+    "server.scheduling.checkpoints",
     "server.scheduling.fair_queue",
     "server.scheduling.indices",
     "server.scheduling.loads",
@@ -102,6 +103,7 @@ PURE = {
     "server.scheduling.event_log",
     "server.scheduling.residency",
     "server.scheduling.residency_checks",
+    "server.scheduling.suspects",
     "server.scheduling.victims",
 }
 IMPURE = {

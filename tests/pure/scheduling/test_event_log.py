@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
-from server.scheduling.event_log import EventLog, replay
+from server.scheduling.checkpoints import as_json, restored
+from server.scheduling.event_log import LINE, EventLog, as_lines, from_log, replay
 from server.scheduling.nouns import Ask, Capacity, Effect
 from server.scheduling.plan import Plan
 from tests.pure.scheduling.test_plan_walks import WALKS, Walker
+
+KEPT = 300
 
 
 class Recorded:
@@ -33,23 +37,115 @@ class Recorded:
         return event
 
 
+def recorded(walker: Walker, capacity: Capacity, kept: int) -> tuple[Plan, EventLog, Recorded]:
+    """From now on every event of the walk is logged."""
+    plan, log = walker.world.plan, EventLog(Plan(capacity), kept)
+    walker.world.plan = seen = Recorded(plan, log)  # type: ignore[assignment]
+    return plan, log, seen
+
+
+def sent(log: EventLog) -> dict[str, Any]:
+    """As it arrives at a client of the API."""
+    found: dict[str, Any] = {}
+    with log.recording() as recording:
+        for _ in recording.steps(found):
+            pass
+    arrived: dict[str, Any] = json.loads(json.dumps(found, allow_nan=False))
+    return arrived
+
+
 @pytest.mark.parametrize(("seed", "capacity"), WALKS[:3])
 def test_a_recorded_walk_replays_to_the_same_effects_and_state(seed: int, capacity: Capacity) -> None:
     walker = Walker(seed, capacity)
-    plan, log = walker.world.plan, EventLog(10**6)
-    walker.world.plan = recorded = Recorded(plan, log)  # type: ignore[assignment]
+    plan, log, seen = recorded(walker, capacity, 10**6)
     walker.walk(2_000)
 
     again = Plan(capacity)
     events = json.loads(json.dumps(log.last(log.total)))
-    assert replay(again, events) == recorded.effects
+    assert replay(again, events) == seen.effects
     assert repr(again) == repr(plan)
     assert again.snapshot() == plan.snapshot()
     again.check()
 
 
+@pytest.mark.parametrize(("seed", "capacity"), WALKS)
+def test_a_log_that_has_forgotten_its_beginning_is_replayed_from_its_checkpoint(
+    seed: int, capacity: Capacity
+) -> None:
+    walker = Walker(seed, capacity)
+    plan, log, seen = recorded(walker, capacity, KEPT)
+    for look in range(1, 5):
+        walker.walk(400 * look)
+        found = sent(log)
+        assert log.total > KEPT == len(found["events"])
+        again = restored(found["checkpoint"])
+        again.check()
+        assert replay(again, found["events"]) == seen.effects[-KEPT:]
+        assert repr(again) == repr(plan)
+        assert again.snapshot() == plan.snapshot()
+        assert as_json(again) == as_json(plan), "also what no snapshot shows"
+
+
+def test_a_recording_comes_back_from_the_lines_of_a_log() -> None:
+    walker = Walker(*WALKS[0])
+    _, log, _ = recorded(walker, WALKS[0][1], KEPT)
+    walker.walk(1_000)
+    found = sent(log)
+    lines = as_lines(found)
+    assert len(lines) > 1
+    assert max(map(len, lines)) < LINE + 30
+    text = "\n".join(f'{{"level": "ERROR", "message": "{line}"}}\n2026 INFO something else' for line in lines)
+    assert from_log(text) == found
+    for missing in (lines[1:], lines[:-1], []):
+        with pytest.raises(ValueError, match="not all lines"):
+            from_log("\n".join(missing))
+
+
+def test_what_is_being_read_stays_as_it_is_while_events_come() -> None:
+    capacity = Capacity(gpu_slots=1, host_slots=1, max_running=1)
+    log = EventLog(Plan(capacity), kept=2)
+    for number in range(4):
+        log.add("submitted", float(number), (Ask(f"r{number}", "t", None, 1, 1),))
+    before = sent(log)
+    found: dict[str, Any] = {}
+    with log.recording() as recording:
+        for number, _ in enumerate(recording.steps(found)):
+            if not number:
+                log.add("tick", 5.0, ())
+        assert found == before
+        assert len(log.last(10)) == 3
+    log.add("tick", 6.0, ())
+    found = sent(log)
+    assert [event["now"] for event in found["events"]] == [5.0, 6.0]
+    assert restored(found["checkpoint"]).snapshot().queued == {"t": 3}
+
+
+def test_an_event_that_the_plan_refuses_leaves_the_log_as_it_leaves_the_plan() -> None:
+    log = EventLog(Plan(Capacity(gpu_slots=1, host_slots=1, max_running=1)), kept=0)
+    log.add("activated", 1.0, (7,))
+    log.add("submitted", 2.0, (Ask("r", "t", None, 1, 1),))
+    assert restored(sent(log)["checkpoint"]).snapshot().running == {"t": 1}
+
+
+@pytest.mark.parametrize(
+    "objects",
+    [
+        [],
+        [{"list": []}],
+        [{"object": "Popen", "fields": {}}],
+        [{"method": "__init__", "of": "text"}],
+        [{"method": "no_such_method", "of": {"ref": 1}}, {"object": "Plan", "fields": {}}],
+        [{"object": "Plan", "fields": {"_queue": {"ref": 7}}}],
+        [{"object": "Ask", "fields": {"no_such_field": 1}}],
+    ],
+)
+def test_what_is_no_state_of_a_plan_is_refused(objects: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match="not the state of a plan"):
+        restored(objects)
+
+
 def test_the_log_keeps_the_last_events() -> None:
-    log = EventLog(kept=3)
+    log = EventLog(Plan(Capacity(gpu_slots=1, host_slots=1, max_running=1)), kept=3)
     for number in range(5):
         log.add("finished", float(number), (f"r{number}",))
     assert log.total == 5
@@ -58,7 +154,9 @@ def test_the_log_keeps_the_last_events() -> None:
     assert log.last(0) == []
 
 
-def test_an_ask_is_shown_with_its_fields() -> None:
-    log = EventLog()
+def test_an_event_is_shown_with_the_fields_of_its_ask_and_lists_in_their_order() -> None:
+    log = EventLog(Plan(Capacity(gpu_slots=1, host_slots=1, max_running=1)))
     log.add("submitted", 0.0, (Ask("r", "t", None, 1, 2),))
-    assert log.last(1)[0]["arguments"][0]["tenant"] == "t"
+    log.add("engine_stopped", 1.0, (["r2", "r1"],))
+    assert log.last(2)[0]["arguments"][0]["tenant"] == "t"
+    assert log.last(1)[0]["arguments"] == [["r2", "r1"]]

@@ -889,6 +889,21 @@ def test_a_retired_version_goes_as_soon_as_it_is_idle() -> None:
     assert plan.retire(6.0, "unknown") == []
 
 
+def test_versions_that_become_idle_together_go_in_the_order_in_which_they_were_retired() -> None:
+    names = [f"v{number}" for number in range(12)]
+    plan = make(gpu=1, host=12, max_staging=12)
+    for name in names:
+        plan.submitted(0.0, ask(f"r-{name}", name))
+    for load_id in range(1, 13):
+        plan.staged(0.1, load_id)
+    plan.activation_failed(0.2, 1, "no")
+    for name in reversed(names):
+        plan.retire(0.3, name)
+    evicted = [effect.version for effect in plan.drain(0.4) if isinstance(effect, Evict)]
+    assert evicted == [name for name in reversed(names) if name in evicted]
+    assert len(evicted) > 8
+
+
 def test_a_retired_version_is_still_loaded_for_what_waits_and_then_not_kept() -> None:
     plan = make()
     plan.submitted(0.0, ask("a1"))

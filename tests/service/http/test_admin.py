@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from server.scheduling.checkpoints import restored
 from server.scheduling.event_log import replay
-from server.scheduling.plan import Plan
 from tests.service.http.test_api import CHAT, CHAT_URL, digest, engine_of, error
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
@@ -392,12 +392,14 @@ async def test_the_schedulers_last_events_can_be_replayed(site: Site) -> None:
     key = await site.tenant("acme", {"a": tiny.adapter(1)})
     assert (await site.http.post(CHAT_URL, json=CHAT, headers=bearer(key))).status_code == 200
     assert "events" not in (await site.admin.get("/admin/v1/residency")).json()
-    shown = (await site.admin.get("/admin/v1/residency?events=3")).json()["events"]
-    assert len(shown) == 3
-    every = (await site.admin.get("/admin/v1/residency?events=8192")).json()["events"]
+    shown = (await site.admin.get("/admin/v1/residency?events=3")).json()
+    assert len(shown["events"]) == 3
+    assert "checkpoint" not in shown
+    document = (await site.admin.get("/admin/v1/residency?events=8192")).json()
+    every = document["events"]
     names = [event["event"] for event in every]
     assert {"submitted", "staged", "activated", "progressed", "finished"} <= set(names)
-    plan = Plan(site.services.dispatcher._capacity)
+    plan = restored(document["checkpoint"])
     replay(plan, every)
     now = asdict(site.services.dispatcher.snapshot())
     assert asdict(plan.snapshot()) == now

@@ -11,7 +11,10 @@ import pytest
 from adapters.model import Tier
 from server.engine.calls import PageOp, PageReport
 from server.errors import Unavailable, headers_of
+from server.scheduling.checkpoints import restored
 from server.scheduling.engine_loop import RECONCILE_EVERY
+from server.scheduling.event_log import from_log, replay
+from server.scheduling.nouns import Run
 from tests.support.clock import VirtualLoop, run
 from tests.support.world import Pager, World, version
 
@@ -226,7 +229,9 @@ def test_a_version_that_ran_in_two_losses_in_a_row_is_named() -> None:
     run(scenario())
 
 
-def test_a_check_that_fails_ends_nothing() -> None:
+def test_a_check_that_fails_ends_nothing_and_logs_what_replays_to_that_state(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def scenario() -> None:
         async with World() as world:
             await world.ask("acme")
@@ -240,3 +245,8 @@ def test_a_check_that_fails_ends_nothing() -> None:
             assert int(failures[1]) >= 1
 
     run(scenario())
+    recording = from_log(caplog.text)
+    plan = restored(recording["checkpoint"])
+    assert any(Run in map(type, effects) for effects in replay(plan, recording["events"]))
+    plan.check()
+    assert caplog.text.count("recording 1/") == 1, "however often the check fails"
