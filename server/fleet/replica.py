@@ -116,7 +116,7 @@ class Replica:
 
     @property
     def state(self) -> str:
-        """``ready``, ``verifying`` (before its first request), ``restarting`` (the engine) or ``draining``."""
+        """``ready``, ``verifying`` (before its first request), ``restarting``, or ``draining``."""
         if self.services.draining:
             return "draining"
         if self.services.dispatcher.is_restarting:
