@@ -56,7 +56,7 @@ def test_every_alert_leads_into_the_runbook() -> None:
         re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
         for heading in re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     }
-    links = re.findall(r"runbook: docs/operations.md#(\S+)", rules)
+    links = re.findall(r"runbook_url: .*docs/operations.md.*#([\w-]+)", rules)
     assert len(links) == rules.count("- alert:")
     assert set(links) <= headings
 
