@@ -237,8 +237,10 @@ function upload(form) {
   const button = $("button:not([type=button])", form);
   const name = encodeURIComponent(fields.adapter.value);
   const request = new XMLHttpRequest();
-  const query = fields.allow_no_effect.checked ? "?allow_no_effect=true" : "";
-  request.open("POST", api(`${form.dataset.upload}/${name}/versions${query}`));
+  const query = new URLSearchParams();
+  if (fields.allow_no_effect.checked) query.set("allow_no_effect", "true");
+  if (fields.rollout.checked) query.set("rollout", "standard");
+  request.open("POST", api(`${form.dataset.upload}/${name}/versions?${query}`));
   request.setRequestHeader("X-CSRF-Token", CSRF);
   request.upload.addEventListener("progress", (event) => {
     bar.value = event.lengthComputable ? event.loaded / event.total : 0;
@@ -263,7 +265,7 @@ function upload(form) {
       answer = JSON.parse(request.responseText);
     } catch { /* shown by its status */ }
     if (request.status === 201) {
-      status.textContent = `Version ${answer.version} is there.`;
+      status.textContent = `Version ${answer.version} is there${answer.rollout ? ", and its rollout has begun" : ""}.`;
       setTimeout(() => location.reload(), 600);
       return;
     }

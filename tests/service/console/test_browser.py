@@ -147,6 +147,20 @@ async def test_versions_go_live_share_requests_and_go(site: Site) -> None:
         found = (await site.admin.get("/admin/v1/tenants/acme/adapters/support")).json()
         assert (found["live"], len(found["versions"]), found["split"]) == (1, 1, None)
 
+        await page.get_by_role("button", name="Upload").click()
+        form = page.locator("#upload")
+        await form.locator("input[type=file]").set_input_files(files_of(3))
+        await form.get_by_label("Start a rollout").check()
+        await form.get_by_role("button", name="Upload").click()
+        await expect(form.get_by_role("status").first).to_contain_text("its rollout has begun")
+        await expect(page.get_by_role("button", name="Roll back")).to_be_visible()
+        found = (await site.admin.get("/admin/v1/tenants/acme/adapters/support")).json()
+        listed = (await site.admin.get("/admin/v1/tenants/acme/adapters/support/rollouts")).json()["data"]
+        assert found["live"] == 1
+        assert [(one["state"], one["version"]) for one in listed] == [
+            ("running", found["versions"][-1]["version"])
+        ]
+
 
 async def test_the_playground_streams_and_compares(site: Site) -> None:
     key = await full_key(site, "acme")
