@@ -124,7 +124,10 @@ def doctor(
     asked = None
     if server:
         with connected(url, key) as running:
-            asked = running.get("server")
+            me = running.me()
+            asked = running.get("server") if me is None else offline.served_to(me)
+        if me is not None and "adapters:write" not in me["scopes"]:
+            say("yellow", "scope_missing:", "this key itself may not upload: it lacks adapters:write")
     raise SystemExit(
         offline.doctor(adapter, base, max_rank=max_rank, dtype=dtype, server=asked, as_json=as_json)
     )

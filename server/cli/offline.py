@@ -32,7 +32,8 @@ def doctor(
 ) -> int:
     """Prints what an upload of ``adapter`` would be answered; 0 accepted, 1 refused, 2 not to be told.
 
-    ``server`` is a running one's ``/admin/v1/server``: its rank and dtype hold, its base must be this one.
+    ``server`` is a running one's ``/admin/v1/server``, or ``served_to`` a customer: its rank and dtype hold,
+    its base must be this one.
     """
     try:
         if server is not None:
@@ -55,8 +56,20 @@ def doctor(
     return OK if diagnosis.error is None else REFUSED
 
 
+def served_to(me: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``/v1/me`` says of what ``/admin/v1/server`` says: all but where the base lies."""
+    base = me["base"]
+    about = {"name": base["name"], "fingerprint": base["fingerprint"]}
+    return {"base": about, "capacity": {"max_lora_rank": base["max_lora_rank"]}, "dtype": base["dtype"]}
+
+
 def _source_of(server: Mapping[str, Any]) -> Path:
     """The folder of a server's base, if this is its machine; ValueError."""
+    if "source" not in server["base"]:
+        raise ValueError(
+            f"where {server['base']['name']} lies is not visible with a customer's key;"
+            " name your copy's folder with --base"
+        )
     folder = Path(server["base"]["source"] or "")
     if server["base"]["source"] and folder.is_dir():
         return folder

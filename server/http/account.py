@@ -44,7 +44,13 @@ async def me(tenant: Member, services: ServicesOf) -> dict[str, Any]:
         "key": key.shown() if key else None,
         "scopes": list(key.scopes) if key else list(DEFAULT_SCOPES),
         "sample_prompts": tenant.sample_prompts,
-        "base": {"name": base.name, "allowed": tenant.base_allowed},
+        "base": {
+            "name": base.name,
+            "allowed": tenant.base_allowed,
+            "fingerprint": base.fingerprint,
+            "max_lora_rank": base.max_lora_rank,
+            "dtype": services.engine.lora_dtype,
+        },
         "max_model_len": services.engine.max_model_len,
         **{name: value for name, value in (await limits_of(services, tenant)).items() if name != "tenant"},
     }

@@ -188,10 +188,13 @@ class Customer(Answer):
 
 
 class UsableBase(Answer):
-    """The base model, and whether the customer may ask it."""
+    """The base model, whether the customer may ask it, and what adapters for it are held to."""
 
     name: str
     allowed: bool
+    fingerprint: str | None
+    max_lora_rank: Count
+    dtype: Annotated[str, Field(description="What adapters are cast to.")]
 
 
 class Me(Answer):

@@ -18,6 +18,9 @@ from adapters.model import BaseModel, ModuleShape
 from adapters.offline.doctor import diagnose
 from server.cli import offline
 from tests.pure.adapters.test_inspect import base, good, make_llama, read, rename, write
+from tests.service.cli.test_commands import run as run_beside
+from tests.support.fakes import FakeEngine
+from tests.support.tiny import fake_site
 
 __all__ = ["base", "good"]
 
@@ -113,3 +116,25 @@ def test_the_exit_codes(good: Path, base_dir: Path, capsys: pytest.CaptureFixtur
     assert doctor(good, base=good.parent) == 2
     assert doctor(good, dtype="fp8") == 2
     assert "serving_dtype" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("whose", ["customer", "operator"])
+async def test_a_running_server_says_what_it_takes(
+    good: Path, base_dir: Path, tmp_path: Path, whose: str
+) -> None:
+    """An operator's key and a customer's get the same verdict of the same server."""
+    small = read_base(base_dir, max_lora_rank=2)
+    async with fake_site(tmp_path / "data", FakeEngine(small)) as site:
+        key = {} if whose == "operator" else {"LORAPLEX_KEY": await site.tenant("acme")}
+        words = ("doctor", str(good), "--server", "--base")
+        done = await run_beside(site, *words, str(base_dir), "--json", **key)
+        assert (done.exit_code, json.loads(done.stdout)["error"]["code"]) == (1, "rank_too_large")
+        assert ("may not upload" in done.stderr) == (whose == "customer"), "its key is one for inference"
+        torch.manual_seed(1)
+        other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_dir))
+        other.save_pretrained(tmp_path / "other")
+        done = await run_beside(site, *words, str(tmp_path / "other"), **key)
+        assert (done.exit_code, "is not the base that the server has" in done.stderr) == (2, True)
+        if whose == "customer":
+            done = await run_beside(site, "doctor", str(good), "--server", **key)
+            assert (done.exit_code, "is not visible with a customer's key" in done.stderr) == (2, True)

@@ -293,7 +293,14 @@ async def test_a_customer_sees_who_it_is_and_what_is_left(site: Site) -> None:
         assert found["scopes"] == ["inference", "adapters:write", "usage:read"]
         assert found["key"]["id"]
         assert found["limits"][0]["remaining"] == 9
-        assert found["base"] == {"name": tiny.NAME, "allowed": True}
+        served = (await site.admin.get("/admin/v1/server")).json()
+        assert found["base"] == {
+            "name": tiny.NAME,
+            "allowed": True,
+            "fingerprint": served["base"]["fingerprint"],
+            "max_lora_rank": served["capacity"]["max_lora_rank"],
+            "dtype": served["dtype"],
+        }
         assert "lp-" not in str(found)
     error(await site.http.get("/v1/me", headers=bearer(ADMIN_KEY)), 403, "permission_denied")
     vouched = await site.http.get("/v1/me", headers={**bearer(SERVICE_KEY), "X-Customer-ID": "acme"})
