@@ -53,7 +53,7 @@ from server.fleet.replica import Replica
 from server.fleet.residency import FleetResidency
 from server.fleet.verifying import unverified
 from server.http.heap import trimmed
-from server.http.middleware import RequestContext, allow_origins, install_error_handlers
+from server.http.middleware import Origins, RequestContext, install_error_handlers
 from server.http.openapi import document
 from server.http.routes import router_of
 from server.http.services import Services
@@ -105,6 +105,7 @@ def create_app(
                 stack.push_async_callback(tracer.close)
             try:
                 app.state.services = services = await _start(settings, start_engine, on_death, stack, app)
+                services.tracer = tracer
             except Exception as exc:
                 expected = isinstance(exc, ValueError | OSError | AdapterError)
                 below = f" ({cause_of(exc)})" if isinstance(exc, StorageFailed) else ""
@@ -129,7 +130,7 @@ def create_app(
     app.state.services = None
     app.add_middleware(Verbs, routes=app.router.routes)
     app.add_middleware(RequestContext, tracer=tracer)
-    allow_origins(app, settings.cors_origins)
+    app.add_middleware(Origins, allowed=lambda: (app.state.services or app.state).settings.cors_origins)
     install_error_handlers(app)
     app.router.routes.extend(router_of(internal.router if settings.role == "replica" else None).routes)
     if settings.console and settings.role != "replica":

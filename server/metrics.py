@@ -89,11 +89,11 @@ class Metrics:
     """One server's metrics.
 
     ``tenants`` bounds the label values; tenants beyond it share ``other``. ``adapters`` bounds versions with
-    metrics of their own.
+    metrics of their own. Both may be changed; a label that exists stays.
     """
 
     def __init__(self, *, tenants: int = 100, adapters: int = 100) -> None:
-        self._limit = tenants
+        self.tenants = tenants
         self._labels: set[str] = set()
         self._started: set[str] = set()
         self._consumption: dict[str, tuple[Count, Count, Count]] = {}
@@ -211,7 +211,7 @@ class Metrics:
         """``tenant``, or ``other`` once there are as many labels as there may be."""
         if tenant in self._labels:
             return tenant
-        if len(self._labels) < self._limit:
+        if len(self._labels) < self.tenants:
             self._labels.add(tenant)
             return tenant
         return OTHER

@@ -116,13 +116,14 @@ def added_up(records: Iterable[Usage]) -> list[Usage]:
 class UsageWriter:
     """Takes records and keys' times of use on the event loop, and writes them in the background.
 
-    Single records are kept for ``keep_days``, then added up by day, by whoever ``rolls_up``.
+    Single records are kept for ``keep_days``, which may be changed, then added up by day, by whoever
+    ``rolls_up``.
     """
 
     def __init__(self, database: Database, *, keep_days: int, rolls_up: bool = True) -> None:
         self._database = database
         self._rolls_up = rolls_up
-        self._keep = timedelta(days=keep_days)
+        self.keep_days = keep_days
         self._waiting: list[Usage] = []
         self._used: dict[str, datetime] = {}
         self._refused = 0, 0  # in which second how many
@@ -269,7 +270,7 @@ class UsageWriter:
 
     async def roll_up(self) -> None:
         """Adds up the days that are over; in a fleet one process does it for all."""
-        while await roll_up(self._database, now() - self._keep):
+        while await roll_up(self._database, now() - timedelta(days=self.keep_days)):
             pass
 
 

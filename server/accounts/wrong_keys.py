@@ -11,14 +11,14 @@ MAX_ADDRESSES = 10_000
 
 
 class WrongKeys:
-    """Allows ``most`` wrong keys of each address in ``WINDOW_S``; 0 allows any number.
+    """Allows ``most`` wrong keys of each address in ``WINDOW_S``; 0 allows any number. It may be changed.
 
     Times are in seconds of a clock that does not go back. Addresses of one IPv6 /64 network, which is what a
     single client is given, count as one.
     """
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self.most = most
         self._counts: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -29,7 +29,7 @@ class WrongKeys:
 
         Returns None while that is one of those allowed, then the seconds after which they begin anew.
         """
-        if not self._most:
+        if not self.most:
             return None
         origin = _origin(address)
         since, count = self._counts.pop(origin, (now, 0))
@@ -38,7 +38,7 @@ class WrongKeys:
         self._counts[origin] = since, count + 1
         if len(self._counts) > MAX_ADDRESSES:
             self._counts.popitem(last=False)
-        return since + WINDOW_S - now if count >= self._most else None
+        return since + WINDOW_S - now if count >= self.most else None
 
 
 def _origin(address: str) -> str:

@@ -55,11 +55,28 @@ _CALLS = (
 )  # fmt: skip
 
 
-def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
-    """Lets pages of ``origins`` call ``app`` from a browser, with a key and without cookies."""
-    if origins:
-        app.add_middleware(
-            CORSMiddleware,
+class Origins:
+    """ASGI middleware: lets pages of the origins that ``allowed`` names, now, call from a browser.
+
+    With a key and without cookies.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Callable[[], Sequence[str]]) -> None:
+        self._app = app
+        self._allowed = allowed
+        self._origins: Sequence[str] = ()
+        self._inside = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (origins := self._allowed()) != self._origins:
+            self._origins, self._inside = origins, self._for(origins)
+        await self._inside(scope, receive, send)
+
+    def _for(self, origins: Sequence[str]) -> ASGIApp:
+        if not origins:
+            return self._app
+        return CORSMiddleware(
+            self._app,
             allow_origins=list(origins),
             allow_methods=["GET", "HEAD", "POST", "PATCH", "DELETE", "PUT"],
             allow_headers=["*"],

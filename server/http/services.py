@@ -35,6 +35,7 @@ from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.lease import Lease
 from server.scheduling.refusals import shutting_down
 from server.settings import Settings
+from server.telemetry.spans import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ class Services:
     """Everything that a route may need; complete once the server has started.
 
     ``redis_ledger`` is None where limits are counted in this process alone, ``cache`` where all files are in
-    the data folder. ``started`` is in seconds since 1970. ``peers`` are a gateway's replicas.
+    the data folder. ``started`` is in seconds since 1970. ``peers`` are a gateway's replicas, ``tracer`` is
+    None where no traces are sent.
     ``on_drain`` goes on beside what still runs.
     """
 
@@ -79,6 +81,7 @@ class Services:
     started: int
     peers: Peers | None = None
     on_drain: Callable[[], Coroutine[Any, Any, None]] | None = None
+    tracer: Tracer | None = None
     draining: bool = False
     # A replica that is held against golden probes before it takes requests; see ``server.fleet.verifying``.
     verifying: bool = False

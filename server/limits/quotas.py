@@ -12,6 +12,7 @@ Limits hold for a tenant and, each key's own, for its keys; budgets for a tenant
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
 
 from adapters.database.rows import now as wall_now
@@ -59,6 +60,10 @@ class Quotas:
         self._spent = spent
         self._record_refused = record_refused
         self._wall = wall
+
+    def reprice(self, prices: Mapping[str, Price]) -> None:
+        """From the next request on; what runs is billed as it began."""
+        self._books = replace(self._books, prices=prices)
 
     async def open(
         self,

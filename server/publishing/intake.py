@@ -35,7 +35,7 @@ class Place:
     def __init__(self, intake: Intake, tenant: str, most: int | None, used: int) -> None:
         self.tenant = tenant
         self._intake = intake
-        self._most = most
+        self.most = most
         self._used = used
         self._stored_before = intake.stored[tenant]
         self._came = self._wrote = self._looked = 0
@@ -75,10 +75,10 @@ class Place:
     async def _look(self) -> None:
         coming = self._intake.coming(self.tenant)
         stored = self._used + self._intake.stored[self.tenant] - self._stored_before
-        if self._most is not None and stored + coming > self._most:
+        if self.most is not None and stored + coming > self.most:
             raise QuotaExceeded(
                 f"What you store takes {stored} bytes, the uploads that are coming {coming}, and you may have"
-                f" {self._most}. Delete versions or files that you do not need, or ask for more."
+                f" {self.most}. Delete versions or files that you do not need, or ask for more."
             )
         if self._came + self._wrote - self._looked >= LOOK_EVERY:
             self._looked = self._came + self._wrote
@@ -104,7 +104,10 @@ class Place:
 
 class Intake:
     """At most ``most`` uploads at once, ``each`` of one customer; ``reserve`` bytes stay free beside each of
-    ``folders``, where adapters and the database are kept."""
+    ``folders``, where adapters and the database are kept.
+
+    All three numbers may be changed: what has begun goes on.
+    """
 
     def __init__(
         self,
@@ -117,9 +120,9 @@ class Intake:
     ) -> None:
         self._folders = folders
         self._used = used
-        self._most = most
-        self._each = each
-        self._reserve = reserve
+        self.most = most
+        self.each = each
+        self.reserve = reserve
         self._places: dict[str, list[Place]] = {}
         self.stored: Counter[str] = Counter()  # bytes linked, by tenant, while it has uploads
         # What came while this process stood still waits to be read: no upload is slow for that.
@@ -140,12 +143,12 @@ class Intake:
         await self.check_disk()
         used = 0 if most_bytes is None else await self._used(tenant)
         own = self._places.get(tenant, [])
-        if len(own) >= self._each:
+        if len(own) >= self.each:
             raise TooManyRequests(
-                f"{self._each} uploads are under way, as many as one customer may have at once.",
+                f"{self.each} uploads are under way, as many as one customer may have at once.",
                 retry_after=RETRY_S,
             )
-        if sum(map(len, self._places.values())) >= self._most and not self._make_room():
+        if sum(map(len, self._places.values())) >= self.most and not self._make_room():
             raise Unavailable("Too many uploads are under way.", retry_after=RETRY_S)
         place = Place(self, tenant, most_bytes, used)
         self._places.setdefault(tenant, []).append(place)
@@ -188,7 +191,7 @@ class Intake:
     async def check_disk(self) -> None:
         """StorageFull where less than the reserve is free."""
         free = [(await asyncio.to_thread(shutil.disk_usage, folder)).free for folder in self._folders]
-        if min(free) < self._reserve:
+        if min(free) < self.reserve:
             raise StorageFull(
                 "There is no room to store adapters or files. Remove some, or ask the operator to free space"
                 " in LORAPLEX_DATA_DIR and where the database is."

@@ -42,7 +42,7 @@ class ByAdapter:
 
     def __init__(self, bound: int) -> None:
         labels = ("tenant", "adapter", "version")
-        self._bound = bound
+        self.bound = bound
         self._known: set[tuple[str, str, str]] = set()
         self._requests = counter(
             "loraplex_adapter_requests", "Requests of a version, by how they ended.", *labels, "outcome"
@@ -57,7 +57,7 @@ class ByAdapter:
 
     def ended(self, request: Ended, outcome: str) -> None:
         """A request for a version had its outcome; nothing of one for the base, or of an upload's probes."""
-        if not self._bound or request.version is None or not request.version.number:
+        if not self.bound or request.version is None or not request.version.number:
             return
         of = self.label(request.version)
         self._requests.labels(*of, outcome).inc()
@@ -73,14 +73,14 @@ class ByAdapter:
         of = version.tenant, version.adapter, str(version.number)
         if of in self._known:
             return of
-        if len(self._known) < self._bound:
+        if len(self._known) < self.bound:
             self._known.add(of)
             return of
         return OTHER
 
     def page(self, form: Form, loaded: Sequence[Loaded]) -> Iterator[str]:
         """Their part of the page, with vLLM's coming names for what is ``loaded``, slots first."""
-        if not self._bound:
+        if not self.bound:
             return
         for family in (self._requests, self._prompt, self._output, self._cold, self._queue, self._first):
             yield from family.page(form)
@@ -88,5 +88,5 @@ class ByAdapter:
         yield gauge(
             "vllm:lora_adapter_loaded",
             "Adapters in a GPU slot (gpu), or in host memory alone (cpu).",
-            ((one.labels(), 1.0) for one in ordered[: self._bound]),
+            ((one.labels(), 1.0) for one in ordered[: self.bound]),
         )

@@ -58,6 +58,9 @@ class Tracer(Protocol):
     def begin(self, name: str, given: str | None, at: float) -> Trace:
         """What is done for a request; ``given`` is its ``traceparent``."""
 
+    def keep(self, share: float) -> None:
+        """The share that is kept of traces that begin here, from now on."""
+
     async def close(self) -> None:
         """Sends what is left; takes seconds at most."""
 

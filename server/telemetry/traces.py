@@ -15,7 +15,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, SamplingResult, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -59,6 +59,19 @@ class OneSpan:
         self._span.end(_ns(ended))
 
 
+class _Share(Sampler):
+    """A share of all traces that may be changed while they come."""
+
+    def __init__(self, share: float) -> None:
+        self.of = TraceIdRatioBased(share)
+
+    def should_sample(self, *given: Any, **named: Any) -> SamplingResult:
+        return self.of.should_sample(*given, **named)
+
+    def get_description(self) -> str:
+        return self.of.get_description()
+
+
 class Traces:
     """Sends spans to ``url`` (``/v1/traces`` is added), of a ``share`` of the traces that begin here.
 
@@ -67,8 +80,9 @@ class Traces:
     """
 
     def __init__(self, url: str, share: float, about: Mapping[str, str]) -> None:
+        self._share = _Share(share)
         self._provider = TracerProvider(
-            sampler=ParentBased(TraceIdRatioBased(share)),
+            sampler=ParentBased(self._share),
             resource=Resource.create({"service.name": "loraplex", **about}),
             shutdown_on_exit=False,
         )
@@ -87,6 +101,10 @@ class Traces:
         """A span of the trace that ``inside`` holds."""
         given = {name: v for name, v in (attributes or {}).items() if v is not None}
         return self._tracer.start_span(name, inside, kind, given, start_time=_ns(at))
+
+    def keep(self, share: float) -> None:
+        """Of the traces that begin here from now on."""
+        self._share.of = TraceIdRatioBased(share)
 
     async def close(self) -> None:
         """Sends what is left; takes seconds at most."""

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from server import __main__ as command_line
 from server import logs
-from server.http.reload import take_over
+from server.http.reload import TAKEN_OVER, take_over
 from server.settings import Settings
+from tests.support import tiny
+from tests.support.collector import collector
 from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
 from tests.support.tiny import fake_site, settings
 
+pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 NEW = "another-admin-key-of-the-tests"
 
 
@@ -83,3 +88,54 @@ def test_the_signal_reads_the_file_again(tmp_path: Path, monkeypatch: pytest.Mon
     finally:
         signal.signal(signal.SIGHUP, before)
     assert found == ["debug"]
+
+
+def test_the_page_names_all_that_is_taken_over() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| `LOG_LEVEL`, `LOG_FORMAT`"))
+    assert set(re.findall(r"`([A-Z_]+)`", row)) - {"TRACES_URL"} == {name.upper() for name in TAKEN_OVER}
+
+
+async def test_each_counts_from_the_next_request_on(tmp_path: Path) -> None:
+    """Those that nobody reads again are told to who holds them; what each does is seen from outside."""
+    page = "https://app.example"
+    with collector() as store:
+        beside = {"traces_url": store.url}
+        async with fake_site(tmp_path, **beside, traces_share=1.0, metrics_tenants=0) as site:
+            key = await site.tenant("acme", {"a": tiny.adapter(1)})
+
+            async def ask() -> tuple[str | None, bool, float]:
+                """The origin that is let in, whether the trace is kept, and what all requests cost."""
+                body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+                headers = bearer(key) | {"Origin": page}
+                said = await site.http.post("/v1/chat/completions", json=body, headers=headers)
+                assert said.status_code == 200
+                await site.services.usage_writer.flush()
+                (row,) = (await site.admin.get("/admin/v1/usage")).json()["data"]
+                origin = said.headers.get("access-control-allow-origin")
+                return origin, bool(int(said.headers["traceparent"][-2:], 16) & 1), row["cost"]
+
+            def is_named(metrics: httpx.Response) -> bool:
+                return 'loraplex_output_tokens_total{tenant="acme"}' in metrics.text
+
+            assert await ask() == (None, True, 0)
+            assert not is_named(await site.http.get("/metrics"))
+            changes = {
+                "cors_origins": [page], "traces_share": 0.0, "metrics_tenants": 5, "metrics_adapters": 0,
+                "auth_failures": 1, "max_uploads": 3, "max_uploads_each": 2, "disk_reserve": 1 << 60,
+                "keep_usage_days": 7, "sse_keepalive": 3.0, "import_prefixes": ["https://models.example/"],
+                "drain_timeout": 2.0,
+            }  # fmt: skip
+            prices = {"*": {"input": 1000, "output": 1000}}
+            take_over(site.services, loading(site, tmp_path, **beside, **changes, prices=prices))
+            shown = (await site.admin.get("/admin/v1/server")).json()["settings"]
+            assert {name: shown[name] for name in changes} == changes
+            origin, kept, cost = await ask()
+            assert (origin, kept, cost > 0) == (page, False, True)
+            assert is_named(await site.http.get("/metrics"))
+            assert (await site.upload("acme", "b", tiny.adapter(2))).status_code == 507
+            assert [await status(site, "lp-nobody") for _ in range(3)][-1] == 429
+            intake, writer = site.services.intake, site.services.usage_writer
+            assert (intake.most, intake.each, writer.keep_days) == (3, 2, 7)
+            take_over(site.services, loading(site, tmp_path, **beside, traces_share=1.0))
+            assert (await ask())[:2] == (None, True)
