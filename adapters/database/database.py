@@ -25,6 +25,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, event, func, select, text, update
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
@@ -58,6 +59,7 @@ UPGRADE_LOCK = 0x6C6F7261
 # The row of ``meta`` that every write changes, and how often other processes look at it, in seconds.
 LAST_WRITE = "last_write"
 WATCH_EVERY = 0.5
+_NOTHING = text("UPDATE meta SET value = value WHERE 0")  # which SQLite refuses where it may only read
 _LOOK = "SELECT value FROM meta WHERE key = 'last_write'"
 
 
@@ -205,6 +207,7 @@ class Database:
             try:
                 with _disk_errors():
                     self._refuse_another_file()
+                    await self._begin(session)
                     yield session
                     committing = True  # from here on it may be on disk, whatever is raised
                     await uninterruptible(self._commit(session))
@@ -215,6 +218,18 @@ class Database:
                 finally:
                     # One that failed before has changed nothing, and must not cost others what is remembered.
                     self.generation += committing and session.info.get("invalidates", False)
+
+    async def _begin(self, session: AsyncSession) -> None:
+        """SQLite opens a file for reading alone while its disk is read-only, and never again for writing."""
+        if self.url.get_backend_name() != "sqlite":
+            return
+        try:
+            await session.execute(_NOTHING)
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_READONLY:
+                raise
+            await _close(session)  # with all that were opened before, since ``failed`` says so
+            await session.execute(_NOTHING)
 
     async def _commit(self, session: AsyncSession) -> None:
         """Where PostgreSQL's answer is lost, asks again by another connection whether it was committed."""
@@ -370,6 +385,12 @@ def _engine(
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
         cursor.close()
+
+    @event.listens_for(engine.sync_engine, "handle_error")
+    def failed(context: ExceptionContext) -> None:
+        code = getattr(context.original_exception, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_READONLY:
+            context.is_disconnect = True
 
     # A transaction that reads first and writes later fails at once with "database is locked" when
     # another one wrote in between; one that takes the write lock at its beginning waits instead.

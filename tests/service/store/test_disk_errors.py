@@ -8,16 +8,20 @@ import os
 import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save
-from sqlalchemy import event
+from sqlalchemy import event, select
 
+from adapters.database.database import Database
+from adapters.database.rows import MetaRow
+from adapters.errors import StorageFailed
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.service.http.test_api import error
-from tests.support import tiny
+from tests.support import databases, tiny
 from tests.support.site import Site
 from tests.support.tiny import fake_site
 
@@ -39,6 +43,11 @@ def to_convert() -> dict[str, bytes]:
     tensors = load_file(folder / WEIGHTS_FILE)
     named = {name.replace(".weight", ".default.weight"): x for name, x in tensors.items()}
     return {CONFIG_FILE: (folder / CONFIG_FILE).read_bytes(), WEIGHTS_FILE: save(named)}
+
+
+def for_reading(file: Any, connect: Callable[..., Any] = sqlite3.connect, **options: Any) -> Any:
+    """As ``sqlite3.connect`` on a disk that is read-only: without an error."""
+    return connect(f"file:{file}?mode=ro", **options, uri=True)
 
 
 def fail_the(at: int, code: int, patch: pytest.MonkeyPatch) -> list[str]:
@@ -179,3 +188,35 @@ async def test_a_database_that_became_read_only(site: Site) -> None:
     await site.services.database._engine.dispose()  # the connections stay as they are
     assert (await site.admin.post(URL, files=to_convert())).status_code == 201
     assert (await site.admin.get("/admin/v1/check")).json()["ok"]
+
+
+async def test_writes_go_on_when_the_databases_disk_was_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What SQLite opened meanwhile can only read for good, and must not be given to who writes later."""
+    async with databases.opened("sqlite", tmp_path) as database:
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite3, "connect", for_reading)
+            async with AsyncExitStack() as stack:
+                for _ in range(5):
+                    session = await stack.enter_async_context(database.read())
+                    await session.execute(select(MetaRow.key).limit(1))
+        for number in range(8):
+            async with database.write() as session:
+                session.add(MetaRow(key=f"after {number}", value="1"))
+        async with database.read() as session:
+            assert len((await session.scalars(select(MetaRow).where(MetaRow.key.like("after%")))).all()) == 8
+
+
+async def test_nothing_is_written_while_the_databases_disk_is_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with databases.with_tables("sqlite", tmp_path) as url:
+        database = Database(url)
+        monkeypatch.setattr(sqlite3, "connect", for_reading)
+        for _ in range(3):
+            with pytest.raises(StorageFailed):
+                async with database.write():
+                    pass
+            await database.ping()
+        await database.close()
