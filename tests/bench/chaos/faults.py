@@ -4,6 +4,7 @@ of a ``World``, which says what it saw; ``Missed`` says what it saw and should n
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tests.bench.chaos.world import World
 class Fault:
     """``cuts``: answers may break, since the server itself ends. ``fresh``: in a new life of the server, as
     an earlier loss of the engine would make it wait longer. ``like_another``: shows little more than one
-    that is more like what happens.
+    that is more like what happens. ``lies``: by what the server preloads.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Fault:
     cuts: bool = False
     fresh: bool = False
     like_another: bool = False
+    lies: bool = False
     fits: Callable[[Kind], bool] = lambda kind: not kind.real
 
 
@@ -56,12 +58,14 @@ FAULTS = {
     fault.name: fault
     for fault in (
         Fault("SIGKILL for the server", processes.kill_server, cuts=True, fits=_any),
+        Fault("SIGKILL while the server starts, three times", processes.kill_at_start, cuts=True),
+        Fault("SIGKILL for the server in a backup", storage.killed_in_a_backup, cuts=True),
         Fault("SIGTERM for the server", processes.end_server, cuts=True, fits=_any),
         Fault("SIGSTOP for the server, 3 s", processes.stop_server),
         Fault("a second server on the folder", processes.second_server),
         Fault("256 descriptors, 400 idle connections", processes.few_descriptors, cuts=True),
-        Fault("the clock goes a day ahead and back", processes.clock(86_400)),
-        Fault("the clock goes a day back and ahead", processes.clock(-86_400)),
+        Fault("the clock goes a day ahead and back", processes.clock(86_400), lies=True),
+        Fault("the clock goes a day back and ahead", processes.clock(-86_400), lies=True),
         Fault("the engine dies", processes.die, fresh=True),
         Fault("the engine hangs", processes.hang, fresh=True),
         Fault("a load into a slot takes too long", processes.slow_activation, fresh=True),
@@ -86,7 +90,14 @@ FAULTS = {
         Fault("the log's disk is full", storage.full("log"), fits=_on_disks),
         Fault("no file can grow", storage.nothing_grows),
         Fault("the data folder is read-only", storage.read_only, fits=_on_disks),
+        Fault("the data folder turns read-only", storage.failing("data", errno.EROFS), lies=True),
+        Fault("the database turns read-only", storage.failing("db", errno.EROFS), lies=True, fits=_sqlite),
+        Fault("the log turns read-only", storage.failing("log", errno.EROFS), lies=True),
+        Fault("the data folder's disk fails", storage.failing("data", errno.EIO), lies=True),
+        Fault("the database's disk fails", storage.failing("db", errno.EIO), lies=True, fits=_sqlite),
         Fault("a damaged file", storage.damaged, cuts=True),
+        Fault("a file damaged under the server", storage.damaged_under_it),
+        Fault("a file gone under the server", storage.gone_under_it),
         Fault("SQLite locked by another process", storage.lock_database, fits=_sqlite),
         Fault("the engine dies while SQLite is locked", storage.die_while_locked, fresh=True, fits=_sqlite),
         Fault("PostgreSQL restarted", storage.restart_postgres, fits=_on_postgres),
@@ -94,6 +105,10 @@ FAULTS = {
         Fault("SIGKILL for PostgreSQL", storage.kill_postgres, fits=_on_postgres),
         Fault("SIGSTOP for PostgreSQL, 6 to 9 s", storage.stop_postgres, fits=_on_postgres),
         Fault("PostgreSQL's connections cut five times", storage.cut_connections, fits=_on_postgres),
+        Fault("PostgreSQL killed, its standby promoted", storage.killed_and_promoted, fits=_on_postgres),
+        Fault("PostgreSQL silent, its standby promoted", storage.silent_and_promoted, fits=_on_postgres),
+        Fault("Redis takes 0.3 s, for 6 s", storage.slow_redis(0.3, 20), fits=_on_postgres),
+        Fault("Redis takes 4 s, twice", storage.slow_redis(4, 2), fits=_on_postgres),
         Fault("no Redis, 2 to 4 s", storage.kill_redis, fits=_on_postgres),
         Fault("Redis restarted", storage.restart_redis, fits=_on_postgres),
         Fault("SIGSTOP for Redis, 3 s", storage.stop_redis, fits=_on_postgres),

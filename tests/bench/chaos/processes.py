@@ -30,6 +30,18 @@ async def kill_server(world: World) -> str:
     return ""
 
 
+async def kill_at_start(world: World) -> str:
+    """Three times, each at another moment of the start."""
+    await kill_server(world)
+    for _ in range(3):
+        async with asyncio.timeout(30):
+            while world.service.status() is not None:
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(world.rng.uniform(0, 1.5))
+        await kill_server(world)
+    return ""
+
+
 async def end_server(world: World) -> str:
     lives = world.service.lives
     world.service.signal(signal.SIGTERM)

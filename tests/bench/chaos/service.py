@@ -29,6 +29,7 @@ from server.settings import Settings
 from tests.bench.chaos import server
 from tests.bench.servers import ENVIRONMENT
 from tests.support import tiny
+from tests.support.ports import unused
 from tests.support.services import PostgresServer, RedisServer
 from tests.support.site import ADMIN_KEY, bearer
 
@@ -68,6 +69,7 @@ class Service:
     lives: int = 0
     ends: list[int] = field(default_factory=list)
     descriptors: int = 0
+    spare_port: int = field(default_factory=unused)  # of the standby that PostgreSQL may have
     started_in: float = 0.0  # seconds that the last start took until all was ready
     process: Any = None
     keep: bool = True  # whether ``watch`` starts it again
@@ -79,6 +81,10 @@ class Service:
         self.http = httpx.AsyncClient(base_url=self.url, timeout=patience, trust_env=False, limits=limits)
         for name in ROOM:
             (self.work / name).mkdir(exist_ok=True)
+        self.database_url = f"sqlite:///{self.database}"
+        if self.postgres:
+            hosts = (f"host=127.0.0.1:{port}" for port in (self.postgres.port, self.spare_port))
+            self.database_url = f"postgresql://loraplex@/postgres?{'&'.join(hosts)}"
 
     # --- processes -------------------------------------------------------------------------------
 
@@ -125,7 +131,7 @@ class Service:
         return {
             "port": port,
             "data_dir": self.work / "data",
-            "database_url": self.postgres.url if self.postgres else f"sqlite:///{self.database}",
+            "database_url": self.database_url,
             "database_timeout": 2.0,
             "admin_key": ADMIN_KEY,
             "log_level": "warning",
@@ -185,6 +191,16 @@ class Service:
 
     def limit(self, which: int, most: int) -> None:
         resource.prlimit(self.pid, which, (most, resource.RLIM_INFINITY))
+
+    def fail_disk(self, name: str, error: int) -> None:
+        """What the server writes in its folder ``name`` fails with ``error``; with 0 no longer."""
+        with self.clock.with_name("disk").open("r+b") as file:
+            if error:
+                file.seek(4)
+                file.write(f"{self.work / name}/".encode() + b"\0")
+                file.flush()
+            file.seek(0)
+            file.write(struct.pack("i", error))
 
     def set_clock(self, seconds: int) -> None:
         """The server's wall clock is off by so many seconds."""
@@ -268,17 +284,21 @@ def can_mount(root: Path) -> bool:
     return True
 
 
-def lie_about_time(root: Path, clock: Path) -> bool:
-    """Have all servers preload ``clock.c``. Call it before the first start; False without a compiler."""
-    library, source = root / "clock.so", Path(__file__).with_name("clock.c")
-    clock.write_bytes(struct.pack("q", 0))
+def lie(root: Path) -> bool:
+    """Have all servers preload ``clock.c`` and ``disk.c``, which obey files in ``root``. Call it before the
+    first start; False without a compiler."""
+    (root / "clock").write_bytes(struct.pack("q", 0))
+    (root / "disk").write_bytes(bytes(1024))
     compiler = shutil.which("cc")
     if compiler is None:
         return False
-    made = subprocess.run((compiler, "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"), check=False)
-    if made.returncode:
-        return False
-    os.environ |= {"LD_PRELOAD": str(library), "CHAOS_CLOCK": str(clock)}
+    libraries = {root / f"{name}.so": Path(__file__).with_name(f"{name}.c") for name in ("clock", "disk")}
+    for library, source in libraries.items():
+        command = (compiler, "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl")
+        if subprocess.run(command, check=False).returncode:
+            return False
+    os.environ |= {"LD_PRELOAD": " ".join(map(str, libraries))}
+    os.environ |= {"CHAOS_CLOCK": str(root / "clock"), "CHAOS_DISK": str(root / "disk")}
     return True
 
 
@@ -287,5 +307,5 @@ def start_forking() -> None:
     protocols = [f"vllm.entrypoints.openai.{kind}.protocol" for kind in ("chat_completion", "completion")]
     _processes.set_forkserver_preload(["tests.bench.chaos.server", *protocols])
     multiprocessing.forkserver.ensure_running()
-    for name in ("LD_PRELOAD", "CHAOS_CLOCK"):
+    for name in ("LD_PRELOAD", "CHAOS_CLOCK", "CHAOS_DISK"):
         os.environ.pop(name, None)

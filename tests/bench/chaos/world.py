@@ -59,15 +59,15 @@ class World:
         text = said["choices"][0]["text"] if answer.is_success else said["error"]["code"]
         return answer.status_code, text, answer.headers.get("x-loraplex-version", "")
 
-    async def until(self, name: str, status: int, code: str = "") -> float:
-        """Seconds until ``name`` is answered with ``status`` and ``code``."""
+    async def until(self, name: str, status: int, code: str = "", every: float = 0.1) -> float:
+        """Seconds until ``name``, asked ``every`` so many, is answered with ``status`` and ``code``."""
         began, last = time.monotonic(), ("", "")
         while time.monotonic() - began < PATIENCE:
             got, text, _ = await self.ask(name)
             if got == status and (not code or text == code):
                 return time.monotonic() - began
             last = (str(got), text)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(every)
         raise Missed(f"{name} is answered {' '.join(last)} instead of {status} {code}")
 
     async def a_while(self) -> None:
