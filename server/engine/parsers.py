@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+UNREAD = ""  # for a form that none of vLLM's parsers reads
 # The first whose marks are all in the template wins: forms that contain another one's marks come first.
 _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (UNREAD, ("<function=example_function_name>", "ipython")),  # Functionary's
     ("minicpm5", ("<function name=", "<param name=")),
     ("qwen3_coder", ("<tool_call>", "<function=", "<parameter=")),
     ("poolside_v1", ("<tool_call>", "<arg_key>", "<assistant>")),
+    ("ling3", ("<tool_call>", "<arg_key>", "<|role_end|>")),
     ("glm45", ("<tool_call>", "<arg_key>")),
     ("hy_v3", ("<tool_calls", "<tool_sep", "<arg_key")),
     ("hy_v4", ("<tool_calls", "<arg_key")),
@@ -25,6 +28,7 @@ _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("granite4", ("<tool_call>", "<|start_of_role|>")),
     ("hermes", ("<tool_call>",)),
     ("mistral", ("[TOOL_CALLS]",)),
+    ("deepseek_v3", ("<｜tool▁calls▁begin｜>", "```json")),
     ("deepseek_v31", ("<｜tool▁calls▁begin｜>", "thinking")),
     ("deepseek_v3", ("<｜tool▁calls▁begin｜>",)),
     ("deepseek_v41", ("｜DSML｜", " calls>")),
@@ -33,6 +37,7 @@ _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kimi_k2", ("<|tool_calls_section_begin|>",)),
     ("kimi_k3", ("<|open|>", "<|close|>", "<|sep|>")),
     ("lfm2", ("<|tool_call_start|>",)),
+    ("lfm2", ("<|tool_list_start|>",)),
     ("internlm", ("<|action_start|>",)),
     ("functiongemma", ("<start_function_call>",)),
     ("gemma4", ("<|tool_call>",)),
@@ -46,28 +51,31 @@ _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("olmo3", ("<function_calls>",)),
     ("dots", ("<dots_function_call>",)),
     ("gigachat3", ("<|function_call|>",)),
+    ("gigachat3", ("'function call'", "<|role_sep|>")),
     ("k2_horizon", ("<ifm|tool_calls>",)),
     ("inkling", ("<|content_invoke_tool_json|>",)),
     ("plamo3", ("<|plamo:begin_tool_requests:plamo|>",)),
     ("muse_glimmer", ("<atem:function_calls>",)),
     ("llama4_pythonic", ("<|python_start|>",)),
-    ("llama3_json", ("ipython",)),
+    ("llama3_json", ("Environment: ipython",)),
     ("llama3_json", ("<|python_tag|>",)),
 )
 _REASONING: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (UNREAD, ("<think></think>", "<response></response>", "<|start_of_role|>")),  # Granite 3.3's
     ("poolside_v1", ("<think>", "<arg_key>", "<assistant>")),
+    ("ling3", ("<think>", "<arg_key>", "<|role_end|>")),
     ("glm45", ("<think>", "<arg_key>")),
     ("hy_v3", ("<think", "<tool_calls", "<tool_sep", "<arg_key")),
     ("hy_v4", ("<think", "<tool_calls", "<arg_key")),
-    ("ernie45", ("<think>", "<response>")),
     ("deepseek_v3", ("<｜tool▁calls▁begin｜>", "thinking", "</think>")),
     ("deepseek_v41", ("｜DSML｜", " calls>", "</think>")),
     ("deepseek_v4", ("｜DSML｜", "tool_calls", "</think>")),
     ("granite_thinking_parser", ("<think>", "<|start_of_role|>")),
+    ("minimax_m2", ("minimax:tool_call", "<think>")),
+    ("ernie45", ("<think>", "<response>")),
     ("qwen3", ("<think>", "enable_thinking")),
     ("seed_oss", ("<seed:think>",)),
     ("minimax_m3", ("<mm:think>",)),
-    ("minimax_m2", ("minimax:tool_call", "<think>")),
     ("mistral", ("[THINK]",)),
     ("kimi_k2", ("◁think▷",)),
     ("kimi_k2", ("<|tool_calls_section_begin|>", "</think>")),
@@ -82,6 +90,8 @@ _REASONING: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("plamo3", ("<|plamo:begin_think:plamo|>",)),
     ("muse_glimmer", ("to=self<|message|>",)),
 )
+# The template shows tools, and no call: these models write theirs so.
+_TOOLS_UNMARKED = {"lfm2": "lfm2", "lfm2_moe": "lfm2"}
 # Told by the model, whose template says nothing of it or too much.
 _TOOLS_OF_TYPE = {
     "bailing_moe_v3_vl": "ling3",
@@ -134,7 +144,8 @@ AUTO, NONE = "auto", "none"
 def told() -> tuple[set[str], set[str]]:
     """vLLM's parsers of tools and of reasoning that a base may get by itself."""
     tools = {name for name, _ in _TOOLS} | {*_TOOLS_OF_TYPE.values()}
-    return tools, {name for name, _ in _REASONING} | {*_REASONING_OF_TYPE.values(), _PLAIN}
+    reasoning = {name for name, _ in _REASONING} | {*_REASONING_OF_TYPE.values(), _PLAIN}
+    return tools - {UNREAD}, reasoning - {UNREAD}
 
 
 _PLAIN = "deepseek_r1"  # for <think> … </think> and nothing else that tells
@@ -165,14 +176,16 @@ def parsers_of(template: str | None, model_type: str, *, tools: str = AUTO, reas
     """``tools`` and ``reasoning`` are the settings: ``auto``, ``none`` or a parser's name."""
     text = template or ""
     shown = "tools" in text or model_type in _TOOLS_OF_TYPE
-    found = _TOOLS_OF_TYPE.get(model_type) or (_first(_TOOLS, text) if shown else None)
+    found = _TOOLS_OF_TYPE.get(model_type) or _first(_TOOLS, text)
+    if found is None and shown:
+        found = _TOOLS_UNMARKED.get(model_type)
     thinks = "<think>" in text or model_type in _WITHOUT_THINK
     reads = _REASONING_OF_TYPE.get(model_type) if thinks else None
     reads = reads or _first(_REASONING, text)
     if reads is None and "<think>" in text and "</think>" in text:
         reads = _PLAIN
-    guessed = shown and found is None and tools == AUTO
-    return Parsers(_chosen(tools, found or UNSHOWN), _chosen(reasoning, reads), shown, guessed)
+    guessed = shown and not found and tools == AUTO
+    return Parsers(_chosen(tools, found or UNSHOWN), _chosen(reasoning, reads or None), shown, guessed)
 
 
 def _first(forms: tuple[tuple[str, tuple[str, ...]], ...], text: str) -> str | None:

@@ -11,6 +11,11 @@ QWEN = TOOLS + '<tool_call>\n{"name": <function-name>, "arguments": <args-json-o
 QWEN3 = QWEN + "{%- if enable_thinking is false %}<think>\n\n</think>\n\n{%- endif %}"
 CODER = TOOLS + "<tool_call>\n<function=example>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
 LLAMA = "{%- if tools is not none %}Environment: ipython{%- endif %}"
+R1 = "{{ '<｜tool▁calls▁begin｜>' + call.name + '\n```json\n' }}"
+GIGACHAT = TOOLS + "{'role': 'function call'} role_sep='<|role_sep|>\n'"
+LFM2 = TOOLS + "List of tools: "
+MINIMAX = TOOLS + "minimax:tool_call <think>{%- if '<response>' in content %}{%- endif %}</think>"
+GRANITE_33 = TOOLS + "<|start_of_role|><|tool_call|>between <think></think> and <response></response>"
 SMOL = "{% for message in messages %}<|im_start|>{{ message.role }}{% endfor %}"
 
 
@@ -75,6 +80,15 @@ SMOL = "{% for message in messages %}<|im_start|>{{ message.role }}{% endfor %}"
         ),
         ("deepseek_v32", None, "deepseek_v32", "deepseek_v3", True),
         ("gpt_oss", None, "openai", "openai_gptoss", True),
+        ("deepseek_v3", R1 + "{%- if thinking %}{%- endif %}", "deepseek_v3", None, False),
+        ("qwen2", R1 + "{%- if enable_thinking %}<think></think>", "deepseek_v3", "deepseek_v3", False),
+        ("bailing_hybrid", TOOLS + "<|role_end|><tool_call><arg_key><think>", "ling3", "ling3", True),
+        ("deepseek_v3", GIGACHAT, "gigachat3", None, True),
+        ("lfm2", LFM2 + "<|tool_list_start|>", "lfm2", None, True),
+        ("lfm2_moe", LFM2 + "[", "lfm2", None, True),
+        ("lfm2", SMOL, "hermes", None, False),
+        ("minimax_m2", MINIMAX, "minimax_m2", "minimax_m2", True),
+        ("granite", GRANITE_33, "granite", None, True),
         ("llama", SMOL, "hermes", None, False),
         ("llama", None, "hermes", None, False),
     ],
@@ -99,6 +113,10 @@ def test_settings_go_first() -> None:
 
 
 def test_a_form_that_is_not_known_is_said() -> None:
+    minimax_m1 = TOOLS + "{%- if message.role == 'ipython' %}<tool_calls>{%- endif %}"
+    functionary = TOOLS + "Environment: ipython <function=example_function_name>{}</function>"
+    for form in (minimax_m1, functionary):
+        assert parsers_of(form, "llama").tools_guessed
     unknown = TOOLS + "<<call me: f>>"
     found = parsers_of(unknown, "new")
     assert (found.tools, found.tools_shown, found.tools_guessed) == ("hermes", True, True)
