@@ -37,6 +37,8 @@ from server.engine.parsers import AUTO, UNSHOWN, Parsers, parsers_of
 from server.engine.sharding import divides_in_full, layers_served
 from server.engine.sizing import EngineCapacity, Layer
 from server.settings import HOST_PER_GPU_SLOT, Settings
+from server.settings.engine_args import ONE_ENGINE_ARGS
+from server.settings.engine_args_served import SERVED_ENGINE_ARGS
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +73,6 @@ def slots_of(settings: Settings) -> Slots:
         raise ValueError(f"RANK_SLOTS ({settings.rank_slots}) must be at least GPU_SLOTS ({slots.gpu})")
     if settings.max_lora_rank & (settings.max_lora_rank - 1):
         raise ValueError(f"RANK_SLOTS: MAX_LORA_RANK ({settings.max_lora_rank}) must be a power of two")
-    if "scheduler_cls" in settings.engine_args:
-        raise ValueError("RANK_SLOTS needs Loraplex's own scheduler: leave scheduler_cls out of ENGINE_ARGS")
     return replace(slots, host=max(slots.host, settings.rank_slots), adapters=settings.rank_slots)
 
 
@@ -380,7 +380,10 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
         given.setdefault("max_lora_cls_labels", max(LABELS, labels))
     if slots.adapters:
         given["additional_config"] = (given.get("additional_config") or {}) | {ADAPTERS: slots.adapters}
+    looked_at = {name for names in SERVED_ENGINE_ARGS.values() for name in names}.union(ONE_ENGINE_ARGS)
     for name, value in given.items():
+        if name in known - looked_at:
+            logger.warning("ENGINE_ARGS: %s is new in vLLM, and what it does to customers is not known", name)
         if name not in known and not hasattr(args, name):
             close = get_close_matches(name, known | set(vars(args)), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""Arguments of vLLM that are not for ``ENGINE_ARGS``, and why."""
+"""Arguments of vLLM that are not for ``ENGINE_ARGS``, and why; ``engine_args_served`` has all others."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _ONE = "adapters are paged in one engine only"
 _MACHINE = "one machine runs the workers, whose processes are ended and started again after a crash"
 _TEXT = "this server reads and writes text"
 _KV = "the KV cache would leave the engine, where nothing keeps customers apart"
+_LOG = "LOG_LEVEL and LOG_FORMAT are settings of their own"
+_SLEEP = "nothing here puts the engine to sleep, and it would do nothing"
 # Arguments of vLLM that do nothing here, or that would break paging or isolation; and why.
 REFUSED_ENGINE_ARGS = {
     "ssl_keyfile": _TLS,
@@ -92,8 +94,38 @@ REFUSED_ENGINE_ARGS = {
     "kv_offloading_size": _KV,
     "kv_offloading_backend": _KV,
     "ec_transfer_config": _KV,
+    "_api_process_count": _ONE,
+    "_api_process_rank": _ONE,
+    "dp_sync_interval": _ONE,
+    "disable_nccl_for_dp_synchronization": _ONE,
+    "aggregate_engine_logging": "there is one engine, and it would do nothing",
+    "master_port": _MACHINE,
+    "ray_workers_use_nsight": _MACHINE,
+    "enable_fault_tolerance": _MACHINE,
+    "fault_tolerance_config": _MACHINE,
+    "allowed_local_media_path": "customers could have files of this machine read to them",
+    "worker_cls": "adapters are paged by an extension of vLLM's own worker",
+    "scheduler_cls": "Loraplex's own keeps what an adapter made of NaN from others",
+    "scheduling_policy": "Loraplex decides who is next, and it would do nothing",
+    "max_num_active_seqs": "MAX_RUNNING is a setting of its own",
+    "max_num_queued_reqs": "MAX_QUEUED is a setting of its own; vLLM would refuse who has been let in",
+    "max_num_queued_tokens": "MAX_QUEUED is a setting of its own; vLLM would refuse who has been let in",
+    "kv_sharing_fast_prefill": "prompts' log-probabilities, by which uploads are tried, are wrong with it",
+    "logging_config": _LOG,
+    "log_level": _LOG,
+    "log_config_file": _LOG,
+    "enable_trace_replay": "no request may prescribe its answer, and it would do nothing",
+    "return_sampling_mask": "no answer shows it, and greedy requests would be refused",
+    "enable_sleep_mode": _SLEEP,
+    "sleep_mode_offload_cudagraph": _SLEEP,
+    "sleep_preserve_parameter_names": _SLEEP,
+    "enable_nccl_comm_suspend": _SLEEP,
+    "profiler_config": "nothing here starts a profile, and it would do nothing",
+    "io_processor_plugin": "only a call that this server does not have uses it, and it would do nothing",
 }
 # Refused above 1: adapters are paged in the first engine only.
 ONE_ENGINE_ARGS = ("data_parallel_size", "data_parallel_size_local", "api_server_count")
+# Executors whose processes are not this server's to end and to start again.
+REFUSED_EXECUTORS = {"ray": _MACHINE, "external_launcher": _MACHINE}
 # With hashes that a customer can make collide, he could be given the cache of another one's prompt.
 CACHE_HASHES = ("sha256", "sha256_cbor")

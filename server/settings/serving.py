@@ -30,6 +30,7 @@ from server.settings.engine_args import (
     ONE_ENGINE_ARGS,
     OWNED_ENGINE_ARGS,
     REFUSED_ENGINE_ARGS,
+    REFUSED_EXECUTORS,
 )
 
 # The sizes that vLLM compiles its LoRA kernels for (vllm.config.lora.MaxLoRARanks).
@@ -392,6 +393,9 @@ class Serving(BaseSettings):
         given = {name.replace("-", "_"): value for name, value in args.items()}
         for name in given.keys() & REFUSED_ENGINE_ARGS.keys():
             raise ValueError(f"{name!r} is not accepted: {REFUSED_ENGINE_ARGS[name]}")
+        if (executor := str(given.get("distributed_executor_backend"))) in REFUSED_EXECUTORS:
+            why = REFUSED_EXECUTORS[executor]
+            raise ValueError(f"'distributed_executor_backend' must not be {executor}: {why}")
         for name in ONE_ENGINE_ARGS:
             if given.get(name) not in (None, 1):
                 raise ValueError(f"{name!r} must be 1: adapters are paged in one engine only")

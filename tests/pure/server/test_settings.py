@@ -12,7 +12,12 @@ from typer.testing import CliRunner
 
 from server import __main__ as command_line
 from server.settings import SECRETS, Settings
-from server.settings.engine_args import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS
+from server.settings.engine_args import (
+    ONE_ENGINE_ARGS,
+    OWNED_ENGINE_ARGS,
+    REFUSED_ENGINE_ARGS,
+    REFUSED_EXECUTORS,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -300,6 +305,15 @@ def test_engine_arguments_that_do_nothing_or_break_isolation_are_refused_with_th
         assert field == "engine_args"
         assert repr(name) in message
         assert REFUSED_ENGINE_ARGS[name] in message
+
+
+@pytest.mark.parametrize("name", REFUSED_EXECUTORS)
+def test_workers_are_processes_of_this_machine(name: str) -> None:
+    field, message = refusal(engine_args={"distributed-executor-backend": name})
+    assert field == "engine_args"
+    assert REFUSED_EXECUTORS[name] in message
+    kept = {"distributed_executor_backend": "mp"}
+    assert made(engine_args=kept).engine_args == kept
 
 
 @pytest.mark.parametrize("name", ONE_ENGINE_ARGS)
