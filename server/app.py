@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI
 
@@ -48,6 +48,7 @@ from server.engine.templates import close_templates
 from server.fleet import internal
 from server.fleet.directory import Directory
 from server.fleet.gateway import FleetDispatcher, FleetEngine, RemotePublisher
+from server.fleet.places import Places
 from server.fleet.remote import RemoteAnswers
 from server.fleet.replica import Replica
 from server.fleet.residency import FleetResidency
@@ -391,18 +392,18 @@ async def _start_gateway(settings: Settings, stores: _Stores, stack: AsyncExitSt
     )
     await directory.start()
     stack.push_async_callback(directory.stop)
-    answers = RemoteAnswers(directory, stores.metrics)
+    places = Places(stores.quotas.ledger, timeout=settings.queue_timeout, max_queued=settings.max_queued)
+    answers = RemoteAnswers(directory, stores.metrics, places)
     # Their types are those of a process with an engine; see ``server.fleet.gateway`` for what they answer.
     engine: Any = FleetEngine(directory)
     dispatcher: Any = FleetDispatcher(directory, answers)
-    unused: Any = None
     publishing = Publishing(
         engine,
         dispatcher,
         stores.blobs,
         stores.catalog,
         Receipts(stores.database),
-        unused,
+        cast("Any", None),  # a replica probes
         Quarantine(stores.database),
         stores.fitness,
         UploadJobs(stores.database),
@@ -460,8 +461,8 @@ def _ledger(settings: Settings, redis: RedisLedger | None, metrics: Metrics) -> 
 async def _redis_ledger(settings: Settings, stack: AsyncExitStack) -> RedisLedger | None:
     if settings.limits_redis_url is None:
         return None
-    fails_open = settings.limits_fail == "open"
-    outage = "limits hold in each process" if fails_open else "requests with limits get 503"
+    here = settings.limits_fail == "open"
+    outage = "limits hold in each process" if here else "requests with limits get 503"
     ledger = RedisLedger(settings.limits_redis_url.get_secret_value(), outage=outage)
     await ledger.open()
     stack.push_async_callback(ledger.stop)

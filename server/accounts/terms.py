@@ -89,6 +89,11 @@ class Budgets(LimitSettings):
             **{**dict(self), **{name: getattr(changes, name) for name in changes.model_fields_set}}
         )
 
+    @property
+    def of_money(self) -> bool:
+        """Whether any of them is of money."""
+        return any(each.cost is not None or each.soft_cost is not None for _, each in self.items())
+
     def items(self) -> Iterator[tuple[Period, Budget]]:
         for period in PERIODS:
             if (budget := getattr(self, period)) is not None:

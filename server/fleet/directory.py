@@ -439,3 +439,12 @@ def _refusal(status: int, told: Any) -> Exception:
 
 def _no_answer() -> Unavailable:
     return Unavailable("The replica did not answer; try again.", code="replica_lost", retry_after=1)
+
+
+def cannot_go_on() -> Unavailable:
+    """The end of an answer that no other replica can continue."""
+    return Unavailable(
+        "The replica that answered is gone, and the answer cannot go on; send the request again.",
+        code="replica_lost",
+        retry_after=1,
+    )

@@ -88,9 +88,9 @@ class FleetDispatcher:
         self._draining = False
 
     def snapshot(self) -> Snapshot:
-        """What waits and runs at replicas by tenant, as they last said, within a second; and no slots, which
-        ``server.fleet.residency`` asks them for."""
-        queued: Counter[str] = Counter()
+        """What waits here and at replicas by tenant, and runs there, as they last said, within a second; and
+        no slots, which ``server.fleet.residency`` asks them for."""
+        queued: Counter[str] = Counter(self._answers.places.waiting())
         running: Counter[str] = Counter()
         for one in self._directory.all():
             if not one.lost:
@@ -160,7 +160,7 @@ class FleetDispatcher:
             slots=sum(one["gpu_slots"] for one in said),
             slots_used=sum(len(one["in_slots"]) for one in said),
             host_slots=sum(one.capacity.host_slots for one in facts),
-            queued={},
+            queued=self._answers.places.waiting(),
             running=Counter(lease.tenant for lease in self._answers.leases.values()),
             in_step_loads=0,
             replicas=[
@@ -180,6 +180,7 @@ class FleetDispatcher:
     def drain(self) -> None:
         """Take no more requests; those that run go on to their end."""
         self._draining = True
+        self._answers.places.drain()
 
     async def wait_until_idle(self, timeout: float) -> bool:
         """True once nothing of this gateway runs; False if that is not so after ``timeout`` seconds."""

@@ -22,8 +22,9 @@ from cachetools import LRUCache
 from adapters.errors import AdapterError
 from adapters.model import BaseModel, Version
 from server.errors import ServerError, Unavailable
-from server.fleet.directory import Directory, Known, Unreachable
+from server.fleet.directory import Directory, Known, Unreachable, cannot_go_on
 from server.fleet.lines import Frame, Line, Lost
+from server.fleet.places import Place, Places
 from server.fleet.wire import Chunk, End, Granted, Kind, WireOrder, as_json, json_of
 from server.inference.completion import (
     Completion,
@@ -34,6 +35,7 @@ from server.inference.completion import (
     counted_refusals,
 )
 from server.inference.dialects.base import Dialect
+from server.inference.embeddings import most_places
 from server.inference.local import Fields, sequences_and_tokens
 from server.metrics import Metrics
 from server.scheduling.lease import Lease
@@ -56,9 +58,11 @@ _CREATED = re.compile(r'(?<!\\)"created": ?\d+')
 class RemoteAnswers:
     """Also the owner of the leases of what runs elsewhere."""
 
-    def __init__(self, directory: Directory, metrics: Metrics) -> None:
+    def __init__(self, directory: Directory, metrics: Metrics, places: Places) -> None:
         self.directory = directory
         self.metrics = metrics
+        self.places = places
+        self._taken: dict[str, Place] = {}  # by lease
         self.leases: dict[str, Lease] = {}
         self.versions: LRUCache[str, Version] = LRUCache(maxsize=VERSIONS_REMEMBERED)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -78,13 +82,15 @@ class RemoteAnswers:
         lease.streamed = bool(order.fields.get("stream"))
         lease.background = tenant.background
         with counted_refusals(self.metrics, tenant):
-            granted = await self._reserve(order)
+            granted, sequences = await self._reserve(order)
             call = RemoteCall(self, order, lease, granted)
             try:
+                self._taken[lease.id] = await self.places.take(tenant, sequences)
                 await call.begin()
             except BaseException:
                 call.leave()
                 order.reservation.withdraw()
+                self._give_back(lease)
                 raise
         lease.work, lease.account = call, order.reservation
         lease.queued_for = lease.age
@@ -107,11 +113,15 @@ class RemoteAnswers:
         question = {"dialect": dialect.name, "fields": fields, "version": sent}
         return await self.directory.ask("tokens", question, version)
 
-    async def _reserve(self, order: Order) -> Granted | None:
-        """What is known here of the request's size; its replica counts the prompt."""
+    async def _reserve(self, order: Order) -> tuple[Granted | None, int]:
+        """What is known here of the request's size, as its replica counts the prompt; and how many sequences
+        of it run at once, at most.
+        """
         prompt, output = order.prompt_bound, 0
         facts = self.directory.facts
-        if not order.dialect.pools:
+        if order.dialect.pools:
+            sequences = most_places(order.fields, facts.max_running)
+        else:
             sequences, most = sequences_and_tokens(
                 order.fields,
                 order.dialect,
@@ -122,12 +132,9 @@ class RemoteAnswers:
             output = sequences * min(most, max(1, facts.max_model_len - prompt))
         await order.reservation.reserve(prompt, output, elastic=order.elastic)
         if not order.reservation.limits_tokens:
-            return None
+            return None, sequences
         budgets = order.tenant.budgets
-        by_cost = budgets is not None and any(
-            budget.cost is not None or budget.soft_cost is not None for _, budget in budgets.items()
-        )
-        return Granted(prompt, output, by_cost)
+        return Granted(prompt, output, budgets is not None and budgets.of_money), sequences
 
     # --- of leases -----------------------------------------------------------------------------------
 
@@ -142,9 +149,14 @@ class RemoteAnswers:
     def closed(self, lease: Lease) -> None:
         """``lease`` has ended."""
         self.leases.pop(lease.id, None)
+        self._give_back(lease)
         if lease.account is not None:
             lease.account.closed(lease)
         self.metrics.ended(lease.tenant, lease.outcome)
+
+    def _give_back(self, lease: Lease) -> None:
+        if (place := self._taken.pop(lease.id, None)) is not None:
+            place.give_back()
 
     def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Runs ``work`` as a task, and keeps a reference."""
@@ -376,7 +388,7 @@ class RemoteCall:
                 continue
             if loop.time() >= deadline:
                 if self._begun:
-                    raise _lost()
+                    raise cannot_go_on()
                 raise self._directory.nobody()
             await asyncio.sleep(LOOK_EVERY_S)
             self._tried.clear()
@@ -435,7 +447,7 @@ class RemoteCall:
             logger.warning("replica %s was lost with a request: %s", lost.id, why)
         if self._losses > MAX_LOSSES or (self._begun and not self._movable):
             self._metrics.moved("failed")
-            raise _lost()
+            raise cannot_go_on()
         await self._elsewhere("lost")
 
     async def _refused(self, error: Exception | None) -> None:
@@ -482,11 +494,3 @@ class RemoteCall:
         self._moves += 1
         self._metrics.moved(reason)
         await self._connect()
-
-
-def _lost() -> Unavailable:
-    return Unavailable(
-        "The replica that answered is gone, and the answer cannot go on; send the request again.",
-        code="replica_lost",
-        retry_after=1,
-    )

@@ -135,6 +135,12 @@ def places_of(inputs: Sequence[Input], max_running: int) -> int:
     return min(len(inputs), max(1, max_running // _SHARE))
 
 
+def most_places(fields: dict[str, Any], max_running: int) -> int:
+    """The most that ``places_of`` can say of a request with these fields, which nobody has parsed."""
+    longest = max((len(value) for value in fields.values() if isinstance(value, list)), default=1)
+    return min(max(1, longest), max(1, max_running // _SHARE))
+
+
 def finite(part: dict[str, Any]) -> dict[str, Any]:
     """The answer to some of the inputs. Internal if an embedding or a score in it is no number."""
     if not all(_finite(_numbers(one)) for one in part["data"]):

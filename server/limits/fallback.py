@@ -9,7 +9,7 @@ from datetime import datetime
 from adapters.database.rows import now as wall_now
 from server.errors import Unavailable
 from server.limits.budget import Amount, Spending
-from server.limits.ledger import Entry, Scope, TenantBudget
+from server.limits.ledger import PLACES, Entry, Scope, TenantBudget
 from server.limits.memory import MemoryLedger
 from server.limits.rate import Remaining
 from server.limits.redis import RedisLedger
@@ -61,7 +61,7 @@ class FallbackLedger:
         memory = self._outage()
         await memory.refresh(budget)
         entry = await memory.reserve(scopes, budget, amount)
-        if scopes or budget.budgets is not None:
+        if any(scope.whose != PLACES for scope in scopes) or budget.budgets is not None:
             self._on_local()
         self._local[entry] = memory
         return entry

@@ -22,13 +22,16 @@ from server.limits.rate import LimitExceeded, Remaining
 # Reservations between two searches for counts that nobody needs any more.
 SWEEP_EVERY = 1000
 
+# ``Scope.whose`` of what is no limit of the customer's own: a place to run at; see ``server.fleet.places``.
+PLACES = "places"
+
 # Reads what a tenant's recorded requests used from the first time on until before the second.
 Recorded = Callable[[datetime, datetime], Awaitable[Amount]]
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """A tenant or one of its keys, and its limits. ``whose`` is ``tenant`` or ``key <id>``."""
+    """A tenant or one of its keys, and its limits. ``whose`` is ``tenant``, ``key <id>`` or ``PLACES``."""
 
     name: str
     whose: str

@@ -1,0 +1,218 @@
+"""A customer's ``max_running`` holds over all replicas and all gateways; what waits for it waits in order."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import AdapterError
+from server.accounts.tenants import Tenant
+from server.app import create_app
+from server.errors import ServerError, TooManyRequests, Unavailable
+from server.fleet.places import Place, Places
+from server.limits.memory import MemoryLedger
+from server.limits.redis import RedisLedger
+from tests.support import tiny
+from tests.support.fakes import Times
+from tests.support.fleet import FLEET_KEY, Fleet, fleet
+from tests.support.services import redis
+from tests.support.site import Site, serving
+from tests.support.world import tenant
+
+
+def some(**fields: Any) -> Tenant:
+    return tenant(f"t{uuid.uuid4().hex[:12]}", **fields)
+
+
+def places_of(ledger: Any = None, *, timeout: float = 600.0, max_queued: int = 64) -> Places:
+    return Places(ledger or MemoryLedger(), timeout=timeout, max_queued=max_queued)
+
+
+@asynccontextmanager
+async def shared(**options: Any) -> AsyncIterator[RedisLedger]:
+    ledger = RedisLedger(redis(), **options)
+    await ledger.open()
+    try:
+        yield ledger
+    finally:
+        await ledger.stop()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def test_requests_wait_in_order_and_large_ones_run_alone() -> None:
+    places, one = places_of(), some(max_running=2)
+    held = [await places.take(one, 1), await places.take(one, 1)]
+    order: list[int] = []
+
+    async def wait(number: int, sequences: int) -> Place:
+        place = await places.take(one, sequences)
+        order.append(number)
+        return place
+
+    waiting = [asyncio.create_task(wait(number, sequences)) for number, sequences in enumerate((5, 1, 1))]
+    await until(lambda: places.waiting() == {one.id: 3})
+    await places.take(some(max_running=1), 1)  # another customer's
+    await places.take(some(), 7)  # and one without such a limit
+    held[0].give_back()
+    held[0].give_back()  # once is enough
+    await asyncio.sleep(0.2)
+    assert order == [], "the first one needs all places, and nobody passes it"
+    held[1].give_back()
+    large = await waiting[0]
+    assert order == [0]
+    large.give_back()
+    for each in await asyncio.gather(*waiting[1:]):
+        each.give_back()
+    assert order == [0, 1, 2]
+    assert places.waiting() == {}
+
+
+async def test_too_many_may_not_wait_and_none_for_ever() -> None:
+    places = places_of(timeout=0.2, max_queued=9)
+    one = some(max_running=1, max_queued=1)
+    held = await places.take(one, 1)
+    waiting = asyncio.create_task(places.take(one, 1))
+    await until(lambda: places.waiting() == {one.id: 1})
+    with pytest.raises(TooManyRequests) as full:
+        await places.take(one, 1)
+    assert full.value.code == "rate_limit_exceeded"
+    with pytest.raises(Unavailable) as late:
+        await waiting
+    assert late.value.code == "queue_timeout"
+    held.give_back()
+    (await places.take(one, 1)).give_back()
+
+
+async def test_a_gateway_that_stops_tells_what_waits() -> None:
+    places, one = places_of(), some(max_running=1)
+    await places.take(one, 1)
+    waiting = [asyncio.create_task(places.take(one, 1)) for _ in range(3)]
+    await until(lambda: places.waiting() == {one.id: 3})
+    places.drain()
+    told = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [getattr(each, "code", each) for each in told] == ["shutting_down"] * 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_whoever_leaves_whenever_no_place_is_lost_and_none_made(seed: int) -> None:
+    """By two gateways that share a Redis."""
+    rng, one = random.Random(seed), some(max_running=3)
+    async with shared() as first, shared() as second:
+        gateways = [places_of(first), places_of(second)]
+        running = most = 0
+
+        async def ask(gateway: Places, sequences: int, lasts: float) -> None:
+            nonlocal running, most
+            place = await gateway.take(one, sequences)
+            running += min(sequences, 3)
+            most = max(most, running)
+            try:
+                await asyncio.sleep(lasts)
+            finally:
+                running -= min(sequences, 3)
+                place.give_back()
+
+        asking = [
+            asyncio.create_task(ask(rng.choice(gateways), rng.choice((1, 1, 1, 2, 5)), rng.random() / 100))
+            for _ in range(40)
+        ]
+        for task in rng.sample(asking, 15):
+            await asyncio.sleep(rng.random() / 50)
+            task.cancel()
+        ends = await asyncio.gather(*asking, return_exceptions=True)
+        assert all(end is None or isinstance(end, asyncio.CancelledError) for end in ends), ends
+        assert most == 3
+        assert running == 0
+        (await gateways[0].take(one, 5)).give_back()  # all are free again, and each gateway knows
+        (await gateways[1].take(one, 5)).give_back()
+
+
+async def test_a_gateway_that_died_gives_back_what_it_held() -> None:
+    one = some(max_running=1)
+    async with shared(lease=1.0) as died, shared(lease=1.0) as lives:
+        await places_of(died).take(one, 1)
+        waiting = asyncio.create_task(places_of(lives).take(one, 1))
+        assert died._task is not None
+        died._task.cancel()
+        died._entries.clear()
+        async with asyncio.timeout(60):
+            (await waiting).give_back()
+
+
+# --- in a fleet --------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def two_gateways(folder: Path) -> AsyncIterator[tuple[Fleet, list[Site]]]:
+    changes: dict[str, Any] = {"limits_redis_url": redis(), "gpu_slots": 4, "host_slots": 8}
+    async with AsyncExitStack() as stack:
+        made = await stack.enter_async_context(fleet(folder, times=Times(step=0.005), **changes))
+        chosen = tiny.settings(folder, role="gateway", fleet_key=FLEET_KEY, replica_stall=5.0, **changes)
+        other = await stack.enter_async_context(serving(create_app(chosen)))
+        directory = other.services.completions.answers.directory
+        await made.until(lambda: len(directory.ready()) == 2)
+        yield made, [made.gateway, other]
+
+
+async def test_it_holds_over_replicas_and_gateways(tmp_path: Path) -> None:
+    async with two_gateways(tmp_path) as (made, gateways):
+        name = f"t{uuid.uuid4().hex[:12]}"
+        key = await made.gateway.tenant(
+            name, {letter: tiny.adapter(number) for number, letter in enumerate("abcd")}, max_running=2
+        )
+        seen: list[list[int]] = []
+
+        async def watch() -> None:
+            while True:
+                seen.append([len(one.engine.running) for one in made.replicas])
+                await asyncio.sleep(0.002)  # each runs for 40 ms
+
+        watching = asyncio.create_task(watch())
+        try:
+            asked = [
+                gateways[number % 2].chat(key, "hello", model="abcd"[number % 4], max_tokens=8)
+                for number in range(16)
+            ]
+            answers = await asyncio.gather(*asked)
+        finally:
+            watching.cancel()
+        assert [answer.status_code for answer in answers] == [200] * 16
+        assert max(map(sum, seen)) == 2, "two run, and never more"
+        for which in range(2):
+            assert max(each[which] for each in seen) > 0, "both replicas have answered"
+        for gateway in gateways:
+            await until(lambda gateway=gateway: not gateway.services.completions.answers._taken)
+
+
+async def test_what_waits_for_it_is_shown_and_ends_with_its_client(tmp_path: Path) -> None:
+    async with fleet(tmp_path, replicas=1, times=Times(step=0.02)) as made:
+        key = await made.gateway.tenant("acme", {"a": tiny.adapter(1)}, max_running=1)
+        answers = made.gateway.services.completions.answers
+        first = asyncio.create_task(
+            made.gateway.chat(key, "hello", model="a", max_tokens=80, ignore_eos=True)
+        )
+        await until(lambda: bool(answers._taken))
+        second = asyncio.create_task(made.gateway.chat(key, "hello", model="a", max_tokens=4))
+        await until(lambda: answers.places.waiting() == {"acme": 1})
+        page = (await made.gateway.http.get("/metrics")).text
+        assert 'loraplex_queue_depth{tenant="acme"} 1.0' in page
+        shown = await made.gateway.admin.get("/admin/v1/tenants/acme/limits")
+        assert shown.json()["queued"] == 1
+        second.cancel()
+        with suppress(asyncio.CancelledError, ServerError, AdapterError):
+            await second
+        await until(lambda: answers.places.waiting() == {})
+        assert (await first).status_code == 200
+        assert (await made.gateway.chat(key, "hello", model="a", max_tokens=4)).status_code == 200
