@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from starlette.datastructures import State
 
 from adapters.awake import AwakeTimeout
 from adapters.model import BaseModel
-from server.engine import contract, guard, scoring, serving, structure
+from server.engine import contract, environment, guard, scoring, serving, structure
 from server.engine.calls import (
     Answer,
     Call,
@@ -104,21 +103,13 @@ class Engine:
 
         ``dialects`` are the API surfaces that it will be asked in.
 
-        Raises ValueError for engine arguments that vLLM does not know or cannot combine, and for slots that
-        are "auto" where their number cannot be told; ContractBroken for a vLLM that this program cannot use.
+        Raises ValueError for engine arguments that vLLM does not know or cannot combine, for slots that are
+        "auto" where their number cannot be told, and as ``environment.settle``; ContractBroken for a vLLM
+        that this program cannot use.
         """
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        # We stop the engine when nothing runs any more, so its workers have nothing to finish.
-        os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
-        # Threads of a step that wait for each other by spinning take the processor from this process and
-        # from loads, and then have to wait for these: with two cores every load is felt in every stream.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        # Counted in each step; see adapters.worker.not_finite.
-        os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
+        environment.settle()
         from adapters.inspection.base_model import fingerprint, quantized_as
-        from adapters.worker.cpu import onednn
 
-        os.environ.setdefault(onednn.CAPACITY, str(onednn.KERNELS))
         await asyncio.to_thread(contract.check)
         # Importing vLLM and torch takes seconds and is not needed to read settings, to run the command line
         # or to be a gateway.

@@ -25,6 +25,7 @@ from tests.bench.workload import prompt
 CLIENTS, REQUESTS = 16, 3  # of each client, the first of which warms
 INPUT, OUTPUT = 16, 64  # tokens
 MOST = 1.0  # percent
+UNCOUNTED = "tests.bench.nan_uncounted"
 COUNT = "VLLM_COMPUTE_NANS_IN_LOGITS"
 
 
@@ -32,6 +33,9 @@ class Counting(Loraplex):
     """Counts, or does not."""
 
     counts = True
+
+    def command(self, port: int) -> list[str]:
+        return super().command(port) if self.counts else [sys.executable, "-m", UNCOUNTED]
 
     def environment(self, port: int) -> dict[str, str]:
         return super().environment(port) | {COUNT: "1" if self.counts else "0"}
