@@ -24,7 +24,7 @@ from server.inference.dialects.base import Dialect
 from server.inference.dialects.registry import ANSWERING
 from server.limits.errors import BeyondLimits
 
-ENDPOINTS: Mapping[str, Dialect] = {d.path: d for d in ANSWERING if d.name != "messages"}
+ENDPOINTS: Mapping[str, Dialect] = {d.path: d for d in ANSWERING if d.batched}
 MAX_LINES = 50_000
 AT_ONCE = 1024  # lines that are looked at in one go
 MAX_ERRORS = 100  # that one batch names

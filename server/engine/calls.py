@@ -6,7 +6,7 @@ The scheduler, the use cases and the fake engine of the tests all speak in these
 from __future__ import annotations
 
 import contextvars
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -169,6 +169,14 @@ class Answer:
 class Dialect(Protocol):
     """One API surface, as far as the engine needs it; see ``server.inference.dialects.base.Dialect``."""
 
+    @property
+    def name(self) -> Kind: ...
+    @property
+    def base(self) -> str: ...
+    @property
+    def first_request(self) -> Mapping[str, Any] | None: ...
+    @property
+    def prompt_field(self) -> str | None: ...
     @property
     def asks_while_streaming(self) -> bool: ...
     def request_model(self, body: dict[str, Any]) -> str: ...

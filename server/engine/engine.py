@@ -60,7 +60,6 @@ CHECK_EVERY_S = 0.5
 
 
 FIRST_CALL = "first-token"
-FIRST_TOKENS = {"prompt": "Hello", "max_tokens": 2, "ignore_eos": True, "temperature": 1.0, "logprobs": 0}
 
 
 def _log_fault(model: str, reason: str) -> None:
@@ -233,11 +232,11 @@ class Engine:
         compiled at the first prompt, the first token after it, the first one that is drawn or the first
         log-probability would stop every stream later, for so long that the engine may be taken for hung.
         """
-        kind = {"text": "completion", "embeddings": "embedding", "labels": "classification"}[self.base.makes]
-        body = {"input": "Hello"} if self.base.pooling else FIRST_TOKENS
-        call = Call(FIRST_CALL, kind, self.base.name, self.base.name, FIRST_CALL, Unmetered())
+        dialect = next(d for d in self._dialects.values() if d.first_request and d.base == self.base.makes)
+        body = {**(dialect.first_request or {}), "model": self.base.name}
+        call = Call(FIRST_CALL, dialect.name, self.base.name, self.base.name, FIRST_CALL, Unmetered())
         try:
-            await self.answer(call, self.parse(kind, {**body, "model": self.base.name}))
+            await self.answer(call, self.parse(dialect.name, body))
         except EngineDied as exc:
             raise ValueError(
                 f"the engine loaded {self.base.source} and ended at its first token; the log above has the"
@@ -385,7 +384,7 @@ class Engine:
         except ServerError as exc:
             if call.failure is not None:
                 raise call.failure from None
-            raise named(filled(exc, request, self.max_model_len), call.kind) from exc.__cause__
+            raise named(filled(exc, request, self.max_model_len), dialect.prompt_field) from exc.__cause__
         finally:
             current_call.reset(token)
             current_manner.reset(chats)
@@ -393,7 +392,7 @@ class Engine:
             return Answer(body=dialect.document(call, result))
         if dialect.asks_while_streaming:
             result = serving.in_call_context(call, result)
-        return Answer(stream=serving.raise_errors(call, dialect.events(call, result)))
+        return Answer(stream=serving.raise_errors(call, dialect.prompt_field, dialect.events(call, result)))
 
     async def tokens(self, kind: Kind, request: Any, manner: Manner | None = None) -> dict[str, Any]:
         """What is asked about tokens, by the base model's tokenizer and a chat template: no slot is needed.
@@ -408,7 +407,7 @@ class Engine:
                 result = await dialect.call(self._state, request)
             serving.raise_if_error(None, result)
         except ServerError as exc:
-            raise named(exc, kind) from None
+            raise named(exc, dialect.prompt_field) from None
         finally:
             current_manner.reset(chats)
         return serving.shallow(result)

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from server.engine.calls import EngineDied, Kind
+from server.engine.calls import EngineDied
 from server.errors import BadRequest, Internal, ServerError, Unavailable
 
 FAILED = "The engine failed on this request."
@@ -44,17 +44,6 @@ _READERS = frozenset(
     {"anthropic", "jinja2", "mistral_common", "openai", "openai_harmony", "pydantic", "tokenizers"}
     | {"transformers", "vllm"}
 )
-# Where a request of each kind has its prompt.
-_PROMPTS = {
-    "chat": "messages",
-    "classification": "input",
-    "completion": "prompt",
-    "count_tokens": "messages",
-    "embedding": "input",
-    "messages": "messages",
-    "responses": "input",
-    "score": "input",
-}
 
 
 def from_vllm(message: str, status: int, param: str | None) -> ServerError:
@@ -65,9 +54,8 @@ def from_vllm(message: str, status: int, param: str | None) -> ServerError:
     return refusal(message, param)
 
 
-def named(error: ServerError, kind: Kind) -> ServerError:
-    """``error`` of a request of this kind, naming the field that holds a prompt which cannot be served."""
-    prompt = _PROMPTS.get(kind)
+def named(error: ServerError, prompt: str | None) -> ServerError:
+    """``error``, naming the field that holds a prompt which cannot be served: ``prompt``, if there is one."""
     if error.code in _ABOUT_PROMPTS and error.param is None:
         error.param = prompt
     elif error.param and error.param.partition(".")[0].isdigit():  # vLLM reads parts apart from their message

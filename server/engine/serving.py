@@ -179,13 +179,13 @@ def chat_for_messages(create: Any) -> Any:
     return create_chat_completion
 
 
-async def raise_errors(call: Call, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+async def raise_errors(call: Call, prompt: str | None, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
     """``chunks``; raises a ServerError where vLLM reports one, and EngineDied where the engine is gone."""
     with request_errors():
         try:
             async for chunk in chunks:
                 if chunk.startswith(BROKEN):
-                    raise named(_error_of(call, chunk), call.kind)
+                    raise named(_error_of(call, chunk), prompt)
                 yield chunk
         except ValidationError as exc:  # vLLM makes no valid event of its own of some errors
             raise (_known_error(call) or Internal(FAILED)) from exc

@@ -7,7 +7,7 @@ import re
 import shlex
 from typing import Any
 
-_TURNS = [{"role": "user", "content": "What is the capital of France?"}]
+from server.inference.dialects.registry import SURFACES
 
 # By method and short path, see ``server.http.openapi``.
 SUMMARIES = {
@@ -36,22 +36,12 @@ SUMMARIES = {
     "get /metrics": "Metrics, in the form of Prometheus",
 }
 EXAMPLES: dict[str, Any] = {
-    "post /v1/chat/completions": {"model": "support", "messages": _TURNS, "max_tokens": 64},
-    "post /v1/completions": {"model": "support", "prompt": "The capital of France is", "max_tokens": 16},
-    "post /v1/responses": {"model": "support", "input": "What is the capital of France?", "store": False},
-    "post /v1/messages": {"model": "support", "messages": _TURNS, "max_tokens": 64},
-    "post /v1/messages/count_tokens": {"model": "support", "messages": _TURNS},
-    "post /v1/embeddings": {"model": "support", "input": ["first text", "second text"]},
-    "post /v1/classify": {"model": "support", "input": ["first text", "second text"]},
+    **{f"post {dialect.path}": dialect.example for dialect in SURFACES},
     "post /batches": {
         "input_file_id": "file-123",
         "endpoint": "/v1/chat/completions",
         "completion_window": "24h",
     },
-    "post /v1/rerank": {"model": "support", "query": "capital of France", "documents": ["Paris", "Rome"]},
-    "post /v1/score": {"model": "support", "text_1": "capital of France", "text_2": ["Paris", "Rome"]},
-    "post /tokenize": {"model": "support", "prompt": "Hello there"},
-    "post /detokenize": {"model": "support", "tokens": [1, 2, 3]},
     "post /tenants": {
         "id": "acme",
         "name": "Acme Inc.",
@@ -75,7 +65,10 @@ _NAMES = {
     "tenant": "acme", "name": "support", "version": "3", "key_id": "1", "file_id": "file-123",
     "batch_id": "batch_123",
 }  # fmt: skip
-_KEYS = {"admin": "LORAPLEX_ADMIN_KEY"} | dict.fromkeys(("v1", "tokenize", "detokenize"), "LORAPLEX_KEY")
+# By the first part of a path.
+_KEYS = {"v1": "LORAPLEX_KEY", "admin": "LORAPLEX_ADMIN_KEY"} | {
+    dialect.path.split("/")[1]: "LORAPLEX_KEY" for dialect in SURFACES
+}
 
 
 def sample(path: str, method: str, operation: dict[str, Any]) -> dict[str, str]:

@@ -29,7 +29,7 @@ from server.inference.completion import (
     version_header,
 )
 from server.inference.dialects.base import Dialect
-from server.inference.dialects.registry import ANSWERING, COUNTING, SCORING
+from server.inference.dialects.registry import COUNTING, SURFACES
 from server.inference.embeddings import embed
 from server.limits.permissions import may_name
 from server.scheduling.lease import told_of
@@ -74,6 +74,7 @@ async def _complete(request: Request, dialect: Dialect) -> Response:
     asked = Asked(request.state.request_id, tenant, dialect)
     # Also of refusals, and of a stream that begins while its request waits.
     request.state.headers = lambda: service.quotas.headers(tenant) | version_header(asked.version)
+    request.state.operation = dialect.span or dialect.operation
     use_case = embed if dialect.pools else open_completion
     answering = use_case(service, asked, body)
     opening = while_connected(request, answering, Completion.discard)
@@ -165,7 +166,7 @@ def _counts(dialect: Dialect) -> Callable[[Request], Awaitable[Response]]:
     return route
 
 
-for _dialect in (*ANSWERING, *SCORING, *COUNTING):
+for _dialect in SURFACES:
     _versioned = _dialect.path.startswith("/v1/")
     (router if _versioned else tokens).add_api_route(
         _dialect.path.removeprefix("/v1"),

@@ -29,6 +29,7 @@ from server.errors import (
 from server.http.verbs import allow, methods_of
 from server.inference.completion import new_request_id
 from server.inference.dialects.messages import anthropic_error, speaks_anthropic
+from server.inference.dialects.registry import SURFACES
 from server.logs import LINE, REQUEST, RequestIds, traceparent
 from server.telemetry.spans import TRACE, Tracer, end_request
 
@@ -50,7 +51,7 @@ _EXPOSED = (
 )  # fmt: skip
 # Paths of calls, none of which ends with a slash.
 _CALLS = (
-    "/v1/", "/admin/v1/", "/health/", "/ready/", "/metrics/", "/tokenize/", "/detokenize/", "/docs/",
+    "/v1/", "/admin/v1/", "/health/", "/ready/", "/metrics/", "/docs/", *(f"{one.path}/" for one in SURFACES),
     "/redoc/",
 )  # fmt: skip
 
@@ -155,7 +156,7 @@ class RequestContext:
             level = logging.DEBUG if log.pop("quiet", False) or path in _ASKED_BY_MACHINES else logging.INFO
             logger.log(level, "%s %s", scope["method"], path, extra=log)
             if trace is not None and trace.is_kept:
-                end_request(trace, scope["method"], path, log, began)
+                end_request(trace, scope["method"], path, log, began, state.get("operation"))
 
 
 def _client_id(scope: Scope) -> str | None:

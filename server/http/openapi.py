@@ -15,7 +15,7 @@ from adapters.model import CHAT_FILES
 from server.http.answers import AnthropicError, Error
 from server.http.examples import EXAMPLES, SUMMARIES, sample
 from server.inference.dialects.messages import speaks_anthropic
-from server.inference.dialects.registry import DIALECTS, SCORING
+from server.inference.dialects.registry import SURFACES
 from server.inference.dialects.schema import TEXT as _TEXT
 from server.inference.dialects.schema import Schema
 from server.inference.dialects.schema import object_of as _object
@@ -149,8 +149,8 @@ _MEANS = {
     "503": "The server cannot answer now.",
     "507": "The disk is full.",
 }
-_BODIES = {dialect.path: dialect.body for dialect in (*DIALECTS.values(), *SCORING)}
-_STREAMS = {dialect.path for dialect in DIALECTS.values() if dialect.streams} | {"/admin/v1/residency"}
+_BODIES = {dialect.path: dialect.body for dialect in SURFACES}
+_STREAMS = {dialect.path for dialect in SURFACES if dialect.streams} | {"/admin/v1/residency"}
 # Of a stream, each event.
 _EVENT = _object("data", event=_TEXT, data=_TEXT)
 _FILE = {"type": "string", "format": "binary"}

@@ -194,7 +194,7 @@ async def open_completion(service: Completions, asked: Asked, body: dict[str, An
             version = asked.version
             if version is not None and version.chat:
                 body = with_defaults(dialect, body, version.chat)
-            text = _prompt_text(body)
+            text = dialect.prompt_text(body)
             most_prompt = prompt_tokens_bound(text, body.get("tools"))
             elastic = all(body.get(param) is None for param in dialect.max_tokens_fields)
             fields = dialect.allowed_fields(body)
@@ -399,6 +399,7 @@ async def resolve_allowed(service: Completions, asked: Asked, body: dict[str, An
         asked.tenant,
         version,
         endpoint=asked.dialect.name,
+        in_parts=asked.dialect.pools,
         request_id=asked.id,
         numbered=numbered,
     )
@@ -457,12 +458,6 @@ def with_token_limit(
     # Never less than it asks for at least: what limits do not leave is refused when it is reserved.
     most = max(most, least)
     return body | {dialect.max_tokens_fields[0]: min(most, usual or most)}
-
-
-def _prompt_text(body: dict[str, Any]) -> str:
-    """Text of about the prompt's length; good enough for an estimate, and cheap."""
-    fields = ("messages", "prompt", "system", "instructions", "input")
-    return "".join(str(body[name]) for name in fields if body.get(name))
 
 
 def prompt_tokens_bound(text: str, tools: Any = None) -> int:

@@ -26,7 +26,7 @@ def with_defaults(dialect: Dialect, body: Mapping[str, Any], chat: Mapping[str, 
         if name in defaults and name in dialect.accepted and filled.get(name) is None:
             filled[name] = defaults[name]
     if defaults.get("system"):
-        _add_system(dialect, filled, defaults["system"])
+        dialect.add_system(filled, defaults["system"])
     stops = chat.get("stop_token_ids") or ()
     if stops and "stop_token_ids" in dialect.accepted:
         given = filled.get("stop_token_ids")
@@ -39,19 +39,3 @@ def default_max_tokens(dialect: Dialect, chat: Mapping[str, Any]) -> int | None:
     """Tokens of an answer that asks for no number; None for as many as fit."""
     found = (chat.get("defaults") or {}).get("max_tokens")
     return int(found) if found is not None else dialect.default_max_tokens
-
-
-def _add_system(dialect: Dialect, body: dict[str, Any], text: str) -> None:
-    """Where the request has no instructions of its own, in the form that its surface has for them."""
-    if dialect.name == "chat":
-        turns = body.get("messages")
-        roles = (
-            [turn.get("role") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-        )
-        if isinstance(turns, list) and not {"system", "developer"} & set(map(str, roles)):
-            body["messages"] = [{"role": "system", "content": text}, *turns]
-    elif dialect.name == "responses":
-        if body.get("instructions") is None:
-            body["instructions"] = text
-    elif dialect.name == "messages" and body.get("system") is None:
-        body["system"] = text

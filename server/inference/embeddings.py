@@ -141,9 +141,9 @@ def most_places(fields: dict[str, Any], max_running: int) -> int:
     return min(max(1, longest), max(1, max_running // _SHARE))
 
 
-def finite(part: dict[str, Any]) -> dict[str, Any]:
+def finite(part: dict[str, Any], dialect: Dialect) -> dict[str, Any]:
     """The answer to some of the inputs. Internal if an embedding or a score in it is no number."""
-    if not all(_finite(_numbers(one)) for one in part["data"]):
+    if not all(_finite(one[dialect.numbers_field]) for one in part["data"]):
         raise Internal("The model's answer to this input is not a number.")
     return part
 
@@ -161,12 +161,8 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _numbers(one: Mapping[str, Any]) -> list[float] | str:
-    """Of an embedding, a list of labels or a score."""
-    found: list[float] | str = next(one[name] for name in ("embedding", "probs", "score") if name in one)
-    return found if isinstance(found, list | str) else [found]
-
-
-def _finite(embedding: list[float] | str) -> bool:
-    values = array("f", base64.b64decode(embedding)) if isinstance(embedding, str) else embedding
-    return math.isfinite(sum(values))
+def _finite(numbers: list[float] | float | str) -> bool:
+    """Whether each is, of an embedding (also in base64), of labels or of a score."""
+    if isinstance(numbers, str):
+        return math.isfinite(sum(array("f", base64.b64decode(numbers))))
+    return math.isfinite(sum(numbers) if isinstance(numbers, list) else numbers)

@@ -90,7 +90,7 @@ class LocalAnswers:
         try:
             return await self.engine.parse_in_turns(dialect.name, fields)
         except BadRequest as exc:
-            raise named(exc, dialect.name) from exc.__cause__
+            raise named(exc, dialect.prompt_field) from exc.__cause__
 
     async def admit(self, order: Order) -> Admitted:
         """Waits for its turn; see ``Dispatcher.submit``. Raises also BadRequest, and as ``reserve``.
@@ -175,7 +175,7 @@ class LocalAnswers:
                 some = embeddings.part_of(admitted.request, inputs[at : at + places])
                 answer = await self.engine.answer(call, some)
                 assert answer.body is not None
-                parts.append(embeddings.finite(answer.body))
+                parts.append(embeddings.finite(answer.body, admitted.order.dialect))
             whole = embeddings.joined(parts)
         await lease.close("completed")
         return Completion(admitted.order.public_model, lease, body=whole)

@@ -73,10 +73,12 @@ class Quotas:
         endpoint: str,
         request_id: str,
         numbered: bool = False,
+        in_parts: bool = False,
     ) -> Reservation:
         """For a request to ``version``, or to the base model (None); what the tenant has used is then known.
 
-        ``numbered`` if it named the version, and not only its adapter.
+        ``numbered`` if it named the version, and not only its adapter; ``in_parts`` if it is answered
+        in parts, one after another.
 
         Forbidden (``model_not_allowed``) where tenant or key may not use the model; Unavailable
         (``limits_unavailable``) where the tenant has budgets and the ledger cannot be reached.
@@ -86,7 +88,7 @@ class Quotas:
         await self.ledger.refresh(budget)
         ids = REQUEST.get()
         client_id = ids.client if ids is not None else None
-        request = Request(tenant, version, endpoint, request_id, client_id, numbered)
+        request = Request(tenant, version, endpoint, request_id, client_id, numbered, in_parts)
         return Reservation(self._books, request, budget)
 
     def refused(

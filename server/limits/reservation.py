@@ -24,15 +24,13 @@ from server.settings import Price
 
 logger = logging.getLogger(__name__)
 
-# What is answered in parts, one after another.
-IN_PARTS = frozenset({"classification", "embedding", "rerank", "score"})
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """Who asks for what. ``version`` is None for the base model, ``client_id`` the client's own id of it.
 
-    ``numbered`` if the request named the version, and not only its adapter.
+    ``numbered`` if the request named the version, and not only its adapter; ``in_parts`` if it is answered in
+    parts, one after another.
     """
 
     tenant: Tenant
@@ -41,6 +39,7 @@ class Request:
     id: str
     client_id: str | None = None
     numbered: bool = False
+    in_parts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +186,8 @@ class Reservation:
             return
         whole = Amount(prompt + output, self._books.cost(self._request, prompt, 0, output))
         more = whole - self._used - self._entry.reserved
-        if self._request.endpoint in IN_PARTS:
-            more = more.positive()  # its parts come one after another: more may follow
+        if self._request.in_parts:
+            more = more.positive()  # more may follow
         with self._books.refusals(self._request.tenant, whole.tokens):
             await self._books.ledger.change(self._entry, more, whole.tokens)
 

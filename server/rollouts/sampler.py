@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from adapters.store.prompts import Prompts
 from adapters.store.rollouts import Stored
 from server.inference.completion import Order
+from server.inference.dialects.base import Dialect
 from server.rollouts.guards import REPLAYED
 
 logger = logging.getLogger(__name__)
@@ -35,14 +36,6 @@ MOST_WAITING = 20
 # Replayed prompts after which no more are taken, unless a guard may still need them.
 ENOUGH = 300
 MOST_BYTES = 64 << 10
-# What of a request makes up its prompt, by dialect; the answers of others cannot be replayed token by token.
-PROMPT_FIELDS = {
-    "chat": (
-        "messages", "tools", "add_generation_prompt", "chat_template_kwargs", "continue_final_message",
-        "add_special_tokens",
-    ),
-    "completion": ("prompt", "add_special_tokens"),
-}  # fmt: skip
 _NONCE = 12
 
 
@@ -125,7 +118,7 @@ class Sampler:
         wanted = self.wanted.get((order.tenant.id, order.version.adapter))
         if wanted is None or self._clock() < wanted.due or self.cipher is None:
             return
-        prompt = prompt_of(order.dialect.name, order.fields)
+        prompt = prompt_of(order.dialect, order.fields)
         if prompt is None:
             return
         wanted.due = self._next()
@@ -159,10 +152,10 @@ def _wants(stored: Stored) -> bool:
     return bool(replays.get("prompts", 0) < ENOUGH)
 
 
-def prompt_of(dialect: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+def prompt_of(dialect: Dialect, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     """What of a request is replayed; None where it cannot be: several prompts, images, too long."""
-    names = PROMPT_FIELDS.get(dialect)
-    if names is None:
+    names = dialect.replayed_fields
+    if not names:
         return None
     prompt = {name: fields[name] for name in names if name in fields}
     given = prompt.get("prompt")
@@ -173,7 +166,7 @@ def prompt_of(dialect: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     if not all(_is_text(message) for message in prompt.get("messages", ())):
         return None
     small = len(str(prompt)) <= MOST_BYTES
-    return {"dialect": dialect, "fields": prompt} if small else None
+    return {"dialect": dialect.name, "fields": prompt} if small else None
 
 
 def _is_text(message: Any) -> bool:

@@ -14,14 +14,6 @@ from typing import Any, Protocol, Self
 
 from server import __version__
 
-# The operation that GenAI's conventions have for a path.
-_OPERATIONS = {
-    "/v1/chat/completions": "chat",
-    "/v1/messages": "chat",
-    "/v1/responses": "chat",
-    "/v1/completions": "text_completion",
-    "/v1/embeddings": "embeddings",
-}
 _FAILED = frozenset({"failed", "unavailable", "cut"})
 
 
@@ -79,13 +71,18 @@ def tracer_of(url: str, share: float, role: str) -> Tracer | None:
 TRACE: ContextVar[Trace | None] = ContextVar("trace", default=None)
 
 
-def end_request(root: Trace, method: str, path: str, log: Mapping[str, Any], began: float) -> None:
-    """Ends a request's span, with the parts that its access line ``log`` tells of."""
+def end_request(
+    root: Trace, method: str, path: str, log: Mapping[str, Any], began: float, operation: str | None = None
+) -> None:
+    """Ends a request's span, with the parts that its access line ``log`` tells of.
+
+    ``operation`` is what GenAI's conventions call an inference.
+    """
     ended = began + log["seconds"]
     code = log.get("code") or (str(log["status"]) if log["status"] >= 500 else None)
     error = code if log["status"] >= 500 or log.get("outcome") in _FAILED else None
-    if "queue_seconds" in log:
-        _end_inference(root, _OPERATIONS.get(path, "chat"), log, began, error)
+    if operation is not None and "queue_seconds" in log:
+        _end_inference(root, operation, log, began, error)
     about = {
         "http.request.method": method,
         "http.route": path,

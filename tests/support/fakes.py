@@ -292,18 +292,19 @@ class FakeEngine:
         try:
             run = self._run_of(call, request)
         except BadRequest as exc:
-            raise named(exc, call.kind) from None
+            raise named(exc, self._dialects[call.kind].prompt_field) from None
+        prompt = self._dialects[call.kind].prompt_field
         if call.kind in POOLED:
             return Answer(body=await self._embed(run))
         if request.stream:
             events = self._completion_events if call.kind == "completion" else self._chat_events
             if call.kind == "responses":
                 chunks = fake_dialects.stream(call, self._sse(run, events, True))
-                return Answer(stream=raise_errors(call, chunks))
+                return Answer(stream=raise_errors(call, prompt, chunks))
             include_usage = bool(request.stream_options and request.stream_options.include_usage)
             chunks = self._sse(run, events, include_usage)
             chunks = fake_dialects.stream(call, chunks) if call.kind == "messages" else chunks
-            return Answer(stream=raise_errors(call, chunks))
+            return Answer(stream=raise_errors(call, prompt, chunks))
         async for i in self._produce(run):
             del i
             if self.break_streams and self._due_to_break(run):

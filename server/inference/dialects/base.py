@@ -61,9 +61,15 @@ class Dialect:
 
     name: ClassVar[Kind]
     path: ClassVar[str]
+    place: ClassVar[int] = 50
+    """Where the OpenAPI document has it among the others."""
     operation: ClassVar[str]
     """The operation's name in the OpenAPI document."""
     summary: ClassVar[str]
+    span: ClassVar[str | None] = None
+    """The operation's name in traces, where OpenTelemetry's conventions have one; None for ``operation``."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """A body that can be sent, for the OpenAPI document."""
     body: ClassVar[Schema]
     """The OpenAPI schema of the fields that matter; the vendors say what all of them mean."""
     answer: ClassVar[type[Answer]]
@@ -79,6 +85,20 @@ class Dialect:
     """Tokens of an answer that asks for no number; None for as many as fit."""
     least_tokens: ClassVar[int] = 1
     """The fewest tokens that a request may ask for."""
+    prompt_fields: ClassVar[tuple[str, ...]] = ()
+    """Where a request has its prompt. The first is named in an error about the prompt."""
+    numbers_field: ClassVar[str] = ""
+    """Of a dialect that pools: the member of each input's answer that has its numbers."""
+    replayed_fields: ClassVar[tuple[str, ...]] = ()
+    """What makes up the prompt of a request whose answer a rollout can replay token by token; empty where it
+    cannot.
+    """
+    first_request: ClassVar[Mapping[str, Any] | None] = None
+    """What an engine with such a base is asked before it is ready; None for all but one dialect of a base."""
+    counts: ClassVar[bool] = False
+    """Whether the tokenizer answers it alone, without a lease."""
+    batched: ClassVar[bool] = True
+    """Whether OpenAI's batches may ask it, where it runs in the engine."""
     base: ClassVar[Literal["text", "embeddings", "labels", "scores", "any"]] = "text"
     """What a base must make to answer; scores come of embeddings and of labels."""
     streams: ClassVar[bool] = True
@@ -95,6 +115,11 @@ class Dialect:
     def pools(self) -> bool:
         """Whether it is answered with numbers for each input, a few inputs at a time."""
         return self.base in ("embeddings", "labels", "scores")
+
+    @property
+    def prompt_field(self) -> str | None:
+        """The field that an error about the prompt names."""
+        return self.prompt_fields[0] if self.prompt_fields else None
 
     def allowed_fields(self, body: dict[str, Any]) -> dict[str, Any]:
         """``body`` without what this dialect ignores, and without nulls.
@@ -145,6 +170,13 @@ class Dialect:
     def request_model(self, body: dict[str, Any]) -> str:
         """Where vLLM's request model for ``body`` is: ``module:class``."""
         raise NotImplementedError
+
+    def prompt_text(self, body: Mapping[str, Any]) -> str:
+        """Text of about the prompt's length; good enough for an estimate, and cheap."""
+        return "".join(str(body[name]) for name in self.prompt_fields if body.get(name))
+
+    def add_system(self, body: dict[str, Any], text: str) -> None:
+        """Put ``text`` into ``body`` as a system prompt, unless it has one; nothing where there is none."""
 
     def sizes(self, body: dict[str, Any], request: Any) -> tuple[int, int | None]:
         """(sequences, output tokens that each asks for or None) of ``request``, parsed from ``body``."""

@@ -17,7 +17,7 @@ from server.inference.dialects.fields import (
     Only,
     with_strict_tools,
 )
-from server.inference.dialects.schema import ANY, BOOL, LIMIT, OPENAI, TURNS, object_of
+from server.inference.dialects.schema import ANY, BOOL, LIMIT, OPENAI, QUESTION, TURNS, object_of
 from server.inference.dialects.tools import check_own_choice, check_own_tools, with_allowed_tools
 
 # How other servers of models name the switch.
@@ -26,8 +26,16 @@ _THINKING = 'Send chat_template_kwargs, as in {"enable_thinking": false}; the mo
 
 class Chat(OpenAIText):
     name = "chat"
+    place = 1
     path = "/v1/chat/completions"
     operation = "chat_completions"
+    span = "chat"
+    example: ClassVar[Mapping[str, Any]] = {"model": "support", "messages": [QUESTION], "max_tokens": 64}
+    prompt_fields = ("messages",)
+    replayed_fields = (
+        "messages", "tools", "add_generation_prompt", "chat_template_kwargs", "continue_final_message",
+        "add_special_tokens",
+    )  # fmt: skip
     summary = "Chat, answered by the customer's adapter"
     answer = ChatCompletion
     accepted = (
@@ -84,6 +92,13 @@ class Chat(OpenAIText):
             forced = kept.get("tool_choice") not in (None, "none", "auto")
             kept["tools"] = with_strict_tools(kept["tools"], forced)
         return kept
+
+    def add_system(self, body: dict[str, Any], text: str) -> None:
+        turns = body.get("messages")
+        if isinstance(turns, list):
+            roles = {str(turn.get("role")) for turn in turns if isinstance(turn, dict)}
+            if not {"system", "developer"} & roles:
+                body["messages"] = [{"role": "system", "content": text}, *turns]
 
     def request_model(self, body: dict[str, Any]) -> str:
         return "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from server.engine.calls import Call
 from server.engine.serving import numbers_of
@@ -15,8 +16,13 @@ from server.inference.dialects.schema import BOOL, MODEL, TEXT, object_of
 
 class Classify(Dialect):
     name = "classification"
+    place = 6
     path = "/v1/classify"
     operation = "classify"
+    example: ClassVar[Mapping[str, Any]] = {"model": "support", "input": ["first text", "second text"]}
+    prompt_fields = ("input",)
+    numbers_field = "probs"
+    first_request: ClassVar[Mapping[str, Any]] = {"input": "Hello"}
     summary = "Labels of texts with their probabilities, where the base model has a head for them"
     answer = Classifications
     accepted = frozenset(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from server.errors import BadRequest
 from server.inference.dialects.answers import Completion
@@ -13,8 +14,25 @@ from server.inference.dialects.schema import BOOL, OPENAI, TEXT, TOKENS, object_
 
 class Completions(OpenAIText):
     name = "completion"
+    place = 2
     path = "/v1/completions"
     operation = "completions"
+    span = "text_completion"
+    example: ClassVar[Mapping[str, Any]] = {
+        "model": "support",
+        "prompt": "The capital of France is",
+        "max_tokens": 16,
+    }
+    prompt_fields = ("prompt",)
+    replayed_fields = ("prompt", "add_special_tokens")
+    # What is compiled at a prompt, the token after it, the first one that is drawn, a log-probability.
+    first_request: ClassVar[Mapping[str, Any]] = {
+        "prompt": "Hello",
+        "max_tokens": 2,
+        "ignore_eos": True,
+        "temperature": 1.0,
+        "logprobs": 0,
+    }
     summary = "Text completion, by the customer's adapter"
     answer = Completion
     accepted = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from server.engine.calls import Call
 from server.engine.serving import embeddings_of
@@ -25,8 +26,13 @@ INPUT: Schema = {
 
 class Embeddings(Dialect):
     name = "embedding"
+    place = 5
     path = "/v1/embeddings"
     operation = "embeddings"
+    example: ClassVar[Mapping[str, Any]] = {"model": "support", "input": ["first text", "second text"]}
+    prompt_fields = ("input",)
+    numbers_field = "embedding"
+    first_request: ClassVar[Mapping[str, Any]] = {"input": "Hello"}
     summary = "OpenAI's embeddings, where the base model makes them"
     answer = EmbeddingList
     accepted = frozenset(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from adapters.errors import AdapterError
 from server.engine import MAX_STOPS
@@ -15,7 +15,7 @@ from server.errors import Internal, ServerError, body_of, status_of
 from server.inference.dialects.answers import Message
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.fields import Only, with_strict_tools
-from server.inference.dialects.schema import ANY, LIMIT, MODEL, SAMPLED, TEXT, TURNS, object_of
+from server.inference.dialects.schema import ANY, LIMIT, MODEL, QUESTION, SAMPLED, TEXT, TURNS, object_of
 from server.inference.dialects.tools import check_own_tools
 from server.inference.dialects.turns import check_blocks
 
@@ -56,8 +56,13 @@ _ERROR_TYPES = {
 
 class Messages(Dialect):
     name = "messages"
+    place = 4
     path = "/v1/messages"
     operation = "messages"
+    span = "chat"
+    example: ClassVar[Mapping[str, Any]] = {"model": "support", "messages": [QUESTION], "max_tokens": 64}
+    prompt_fields = ("messages", "system")
+    batched = False  # Anthropic's batches are another API
     summary = "Anthropic's messages"
     answer = Message
     accepted = PROMPT_FIELDS | {"max_tokens", "stop_sequences", "stream", "temperature", "top_k", "top_p"}
@@ -83,6 +88,10 @@ class Messages(Dialect):
             forced = isinstance(choice, dict) and choice.get("type") in ("any", "tool")
             kept["tools"] = with_strict_tools(kept["tools"], forced)
         return kept
+
+    def add_system(self, body: dict[str, Any], text: str) -> None:
+        if body.get("system") is None:
+            body["system"] = text
 
     def request_model(self, body: dict[str, Any]) -> str:
         return "vllm.entrypoints.anthropic.protocol:AnthropicMessagesRequest"

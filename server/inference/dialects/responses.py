@@ -41,9 +41,17 @@ _STATEFUL = {
 
 class Responses(Dialect):
     name = "responses"
+    place = 3
     path = "/v1/responses"
     resumes_elsewhere = False  # every item has an id that is made up at random
     operation = "responses"
+    span = "chat"
+    example: ClassVar[Mapping[str, Any]] = {
+        "model": "support",
+        "input": "What is the capital of France?",
+        "store": False,
+    }
+    prompt_fields = ("input", "instructions")
     summary = "OpenAI's responses, without what they keep between requests"
     answer = Response
     accepted = frozenset(
@@ -92,6 +100,10 @@ class Responses(Dialect):
             kept["tools"] = with_strict_tools(kept["tools"], forced)
         kept.pop("stream_options", None)
         return kept
+
+    def add_system(self, body: dict[str, Any], text: str) -> None:
+        if body.get("instructions") is None:
+            body["instructions"] = text
 
     def request_model(self, body: dict[str, Any]) -> str:
         return "vllm.entrypoints.openai.responses.protocol:ResponsesRequest"

@@ -20,6 +20,7 @@ NUMBER: Schema = {"type": "number"}
 ANY: Schema = {"type": "object"}
 MODEL = TEXT | {"description": "An adapter's name, `name@3`, the base model's name, or `default`."}
 TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
+QUESTION = {"role": "user", "content": "What is the capital of France?"}  # of examples
 TURNS = {
     "type": "array",
     "minItems": 1,

@@ -63,8 +63,14 @@ class Scoring(Dialect):
 
 class Rerank(Scoring):
     name = "rerank"
+    place = 7
     path = "/v1/rerank"
     operation = "rerank"
+    example: ClassVar[Mapping[str, Any]] = {
+        "model": "support",
+        "query": "capital of France",
+        "documents": ["Paris", "Rome"],
+    }
     summary = (
         "Documents by how near they are to a query, where the base model makes embeddings or scores pairs"
     )
@@ -119,8 +125,16 @@ class Rerank(Scoring):
 
 class Score(Scoring):
     name = "score"
+    place = 8
     path = "/v1/score"
     operation = "score"
+    example: ClassVar[Mapping[str, Any]] = {
+        "model": "support",
+        "text_1": "capital of France",
+        "text_2": ["Paris", "Rome"],
+    }
+    prompt_fields = ("input",)  # the field of ``Scoring.asked`` takes its place
+    numbers_field = "score"
     summary = "How near texts are to each other, where the base model makes embeddings or scores pairs"
     answer = Scores
     accepted = _SHARED | {"text_1", "text_2", "queries", "documents"}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from server.engine.calls import Call
 from server.errors import BadRequest
 from server.inference.dialects.answers import Prompt, TokenCount, Tokens
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.messages import NOT_SERVED, PROMPT_BODY, PROMPT_FIELDS, SERVICE_FIELDS
-from server.inference.dialects.schema import BOOL, MODEL, TEXT, TOKENS, TURNS, object_of
+from server.inference.dialects.schema import BOOL, MODEL, QUESTION, TEXT, TOKENS, TURNS, object_of
 from server.inference.dialects.tools import check_own_tools
 from server.inference.dialects.turns import check_blocks
 
@@ -28,6 +29,7 @@ class _Tokens(Dialect):
     """Answers with a document, and needs no slot."""
 
     streams = False
+    counts = True
 
     def document(self, call: Call, result: Any) -> dict[str, Any]:
         answer: dict[str, Any] = result.model_dump(exclude_none=True)
@@ -36,8 +38,10 @@ class _Tokens(Dialect):
 
 class Tokenize(_Tokens):
     name = "tokenize"
+    place = 61
     path = "/tokenize"
     operation = "tokenize"
+    example: ClassVar[Mapping[str, Any]] = {"model": "support", "prompt": "Hello there"}
     summary = "A text's or a chat's tokens"
     answer = Tokens
     accepted = frozenset(
@@ -75,8 +79,10 @@ class Tokenize(_Tokens):
 
 class Detokenize(_Tokens):
     name = "detokenize"
+    place = 62
     path = "/detokenize"
     operation = "detokenize"
+    example: ClassVar[Mapping[str, Any]] = {"model": "support", "tokens": [1, 2, 3]}
     summary = "The text of tokens"
     answer = Prompt
     accepted = frozenset({"model", "tokens"})
@@ -96,8 +102,11 @@ class Detokenize(_Tokens):
 
 class CountTokens(_Tokens):
     name = "count_tokens"
+    place = 60
     path = "/v1/messages/count_tokens"
     operation = "count_tokens"
+    example: ClassVar[Mapping[str, Any]] = {"model": "support", "messages": [QUESTION]}
+    prompt_fields = ("messages", "system")
     summary = "How many tokens a message has"
     answer = TokenCount
     accepted = PROMPT_FIELDS

@@ -119,9 +119,9 @@ def test_of_a_union_the_member_that_was_meant_says_what_is_wrong(body: dict[str,
 
 
 def test_a_part_is_named_by_the_messages_that_it_is_in() -> None:
-    error = named(BadRequest("0.text: Field required", param="0.text"), "chat")
+    error = named(BadRequest("0.text: Field required", param="0.text"), "messages")
     assert (error.message, error.param) == ("a part in messages: 0.text: Field required", "messages")
-    assert named(BadRequest("n: no", param="n"), "chat").param == "n"
+    assert named(BadRequest("n: no", param="n"), "messages").param == "n"
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "max_output_tokens"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from server.inference.dialects.registry import DIALECTS
 from server.rollouts.replay import MOST_DRIFT, Said, compared, said_of
 from server.rollouts.sampler import MOST_BYTES, Cipher, prompt_of
 
@@ -61,7 +62,7 @@ IMAGE: dict[str, Any] = {"messages": [{"role": "user", "content": [{"type": "ima
     ],
 )
 def test_what_of_a_request_is_kept(dialect: str, fields: dict[str, Any], kept: Any) -> None:
-    assert prompt_of(dialect, fields) == (kept and {"dialect": dialect, "fields": kept})
+    assert prompt_of(DIALECTS[dialect], fields) == (kept and {"dialect": dialect, "fields": kept})
 
 
 def test_a_prompt_is_sealed_for_its_rollout_and_its_key() -> None:

@@ -17,7 +17,7 @@ from openai.types.responses import response_create_params
 from server.errors import BadRequest
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.fields import RESERVED
-from server.inference.dialects.registry import DIALECTS, SCORING
+from server.inference.dialects.registry import DIALECTS, SURFACES
 from server.inference.dialects.responses import _STATEFUL
 from server.inference.dialects.scoring import Scoring
 
@@ -517,7 +517,7 @@ ODD: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dialect", [*DIALECTS.values(), *SCORING], ids=lambda dialect: dialect.operation)
+@pytest.mark.parametrize("dialect", SURFACES, ids=lambda dialect: dialect.operation)
 def test_no_value_of_a_field_is_a_defect(dialect: Dialect) -> None:
     """It is taken, or refused as the client's mistake."""
     tools = {"tools": [{"type": "function", "name": "a", "function": {"name": "a"}}]}

@@ -13,7 +13,7 @@ import pytest
 
 from adapters.model import PROBES_FILE
 from server.http.answers import Residency
-from server.inference.dialects.registry import DIALECTS, SCORING
+from server.inference.dialects.registry import SURFACES
 from tests.service.batches.test_batches import CHAT, jsonl, line
 from tests.service.publishing.test_golden import trained
 from tests.service.publishing.test_upload import files
@@ -178,7 +178,7 @@ async def test_every_field_is_documented(tmp_path: Path) -> None:
         await call("GET", "/v1/models/{name}", "/v1/models/a", key=key)
         await call("GET", "/health", "/health")
         await call("GET", "/ready", "/ready")
-    vendors = {f"POST {dialect.path}" for dialect in (*DIALECTS.values(), *SCORING)}
+    vendors = {f"POST {dialect.path}" for dialect in SURFACES}
     tars = {route for route in call.documented if route.endswith("/download")}
     assert call.documented - call.routes == vendors | tars, "each call is tried here"
 
