@@ -54,8 +54,28 @@ async def browsing(url: str, *, elsewhere: tuple[str, ...] = (), **options: Any)
     assert faults == [], faults
 
 
+@asynccontextmanager
+async def loading(page: Page) -> AsyncIterator[None]:
+    """Around what leads to another page, or to the same one anew; it is there at the end, script included.
+
+    A link, a form, an action whose answer makes the page load itself: until then a test would read the old
+    page, find nothing on an empty one, press a button that has no script yet, or have its own way to a page
+    broken off by that one. What leads nowhere fails here after the page's own limit.
+    """
+    async with page.expect_event("framenavigated", lambda frame: frame == page.main_frame):
+        yield
+    await page.wait_for_load_state()
+
+
+async def follow(page: Page, name: str, *, exact: bool = True) -> None:
+    """Clicks the link of this name."""
+    async with loading(page):
+        await page.get_by_role("link", name=name, exact=exact).click()
+
+
 async def sign_in(page: Page, key: str) -> None:
     await page.goto("/console")
     await page.get_by_label("Key").fill(key)
-    await page.get_by_role("button", name="Sign in").click()
+    async with loading(page):
+        await page.get_by_role("button", name="Sign in").click()
     await page.get_by_role("button", name="Sign out").wait_for()

@@ -17,7 +17,7 @@ from server.publishing.quarantine import quarantine
 from tests.service.console.test_sign_in import full_key
 from tests.service.publishing.test_golden import trained, upload
 from tests.support import tiny
-from tests.support.browser import browsing, sign_in
+from tests.support.browser import browsing, follow, loading, sign_in
 from tests.support.site import ADMIN_KEY, Site
 from tests.support.tiny import fake_site
 
@@ -46,6 +46,12 @@ async def press(where: Page | Locator, name: str, *, sure: Page | None = None) -
         await press(sure.locator("#confirm"), "Go on")
 
 
+async def change(page: Page, name: str, *, within: Locator | None = None, sure: bool = False) -> None:
+    """The same with a button that leads to a page, or loads this one anew once it has its answer."""
+    async with loading(page):
+        await press(within or page, name, sure=page if sure else None)
+
+
 async def found(site: Site, path: str) -> Any:
     answer = await site.admin.get(path)
     assert answer.status_code == 200, answer.text
@@ -61,15 +67,15 @@ async def customer(page: Page, site: Site) -> None:
     await edit.get_by_label("Weight").fill("2.5")
     await edit.get_by_label("Priority").select_option("interactive")
     await edit.get_by_label("Requests a minute").fill("600")
-    await press(edit, "Save")
+    await change(page, "Save", within=edit)
     await expect(page.get_by_text("requests per minute")).to_be_visible()
     shown = await found(site, ACME)
     assert (shown["name"], shown["weight"], shown["priority"]) == ("Acme Corporation", 2.5, "interactive")
     assert shown["limits"]["requests_per_minute"] == 600
-    await press(page, "Suspend", sure=page)
+    await change(page, "Suspend", sure=True)
     await expect(page.get_by_role("heading", name="acme suspended")).to_be_visible()
     assert (await found(site, ACME))["suspended"] is True
-    await press(page, "Lift suspension")
+    await change(page, "Lift suspension")
     await expect(page.get_by_role("button", name="Suspend", exact=True)).to_be_visible()
 
 
@@ -77,36 +83,35 @@ async def one_adapter(page: Page, site: Site) -> None:
     """What is done to an adapter as a whole, and to a version."""
     where = f"{ACME}/adapters/a"
     await page.goto("/console/customers/acme/adapters/a")
-    await press(page, "Pin")
+    await change(page, "Pin")
     await expect(page.get_by_role("button", name="Unpin")).to_be_visible()
-    await press(page, "Unpin")
+    await change(page, "Unpin")
     await expect(page.get_by_role("button", name="Pin", exact=True)).to_be_visible()
-    await press(page, "Make default")
+    await change(page, "Make default")
     await expect(page.get_by_role("button", name="Make default")).to_have_count(0)
     shown = await found(site, where)
     assert (shown["pinned"], shown["default"]) == (False, True)
-    # The page loads itself anew once it has the answer: a reload of ours must not meet that one.
-    async with page.expect_event("load"), page.expect_response("**/verify*") as asked:
-        await press(page, "Verify now")
+    async with page.expect_response("**/verify*") as asked:
+        await change(page, "Verify now")
     assert (await asked.value).status == 200
     await expect(page.get_by_text("as in training")).to_be_visible()
     version = await site.services.publishing.catalog.version("acme", "a", 1)
     await quarantine(site.services.publishing.quarantine, site.services.dispatcher, version, "it made NaN")
     await page.reload()
     await expect(page.get_by_text("Out of service.")).to_be_visible()
-    await press(page, "Release", sure=page)
+    await change(page, "Release", sure=True)
     await expect(page.get_by_text("quarantined", exact=True)).to_have_count(0)
 
 
 async def rollout(page: Page, site: Site) -> None:
-    await press(page, "Roll it out")
-    await press(page, "Pause")
+    await change(page, "Roll it out")
+    await change(page, "Pause")
     await expect(page.locator(".badge", has_text="held")).to_be_visible()
-    await press(page, "Resume")
+    await change(page, "Resume")
     await expect(page.get_by_role("button", name="Pause", exact=True)).to_be_visible()
-    await press(page, "Next step", sure=page)
+    await change(page, "Next step", sure=True)
     await expect(page.get_by_role("listitem").filter(has_text="forward").first).to_be_visible()
-    await press(page, "Roll back", sure=page)
+    await change(page, "Roll back", sure=True)
     await expect(page.get_by_text("rolled back", exact=True).first).to_be_visible()
     listed = (await found(site, f"{ACME}/adapters/a/rollouts"))["data"]
     assert [one["state"] for one in listed] == ["rolled_back"]
@@ -117,20 +122,20 @@ async def lists(page: Page, key: str) -> None:
     await page.goto("/console/requests")
     await page.get_by_label("Outcome").select_option("completed")
     await page.get_by_label("Adapter").fill("support")
-    await press(page, "Search")
+    await change(page, "Search")
     await expect(page.locator("tbody tr")).to_have_count(1)
     await page.get_by_label("Customer").fill("nobody")
-    await press(page, "Search")
+    await change(page, "Search")
     await expect(page.get_by_text("No request is like that.")).to_be_visible()
     await page.goto("/console/usage?days=1")
-    async with page.expect_download() as loading:
+    async with page.expect_download() as download:
         await page.get_by_role("link", name="CSV").click()
-    text = Path(str(await (await loading.value).path())).read_text()
+    text = Path(str(await (await download.value).path())).read_text()
     assert {"hour", "tenant", "requests"} < set(text.splitlines()[0].split(","))
     assert key not in text
     await page.goto("/console/audit")
     await page.get_by_label("What").fill("tenant.update")
-    await press(page, "Search")
+    await change(page, "Search")
     await expect(page.locator("tbody tr").first).to_contain_text("tenant.update")
     for path, field, text in (
         ("adapters", "q", "No adapter is like that."),
@@ -143,8 +148,8 @@ async def lists(page: Page, key: str) -> None:
 async def operators_playground(page: Page) -> None:
     """A customer's version beside another one and the base, with a key that the console makes for it."""
     await page.goto("/console/customers/acme/adapters/a?version=2")
-    await page.get_by_role("link", name="Try it in the playground").click()
-    await press(page, "Make a key for an hour")
+    await follow(page, "Try it in the playground")
+    await change(page, "Make a key for an hour")
     answers = page.locator(".answer")
     chosen = [await answers.nth(at).get_by_label("Model").input_value() for at in range(3)]
     assert chosen == [tiny.NAME, "a@2", "a@1"]
@@ -167,13 +172,13 @@ async def by_hand(page: Page, site: Site) -> None:
     await dialog.locator(".dropzone").evaluate(DROP, dropped)
     await expect(dialog.locator(".files li")).to_have_count(2)
     async with page.expect_response(lambda answer: "/versions" in answer.url) as sent:
-        await press(dialog, "Upload")
+        await change(page, "Upload", within=dialog)
     assert (await sent.value).status == 201
-    await page.get_by_role("link", name="dropped").click()
-    await press(page, "Delete", sure=page)
+    await follow(page, "dropped")
+    await change(page, "Delete", sure=True)
     await expect(page.get_by_role("heading", name="acme", level=1)).to_be_visible()
     await expect(page.get_by_role("link", name="dropped")).to_have_count(0)
-    await press(page, "Delete", sure=page)
+    await change(page, "Delete", sure=True)
     await expect(page.get_by_role("heading", name="Customers", level=1)).to_be_visible()
     assert (await site.admin.get(ACME)).status_code == 404
 
@@ -181,7 +186,7 @@ async def by_hand(page: Page, site: Site) -> None:
 async def own_keys(page: Page, site: Site, key: str) -> None:
     """A customer makes a key, which is shown once, and revokes it."""
     await sign_in(page, key)
-    await page.get_by_role("link", name="Keys", exact=True).click()
+    await follow(page, "Keys")
     await press(page, "New key")
     new = page.locator("#new-key")
     await new.get_by_label("Name").fill("laptop")
@@ -191,15 +196,16 @@ async def own_keys(page: Page, site: Site, key: str) -> None:
     made = await page.locator("#secret .secret").inner_text()
     await press(page.locator("#secret"), "Copy")
     await expect(page.locator("#secret").get_by_role("status")).to_be_visible()
-    await page.keyboard.press("Escape")
+    async with loading(page):
+        await page.keyboard.press("Escape")
     row = page.get_by_role("row").filter(has_text="laptop")
     await expect(row).to_contain_text("inference, adapters:write")
     assert made not in await page.content()
     assert (await site.chat(made, "hi", model="a")).status_code == 200
-    await press(row, "Revoke", sure=page)
+    await change(page, "Revoke", within=row, sure=True)
     await expect(row).to_have_count(0)
     assert (await site.chat(made, "hi", model="a")).status_code == 401
-    await press(page, "Sign out")
+    await change(page, "Sign out")
 
 
 async def test_every_other_action(site: Site) -> None:
@@ -260,7 +266,8 @@ async def test_each_dialog_and_each_error_without_a_mouse(site: Site) -> None:
         await page.goto("/console")
         faults += await serious(page, "sign-in")
         await page.get_by_label("Key").fill("wrong-key")
-        await page.keyboard.press("Enter")
+        async with loading(page):
+            await page.keyboard.press("Enter")
         await expect(page.get_by_role("alert")).to_be_visible()
         faults += await serious(page, "a wrong key")
         await sign_in(page, ADMIN_KEY)

@@ -15,7 +15,7 @@ from playwright.async_api import Page, Route, expect
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.service.console.test_sign_in import CUSTOMER, OPERATOR, full_key
 from tests.support import tiny
-from tests.support.browser import browsing, sign_in
+from tests.support.browser import browsing, follow, loading, sign_in
 from tests.support.site import ADMIN_KEY, Site
 from tests.support.tiny import fake_site
 
@@ -32,38 +32,47 @@ def files_of(seed: int) -> list[Path]:
 
 
 async def confirm(page: Page) -> None:
-    await page.get_by_role("button", name="Go on").click()
+    """What was asked loads the page anew."""
+    async with loading(page):
+        await page.get_by_role("button", name="Go on").click()
+
+
+async def press(page: Page, name: str) -> None:
+    """A button that leads to a page, or loads this one anew once it has its answer."""
+    async with loading(page):
+        await page.get_by_role("button", name=name).click()
 
 
 async def test_an_operator_from_a_new_customer_to_its_usage(site: Site) -> None:
     async with browsing(site.url) as page:
         await page.goto("/console")
         await page.get_by_label("Key").fill("wrong-key")
-        await page.get_by_role("button", name="Sign in").click()
+        await press(page, "Sign in")
         await expect(page.get_by_role("alert")).to_contain_text("not valid here")
         await sign_in(page, ADMIN_KEY)
         await expect(page.get_by_role("heading", name="Fleet")).to_be_visible()
         for name in ("Customers", "Adapters", "Requests", "Usage", "Audit", "Playground", "Fleet"):
-            await page.get_by_role("link", name=name, exact=True).click()
+            await follow(page, name)
             await expect(page.get_by_role("heading", name=name, level=1)).to_be_visible()
 
-        await page.get_by_role("link", name="Customers", exact=True).click()
+        await follow(page, "Customers")
         await page.get_by_role("button", name="New customer").click()
         await page.get_by_label("Id", exact=True).fill("acme")
-        await page.get_by_role("button", name="Create").click()
+        await press(page, "Create")
         await expect(page.get_by_role("heading", name="acme", level=1)).to_be_visible()
 
         await page.get_by_role("button", name="Upload").click()
         await page.get_by_label("Name", exact=True).last.fill("support")
         await page.locator("#upload input[type=file]").set_input_files(files_of(1))
         await expect(page.locator("#upload .files li")).to_have_count(2)
-        await page.locator("#upload").get_by_role("button", name="Upload").click()
-        await page.get_by_role("link", name="support").click()
+        async with loading(page):
+            await page.locator("#upload").get_by_role("button", name="Upload").click()
+        await follow(page, "support")
         await expect(page.get_by_role("heading", name="What it changes")).to_be_visible()
         await expect(page.locator(".heat-cell")).to_have_count(2)
         await expect(page.get_by_text("it changes answers")).to_be_visible()
 
-        await page.get_by_role("link", name="acme").click()
+        await follow(page, "acme", exact=False)
         await page.get_by_role("button", name="New key").click()
         await page.locator("#new-key").get_by_label("Name").fill("backend")
         await page.get_by_role("button", name="Create").click()
@@ -71,27 +80,28 @@ async def test_an_operator_from_a_new_customer_to_its_usage(site: Site) -> None:
         key = await page.locator("#secret .secret").inner_text()
         answered = await site.chat(key, "hi", model="support", max_tokens=3)
         assert answered.status_code == 200
-        await page.get_by_role("button", name="Done").click()
+        await press(page, "Done")
         await expect(page.get_by_role("cell", name="backend")).to_be_visible()
         assert key not in await page.content()
 
-        await page.get_by_role("link", name="Requests", exact=True).click()
+        await follow(page, "Requests")
         row = page.get_by_role("row").filter(has_text="support@1")
         await expect(row).to_contain_text("completed")
-        await row.get_by_role("link").click()
+        async with loading(page):
+            await row.get_by_role("link").click()
         await expect(page.get_by_role("heading", name="This request")).to_be_visible()
-        await page.get_by_role("link", name="Usage", exact=True).click()
+        await follow(page, "Usage")
         await expect(page.locator("figure.chart")).to_be_visible()
-        await page.get_by_role("link", name="Audit", exact=True).click()
+        await follow(page, "Audit")
         await expect(page.get_by_role("row").filter(has_text="key.create")).to_be_visible()
 
-        await page.get_by_role("link", name="Customers", exact=True).click()
-        await page.get_by_role("link", name="acme").click()
+        await follow(page, "Customers")
+        await follow(page, "acme", exact=False)
         await page.get_by_role("row").filter(has_text="backend").get_by_role("button", name="Revoke").click()
         await confirm(page)
         await expect(page.get_by_text("There is no key yet.")).to_be_visible()
         assert (await site.chat(key, "hi", model="support")).status_code == 401
-        await page.get_by_role("button", name="Sign out").click()
+        await press(page, "Sign out")
         await expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
 
 
@@ -102,7 +112,7 @@ async def test_a_refused_upload_says_what_to_do(site: Site, tmp_path: Path) -> N
     broken.write_text(config.read_text().replace('"LORA"', '"IA3"'))
     async with browsing(site.url) as page:
         await sign_in(page, key)
-        await page.get_by_role("link", name="Adapters", exact=True).click()
+        await follow(page, "Adapters")
         await page.get_by_role("button", name="Upload").click()
         await page.get_by_label("Name", exact=True).fill("new")
         form = page.locator("#upload")
@@ -114,8 +124,9 @@ async def test_a_refused_upload_says_what_to_do(site: Site, tmp_path: Path) -> N
         await expect(form.get_by_role("alert")).to_contain_text("IA3")
         await expect(form.get_by_role("alert")).to_contain_text("Code: ")
         await form.locator("input[type=file]").set_input_files([config, weights])
-        await form.get_by_role("button", name="Upload").click()
-        await page.get_by_role("link", name="new", exact=True).click()
+        async with loading(page):
+            await form.get_by_role("button", name="Upload").click()
+        await follow(page, "new")
         row = page.get_by_role("row").filter(has_text="IA3")
         await expect(row.locator("code")).to_have_text("not_lora")
 
@@ -130,10 +141,9 @@ async def test_versions_go_live_share_requests_and_go(site: Site) -> None:
         await expect(rows.filter(has_text="@2").first).to_contain_text("live")
         await rows.filter(has_text="@1").get_by_role("button", name="Go live").click()
         await confirm(page)
-        # Not the button: the page is a new one once the version answers.
         await expect(rows.filter(has_text="@1").locator(".badge.good", has_text="live")).to_be_visible()
         await page.get_by_label("gets, %").fill("25")
-        await page.get_by_role("button", name="Divide requests").click()
+        await press(page, "Divide requests")
         await expect(page.get_by_role("button", name="End the canary")).to_be_visible()
         await expect(page.get_by_text("end the canary, and a version can be rolled out")).to_be_visible()
         found = (await site.admin.get("/admin/v1/tenants/acme/adapters/support")).json()
@@ -151,8 +161,12 @@ async def test_versions_go_live_share_requests_and_go(site: Site) -> None:
         form = page.locator("#upload")
         await form.locator("input[type=file]").set_input_files(files_of(3))
         await form.get_by_label("Start a rollout").check()
+        # The page says so for 0.6 s, and then loads itself anew, here when it has been read.
+        await page.evaluate("window.setTimeout = (later) => { window.later = later; }")
         await form.get_by_role("button", name="Upload").click()
         await expect(form.get_by_role("status").first).to_contain_text("its rollout has begun")
+        async with loading(page):
+            await page.evaluate("window.later()")
         await expect(page.get_by_role("button", name="Roll back")).to_be_visible()
         found = (await site.admin.get("/admin/v1/tenants/acme/adapters/support")).json()
         listed = (await site.admin.get("/admin/v1/tenants/acme/adapters/support/rollouts")).json()["data"]
@@ -299,7 +313,8 @@ async def test_a_keyboard_is_enough(site: Site) -> None:
         await page.goto("/console")
         await expect(page.get_by_role("textbox", name="Key")).to_be_focused()  # without a click
         await page.keyboard.type(ADMIN_KEY)
-        await page.keyboard.press("Enter")
+        async with loading(page):
+            await page.keyboard.press("Enter")
         await expect(page.get_by_role("heading", name="Fleet")).to_be_visible()
         await page.keyboard.press("Tab")
         await expect(page.get_by_text("Skip to content")).to_be_focused()
