@@ -1,6 +1,7 @@
 """Databases to test on, each test its own: a SQLite file, and one of a PostgreSQL server.
 
 Those with tables are copies of one that each process makes once: to make tables takes longer than most tests.
+So does it to turn the same statements into SQL for each database: a process does so once for all of a kind.
 """
 
 from __future__ import annotations
@@ -13,16 +14,51 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import make_url, text
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.util import LRUCache
 
+from adapters.database import database as opening
+from adapters.database import postgres as opening_postgres
 from adapters.database.database import Database
 from tests.support.services import postgres
 
 KINDS = ["sqlite", "postgres"]
 _sqlite = b""  # a file with tables, once it was asked for
 _postgres = ""  # the name of a database with tables
+
+
+class _Statements(LRUCache[Any, Any]):
+    """SQLAlchemy's cache of compiled statements, by the kind of a database instead of by each engine.
+
+    A key begins with the engine's own dialect, and two of one class and one server's version write the same.
+    """
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get(_of_its_kind(key), default)
+
+    def __setitem__(self, key: Any, compiled: Any) -> None:
+        super().__setitem__(_of_its_kind(key), compiled)
+
+
+def _of_its_kind(key: Any) -> Any:
+    dialect, *others = key
+    return (type(dialect), dialect.server_version_info, *others)
+
+
+_statements = _Statements(2000)
+
+
+def _engine(*args: Any, **options: Any) -> AsyncEngine:
+    made = create_async_engine(*args, **options)
+    made.sync_engine.update_execution_options(compiled_cache=_statements)
+    return made
+
+
+for module in (opening, opening_postgres):
+    vars(module)["create_async_engine"] = _engine
 
 
 @asynccontextmanager
