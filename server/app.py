@@ -254,8 +254,7 @@ async def _start(
     if settings.role == "all":
         await _sweep(stores)
     catalog, metrics = stores.catalog, stores.metrics
-    suspects = StoredSuspects(stores.database)
-    known_suspects = await suspects.open()
+    suspects = await StoredSuspects(stores.database).open()
     stack.push_async_callback(suspects.stop)
     engine = await start_engine(settings)
     stack.push_async_callback(engine.stop)
@@ -278,7 +277,9 @@ async def _start(
         restarts=Restarts(settings.engine_restarts),
         on_fault=on_fault,
         on_suspects=suspects.note,
-        suspects=known_suspects,
+        suspects=suspects.versions,
+        on_losses=suspects.note_losses,
+        losses=suspects.losses,
         preparation=cache or fitness,
     )
     if cache is not None:

@@ -34,8 +34,9 @@ def check_backup(folder: Path) -> Found:
     for digest in sorted(linked.keys() | present):
         whole = digest in present and digest_of(blobs / digest) == digest
         if digest in linked and not whole:
-            reason = "changed" if digest in present else "missing"
-            found.damaged.append(Damaged(digest, reason, tuple(linked[digest])))
+            there = digest in present
+            versions = tuple(linked[digest])
+            found.damaged.append(Damaged(digest, "changed" if there else "missing", versions))
         elif digest not in linked:
             age = time.time() - (blobs / digest).stat().st_mtime
             found.unlinked.append(Unlinked(digest, whole, int(age)))

@@ -1,6 +1,7 @@
-"""Which versions are suspected of having ended the engine, beyond the end of the process.
+"""Which versions are suspected of having ended the engine, and its last losses, beyond a process's end.
 
-See ``server.scheduling.suspects`` for what follows from that. One row of ``meta`` holds them as a JSON list.
+See ``server.scheduling.suspects`` and ``evidence`` for what follows from that. A row of ``meta`` each has
+them, as a JSON list.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
 from adapters.database.rows import MetaRow
@@ -18,31 +22,48 @@ from adapters.database.rows import MetaRow
 logger = logging.getLogger(__name__)
 
 META_KEY = "suspects"
+LOSSES_KEY = "losses"
+KEPT_S = 3600.0  # a loss; longer than anything asks for it
 RETRY_S = 2.0
 STOP_S = 5.0
 
 
 class StoredSuspects:
-    """``open`` says who they are; from then on ``note`` says so, and a task writes it down."""
+    """``versions`` are who they are once it is open; then ``note`` says so, and a task writes it down.
+
+    ``losses`` are those that the database had, as ``note_losses`` was told them: objects of JSON with a
+    moment ``at``, in seconds of ``time.time()``.
+    """
 
     def __init__(self, database: Database) -> None:
+        self.versions: frozenset[str] = frozenset()
+        self.losses: list[dict[str, Any]] = []
         self._database = database
         self._mine: frozenset[str] = frozenset()  # as this process has written them
         self._now: frozenset[str] = frozenset()
+        self._my_losses: list[dict[str, Any]] = []
+        self._losses_now: list[dict[str, Any]] = []
         self._changed = asyncio.Event()
         self._writing: asyncio.Task[None] | None = None
 
-    async def open(self) -> frozenset[str]:
-        """Starts the task that writes them; returns the suspects that the database has."""
+    async def open(self) -> Self:
+        """Reads what the database has, and starts the task that writes it."""
         async with self._database.read() as session:
-            found = _of(await session.scalar(select(MetaRow.value).where(MetaRow.key == META_KEY)))
-        self._mine = self._now = found
+            found = frozenset(await _value(session, META_KEY))
+            self.losses = await _value(session, LOSSES_KEY)
+        self.versions = self._mine = self._now = found
+        self._my_losses = self._losses_now = self.losses
         self._writing = asyncio.create_task(self._write_forever(), name="loraplex-suspects")
-        return found
+        return self
 
     def note(self, versions: Iterable[str]) -> None:
         """Makes these versions, and no others, this process's suspects."""
         self._now = frozenset(versions)
+        self._changed.set()
+
+    def note_losses(self, losses: Sequence[dict[str, Any]]) -> None:
+        """Makes these, and no others, the losses that this process knows."""
+        self._losses_now = list(losses)
         self._changed.set()
 
     async def stop(self) -> None:
@@ -69,17 +90,29 @@ class StoredSuspects:
 
     async def _write(self) -> None:
         """Servers that share a database keep each other's."""
-        now = self._now
-        if now == self._mine:
+        now, losses = self._now, self._losses_now
+        if now == self._mine and losses == self._my_losses:
             return
         async with self._database.write() as session:
-            row = await session.get(MetaRow, META_KEY, with_for_update=True)
-            if row is None:
-                row = MetaRow(key=META_KEY, value="[]")
-                session.add(row)
-            row.value = json.dumps(sorted(_of(row.value) - self._mine | now))
-        self._mine = now
+            if now != self._mine:
+                kept = frozenset(await _value(session, META_KEY))
+                await _put(session, META_KEY, sorted(kept - self._mine | now))
+            if losses != self._my_losses:
+                young = [one for one in await _value(session, LOSSES_KEY) if one["at"] > time.time() - KEPT_S]
+                others = [one for one in young if one not in self._my_losses and one not in losses]
+                await _put(session, LOSSES_KEY, others + losses)
+        self._mine, self._my_losses = now, losses
 
 
-def _of(value: str | None) -> frozenset[str]:
-    return frozenset(json.loads(value)) if value else frozenset()
+async def _value(session: AsyncSession, key: str) -> list[Any]:
+    value = await session.scalar(select(MetaRow.value).where(MetaRow.key == key))
+    found: list[Any] = json.loads(value) if value else []
+    return found
+
+
+async def _put(session: AsyncSession, key: str, value: list[Any]) -> None:
+    row = await session.get(MetaRow, key, with_for_update=True)
+    if row is None:
+        session.add(MetaRow(key=key, value=json.dumps(value)))
+    else:
+        row.value = json.dumps(value)

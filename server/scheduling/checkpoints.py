@@ -19,6 +19,7 @@ from itertools import count
 from types import FunctionType, MethodType
 from typing import Any, TypeVar, get_args
 
+from server.scheduling.evidence import Evidence, Loss, Presence, Shares, Time
 from server.scheduling.fair_queue import FairQueue, Lane, Request, TenantQueue
 from server.scheduling.indices import Indices
 from server.scheduling.loads import Claim, Load
@@ -38,7 +39,7 @@ def _named(*classes: T) -> dict[str, T]:
 
 _CLASSES: dict[str, type[Any]] = _named(
     Plan, FairQueue, TenantQueue, Request, Lane, Ranking, RoundRobin, FairShare, Residency, Prefetch, Indices,
-    Load, Claim, Suspects, Record, Capacity, Ask, *get_args(Effect),
+    Load, Claim, Suspects, Record, Evidence, Presence, Time, Loss, Shares, Capacity, Ask, *get_args(Effect),
 )  # fmt: skip
 _ENUMS: dict[str, type[State] | type[Refusal]] = _named(State, Refusal)
 _MAPPINGS: dict[str, type[Any]] = _named(dict, OrderedDict)

@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from adapters.awake import LOOK_S
 from adapters.errors import AdapterError, AdapterUnavailable
@@ -69,7 +69,8 @@ class Dispatcher(EngineLoop):
     ``restarts`` decides whether a lost engine is started again; if not, ``on_death`` is called once.
     ``on_fault`` is called with a version's key and a reason, for a version that ran in two losses in a row.
     ``suspects`` are the keys of those that ran in the last one, also in another process before this, and
-    ``on_suspects`` is called with all of them whenever they change.
+    ``on_suspects`` is called with all of them whenever they change. ``on_losses`` is called at each loss with
+    all that still matter, as ``Loss.as_json`` with times of ``time.time()``; ``losses`` are those of before.
     ``preparation`` is done beside the engine, before it is asked to stage a version.
     """
 
@@ -85,6 +86,8 @@ class Dispatcher(EngineLoop):
         on_fault: Callable[[str, str], None] = lambda _version, _reason: None,
         on_suspects: Callable[[frozenset[str]], None] = lambda _versions: None,
         suspects: Collection[str] = (),
+        on_losses: Callable[[list[dict[str, Any]]], None] = lambda _losses: None,
+        losses: Sequence[dict[str, Any]] = (),
         preparation: Preparation | None = None,
     ) -> None:
         super().__init__(
@@ -97,6 +100,8 @@ class Dispatcher(EngineLoop):
             on_fault,
             on_suspects,
             suspects,
+            on_losses,
+            losses,
         )
         self._preparation = preparation
         self._preparing: set[int] = set()  # loads that the engine has not heard of yet
@@ -348,7 +353,7 @@ class Dispatcher(EngineLoop):
                     lease.failure = self._error_of(effect.reason, detail=effect.detail)
                     self.spawn(self._fail_preempted(lease, lease.failure.message))
                 case Quarantine(version=key, reason=why):
-                    logger.error("%s ran in two losses of the engine in a row", key)
+                    logger.error("%s is taken to end the engine: %s", key, why)
                     self._on_fault(key, why)
                 case Suspect(versions=versions):
                     self._on_suspects(versions)

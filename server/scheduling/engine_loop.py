@@ -83,6 +83,8 @@ class EngineLoop:
         on_fault: Callable[[str, str], None],
         on_suspects: Callable[[frozenset[str]], None],
         suspects: Collection[str],
+        on_losses: Callable[[list[dict[str, Any]]], None],
+        losses: Sequence[dict[str, Any]],
     ) -> None:
         self.metrics = metrics
         self._pager = pager
@@ -93,6 +95,8 @@ class EngineLoop:
         self._restarts = restarts
         self._on_fault = on_fault
         self._on_suspects = on_suspects
+        self._on_losses = on_losses
+        self._losses_before = losses
         self._died: EngineDied | None = None  # it is not started any more
         self._lost: EngineDied | None = None  # it is gone, and may be started again
         self._lost_event = asyncio.Event()
@@ -373,7 +377,13 @@ class EngineLoop:
                 kept.append(lease.id)
             else:
                 lease.failure = engine_restarting()
+        ahead = time.time() - self.now()
+        if before := self._losses_before:
+            known = [dict(loss, at=min(loss["at"] - ahead, self.now())) for loss in before]
+            self._losses_before = ()
+            self._tell(self._plan.recall, known)
         self._tell(self._plan.engine_stopped, kept)
+        self._on_losses([dict(loss.as_json(), at=loss.at + ahead) for loss in self._plan.losses])
         self._lost_event.set()
         self._pager_wake.set()
 

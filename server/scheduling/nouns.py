@@ -13,10 +13,10 @@ them as further events.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from adapters.model import Tier
 
@@ -243,9 +243,12 @@ class Scheduler(Protocol):
 
         What waits keeps its place and its time limit. Of what runs, ``resumable`` (ids) waits again, as after
         ``preempted``; everything else that runs is still to be ``finished`` or ``cancelled``. The versions of
-        what ran are suspects; those that were suspects before are quarantined, and what waits for them is
-        refused.
+        what ran are suspects; those that were suspects before are quarantined, and so is one that ran at all
+        losses in ten minutes where that can hardly be chance. What waits for them is refused.
         """
+
+    def recall(self, now: float, losses: Sequence[Mapping[str, Any]]) -> list[Effect]:
+        """Losses in a process before this one, as ``evidence.Loss.as_json`` with times of this clock."""
 
     def engine_started(self, now: float) -> list[Effect]:
         """The engine is back, and holds no load. The ids of earlier loads stay burned."""

@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from typing import Any
 
 from adapters.model import Tier
+from server.scheduling.evidence import Loss
 from server.scheduling.fair_queue import FairQueue, Request
 from server.scheduling.loads import Load
 from server.scheduling.nouns import (
@@ -45,15 +47,13 @@ from server.scheduling.residency import Residency
 from server.scheduling.residency_checks import check_steps as check_residency
 from server.scheduling.suspects import Suspects
 
-TWICE = "it was running when the engine was lost, twice in a row"
-
 
 class Plan:
     """The scheduler: one owner of all queues, slots and counters. ``nouns.Scheduler`` says what each event
     means.
 
     Load ids count up from ``first_load_id``. ``suspects`` are versions that ran when the engine before was
-    lost; see ``server.scheduling.suspects``.
+    lost; see ``server.scheduling.suspects``, also for ``evidence``, which knows the losses before this.
     """
 
     def __init__(self, capacity: Capacity, first_load_id: int = 1, suspects: Collection[str] = ()) -> None:
@@ -125,7 +125,7 @@ class Plan:
             self._queue.end(request)
             if load is not None:
                 self._residency.end(load, request, now)
-                self._leave(id, load, completed=completed)
+                self._leave(id, load, now, completed=completed)
         elif id in self._preempted:
             self._drop(self._preempted[id])
         return self._settle(now)
@@ -175,13 +175,18 @@ class Plan:
                 self._put_back(id, now)
         self._residency.engine_stopped()
         self._lost = set(self._running)
-        for version in self._suspects.lost(set(ran.values())):
-            self._refuse_version(version, Refusal.QUARANTINED, TWICE)
-            self._emit(Quarantine(version, TWICE))
+        for version, reason in self._suspects.lost(set(ran.values()), now).items():
+            self._refuse_version(version, Refusal.QUARANTINED, reason)
+            self._emit(Quarantine(version, reason))
         return self._settle(now)
+
+    def recall(self, now: float, losses: Sequence[Mapping[str, Any]]) -> list[Effect]:
+        self._suspects.evidence.recall(map(Loss.of_json, losses))
+        return []
 
     def engine_started(self, now: float) -> list[Effect]:
         self._stopped = False
+        self._suspects.evidence.started(now)
         self._residency.engine_started()
         return self._settle(now)
 
@@ -287,7 +292,7 @@ class Plan:
         version = request.ask.version
         load = None if version is None else self._residency.begin(version, request, now)
         if version is not None:
-            self._suspects.began(version)
+            self._suspects.began(version, now)
         self._queue.start(request, now)
         self._forget_waiting(request)
         self._running[request.ask.id] = (request, load)
@@ -302,15 +307,15 @@ class Plan:
         self._preempted[id] = request
         if load is not None:
             self._residency.end(load, request, now)
-            self._leave(id, load, completed=False)
+            self._leave(id, load, now, completed=False)
             self._residency.want(load.version, request.ask.tenant, now)
 
-    def _leave(self, id: str, load: Load, *, completed: bool) -> None:
+    def _leave(self, id: str, load: Load, now: float, *, completed: bool) -> None:
         """A request that ran on ``load`` does so no more."""
         if id in self._lost:
             self._lost.remove(id)
         else:
-            self._suspects.ended(load.version, finished=completed)
+            self._suspects.ended(load.version, now, finished=completed)
 
     def _expire(self, now: float) -> None:
         self._residency.expire(now)
@@ -354,6 +359,11 @@ class Plan:
         self._residency.indices.for_slot.rerank(tenant)
 
     # --- what is seen --------------------------------------------------------------------------------
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """Those of the engine that still say something about versions, oldest first."""
+        return self._suspects.evidence.losses
 
     def tier_of(self, version: str) -> Tier:
         """Where ``version`` is."""

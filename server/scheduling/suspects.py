@@ -3,13 +3,18 @@
 A version that was running when the engine was lost is a suspect. From then on it runs apart from every other
 suspect: while a request of one runs, the others wait, whatever slots they have. So the next loss meets one
 suspect at most, and that one was there twice in a row. A suspect that has finished some requests, or written
-a good deal, without a loss is cleared.
+a good deal, without a loss is cleared. Cleared or not, it is remembered; see ``evidence``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+
+from server.scheduling.evidence import Evidence
+
+TWICE = "it was running when the engine was lost, twice in a row"
+EACH_TIME = "it ran each time the engine was lost, {times} times in ten minutes, and seldom in between"
 
 # What a suspect has to do without a loss, of either: few, so that other suspects do not wait for long.
 CLEARED_AFTER_REQUESTS = 4
@@ -46,6 +51,7 @@ class Suspects:
         self._changed = changed
         self._records = {version: Record() for version in known}
         self._turn: str | None = None  # the one that runs
+        self.evidence = Evidence()
 
     @property
     def versions(self) -> frozenset[str]:
@@ -63,8 +69,9 @@ class Suspects:
         """Whether no other suspect is in its way."""
         return self._turn in (None, version) or version not in self._records
 
-    def began(self, version: str) -> None:
+    def began(self, version: str, now: float) -> None:
         """A request of ``version`` runs now."""
+        self.evidence.began(version, now)
         record = self._records.get(version)
         if record is None:
             return
@@ -80,8 +87,9 @@ class Suspects:
             record.tokens += tokens
             self._judge(version, record)
 
-    def ended(self, version: str, *, finished: bool) -> None:
+    def ended(self, version: str, now: float, *, finished: bool) -> None:
         """A request of it runs no more; ``finished`` unless it was cancelled, failed or put aside."""
+        self.evidence.ended(version, now)
         record = self._records.get(version)
         if record is None or not record.running:  # it began before the loss
             return
@@ -91,12 +99,14 @@ class Suspects:
         if not record.running:
             self._pass_on(version)
 
-    def lost(self, running: Collection[str]) -> list[str]:
-        """The engine was lost while these ran: those of them that were suspects, by name.
+    def lost(self, running: Collection[str], now: float) -> dict[str, str]:
+        """The engine was lost while these ran: who must have ended it, and why, by name.
 
         They will not run any more; the others are the suspects from now on. No version has a slot now.
         """
-        guilty = sorted(self._records.keys() & set(running))
+        guilty = dict.fromkeys(sorted(self._records.keys() & set(running)), TWICE)
+        for version in self.evidence.lost(running, now):
+            guilty.setdefault(version, EACH_TIME.format(times=len(self.evidence.losses)))
         self._records = {version: Record() for version in sorted(set(running)) if version not in guilty}
         self._turn = None
         self._changed(self.versions)

@@ -27,8 +27,8 @@ from server.scheduling.nouns import (
     Suspect,
     Warmed,
 )
-from server.scheduling.plan import TWICE, Plan
-from server.scheduling.suspects import CLEARED_AFTER_REQUESTS, CLEARED_AFTER_TOKENS
+from server.scheduling.plan import Plan
+from server.scheduling.suspects import CLEARED_AFTER_REQUESTS, CLEARED_AFTER_TOKENS, TWICE
 
 
 def make(gpu: int = 1, host: int = 4, running: int = 8, suspects: str = "", **limits: Any) -> Plan:

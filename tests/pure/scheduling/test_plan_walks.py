@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from server.scheduling.evidence import WINDOW
 from server.scheduling.nouns import (
     Activate,
     Ask,
@@ -97,6 +98,7 @@ class World:
         self.life = 1
         self.suspects: frozenset[str] = frozenset()
         self.quarantined: list[str] = []
+        self.losses: list[tuple[float, set[str | None]]] = []
 
     # --- time ------------------------------------------------------------------------------------
 
@@ -169,8 +171,13 @@ class World:
             held.clear()
         self.quarantined.clear()
         self.carry_out(self.plan.engine_stopped(self.now, kept))
-        assert set(self.quarantined) == ran & before
-        assert self.suspects == ran - before
+        self.losses = [(at, there) for at, there in self.losses if at > self.now - WINDOW] + [(self.now, ran)]
+        assert ran & before <= set(self.quarantined)
+        assert len(set(self.quarantined) - before) <= 1
+        for version in set(self.quarantined) - before:
+            assert len(self.losses) > 1
+            assert all(version in there for _, there in self.losses), "it was away at one"
+        assert self.suspects == ran - set(self.quarantined)
         self.later(self.rng.uniform(0.2, 2), lambda: self.plan.engine_started(self.now))
 
     def _end_lost(self, sent: Sent) -> Sequence[Effect]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
+import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from server.publishing.quarantine import quarantine
@@ -187,6 +191,44 @@ async def test_the_guilty_one_of_two_suspects_is_found_also_after_a_restart(tmp_
         assert (await apart).status_code == 200
         assert list(await shown(site)) == [1, 2]
         assert {n: bool(said) for n, said in (await shown(site)).items()} == {1: False, 2: True}
+
+
+async def test_losses_of_an_earlier_process_count(tmp_path: Path) -> None:
+    """Nobody is a suspect any more, but one version was there each time, and seldom otherwise."""
+
+    async def die_while_both_run(site: Site, engine: FakeEngine) -> list[httpx.Response]:
+        headers = await key(site)
+        asking = [asyncio.create_task(ask(site, headers, f"a@{n}", max_tokens=400)) for n in (1, 2)]
+        async with asyncio.timeout(60):
+            while len(engine.running) < 2:
+                await asyncio.sleep(0.01)
+        engine.times.step = 0.001
+        engine.die()
+        return list(await asyncio.gather(*asking))
+
+    first, second = (FakeEngine(tiny.base(), times=Times(step=0.05, start=0.1)) for _ in range(2))
+    async with fake_site(tmp_path, first) as site:
+        await two_versions(site)
+        keys = [(await site.services.publishing.catalog.version("acme", "a", n)).key for n in (1, 2)]
+        assert [answer.status_code for answer in await die_while_both_run(site, first)] == [200, 200]
+    with closing(sqlite3.connect(tmp_path / "loraplex.db")) as database, database:
+        ((value,),) = database.execute("SELECT value FROM meta WHERE key = 'losses'")
+        (loss,) = json.loads(value)
+        assert loss["ran"].keys() == set(keys)
+        assert abs(time.time() - loss["at"]) < 300
+        seldom = {keys[0]: [1.0, 1.0], keys[1]: [0.01, None]}
+        losses = json.dumps([loss | {"ran": seldom, "at": time.time() - 10}] * 2)
+        database.execute("UPDATE meta SET value = ? WHERE key = 'losses'", (losses,))
+        database.execute("UPDATE meta SET value = '[]' WHERE key = 'suspects'")
+    async with fake_site(tmp_path, second) as site:
+        kept, refused = await die_while_both_run(site, second)
+        assert kept.status_code == 200
+        said = error(refused, 409, "adapter_quarantined")["message"]
+        assert "each time the engine was lost, 3 times" in said
+        async with asyncio.timeout(60):
+            while not (await shown(site))[2]:
+                await asyncio.sleep(0.01)
+        assert not (await shown(site))[1]
 
 
 async def test_a_restart_keeps_it(tmp_path: Path) -> None:
