@@ -134,7 +134,7 @@ class _Reader:
         for place, one in enumerate(self._objects):
             if "object" in one:
                 cls = _CLASSES[one["object"]]
-                self._made[place] = cls.__new__(cls)
+                self._made[place] = object.__new__(cls)
             elif "deque" in one:
                 self._made[place] = deque(maxlen=one["most"])
             elif kind := next((name for name in ("list", "set", *_MAPPINGS) if name in one), None):
