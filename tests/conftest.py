@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 # Before torch is imported. Processes run side by side, and two threads that spin for each other take up to
@@ -49,6 +51,26 @@ def pytest_xdist_setupnodes(config: pytest.Config) -> None:
         from tests.support.forked_workers import fork_workers
 
         fork_workers([str(one) for one in config.invocation_params.args])
+        if "tests" in config.args:
+            _prepare_base(config)
+
+
+def _prepare_base(config: pytest.Config) -> None:
+    """On the core that has nothing to do while one process collects; whoever needs it sooner waits for it."""
+    from server.demo.base import cache_folder, is_prepared
+
+    if is_prepared(cache_folder()):
+        return
+    preparing = "from server.demo.base import cache_folder, prepare; prepare(cache_folder())"
+    quiet = subprocess.DEVNULL  # what goes wrong is told by the tests that ask for the base
+    process = subprocess.Popen(
+        [sys.executable, "-c", preparing], cwd=config.rootpath, stdout=quiet, stderr=quiet
+    )
+
+    def ended() -> None:
+        process.wait()
+
+    config.add_cleanup(ended)
 
 
 class Layers(LoadFileScheduling):
