@@ -18,7 +18,7 @@ import shutil
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,12 +70,13 @@ class Backup:
     repaired: tuple[str, ...] = ()
 
 
-def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = "") -> Backup:
+def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = "", reserve: int = 0) -> Backup:
     """Copies the database and the blobs that its rows name to ``folder``, from ``blobs_url`` if not here.
 
     A server may be writing to both meanwhile. Files whose bytes are not those of their name are left out, and
     so are files that are not there; both are named in the result. A part of what is there already is read
-    again, and copied anew where it has rotted. Raises BackupFailed, and OSError where a disk fails.
+    again, and copied anew where it has rotted. Raises BackupFailed, also before less than ``reserve`` bytes
+    would be free where ``folder`` is, and OSError where a disk fails.
     """
     url = checked_url(database_url)
     if url.get_backend_name() == "sqlite" and not Path(str(url.database)).is_file():
@@ -90,9 +91,11 @@ def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = ""
         for _ in range(_TRIES):
             before = missing
             with _partial(folder / DATABASE_FILE) as snapshot:
+                _refuse_full(folder, reserve, _database_bytes(url))
                 _copy_out(url, snapshot)
+                _refuse_full(folder, reserve)
                 wanted = _linked(snapshot)
-                copy = _from(blobs, blobs_url)
+                copy = _within(reserve, _from(blobs, blobs_url), blobs, folder)
                 if read is None:
                     read = _read_again(wanted, copy, folder / "blobs")
                 done, missing, broken = _copy_blobs(wanted - read.rotten, copy, folder / "blobs")
@@ -255,6 +258,45 @@ def _from(blobs: Path, blobs_url: str) -> _Copy:
             raise BackupFailed(f"{digest} cannot be fetched: {error.message}") from error
 
     return copy
+
+
+def _within(reserve: int, copy: _Copy, blobs: Path, folder: Path) -> _Copy:
+    """``copy``, which raises BackupFailed before less than ``reserve`` bytes are free in ``folder``; of what
+    comes out of the object store, whose size is not known, afterwards."""
+
+    def within(digest: str, into: Path) -> bool:
+        _refuse_full(folder, reserve, _bytes_of(*(blobs / digest).glob("*")))
+        done = copy(digest, into)
+        _refuse_full(folder, reserve)
+        return done
+
+    return within
+
+
+def _refuse_full(folder: Path, reserve: int, more: int = 0) -> None:
+    """BackupFailed if ``more`` bytes leave less than ``reserve`` where ``folder`` is."""
+    if shutil.disk_usage(folder).free < reserve + more:
+        raise BackupFailed(
+            f"{folder} has no room: DISK_RESERVE ({reserve} bytes) stays free there. Free some, or back up to"
+            " another disk"
+        )
+
+
+def _database_bytes(url: URL) -> int:
+    """How many bytes a copy of a SQLite database takes at most; 0 of PostgreSQL, which does not say."""
+    if url.get_backend_name() != "sqlite":
+        return 0
+    database = Path(str(url.database))
+    return _bytes_of(database, database.with_name(f"{database.name}-wal"))
+
+
+def _bytes_of(*files: Path) -> int:
+    """Of those that are there."""
+    found = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            found += file.stat().st_size
+    return found
 
 
 def _copy_blobs(wanted: set[str], copy: _Copy, target: Path) -> tuple[set[str], set[str], set[str]]:

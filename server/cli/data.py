@@ -38,8 +38,12 @@ def adopt(settings: Settings) -> int:
 def back_up(settings: Settings, folder: Path) -> int:
     """Copies the data folder to ``folder``, while a server runs on it or not; 0 done, 1 in part, 2 failed."""
     blobs, url = settings.data_dir / "blobs", settings.database_url
-    store = settings.blobs_url
-    return _report("backed up to", folder, lambda: backup.back_up(url, blobs, folder, blobs_url=store))
+    store, reserve = settings.blobs_url, settings.disk_reserve
+
+    def run() -> backup.Backup:
+        return backup.back_up(url, blobs, folder, blobs_url=store, reserve=reserve)
+
+    return _report("backed up to", folder, run)
 
 
 def restore(settings: Settings, folder: Path) -> int:

@@ -79,7 +79,11 @@ def _back_up(services: Services, folder: Path) -> backup.Backup:
     settings = services.settings
     try:
         return backup.back_up(
-            settings.database_url, services.blobs.blobs, folder, blobs_url=settings.blobs_url
+            settings.database_url,
+            services.blobs.blobs,
+            folder,
+            blobs_url=settings.blobs_url,
+            reserve=services.intake.reserve,
         )
     except backup.BackupRuns as exc:
         raise Conflict(f"{str(exc).capitalize()}. Try again when it has ended.") from exc

@@ -402,6 +402,40 @@ async def test_a_backup_that_cannot_be_made_is_said_so_and_the_one_before_stays(
         assert (await site.admin.post("/admin/v1/backup")).status_code == 201
 
 
+async def test_a_backup_leaves_the_reserve_free_and_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From no room at all to just enough; by the command line and by the admin API."""
+    live, copy, usage = tmp_path / "live", tmp_path / "copy", shutil.disk_usage
+    reserve, most = settings(live).disk_reserve, 0  # adapters, of which there is room for so many
+
+    def limited(folder: Path) -> Any:
+        if not Path(folder).is_relative_to(copy):
+            return usage(folder)
+        whole = [path for path in copy.glob("blobs/*") if not path.name.startswith(".")]
+        return usage(folder)._replace(free=reserve + (1 << 30 if len(whole) < most else 0))
+
+    monkeypatch.setattr(shutil, "disk_usage", limited)
+    async with fake_site(live, backup_dir=copy) as site:
+        await site.tenant("acme", {"a": tiny.adapter(1)})
+        assert data.back_up(settings(live), copy) == data.FAILED
+        assert "DISK_RESERVE" in capsys.readouterr().err
+        assert [path for path in copy.rglob("*") if path.is_file()] == []
+        most = 1
+        assert data.back_up(settings(live), copy) == data.OK
+        before = (copy / "loraplex.db").read_bytes()
+        await site.upload("acme", "b", tiny.adapter(2))
+        await site.upload("acme", "c", tiny.adapter(3))
+        most = 2
+        said = error(await site.admin.post("/admin/v1/backup"), 500, "backup_failed")
+        assert "DISK_RESERVE" in said["message"]
+        assert (copy / "loraplex.db").read_bytes() == before
+        assert all(not path.name.startswith(".") for path in copy.rglob("*")), "nothing half"
+        assert len(blobs_in(copy)) == 2, "the one that found room is kept for the next"
+        most = 9
+        assert (await site.admin.post("/admin/v1/backup")).json()["copied"] == 1
+
+
 async def test_files_that_are_gone_do_not_stop_later_backups(tmp_path: Path) -> None:
     async with fake_site(tmp_path / "live") as site:
         await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)})
