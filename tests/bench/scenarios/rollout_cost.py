@@ -5,6 +5,11 @@ somebody does and there is none, and there is one, with a new version that gets 
 blocks beside each other, in an order drawn by chance, have one of each kind and are compared with each other
 only, so that neither a machine that gets slower nor two processes that differ are taken for what rollouts
 cost. The fake engine takes no time, so all that is measured is Loraplex.
+
+Blocks of seconds differ by more than what is to be measured where others use the machine. So the two parts of
+what a rollout costs are also measured each by itself: a look, which is bounded however many requests ended,
+and one request at a time to an adapter with a rollout and to one without, in turns drawn by chance, a few
+milliseconds apart. ``whole_most`` is both at the load at which a core of the API process has nothing left.
 """
 
 from __future__ import annotations
@@ -43,6 +48,7 @@ ADMIN = bearer(ADMIN_KEY)
 CLIENTS = 8
 TOKENS = 16
 THREES = 24
+PAIRS = 3000
 BLOCK_S = 2 * runner.LOOK_EVERY_S  # the clients' part of a block, with two looks
 WRITTEN_S = 0.5  # after which the last requests of a block are in the database
 # A round lasts so long at least, so that looks and writes of what it left are in it.
@@ -131,28 +137,34 @@ class Served:
 
     async def _ask(self) -> None:
         self.asked += 1
-        body = {
-            "model": "a",
-            "messages": [{"role": "user", "content": "hi"}],
-            "max_tokens": TOKENS,
-            "user": str(self.asked),
-        }
+        body = _body("a", self.asked)
         answer = await self.http.post("/v1/chat/completions", json=body, headers=bearer(self.key))
         answer.raise_for_status()
 
     async def begin(self) -> str:
-        made = (await self.http.post(f"{ADAPTER}/rollouts", json=BODY, headers=ADMIN)).json()
-        one = f"{ADAPTER}/rollouts/{made['id']}"
-        async with asyncio.timeout(120):
-            while (await self.http.get(one, headers=ADMIN)).json()["share"] == 0:
-                await asyncio.sleep(0.1)
-        return one
+        return await _begun(self.http, ADAPTER, BODY)
 
     async def end(self, one: str) -> None:
         seen = (await self.http.get(one, headers=ADMIN)).json()
         assert seen["state"] == "running", seen
         assert seen["numbers"]["new"]["requests"] > 0, seen
         await self.http.patch(one, json={"action": "roll_back"}, headers=ADMIN)
+
+
+def _body(adapter: str, number: int) -> dict[str, Any]:
+    turns = [{"role": "user", "content": "hi"}]
+    return {"model": adapter, "messages": turns, "max_tokens": TOKENS, "user": str(number)}
+
+
+async def _begun(http: httpx.AsyncClient, adapter: str, body: dict[str, Any]) -> str:
+    """The address of a new rollout that has its first share."""
+    answer = await http.post(f"{adapter}/rollouts", json=body, headers=ADMIN)
+    answer.raise_for_status()
+    one = f"{adapter}/rollouts/{answer.json()['id']}"
+    async with asyncio.timeout(120):
+        while (await http.get(one, headers=ADMIN)).json()["share"] == 0:
+            await asyncio.sleep(0.1)
+    return one
 
 
 @contextlib.asynccontextmanager
@@ -207,6 +219,54 @@ async def looks(times: int) -> Values:
                     found.append(await _timed(one, 1))
                 took[f"look_{many}"] = median(found)
     return took
+
+
+async def pairs(many: int) -> Values:
+    """What a rollout adds to one request's processor time, in ms, without looks: the mean of the middle 80 %.
+
+    The client is in this process too; ``none`` of ``measure`` is a request without it.
+    """
+    draw, asked = random.Random(1), 0
+    with tempfile.TemporaryDirectory() as folder:
+        async with tiny.fake_site(Path(folder), FakeEngine(tiny.base()), gpu_slots=4, host_slots=8) as site:
+            key = await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(1)})
+            for name in "ab":
+                await site.upload("acme", name, tiny.adapter(2))
+                await site.admin.patch(ADAPTER.removesuffix("a") + name, json={"live": 1})
+            await _begun(site.admin, ADAPTER, BODY)
+
+            async def nothing(_: Any) -> None:
+                """Looks are measured by ``looks``."""
+
+            site.services.judge.look = nothing  # type: ignore[method-assign]
+
+            async def took(name: str) -> float:
+                nonlocal asked
+                asked += 1
+                before = time.process_time()
+                answer = await site.http.post(
+                    "/v1/chat/completions", json=_body(name, asked), headers=bearer(key)
+                )
+                answer.raise_for_status()
+                return 1000 * (time.process_time() - before)
+
+            for _ in range(100):  # warm, and both versions of both in slots
+                await took("a")
+                await took("b")
+            gc.freeze()
+            found, alone = [], []
+            for _ in range(many):
+                taken = {name: await took(name) for name in draw.sample("ab", 2)}
+                found.append(taken["a"] - taken["b"])
+                alone.append(taken["b"])
+    middle = sorted(found)[many // 10 : many - many // 10]
+    low, high = bootstrap(middle)
+    return {
+        "pair_alone": median(alone),
+        "pair_more": sum(middle) / len(middle),
+        "pair_least": low,
+        "pair_most": high,
+    }
 
 
 async def _timed(work: Callable[[], Awaitable[None]], times: int) -> float:
@@ -270,8 +330,10 @@ def _more(kind: str, these: list[float], those: list[float]) -> Values:
 
 
 def simulate(round_: Round) -> Values:
-    alone = asyncio.run(looks(round_.count(15, 2)))
-    return alone | asyncio.run(measure(round_.seconds(BLOCK_S, 3.0), round_.count(THREES, 2)))
+    alone = asyncio.run(looks(round_.count(15, 2))) | asyncio.run(pairs(round_.count(PAIRS, 100)))
+    found = alone | asyncio.run(measure(round_.seconds(BLOCK_S, 3.0), round_.count(THREES, 2)))
+    look = 100 * max(found[f"look_{many}"] for many in LOOKED_AT) / (1000 * runner.LOOK_EVERY_S)
+    return found | {"whole_most": look + 100 * max(0.0, found["pair_most"]) / found["none"]}
 
 
 SCENARIO = Simulation(
@@ -287,6 +349,16 @@ SCENARIO = Simulation(
             )
             for many in LOOKED_AT
         ),
+        Measure("pair_alone", "a request to an adapter without a rollout, its client's part included", "ms"),
+        Measure("pair_more", "a request to an adapter with a rollout: more than without, looks apart", "ms"),
+        Measure("pair_least", "… 95 % interval, from  ", "ms"),
+        Measure("pair_most", "… to  ", "ms"),
+        Measure(
+            "whole_most",
+            "the largest look and that, of a core that requests fill",
+            "%",
+            Goal("value", "≤", 2),
+        ),
         Measure("none", "nobody looks at rollouts: processor time by request", "ms"),
         Measure("idle", "no rollout: processor time by request", "ms"),
         Measure("during", "beside a rollout: processor time by request", "ms"),
@@ -298,7 +370,7 @@ SCENARIO = Simulation(
         Measure("during_most", "… to ", "%", Goal("value", "≤", 2)),
     ),
     simulate,
-    settings={"threes": THREES, "seconds": BLOCK_S, "tokens": TOKENS, "clients": CLIENTS},
+    settings={"threes": THREES, "pairs": PAIRS, "seconds": BLOCK_S, "tokens": TOKENS, "clients": CLIENTS},
     runs=1,
     longest=3600.0,
 )
