@@ -1,19 +1,22 @@
 """``loraplex bench``: load for one's own server, with one's own keys and models.
 
 The load is open: requests come when they come, however slow the answers are, so that a server which is too
-slow shows it in its times and not in fewer requests.
+slow shows it in its times and not in fewer requests. The clients of a ``--workload`` wait for their answers.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from server.cli.client import RemoteError
 from server.cli.command import KEY_VARIABLES, say
+
+# Those of ``server.cli.bench_workloads``, which is not imported for a command's help.
+Workload = Literal["overhead", "cold", "storm", "churn", "noisy"]
 
 
 def bench(
@@ -29,6 +32,12 @@ def bench(
         Path | None,
         typer.Option(exists=True, dir_okay=False, readable=True, help="A file with a key in each line."),
     ] = None,
+    workload: Annotated[
+        Workload | None,
+        typer.Option(
+            help="One of `make bench`'s, each phase for --seconds, in the place of --rate and --burst."
+        ),
+    ] = None,
     rate: Annotated[float, typer.Option(min=0.01, help="Requests a second.")] = 2.0,
     seconds: Annotated[float, typer.Option(min=0.1, help="For how long.")] = 30.0,
     burst: Annotated[float, typer.Option(min=0, help="0: evenly; 1: by chance; more: in bursts.")] = 1.0,
@@ -42,18 +51,23 @@ def bench(
     """Load a server with one's own keys and models, and print what its clients felt."""
     from server.cli import bench_report as report
     from server.cli.bench_load import Load
-    from server.cli.bench_run import run
+    from server.cli.bench_run import run, run_workload
 
     given = [*(key or ()), *(keys.read_text().split() if keys else ())]
     load = Load(rate, seconds, burst, skew, prompt_words, max_tokens, seed)
     try:
         if not given:
             raise RemoteError("no_key", "Give customers' keys with --key, --keys or LORAPLEX_KEY.")
-        shots = run(url, given, model or [], load)
+        if workload is None:
+            shots = run(url, given, model or [], load)
+            rows = report.rows(shots)
+        else:
+            phases = run_workload(url, given, model or [], load, workload)
+            shots = sorted((shot for one in phases.values() for shot in one), key=lambda shot: shot.began)
+            rows = report.phase_rows(phases)
     except RemoteError as exc:
         say("red", f"{exc.code}:", str(exc))
         raise SystemExit(1) from exc
-    rows = report.rows(shots)
     if as_json:
         print(json.dumps({"rows": rows, "requests": [report.as_json(shot) for shot in shots]}, indent=2))
     else:

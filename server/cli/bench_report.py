@@ -6,7 +6,7 @@ import html
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from server.cli import tables
@@ -30,6 +30,11 @@ def rows(shots: Sequence[Shot]) -> list[dict[str, Any]]:
     named = [("all", list(shots))] if len(models) != 1 else []
     named += [(model, [shot for shot in shots if shot.model == model]) for model in models]
     return [_row(name, some) for name, some in named]
+
+
+def phase_rows(phases: Mapping[str, Sequence[Shot]]) -> list[dict[str, Any]]:
+    """One for each phase of a workload, all its models together."""
+    return [{"phase": phase, **_row("all", shots)} for phase, shots in phases.items()]
 
 
 def _row(name: str, shots: Sequence[Shot]) -> dict[str, Any]:

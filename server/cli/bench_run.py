@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from server.cli.bench_load import Asked, Load, Shot
+from server.cli.bench_workloads import Bench, checked
 from server.cli.client import RemoteError
 
 # Common words, each about a token; random, so that no two prompts share a beginning worth caching.
@@ -22,6 +23,7 @@ _TEXT = (
 _WORDS = _TEXT.split()
 # Seconds that the last answers are waited for.
 _PATIENCE_S = 120.0
+_NO_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
 
 def run(url: str, keys: Sequence[str], models: Sequence[str], load: Load) -> list[Shot]:
@@ -29,9 +31,34 @@ def run(url: str, keys: Sequence[str], models: Sequence[str], load: Load) -> lis
     return asyncio.run(_run(url, keys, models, load))
 
 
+def run_workload(
+    url: str, keys: Sequence[str], models: Sequence[str], load: Load, name: str
+) -> dict[str, list[Shot]]:
+    """The requests of the workload ``name`` by its phases, in order. RemoteError."""
+    return asyncio.run(_run_workload(url, keys, models, load, name))
+
+
+async def _run_workload(
+    url: str, keys: Sequence[str], models: Sequence[str], load: Load, name: str
+) -> dict[str, list[Shot]]:
+    async with httpx.AsyncClient(base_url=url, timeout=_PATIENCE_S, limits=_NO_LIMITS) as http:
+        choices = await _choices(http, keys, models)
+        workload = checked(name, choices)
+        rng, began = random.Random(load.seed), time.monotonic()  # noqa: S311  a load, no secret
+
+        async def ask(asked: Asked, max_tokens: int) -> Shot:
+            shot = Shot(asked.model, time.monotonic() - began)
+            prompt = " ".join(rng.choices(_WORDS, k=load.prompt_words))
+            await _ask(http, asked, prompt, max_tokens, shot, began)
+            return shot
+
+        bench = Bench(ask, choices, load, rng, {})
+        await workload(bench)
+        return bench.phases
+
+
 async def _run(url: str, keys: Sequence[str], models: Sequence[str], load: Load) -> list[Shot]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=_PATIENCE_S, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=_PATIENCE_S, limits=_NO_LIMITS) as http:
         choices = await _choices(http, keys, models)
         rng, began = random.Random(load.seed), time.monotonic()  # noqa: S311  a load, no secret
         picks, shots, tasks = load.picks(choices, rng), [], []

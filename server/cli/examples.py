@@ -37,7 +37,10 @@ EXAMPLES = {
     ],
     "version": ["loraplex version"],
     "chat": ["loraplex chat support 'Where is my parcel?'", "loraplex chat support@3 --beside support@2"],
-    "bench": ["loraplex bench http://127.0.0.1:8000 --keys keys.txt --rate 10 --plot times.html"],
+    "bench": [
+        "loraplex bench http://127.0.0.1:8000 --keys keys.txt --rate 10 --plot times.html",
+        "loraplex bench http://127.0.0.1:8000 --keys keys.txt --workload storm",
+    ],
     "server": ["loraplex server", "loraplex server --json"],
     "usage": [
         "loraplex usage --by tenant,day --from 2026-11-01",

@@ -6,13 +6,15 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from server.cli.bench import Workload
 from server.cli.bench_load import Asked, Load, Shot
 from server.cli.bench_report import as_json, page, percentile, rows
 from server.cli.bench_run import _take
+from server.cli.bench_workloads import WORKLOADS
 from server.cli.chat import Side
 from tests.service.cli.test_commands import run
 from tests.support import tiny
@@ -104,3 +106,50 @@ def test_numbers_of_a_row() -> None:
     assert percentile([], 0.5) is None
     assert percentile([float("inf")], 0.5) is None
     assert "&lt;b&gt;" in page("<b>", [row], [good, bad])
+
+
+PHASES = {
+    "overhead": ["1 clients", "16 clients"],
+    "cold": ["first time", "again"],
+    "storm": ["quiet", "in the storm", "others"],
+    "churn": ["uniform", "zipf"],
+    "noisy": ["alone", "beside the noisy one", "the noisy one"],
+}
+
+
+async def test_workloads_by_name(tmp_path: Path) -> None:
+    assert list(PHASES) == list(WORKLOADS) == list(get_args(Workload))
+    async with fake_site(tmp_path / "data", FakeEngine(tiny.base(), times=Times(step=0.002))) as site:
+        key = await site.tenant("acme", {name: tiny.adapter(at) for at, name in enumerate("abc", 1)})
+        words = (
+            "bench",
+            site.url,
+            "--key",
+            key,
+            "--seconds",
+            "0.3",
+            "--max-tokens",
+            "4",
+            "--prompt-words",
+            "3",
+        )
+        models = [word for name in "abc" for word in ("--model", name)]
+        found = {}
+        for name in PHASES:
+            done = await run(site, *words, *models, "--workload", name, "--json")
+            assert done.exit_code == 0, done.output
+            found[name] = json.loads(done.stdout)
+            rows = {row["phase"]: row for row in found[name]["rows"]}
+            assert list(rows) == PHASES[name]
+            assert all(row["good"] == row["requests"] > 0 for row in rows.values()), rows
+            assert sum(row["requests"] for row in rows.values()) == len(found[name]["requests"])
+        assert {one["model"] for one in found["overhead"]["requests"]} == {"a"}
+        assert [one["model"] for one in found["cold"]["requests"]] == [*"abcabc"]
+        others = next(row for row in found["storm"]["rows"] if row["phase"] == "others")
+        assert others["requests"] == 2
+        counted = Counter(
+            row["outcome"] for row in (await site.admin.get("/admin/v1/requests")).json()["data"]
+        )
+        assert list(counted) == ["completed"]
+        few = await run(site, *words, "--model", "a", "--workload", "storm")
+        assert (few.exit_code, "too_few_models" in few.stderr) == (1, True)

@@ -1,0 +1,118 @@
+"""The workloads of ``loraplex bench --workload``: those of ``make bench``, with one's own keys and models.
+
+Each is made of phases, which the report tells apart. The first model is the busy one: the first ``--model``,
+or the first of the first key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from server.cli.bench_load import Asked, Load, Shot
+from server.cli.client import RemoteError
+
+CLIENTS = 16
+NOISY_CLIENTS = 30
+# Seconds between two arrivals of a storm.
+BETWEEN_S = 0.5
+
+# Asks once, for so many tokens at most, and returns when that has ended.
+Ask = Callable[[Asked, int], Awaitable[Shot]]
+
+
+@dataclass(slots=True)
+class Bench:
+    """What a workload is run with; ``phases`` is what it leaves, in order."""
+
+    ask: Ask
+    choices: Sequence[Asked]
+    load: Load
+    rng: random.Random
+    phases: dict[str, list[Shot]]
+
+    async def closed(self, phase: str, clients: Sequence[Iterator[Asked]]) -> None:
+        """Each of ``clients`` asks again as soon as it is answered, until ``load.seconds`` are over."""
+        shots = self.phases.setdefault(phase, [])
+        ends = time.monotonic() + self.load.seconds
+
+        async def one(picks: Iterator[Asked]) -> None:
+            while time.monotonic() < ends:
+                shots.append(await self.ask(next(picks), self.load.max_tokens))
+                if shots[-1].error is not None:
+                    await asyncio.sleep(0.1)  # a refusal is no reason to ask a thousand times
+
+        await asyncio.gather(*map(one, clients))
+
+    async def each(self, phase: str, models: Sequence[Asked], apart: float | None = None) -> None:
+        """One request of each of ``models``: one after the other, or ``apart`` seconds after each other."""
+        shots = self.phases.setdefault(phase, [])
+        if apart is None:
+            for asked in models:
+                shots.append(await self.ask(asked, self.load.max_tokens))
+            return
+
+        async def later(asked: Asked, after: float) -> Shot:
+            await asyncio.sleep(after)
+            return await self.ask(asked, self.load.max_tokens)
+
+        shots += await asyncio.gather(*(later(asked, at * apart) for at, asked in enumerate(models)))
+
+
+async def overhead(bench: Bench) -> None:
+    """The first model, with one client and with sixteen."""
+    for clients in (1, CLIENTS):
+        await bench.closed(f"{clients} clients", [itertools.repeat(bench.choices[0])] * clients)
+
+
+async def cold(bench: Bench) -> None:
+    """Each model once, one after the other, and once more."""
+    await bench.each("first time", bench.choices)
+    await bench.each("again", bench.choices)
+
+
+async def storm(bench: Bench) -> None:
+    """The first model alone, and then beside all others, which come half a second apart."""
+    busy, others = bench.choices[0], bench.choices[1:]
+    await bench.closed("quiet", [itertools.repeat(busy)])
+    beside = bench.closed("in the storm", [itertools.repeat(busy)])
+    await asyncio.gather(beside, bench.each("others", others, BETWEEN_S))
+
+
+async def churn(bench: Bench) -> None:
+    """Sixteen clients over all models: all alike, and the first ones most often (``--skew``)."""
+    alike = replace(bench.load, skew=0.0)
+    for phase, load in (("uniform", alike), ("zipf", bench.load)):
+        picks = load.picks(bench.choices, bench.rng)
+        await bench.closed(phase, [picks] * CLIENTS)
+
+
+async def noisy(bench: Bench) -> None:
+    """One client for each model but the first; then also thirty clients for the first."""
+    quiet = [itertools.repeat(asked) for asked in bench.choices[1:]]
+    await bench.closed("alone", quiet)
+    noise = [itertools.repeat(bench.choices[0])] * NOISY_CLIENTS
+    await asyncio.gather(bench.closed("beside the noisy one", quiet), bench.closed("the noisy one", noise))
+
+
+# By name: what it does, and how many models it needs.
+WORKLOADS: dict[str, tuple[Callable[[Bench], Awaitable[None]], int]] = {
+    "overhead": (overhead, 1),
+    "cold": (cold, 1),
+    "storm": (storm, 2),
+    "churn": (churn, 2),
+    "noisy": (noisy, 2),
+}
+
+
+def checked(name: str, choices: Sequence[Asked]) -> Callable[[Bench], Awaitable[None]]:
+    """The workload of that name; RemoteError where there are too few models for it."""
+    made, least = WORKLOADS[name]
+    if len(choices) < least:
+        said = f"{name} needs {least} models, and the keys have {len(choices)}."
+        raise RemoteError("too_few_models", f"{said} Name more with --model, or give more keys.")
+    return made
