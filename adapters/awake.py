@@ -23,6 +23,7 @@ TICKS_AT_ONCE = 2  # what one look may add, in ticks: less is a busy loop, not o
 LATE_S = 1.0
 # Seconds in which what came meanwhile is read.
 GRACE_S = 1.0
+READ_S = 0.05  # the same on a loop that came round: until it has read once
 
 
 class AwakeTimeout:
@@ -111,3 +112,11 @@ class AwakeClock:
 def stood_still(loop: asyncio.AbstractEventLoop, timer: asyncio.TimerHandle) -> bool:
     """Whether ``timer``, which has just fired, did so long after it was due."""
     return loop.time() - timer.when() > LATE_S
+
+
+def grace(loop: asyncio.AbstractEventLoop, timer: asyncio.TimerHandle) -> float:
+    """Seconds in which to read before ``timer``, which has just fired, is believed.
+
+    A timer that is hardly late may have become due in the last moment of a long pause.
+    """
+    return GRACE_S if stood_still(loop, timer) else READ_S

@@ -20,7 +20,7 @@ import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from adapters.awake import GRACE_S, stood_still
+from adapters.awake import grace
 from server.errors import envelope
 from server.http.pieces import offer
 from server.http.turns import turns_of
@@ -206,16 +206,14 @@ class BoundedHeads(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Closes an idle connection, but none on which a request has come while the process stood still."""
         timer = self.timeout_keep_alive_task
-        if timer is not None and stood_still(self.loop, timer):
-            self.timeout_keep_alive_task = self.loop.call_later(GRACE_S, super().timeout_keep_alive_handler)
-        else:
+        if timer is None:
             super().timeout_keep_alive_handler()
+        else:
+            later = grace(self.loop, timer)
+            self.timeout_keep_alive_task = self.loop.call_later(later, super().timeout_keep_alive_handler)
 
     def _overdue(self, act: Callable[[], None]) -> None:
-        if stood_still(self.loop, self._late):
-            self._late = self.loop.call_later(GRACE_S, act)
-        else:
-            act()
+        self._late = self.loop.call_later(grace(self.loop, self._late), act)
 
     def _begin(self) -> None:
         self._between, self._in_head, self._received = False, True, 0
