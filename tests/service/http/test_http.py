@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from server.inference.completion import Completions
 from tests.service.http.test_api import CHAT, CHAT_URL, error
@@ -25,6 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
     engine = FakeEngine(tiny.base(), times=Times(step=0.03))
     async with fake_site(tmp_path, engine, max_body_bytes=64 << 10) as site:
+        yield site
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def unchanged(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    """One server for what is refused and changes nothing."""
+    async with fake_site(tmp_path_factory.mktemp("unchanged"), max_body_bytes=64 << 10) as site:
         yield site
 
 
@@ -70,6 +78,7 @@ async def test_two_requests_with_one_id_are_two_requests(site: Site) -> None:
 # --- errors -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
@@ -83,8 +92,8 @@ async def test_two_requests_with_one_id_are_two_requests(site: Site) -> None:
         ("PUT", "/admin/v1/tenants", 405, "method_not_allowed"),
     ],
 )
-async def test_no_such_route(site: Site, method: str, path: str, status: int, code: str) -> None:
-    response = await site.http.request(method, path, headers=bearer(ADMIN_KEY))
+async def test_no_such_route(unchanged: Site, method: str, path: str, status: int, code: str) -> None:
+    response = await unchanged.http.request(method, path, headers=bearer(ADMIN_KEY))
     error(response, status, code)
     assert ("allow" in response.headers) == (status == 405)
 
@@ -126,6 +135,7 @@ async def test_an_error_shows_what_was_sent_in_part_and_in_utf8(site: Site) -> N
 # --- the admin's JSON -------------------------------------------------------------------------------
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("content", "status", "code"),
     [
@@ -139,9 +149,9 @@ async def test_an_error_shows_what_was_sent_in_part_and_in_utf8(site: Site) -> N
         (b"", 400, "invalid_json"),
     ],
 )
-async def test_admin_bodies_that_are_none(site: Site, content: bytes, status: int, code: str) -> None:
+async def test_admin_bodies_that_are_none(unchanged: Site, content: bytes, status: int, code: str) -> None:
     for headers in ({"Content-Type": "application/json"}, {}):
-        response = await site.admin.post("/admin/v1/tenants", content=content, headers=headers)
+        response = await unchanged.admin.post("/admin/v1/tenants", content=content, headers=headers)
         assert response.status_code == status, response.text
         assert response.json()["error"]["code"] == code
 
