@@ -22,6 +22,18 @@ README = (ROOT / "README.md").read_text()
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 SOURCES = sorted(path for package in ("server", "adapters") for path in (ROOT / package).rglob("*.py"))
 LONGEST_FILE = 500
+# Files of tests that are longer, and should be cut along their meaning: take a name out, add none.
+LONG_TESTS = {
+    "tests/pure/adapters/test_blobs.py", "tests/pure/adapters/test_inspect.py",
+    "tests/pure/project/test_bench.py", "tests/pure/scheduling/test_plan_walks.py",
+    "tests/pure/server/test_fields.py", "tests/service/cli/test_commands.py",
+    "tests/service/fleet/test_fleet.py", "tests/service/limits/test_redis_ledger.py",
+    "tests/service/publishing/test_demo_assets.py", "tests/service/scheduling/test_dispatcher.py",
+    "tests/service/store/test_backup.py", "tests/service/store/test_catalog.py",
+    "tests/service/store/test_migrations.py",
+    "tests/service/store/test_ownership.py", "tests/service/worker/test_experts.py",
+    "tests/support/engine_suite.py", "tests/support/fakes.py",
+}  # fmt: skip
 LONGEST_README = 1500
 
 
@@ -171,6 +183,15 @@ def test_every_page_is_on_the_map() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_can_be_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= LONGEST_FILE
+
+
+def test_no_other_test_is_longer() -> None:
+    long = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("*.py")
+        if len(path.read_text().splitlines()) > LONGEST_FILE
+    }
+    assert long <= LONG_TESTS, f"cut along their meaning: {sorted(long - LONG_TESTS)}"
 
 
 def test_the_hall_is_small() -> None:
