@@ -32,7 +32,7 @@ from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.demo.base import BASE_NAME, CHECKOUT, cache_folder, prepare
 from tests.bench.client import NEVER_END
 from tests.bench.hostile import KINDS, Kind
-from tests.bench.hostile_wire import Outcomes, Victim, attacker
+from tests.bench.hostile_wire import ATTACKER_NICE, Outcomes, Victim, attacker
 from tests.bench.servers import Loraplex, Setup
 from tests.support import tiny
 
@@ -43,6 +43,10 @@ PROMPTS = ("My parcel has not arrived.", "Why is the sky blue?", "Count to ten."
 STREAM = "Once upon a time"
 EVERY = {STREAM, *PROMPTS}  # what must have been answered in peace before it can be compared
 COMPILED = {"patterns", "grammars", "large constraints"}
+HEAD = (
+    f"The attacker is a process on the server's machine, at nice {ATTACKER_NICE}: in life it is another"
+    " machine, and what it costs itself is not what it costs others."
+)
 OUT = CHECKOUT / "bench-results" / "attack.md"
 # In float32: in bfloat16 a batch of another size alone changes answers.
 SETUP = Setup(gpu_slots=2, host_slots=4, max_num_seqs=8, max_lora_rank=16, dtype="float32")
@@ -288,8 +292,9 @@ def main() -> int:
         measure([k for k in kinds if not given.kinds or k.name in given.kinds], given.quiet, fake=fake)
     )
     OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(table(verdicts) + "\n")
-    print(f"\n{table(verdicts)}\n\nwritten to {OUT}")
+    found = f"{HEAD}\n\n{table(verdicts)}\n"
+    OUT.write_text(found)
+    print(f"\n{found}\nwritten to {OUT}")
     return int(any(v.misses for v in verdicts))
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib
 import multiprocessing
+import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +21,7 @@ from server.http.connection import raise_descriptors
 MIB = 1 << 20
 # Seconds after which a request is given up; what takes longer counts as "no answer".
 PATIENCE = 12.0
+ATTACKER_NICE = 19
 # Once: each client that reads certificates takes 20 ms.
 TLS = httpx.create_ssl_context()
 
@@ -106,12 +108,21 @@ class Attacker:
 
 @contextlib.asynccontextmanager
 async def attacker() -> AsyncIterator[Attacker]:
-    """The process has started, and has imported what attacks import, when the block begins."""
+    """The process has started, and has imported what attacks import, when the block begins.
+
+    In life an attacker is another machine: here its process has the lowest priority, so that what it costs
+    itself is not taken for what it costs others.
+    """
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=raise_descriptors) as pool:
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin) as pool:
         ready = Attacker(pool)
         await ready.run(_nothing)
         yield ready
+
+
+def _begin() -> None:
+    raise_descriptors()
+    os.nice(ATTACKER_NICE)
 
 
 def _run(attack: Callable[..., Coroutine[Any, Any, T]], given: tuple[Any, ...]) -> T:
