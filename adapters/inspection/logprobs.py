@@ -16,9 +16,9 @@ PROMPTS = (
     '{"name": "Ada", "language": "',
 )
 # Below this no reader could tell two models apart: of 10,000 tokens that are drawn, one would be another.
-NOTHING = 1e-4
+NEGLIGIBLE = 1e-4
 # Noise is a sample: what is not an effect may come out as a few times another one.
-MARGIN = 3
+NOISE_FACTOR = 3
 _LEAST = 1e-12  # of a probability, so that its logarithm is a number
 
 # One position: the likeliest next tokens, and the one that stands there, with their log-probabilities.
@@ -42,8 +42,8 @@ class Difference:
 
     def exceeds(self, noise: Difference) -> bool:
         """Whether it is clearly more than ``noise``, which a model shows against itself, and than nothing."""
-        return self.log_prob > max(MARGIN * noise.log_prob, NOTHING) or self.kl > max(
-            MARGIN * noise.kl, NOTHING
+        return self.log_prob > max(NOISE_FACTOR * noise.log_prob, NEGLIGIBLE) or self.kl > max(
+            NOISE_FACTOR * noise.kl, NEGLIGIBLE
         )
 
 
@@ -57,7 +57,7 @@ class Shift:
 
     def exceeds(self, noise: Shift) -> bool:
         """As of ``Difference``."""
-        return self.change > max(MARGIN * noise.change, NOTHING)
+        return self.change > max(NOISE_FACTOR * noise.change, NEGLIGIBLE)
 
 
 def shift(before: Vectors, after: Vectors) -> Shift:

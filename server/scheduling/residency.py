@@ -78,7 +78,7 @@ class Residency:
         counter: Callable[[str], float],
     ) -> None:
         self.capacity = capacity
-        self._turn = victims.TURN * capacity.slot_patience
+        self._turn = victims.TURN_FRACTION * capacity.slot_patience
         self._starving_after = victims.STARVING * capacity.slot_patience
         self.next_id = first_load_id
         self._emit = emit

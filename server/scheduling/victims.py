@@ -20,7 +20,7 @@ from server.scheduling.nouns import State
 from server.scheduling.ranking import Ranking
 
 # Of ``slot_patience``: how long a version has its slot at least before its tenant's share counts against it.
-TURN = 0.25
+TURN_FRACTION = 0.25
 # Times ``slot_patience``: how long a tenant waits for its next slot before it comes before all others.
 STARVING = 3.0
 

@@ -35,7 +35,7 @@ Part = tuple[torch.Tensor, ...] | None
 # A run costs two small products, sorting a copy of the tokens. More runs than this for each slot are sorted.
 RUNS_PER_SLOT = 2
 # Rows of a run from which it is worth while to round its weights to the model's dtype, if that is faster.
-WIDE = 64
+WIDE_ROWS = 64
 _ADOPTED = (BaseLinearLayerWithLoRA, VocabParallelEmbeddingWithLoRA, LogitsProcessorWithLoRA)
 
 
@@ -322,7 +322,7 @@ def _add_runs(
 ) -> None:
     for parts, first, last in runs:
         rows, out = x[first:last], y[first:last]
-        if last - first < WIDE or not _faster(x.dtype):
+        if last - first < WIDE_ROWS or not _faster(x.dtype):
             rows = rows.to(next(part[0].dtype for part in parts if part))
         deltas, at, column = [], [], offset
         for part, size in zip(parts, sizes, strict=True):

@@ -20,7 +20,7 @@ import torch
 
 CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 KERNELS = 512  # 150 MB: steps of up to a hundred tokens, where a model has four or five shapes of weights
-LONGEST = 10.0  # seconds, for large models: what is not made by then is made when it is needed
+LONGEST_S = 10.0  # for large models: what is not made by then is made when it is needed
 
 # Called with a number of rows.
 Product = Callable[[int], None]
@@ -35,7 +35,7 @@ def make_kernels(model: torch.nn.Module, tokens: int, sequences: int) -> tuple[i
     """
     products = list(_products(model, tokens, sequences))
     capacity = int(os.environ.get(CAPACITY, KERNELS))
-    until = time.monotonic() + LONGEST
+    until = time.monotonic() + LONGEST_S
     made = rows = 0
     with torch.inference_mode():
         while due := [run for run, most in products if rows < most]:

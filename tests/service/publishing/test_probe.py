@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
-from adapters.inspection.logprobs import NOTHING, Difference, compare, finite
+from adapters.inspection.logprobs import NEGLIGIBLE, Difference, compare, finite
 from adapters.model import WEIGHTS_FILE
 from server.publishing import probe
 from server.publishing.publish import publish
@@ -74,7 +74,7 @@ async def test_the_report_says_what_the_adapter_changes(site: Site) -> None:
     assert shown["report"]["probe"] == found
     assert shown["tier"] == "gpu", "it need not be loaded again"
     weaker = (await site.admin.post(URL, files=times(0.1))).json()["report"]["probe"]
-    assert NOTHING < weaker["log_prob"] < found["log_prob"]
+    assert NEGLIGIBLE < weaker["log_prob"] < found["log_prob"]
     assert weaker["kl"] < found["kl"]
 
 
@@ -325,4 +325,4 @@ def test_a_change_must_exceed_the_noise_in_one_of_its_numbers() -> None:
     assert not Difference(0.3, 0.03).exceeds(noise)
     assert Difference(0.31, 0.0).exceeds(noise)
     assert Difference(0.0, 0.031).exceeds(noise)
-    assert not Difference(NOTHING, NOTHING).exceeds(Difference(0.0, 0.0))
+    assert not Difference(NEGLIGIBLE, NEGLIGIBLE).exceeds(Difference(0.0, 0.0))

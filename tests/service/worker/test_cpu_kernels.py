@@ -124,7 +124,7 @@ def test_the_formula(
 ) -> None:
     """Adapters of all ranks and targets in the slots, all kinds of batches; the base's rows bit for bit."""
     monkeypatch.setattr(cpu_kernels, "_faster", lambda dtype: faster and dtype is torch.bfloat16)
-    monkeypatch.setattr(cpu_kernels, "WIDE", 9)
+    monkeypatch.setattr(cpu_kernels, "WIDE_ROWS", 9)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     layer, kernels = Layer(weights, tp_size), wrapper()
     kernels.adopt(layer)

@@ -58,7 +58,7 @@ def test_no_more_are_made_than_are_kept(
 def test_a_large_model_does_not_hold_up_the_start(
     asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onednn, "LONGEST", -1.0)
+    monkeypatch.setattr(onednn, "LONGEST_S", -1.0)
     assert onednn.make_kernels(torch.nn.Module(), 4, 2) == (0, 0)
     assert not asked
 
