@@ -317,6 +317,7 @@ def _copy_blobs(wanted: set[str], copy: _Copy, target: Path) -> tuple[set[str], 
                 continue
             _install(partial, target / digest)
             copied.add(digest)
+    sync_path(target)
     return copied, missing, broken
 
 
@@ -332,6 +333,7 @@ class _Read:
 
 def _read_again(wanted: set[str], copy: _Copy, target: Path) -> _Read:
     """Reads a part of those that are wanted and there, so that rot is found while there is a whole copy."""
+    target.mkdir(parents=True, exist_ok=True)
     there = [path for digest in wanted if (path := target / digest).is_dir()]
     there.sort(key=lambda path: (path.stat().st_mtime, path.name))
     read = _Read()
@@ -350,18 +352,18 @@ def _read_again(wanted: set[str], copy: _Copy, target: Path) -> _Read:
                 read.repaired.add(path.name)
             else:
                 read.rotten.add(path.name)
+    sync_path(target)
     return read
 
 
 def _install(partial: Path, path: Path) -> None:
-    """What was held against its digest just now gets its name."""
+    """What was held against its digest just now gets its name; the caller syncs the folder around it."""
     partial.chmod(0o700)
     for file in (*partial.iterdir(), partial):
         sync_path(file)
     os.utime(partial)
     partial.rename(path)
     path.chmod(0o555)
-    sync_path(path.parent)
 
 
 @contextmanager
