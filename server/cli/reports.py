@@ -76,12 +76,12 @@ def requests(
     return document, show.rows([_request(row) for row in document["data"]])
 
 
-# Refusals of the model that a request named, which its row does not have.
-_NO_MODEL = ("model_not_allowed", "model_not_found")
+# How the codes begin of refusals of the model that a request named, which its row may not have.
+_OF_MODEL = ("model_", "adapter_")
 
 
 def _request(row: dict[str, Any]) -> dict[str, Any]:
-    model = None if row["code"] in _NO_MODEL else "base"
+    model = None if (row["code"] or "").startswith(_OF_MODEL) else "base"
     if row["adapter"]:
         model = f"{row['adapter']}@{row['version']}"
     return {

@@ -11,6 +11,7 @@ import pytest
 
 from server.cli.client import OWN, RemoteError, own_path
 from server.cli.push import Push
+from server.publishing.quarantine import quarantine
 from tests.service.cli.test_commands import document, refusal, run, shown
 from tests.support import tiny
 from tests.support.fakes import FakeEngine, Times
@@ -172,6 +173,11 @@ async def test_requests_are_found_by_their_id(site: Site) -> None:
     assert [row[2:4] for row in rows] == [["-", "rejected (model_not_found)"], ["a@1", "completed"]]
     (found,) = (await document(site, "requests", "--id", said.headers["x-request-id"]))["data"]
     assert found["output_tokens"] == 2
+    version = await site.services.publishing.catalog.version("acme", "a", 1)
+    await quarantine(site.services.publishing.quarantine, site.services.dispatcher, version, "NaN")
+    assert (await site.chat(key, "hi", model="a")).status_code == 409
+    _, refused, *_ = await shown(site, "requests", "--tenant", "acme")
+    assert refused[2:4] == ["-", "unavailable (adapter_quarantined)"], "it did not ask for the base"
 
 
 async def test_people(site: Site) -> None:
