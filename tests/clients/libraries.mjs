@@ -98,7 +98,7 @@ const libraries = {
     const narrow = createOpenAICompatible({ name: "narrow", baseURL: `${url}/v1`, apiKey: narrowKey });
     const options = { model: provider(model), prompt: question, maxOutputTokens: tokens, temperature: 0, maxRetries: 0 };
     const tools = { weather: tool({ description: "The weather.", inputSchema: jsonSchema(parameters) }) };
-    const calls = async (toolChoice) => (await generateText({ ...options, tools, toolChoice })).toolCalls;
+    const calls = async (toolChoice, more) => (await generateText({ ...options, tools, toolChoice, ...more })).toolCalls;
     return {
       chat: async () => check((await generateText(options)).text, "no text"),
       stream: async () => {
@@ -109,6 +109,11 @@ const libraries = {
       "tools: auto": async () => calls("auto"),
       "tools: required": async () => cityOf((await calls("required"))[0].input),
       "tools: named": async () => cityOf((await calls({ type: "tool", toolName: "weather" }))[0].input),
+      "tools: parallel": async () => {
+        const made = await calls("required", { providerOptions: { loraplex: { parallel_tool_calls: true } } });
+        check(made.length, "no call");
+        made.forEach((call) => cityOf(call.input));
+      },
       "structured output": async () => {
         const made = await generateText({ ...options, output: Output.object({ schema: jsonSchema(parameters) }) });
         cityOf(made.output);
