@@ -62,8 +62,7 @@ from server.http.verbs import Verbs
 from server.inference.completion import Answers, Completions
 from server.inference.dialects.registry import DIALECTS
 from server.inference.local import LocalAnswers
-from server.limits.fallback import FallbackLedger
-from server.limits.ledger import Ledger
+from server.limits.fallback import ledger_of
 from server.limits.quotas import Quotas
 from server.limits.redis import RedisLedger
 from server.metrics import Metrics
@@ -207,7 +206,7 @@ async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
     stack.push_async_callback(close_templates)
 
     quotas = Quotas(
-        _ledger(settings, redis_ledger, metrics),
+        ledger_of(redis_ledger, settings.limits_fail, metrics.limited_locally),
         record=usage_writer.record,
         record_refused=usage_writer.refused,
         spent=usage_writer.spent,
@@ -451,12 +450,6 @@ async def _authentication(settings: Settings, database: Database) -> Authenticat
     if new_key is not None:
         print(f"Admin key (shown this once, keep it): {new_key}", file=sys.stderr, flush=True)
     return authentication
-
-
-def _ledger(settings: Settings, redis: RedisLedger | None, metrics: Metrics) -> Ledger | None:
-    if redis is None or settings.limits_fail == "closed":
-        return redis
-    return FallbackLedger(redis, on_local=metrics.limited_locally)
 
 
 async def _redis_ledger(settings: Settings, stack: AsyncExitStack) -> RedisLedger | None:

@@ -112,3 +112,12 @@ class FallbackLedger:
             owed = self._owed[origin] = self._redis.owe(entry.scopes, entry.budget)
             self._owed = {key: kept for key, kept in self._owed.items() if self._redis.owes(kept)}
         return owed
+
+
+def ledger_of(
+    redis: RedisLedger | None, fail: str, on_local: Callable[[], None]
+) -> RedisLedger | FallbackLedger | None:
+    """What limits are kept in by the setting ``limits_fail`` (``open`` or ``closed``); None without Redis."""
+    if redis is None or fail == "closed":
+        return redis
+    return FallbackLedger(redis, on_local=on_local)
