@@ -10,7 +10,7 @@ from playwright.async_api import expect
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
-from tests.support.browser import browsing, sign_in
+from tests.support.browser import browsing, follow, loading, sign_in
 from tests.support.site import ADMIN_KEY, Site
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
@@ -28,14 +28,16 @@ async def test_an_upload_is_probed_shown_and_asked(site: Site, reference: Refere
         await upload.locator("input[type=file]").set_input_files(
             [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
         )
-        await upload.get_by_role("button", name="Upload").click()
-        await page.get_by_role("link", name="voice").click(timeout=120_000)
+        async with loading(page):
+            await upload.get_by_role("button", name="Upload").click()
+        await follow(page, "voice")
         await expect(page.get_by_text("it changes answers")).to_be_visible()
         layers = len(reference.model.model.layers)
         await expect(page.locator(".heat-cell")).to_have_count(layers * len(ATTENTION + MLP))
 
-        await page.get_by_role("link", name="Try it in the playground").click()
-        await page.get_by_role("button", name="Make a key for an hour").click()
+        await follow(page, "Try it in the playground")
+        async with loading(page):
+            await page.get_by_role("button", name="Make a key for an hour").click()
         answers = page.locator(".answer")
         await expect(answers.nth(1).get_by_label("Model")).to_have_value("voice@1")
         await page.get_by_label("Most tokens").fill("12")
@@ -57,7 +59,7 @@ async def test_an_upload_is_probed_shown_and_asked(site: Site, reference: Refere
         told = [text for text in await rows.locator("td:nth-child(4)").all_inner_texts() if text]
         assert len(told) == parted
 
-        await page.get_by_role("link", name="Fleet", exact=True).click()
+        await follow(page, "Fleet")
         await expect(page.locator(".tile").filter(has_text="voice")).to_be_visible()
-        await page.get_by_role("link", name="Requests", exact=True).click()
+        await follow(page, "Requests")
         await expect(page.get_by_role("row").filter(has_text="voice@1").first).to_contain_text("completed")
