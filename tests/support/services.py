@@ -23,6 +23,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.ports import unused
@@ -148,6 +149,18 @@ class PostgresServer:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def freeze(self) -> list[psutil.Process]:
+        """SIGSTOP for all its processes, as where a machine is gone; who asks has to end or resume them.
+
+        Frozen ones outlive the tests: they do not notice that their parent has ended.
+        """
+        main = psutil.Process(self.process.pid)
+        family = [main, *main.children(recursive=True)]
+        for one in family:
+            with suppress(psutil.NoSuchProcess):
+                one.suspend()
+        return family
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import signal
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +29,16 @@ def pair() -> Iterator[tuple[PostgresServer, PostgresServer]]:
         one.kill()
 
 
+@pytest.fixture
+def frozen(pair: tuple[PostgresServer, PostgresServer]) -> Iterator[list[psutil.Process]]:
+    """Processes to end after the test."""
+    stopped: list[psutil.Process] = []
+    yield stopped
+    for one in stopped:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+
+
 def both(*servers: PostgresServer) -> str:
     hosts = "&".join(f"host=127.0.0.1:{one.port}" for one in servers)
     return f"postgresql://loraplex@/postgres?{hosts}"
@@ -36,7 +46,7 @@ def both(*servers: PostgresServer) -> str:
 
 @pytest.mark.parametrize("how", ["killed", "silent"])
 async def test_the_server_goes_over_to_the_promoted_standby(
-    how: str, tmp_path: Path, pair: tuple[PostgresServer, PostgresServer]
+    how: str, tmp_path: Path, pair: tuple[PostgresServer, PostgresServer], frozen: list[psutil.Process]
 ) -> None:
     """Killed, its port refuses; a machine that is gone says nothing, and its connections stay open."""
     primary, standby = pair
@@ -47,9 +57,7 @@ async def test_the_server_goes_over_to_the_promoted_standby(
         if how == "killed":
             primary.kill()
         else:
-            main = psutil.Process(primary.process.pid)
-            for one in (main, *main.children(recursive=True)):
-                one.send_signal(signal.SIGSTOP)
+            frozen.extend(primary.freeze())
         await asyncio.to_thread(standby.promote)
         await until(lambda: site.admin.post("/admin/v1/tenants", json={"id": "late"}), 201)
         await until(lambda: site.chat(key, "hi", model="a", max_tokens=4), 200)
