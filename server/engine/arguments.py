@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 # The most that an adapter's own head may have, where ENGINE_ARGS do not say: 1 MiB a slot at 4,096 features.
 LABELS = 64
+NO_HOST = "none.invalid"  # a name that no host may have (RFC 6761)
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +370,9 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
         os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
         given["otlp_traces_endpoint"] = f"{settings.traces_url.rstrip('/')}/v1/traces"
     given |= settings.engine_args
+    # Without a list vLLM fetches what a customer names from any host, those of the server's own network too.
+    given["allowed_media_domains"] = given.get("allowed_media_domains") or [NO_HOST]
+    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
     base = read_base_config(Path(settings.model))
     # Neither goes with adapters that are divided in full.
     others = settings.rank_slots or os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0"

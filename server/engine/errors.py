@@ -23,6 +23,10 @@ NO_TOOLS = (
     "Tool calls are not read on this server, since no parser is set for its base model. Leave out tools, or"
     " ask its operator to set LORAPLEX_TOOL_PARSER."
 )
+NOT_FETCHED = (
+    "Images, audio and video are not fetched from that host. Send them in the request, as a data: URL;"
+    " operators allow hosts with allowed_media_domains in LORAPLEX_ENGINE_ARGS."
+)
 TOO_LONG = "context_length_exceeded"
 # vLLM says it in five places, in as many ways.
 _TOO_LONG = re.compile(
@@ -34,6 +38,7 @@ _GIVEN = re.compile(r"[Ll]ength \(?([0-9]+)\)")
 # An answer that alone would be longer than a context.
 _ANSWER = re.compile(r"(max_[a-z]*_?tokens)=([0-9]+) cannot be greater than max_model_len=([0-9]+)")
 _TEXT_ALONE = re.compile(r"is not a multimodal model")
+_OTHER_HOST = re.compile(r"must be from one of the allowed domains")
 _NO_PART = re.compile(r"Unsupported chat content part type: '([a-z_]{1,40})")
 _ABOUT_PROMPTS = (TOO_LONG, "not_supported_by_base")
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")
@@ -87,6 +92,8 @@ def refusal(message: str, param: str | None) -> BadRequest:
     if _TEXT_ALONE.search(message):
         told = "The base model that is served here reads text alone, no images, audio or video."
         return BadRequest(told, code="not_supported_by_base")
+    if _OTHER_HOST.search(message):
+        return BadRequest(NOT_FETCHED, code="unsupported_parameter")
     if part := _NO_PART.match(message):
         told = f"Parts of the type `{part[1]}` are not served; send their text."
         return BadRequest(told, code="not_supported_by_base")

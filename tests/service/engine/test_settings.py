@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 from dataclasses import fields
@@ -10,8 +12,10 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+from PIL import Image
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.multimodal.media import ImageMediaIO, MediaConnector
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from adapters.worker.cpu.executor import YieldingExecutor
@@ -23,7 +27,9 @@ from server.engine.arguments import (
     vllm_arguments,
     want_batch_invariance,
 )
+from server.engine.errors import from_vllm
 from server.engine.sharding import LAYERS
+from server.errors import status_of
 from server.settings import ALLOWED_MAX_RANKS, Settings
 from server.settings.engine_args import ONE_ENGINE_ARGS, OWNED_ENGINE_ARGS, REFUSED_ENGINE_ARGS
 from server.settings.engine_args_served import SERVED_ENGINE_ARGS
@@ -178,6 +184,34 @@ def test_traces_of_the_engine_go_where_ours_go(monkeypatch: pytest.MonkeyPatch, 
     settings = Settings(model=str(tmp_path), traces_url="http://t:4318/")
     assert vllm_arguments(settings, Slots(1, 4))[1].otlp_traces_endpoint == "http://t:4318/v1/traces"
     assert vllm_arguments(Settings(model=str(tmp_path)), Slots(1, 4))[1].otlp_traces_endpoint is None
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"allowed_media_domains": []}, {"allowed_media_domains": ["images.test"]}]
+)
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:9", "localhost:9", "[::1]:9", "169.254.169.254", "images.test@127.0.0.1:9"]
+)
+def test_no_customer_has_a_file_of_another_host_fetched(
+    tmp_path: Path, given: dict[str, Any], host: str
+) -> None:
+    made = vllm_arguments(Settings(model=str(tmp_path), engine_args=given), Slots(1, 4))[1]
+    connector = MediaConnector(allowed_media_domains=made.allowed_media_domains)
+    with pytest.raises(ValueError, match="allowed domains") as refused:
+        connector.load_from_url(f"http://{host}/a.png", ImageMediaIO())
+    told = from_vllm(str(refused.value), 400, None)
+    assert (status_of(told)[0], told.code) == (400, "unsupported_parameter")
+    assert "data: URL" in told.message
+    assert os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+
+
+def test_a_picture_in_the_request_is_read(tmp_path: Path) -> None:
+    made = vllm_arguments(Settings(model=str(tmp_path)), Slots(1, 4))[1]
+    file = io.BytesIO()
+    Image.new("RGB", (2, 3)).save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    connector = MediaConnector(allowed_media_domains=made.allowed_media_domains)
+    assert connector.load_from_url(url, ImageMediaIO()).media.size == (2, 3)
 
 
 def test_adapters_that_share_slots(tmp_path: Path) -> None:
