@@ -24,7 +24,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import URL, Connection, event, func, select, text, update
+from sqlalchemy import URL, Connection, event, select, text, update
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
@@ -189,12 +189,7 @@ class Database:
             try:
                 yield session
                 # Last, because on PostgreSQL other writers wait for this row.
-                marking = update(MetaRow).where(MetaRow.key == LAST_WRITE).values(value=mark)
-                if self.url.get_backend_name() == "sqlite":
-                    await session.execute(marking)
-                else:
-                    number = await session.scalar(marking.returning(func.txid_current()))
-                    session.info["transaction"] = number
+                await session.execute(update(MetaRow).where(MetaRow.key == LAST_WRITE).values(value=mark))
                 self._last_write = mark
             finally:
                 session.info["invalidates"] = True
@@ -233,10 +228,13 @@ class Database:
 
     async def _commit(self, session: AsyncSession) -> None:
         """Where PostgreSQL's answer is lost, asks again by another connection whether it was committed."""
+        transaction = None
+        if self.url.get_backend_name() != "sqlite":
+            await session.flush()  # only what has changed something has a number
+            transaction = await session.scalar(postgres.TRANSACTION)
         try:
             await session.commit()
         except (DBAPIError, OSError) as error:
-            transaction = session.info.get("transaction")
             lost = isinstance(error, OSError) or error.connection_invalidated
             if transaction is None or not (lost or postgres.is_outage(error)):
                 raise

@@ -15,6 +15,8 @@ from adapters.awake import AwakeTimeout
 
 # How long a commit whose answer was lost is asked for, in seconds.
 SETTLE_S = 5.0
+# The number of a transaction that has changed something, else NULL.
+TRANSACTION = text("SELECT txid_current_if_assigned()")
 _STATUS = text("SELECT txid_status(:transaction)")
 _NOT_YET = "22023"  # SQLSTATE for a transaction of the future: the standby that took over never had it
 
@@ -86,7 +88,7 @@ class _Hosts:
 
 
 async def is_committed(engine: AsyncEngine, transaction: int) -> bool:
-    """Whether ``transaction`` (``txid_current()``) was committed, whose commit got no answer.
+    """Whether ``transaction`` (of ``TRANSACTION``) was committed, whose commit got no answer.
 
     TimeoutError where the database does not say so within ``SETTLE_S`` seconds.
     """

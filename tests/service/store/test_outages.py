@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections import Counter
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import make_url, select, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from adapters.database.database import Database
-from adapters.database.rows import MetaRow
+from adapters.database.rows import MetaRow, UsageRow, now
 from adapters.errors import DatabaseUnavailable
+from server.accounts.usage import Usage, UsageWriter
 from tests.service.http.test_api import error
 from tests.support import databases, tiny
 from tests.support.fakes import FakeEngine, Times
@@ -222,6 +224,21 @@ async def test_a_commit_that_did_not_arrive_is_refused(way: tuple[str, Proxy]) -
             await write_one(database, between, passes=False)
         async with database.read() as session:
             assert await session.get(MetaRow, "one") is None
+
+
+@pytest.mark.parametrize("passes", [True, False], ids=["made", "not made"])
+async def test_usage_whose_commit_has_no_answer_is_written_once(passes: bool, way: tuple[str, Proxy]) -> None:
+    """Else a customer would be billed twice for it."""
+    url, between = way
+    async with opened(url) as database:
+        writer = UsageWriter(database, keep_days=30)
+        writer.record(Usage(now(), "acme", None, None, None, "chat", "completed", "r", output_tokens=7))
+        between.lose(b"COMMIT", passes=passes)
+        for _ in range(2):
+            with contextlib.suppress(DatabaseUnavailable):
+                await writer.flush()
+        async with database.read() as session:
+            assert (await session.scalars(select(UsageRow.output_tokens))).all() == [7]
 
 
 async def test_a_commit_of_which_nothing_is_known_is_called_that(
