@@ -95,23 +95,26 @@ class StoredSuspects:
             return
         async with self._database.write() as session:
             if now != self._mine:
-                kept = frozenset(await _value(session, META_KEY))
+                kept = frozenset(await _value(session, META_KEY, lock=True))
                 await _put(session, META_KEY, sorted(kept - self._mine | now))
             if losses != self._my_losses:
-                young = [one for one in await _value(session, LOSSES_KEY) if one["at"] > time.time() - KEPT_S]
+                found = await _value(session, LOSSES_KEY, lock=True)
+                young = [one for one in found if one["at"] > time.time() - KEPT_S]
                 others = [one for one in young if one not in self._my_losses and one not in losses]
                 await _put(session, LOSSES_KEY, others + losses)
         self._mine, self._my_losses = now, losses
 
 
-async def _value(session: AsyncSession, key: str) -> list[Any]:
-    value = await session.scalar(select(MetaRow.value).where(MetaRow.key == key))
+async def _value(session: AsyncSession, key: str, *, lock: bool = False) -> list[Any]:
+    """``lock``: of what is to be changed, since another server may change it in this moment."""
+    query = select(MetaRow.value).where(MetaRow.key == key)
+    value = await session.scalar(query.with_for_update() if lock else query)
     found: list[Any] = json.loads(value) if value else []
     return found
 
 
 async def _put(session: AsyncSession, key: str, value: list[Any]) -> None:
-    row = await session.get(MetaRow, key, with_for_update=True)
+    row = await session.get(MetaRow, key)
     if row is None:
         session.add(MetaRow(key=key, value=json.dumps(value)))
     else:
