@@ -9,8 +9,9 @@ first, so many are expected there by chance:
     m * s(2) * ... * s(n)        s(i): its share as it was known at loss i
 
 The first loss only says of whom it is asked. Where that is small, and many times smaller than for any other
-version, that one has ended the engine. A loss without it, also one at which nothing ran, clears it. A version
-that runs all the time is there whatever the reason is, and is never taken for it.
+version, that one has ended the engine. A loss without it, also one at which nothing ran, clears it, unless a
+version that was there has been found to end the engine: then that was the reason. A version that runs all the
+time is there whatever the reason is, and is never taken for it.
 
 Words of a prompt end an engine when the prompt is read. So the same is asked of versions with a request that
 began just before each loss, which even one that runs all the time seldom has. Each may err half as often.
@@ -140,6 +141,10 @@ class Evidence:
         self._stopped = now
         self.losses = (*(one for one in self.losses if one.at > now - WINDOW), Loss(now, shares))
         return guilty(self.losses)
+
+    def explained(self, guilty: Collection[str]) -> None:
+        """These have ended the engine: losses at which one of them ran say nothing of the others any more."""
+        self.losses = tuple(loss for loss in self.losses if loss.ran.keys().isdisjoint(guilty))
 
     def started(self, now: float) -> None:
         """There is an engine again."""

@@ -107,6 +107,7 @@ class Suspects:
         guilty = dict.fromkeys(sorted(self._records.keys() & set(running)), TWICE)
         for version in self.evidence.lost(running, now):
             guilty.setdefault(version, EACH_TIME.format(times=len(self.evidence.losses)))
+        self.evidence.explained(guilty)
         self._records = {version: Record() for version in sorted(set(running)) if version not in guilty}
         self._turn = None
         self._changed(self.versions)

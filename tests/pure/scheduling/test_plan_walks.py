@@ -177,6 +177,7 @@ class World:
         for version in set(self.quarantined) - before:
             assert len(self.losses) > 1
             assert all(version in there for _, there in self.losses), "it was away at one"
+        self.losses = [(at, there) for at, there in self.losses if there.isdisjoint(self.quarantined)]
         assert self.suspects == ran - set(self.quarantined)
         self.later(self.rng.uniform(0.2, 2), lambda: self.plan.engine_started(self.now))
 
