@@ -136,8 +136,12 @@ def places_of(inputs: Sequence[Input], max_running: int) -> int:
 
 
 def most_places(fields: dict[str, Any], max_running: int) -> int:
-    """The most that ``places_of`` can say of a request with these fields, which nobody has parsed."""
-    longest = max((len(value) for value in fields.values() if isinstance(value, list)), default=1)
+    """The most that ``places_of`` can say of a request with these fields, which nobody has parsed.
+
+    A list of tokens is one input, as for ``inputs_of``.
+    """
+    lists = (value for value in fields.values() if isinstance(value, list))
+    longest = max((len(each) for each in lists if not (each and isinstance(each[0], int))), default=1)
     return min(max(1, longest), max(1, max_running // _SHARE))
 
 

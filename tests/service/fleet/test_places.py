@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from server.accounts.tenants import Tenant
 from server.app import create_app
 from server.errors import ServerError, TooManyRequests, Unavailable
 from server.fleet.places import Place, Places
+from server.inference.embeddings import inputs_of, most_places
+from server.inference.embeddings import places_of as places_of_inputs
 from server.limits.memory import MemoryLedger
 from server.limits.redis import RedisLedger
 from tests.support import tiny
@@ -49,6 +52,16 @@ async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
         while not holds():
             await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "given", ["a text", ["a text"], ["one", "two", "three"], list(range(2000)), [[1, 2], [3]], ["a"] * 2000]
+)
+def test_a_gateway_counts_the_places_of_embeddings_as_a_replica_does(given: Any) -> None:
+    """A prompt as a list of tokens is one input, however long it is."""
+    inputs = inputs_of(SimpleNamespace(input=given))
+    for running in (1, 8, 256):
+        assert most_places({"input": given}, running) == places_of_inputs(inputs, running)
 
 
 async def test_requests_wait_in_order_and_large_ones_run_alone() -> None:
