@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,29 +23,31 @@ LOOK_EVERY_S = 1.0
 
 async def verify_first(services: Services, holder: str) -> None:
     """Returns when each version that answers, and has golden probes, has a verdict on this replica's engine,
-    dtype and base, or when it took too long: then it goes on in the background.
+    dtype and base or cannot have one, when it took too long (then it goes on in the background), or when it
+    broke off, as where the engine or the database is lost.
 
     That is after ``VERIFY_S`` seconds, and after ``ALONE_S`` where no other replica takes requests.
     Of several replicas of one kind that start at once one verifies, by a lease, and the others wait for it.
     What differs is logged and counted, and no reason to stay away; see ``verify_all``.
     """
-    logger.info(
-        "before requests come, versions to be verified on this kind of engine: %d",
-        len(await unverified(services)),
-    )
+    found = await unverified(services)
+    logger.info("before requests come, versions to be verified on this kind of engine: %d", len(found))
     clock = asyncio.get_running_loop().time
-    work, began = services.in_background(_in_turn(services, holder)), clock()
+    not_possible: set[Version] = set()
+    work, began = services.in_background(_in_turn(services, holder, not_possible)), clock()
     while clock() - began < VERIFY_S:
         most = VERIFY_S if await _others_answer(services, holder) else ALONE_S
         left = began + most - clock()
         await asyncio.wait([work], timeout=max(0.0, min(LOOK_EVERY_S, left)))
-        if work.done():
-            return
-        if left <= 0:
+        if work.done() or left <= 0:
             break
-    waiting = len(await unverified(services))
-    services.metrics.verified("late", waiting)
-    logger.warning("after %.0f s requests come all the same; not yet verified: %d", clock() - began, waiting)
+    with contextlib.suppress(Exception):  # the database is away: as many as there were
+        found = await unverified(services)
+    if waiting := len(set(found) - not_possible):
+        services.metrics.verified("late", waiting)
+        logger.warning(
+            "after %.0f s requests come all the same; not yet verified: %d", clock() - began, waiting
+        )
 
 
 async def _others_answer(services: Services, holder: str) -> bool:
@@ -55,7 +58,7 @@ async def _others_answer(services: Services, holder: str) -> bool:
     return any(row.id != holder and row.state == "ready" and not row.is_lost for row in rows)
 
 
-async def _in_turn(services: Services, holder: str) -> None:
+async def _in_turn(services: Services, holder: str, not_possible: set[Version]) -> None:
     here = json.dumps(services.publishing.prober.here, sort_keys=True)
     lease = f"verify {hashlib.sha256(here.encode()).hexdigest()[:32]}"
     try:
@@ -63,7 +66,7 @@ async def _in_turn(services: Services, holder: str) -> None:
             await asyncio.sleep(LOOK_EVERY_S)
         keeping = asyncio.create_task(_keep(services, lease, holder), name="loraplex-verify-lease")
         try:
-            await verify_all(services.publishing, services.metrics)
+            await verify_all(services.publishing, services.metrics, not_possible)
         finally:
             keeping.cancel()
             await asyncio.wait([keeping])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from adapters.errors import AdapterError, AdapterNotFound, fault
+from adapters.errors import AdapterError, AdapterNotFound, DatabaseUnavailable, fault
 from adapters.inspection.chat_files import read_chat_files, take_chat_files
 from adapters.inspection.golden import Golden, take
 from adapters.inspection.pickles import PICKLES, ignored_pickles
@@ -357,11 +357,13 @@ async def verify(service: Publishing, tenant: str, name: str, number: int | None
     return {"adapter": name, "version": version.number, **await _verified(service, version)}
 
 
-async def verify_all(service: Publishing, metrics: Metrics) -> None:
+async def verify_all(service: Publishing, metrics: Metrics, not_possible: set[Version] | None = None) -> None:
     """The same for every version that answers and was last held against another engine, dtype or base.
 
     One after the other, beside the customers' requests. What disagrees is logged and counted, and goes on
-    answering: whether to roll back the engine or the adapter is the operator's to say.
+    answering: whether to roll back the engine or the adapter is the operator's to say. ``not_possible`` gets
+    those that cannot be held against their probes. It breaks off, with a warning, where the server is
+    stopping or without its engine or its database.
     """
     for version in await service.catalog.unverified(service.prober.golden_here):
         if version.quarantine is not None:
@@ -369,10 +371,13 @@ async def verify_all(service: Publishing, metrics: Metrics) -> None:
         what = f"{version.tenant}/{version.adapter}@{version.number}"
         try:
             report = await _verified(service, version)
-        except Unavailable:
-            return  # the server is stopping
+        except (Unavailable, DatabaseUnavailable) as exc:
+            logger.warning("verifying golden probes breaks off at %s: %s", what, exc)
+            return
         except (AdapterError, ServerError) as exc:
             metrics.verified("not_possible")
+            if not_possible is not None:
+                not_possible.add(version)
             logger.warning("%s could not be verified: %s", what, exc)
             continue
         metrics.verified("matches" if report["matches"] else "differs")

@@ -12,12 +12,15 @@ import httpx
 import pytest
 
 from adapters.database.rows import ReplicaRow
+from adapters.errors import AdapterError, AdapterUnavailable, DatabaseUnavailable
 from adapters.inspection.golden import Agreement, Golden
 from adapters.model import Version
+from server.errors import ServerError
 from server.fleet import verifying
 from server.fleet.replica import FORGOTTEN
 from server.publishing.probe import Prober
-from tests.service.publishing.test_golden import VERIFY, trained, upload
+from server.scheduling.refusals import engine_restarting
+from tests.service.publishing.test_golden import URL, VERIFY, trained, upload
 from tests.support import tiny
 from tests.support.fakes import NATURAL_LENGTH, FakeEngine
 from tests.support.fleet import FakeReplica, Fleet, fleet, replica
@@ -221,3 +224,35 @@ async def test_a_replica_does_not_wait_for_ever(
             async with asyncio.timeout(60):
                 while await unverified(new):
                     await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "late"),
+    [
+        (engine_restarting(), 2),
+        (DatabaseUnavailable("It is away."), 2),
+        (AdapterUnavailable("There is no room."), 0),
+    ],
+)
+async def test_what_broke_off_is_late_and_what_is_not_possible_is_not(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wrong: AdapterError | ServerError,
+    late: int,
+) -> None:
+    async with fleet(tmp_path, replicas=1) as made:
+        await with_probes(made)
+        golden = await trained(made.gateway, 2)
+        assert (await upload(made.gateway, golden, 2, URL.replace("/a/", "/b/"))).status_code == 201
+
+        async def fails(*_: object) -> Agreement:
+            raise wrong
+
+        monkeypatch.setattr(Prober, "check", fails)
+        async with replica(tmp_path, engine=another_kind()) as new:
+            await made.until(lambda: len(made.directory.ready()) == 2)
+            counted = new.services.metrics._verified
+            assert (counted.labels("late")._value, counted.labels("not_possible")._value) == (late, 2 - late)
+            assert ("not yet verified: 2" in caplog.text) == (late == 2)
+            assert ("verifying golden probes breaks off at acme/a@1" in caplog.text) == (late == 2)
