@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import URL, event, text
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from adapters.awake import AwakeTimeout
@@ -103,6 +104,8 @@ async def is_committed(engine: AsyncEngine, transaction: int) -> bool:
                     return False
                 if not isinstance(error, OSError) and not is_outage(error):
                     raise
+            except NoConnectionFree:
+                pass  # all of them may wait for a server that says nothing
             else:
                 if status != "in progress":  # its process has not noticed yet that nobody waits for it
                     return bool(status == "committed")

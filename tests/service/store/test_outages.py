@@ -14,8 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 from sqlalchemy import make_url, select, text
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from adapters.database import postgres as opening_postgres
 from adapters.database.database import Database
 from adapters.database.rows import MetaRow, UsageRow, now
 from adapters.errors import DatabaseUnavailable
@@ -217,6 +219,25 @@ async def test_a_commit_whose_answer_is_lost_is_acknowledged(way: tuple[str, Pro
             assert await session.get(MetaRow, "one") is not None
 
 
+async def test_a_commit_is_asked_for_until_a_connection_is_free(
+    way: tuple[str, Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That none is says nothing about the change: at a failover all of them wait for the old primary."""
+    monkeypatch.setattr(opening_postgres, "SETTLE_S", 60.0)
+    engine = create_async_engine(way[0], pool_size=1, max_overflow=0, pool_timeout=0.2)
+    async with engine.connect() as only:
+        await only.execute(text("CREATE TABLE one (id int)"))
+        transaction = await only.scalar(opening_postgres.TRANSACTION)
+        await only.commit()
+        asking = asyncio.create_task(opening_postgres.is_committed(engine, transaction))
+        for _ in range(2):  # who asks after it is told so after it
+            await asyncio.sleep(0)
+            with pytest.raises(NoConnectionFree):
+                await engine.connect()
+    assert await asking
+    await engine.dispose()
+
+
 async def test_a_commit_that_did_not_arrive_is_refused(way: tuple[str, Proxy]) -> None:
     url, between = way
     async with opened(url) as database:
@@ -244,7 +265,7 @@ async def test_usage_whose_commit_has_no_answer_is_written_once(passes: bool, wa
 async def test_a_commit_of_which_nothing_is_known_is_called_that(
     way: tuple[str, Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters.database.postgres.SETTLE_S", 0.5)
+    monkeypatch.setattr(opening_postgres, "SETTLE_S", 0.5)
     url, between = way
     async with opened(url) as database:
         with pytest.raises(DatabaseUnavailable, match="is not known"):
