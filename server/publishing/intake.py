@@ -35,7 +35,7 @@ class Place:
     def __init__(self, intake: Intake, tenant: str, most: int | None, used: int) -> None:
         self.tenant = tenant
         self._intake = intake
-        self.most = most
+        self._most = most
         self._used = used
         self._stored_before = intake.stored[tenant]
         self._came = self._wrote = self._looked = 0
@@ -75,10 +75,10 @@ class Place:
     async def _look(self) -> None:
         coming = self._intake.coming(self.tenant)
         stored = self._used + self._intake.stored[self.tenant] - self._stored_before
-        if self.most is not None and stored + coming > self.most:
+        if self._most is not None and stored + coming > self._most:
             raise QuotaExceeded(
                 f"What you store takes {stored} bytes, the uploads that are coming {coming}, and you may have"
-                f" {self.most}. Delete versions or files that you do not need, or ask for more."
+                f" {self._most}. Delete versions or files that you do not need, or ask for more."
             )
         if self._came + self._wrote - self._looked >= LOOK_EVERY:
             self._looked = self._came + self._wrote

@@ -184,7 +184,7 @@ async def test_the_reserve_of_the_disk_stays_free(tmp_path: Path, monkeypatch: p
         intake = site.services.intake
         async with Sender.begun(site, key) as sender:
             await coming(site, 1)
-            monkeypatch.setattr(intake, "_reserve", 1 << 60)
+            monkeypatch.setattr(intake, "reserve", 1 << 60)
             await sender.send(6 * MIB)
             assert await sender.status() == 507
         refused = await upload(site, key)

@@ -106,7 +106,7 @@ async def test_ready_says_apart_what_cannot_be_done(
         elif part == "writes":
             monkeypatch.setattr(site.services.database, "ping_write", unreachable)
         elif part == "room":
-            monkeypatch.setattr(site.services.intake, "_reserve", 1 << 60)
+            monkeypatch.setattr(site.services.intake, "reserve", 1 << 60)
         else:
             shutil.rmtree(tmp_path / "quarantine")
         ready = await site.http.get("/ready")
