@@ -6,7 +6,8 @@ meanwhile unread: uvloop calls the timers first. So that nobody is given up for 
 
     AwakeTimeout   as ``asyncio.timeout``: for one answer that is awaited
     AwakeClock     a clock for ages: how long somebody has been silent, how fast something comes
-    stood_still    for a callback of ``call_later``: whether to look again after ``GRACE_S``
+    grace          for a callback of ``call_later``: in how long to look once more before it is believed
+    stood_still    the same, where only a timer that is far too late is in doubt
 """
 
 from __future__ import annotations

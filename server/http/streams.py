@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from adapters.awake import GRACE_S, stood_still
+from adapters.awake import grace
 from adapters.errors import AdapterError
 from server.errors import ServerError
 from server.http.middleware import ClientLeft
@@ -179,6 +179,7 @@ class LeasedResponse(StreamingResponse):
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout(None)
         timer: asyncio.TimerHandle
+        spared: float | None = None  # the message for which the client had its grace, by its time
         self._way = way = Way(send, Pieces.of(scope))
         if isinstance(self._stream, LeasedStream | Late):
             self._stream.goes_to(way)
@@ -186,10 +187,11 @@ class LeasedResponse(StreamingResponse):
 
         def look() -> None:
             """One timer a response: one for each chunk costs as much as the chunk's own way through."""
-            nonlocal timer
+            nonlocal timer, spared
             due = self._client_timeout + (loop.time() if way.waiting is None else way.waiting)
-            if due <= loop.time() and stood_still(loop, timer):
-                due = loop.time() + GRACE_S  # the client may have read it all
+            if due <= loop.time() and spared != way.waiting:
+                spared = way.waiting
+                due = loop.time() + grace(loop, timer)  # the client may have read it all
             if due > loop.time():
                 timer = loop.call_at(due, look)
             else:

@@ -155,6 +155,39 @@ def test_a_client_that_read_meanwhile_is_not_taken_for_one_that_does_not() -> No
     assert clock.run(scenario(False)) == 2, "left after a while"
 
 
+def test_a_limit_that_is_due_as_a_pause_ends_waits_for_what_was_read_meanwhile() -> None:
+    """A timer that is hardly late tells nothing of the pause before it."""
+
+    async def scenario(reads: bool) -> tuple[int, float]:
+        loop, sent, room = asyncio.get_running_loop(), 0, asyncio.Event()
+
+        async def send(message: Any) -> None:
+            nonlocal sent
+            sent += 1
+            if sent == 2:
+                await room.wait()
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        response = LeasedResponse(Stream(), None, {}, client_timeout=60, keepalive=0)  # type: ignore[arg-type]
+        began = loop.time()
+        answering = asyncio.create_task(response({"type": "http", "method": "POST"}, receive, send))
+        await asyncio.sleep(10)
+        stand_still(began + 60.5 - loop.time())
+        for _ in range(5):
+            await asyncio.sleep(0)  # what was due is done
+        if reads:
+            room.set()
+        await answering
+        return sent, loop.time() - began
+
+    assert clock.run(scenario(True))[0] == 4, "the head, two pieces, the end"
+    sent, seconds = clock.run(scenario(False))
+    assert sent == 2
+    assert seconds < 62, "left after a moment"
+
+
 def test_an_upload_is_not_slow_for_a_pause_of_the_server(tmp_path: Path) -> None:
     async def scenario(still: bool) -> bool:
         async def used(_: str) -> int:
