@@ -20,6 +20,7 @@ Workload = Literal["overhead", "cold", "storm", "churn", "noisy"]
 
 
 def bench(
+    context: typer.Context,
     url: Annotated[str, typer.Argument(help="Where the server is.", show_default=False)],
     model: Annotated[
         list[str] | None, typer.Option(help="Once for each; all of the keys' models if not given.")
@@ -35,7 +36,7 @@ def bench(
     workload: Annotated[
         Workload | None,
         typer.Option(
-            help="One of `make bench`'s, each phase for --seconds, in the place of --rate and --burst."
+            help="One of `make bench`'s, each phase with clients for --seconds; without --rate and --burst."
         ),
     ] = None,
     rate: Annotated[float, typer.Option(min=0.01, help="Requests a second.")] = 2.0,
@@ -58,6 +59,9 @@ def bench(
     try:
         if not given:
             raise RemoteError("no_key", "Give customers' keys with --key, --keys or LORAPLEX_KEY.")
+        if workload is not None and (dropped := _given(context, "rate", "burst")):
+            said = f"--workload has its own arrivals; leave out {' and '.join(dropped)}."
+            raise RemoteError("not_with_workload", said)
         if workload is None:
             shots = run(url, given, model or [], load)
             rows = report.rows(shots)
@@ -75,3 +79,9 @@ def bench(
     if plot is not None:
         plot.write_text(report.page(url, rows, shots), encoding="utf-8")
     raise SystemExit(0 if any(shot.error is None for shot in shots) else 1)
+
+
+def _given(context: typer.Context, *names: str) -> list[str]:
+    """Those of the options that were typed."""
+    sources = ((name, context.get_parameter_source(name)) for name in names)
+    return [f"--{name}" for name, source in sources if source is not None and source.name == "COMMANDLINE"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ from server.cli.bench import Workload
 from server.cli.bench_load import Asked, Load, Shot
 from server.cli.bench_report import as_json, page, percentile, rows
 from server.cli.bench_run import _take
-from server.cli.bench_workloads import WORKLOADS
+from server.cli.bench_workloads import WORKLOADS, Bench, storm
 from server.cli.chat import Side
 from tests.service.cli.test_commands import run
 from tests.support import tiny
@@ -117,6 +118,26 @@ PHASES = {
 }
 
 
+async def test_a_storm_of_many_models_comes_while_the_busy_client_asks() -> None:
+    lasted = []
+
+    class Noted(Bench):
+        async def closed(self, phase: str, clients: Sequence[Iterator[Asked]]) -> None:
+            pass
+
+        async def each(self, phase: str, models: Sequence[Asked], apart: float | None = None) -> None:
+            assert apart is not None
+            lasted.append(len(models) * apart)
+
+    async def ask(asked: Asked, max_tokens: int) -> Shot:
+        raise AssertionError("nobody is asked")
+
+    for models in (3, 100):
+        choices = [Asked(str(at), "k") for at in range(models)]
+        await storm(Noted(ask, choices, LOAD, random.Random(1), {}))
+    assert lasted == pytest.approx([1.0, LOAD.seconds])
+
+
 async def test_workloads_by_name(tmp_path: Path) -> None:
     assert list(PHASES) == list(WORKLOADS) == list(get_args(Workload))
     async with fake_site(tmp_path / "data", FakeEngine(tiny.base(), times=Times(step=0.002))) as site:
@@ -151,5 +172,8 @@ async def test_workloads_by_name(tmp_path: Path) -> None:
             row["outcome"] for row in (await site.admin.get("/admin/v1/requests")).json()["data"]
         )
         assert list(counted) == ["completed"]
+        for option in ("--rate", "--burst"):
+            dropped = await run(site, *words, *models, "--workload", "overhead", option, "2")
+            assert (dropped.exit_code, f"leave out {option}" in dropped.stderr) == (1, True)
         few = await run(site, *words, "--model", "a", "--workload", "storm")
         assert (few.exit_code, "too_few_models" in few.stderr) == (1, True)
