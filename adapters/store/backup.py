@@ -56,11 +56,15 @@ class BackupRuns(BackupFailed):
     """Another one is being written to the same folder."""
 
 
+class BackupFull(BackupFailed):
+    """It would leave less free than is to stay so where it is written."""
+
+
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """``copied`` and ``present`` count adapters' files. Not in the copy are ``broken``, digests whose bytes
-    are other ones, and ``missing``, those that rows name and nothing holds. ``verified`` counts those of
-    ``present`` that were read again, and ``repaired`` names those of ``copied`` that had rotted there."""
+    """``copied`` and ``present`` count adapters' files. Not whole in the copy are ``broken``, digests whose
+    bytes are other ones, and ``missing``, those that rows name and nothing holds. ``verified`` counts those
+    of ``present`` that were read again, and ``repaired`` names those of ``copied`` that had rotted there."""
 
     copied: int
     present: int
@@ -75,8 +79,9 @@ def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = ""
 
     A server may be writing to both meanwhile. Files whose bytes are not those of their name are left out, and
     so are files that are not there; both are named in the result. A part of what is there already is read
-    again, and copied anew where it has rotted. Raises BackupFailed, also before less than ``reserve`` bytes
-    would be free where ``folder`` is, and OSError where a disk fails.
+    again, and copied anew where it has rotted. Raises BackupFailed, BackupFull where less than ``reserve``
+    bytes would be free where ``folder`` is, and OSError where a disk fails. How large a PostgreSQL database
+    and blobs of an object store are is known once they are written; that they left too little is seen then.
     """
     url = checked_url(database_url)
     if url.get_backend_name() == "sqlite" and not Path(str(url.database)).is_file():
@@ -261,7 +266,7 @@ def _from(blobs: Path, blobs_url: str) -> _Copy:
 
 
 def _within(reserve: int, copy: _Copy, blobs: Path, folder: Path) -> _Copy:
-    """``copy``, which raises BackupFailed before less than ``reserve`` bytes are free in ``folder``; of what
+    """``copy``, which raises BackupFull before less than ``reserve`` bytes are free in ``folder``; of what
     comes out of the object store, whose size is not known, afterwards."""
 
     def within(digest: str, into: Path) -> bool:
@@ -274,9 +279,9 @@ def _within(reserve: int, copy: _Copy, blobs: Path, folder: Path) -> _Copy:
 
 
 def _refuse_full(folder: Path, reserve: int, more: int = 0) -> None:
-    """BackupFailed if ``more`` bytes leave less than ``reserve`` where ``folder`` is."""
+    """BackupFull if ``more`` bytes leave less than ``reserve`` where ``folder`` is."""
     if shutil.disk_usage(folder).free < reserve + more:
-        raise BackupFailed(
+        raise BackupFull(
             f"{folder} has no room: DISK_RESERVE ({reserve} bytes) stays free there. Free some, or back up to"
             " another disk"
         )

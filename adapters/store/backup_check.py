@@ -1,4 +1,4 @@
-"""Whether a backup can be restored as a whole: its rows, and every byte that they name."""
+"""Whether a backup can be restored as a whole: its rows, and every byte of the adapters that they name."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import Field
 
+from adapters.errors import StorageFull
 from adapters.store import backup
 from adapters.store.blobs import disk_errors
 from adapters.tasks import run_in_thread
@@ -87,6 +88,8 @@ def _back_up(services: Services, folder: Path) -> backup.Backup:
         )
     except backup.BackupRuns as exc:
         raise Conflict(f"{str(exc).capitalize()}. Try again when it has ended.") from exc
+    except backup.BackupFull as exc:
+        raise StorageFull(f"The backup ended, and the one before is as it was: {exc}.") from exc
     except backup.BackupFailed as exc:
         message = f"The backup failed, and the one before is as it was: {exc}."
         raise Internal(message, code="backup_failed") from exc

@@ -235,7 +235,7 @@ class Serving(BaseSettings):
         ByteSize(512 << 20),
         ge=0,
         description="Room in DATA_DIR, and beside a SQLite database, that no upload takes; then it gets 507."
-        " No backup takes it where it is written.",
+        " A backup that leaves less where it goes gets 507.",
     )
     keep_versions: int = Field(
         0, ge=0, description="Versions of an adapter that an upload leaves, beside those that answer; 0: all."
