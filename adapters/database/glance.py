@@ -10,10 +10,15 @@ from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, create_engine, func, inspect, select
 from sqlalchemy.exc import DatabaseError
-from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from adapters.database.database import OPEN_BUSY_TIMEOUT_MS, check_revision, newest_revision
+from adapters.database import postgres
+from adapters.database.database import (
+    OPEN_BUSY_TIMEOUT_MS,
+    OPEN_CONNECT_TIMEOUT_S,
+    check_revision,
+    newest_revision,
+)
 from adapters.database.rows import AuditRow, MetaRow, VersionRow
 from adapters.database.unusable import ordinary, usable
 
@@ -45,7 +50,7 @@ async def glance(url: URL, installation_key: str) -> Glance:
     with usable(url):
         if url.get_backend_name() == "sqlite":
             return await asyncio.to_thread(_file, Path(str(url.database)), installation_key)
-        engine = create_async_engine(url, poolclass=NullPool)
+        engine = postgres.once(url, OPEN_CONNECT_TIMEOUT_S)
         try:
             async with engine.connect() as connection:
                 return await connection.run_sync(_look, installation_key)

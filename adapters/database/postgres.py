@@ -11,6 +11,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
 
 from adapters.awake import AwakeTimeout
 
@@ -53,6 +54,12 @@ def engine(url: URL, connect_timeout: float, statement_timeout: float | None) ->
             context.is_disconnect = True
 
     return made
+
+
+def once(url: URL, connect_timeout: float) -> AsyncEngine:
+    """For a few statements that may take as long as they need, on a connection each. Time in seconds."""
+    arguments = {"timeout": connect_timeout, "async_creator_fn": _Hosts().connect}
+    return create_async_engine(url, poolclass=NullPool, connect_args=arguments)
 
 
 class _Hosts:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from sqlalchemy import URL, Connection, delete, func, insert, select, text
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from adapters.database.database import Database, check_revision, newest_revision
+from adapters.database import postgres
+from adapters.database.database import OPEN_CONNECT_TIMEOUT_S, Database, check_revision, newest_revision
 from adapters.database.rows import AuditRow, Base, MetaRow, TenantRow, UsageRow, VersionRow
 
 _BATCH = 1000
@@ -30,10 +31,7 @@ async def transfer(source: URL, target: URL) -> None:
         await made.open()
     finally:
         await made.close()
-    reading, writing = (
-        create_async_engine(source, poolclass=NullPool),
-        create_async_engine(target, poolclass=NullPool),
-    )
+    reading, writing = _engine(source), _engine(target)
     try:
         if source.get_backend_name() != "sqlite":
             reading = reading.execution_options(isolation_level="REPEATABLE READ")
@@ -54,6 +52,12 @@ async def transfer(source: URL, target: URL) -> None:
     finally:
         await reading.dispose()
         await writing.dispose()
+
+
+def _engine(url: URL) -> AsyncEngine:
+    if url.get_backend_name() == "sqlite":
+        return create_async_engine(url, poolclass=NullPool)
+    return postgres.once(url, OPEN_CONNECT_TIMEOUT_S)
 
 
 def _check_schema(connection: Connection) -> None:

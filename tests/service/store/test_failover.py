@@ -10,9 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from adapters.database.glance import glance
+from adapters.database.rows import MetaRow
+from adapters.database.urls import checked_url
+from adapters.store.transfer import transfer
 from tests.service.http.test_api import error
 from tests.service.store.test_outages import until, until_ready
-from tests.support import tiny
+from tests.support import databases, tiny
 from tests.support.services import PostgresServer
 from tests.support.tiny import fake_site
 
@@ -82,3 +86,32 @@ async def test_a_primary_that_became_a_standby_is_left(
         await until(lambda: site.admin.post("/admin/v1/tenants", json={"id": "late"}), 201)
         await until_ready(site)
     assert standby.ask("SELECT count(*) FROM tenants") == "2"
+
+
+async def test_a_restore_goes_to_the_promoted_standby_and_a_start_looks_there(
+    tmp_path: Path, pair: tuple[PostgresServer, PostgresServer]
+) -> None:
+    """The first host takes connections, and no changes."""
+    primary, standby = pair
+    url = checked_url(both(primary, standby))
+    async with databases.opened("sqlite", tmp_path) as source:
+        async with source.write() as session:
+            session.add(MetaRow(key="installation", value="here"))
+        await asyncio.to_thread(primary.ask, "ALTER SYSTEM SET default_transaction_read_only = on")
+        await asyncio.to_thread(primary.ask, "SELECT pg_reload_conf()")
+        await asyncio.to_thread(standby.promote)
+        await transfer(source.url, url)
+    assert (await glance(url, "installation")).installation == "here"
+
+
+async def test_a_start_looks_past_a_primary_that_says_nothing(
+    pair: tuple[PostgresServer, PostgresServer],
+    frozen: list[psutil.Process],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("adapters.database.glance.OPEN_CONNECT_TIMEOUT_S", 20.0)
+    primary, standby = pair
+    frozen.extend(primary.freeze())
+    await asyncio.to_thread(standby.promote)
+    seen = await glance(checked_url(both(primary, standby)), "installation")
+    assert seen.revision is None
