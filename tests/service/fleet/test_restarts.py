@@ -190,6 +190,23 @@ async def test_a_replica_that_is_verified_says_so(tmp_path: Path, monkeypatch: p
             assert f"loraplex_replica_verifying{of_new}0.0" in page
 
 
+async def test_a_replica_is_verified_though_the_database_fails_a_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet(tmp_path, replicas=1) as made:
+        await with_probes(made)
+        checks = Checks(monkeypatch)
+        checks.going.set()
+
+        async def away(_: Any) -> list[Version]:
+            raise DatabaseUnavailable("The database does not answer.")
+
+        monkeypatch.setattr(verifying, "unverified", away)
+        async with replica(tmp_path, engine=another_kind()):
+            await made.until(lambda: len(made.directory.ready()) == 2)
+            assert checks.number == 1
+
+
 async def test_one_alone_is_verified_for_a_shorter_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
