@@ -253,7 +253,8 @@ async def _start(
     if settings.role == "all":
         await _sweep(stores)
     catalog, metrics = stores.catalog, stores.metrics
-    suspects = await StoredSuspects(stores.database).open()
+    owner = settings.reached_at if settings.role == "replica" else ""
+    suspects = await StoredSuspects(stores.database, owner).open()
     stack.push_async_callback(suspects.stop)
     engine = await start_engine(settings)
     stack.push_async_callback(engine.stop)

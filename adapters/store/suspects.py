@@ -1,7 +1,8 @@
 """Which versions are suspected of having ended the engine, and its last losses, beyond a process's end.
 
 See ``server.scheduling.suspects`` and ``evidence`` for what follows from that. A row of ``meta`` each has
-them, as a JSON list.
+them, as a JSON list. Servers that share a database share the suspects. A loss is of one server's engine, and
+says nothing of what ran in others: it has an ``owner``, and is told to that one only.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -27,18 +29,37 @@ KEPT_S = 3600.0  # a loss; longer than anything asks for it
 RETRY_S = 2.0
 STOP_S = 5.0
 
+T = TypeVar("T")
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class KeptLoss(BaseModel):
+    """What ``server.scheduling.evidence.Loss`` makes JSON of, and whose it is; see ``StoredSuspects``."""
+
+    model_config = ConfigDict(extra="allow")
+
+    at: FiniteFloat
+    ran: dict[str, tuple[Share, Share | None]]
+    owner: str = ""
+
+
+VERSION = TypeAdapter(str)
+LOSS = TypeAdapter(KeptLoss)
+
 
 class StoredSuspects:
     """``versions`` are who they are once it is open; then ``note`` says so, and a task writes it down.
 
-    ``losses`` are those that the database had, as ``note_losses`` was told them: objects of JSON with a
-    moment ``at``, in seconds of ``time.time()``.
+    ``losses`` are those of ``owner`` that the database had, as ``note_losses`` was told them: objects of JSON
+    with a moment ``at``, in seconds of ``time.time()``. ``owner`` is the same after a restart: the URL of a
+    replica, "" for a server that has the database alone.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, owner: str) -> None:
         self.versions: frozenset[str] = frozenset()
         self.losses: list[dict[str, Any]] = []
         self._database = database
+        self._owner = owner
         self._mine: frozenset[str] = frozenset()  # as this process has written them
         self._now: frozenset[str] = frozenset()
         self._my_losses: list[dict[str, Any]] = []
@@ -49,8 +70,10 @@ class StoredSuspects:
     async def open(self) -> Self:
         """Reads what the database has, and starts the task that writes it."""
         async with self._database.read() as session:
-            found = frozenset(await _value(session, META_KEY))
-            self.losses = await _value(session, LOSSES_KEY)
+            found = frozenset(await _value(session, META_KEY, VERSION))
+            losses = await _value(session, LOSSES_KEY, LOSS)
+        mine = [one for one in losses if one.owner == self._owner]
+        self.losses = [one.model_dump(include={"at", "ran"}) for one in mine]
         self.versions = self._mine = self._now = found
         self._my_losses = self._losses_now = self.losses
         self._writing = asyncio.create_task(self._write_forever(), name="loraplex-suspects")
@@ -95,21 +118,37 @@ class StoredSuspects:
             return
         async with self._database.write() as session:
             if now != self._mine:
-                kept = frozenset(await _value(session, META_KEY, lock=True))
+                kept = frozenset(await _value(session, META_KEY, VERSION, lock=True))
                 await _put(session, META_KEY, sorted(kept - self._mine | now))
             if losses != self._my_losses:
-                found = await _value(session, LOSSES_KEY, lock=True)
-                young = [one for one in found if one["at"] > time.time() - KEPT_S]
-                others = [one for one in young if one not in self._my_losses and one not in losses]
-                await _put(session, LOSSES_KEY, others + losses)
+                found = await _value(session, LOSSES_KEY, LOSS, lock=True)
+                young = [one for one in found if one.at > time.time() - KEPT_S]
+                others = [one.model_dump() for one in young if one.owner != self._owner]
+                mine = [dict(one, owner=self._owner) for one in losses]
+                await _put(session, LOSSES_KEY, others + mine)
         self._mine, self._my_losses = now, losses
 
 
-async def _value(session: AsyncSession, key: str, *, lock: bool = False) -> list[Any]:
-    """``lock``: of what is to be changed, since another server may change it in this moment."""
+async def _value(session: AsyncSession, key: str, form: TypeAdapter[T], *, lock: bool = False) -> list[T]:
+    """Without what is of another form, as another release or a person may have left it.
+
+    ``lock``: of what is to be changed, since another server may change it in this moment.
+    """
     query = select(MetaRow.value).where(MetaRow.key == key)
     value = await session.scalar(query.with_for_update() if lock else query)
-    found: list[Any] = json.loads(value) if value else []
+    try:
+        rows = json.loads(value or "[]")
+        if not isinstance(rows, list):
+            raise ValueError(f"not a list: {type(rows).__name__}")
+    except ValueError as exc:
+        logger.warning("the %s in the database are of another form, and left out: %s", key, exc)
+        return []
+    found = []
+    for row in rows:
+        try:
+            found.append(form.validate_python(row))
+        except ValidationError as exc:
+            logger.warning("one of the %s in the database is of another form, and left out: %s", key, exc)
     return found
 
 

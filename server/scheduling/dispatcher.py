@@ -70,7 +70,8 @@ class Dispatcher(EngineLoop):
     ``on_fault`` is called with a version's key and a reason, for a version that ran in two losses in a row.
     ``suspects`` are the keys of those that ran in the last one, also in another process before this, and
     ``on_suspects`` is called with all of them whenever they change. ``on_losses`` is called at each loss with
-    all that still matter, as ``Loss.as_json`` with times of ``time.time()``; ``losses`` are those of before.
+    all that still matter, as ``Loss.as_json`` with times of ``time.time()``; ``losses`` are its own of
+    before.
     ``preparation`` is done beside the engine, before it is asked to stage a version.
     """
 
