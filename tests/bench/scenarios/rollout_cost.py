@@ -349,8 +349,8 @@ SCENARIO = Simulation(
             )
             for many in LOOKED_AT
         ),
-        Measure("pair_alone", "a request to an adapter without a rollout, its client's part included", "ms"),
-        Measure("pair_more", "a request to an adapter with a rollout: more than without, looks apart", "ms"),
+        Measure("pair_alone", "a request without a rollout, its client's part included", "ms"),
+        Measure("pair_more", "a request with a rollout: more than without, looks apart", "ms"),
         Measure("pair_least", "… 95 % interval, from  ", "ms"),
         Measure("pair_most", "… to  ", "ms"),
         Measure(

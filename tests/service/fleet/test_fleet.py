@@ -205,12 +205,15 @@ class TestAnswering:
         def held() -> int:
             return sum(len(one.services.dispatcher._leases) for one in two.replicas)
 
+        gateway = two.gateway.services.dispatcher
         running = asyncio.create_task(read(two.gateway, key, body(400)))
         await two.until(lambda: held() == 1)
         waiting = asyncio.create_task(read(two.gateway, key, body(60)))
-        await two.until(lambda: held() == 2)
+        await two.until(lambda: gateway.snapshot().queued == {"acme": 1})
+        assert held() == 1, "its customer's place is taken"
         waiting.cancel()
-        await two.until(lambda: held() == 1)
+        await two.until(lambda: not gateway.snapshot().queued)
+        assert held() == 1
         running.cancel()
         await two.until(lambda: held() == 0)
         await two.until(lambda: not any(one.app.state.replica.calls for one in two.replicas))

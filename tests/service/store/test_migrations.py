@@ -147,8 +147,8 @@ async def test_a_database_of_a_newer_version_is_refused_and_left_alone(url: str)
 async def test_an_upgrade_that_fails_leaves_nothing_behind(url: str, tmp_path: Path) -> None:
     (tmp_path / "private").mkdir()
     database = Database(url)
-    async with database.append() as session:
-        await session.execute(text("CREATE TABLE versions (something INTEGER)"))
+    async with database._engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE versions (something INTEGER)"))
     with pytest.raises(DatabaseError, match=r"versions.*already exists"):
         await database.open()
     async with database.read() as session:
