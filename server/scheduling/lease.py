@@ -107,10 +107,11 @@ class Lease:
         self.prompt_tokens += max(0, prompt_tokens - prompt)
         self.output_tokens += output_tokens - output
         self.cached_tokens += max(0, cached_tokens - cached)
+        now = self._owner.now()
         if self.first_token_after is None and output_tokens:
-            self.first_token_after = self.age
+            self.first_token_after = now - self._since
         if self.streamed and output_tokens > output:
-            self._time_tokens(output_tokens - output)
+            self._time_tokens(output_tokens - output, now)
         counted = self._counted[2]
         if counted == 0 or self.output_tokens - counted >= REPORT_EVERY:
             self._report()
@@ -160,8 +161,7 @@ class Lease:
         self._counted = now
         self._owner.progressed(self)
 
-    def _time_tokens(self, new: int) -> None:
-        now = self._owner.now()
+    def _time_tokens(self, new: int, now: float) -> None:
         if self._token_times is None:
             self._token_times = self._owner.metrics.token_times(self.tenant)
             self._token_times.first(now - self._since)
