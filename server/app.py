@@ -369,7 +369,8 @@ async def _join_fleet(
     async def chores() -> None:
         await _sweep(stores, shared=True)
         await stores.usage_writer.roll_up()
-        await verify_all(services.publishing, stores.metrics)
+        if not services.verifying:  # or the replica is at it
+            await verify_all(services.publishing, stores.metrics)
 
     replica = Replica(
         services,

@@ -17,7 +17,7 @@ from adapters.inspection.golden import Agreement, Golden
 from adapters.model import Version
 from server.errors import ServerError
 from server.fleet import verifying
-from server.fleet.replica import FORGOTTEN
+from server.fleet.replica import FORGOTTEN, Replica
 from server.publishing.probe import Prober
 from server.scheduling.refusals import engine_restarting
 from tests.service.publishing.test_golden import URL, VERIFY, trained, upload
@@ -273,3 +273,27 @@ async def test_what_broke_off_is_late_and_what_is_not_possible_is_not(
             assert (counted.labels("late")._value, counted.labels("not_possible")._value) == (late, 2 - late)
             assert ("not yet verified: 2" in caplog.text) == (late == 2)
             assert ("verifying golden probes breaks off at acme/a@1" in caplog.text) == (late == 2)
+
+
+async def test_chores_do_not_verify_what_the_replica_is_verifying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, chores = asyncio.Event(), Replica._do_chores
+
+    async def seen(one: Replica) -> None:
+        await chores(one)
+        done.set()
+
+    async with fleet(tmp_path, replicas=1) as made:
+        (old,) = made.replicas
+        await with_probes(made)
+        old.app.state.replica._beating.cancel()
+        await asyncio.wait([old.app.state.replica._beating])
+        await old.services.replicas.release(old.id)
+        checks = Checks(monkeypatch)
+        monkeypatch.setattr(Replica, "_do_chores", seen)
+        async with replica(tmp_path, engine=another_kind()):
+            await made.until(lambda: checks.number > 0)
+            await made.until(lambda: done.is_set() or checks.number > 1)
+            assert checks.number == 1
+            checks.going.set()
