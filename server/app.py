@@ -415,7 +415,7 @@ async def _start_gateway(settings: Settings, stores: _Stores, stack: AsyncExitSt
         elsewhere=RemotePublisher(directory, stores.blobs),
     )
     services = _services(settings, stores, engine, dispatcher, answers, publishing)
-    services.peers = FleetResidency(directory)
+    services.peers = FleetResidency(directory, answers.places.waiting)
     if stores.cache is not None:
         services.in_background(stores.cache.open())
     logger.info("ready: a gateway, with %d replicas", len(directory.all()))

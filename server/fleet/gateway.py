@@ -30,7 +30,7 @@ from server.fleet.wire import PREFIX, Kind, as_json, frame, framed, piece, versi
 from server.metrics import Gauges, ReplicaGauges
 from server.publishing.publish import Published
 from server.scheduling.lease import Lease
-from server.scheduling.nouns import Snapshot
+from server.scheduling.nouns import Snapshot, by_tenant
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class FleetDispatcher:
             slots=sum(one["gpu_slots"] for one in said),
             slots_used=sum(len(one["in_slots"]) for one in said),
             host_slots=sum(one.capacity.host_slots for one in facts),
-            queued=self._answers.places.waiting(),
+            queued=by_tenant(self._answers.places.waiting()),
             running=Counter(lease.tenant for lease in self._answers.leases.values()),
             in_step_loads=0,
             replicas=[

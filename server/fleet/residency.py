@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from adapters.awake import AwakeTimeout
@@ -24,8 +24,10 @@ Seen = tuple[JSON, JSON | None]  # what is known of a replica, and what it told;
 class FleetResidency:
     """``server.http.services.Peers``: asks each replica, whenever somebody looks."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, waiting: Callable[[], Mapping[str, int]]) -> None:
+        """``waiting``: the requests that wait at this gateway, by queue."""
         self._directory = directory
+        self._waiting = waiting
 
     async def residency(self, own: JSON, events: int, replica: str | None) -> dict[str, Any]:
         """What a single process would show as ``own``, of all replicas or of the one with that id.
@@ -41,7 +43,10 @@ class FleetResidency:
                 param="replica",
             )
         told = await asyncio.gather(*(self._ask(one, events) for one in chosen))
-        return merged(own, [(_known(one), said) for one, said in zip(chosen, told, strict=True)], events > 0)
+        found = merged(own, [(_known(one), said) for one, said in zip(chosen, told, strict=True)], events > 0)
+        if replica is None:  # and what waits here for a place of its customer
+            found["queued"] = _by_tenant([found["queued"], self._waiting()])
+        return found
 
     async def _ask(self, one: Known, events: int) -> JSON | None:
         try:

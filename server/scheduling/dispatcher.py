@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, Protocol
 
 from adapters.awake import LOOK_S
@@ -43,6 +43,7 @@ from server.scheduling.nouns import (
     Stage,
     Suspect,
     Warmed,
+    by_tenant,
 )
 from server.scheduling.refusals import engine_stopped, error_of
 from server.telemetry.by_adapter import Loaded
@@ -293,8 +294,8 @@ class Dispatcher(EngineLoop):
             slots=self._capacity.gpu_slots,
             slots_used=gpu,
             host_slots=self._capacity.host_slots,
-            queued=_by_tenant(snapshot.queued),
-            running=_by_tenant(snapshot.running),
+            queued=by_tenant(snapshot.queued),
+            running=by_tenant(snapshot.running),
             in_step_loads=self._in_step_loads,
             busy_slots=sum(bool(slot.running) for slot in snapshot.slots),
             most_running=self._capacity.max_running,
@@ -473,12 +474,3 @@ class Dispatcher(EngineLoop):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _by_tenant(queues: Mapping[str, int]) -> dict[str, int]:
-    """What waits in the background counts as its tenant's."""
-    found: dict[str, int] = {}
-    for queue, number in queues.items():
-        tenant = queue.partition("/")[0]
-        found[tenant] = found.get(tenant, 0) + number
-    return found

@@ -352,3 +352,12 @@ class Snapshot:
     drains: int
     preemptions: int
     draining: bool
+
+
+def by_tenant(queues: Mapping[str, int]) -> dict[str, int]:
+    """What waits in the background counts as its tenant's."""
+    found: dict[str, int] = {}
+    for queue, number in queues.items():
+        tenant = queue.partition("/")[0]
+        found[tenant] = found.get(tenant, 0) + number
+    return found
