@@ -105,13 +105,19 @@ def as_lines(recording: Mapping[str, Any]) -> list[str]:
 
 
 def from_log(text: str) -> dict[str, Any]:
-    """The recording whose ``as_lines`` stand in ``text`` among others. ValueError where one is missing."""
-    found = re.findall(r"recording (\d+)/(\d+): ([A-Za-z0-9+/=]+)", text)
+    """The last recording whose ``as_lines`` stand in ``text`` among others. ValueError where a line is
+    missing or cut.
+    """
+    start = text.rfind("recording 1/")  # each process may have written one
+    found = re.findall(r"recording (\d+)/(\d+): ([A-Za-z0-9+/=]+)", text[max(0, start) :])
     parts = {int(number): part for number, _, part in found}
     if not found or sorted(parts) != list(range(1, int(found[0][1]) + 1)):
         raise ValueError(f"not all lines of a recording are here: {sorted(parts)} of {found and found[0][1]}")
     packed = "".join(part for _, part in sorted(parts.items()))
-    recording: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(packed)))
+    try:
+        recording: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(packed)))
+    except zlib.error as exc:
+        raise ValueError(f"a line of the recording is not as it was written: {exc}") from exc
     return recording
 
 

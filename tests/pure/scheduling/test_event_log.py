@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from typing import Any
 
 import pytest
 
+from server.scheduling import checkpoints
 from server.scheduling.checkpoints import as_json, restored
 from server.scheduling.event_log import LINE, EventLog, as_lines, from_log, replay
 from server.scheduling.nouns import Ask, Capacity, Effect
@@ -99,6 +101,31 @@ def test_a_recording_comes_back_from_the_lines_of_a_log() -> None:
     for missing in (lines[1:], lines[:-1], []):
         with pytest.raises(ValueError, match="not all lines"):
             from_log("\n".join(missing))
+
+
+def test_of_several_recordings_in_a_log_the_last_comes_back() -> None:
+    """A server was started again, and its plan was wrong again. The second is shorter."""
+    first, second = {"events": [str(n * n) for n in range(20_000)]}, {"events": ["the last"]}
+    assert len(as_lines(first)) > len(as_lines(second)) == 1
+    assert from_log("\n".join(as_lines(first) + as_lines(second))) == second
+    assert from_log("\n".join(as_lines(second) + as_lines(first))) == first
+
+
+def test_a_recording_with_a_line_that_was_changed_is_refused() -> None:
+    number, packed = as_lines({"events": list(range(100))})[0].split(": ")
+    for wrong in (packed[:-8], packed[:40] + "AAAA" + packed[44:], packed[:-7]):
+        with pytest.raises(ValueError):
+            from_log(f"{number}: {wrong}")
+
+
+def test_a_count_is_written_with_the_number_that_comes_next(recwarn: pytest.WarningsRecorder) -> None:
+    numbers = count(3)
+    next(numbers)
+    found: list[dict[str, Any]] = []
+    list(checkpoints._Writer().steps(numbers, found))
+    assert found == [{"count": 4}]
+    assert next(numbers) == 4, "it stays as it was"
+    assert not recwarn.list
 
 
 def test_what_is_being_read_stays_as_it_is_while_events_come() -> None:
