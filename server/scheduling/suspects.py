@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from server.scheduling.evidence import Evidence
 
 TWICE = "it was running when the engine was lost, twice in a row"
-EACH_TIME = "it ran each time the engine was lost, {times} times in ten minutes, and seldom in between"
+EACH_TIME = (
+    "it ran each time the engine was lost, {times} times in ten minutes, "
+    "and seldom ran or began requests in between"
+)
 
 # What a suspect has to do without a loss, of either: few, so that other suspects do not wait for long.
 CLEARED_AFTER_REQUESTS = 4
