@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Callable
 
 import pytest
 
 from adapters.worker.ranges import Move, Put, Range, RankRanges, width_of
+from tests.support.calls import calls_of
 
 
 @pytest.mark.parametrize(("rank", "width"), [(1, 1), (2, 2), (3, 4), (8, 8), (24, 32), (64, 64)])
@@ -103,23 +102,6 @@ def test_walks(seed: int) -> None:
             }
         # Each level moves less than the width above it.
         assert sum(e.place.width for e in effects[:-1]) <= width_of(asked) * rank.bit_length()
-
-
-def calls_of(action: Callable[[], object]) -> int:
-    """How many functions, of Python and of C, ``action`` calls: its cost on any machine."""
-    count = 0
-
-    def profile(_frame: object, event: str, _what: object) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        action()
-    finally:
-        sys.setprofile(before)
-    return count
 
 
 def test_a_load_costs_the_engine_little_however_many_there_are() -> None:
