@@ -1,8 +1,8 @@
 """The console with 1,000 customers and 10,000 adapters: what its pages cost, and what five who look at it do.
 
 In calls of functions, the client's included, which are the same on every machine. ``pytest -s`` prints them
-and the processor time. With ``BROWSER=1`` a real Chromium opens each page too, and says after how long it could
-be used, by the clock: for a machine with nothing else to do.
+and the processor time. With ``BROWSER=1`` a real Chromium opens each page too, and says after how long it
+could be used, by the clock: for a machine with nothing else to do.
 """
 
 from __future__ import annotations
