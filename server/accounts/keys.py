@@ -50,7 +50,7 @@ class KeyInfo:
             wanted = " or ".join(f"`{scope}`" for scope in scopes)
             raise Forbidden(f"This key does not have the scope {wanted}.", code="scope_missing")
 
-    def shown(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As JSON for the operator."""
         times = {name: getattr(self, name) for name in ("created_at", "expires_at", "last_used_at")}
         return {

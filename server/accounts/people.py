@@ -58,7 +58,7 @@ class Person:
         if ROLES.index(self.role) < ROLES.index(role):
             raise Forbidden(f"This needs the role {role}; yours is {self.role}.", code="role_missing")
 
-    def shown(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As JSON, without the key."""
         times = {name: getattr(self, name) for name in ("created_at", "expires_at", "last_used_at")}
         shown = {name: time and time.isoformat() for name, time in times.items()}
@@ -95,7 +95,7 @@ class People:
                 await session.flush()
             except IntegrityError:
                 raise Conflict(f"There is somebody named `{name}` already.", param="name") from None
-            note(session, "person.create", None, name, after=_person(row).shown())
+            note(session, "person.create", None, name, after=_person(row).as_json())
         return _person(row), key
 
     async def all(self) -> list[Person]:
@@ -111,7 +111,7 @@ class People:
             row = await session.get(AdminKeyRow, id_) if known else None
             if row is None:
                 raise NotFound("There is no such person.")
-            note(session, "person.remove", None, row.name, before=_person(row).shown())
+            note(session, "person.remove", None, row.name, before=_person(row).as_json())
             await session.delete(row)
 
     async def holder(self, key: str) -> Person | None:

@@ -107,7 +107,7 @@ class Tenant:
         """The same, as of whom a request is that nobody waits for: with the priority ``batch``."""
         return replace(self, priority="batch", background=True)
 
-    def shown(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As JSON for the operator."""
         plain = (
             "id", "name", "weight", "priority", "base_allowed", "max_queued", "max_running", "suspended",
@@ -194,7 +194,7 @@ class Tenants:
                 await session.flush()
             except IntegrityError:
                 raise Conflict(f"The tenant `{id}` exists already.", param="id") from None
-            note(session, "tenant.create", id, after=tenant_of(row).shown())
+            note(session, "tenant.create", id, after=tenant_of(row).as_json())
         return tenant_of(row)
 
     async def get(self, id: str) -> Tenant:
@@ -209,12 +209,12 @@ class Tenants:
             if changes.get("sample_prompts") is False:
                 rollouts = select(RolloutRow.id).where(RolloutRow.tenant == id)
                 await session.execute(delete(RolloutPromptRow).where(RolloutPromptRow.rollout.in_(rollouts)))
-            before = tenant_of(row).shown()
+            before = tenant_of(row).as_json()
             for column, value in changes.items():
                 if isinstance(value, LimitSettings):
                     value = type(value)(**(getattr(row, column) or {})).changed(value).stored()
                 setattr(row, column, value)
-            note(session, "tenant.update", id, before=before, after=tenant_of(row).shown())
+            note(session, "tenant.update", id, before=before, after=tenant_of(row).as_json())
         return tenant_of(row)
 
     async def delete(self, id: str) -> set[str]:
@@ -226,7 +226,7 @@ class Tenants:
         async with self._database.write() as session:
             # Locked first, as in ``Catalog.link``: a version linked meanwhile would be missing in the answer.
             row = await _row(session, id, lock=True)
-            note(session, "tenant.delete", id, before=tenant_of(row).shown())
+            note(session, "tenant.delete", id, before=tenant_of(row).as_json())
             digests = set(await session.scalars(select(VersionRow.digest).where(VersionRow.tenant == id)))
             await session.execute(delete(TenantRow).where(TenantRow.id == id))
         return digests
@@ -250,7 +250,7 @@ class Tenants:
         async with self._database.write() as session:
             await _row(session, tenant, lock=True)
             session.add(row)
-            note(session, "key.create", tenant, row.id, after=key_info(row).shown())
+            note(session, "key.create", tenant, row.id, after=key_info(row).as_json())
         return IssuedKey(id=row.id, name=name, created_at=row.created_at, key=key)
 
     async def rotate_key(self, tenant: str, key_id: str, overlap: timedelta) -> tuple[IssuedKey, KeyInfo]:
@@ -266,10 +266,10 @@ class Tenants:
             row.name, row.scopes = old.name, old.scopes
             row.limits, row.expires_at = old.limits, old.expires_at
             session.add(row)
-            before, ends = key_info(old).shown(), row.created_at + overlap
+            before, ends = key_info(old).as_json(), row.created_at + overlap
             old.expires_at = ends if old.expires_at is None else min(ends, old.expires_at)
-            note(session, "key.rotate", tenant, old.id, before=before, after=key_info(old).shown())
-            note(session, "key.create", tenant, row.id, after=key_info(row).shown())
+            note(session, "key.rotate", tenant, old.id, before=before, after=key_info(old).as_json())
+            note(session, "key.create", tenant, row.id, after=key_info(row).as_json())
         return IssuedKey(id=row.id, name=row.name, created_at=row.created_at, key=key), key_info(old)
 
     async def update_key(self, tenant: str, key_id: str, /, **changes: Unpack[KeyChanges]) -> KeyInfo:
@@ -279,13 +279,13 @@ class Tenants:
         check_expiry(changes.get("expires_at"))
         async with self._database.write() as session:
             row = await self._key(session, tenant, key_id)
-            before = key_info(row).shown()
+            before = key_info(row).as_json()
             for column, value in changes.items():
                 if isinstance(value, KeyLimits):
                     value = KeyLimits(**(row.limits or {})).changed(value).stored()
                 setattr(row, column, list(value) if column == "scopes" else value)  # type: ignore[call-overload]
             after = key_info(row)
-            note(session, "key.update", tenant, key_id, before=before, after=after.shown())
+            note(session, "key.update", tenant, key_id, before=before, after=after.as_json())
         return after
 
     async def keys(self, tenant: str) -> builtins.list[KeyInfo]:
@@ -299,7 +299,7 @@ class Tenants:
         """The key is refused from the moment this returns. NotFound."""
         async with self._database.write() as session:
             row = await self._key(session, tenant, key_id)
-            note(session, "key.revoke", tenant, key_id, before=key_info(row).shown())
+            note(session, "key.revoke", tenant, key_id, before=key_info(row).as_json())
             await session.delete(row)
 
     @staticmethod

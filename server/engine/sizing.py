@@ -59,12 +59,12 @@ class EngineCapacity:
         slots = self.shared_slots or self.gpu_slots
         share = f" They are shared by up to {self.gpu_slots} adapters." if self.shared_slots else ""
         return (
-            f"a GPU slot takes {shown(self.slot_bytes)} on each worker: {slots} slots,"
-            f" {shown(slots * self.slot_bytes)}; {gpu_memory // self.slot_bytes} fit in"
-            f" adapter_gpu_memory, {shown(gpu_memory)}.{share}"
-            f" A host entry takes up to {shown(self.entry_bytes)}: {self.host_slots} entries,"
-            f" {shown(self.host_slots * self.entry_bytes)}; {host_memory // max(1, self.entry_bytes)} fit in"
-            f" adapter_host_memory, {shown(host_memory)}."
+            f"a GPU slot takes {in_units(self.slot_bytes)} on each worker: {slots} slots,"
+            f" {in_units(slots * self.slot_bytes)}; {gpu_memory // self.slot_bytes} fit in"
+            f" adapter_gpu_memory, {in_units(gpu_memory)}.{share}"
+            f" A host entry takes up to {in_units(self.entry_bytes)}: {self.host_slots} entries,"
+            f" {in_units(self.host_slots * self.entry_bytes)};"
+            f" {host_memory // max(1, self.entry_bytes)} fit in adapter_host_memory, {in_units(host_memory)}."
         )
 
 
@@ -121,7 +121,7 @@ def host_slots(memory: int, entry: int, slots: int) -> int:
     return max(slots, memory // entry)
 
 
-def shown(size: int) -> str:
+def in_units(size: int) -> str:
     """``size`` bytes with three digits: "1.46 GiB"."""
     value, unit = float(size), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):

@@ -41,7 +41,7 @@ async def me(tenant: Member, services: ServicesOf) -> dict[str, Any]:
     key, base = tenant.key, services.engine.base
     return {
         "tenant": {"id": tenant.id, "name": tenant.name, "created_at": tenant.created_at.isoformat()},
-        "key": key.shown() if key else None,
+        "key": key.as_json() if key else None,
         "scopes": list(key.scopes) if key else list(DEFAULT_SCOPES),
         "sample_prompts": tenant.sample_prompts,
         "base": {
@@ -59,7 +59,7 @@ async def me(tenant: Member, services: ServicesOf) -> dict[str, Any]:
 @router.get("/keys", response_model=answers.Keys, summary="The customer's keys, without their secrets")
 async def list_keys(tenant: Manager, services: ServicesOf) -> dict[str, Any]:
     """Without secrets, oldest first."""
-    return {"object": "list", "data": [key.shown() for key in await services.tenants.keys(tenant.id)]}
+    return {"object": "list", "data": [key.as_json() for key in await services.tenants.keys(tenant.id)]}
 
 
 @router.post("/keys", response_model=answers.NewKey, status_code=201, openapi_extra=documented(OwnKey))
@@ -95,7 +95,7 @@ async def rotate_key(
     await _check_not_stronger(tenant, key_id, services)
     overlap = timedelta(seconds=body.overlap_seconds)
     issued, old = await services.tenants.rotate_key(tenant.id, key_id, overlap)
-    return {"id": issued.id, "key": issued.key, "name": issued.name, "replaces": old.shown()}
+    return {"id": issued.id, "key": issued.key, "name": issued.name, "replaces": old.as_json()}
 
 
 @router.delete("/keys/{key_id}", status_code=204)

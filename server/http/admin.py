@@ -95,7 +95,7 @@ class Rotation(Body):
 async def create_tenant(
     body: Annotated[NewTenant, body_as(NewTenant)], services: ServicesOf
 ) -> dict[str, Any]:
-    return (await services.tenants.create(**dict(body))).shown()
+    return (await services.tenants.create(**dict(body))).as_json()
 
 
 @router.get(
@@ -108,13 +108,13 @@ async def list_tenants(
     limit: Annotated[int | None, Query(ge=1, le=PAGE)] = None,
 ) -> dict[str, Any]:
     most = None if limit is None else limit + 1
-    found = [tenant.shown() for tenant in await services.tenants.list(q=q, after=after, most=most)]
+    found = [tenant.as_json() for tenant in await services.tenants.list(q=q, after=after, most=most)]
     return page_of(found, limit or len(found), "id")
 
 
 @router.get("/tenants/{tenant}", response_model=answers.Tenant)
 async def get_tenant(owner: NamedTenant) -> dict[str, Any]:
-    return owner.shown()
+    return owner.as_json()
 
 
 @router.patch("/tenants/{tenant}", response_model=answers.Tenant, openapi_extra=documented(TenantChange))
@@ -122,7 +122,7 @@ async def update_tenant(
     tenant: str, body: Annotated[TenantChange, body_as(TenantChange)], services: ServicesOf
 ) -> dict[str, Any]:
     changes: Any = {name: getattr(body, name) for name in body.model_fields_set}
-    return (await services.tenants.update(tenant, **changes)).shown()
+    return (await services.tenants.update(tenant, **changes)).as_json()
 
 
 @router.delete("/tenants/{tenant}", status_code=204)
@@ -151,12 +151,12 @@ async def rotate_key(
     tenant: str, key_id: str, body: Annotated[Rotation, body_as(Rotation)], services: ServicesOf
 ) -> dict[str, Any]:
     issued, old = await services.tenants.rotate_key(tenant, key_id, timedelta(seconds=body.overlap_seconds))
-    return {"id": issued.id, "key": issued.key, "name": issued.name, "replaces": old.shown()}
+    return {"id": issued.id, "key": issued.key, "name": issued.name, "replaces": old.as_json()}
 
 
 @router.get("/tenants/{tenant}/keys", response_model=answers.Keys)
 async def list_keys(tenant: str, services: ServicesOf) -> dict[str, Any]:
-    return {"object": "list", "data": [key.shown() for key in await services.tenants.keys(tenant)]}
+    return {"object": "list", "data": [key.as_json() for key in await services.tenants.keys(tenant)]}
 
 
 @router.patch(
@@ -166,7 +166,7 @@ async def update_key(
     tenant: str, key_id: str, body: Annotated[KeyChange, body_as(KeyChange)], services: ServicesOf
 ) -> dict[str, Any]:
     changes: Any = {name: getattr(body, name) for name in body.model_fields_set}
-    return (await services.tenants.update_key(tenant, key_id, **changes)).shown()
+    return (await services.tenants.update_key(tenant, key_id, **changes)).as_json()
 
 
 @router.delete("/tenants/{tenant}/keys/{key_id}", status_code=204)

@@ -25,7 +25,7 @@ from server.http.reports import Limit, page_of
 from server.http.services import Services, ServicesOf
 from server.http.uploads import boundary_of, segments
 from server.inference.bounds import SETTING_JSON
-from server.inference.completion import check_base
+from server.inference.completion import check_dialect
 
 router = APIRouter(prefix="/v1", tags=["self-service"])
 operators = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=[ADMIN])
@@ -191,7 +191,7 @@ async def create_batch(request: Request, tenant: Asking, services: ServicesOf) -
     dialect = ENDPOINTS.get(asked.endpoint)
     if dialect is None:
         raise BadRequest(f"`endpoint` must be one of {', '.join(ENDPOINTS)}.", param="endpoint")
-    check_base(services.completions.answers.base, dialect)
+    check_dialect(services.completions.answers.base, dialect)
     try:
         file = await services.batches.files.get(tenant.id, asked.input_file_id)
     except FileNotFound as exc:
@@ -201,7 +201,7 @@ async def create_batch(request: Request, tenant: Asking, services: ServicesOf) -
     after = asked.output_expires_after
     keep = timedelta(seconds=after.seconds) if after else KEEP
     batch = await create(services.batches, tenant, asked.endpoint, file, notes=asked.metadata, keep=keep)
-    return shown(batch)
+    return _as_json(batch)
 
 
 def _new_batch(body: dict[str, Any]) -> NewBatch:
@@ -227,19 +227,19 @@ async def list_batches(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> dict[str, Any]:
     found = await services.batches.batches.search(BatchSearch(tenant.id, after=after), limit + 1)
-    return _page([shown(batch) for batch in found], limit)
+    return _page([_as_json(batch) for batch in found], limit)
 
 
 @router.get("/batches/{batch_id}", response_model=answers.Batch, summary="How far a batch is")
 async def get_batch(tenant: Asking, batch_id: str, services: ServicesOf) -> dict[str, Any]:
-    return shown(await services.batches.batches.get(tenant.id, batch_id))
+    return _as_json(await services.batches.batches.get(tenant.id, batch_id))
 
 
 @router.post(
     "/batches/{batch_id}/cancel", response_model=answers.Batch, summary="Stop a batch; its results are kept"
 )
 async def cancel_batch(tenant: Asking, batch_id: str, services: ServicesOf) -> dict[str, Any]:
-    return shown(await services.batches.batches.cancel(tenant.id, batch_id))
+    return _as_json(await services.batches.batches.cancel(tenant.id, batch_id))
 
 
 @operators.get(
@@ -255,7 +255,7 @@ async def all_batches(
     """Without what is in them; `after` is the `next` of the page before."""
     search = BatchSearch(tenant, state, after)
     found = await services.batches.batches.search(search, limit + 1)
-    data = [shown(batch) | {"tenant": batch.tenant} for batch in found]
+    data = [_as_json(batch) | {"tenant": batch.tenant} for batch in found]
     return page_of(data, limit, "id")
 
 
@@ -284,7 +284,7 @@ def _file(file: StoredFile) -> dict[str, Any]:
     }
 
 
-def shown(batch: Batch) -> dict[str, Any]:
+def _as_json(batch: Batch) -> dict[str, Any]:
     """As OpenAI shows it."""
     counts = batch.counts
     read, written = counts["prompt_tokens"], counts["output_tokens"]

@@ -22,7 +22,7 @@ from server.http.streams import Late, LeasedResponse
 from server.inference.completion import (
     Asked,
     Completion,
-    check_base,
+    check_dialect,
     is_numbered,
     open_completion,
     resolve,
@@ -110,7 +110,7 @@ async def _tokens(request: Request, dialect: Dialect) -> Response:
     tenant, body = await _read(request)
     services = services_of(request)
     service = services.completions
-    check_base(service.answers.base, dialect)
+    check_dialect(service.answers.base, dialect)
     version, _ = await resolve(service, tenant, body.get("model"))
     request.state.headers = lambda: version_header(version)
     document = await service.answers.tokens(dialect, dialect.allowed_fields(body), version)

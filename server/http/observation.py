@@ -56,7 +56,7 @@ async def server(services: ServicesOf) -> dict[str, Any]:
             "max_running": engine.max_running,
             "max_model_len": engine.max_model_len,
         },
-        "settings": services.settings.shown(),
+        "settings": services.settings.as_json(),
         "started_at": started.isoformat(),
         "uptime_seconds": round(time.time() - services.started, 1),
         "draining": services.draining,

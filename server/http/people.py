@@ -54,13 +54,13 @@ class PeopleShown(Answer):
 @router.get("/me", response_model=PersonShown, summary="Whose key this is, and its role")
 async def me(person: AskedBy) -> dict[str, Any]:
     """Every role may ask."""
-    return person.shown()
+    return person.as_json()
 
 
 @router.get("/people", response_model=PeopleShown, dependencies=[ADMIN_ROLE])
 async def list_people(services: ServicesOf) -> dict[str, Any]:
     """Those with keys of their own; the key of the settings is not among them."""
-    return {"object": "list", "data": [person.shown() for person in await services.people.all()]}
+    return {"object": "list", "data": [person.as_json() for person in await services.people.all()]}
 
 
 @router.post(
@@ -75,7 +75,7 @@ async def create_person(
 ) -> dict[str, Any]:
     """The only time that the key is shown."""
     person, key = await services.people.create(body.name, body.role, body.expires_at)
-    return person.shown() | {"key": key}
+    return person.as_json() | {"key": key}
 
 
 @router.delete("/people/{person}", status_code=204, dependencies=[ADMIN_ROLE])

@@ -50,7 +50,7 @@ def _question(
     return Question(None, adapter, key, utc(start), utc(end), groups_of(by))
 
 
-Asked = Annotated[Question, Depends(_question)]
+Questioned = Annotated[Question, Depends(_question)]
 
 
 @operators.get(
@@ -60,7 +60,7 @@ Asked = Annotated[Question, Depends(_question)]
 )
 async def all_usage(
     request: Request,
-    asked: Asked,
+    asked: Questioned,
     tenant: str | None = None,
     percentiles: Percentiles = False,
     format: Format = None,
@@ -126,7 +126,7 @@ async def _lines(database: Database, search: Search) -> AsyncIterator[str]:
 async def own_usage(
     request: Request,
     reader: UsageReader,
-    asked: Asked,
+    asked: Questioned,
     percentiles: Percentiles = False,
     format: Format = None,
 ) -> Response:

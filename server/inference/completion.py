@@ -189,7 +189,7 @@ async def open_completion(service: Completions, asked: Asked, body: dict[str, An
     dialect = asked.dialect
     with recorded_refusals(service, asked):
         with counted_refusals(service.metrics, asked.tenant):
-            check_base(service.answers.base, dialect)
+            check_dialect(service.answers.base, dialect)
             reservation = await resolve_allowed(service, asked, body)
             version = asked.version
             if version is not None and version.chat:
@@ -378,7 +378,7 @@ class LeasedStream:
         await self._lease.close(self._outcome)
 
 
-def check_base(base: BaseModel, dialect: Dialect) -> None:
+def check_dialect(base: BaseModel, dialect: Dialect) -> None:
     """BadRequest (``not_supported_by_base``) for a dialect that the base model cannot answer in."""
     if dialect.base in ("any", base.makes) or (dialect.base == "scores" and base.pooling):
         return

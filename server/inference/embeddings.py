@@ -19,7 +19,7 @@ from server.inference.completion import (
     Asked,
     Completion,
     Completions,
-    check_base,
+    check_dialect,
     counted_refusals,
     estimate_prompt_tokens,
     prompt_tokens_bound,
@@ -57,7 +57,7 @@ async def _score(service: Completions, asked: Asked, dialect: Scoring, body: dic
     """From the embeddings of what is compared, or a head's scores of it; counted under the dialect's name."""
     base = service.answers.base
     with recorded_refusals(service, asked), counted_refusals(service.metrics, asked.tenant):
-        check_base(base, dialect)
+        check_dialect(base, dialect)
         fields = dialect.allowed_fields(body)
         compared = dialect.asked(fields)
         by_head = base.makes == "labels"
@@ -77,7 +77,7 @@ async def _embed(service: Completions, asked: Asked, by: Dialect, body: dict[str
     """``by`` is the dialect of ``body``, which the engine is asked in; the request may have another."""
     with recorded_refusals(service, asked):
         with counted_refusals(service.metrics, asked.tenant):
-            check_base(service.answers.base, asked.dialect)
+            check_dialect(service.answers.base, asked.dialect)
             await resolve_allowed(service, asked, body)
             if by is PAIRS:
                 check_labels(asked.public_model, labels_of(asked.version, service.answers.base))

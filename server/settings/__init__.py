@@ -21,7 +21,7 @@ __all__ = ["ALLOWED_MAX_RANKS", "HOST_PER_GPU_SLOT", "MASK", "SECRETS", "Price",
 class Settings(SignIn):
     """All of them."""
 
-    def shown(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """All of it as JSON for operators, without keys and passwords."""
         values = self.model_dump(mode="json")
         url = make_url(self.database_url)

@@ -31,7 +31,7 @@ _SHARED = _PROMPT | {"use_activation"}
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Comparison:
     """What is compared: each pair is of two places in ``texts``. ``names`` says which fields have them."""
 
     texts: list[str]
@@ -50,12 +50,17 @@ class Scoring(Dialect):
     base = "scores"
     streams = False
 
-    def asked(self, body: Mapping[str, Any]) -> Asked:
+    def asked(self, body: Mapping[str, Any]) -> Comparison:
         """Raises BadRequest."""
         raise NotImplementedError
 
     def told(
-        self, id_: str, body: Mapping[str, Any], asked: Asked, scores: Sequence[float], of: Mapping[str, Any]
+        self,
+        id_: str,
+        body: Mapping[str, Any],
+        asked: Comparison,
+        scores: Sequence[float],
+        of: Mapping[str, Any],
     ) -> dict[str, Any]:
         """The answer. ``of`` is the engine's, which has the model's name and the usage."""
         raise NotImplementedError
@@ -93,7 +98,7 @@ class Rerank(Scoring):
         use_activation=BOOL,
     )
 
-    def asked(self, body: Mapping[str, Any]) -> Asked:
+    def asked(self, body: Mapping[str, Any]) -> Comparison:
         query = body.get("query")
         if not isinstance(query, str):
             raise BadRequest("`query` must be a text.", param="query")
@@ -103,10 +108,15 @@ class Rerank(Scoring):
         if body.get("top_n", 0) < 0:
             raise BadRequest("`top_n` must be at least 0, for all of them.", param="top_n")
         names = ["query", *_places(body["documents"], "documents")]
-        return Asked([query, *documents], names, [(0, place) for place in range(1, len(documents) + 1)])
+        return Comparison([query, *documents], names, [(0, place) for place in range(1, len(documents) + 1)])
 
     def told(
-        self, id_: str, body: Mapping[str, Any], asked: Asked, scores: Sequence[float], of: Mapping[str, Any]
+        self,
+        id_: str,
+        body: Mapping[str, Any],
+        asked: Comparison,
+        scores: Sequence[float],
+        of: Mapping[str, Any],
     ) -> dict[str, Any]:
         results: list[dict[str, Any]] = []
         with_texts = body.get("return_documents", True)
@@ -142,7 +152,7 @@ class Score(Scoring):
         model=MODEL, text_1=_TEXTS, text_2=_TEXTS, queries=_TEXTS, documents=_TEXTS, use_activation=BOOL
     ) | {"oneOf": [{"required": ["text_1", "text_2"]}, {"required": ["queries", "documents"]}]}
 
-    def asked(self, body: Mapping[str, Any]) -> Asked:
+    def asked(self, body: Mapping[str, Any]) -> Comparison:
         first, second = ("queries", "documents") if "queries" in body else ("text_1", "text_2")
         for name in ("queries", "documents", "text_1", "text_2"):
             if name in body and name not in (first, second):
@@ -153,10 +163,15 @@ class Score(Scoring):
         places = [0] * len(right) if len(left) == 1 else range(len(left))
         pairs = [(one, len(left) + other) for other, one in enumerate(places)]
         names = [*_places(body[first], first), *_places(body[second], second)]
-        return Asked([*left, *right], names, pairs)
+        return Comparison([*left, *right], names, pairs)
 
     def told(
-        self, id_: str, body: Mapping[str, Any], asked: Asked, scores: Sequence[float], of: Mapping[str, Any]
+        self,
+        id_: str,
+        body: Mapping[str, Any],
+        asked: Comparison,
+        scores: Sequence[float],
+        of: Mapping[str, Any],
     ) -> dict[str, Any]:
         return {
             "id": f"score-{id_}",
@@ -192,7 +207,7 @@ class Score(Scoring):
 PAIRS = Score()
 
 
-def embeddings_body(fields: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
+def embeddings_body(fields: Mapping[str, Any], asked: Comparison) -> dict[str, Any]:
     """The body of the request for embeddings of what is compared.
 
     Raises BadRequest where ``fields`` of the request say what only a head can do."""
@@ -207,7 +222,7 @@ def embeddings_body(fields: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
     return {**kept, "input": asked.texts, "encoding_format": "base64"}
 
 
-def pairs_body(fields: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
+def pairs_body(fields: Mapping[str, Any], asked: Comparison) -> dict[str, Any]:
     """The body of the request for a head's scores of what is compared, in ``PAIRS``.
 
     One query for all documents is there once, however many they are."""
@@ -259,7 +274,7 @@ def _usage(of: Mapping[str, Any]) -> dict[str, int]:
     return {name: of["usage"][name] for name in ("prompt_tokens", "total_tokens")}
 
 
-def scores_of(asked: Asked, answered: Mapping[str, Any]) -> list[float]:
+def scores_of(asked: Comparison, answered: Mapping[str, Any]) -> list[float]:
     """The score of each pair, from the engine's embeddings or its head's scores."""
     data: Sequence[Mapping[str, Any]] = answered["data"]
     if "score" in data[0]:
@@ -267,7 +282,7 @@ def scores_of(asked: Asked, answered: Mapping[str, Any]) -> list[float]:
     return _cosines(asked, data)
 
 
-def _cosines(asked: Asked, data: Sequence[Mapping[str, Any]]) -> list[float]:
+def _cosines(asked: Comparison, data: Sequence[Mapping[str, Any]]) -> list[float]:
     import numpy as np
 
     vectors = np.stack([np.frombuffer(base64.b64decode(one["embedding"]), dtype="<f4") for one in data])

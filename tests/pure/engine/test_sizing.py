@@ -174,7 +174,7 @@ def test_the_line_for_the_operator() -> None:
     [(0, "0 B"), (999, "999 B"), (1023, "0.999 KiB"), (1536, "1.5 KiB"), (5 << 40, "5 TiB")],
 )
 def test_sizes_are_shown_shortly(size: int, shown: str) -> None:
-    assert sizing.shown(size) == shown
+    assert sizing.in_units(size) == shown
 
 
 def test_a_classifiers_head_is_counted_whole() -> None:

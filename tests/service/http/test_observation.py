@@ -68,7 +68,7 @@ def test_settings_are_shown_without_what_is_secret() -> None:
         limits_redis_url="redis://:hunter22@redis/0",  # type: ignore[arg-type]
         engine_args={"hf_token": "hunter22", "max_num_seqs": 4},
         import_prefixes=("https://me:hunter22@files/x/", "https://open/y/"),
-    ).shown()
+    ).as_json()
     assert "hunter22" not in str(shown)
     assert shown["engine_args"] == {"hf_token": MASK, "max_num_seqs": 4}
     assert shown["import_prefixes"] == [f"https://{MASK}@files/x/", "https://open/y/"]
