@@ -112,7 +112,8 @@ class BaseModel:
     ``adapters.inspection.base_model``.
     ``pooling`` if it makes embeddings or, with a ``head``, labels instead of text. ``dora`` if DoRA can be
     computed on it.
-    ``quantized`` is the method by which its weights were put into few bits (``gptq w4a16``), if they were.
+    ``quantized`` is the method by which its weights were put into few bits (``gptq w4a16``), if they were;
+    ``published_quantized`` if its makers trained and published it so, and it is nobody's copy.
     ``vocabulary`` maps ``lm_head`` and ``model.embed_tokens`` to their shapes where adapters are served on
     them; an embedding has the tokens as its inputs, as PEFT's ``lora_embedding_A`` does.
     """
@@ -127,6 +128,7 @@ class BaseModel:
     pooling: bool = False
     dora: bool = False
     quantized: str | None = None
+    published_quantized: bool = False
     vocabulary: Mapping[str, ModuleShape] = field(default_factory=dict)
     chat: BaseChat | None = field(default=None, compare=False, repr=False)
     head: Head | None = None

@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from adapters.inspection.base_config import quantization_in, read_base_config
 from adapters.inspection.mixtures import Mixture, mixture_of
 from adapters.inspection.module_names import leaf
-from adapters.inspection.quantized import quantization_of
-from adapters.inspection.quantized_names import bits_in
+from adapters.inspection.quantized_names import are_published, bits_in
 from adapters.inspection.tensor_stats import TORCH_DTYPES
 from adapters.inspection.vocabulary import vocabulary_of
 from adapters.model import BaseModel, Head, ModuleShape
@@ -29,7 +29,7 @@ def read_base(model_dir: Path, *, max_lora_rank: int, name: str | None = None) -
     """The base model in ``model_dir``, named after the folder. Raises as ``module_shapes`` does."""
     folder = model_dir.absolute()
     modules, vocabulary, head, mixture = _shapes(folder)
-    quantized = quantized_as(folder)
+    quantized, published = quantized_as(folder)
     leaves = {leaf(module) for module in modules}
     return BaseModel(
         name=name or folder.name,
@@ -41,20 +41,30 @@ def read_base(model_dir: Path, *, max_lora_rank: int, name: str | None = None) -
         fingerprint=fingerprint(folder),
         dora=quantized is None and mixture is None,
         quantized=quantized,
+        published_quantized=published,
         vocabulary=vocabulary,
         head=head,
         pooling=head is not None,
     )
 
 
-def quantized_as(model_dir: Path) -> str | None:
-    """How the weights of the model were put into few bits; None where they were not, or where that cannot be
-    read: a hub id is no folder."""
+class Quantized(NamedTuple):
+    """``bits``: how the weights of a model were put into few bits, None where they were not; ``published``:
+    whether its makers published it so."""
+
+    bits: str | None = None
+    published: bool = False
+
+
+def quantized_as(model_dir: Path) -> Quantized:
+    """Of the model in the folder; of one whose config cannot be read, as of a hub id, nothing is known."""
     try:
-        found = quantization_of(model_dir)
+        config = read_base_config(model_dir)
     except (OSError, ValueError):
-        return None
-    return str(bits_in(found)) if found is not None else None
+        return Quantized()
+    if config is None or (found := quantization_in(config)) is None:
+        return Quantized()
+    return Quantized(str(bits_in(found)), are_published(config, found))
 
 
 def module_shapes(model_dir: Path) -> dict[str, ModuleShape]:

@@ -209,8 +209,9 @@ class PeftConfig(pydantic.BaseModel):
         if trained and served:
             same = trained.may_be(served) or (not served.form and trained == by_name)
         else:
-            same = trained is served
-        if not named or same:
+            same = trained is served or (trained is None and base.published_quantized)
+        ids = {_hub_id(name) for name in (base.name, base.source) if name} - {None}
+        if not named or same or _hub_id(named) in ids:
             return
         differ = "its answers differ a little from those in training; a probes.json says how far"
         if served is None:
@@ -221,8 +222,9 @@ class PeftConfig(pydantic.BaseModel):
         elif trained is None:
             yield f"it names the base {show(named)}, and is served on a quantized copy ({served}): {differ}"
         else:
+            copy = "the published base" if base.published_quantized else "a copy of the base"
             yield (
-                f"it was trained on {show(named)} ({trained}), and is served on a copy of the base that is"
+                f"it was trained on {show(named)} ({trained}), and is served on {copy} that is"
                 f" quantized in another way ({served}): {differ}"
             )
 
@@ -465,6 +467,15 @@ def _last_part(name: str) -> str:
     if len(parents) > 1 and parents[-1] == "snapshots":  # models--org--name/snapshots/revision
         last = parents[-2].rsplit("--", 1)[-1]
     return without_bits(last)
+
+
+def _hub_id(name: str) -> str | None:
+    """``org/name`` in small letters, also of a hub's snapshot; None of what may be anything by that name."""
+    *parents, last = name.casefold().rstrip("/").split("/")
+    if len(parents) > 1 and parents[-1] == "snapshots":
+        _, *found = parents[-2].split("--")
+        return "/".join(found) if len(found) == 2 else None
+    return f"{parents[0]}/{last}" if len(parents) == 1 and parents[0] not in ("", ".", "..") else None
 
 
 def _some(names: list[str]) -> str:

@@ -21,6 +21,14 @@ _NAMES = (
 )
 _ANY = re.compile("|".join(pattern for pattern, _ in _NAMES))
 _FLOATS = ("fp8", "nvfp4", "mxfp4")
+# Models whose makers trained and published them in few bits: ``model_type`` -> ``quant_method``s.
+_PUBLISHED = {
+    "gpt_oss": ("mxfp4",),
+    "deepseek_v3": ("fp8",),
+    "deepseek_v32": ("fp8",),
+    "kimi_k2": ("fp8", "compressed-tensors"),
+    "minimax_m2": ("fp8",),
+}
 
 
 class Bits(NamedTuple):
@@ -61,6 +69,12 @@ def bits_in(quantization: Mapping[str, Any]) -> Bits:
         bits = quantization.get("bits") or quantization.get("w_bit")
         return Bits(method, f"w{bits}a16" if bits else "")
     return Bits(method, _form_in(f"{method} {quantization.get('quant_algo', '')}".casefold()))
+
+
+def are_published(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> bool:
+    """Whether the model of this ``config.json`` was published in such bits, and has no original in more."""
+    method = str(quantization.get("quant_method") or "").casefold()
+    return method in _PUBLISHED.get(str(config.get("model_type")), ())
 
 
 def parse(text: str) -> Bits:

@@ -142,10 +142,11 @@ class Engine:
             described = await paging.open(slots.active, slots.host)
             base = arguments.base_model_of(settings.served_model_name, described)
             found = await asyncio.to_thread(fingerprint, Path(settings.model))
-            quantized = await asyncio.to_thread(quantized_as, Path(settings.model))
+            bits, published = await asyncio.to_thread(quantized_as, Path(settings.model))
             base = replace(base, source=settings.model, fingerprint=found, pooling=pooling)
             config = llm.vllm_config
-            base = replace(base, quantized=quantized, head=arguments.head_of(base, config, task))
+            base = replace(base, quantized=bits, published_quantized=published)
+            base = replace(base, head=arguments.head_of(base, config, task))
             base = replace(base, chat=arguments.chat_of(config, tokenizer))
             bases.refuse_what_cannot_run(config)
             arguments.log_advice(config, base)

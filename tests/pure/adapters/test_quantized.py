@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from adapters.errors import AdapterRejected
-from adapters.inspection.base_model import read_base
+from adapters.inspection.base_model import quantized_as, read_base
 from adapters.inspection.inspect import inspect
 from adapters.inspection.quantized import UnknownQuantization, quantization_of, shape_of, weight_of
-from adapters.inspection.quantized_names import bits_in, parse
+from adapters.inspection.quantized_names import bits_in, parse, without_bits
 from adapters.model import BaseModel
 from adapters.offline.dequantize import INDEX_FILE, Checkpoint, dequantize, load
 from adapters.offline.doctor import diagnose
@@ -236,6 +236,17 @@ def test_bits_are_those_that_a_config_says() -> None:
         ("org/m-HQQ-4bit", "m", "gptq w4a16", "in another way (gptq w4a16)"),
         ("org/m-GGUF", "m", None, "trained on a quantized copy"),
         ("org/m", "m", None, None),
+        ("org/m", "org/m", "gptq w4a16", None),
+        ("org/m", "/hub/models--Org--m/snapshots/1f", "awq w4a16", None),
+        (
+            "org/m",
+            "/hub/models--other--m/snapshots/1f",
+            "awq w4a16",
+            "on a quantized copy (awq w4a16)",
+        ),
+        ("other/m", "org/m", "awq w4a16", "on a quantized copy (awq w4a16)"),
+        ("/a/m", "/a/m", "awq w4a16", "on a quantized copy (awq w4a16)"),
+        ("./m", "./m", "awq w4a16", "on a quantized copy (awq w4a16)"),
     ],
 )
 def test_other_bits_than_in_training_are_said(
@@ -253,6 +264,46 @@ def test_other_bits_than_in_training_are_said(
     config, tensors = read(trained)
     write(tmp_path, {**config, "base_model_name_or_path": named}, tensors)
     warnings = inspect(tmp_path, base).warnings
+    assert len(warnings) == (says is not None)
+    assert says is None or says in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization", "named", "says"),
+    [
+        ("gpt_oss", {"quant_method": "mxfp4"}, "openai/gpt-oss-20b", None),
+        ("gpt_oss", {"quant_method": "mxfp4"}, "unsloth/gpt-oss-20b-BF16", None),
+        (
+            "gpt_oss",
+            {"quant_method": "mxfp4"},
+            "org/gpt-oss-20b-bnb-4bit",
+            "served on the published base",
+        ),
+        ("gpt_oss", {"quant_method": "awq", "bits": 4}, "openai/gpt-oss-20b", "quantized copy (awq w4a16)"),
+        ("deepseek_v3", {"quant_method": "fp8"}, "deepseek-ai/DeepSeek-V3", None),
+        ("llama", {"quant_method": "fp8"}, "meta-llama/Llama-3.1-8B", "quantized copy (fp8)"),
+    ],
+)
+def test_a_base_that_was_published_in_few_bits_is_nobodys_copy(
+    kind: str,
+    quantization: dict[str, object],
+    named: str,
+    says: str | None,
+    plain: Path,
+    trained: Path,
+    tmp_path: Path,
+) -> None:
+    described = {"model_type": kind, "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    bits, published = quantized_as(tmp_path)
+    base = read_base(
+        plain, max_lora_rank=64, name=without_bits(named.rpartition("/")[2]).removesuffix("-bf16")
+    )
+    base = dataclasses.replace(base, source=None, quantized=bits, published_quantized=published)
+    config, tensors = read(trained)
+    (tmp_path / "adapter").mkdir()
+    write(tmp_path / "adapter", {**config, "base_model_name_or_path": named}, tensors)
+    warnings = [one for one in inspect(tmp_path / "adapter", base).warnings if "answers differ" in one]
     assert len(warnings) == (says is not None)
     assert says is None or says in warnings[0]
 
