@@ -1,9 +1,12 @@
-"""Adapters that share slots, by vLLM's kernels for a GPU, in Triton's interpreter: ``python -m`` this.
+"""Adapters by vLLM's kernels for a GPU, in Triton's interpreter: ``python -m`` this, and one of two words.
+
+    shared      in shared slots and in their own
+    experts     on the experts of a mixture, and as PEFT computes them
 
 Triton is in no list of pins: ``pip install triton``, 290 MB, and 1 GB on the disk. Its interpreter runs the
 kernels that a GPU would, one block after the other in numpy, so that ``SharedRowsOnGPU`` is tried as it is:
-how it maps rows, what it masks, and that vLLM's shrink and expand then answer as with a slot for each. In
-float16, which these kernels want. Ends with 1 where they do not.
+how it maps rows, what it masks, and that vLLM's shrink and expand then answer as with a slot for each, in
+float16, which these kernels want. Ends with 1 where something differs.
 """
 
 from __future__ import annotations
@@ -38,9 +41,26 @@ def find_triton() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sets", nargs="?", type=int, default=8, help="sets of adapters that are tried (8)")
+    parser.add_argument("what", choices=["shared", "experts"])
+    parser.add_argument("sets", nargs="?", type=int, default=8, help="sets of shared slots (8)")
     given = parser.parse_args()
     find_triton()
+    return try_experts() if given.what == "experts" else try_shared(given.sets)
+
+
+def try_experts() -> int:
+    import torch
+
+    from tests.support.experts_in_triton import TOLERANCE, differences
+
+    torch.set_num_threads(1)
+    found = differences()
+    for kind, difference in found.items():
+        print(f"{kind}: largest difference from PEFT {difference:.1e}")
+    return int(max(found.values()) > TOLERANCE)
+
+
+def try_shared(sets: int) -> int:
     import torch
     from vllm.distributed import parallel_state
 
@@ -51,7 +71,7 @@ def main() -> int:
     torch.set_num_threads(1)
     began = time.monotonic()
     with torch.inference_mode():
-        found = differences(given.sets)
+        found = differences(sets)
     print(f"{len(found)} sets of adapters in {SLOTS} shared slots, {time.monotonic() - began:.0f} s:")
     print(f"largest difference from a slot for each: {max(found):.1e} (float16; allowed {TOLERANCE:.0e})")
     return int(max(found) > TOLERANCE)

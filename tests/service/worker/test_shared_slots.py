@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,13 +113,6 @@ def padded(layers: Any, loras: list[LoRAModel], ids: list[int], x: torch.Tensor)
             if one := lora.get_lora(name):
                 layer.set_lora(index, one.lora_a, one.lora_b)
     return deltas(alone, wrapper, ids, [lora.id for lora in loras], x)
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="pip install triton, 290 MB")
-def test_the_kernels_of_a_gpu_answer_alike() -> None:
-    """In Triton's interpreter, in a process of its own: here vLLM has decided that there is no Triton."""
-    told = subprocess.run([sys.executable, "-m", "tests.support.interpreted"], capture_output=True, text=True)
-    assert told.returncode == 0, told.stdout + told.stderr
 
 
 @pytest.mark.parametrize("seed", range(20))
