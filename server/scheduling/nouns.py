@@ -223,8 +223,8 @@ class Scheduler(Protocol):
     def preempt_refused(self, now: float, id: str) -> list[Effect]:
         """The engine cannot stop the request and resume it. The scheduler will not ask for that again."""
 
-    def staged(self, now: float, load_id: int, size_bytes: int = 0) -> list[Effect]:
-        """A load is in host memory and takes ``size_bytes`` there."""
+    def staged(self, now: float, load_id: int, size_bytes: int = 0, ranks: int = 0) -> list[Effect]:
+        """A load is in host memory and takes ``size_bytes`` there, and ``ranks`` of a slot that is shared."""
 
     def stage_failed(self, now: float, load_id: int, detail: str) -> list[Effect]:
         """A load could not be read. Refuses the requests that wait for it; the next one starts a new load."""

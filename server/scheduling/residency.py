@@ -382,9 +382,6 @@ class Residency:
             self._deactivate(victim, now)
         return has_room(self.in_slots, load, ranks)
 
-    def _quiet_entry(self) -> Load | None:
-        return victims.quiet(self.loads, self.pins, self.indices.idle_on_host, self.indices.idle_in_slot)
-
     def _free_entry(self, victim: Load | None, now: float) -> bool:
         """Whether a host entry is free, if need be after ``victim`` has left its own."""
         if len(self.loads) < self.capacity.host_slots:

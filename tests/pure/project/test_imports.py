@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 
-# From the top down: a room imports from its own floor's room and from lower floors only. A room is a folder,
+# From the top down: a room imports itself and strictly lower floors. A room is a folder,
 # or a file that stands alone.
 FLOORS: list[set[str]] = [
     {"server.__main__"},
