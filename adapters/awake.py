@@ -38,7 +38,7 @@ class AwakeTimeout:
 
     def __init__(self, seconds: float) -> None:
         self._part = min(LOOK_S, seconds / 4)
-        self._left = seconds
+        self._seconds = self._left = seconds
         self._stood_still = False
         self._limit = asyncio.timeout(None)
         self._due = 0.0
@@ -47,6 +47,10 @@ class AwakeTimeout:
     def expired(self) -> bool:
         """Whether it was this limit that raised TimeoutError."""
         return self._limit.expired()
+
+    def restart(self) -> None:
+        """All of the time is left again, from about now on: what is awaited has made headway."""
+        self._left = self._seconds
 
     async def __aenter__(self) -> AwakeTimeout:
         await self._limit.__aenter__()

@@ -31,9 +31,9 @@ from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from adapters.awake import AwakeTimeout
 from adapters.database import postgres
 from adapters.database.rows import MetaRow
+from adapters.database.turns import QueueStuck, QueueTooLong, Turns
 from adapters.database.unusable import ordinary, usable
 from adapters.database.urls import checked_url as checked_url
 from adapters.errors import DatabaseUnavailable, StorageBusy, StorageFailed, StorageFull
@@ -48,8 +48,6 @@ MIGRATIONS = "adapters.database:migrations"
 BUSY_TIMEOUT_MS = 3_000
 OPEN_BUSY_TIMEOUT_MS = 30_000
 LEAST_FREE_BYTES = 8 << 20  # below it SQLite is taken for full
-# How long a write waits for those before it, in seconds.
-TURN_TIMEOUT_S = 5.0
 # How long PostgreSQL may take to connect or for one statement, in seconds, unless a setting says otherwise.
 ANSWER_TIMEOUT_S = 5.0
 OPEN_CONNECT_TIMEOUT_S = 30.0  # at a start, when the machine may have just booted
@@ -108,7 +106,7 @@ class Database:
         self._writer = async_sessionmaker(writing, class_=_Session, expire_on_commit=False)
         # Writers of this process wait here, in order, instead of in SQLite's busy handler, where they
         # would hold the connections that readers need, and the unlucky would time out.
-        self._turn = asyncio.Lock()
+        self._turns = Turns()
         self._last_write: str | None = None
         self._file: tuple[int, int] | None = None  # which file SQLite's is, once it is open
 
@@ -144,7 +142,7 @@ class Database:
             self._file = _identity(Path(str(self.url.database)))
 
     async def close(self) -> None:
-        async with self._turn:
+        async with self._turns.last():
             await self._engine.dispose()
 
     async def ping(self) -> None:
@@ -251,16 +249,18 @@ class Database:
     @asynccontextmanager
     async def _its_turn(self) -> AsyncIterator[None]:
         """Raises StorageBusy, for PostgreSQL DatabaseUnavailable, where the writes before it do not end."""
-        try:
-            async with AwakeTimeout(TURN_TIMEOUT_S):
-                await self._turn.acquire()
-        except TimeoutError as error:
-            sqlite = self.url.get_backend_name() == "sqlite"
-            raise (_busy() if sqlite else _unavailable()) from error
-        try:
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(self._turns.mine())
+            except QueueStuck as error:
+                sqlite = self.url.get_backend_name() == "sqlite"
+                raise (_busy() if sqlite else _unavailable()) from error
+            except QueueTooLong as error:
+                raise StorageBusy(
+                    "So many changes wait for the database that this one was not begun. Try again in some"
+                    " seconds, with fewer at once."
+                ) from error
             yield
-        finally:
-            self._turn.release()
 
     def _refuse_another_file(self) -> None:
         """Raises StorageFailed where SQLite's file was removed or replaced.

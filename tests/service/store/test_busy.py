@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.database import database
+from adapters.database import turns
 from tests.service.http.test_api import error
 from tests.support import tiny
 from tests.support.tiny import fake_site
@@ -30,7 +30,7 @@ async def test_writes_are_refused_and_may_be_repeated_while_inference_goes_on(tm
             error(answer, 503, "storage_busy")
             assert int(answer.headers["Retry-After"]) >= 1
         # One after another they would take seven times as long.
-        assert time.monotonic() - began < 6 * database.TURN_TIMEOUT_S
+        assert time.monotonic() - began < 6 * turns.STUCK_S
         other.execute("ROLLBACK")
         other.close()
         assert (await site.admin.post("/admin/v1/tenants", json={"id": "t0"})).status_code == 201
