@@ -163,13 +163,14 @@ async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
     The processes of a fleet own the folder together, and open it one after another.
     """
     alone = settings.role == "all"
-    lock = FolderLock(settings.data_dir, shared=not alone)
+    data_dir = settings.data_dir.absolute()
+    lock = FolderLock(data_dir, shared=not alone)
     await asyncio.to_thread(lock.acquire)
     stack.callback(lock.release)
     database = Database(settings.database_url, timeout=settings.database_timeout)
     stack.push_async_callback(database.close)
     blobs = BlobStore(
-        settings.data_dir.absolute(),
+        data_dir,
         max_bytes=settings.max_upload_bytes,
         objects=ObjectStore(settings.blobs_url) if settings.blobs_url else None,
     )
@@ -192,7 +193,8 @@ async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
         await ownership.claim()
         authentication = await _authentication(settings, database)
     redis_ledger = await _redis_ledger(settings, stack)
-    usage_writer = UsageWriter(database, keep_days=settings.keep_usage_days, rolls_up=alone)
+    usage_writer = UsageWriter(database, data_dir, keep_days=settings.keep_usage_days, rolls_up=alone)
+    await usage_writer.adopt()
     usage_writer.start()
     stack.push_async_callback(usage_writer.stop)
     if alone:

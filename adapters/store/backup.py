@@ -41,7 +41,7 @@ _TRIES = 5
 # Of the adapters that are there already each backup reads this part, those first that were read longest ago.
 _READ_AGAIN = 1 / 30
 # Folders of the data folder that are the server's; "backups" is for what is made here.
-_OWN = ("blobs", "quarantine", ASIDE, "fits")
+_OWN = ("blobs", "quarantine", ASIDE, "fits", "usage")
 # Rows of processes that belong to the original.
 _OF_PROCESSES = {ReplicaRow.__tablename__, LeaseRow.__tablename__}
 # What a copy that was killed has left; SQLite's own files beside it too.

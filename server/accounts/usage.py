@@ -1,9 +1,11 @@
 """What was used: a row for every request that the engine took, written soon after it ended.
 
-Rows wait in memory for ``FLUSH_INTERVAL_S`` and are then written together. A SIGKILL loses at most the last
-second, as long as a write takes less than a third of one: a row may wait for the pause, for the write before
-its own, and for its own. While the database cannot be written to, rows beyond ``MAX_WAITING`` are added up by
-hour and origin: what is lost then is which request it was, never a token.
+Rows wait in memory for ``FLUSH_INTERVAL_S`` and are then written together, in turns. Until then they are in
+a journal too, from ``JOURNAL_INTERVAL_S`` after they came; the next process writes what one that was killed
+left there. Where there is none, or its disk fails, a SIGKILL loses at most the last second, as long as a
+write takes less than a third of one: a row may wait for the pause, for the write before its own, and for its
+own. While the database cannot be written to, rows beyond ``MAX_WAITING`` are added up by hour and origin:
+what is lost then is which request it was, never a token.
 
 Rows older than ``keep_days`` are added up by day in the same way.
 """
@@ -12,25 +14,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sqlalchemy import ColumnElement, Select, delete, func, insert, null, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
-from adapters.database.rows import AdminKeyRow, KeyRow, UsageRow, matching, now
+from adapters.database.rows import AdminKeyRow, KeyRow, MetaRow, UsageRow, matching, now
 from adapters.errors import AdapterError
-from adapters.tasks import uninterruptible
+from adapters.tasks import run_in_thread, uninterruptible
 from server.accounts.terms import COST_UNIT
+from server.accounts.usage_journal import FOLDER, Journal, Left, left_behind
+from server.accounts.usage_records import ORIGIN
+from server.accounts.usage_records import SUMS as SUMS
+from server.accounts.usage_records import Usage as Usage
+from server.accounts.usage_records import added_up as added_up
 from server.errors import Unprocessable
-from server.metrics import Outcome
 
 logger = logging.getLogger(__name__)
 
 FLUSH_INTERVAL_S = 0.25
+JOURNAL_INTERVAL_S = 0.05
+JOURNAL_AGAIN_S = 5.0  # after its disk failed
+JOURNAL_BYTES = 256 << 10  # below it a journal is not written anew
+META_PREFIX = "usage:"  # and a journal's id: the row of ``meta`` with the last turn that is written
 COMPLAIN_INTERVAL_S = 30.0  # between lines of the log while nothing can be written
 MAX_WAITING = 10_000
 # Refused requests a second that are recorded: a client in a loop must not fill the disk.
@@ -43,94 +56,44 @@ Group = Literal["hour", "day", "tenant", "adapter", "version", "key", "endpoint"
 GROUPS: tuple[Group, ...] = get_args(Group)
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What one request used, or several together (then ``request_id`` is None). Times are in seconds.
+@dataclass(slots=True)
+class _Taken:
+    """Records on their way to the database. ``sent``: whether their commit was made is not known."""
 
-    ``key`` is None for a gateway's request, ``adapter`` and ``version`` for one to the base model.
-    ``load_seconds`` are those of ``queue_seconds`` in which its adapter was loaded. ``code`` is the error
-    that it ended with. ``requests`` is 0 for one that was refused. ``finish`` is why the answer ended
-    (``stop``, ``length`` …), ``numbered`` whether the request named its version.
-    """
-
-    at: datetime
-    tenant: str
-    key: str | None
-    adapter: str | None
-    version: int | None
-    endpoint: str
-    outcome: Outcome
-    request_id: str | None
-    requests: int = 1
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    queue_seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    seconds: float = 0.0
-    cost: int = 0
-    load_seconds: float = 0.0
-    client_request_id: str | None = None
-    code: str | None = None
-    finish: str | None = None
-    numbered: bool = False
-
-    @property
-    def hour(self) -> int:
-        """Hours since 1970."""
-        return int(self.at.timestamp()) // 3600
-
-    def as_row(self) -> dict[str, Any]:
-        return {"hour": self.hour} | {name: getattr(self, name) for name in self.__slots__}
-
-    def origin(self) -> tuple[Any, ...]:
-        """What records are added up by."""
-        return self.hour, *(getattr(self, name) for name in ORIGIN)
-
-
-ORIGIN = ("tenant", "key", "adapter", "version", "endpoint", "outcome")
-SUMS = (
-    "requests", "prompt_tokens", "cached_tokens", "output_tokens", "queue_seconds", "first_token_seconds",
-    "seconds", "cost", "load_seconds",
-)  # fmt: skip
-
-
-def added_up(records: Iterable[Usage]) -> list[Usage]:
-    """One record for all of the same hour and origin; the sums stay what they were.
-
-    Refused requests, which add nothing, are left out.
-    """
-    totals: dict[tuple[Any, ...], Usage] = {}
-    for record in records:
-        if not record.requests:
-            continue
-        total = totals.get(record.origin())
-        if total is not None:
-            sums = {name: getattr(total, name) + getattr(record, name) for name in SUMS}
-            of_one: dict[str, Any] = dict.fromkeys(("request_id", "client_request_id", "code", "finish"))
-            record = replace(total, numbered=False, **of_one, **sums)
-        totals[record.origin()] = record
-    return list(totals.values())
+    turn: int
+    records: list[Usage]
+    sent: bool = False
 
 
 class UsageWriter:
     """Takes records and keys' times of use on the event loop, and writes them in the background.
 
     Single records are kept for ``keep_days``, which may be changed, then added up by day, by whoever
-    ``rolls_up``.
+    ``rolls_up``. ``data_dir`` is where the journal lies; without it there is none.
     """
 
-    def __init__(self, database: Database, *, keep_days: int, rolls_up: bool = True) -> None:
+    def __init__(
+        self, database: Database, data_dir: Path | None = None, *, keep_days: int, rolls_up: bool = True
+    ) -> None:
         self._database = database
         self._rolls_up = rolls_up
         self.keep_days = keep_days
         self._waiting: list[Usage] = []
+        self._taken: _Taken | None = None
+        self._turn = 1  # in which what waits will be written
+        self._folder = Path() if data_dir is None else data_dir / FOLDER
+        self._journal = Journal(self._folder)
+        self._journals = data_dir is not None
+        self._marked = False  # whether ``meta`` has the row of the journal
+        self._unwritten: list[tuple[int, Usage]] = []  # to the journal
+        self._most = JOURNAL_BYTES  # a journal that is larger is written anew
         self._used: dict[str, datetime] = {}
         self._refused = 0, 0  # in which second how many
         self._writing = asyncio.Lock()
         self._moving = asyncio.Lock()  # held while records are in both, memory and database, or in neither
         self._write: asyncio.Task[None] | None = None
         self._recorded = asyncio.Event()  # not set while nothing waits
+        self._noted = asyncio.Event()  # the same, for the journal
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._complained = 0.0  # when the log last said that nothing can be written; 0 if all can
@@ -143,6 +106,8 @@ class UsageWriter:
         }
         if self._rolls_up:
             work["loraplex-roll-up"] = self._repeat(self.roll_up, ROLL_UP_INTERVAL_S)
+        if self._journals:
+            work["loraplex-usage-journal"] = self._journal_forever()
         self._tasks = [asyncio.create_task(task, name=name) for name, task in work.items()]
 
     async def stop(self) -> None:
@@ -155,13 +120,24 @@ class UsageWriter:
     async def _stop(self) -> None:
         self._stopping.set()
         self._recorded.set()
+        self._noted.set()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.flush()
-        await self.write_used()
+        await self._keep()  # should the database be away, the next process writes it
+        try:
+            await self.flush()
+            await self.write_used()
+            await asyncio.to_thread(self._journal.remove)
+            if self._marked:
+                await self._forget(self._journal.id)
+        finally:
+            self._journal.close()
 
     def record(self, record: Usage) -> None:
         """Takes a record; it is written within a second."""
         self._waiting.append(record)
+        if self._journals:
+            self._unwritten.append((self._turn, record))
+            self._noted.set()
         self._recorded.set()
         if len(self._waiting) > MAX_WAITING:
             self._waiting = added_up(self._waiting)
@@ -189,28 +165,109 @@ class UsageWriter:
 
     async def _flush(self) -> None:
         async with self._writing:
-            if not self._waiting:
+            if not self._waiting and self._taken is None:
                 return
-            batch: list[Usage] = []
-            written = False
             moving = AsyncExitStack()
             try:
                 async with self._database.append() as session:
                     await session.connection()  # what is recorded until it has begun is written too
                     await moving.enter_async_context(self._moving)
-                    batch, self._waiting = self._waiting, []
-                    await session.execute(insert(UsageRow), [record.as_row() for record in batch])
-                written = True
+                    if (
+                        self._taken is not None
+                        and await _written(session, self._journal.id) >= self._taken.turn
+                    ):
+                        self._taken = None  # its commit was made
+                    taken = self._take()
+                    if taken.records:
+                        rows = [record.as_row() for record in taken.records]
+                        await session.execute(insert(UsageRow), rows)
+                        await _mark(session, self._journal.id, taken.turn)
+                    taken.sent = self._marked = True
+                self._taken = None
+                self._unwritten = [one for one in self._unwritten if one[0] > taken.turn]
             finally:
-                if not written:
-                    self._waiting = added_up([*batch, *self._waiting])
+                if self._taken is not None and not self._taken.sent:
+                    self._waiting = added_up([*self._taken.records, *self._waiting])
+                    self._taken = None
                 await moving.aclose()
+
+    def _take(self) -> _Taken:
+        """All that is not in the database is on its way there."""
+        before = [] if self._taken is None else self._taken.records
+        self._taken = _Taken(self._turn, [*before, *self._waiting])
+        self._waiting, self._turn = [], self._turn + 1
+        return self._taken
+
+    async def _forget(self, journal: str) -> None:
+        """After its file is gone, or its lines would be written again."""
+        async with self._database.append() as session:
+            await session.execute(delete(MetaRow).where(MetaRow.key == META_PREFIX + journal))
+
+    async def adopt(self) -> None:
+        """Writes what earlier processes on the data folder recorded and did not; logs what it cannot."""
+        if not self._journals:
+            return
+        for left in left_behind(self._folder):
+            try:
+                await self._adopt(left)
+            except (AdapterError, OSError) as error:
+                logger.error("usage that an earlier process left cannot be written: %s", error)
+            finally:
+                left.close()
+
+    async def _adopt(self, left: Left) -> None:
+        lines = await asyncio.to_thread(left.lines)
+        async with self._database.append() as session:
+            written = await _written(session, left.id)
+            lost = [record for turn, record in lines if turn > written]
+            if lost:
+                await session.execute(insert(UsageRow), [record.as_row() for record in lost])
+                await _mark(session, left.id, max(turn for turn, _ in lines))
+        if lost:
+            logger.warning("wrote %d records of usage that an earlier process had no time for", len(lost))
+        await asyncio.to_thread(left.remove)
+        await self._forget(left.id)
+
+    async def _journal_forever(self) -> None:
+        """Keeps in the journal what is not in the database yet."""
+        complained = False
+        while not self._stopping.is_set():
+            await self._noted.wait()
+            well = await self._keep()
+            if not well and not complained:
+                logger.error("usage cannot be kept in %s until it is written", self._folder)
+            complained = not well
+            await self._pause(JOURNAL_INTERVAL_S if well else JOURNAL_AGAIN_S)
+
+    async def _keep(self) -> bool:
+        """False where the disk fails; then all of it is due again."""
+        self._noted.clear()
+        anew = self._journal.size > self._most
+        records = self._unwritten
+        if anew:
+            taken = self._taken or _Taken(0, [])
+            records = [(taken.turn, record) for record in taken.records]
+            records += [(self._turn, record) for record in self._waiting]
+        self._unwritten = []
+        if not records and not anew:
+            return True
+        try:
+            await run_in_thread(self._journal.rewrite if anew else self._journal.append, records)
+        except OSError as error:
+            logger.debug("the journal of usage: %s", error)
+            self._most = -1  # the next time
+            self._noted.set()
+            return False
+        if anew:
+            self._most = max(JOURNAL_BYTES, 4 * self._journal.size)
+        return True
 
     async def spent(self, tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
         """As the function of this name, with what has not been written yet, or cannot be at the moment."""
         async with self._moving:
             tokens, cost = await spent(self._database, tenant, start, end)
-            waiting = [one for one in self._waiting if one.tenant == tenant and start <= one.at < end]
+            mine = [*self._taken.records, *self._waiting] if self._taken else self._waiting
+            waiting = [one for one in mine if one.tenant == tenant and start <= one.at < end]
         whole = [one for one in waiting if one.requests]
         return (
             tokens + sum(one.prompt_tokens + one.output_tokens for one in whole),
@@ -238,7 +295,7 @@ class UsageWriter:
             except Exception:
                 logger.exception("usage could not be written; %d records wait", len(self._waiting))
             took = clock() - began
-            if not self._waiting:
+            if not self._waiting and self._taken is None:
                 self._recorded.clear()
 
     async def _repeat(self, step: Callable[[], Awaitable[None]], seconds: float) -> None:
@@ -272,6 +329,24 @@ class UsageWriter:
         """Adds up the days that are over; in a fleet one process does it for all."""
         while await roll_up(self._database, now() - timedelta(days=self.keep_days)):
             pass
+
+
+async def _written(session: AsyncSession, journal: str) -> int:
+    """The last turn that is in the database; waits for a commit of it that is still under way."""
+    key = META_PREFIX + journal
+    # A row that is not there cannot be waited for.
+    inserting: Any = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    await session.execute(inserting(MetaRow).values(key=key, value="0").on_conflict_do_nothing())
+    found = await session.scalar(select(MetaRow.value).where(MetaRow.key == key).with_for_update())
+    return int(found or 0)
+
+
+async def _mark(session: AsyncSession, journal: str, turn: int) -> None:
+    """In the transaction that writes the records of ``turn``."""
+    key, value = META_PREFIX + journal, str(turn)
+    marked = update(MetaRow).where(MetaRow.key == key).values(value=value).returning(MetaRow.key)
+    if await session.scalar(marked) is None:
+        await session.execute(insert(MetaRow).values(key=key, value=value))
 
 
 async def roll_up(database: Database, before: datetime) -> bool:
