@@ -14,6 +14,7 @@ from server.fleet.directory import Directory, Known
 
 # After which the others are shown without one that does not answer.
 LOOK_S = 2.0
+EVENTS_S = 30.0  # the same where events are asked for: up to 8,192 of each, and the state before them
 SUMMED = ("queued", "running", "counters")  # by tenant
 COUNTED = ("aside", "drains", "preemptions")
 
@@ -50,7 +51,7 @@ class FleetResidency:
 
     async def _ask(self, one: Known, events: int) -> JSON | None:
         try:
-            async with AwakeTimeout(LOOK_S):
+            async with AwakeTimeout(EVENTS_S if events else LOOK_S):
                 return await self._directory.post(one, "residency", {"events": events})
         except (ServerError, AdapterError, TimeoutError):  # it is lost, hung, or of an older release
             return None
@@ -86,7 +87,9 @@ def merged(own: JSON, seen: Sequence[Seen], with_events: bool = False) -> dict[s
         "replicas": [_part(known, said) for known, said in seen],
     }
     if with_events:
-        found |= {name: list(_entries(told, name)) for name in ("events", "checkpoint")}
+        found["events"] = list(_entries(told, "events"))
+        if any("checkpoint" in said for _, said in told):  # where all that are kept were asked for
+            found["checkpoint"] = list(_entries(told, "checkpoint"))
     return found
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
-from server.fleet.residency import merged
+import pytest
+
+from server.fleet import residency
+from server.fleet.residency import FleetResidency, merged
 
 OWN = {
     "slots": [], "host": [], "queued": {}, "running": {"acme": 1}, "counters": {},
@@ -59,6 +64,29 @@ def test_one_that_does_not_answer_has_nulls_and_counts_nowhere() -> None:
     assert lost.keys() == there.keys()
     assert {slot["replica"] for slot in found["slots"]} == {"y"}
     assert found["events"] == [{"replica": "y", "event": "tick"}]
+    assert "checkpoint" not in found, "nobody asked for all that are kept"
+    all_of_it = {**told(2.5), "checkpoint": [{"part": "numbers"}]}
+    found = merged(OWN, [(known("x"), all_of_it), (known("y"), None)], with_events=True)
+    assert found["checkpoint"] == [{"replica": "x", "part": "numbers"}]
+
+
+@pytest.mark.parametrize("events", [0, 8192])
+async def test_events_are_waited_for_longer_than_slots(events: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica writes all that it keeps in small pieces, beside its requests."""
+    monkeypatch.setattr(residency, "LOOK_S", 0.02)
+    replica: Any = SimpleNamespace(
+        id="x", url="http://x", said={"state": "ready"}, facts=None, lost=False, backlog=0.0
+    )
+
+    async def post(one: Any, path: str, sent: Any) -> dict[str, Any]:
+        assert (one, path, sent) == (replica, "residency", {"events": events})
+        await asyncio.sleep(0.3 if events else 3600)
+        return told(2.5)
+
+    directory: Any = SimpleNamespace(all=lambda: [replica], post=post)
+    found = await FleetResidency(directory, dict).residency(OWN, events, None)
+    assert found["replicas"][0]["answered"] is bool(events)
+    assert found.get("events") == ([{"replica": "x", "event": "tick"}] if events else None)
 
 
 def test_without_replicas_nothing_is_there() -> None:
