@@ -30,10 +30,11 @@ async def verify_first(services: Services, holder: str) -> None:
     Of several replicas of one kind that start at once one verifies, by a lease, and the others wait for it.
     What differs is logged and counted, and no reason to stay away; see ``verify_all``.
     """
-    found: list[Version] = []
+    found: list[Version] | None = None
     with contextlib.suppress(Exception):  # the turn to verify is waited for all the same
         found = await unverified(services)
-    logger.info("before requests come, versions to be verified on this kind of engine: %d", len(found))
+    number = "unknown" if found is None else len(found)
+    logger.info("before requests come, versions to be verified on this kind of engine: %s", number)
     clock = asyncio.get_running_loop().time
     not_possible: set[Version] = set()
     work, began = services.in_background(_in_turn(services, holder, not_possible)), clock()
@@ -45,7 +46,13 @@ async def verify_first(services: Services, holder: str) -> None:
             break
     with contextlib.suppress(Exception):  # the database is away: as many as there were
         found = await unverified(services)
-    if waiting := len(set(found) - not_possible):
+    if found is None:  # the database was away before, too
+        logger.warning(
+            "after %.0f s requests come; how many versions are not yet verified cannot be told, since the"
+            " database did not answer",
+            clock() - began,
+        )
+    elif waiting := len(set(found) - not_possible):
         services.metrics.verified("late", waiting)
         logger.warning(
             "after %.0f s requests come all the same; not yet verified: %d", clock() - began, waiting

@@ -191,7 +191,7 @@ async def test_a_replica_that_is_verified_says_so(tmp_path: Path, monkeypatch: p
 
 
 async def test_a_replica_is_verified_though_the_database_fails_a_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with fleet(tmp_path, replicas=1) as made:
         await with_probes(made)
@@ -205,6 +205,7 @@ async def test_a_replica_is_verified_though_the_database_fails_a_count(
         async with replica(tmp_path, engine=another_kind()):
             await made.until(lambda: len(made.directory.ready()) == 2)
             assert checks.number == 1
+        assert "how many versions are not yet verified cannot be told" in caplog.text
 
 
 async def test_one_alone_is_verified_for_a_shorter_time(
