@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from adapters.awake import grace
 from server.errors import envelope
 from server.http.pieces import offer
+from server.http.shares import Shares, Who, shares_of, who_asks
 from server.http.turns import turns_of
 
 HEAD_BYTES = 64 << 10
@@ -37,6 +38,17 @@ LEAST_PACE = 1024  # bytes of a body in a second, on average, while others find 
 # Whose questions are answered while there is no room for others; so many connections are kept for them.
 _PROBES = frozenset({b"health", b"ready", b"metrics"})
 SPARE = 8
+# Of a fleet's own calls, whose one key is every customer's.
+_FLEET = b"/internal/"
+_ONE_KEY = (
+    "As many of this server's connections have a request of your key under way as one key may have. Send this"
+    " one again when some of them are answered."
+)
+_LATER = "Retry-After: 1\r\n"
+_KINDS = {  # of refusals that are no fault of the request: the error's type, and a header
+    HTTPStatus.SERVICE_UNAVAILABLE: ("service_unavailable_error", _LATER),
+    HTTPStatus.TOO_MANY_REQUESTS: ("rate_limit_error", _LATER),
+}
 
 
 class _Patient:
@@ -68,7 +80,8 @@ class BoundedHeads(HttpToolsProtocol):
     answer. More than ``PIPELINED`` requests ahead of their answers end the connection. At most ``limit``
     connections are open: a new one takes the place of those that have been idle longest, or on which a body
     comes most slowly. Where there are none of either, up to ``SPARE`` more are open, on which probes are
-    answered and all else is refused with 503.
+    answered and all else is refused with 503. A request of a key that has its share of the connections
+    (``shares``) is refused with 429.
 
     Trailers are thrown away: as headers they would come behind all that a proxy looked at. A request to go on
     in another protocol is answered in this one, its body too, which Java's client sends along; llhttp would
@@ -84,10 +97,13 @@ class BoundedHeads(HttpToolsProtocol):
     _received = _body = 0
     _body_began, _body_bytes = 0.0, 0
     _heard = 0.0  # when the last bytes came
+    _who: Who = ()  # whose request is under way
+    _shares: Shares
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(_Patient(transport, self))  # type: ignore[arg-type]
         self._heard = self.loop.time()
+        self._shares = shares_of(self.server_state)
         self._begin()
         if len(self.connections) > self.limit:
             self._is_spare = not self._make_room()
@@ -101,6 +117,7 @@ class BoundedHeads(HttpToolsProtocol):
         circles, for which every stream waits.
         """
         self._late.cancel()
+        self._counts_for(())
         super().connection_lost(exc)
         self.transport.closing = None  # type: ignore[attr-defined]
         self.pipeline.clear()
@@ -172,6 +189,12 @@ class BoundedHeads(HttpToolsProtocol):
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too_many_connections")
             self._overrun = True
             return
+        who = () if self.url.startswith(_FLEET) else who_asks(self.headers)
+        if who != self._who and self._shares.exceeds(who, self.limit):
+            self._refuse(HTTPStatus.TOO_MANY_REQUESTS, "too_many_connections", _ONE_KEY)
+            self._overrun = True
+            return
+        self._counts_for(who)
         self._in_head = False
         self._received = 0
         self._body_began, self._body_bytes = self.loop.time(), 0
@@ -197,11 +220,18 @@ class BoundedHeads(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        if not self.pipeline:
+            self._counts_for(())
         super().on_response_complete()
         if self.parser is None:  # set so just now, as the connection was lost
             self._part()  # type: ignore[unreachable]
         elif not (self._between or self._in_head or self.transport.is_closing()):
             self._late = self.loop.call_later(self.rest_seconds, self._overdue, self.transport.close)
+
+    def _counts_for(self, who: Who) -> None:
+        self._shares.end(self._who)
+        self._shares.begin(who)
+        self._who = who
 
     def timeout_keep_alive_handler(self) -> None:
         """Closes an idle connection, but none on which a request has come while the process stood still."""
@@ -220,14 +250,13 @@ class BoundedHeads(HttpToolsProtocol):
         refuse = partial(self._refuse, HTTPStatus.REQUEST_TIMEOUT, "request_timeout")
         self._late = self.loop.call_later(self.seconds, self._overdue, refuse)
 
-    def _refuse(self, status: HTTPStatus, code: str) -> None:
+    def _refuse(self, status: HTTPStatus, code: str, message: str = "") -> None:
         """Answers with ``status`` unless another answer is due or under way on this connection; closes it."""
         if self.transport.is_closing():
             return
         if self._may_answer():
-            kind = "invalid_request_error" if status.value < 500 else "service_unavailable_error"
-            body = json.dumps(envelope(f"{status.phrase}.", kind, code)).encode()
-            later = "Retry-After: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
+            kind, later = _KINDS.get(status, ("invalid_request_error", ""))
+            body = json.dumps(envelope(message or f"{status.phrase}.", kind, code)).encode()
             head = (
                 f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/json\r\n{later}"
                 f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"

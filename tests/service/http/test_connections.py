@@ -15,6 +15,7 @@ import pytest
 
 from server.http import connection
 from server.http.connection import BoundedHeads, connections_for
+from server.http.shares import SHARE, _of_servers
 from tests.support import tiny
 from tests.support.bad_requests import CHAT, GOOD
 from tests.support.fakes import FakeEngine, Times
@@ -277,14 +278,9 @@ async def test_bodies_that_come_too_slowly_make_room(site: Site, few: int) -> No
 async def test_probes_are_answered_while_requests_take_all_places(tmp_path: Path, few: int) -> None:
     engine = FakeEngine(tiny.base())
     async with fake_site(tmp_path, engine) as site:
-        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        keys = [await site.tenant(name, {"a": tiny.adapter(1)}) for name in ("acme", "globex")]
         engine.times = Times(step=30.0)
-        body = json.dumps({"model": "a", "messages": [{"role": "user", "content": "hi"}]})
-        asked = (
-            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-        ).encode()
-        held = [await opened(site, asked) for _ in range(few + 1)]
+        held = [await opened(site, _chat(keys[number % 2])) for number in range(few + 1)]
         async with asyncio.timeout(60):
             while not await _is_answered(site, "/v1/models", b"503"):  # until each place has its request
                 await asyncio.sleep(0.05)
@@ -297,6 +293,56 @@ async def test_probes_are_answered_while_requests_take_all_places(tmp_path: Path
         writer.close()
         for _, holding in held:
             holding.transport.abort()
+
+
+def _chat(key: str) -> bytes:
+    body = json.dumps({"model": "a", "messages": [{"role": "user", "content": "hi"}]})
+    return (
+        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    ).encode()
+
+
+async def test_one_key_has_a_share_of_the_connections(tmp_path: Path, few: int) -> None:
+    """Whatever its requests wait for, others find a place; and it may ask again when some have ended."""
+    engine = FakeEngine(tiny.base())
+    async with fake_site(tmp_path, engine) as site:
+        greedy = await site.tenant("acme", {"a": tiny.adapter(1)})
+        other = await site.tenant("globex", {"a": tiny.adapter(1)})
+        engine.times = Times(step=30.0)
+        held = [await opened(site, _chat(greedy)) for _ in range(int(few * SHARE))]
+        models = "GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{}\r\n\r\n"
+        refusal = b""
+        async with asyncio.timeout(60):
+            while not refusal.startswith(b"HTTP/1.1 429 "):  # until each place has its request
+                refusal = await _told(site, models.format(f"Authorization:  bearer   {greedy}").encode())
+        assert b"Retry-After: 1" in refusal
+        assert b'"type": "rate_limit_error"' in refusal
+        assert b'"code": "too_many_connections"' in refusal
+        siblings = (f"x-api-key: {greedy}", f"X-Api-Key: {greedy}\r\nAuthorization: Basic eDp5")
+        for header in (*siblings, f"Authorization: Bearer {greedy}\r\nX-Customer-ID: nobody"):
+            assert (await _told(site, models.format(header).encode())).startswith(b"HTTP/1.1 429 "), header
+        answer = await _told(site, models.format(f"Authorization: Bearer {other}").encode())
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        for _, writer in held[:3]:
+            writer.transport.abort()
+        async with asyncio.timeout(60):
+            again = models.format(f"Authorization: Bearer {greedy}").encode()
+            while not (await _told(site, again)).startswith(b"HTTP/1.1 200 "):
+                await asyncio.sleep(0.02)
+        for _, writer in held:
+            writer.transport.abort()
+        async with asyncio.timeout(60):
+            while any(str(shares) != "<Shares []>" for shares in _of_servers.values()):
+                await asyncio.sleep(0.02)
+
+
+async def _told(site: Site, asked: bytes) -> bytes:
+    reader, writer = await opened(site, asked)
+    try:
+        return await reader.read()
+    finally:
+        writer.close()
 
 
 async def _is_answered(site: Site, path: str, status: bytes) -> bool:
