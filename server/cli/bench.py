@@ -16,7 +16,9 @@ from server.cli.client import RemoteError
 from server.cli.command import KEY_VARIABLES, say
 
 # Those of ``server.cli.bench_workloads``, which is not imported for a command's help.
-Workload = Literal["overhead", "cold", "storm", "churn", "noisy"]
+Workload = Literal[
+    "overhead", "cold", "storm", "churn", "noisy", "limited", "starvation", "hog", "weights", "overload"
+]
 
 
 def bench(

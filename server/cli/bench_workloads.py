@@ -18,6 +18,11 @@ from server.cli.client import RemoteError
 
 CLIENTS = 16
 NOISY_CLIENTS = 30
+WEIGHTED_CLIENTS = 8  # of each model
+LONG = 16  # times the longest answer of the others
+TIMES = 3.0  # what a server can do
+LATER_S = 2.0
+ROUNDS = 4
 # Seconds between two arrivals of a storm, at most.
 BETWEEN_S = 0.5
 
@@ -36,15 +41,17 @@ class Bench:
     phases: dict[str, list[Shot]]
 
     async def closed(self, phase: str, clients: Sequence[Iterator[Asked]]) -> None:
-        """Each of ``clients`` asks again as soon as it is answered, until ``load.seconds`` are over."""
+        """Each of ``clients`` asks, and again as soon as it is answered, until ``load.seconds`` are over."""
         shots = self.phases.setdefault(phase, [])
         ends = time.monotonic() + self.load.seconds
 
         async def one(picks: Iterator[Asked]) -> None:
-            while time.monotonic() < ends:
+            while True:
                 shots.append(await self.ask(next(picks), self.load.max_tokens))
                 if shots[-1].error is not None:
                     await asyncio.sleep(0.1)  # a refusal is no reason to ask a thousand times
+                if time.monotonic() >= ends:
+                    return
 
         await asyncio.gather(*map(one, clients))
 
@@ -94,10 +101,61 @@ async def churn(bench: Bench) -> None:
 
 async def noisy(bench: Bench) -> None:
     """One client for each model but the first; then also thirty clients for the first."""
+    await _beside(bench, NOISY_CLIENTS, "the noisy one")
+
+
+async def limited(bench: Bench) -> None:
+    """The same with sixteen clients, for a first key with limits: its refusals are among its errors."""
+    await _beside(bench, CLIENTS, "the limited one")
+
+
+async def _beside(bench: Bench, clients: int, who: str) -> None:
     quiet = [itertools.repeat(asked) for asked in bench.choices[1:]]
     await bench.closed("alone", quiet)
-    noise = [itertools.repeat(bench.choices[0])] * NOISY_CLIENTS
-    await asyncio.gather(bench.closed("beside the noisy one", quiet), bench.closed("the noisy one", noise))
+    loud = [itertools.repeat(bench.choices[0])] * clients
+    await asyncio.gather(bench.closed(f"beside {who}", quiet), bench.closed(who, loud))
+
+
+async def starvation(bench: Bench) -> None:
+    """Sixteen clients keep all models but the last busy, for which somebody asks four times meanwhile."""
+    *busy, last = bench.choices
+    clients = [itertools.repeat(busy[number % len(busy)]) for number in range(CLIENTS)]
+    others = bench.each("the last model", [last] * ROUNDS, bench.load.seconds / ROUNDS)
+    await asyncio.gather(bench.closed("busy models", clients), others)
+
+
+async def hog(bench: Bench) -> None:
+    """One answer of each model but the last, sixteen times as long as ``--max-tokens``, and then the last."""
+    *busy, last = bench.choices
+    asking = [asyncio.create_task(bench.ask(asked, LONG * bench.load.max_tokens)) for asked in busy]
+    await asyncio.sleep(min(LATER_S, bench.load.seconds))
+    await bench.each("the last model", [last])
+    bench.phases["long answers"] = list(await asyncio.gather(*asking))
+
+
+async def weights(bench: Bench) -> None:
+    """Eight clients for each model, a phase each: tokens a second are their customers' shares."""
+    models = (
+        bench.closed(f"{number} {asked.model}", [itertools.repeat(asked)] * WEIGHTED_CLIENTS)
+        for number, asked in enumerate(bench.choices, 1)
+    )
+    await asyncio.gather(*models)
+
+
+async def overload(bench: Bench) -> None:
+    """As many requests as can be answered; then three times as many, and the last model beside them."""
+    *models, last = bench.choices
+    picks = replace(bench.load, skew=0.0).picks(models, bench.rng)
+    await bench.closed("as many as it can", [picks] * (4 * CLIENTS))
+    good = sum(shot.error is None for shot in bench.phases["as many as it can"])
+    load = replace(bench.load, rate=TIMES * max(1, good) / bench.load.seconds, burst=1.0)
+    began = time.monotonic()
+    asking = []
+    for at in load.arrivals(bench.rng):
+        await asyncio.sleep(max(0.0, began + at - time.monotonic()))
+        asking.append(asyncio.create_task(bench.ask(next(picks), bench.load.max_tokens)))
+    await bench.each("one more", [last])
+    bench.phases["three times as many"] = list(await asyncio.gather(*asking))
 
 
 # By name: what it does, and how many models it needs.
@@ -107,6 +165,11 @@ WORKLOADS: dict[str, tuple[Callable[[Bench], Awaitable[None]], int]] = {
     "storm": (storm, 2),
     "churn": (churn, 2),
     "noisy": (noisy, 2),
+    "limited": (limited, 2),
+    "starvation": (starvation, 2),
+    "hog": (hog, 2),
+    "weights": (weights, 2),
+    "overload": (overload, 2),
 }
 
 
