@@ -22,7 +22,7 @@ from tests.support.site import Site, bearer
 from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
-RUNBOOK = Path(__file__).parents[3] / "docs" / "operations.md"
+RUNBOOK = Path(__file__).parents[3] / "docs" / "runbook.md"
 needs_prometheus = pytest.mark.skipif(PROGRAM is None, reason="prometheus is not installed")
 needs_promtool = pytest.mark.skipif(TOOL is None, reason="promtool is not installed")
 
@@ -56,7 +56,7 @@ def test_every_alert_leads_into_the_runbook() -> None:
         re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
         for heading in re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     }
-    links = re.findall(r"runbook_url: .*docs/operations.md.*#([\w-]+)", rules)
+    links = re.findall(r"runbook_url: .*docs/runbook.md.*#([\w-]+)", rules)
     assert len(links) == rules.count("- alert:")
     assert set(links) <= headings
 
