@@ -26,6 +26,7 @@ from typing import Any
 
 import psutil
 
+from adapters.worker import dora_gpu
 from adapters.worker.activation import (
     SLICE_ON_CPU_S,
     SLICE_S,
@@ -192,6 +193,8 @@ class _Pager:
             self._wrappers += install(self.tables)
             if model.quantization is None:
                 self._dora = DoraScales(self.tables)
+        elif self._on_cuda and dora_gpu.serves(self.tables):
+            self._dora = dora_gpu.DoraTables(self.tables)
         self._cuts = shards and is_divided(self.tables)
         self._pool = self._make_room(pool, workers)
         self._copies: Copies = CopiesOnGPU() if self._on_cuda else CopiesOnCPU()

@@ -22,7 +22,9 @@ from adapters.worker.not_finite import zeroes_new_blocks
 
 NICE = 10
 THREADS = 4
-ADAPTERS = "loraplex_adapters"  # in vLLM's additional_config
+# In vLLM's additional_config:
+ADAPTERS = "loraplex_adapters"
+DORA = "loraplex_dora"
 
 
 def scheduler_of(config: Any) -> str | None:
@@ -36,6 +38,11 @@ def scheduler_of(config: Any) -> str | None:
 def adapters_of(config: Any) -> int:
     """How many adapters share the slots of the engine that ``config`` (VllmConfig) describes; 0: none do."""
     return int((config.additional_config or {}).get(ADAPTERS, 0))
+
+
+def serves_dora(config: Any) -> bool:
+    """Whether the engine that ``config`` (VllmConfig) describes has room for DoRA's scales on a GPU."""
+    return bool((config.additional_config or {}).get(DORA))
 
 
 def _count_adapters(scheduler: Any) -> None:

@@ -1,6 +1,6 @@
 """The same on a GPU: vLLM asks the platform for its wrapper of kernels, before CUDA graphs are captured.
 
-Not run on a GPU yet.
+Not run on a GPU yet. An engine that serves DoRA has another wrapper (``dora_gpu``), and shares no slots.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
 from adapters.worker.ranges import Range
-from adapters.worker.scheduler import adapters_of
+from adapters.worker.scheduler import adapters_of, serves_dora
 from adapters.worker.shared_slots import SharedRows
 
 
@@ -30,7 +30,9 @@ class SharedRowsOnGPU(SharedRows, PunicaWrapperGPU):  # type: ignore[misc]  # vL
 
 
 def offer() -> None:
-    """Makes it the wrapper of an engine that shares slots, in this process; elsewhere vLLM's own stays."""
+    """Makes it the wrapper of an engine that shares slots, in this process, and another one that of an engine
+    that serves DoRA; elsewhere vLLM's own stays.
+    """
     from vllm.config import get_current_vllm_config
     from vllm.platforms import current_platform
 
@@ -39,8 +41,11 @@ def offer() -> None:
     usual = current_platform.get_punica_wrapper
 
     def chosen() -> str:
-        if not adapters_of(get_current_vllm_config()):
-            return str(usual())
-        return f"{SharedRowsOnGPU.__module__}.{SharedRowsOnGPU.__qualname__}"
+        config = get_current_vllm_config()
+        if adapters_of(config):
+            return f"{SharedRowsOnGPU.__module__}.{SharedRowsOnGPU.__qualname__}"
+        if serves_dora(config):
+            return "adapters.worker.dora_gpu.DoraRowsOnGPU"
+        return str(usual())
 
     current_platform.get_punica_wrapper = chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from adapters.worker.dora_gpu import tables_bytes
 from adapters.worker.heads import heads_bytes, slots_bytes
 
 
@@ -15,6 +16,7 @@ def allocated(model: Any) -> int:
     for layer in model.modules():
         if isinstance(layer, BaseLayerWithLoRA):
             total += slots_bytes(layer)
+            total += len(layer.lora_b_stacked[0]) * tables_bytes(layer)
             for side in (layer.lora_a_stacked, layer.lora_b_stacked):
                 total += sum(t.nbytes for t in (side if isinstance(side, tuple | list) else [side]))
     return total

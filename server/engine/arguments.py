@@ -30,7 +30,7 @@ from adapters.inspection.base_config import labels_of, read_base_config
 from adapters.model import BaseChat, BaseModel, Head, ModuleShape
 from adapters.worker.cpu.executor import YieldingExecutor
 from adapters.worker.cpu.features import multiplies_bfloat16
-from adapters.worker.scheduler import ADAPTERS
+from adapters.worker.scheduler import ADAPTERS, DORA, serves_dora
 from server.engine import sizing
 from server.engine.layers import lora_layers
 from server.engine.parsers import AUTO, UNSHOWN, Parsers, parsers_of
@@ -86,6 +86,8 @@ def _slots_of(settings: Settings) -> Slots:
     rank, itemsize = settings.max_lora_rank, lora.lora_dtype.itemsize
     workers, fully = config.parallel_config.tensor_parallel_size, lora.fully_sharded_loras
     slot = sizing.slot_bytes(layers, rank=rank, itemsize=itemsize, workers=workers, fully_sharded=fully)
+    if serves_dora(config):
+        slot += sizing.dora_bytes(layers)
     labels = _head_labels(config)
     most_labels = lora.max_lora_cls_labels or labels if labels else 0
     slot += _head_bytes(config, max(most_labels, labels))  # vLLM pads an adapter's own to the base's
@@ -382,8 +384,11 @@ def vllm_arguments(settings: Settings, slots: Slots) -> tuple[Namespace, Any]:
         given.setdefault("lora_target_modules", served)
     if (labels := labels_of(base or {})) or given.get("convert") == "classify":
         given.setdefault("max_lora_cls_labels", max(LABELS, labels))
-    if slots.adapters:
-        given["additional_config"] = (given.get("additional_config") or {}) | {ADAPTERS: slots.adapters}
+    ours_for_workers = {ADAPTERS: slots.adapters} if slots.adapters else {}
+    if settings.dora_on_gpu and current_platform.is_cuda_alike():
+        ours_for_workers[DORA] = 1
+    if ours_for_workers:
+        given["additional_config"] = (given.get("additional_config") or {}) | ours_for_workers
     looked_at = {name for names in SERVED_ENGINE_ARGS.values() for name in names}.union(ONE_ENGINE_ARGS)
     for name, value in given.items():
         if name in known - looked_at:

@@ -5,6 +5,7 @@ Imported by ``Engine.start`` alone, as ``server.engine.arguments`` is.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def refuse_what_cannot_load(settings: Settings) -> None:
             "ENGINE_ARGS: pipeline_parallel_size needs a GPU: on a CPU vLLM gives the second stage no memory"
             " for what the first one computes. Use tensor_parallel_size."
         )
+    if settings.dora_on_gpu and (reason := _no_dora(settings)) is not None:
+        raise ValueError(f"DORA_ON_GPU: {reason}. Switch it off, or serve such adapters merged.")
     folder = Path(settings.model)
     if (config := read_base_config(folder)) is None:
         return
@@ -42,6 +45,21 @@ def refuse_what_cannot_load(settings: Settings) -> None:
         quantization.refuse(
             found, dtype=str(settings.engine_args.get("dtype", "auto")), on_cpu=on_cpu, amx=amx
         )
+
+
+def _no_dora(settings: Settings) -> str | None:
+    """Why the engine cannot serve DoRA, which scales what one worker makes of whole weights."""
+    given = settings.engine_args
+    if any(given.get(f"{how}_parallel_size", 1) != 1 for how in ("tensor", "pipeline")):
+        return "a DoRA is served by one worker, and ENGINE_ARGS ask for several"
+    if settings.rank_slots:
+        return "adapters that share slots (RANK_SLOTS) are no DoRAs"
+    if os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0":
+        return "with VLLM_LORA_ENABLE_DUAL_STREAM vLLM adds adapters elsewhere"
+    config = read_base_config(Path(settings.model)) or {}
+    if quantization_in(config) is not None:
+        return "the scale of a DoRA is computed from weights that are not quantized, and those of MODEL are"
+    return "the experts of a mixture are not scaled" if has_experts(config) else None
 
 
 def refuse_what_cannot_run(config: Any) -> None:

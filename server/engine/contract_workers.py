@@ -86,6 +86,12 @@ WORKERS: tuple[Use, ...] = (
     ),
     Use("vllm.platforms.interface", "Platform", ("get_punica_wrapper",), "says which wrapper a GPU has"),
     Use(
+        "vllm.lora.layers.base_linear",
+        "BaseLinearLayerWithLoRA",
+        ("_apply_lora_to_output(x, output)", "set_mapping(punica_wrapper)", "output_slices"),
+        "wrapped: outputs are scaled where a GPU serves DoRA",
+    ),
+    Use(
         "vllm.v1.core.sched.scheduler", text=("self.lora_config.max_loras",), why="counts adapters, not slots"
     ),
     Use(

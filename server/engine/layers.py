@@ -48,7 +48,8 @@ def lora_layers(
         if module in (model.get_input_embeddings(), model.get_output_embeddings()):
             if suffix in vocabulary:
                 outputs, inputs = module.weight.shape
-                layers.append(Layer(inputs, outputs, served=workers == 1 and suffix in SERVED))
+                served = workers == 1 and suffix in SERVED
+                layers.append(Layer(inputs, outputs, served=served, scaled=False))
         elif _is_experts(module):
             layers += _experts(module, workers)
         elif _is_router(name, module):

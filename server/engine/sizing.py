@@ -28,7 +28,7 @@ class Layer:
     ``unit``: outputs that stay together when it is split by column, such as those of a KV head, which is
     repeated where there are more workers than heads. ``served``: adapters on it are accepted; a slot pays for
     the vocabulary of many models although they are not. ``cut``: workers keep their part of it in host
-    memory; of experts each keeps the whole.
+    memory; of experts each keeps the whole. ``scaled``: DoRA is served on it, where it is served at all.
     """
 
     inputs: int
@@ -37,6 +37,7 @@ class Layer:
     unit: int = 1
     served: bool = True
     cut: bool = True
+    scaled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,11 @@ def entry_bytes(
     whole = [layer for layer in served if not (layer.cut and shards)]
     parts = slot_bytes(cut, rank=rank, itemsize=itemsize, workers=workers, fully_sharded=fully_sharded)
     return workers * (parts + slot_bytes(whole, rank=rank, itemsize=itemsize))
+
+
+def dora_bytes(layers: Iterable[Layer]) -> int:
+    """Bytes of a slot for DoRA's scales, in float32, where one worker on a GPU serves it."""
+    return sum(4 * layer.outputs for layer in layers if layer.scaled)
 
 
 def head_bytes(labels: int, features: int, *, itemsize: int, bias_itemsize: int) -> int:

@@ -166,6 +166,10 @@ class Serving(BaseSettings):
         ge=0,
         description="Adapters that share GPU_SLOTS by their ranks; 0: none do. Not tried on a GPU yet.",
     )
+    dora_on_gpu: bool = Field(
+        False,
+        description="DoRA is served on a GPU too, at some cost for each step. Not tried on a GPU yet.",
+    )
     host_shards: bool = Field(True, description="Each of several GPUs' workers keeps its part of an adapter.")
     host_pool: bool = Field(
         True,

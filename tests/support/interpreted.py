@@ -1,7 +1,8 @@
-"""Adapters by vLLM's kernels for a GPU, in Triton's interpreter: ``python -m`` this, and one of two words.
+"""Adapters by vLLM's kernels for a GPU, in Triton's interpreter: ``python -m`` this, and one of the words.
 
     shared      in shared slots and in their own
     experts     on the experts of a mixture, and as PEFT computes them
+    dora        DoRAs beside others, and as PEFT computes them
 
 Triton is in no list of pins: ``pip install triton``, 290 MB, and 1 GB on the disk. Its interpreter runs the
 kernels that a GPU would, one block after the other in numpy, so that ``SharedRowsOnGPU`` is tried as it is:
@@ -41,11 +42,24 @@ def find_triton() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["shared", "experts"])
+    parser.add_argument("what", choices=["shared", "experts", "dora"])
     parser.add_argument("sets", nargs="?", type=int, default=8, help="sets of shared slots (8)")
     given = parser.parse_args()
     find_triton()
-    return try_experts() if given.what == "experts" else try_shared(given.sets)
+    if given.what == "shared":
+        return try_shared(given.sets)
+    return try_experts() if given.what == "experts" else try_dora()
+
+
+def try_dora() -> int:
+    import torch
+
+    from tests.support.dora_in_triton import TOLERANCE, largest_difference
+
+    torch.set_num_threads(1)
+    found = largest_difference()
+    print(f"DoRA: largest difference from PEFT {found:.1e} (float16; allowed {TOLERANCE:.0e})")
+    return int(found > TOLERANCE)
 
 
 def try_experts() -> int:

@@ -85,3 +85,30 @@ def test_a_config_that_is_none_is_said_to_be(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=words):
             refuse_what_cannot_load(settings_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "engine_args", "rank_slots", "says"),
+    [
+        (LlamaConfig(**SIZES).to_dict(), {"tensor_parallel_size": 2}, 0, "one worker, and ENGINE_ARGS ask"),
+        (LlamaConfig(**SIZES).to_dict(), {}, 8, "share slots"),
+        (
+            LlamaConfig(**SIZES).to_dict() | {"quantization_config": {"quant_method": "fp8"}},
+            {},
+            0,
+            "quantized",
+        ),
+        (MIXTURES["qwen3-moe"].to_dict(), {}, 0, "experts of a mixture"),
+        (LlamaConfig(**SIZES).to_dict(), {}, 0, None),
+    ],
+)
+def test_dora_on_a_gpu_is_refused_where_it_cannot_be_computed(
+    config: dict[str, Any], engine_args: dict[str, Any], rank_slots: int, says: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = Settings(model=str(tmp_path), dora_on_gpu=True, rank_slots=rank_slots, engine_args=engine_args)
+    if says is None:
+        refuse_what_cannot_load(settings)
+        return
+    with pytest.raises(ValueError, match=rf"DORA_ON_GPU: .*{says}.* merged"):
+        refuse_what_cannot_load(settings)

@@ -17,11 +17,15 @@ from typing import Any
 import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm.platforms import current_platform
 
+from adapters.worker.dora_gpu import tables_bytes
+from adapters.worker.scheduler import DORA
 from server.engine import arguments, sizing
 from server.engine.arguments import Slots
 from server.engine.sharding import DIVIDED, LAYERS
 from server.settings import Settings
+from tests.service.worker.test_dora_gpu import DoraRowsOnCPU, vllms_layers_as_before
 from tests.support.quantized import KINDS
 
 DOCS = Path(__file__).parents[3] / "docs" / "benchmarks.md"
@@ -121,7 +125,7 @@ def vllms_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def engine_config(base: Base, folder: Path, workers: int, fully: bool) -> Iterator[Any]:
+def engine_config(base: Base, folder: Path, workers: int, fully: bool, **engine_args: Any) -> Iterator[Any]:
     """What the product would start vLLM with."""
     from vllm.config import set_current_vllm_config
 
@@ -136,6 +140,7 @@ def engine_config(base: Base, folder: Path, workers: int, fully: bool) -> Iterat
             "enforce_eager": True,
             "tensor_parallel_size": workers,
             "fully_sharded_loras": fully,
+            **engine_args,
         },
     )
     _, engine_args = arguments.vllm_arguments(settings, Slots(SLOTS, SLOTS))
@@ -201,6 +206,20 @@ def test_a_slot_takes_what_was_computed(base: Base, tmp_path: Path, monkeypatch:
         assert abs(computed - found) <= WITHIN * found
     row = " | ".join(f"{number / 2**20:,.1f}" for number in (*one, *two))
     assert f"| {base.title} | {row} |" in DOCS.read_text()
+
+
+def test_the_scales_of_doras_take_what_was_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the slots, where an engine on a GPU serves DoRA."""
+    wrapper = f"{DoraRowsOnCPU.__module__}.{DoraRowsOnCPU.__qualname__}"
+    monkeypatch.setattr(current_platform, "get_punica_wrapper", lambda: wrapper, raising=False)
+    with (
+        vllms_layers_as_before(),
+        engine_config(BASES[2], tmp_path, 1, False, additional_config={DORA: 1}) as config,
+    ):
+        layers = arguments._slot_layers(config)
+        found = adapted(config, 1, monkeypatch)
+        assert sizing.dora_bytes(layers) == sum(tables_bytes(layer) for layer in found.values())
+    assert sizing.dora_bytes(layers) == 16 * 4 * (2048 + 2 * 512 + 2048 + 2 * 8192 + 2048)
 
 
 @pytest.mark.parametrize("model", sorted(DIVIDED))

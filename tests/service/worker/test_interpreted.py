@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="pip install triton, 290 MB")
-@pytest.mark.parametrize("what", ["shared", "experts"])
+@pytest.mark.parametrize("what", ["shared", "experts", "dora"])
 def test_the_kernels_of_a_gpu_answer_alike(what: str) -> None:
     """In a process of its own: here vLLM has decided that there is no Triton."""
     command = [sys.executable, "-m", "tests.support.interpreted", what]
