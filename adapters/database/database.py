@@ -101,6 +101,7 @@ class Database:
         self.generation = 0
         self._timeout = timeout
         self._engine = _engine(self.url, connect_timeout=timeout, statement_timeout=timeout)
+        event.listen(self._engine.sync_engine, "after_cursor_execute", self._answered)
         self._reader = async_sessionmaker(self._engine, class_=_Session, expire_on_commit=False)
         writing = self._engine.execution_options(loraplex_writes=True)
         self._writer = async_sessionmaker(writing, class_=_Session, expire_on_commit=False)
@@ -245,6 +246,10 @@ class Database:
                     " what is there before you send it again."
                 ) from error
             raise
+
+    def _answered(self, connection: Connection, *_: Any) -> None:
+        if connection.get_execution_options().get("loraplex_writes", False):
+            self._turns.headway()
 
     @asynccontextmanager
     async def _its_turn(self) -> AsyncIterator[None]:

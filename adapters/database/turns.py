@@ -8,25 +8,25 @@ from contextlib import asynccontextmanager
 
 from adapters.awake import AwakeTimeout
 
-# How long a writer waits while none of those before it ends well, and how long in all, in seconds.
+# How long a writer waits while the one before it makes no headway, and how long in all, in seconds.
 STUCK_S = 5.0
 LONGEST_S = 60.0
 
 
 class QueueStuck(Exception):
-    """None of the writers before this one has ended well for ``STUCK_S``: something holds the database."""
+    """The writer whose turn it was has made no headway for ``STUCK_S``: something holds the database."""
 
 
 class QueueTooLong(Exception):
-    """Writers end well, but so many are before this one that it has waited for ``LONGEST_S``."""
+    """Writers make headway, but so many are before this one that it has waited for ``LONGEST_S``."""
 
 
 class Turns:
     """One writer at a time, the one that has waited longest first.
 
-    On a busy machine each write may take a second and ten may wait, without anything being wrong: whoever
+    On a busy machine each write may take seconds and ten may wait, without anything being wrong: whoever
     waits is refused where the queue stands still, not because it is long. The same limit on the whole wait
-    refused changes on machines that had only much to do.
+    refused changes on machines that had only much to do. Who writes says ``headway`` after each statement.
     """
 
     def __init__(self, stuck: float = STUCK_S, longest: float = LONGEST_S) -> None:
@@ -39,14 +39,17 @@ class Turns:
 
     @asynccontextmanager
     async def mine(self) -> AsyncIterator[None]:
-        """A turn, which ends well unless the block raises. Raises QueueStuck and QueueTooLong before it."""
+        """A turn. Raises QueueStuck and QueueTooLong before it."""
         await self._wait()
         try:
             yield
-            for limit in self._waiting:
-                limit.restart()
         finally:
             self._turn.release()
+
+    def headway(self) -> None:
+        """The database has answered the writer whose turn it is, and not with an error."""
+        for limit in self._waiting:
+            limit.restart()
 
     @asynccontextmanager
     async def last(self) -> AsyncIterator[None]:

@@ -1,4 +1,4 @@
-"""Writers take turns: nobody is refused while those before it end well, and all are once none does."""
+"""Writers take turns: nobody is refused while the one before makes headway, and all are once it does not."""
 
 from __future__ import annotations
 
@@ -12,23 +12,35 @@ from tests.support.clock import run
 
 
 async def write(turns: Turns, seconds: float, ended: list[int], number: int) -> None:
+    """With a statement every two seconds at least."""
     async with turns.mine():
+        while seconds > 2:
+            await asyncio.sleep(2)
+            turns.headway()
+            seconds -= 2
         await asyncio.sleep(seconds)
+        turns.headway()
         ended.append(number)
 
 
-def test_a_long_queue_that_moves_is_waited_for_in_order() -> None:
-    """Twenty writes of a second each: the last waits four times as long as the queue may stand still."""
+@pytest.mark.parametrize(("writes", "seconds"), [(20, 1.0), (3, 20.0)])
+def test_a_long_queue_that_moves_is_waited_for_in_order(writes: int, seconds: float) -> None:
+    """The last waits four times as long and more as the queue may stand still."""
 
     async def scenario() -> None:
         turns, ended = Turns(), list[int]()
         async with asyncio.TaskGroup() as group:
-            for number in range(20):
-                group.create_task(write(turns, 1.0, ended, number))
-        assert ended == list(range(20))
+            for number in range(writes):
+                group.create_task(write(turns, seconds, ended, number))
+        assert ended == list(range(writes))
         assert repr(turns) == "Turns(taken=False, waiting=0)"
 
     run(scenario())
+
+
+async def hang(turns: Turns) -> None:
+    async with turns.mine():
+        await asyncio.sleep(1e4)
 
 
 def test_all_are_refused_once_the_queue_stands_still() -> None:
@@ -38,7 +50,7 @@ def test_all_are_refused_once_the_queue_stands_still() -> None:
         loop, turns, ended = asyncio.get_running_loop(), Turns(), list[int]()
         for number in range(3):
             await write(turns, 0.5, ended, number)
-        hanging = asyncio.create_task(write(turns, 1e4, ended, 3))
+        hanging = asyncio.create_task(hang(turns))
 
         async def refused(after: float) -> float:
             await asyncio.sleep(after)

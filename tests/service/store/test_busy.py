@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
 from adapters.database import turns
+from adapters.database.rows import MetaRow
 from tests.service.http.test_api import error
 from tests.support import tiny
+from tests.support.databases import KINDS, opened
 from tests.support.tiny import fake_site
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
@@ -58,6 +61,29 @@ async def test_a_short_lock_is_waited_for(tmp_path: Path) -> None:
         other.execute("ROLLBACK")
         other.close()
         assert (await write).status_code == 201
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_each_answer_to_a_writer_is_headway_for_those_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Where a write takes long by itself, nothing holds the database."""
+    answered = 0
+
+    def headway(_: turns.Turns) -> None:
+        nonlocal answered
+        answered += 1
+
+    monkeypatch.setattr(turns.Turns, "headway", headway)
+    async with opened(kind, tmp_path) as database:
+        answered = 0
+        await database.ping()
+        assert answered == 0, "readers have no turn"
+        async with database.append() as session:
+            for number in range(4):
+                before = answered
+                await session.execute(update(MetaRow).where(MetaRow.key == f"n{number}").values(value="1"))
+                assert answered == before + 1
 
 
 async def holding(file: Path) -> sqlite3.Connection:
