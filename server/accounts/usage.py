@@ -27,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
 from adapters.database.rows import AdminKeyRow, KeyRow, MetaRow, UsageRow, matching, now
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, cause_of
 from adapters.tasks import run_in_thread, uninterruptible
 from server.accounts.terms import COST_UNIT
 from server.accounts.usage_journal import FOLDER, Journal, Left, left_behind
@@ -290,7 +290,12 @@ class UsageWriter:
                     self._complained = 0.0
             except AdapterError as error:  # a disk or a database, which may be away for long
                 if not self._complained or clock() - self._complained > COMPLAIN_INTERVAL_S:
-                    logger.error("usage could not be written; %d records wait: %s", len(self._waiting), error)
+                    logger.error(
+                        "usage could not be written; %d records wait: %s (%s)",
+                        len(self._waiting),
+                        error,
+                        cause_of(error),
+                    )
                     self._complained = clock()
             except Exception:
                 logger.exception("usage could not be written; %d records wait", len(self._waiting))
