@@ -158,15 +158,23 @@ class BatchEnded(AdapterConflict):
 
 
 class AdapterQuarantined(AdapterConflict):
-    """A version that made NaN or was running when the engine died; the message names the reason."""
+    """A version that made NaN or was running when the engine died; the message names the reason.
+
+    ``version`` is the adapter's name and the number, where a request asked for it.
+    """
 
     code = "adapter_quarantined"
+    version: tuple[str, int] | None = None
 
 
 class AdapterUnfit(AdapterConflict):
-    """Fine when it was uploaded, and not what the engine of now can serve; the message says why."""
+    """Fine when it was uploaded, and not what the engine of now can serve; the message says why.
+
+    ``version`` as of ``AdapterQuarantined``.
+    """
 
     code = "adapter_unfit"
+    version: tuple[str, int] | None = None
 
 
 class QuotaExceeded(AdapterError):

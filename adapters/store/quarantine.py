@@ -16,7 +16,7 @@ from sqlalchemy.orm import defer
 from adapters.database.audit import note
 from adapters.database.database import Database
 from adapters.database.rows import VersionRow, now
-from adapters.errors import AdapterError, AdapterQuarantined
+from adapters.errors import AdapterError, AdapterQuarantined, AdapterUnfit
 from adapters.model import Version
 from adapters.store.versions import version_row
 
@@ -77,9 +77,14 @@ def in_service(
     """
     released = [(version, share) for version, share in shares if version.quarantine is None]
     if shares and not released:
-        raise _quarantined(shares[0][0].adapter, shares[0][0].number, str(shares[0][0].quarantine))
+        first = shares[0][0]
+        error = _quarantined(first.adapter, first.number, str(first.quarantine))
+        error.version = first.adapter, first.number
+        raise error
     well = tuple((version, share) for version, share in released if problem(version) is None)
     if not well and released and (why := problem(released[0][0])) is not None:
+        if isinstance(why, AdapterUnfit):
+            why.version = released[0][0].adapter, released[0][0].number
         raise why
     return well
 

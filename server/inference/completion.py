@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from adapters.errors import AdapterError, AdapterNotFound
+from adapters.errors import AdapterError, AdapterNotFound, AdapterQuarantined, AdapterUnfit
 from adapters.model import DEFAULT_MODEL, BaseModel, Version
 from adapters.store.catalog import Catalog
 from server.accounts.tenants import Tenant
@@ -212,11 +212,13 @@ def recorded_refusals(service: Completions, asked: Asked) -> Iterator[None]:
     """Lets a request be found that ended before it had a lease, which would have recorded it."""
     began = time.monotonic()
 
-    def ended(outcome: Outcome, code: str | None) -> None:
+    def ended(outcome: Outcome, code: str | None, named: tuple[str, int] | None = None) -> None:
+        if asked.version is not None:
+            named = asked.version.adapter, asked.version.number
         if asked.reservation is None or not asked.reservation.recorded:
             service.quotas.refused(
                 asked.tenant,
-                asked.version,
+                named,
                 endpoint=asked.dialect.name,
                 request_id=asked.id,
                 outcome=outcome,
@@ -228,7 +230,8 @@ def recorded_refusals(service: Completions, asked: Asked) -> Iterator[None]:
     try:
         yield
     except (ServerError, AdapterError) as exc:
-        ended(_outcome_of(exc), exc.code)
+        named = exc.version if isinstance(exc, AdapterQuarantined | AdapterUnfit) else None
+        ended(_outcome_of(exc), exc.code, named)
         raise
     except asyncio.CancelledError:
         ended("disconnected", None)
@@ -393,7 +396,7 @@ def check_dialect(base: BaseModel, dialect: Dialect) -> None:
 async def resolve_allowed(service: Completions, asked: Asked, body: dict[str, Any]) -> Reservation:
     """Tells ``asked`` what ``body`` names, as ``resolve``, and the reservation, which it returns too, if the
     tenant may use it; see ``Quotas.open``."""
-    unit, numbered = body.get("user") or asked.id, is_numbered(body.get("model"))
+    unit, asked.numbered = body.get("user") or asked.id, is_numbered(body.get("model"))
     version, public = await resolve(service, asked.tenant, body.get("model"), str(unit))
     reservation = await service.quotas.open(
         asked.tenant,
@@ -401,10 +404,9 @@ async def resolve_allowed(service: Completions, asked: Asked, body: dict[str, An
         endpoint=asked.dialect.name,
         in_parts=asked.dialect.pools,
         request_id=asked.id,
-        numbered=numbered,
+        numbered=asked.numbered,
     )
-    asked.version, asked.public_model = version, public
-    asked.reservation, asked.numbered = reservation, numbered
+    asked.version, asked.public_model, asked.reservation = version, public, reservation
     return reservation
 
 

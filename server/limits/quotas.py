@@ -94,7 +94,7 @@ class Quotas:
     def refused(
         self,
         tenant: Tenant,
-        version: Version | None,
+        version: tuple[str, int] | None,
         *,
         endpoint: str,
         request_id: str,
@@ -103,19 +103,23 @@ class Quotas:
         seconds: float,
         numbered: bool = False,
     ) -> None:
-        """Records a request that got no lease, so that it can be found; it counts nowhere."""
+        """Records a request that got no lease, so that it can be found; it counts nowhere.
+
+        ``version`` is an adapter's name and the number.
+        """
         ids = REQUEST.get()
+        adapter, number = version or (None, None)
         if (line := LINE.get()) is not None:
             line["outcome"] = outcome
-            line["adapter"] = version.adapter if version else None
-            line["version"] = version.number if version else None
+            line["adapter"] = adapter
+            line["version"] = number
         self._record_refused(
             Usage(
                 at=self._wall(),
                 tenant=tenant.id,
                 key=tenant.key.id if tenant.key else None,
-                adapter=version.adapter if version else None,
-                version=version.number if version else None,
+                adapter=adapter,
+                version=number,
                 endpoint=endpoint,
                 outcome=outcome,
                 request_id=request_id,

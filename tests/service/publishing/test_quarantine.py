@@ -73,6 +73,10 @@ async def test_a_quarantined_version_is_refused_with_the_reason_and_shown(site: 
     for model in ("a", "a@2"):
         refused = error(await ask(site, headers, model), 409, "adapter_quarantined")
         assert "it made NaN" in refused["message"]
+    rows = (await site.admin.get("/admin/v1/requests", params={"limit": 2})).json()["data"]
+    assert [(row["adapter"], row["version"], row["code"]) for row in rows] == [
+        ("a", 2, "adapter_quarantined")
+    ] * 2, "the operator is asked which one it was"
     assert (await ask(site, headers, "a@1")).status_code == 200
     found = await shown(site)
     assert found[1] is None
