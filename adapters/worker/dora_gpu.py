@@ -72,7 +72,9 @@ def scale_outputs() -> None:
         # A classifier's head has an output of its own, which no DoRA is served on.
         if isinstance(wrapper, DoraRows) and type(layer)._apply_lora_to_output is add_and_scale:
             slots, outputs = len(layer.lora_b_stacked[0]), sum(layer.output_slices)
-            layer.loraplex_extra = torch.zeros(slots + 1, outputs, device=layer.lora_b_stacked[0].device)
+            device = layer.lora_b_stacked[0].device
+            # By default the model's dtype is that of new tensors while vLLM makes it.
+            layer.loraplex_extra = torch.zeros(slots + 1, outputs, dtype=torch.float32, device=device)
             bias = None if layer.base_layer.skip_bias_add else layer.base_layer.bias
             layer.loraplex_bias = None if bias is None else bias.detach().float()
 
