@@ -1,8 +1,8 @@
 """Which versions are suspected of having ended the engine, and its last losses, beyond a process's end.
 
 See ``server.scheduling.suspects`` and ``evidence`` for what follows from that. A row of ``meta`` each has
-them, as a JSON list. Servers that share a database share the suspects. A loss is of one server's engine, and
-says nothing of what ran in others: it has an ``owner``, and is told to that one only.
+them, as a JSON list. A loss is of one server's engine, and says nothing of what ran in others: it has an
+``owner``, as the suspects that it makes have, and they are told to that one only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 META_KEY = "suspects"
 LOSSES_KEY = "losses"
 KEPT_S = 3600.0  # a loss; longer than anything asks for it
+GONE_S = 86400.0  # another server's suspects are kept for so long: it may never come back
 RETRY_S = 2.0
 STOP_S = 5.0
 
@@ -43,12 +44,25 @@ class KeptLoss(BaseModel):
     owner: str = ""
 
 
-VERSION = TypeAdapter(str)
+def _named(row: object) -> object:
+    """As releases before this one wrote them, which had no owners."""
+    return {"version": row, "at": time.time()} if isinstance(row, str) else row
+
+
+class KeptSuspect(BaseModel):
+    """A version, since when it has been suspected, and by whom."""
+
+    version: str
+    at: FiniteFloat
+    owner: str = ""
+
+
+SUSPECT: TypeAdapter[KeptSuspect] = TypeAdapter(Annotated[KeptSuspect, BeforeValidator(_named)])
 LOSS = TypeAdapter(KeptLoss)
 
 
 class StoredSuspects:
-    """``versions`` are who they are once it is open; then ``note`` says so, and a task writes it down.
+    """``versions`` are those of ``owner`` once it is open; then ``note`` says so, and a task writes it down.
 
     ``losses`` are those of ``owner`` that the database had, as ``note_losses`` was told them: objects of JSON
     with a moment ``at``, in seconds of ``time.time()``. ``owner`` is the same after a restart: the URL of a
@@ -70,10 +84,11 @@ class StoredSuspects:
     async def open(self) -> Self:
         """Reads what the database has, and starts the task that writes it."""
         async with self._database.read() as session:
-            found = frozenset(await _value(session, META_KEY, VERSION))
+            suspects = await _value(session, META_KEY, SUSPECT)
             losses = await _value(session, LOSSES_KEY, LOSS)
         mine = [one for one in losses if one.owner == self._owner]
         self.losses = [one.model_dump(include={"at", "ran"}) for one in mine]
+        found = frozenset(one.version for one in suspects if one.owner == self._owner)
         self.versions = self._mine = self._now = found
         self._my_losses = self._losses_now = self.losses
         self._writing = asyncio.create_task(self._write_forever(), name="loraplex-suspects")
@@ -118,8 +133,14 @@ class StoredSuspects:
             return
         async with self._database.write() as session:
             if now != self._mine:
-                kept = frozenset(await _value(session, META_KEY, VERSION, lock=True))
-                await _put(session, META_KEY, sorted(kept - self._mine | now))
+                there = await _value(session, META_KEY, SUSPECT, lock=True)
+                recent = [one for one in there if one.at > time.time() - GONE_S]
+                kept = [one for one in recent if one.owner != self._owner]
+                since = {one.version: one.at for one in there if one.owner == self._owner}
+                for version in sorted(now):
+                    at = since.get(version, time.time())
+                    kept.append(KeptSuspect(version=version, at=at, owner=self._owner))
+                await _put(session, META_KEY, [one.model_dump() for one in kept])
             if losses != self._my_losses:
                 found = await _value(session, LOSSES_KEY, LOSS, lock=True)
                 young = [one for one in found if one.at > time.time() - KEPT_S]

@@ -14,7 +14,7 @@ from sqlalchemy import select, text
 
 from adapters.database.database import Database
 from adapters.database.rows import MetaRow
-from adapters.store.suspects import KEPT_S, LOSSES_KEY, META_KEY, StoredSuspects
+from adapters.store.suspects import GONE_S, KEPT_S, LOSSES_KEY, META_KEY, StoredSuspects
 from server.scheduling.evidence import Loss
 from tests.support.databases import KINDS, opened
 
@@ -67,6 +67,45 @@ async def test_a_server_is_told_its_own_losses_and_no_other_servers(database: Da
     assert await known_at_start(database, "http://two") == [theirs]
     assert await known_at_start(database, "") == [alone]
     assert await known_at_start(database, "http://new") == []
+
+
+async def suspected(database: Database, url: str) -> set[str]:
+    """Whom a server there, started now, begins with."""
+    stored = await StoredSuspects(database, url).open()
+    await stored.stop()
+    return set(stored.versions)
+
+
+async def suspect(database: Database, url: str, *versions: str) -> None:
+    stored = await StoredSuspects(database, url).open()
+    stored.note(versions)
+    await stored.stop()
+
+
+async def test_a_server_is_told_its_own_suspects_and_clears_no_other_servers(database: Database) -> None:
+    """What ran when another engine was lost may be there by chance: here it was there for the first time."""
+    await suspect(database, "http://one", "a", "b")
+    await suspect(database, "http://two", "b")
+    assert await suspected(database, "http://new") == set()
+    await suspect(database, "http://two")  # it has done its work in peace there
+    assert await suspected(database, "http://two") == set()
+    assert await suspected(database, "http://one") == {"a", "b"}
+
+
+async def test_suspects_of_a_server_that_never_comes_back_are_forgotten(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await suspect(database, "http://gone", "a")
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + GONE_S + 1)
+    await suspect(database, "http://one", "b")
+    assert [one["version"] for one in (await written(database))[META_KEY]] == ["b"]
+
+
+async def test_suspects_of_a_release_that_had_no_owners_are_the_only_servers(database: Database) -> None:
+    await put(database, META_KEY, json.dumps(["a"]))
+    assert await suspected(database, "") == {"a"}
+    assert await suspected(database, "http://one") == set()
 
 
 async def test_a_loss_stays_one_when_it_is_told_again_with_its_moment_measured_anew(
@@ -158,20 +197,23 @@ async def test_servers_that_lose_their_engines_together_keep_each_others(tmp_pat
     async with opened("postgres", tmp_path) as mine:
         theirs = Database(mine.url.render_as_string(hide_password=False), timeout=60.0)
         loss = {"at": 4e9, "ran": {"x": [0.5, None]}, "owner": "http://them"}
+        suspect = {"version": "x", "at": 4e9, "owner": "http://them"}
         async with mine.write() as session:
             session.add_all([MetaRow(key=META_KEY, value="[]"), MetaRow(key=LOSSES_KEY, value="[]")])
         suspects = await StoredSuspects(mine, "http://me").open()
         async with theirs.write() as session:
-            (await session.get_one(MetaRow, META_KEY)).value = json.dumps(["x"])
+            (await session.get_one(MetaRow, META_KEY)).value = json.dumps([suspect])
             (await session.get_one(MetaRow, LOSSES_KEY)).value = json.dumps([loss])
             await session.flush()
             suspects.note(["y"])
             suspects.note_losses([{"at": 4e9, "ran": {}}])
             await blocked(mine)
         async with asyncio.timeout(60):
-            while "y" not in (found := await written(mine))[META_KEY]:
+            while len((found := await written(mine))[META_KEY]) < 2:
                 await asyncio.sleep(0.02)
         await suspects.stop()
         await theirs.close()
     me = {"at": 4e9, "ran": {}, "owner": "http://me"}
-    assert found == {META_KEY: ["x", "y"], LOSSES_KEY: [loss, me]}
+    assert found[LOSSES_KEY] == [loss, me]
+    assert found[META_KEY][0] == suspect
+    assert (found[META_KEY][1]["version"], found[META_KEY][1]["owner"]) == ("y", "http://me")
