@@ -1,4 +1,6 @@
-"""Whether a backup can be restored as a whole: its rows, and every byte of the adapters that they name."""
+"""Whether a backup can be restored as a whole: its rows, among them customers' files of ``/v1/files``, and
+every byte of the adapters that they name.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,15 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+from sqlalchemy.dialects import sqlite
+
+from adapters.database.rows import BatchResultRow, FilePieceRow, FileRow
 from adapters.store.backup import DATABASE_FILE, PARTIAL
 from adapters.store.check import Damaged, Found, Unlinked
 from adapters.store.digests import digest_of
+from adapters.store.files import IncompleteFile, incomplete
 
+_FILES = {table.__tablename__ for table in (FileRow, FilePieceRow, BatchResultRow)}
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -22,14 +29,15 @@ class NoBackup(ValueError):
 def check_backup(folder: Path) -> Found:
     """Reads all that is in ``folder``, of a backup by an earlier release too, and changes nothing.
 
-    ``damaged`` are files that a row names, ``unlinked`` those of adapters that have been deleted since. Takes
-    as long as reading does: call it in a thread. Raises NoBackup, and OSError where a disk fails.
+    ``damaged`` are files that a row names, ``unlinked`` those of adapters that have been deleted since,
+    ``incomplete`` customers' files of ``/v1/files``. Takes as long as reading does: call it in a thread.
+    Raises NoBackup, and OSError where a disk fails.
     """
     began, blobs = time.monotonic(), folder / "blobs"
-    linked = _versions(folder / DATABASE_FILE)
+    linked, cut = _rows(folder / DATABASE_FILE)
     names = {path.name for path in blobs.iterdir()} if blobs.is_dir() else set()
     present = {name for name in names if _DIGEST.fullmatch(name)}
-    found = Found(sum(map(len, linked.values())), len(present))
+    found = Found(sum(map(len, linked.values())), len(present), incomplete=cut)
     found.strays = sorted(name for name in names - present if not PARTIAL.fullmatch(name))
     for digest in sorted(linked.keys() | present):
         whole = digest in present and digest_of(blobs / digest) == digest
@@ -44,8 +52,9 @@ def check_backup(folder: Path) -> Found:
     return found
 
 
-def _versions(database: Path) -> dict[str, list[str]]:
-    """Which versions have the files of a digest; raises NoBackup where SQLite finds the file damaged."""
+def _rows(database: Path) -> tuple[dict[str, list[str]], list[IncompleteFile]]:
+    """Which versions have the files of a digest, and customers' files that are not whole; raises NoBackup
+    where SQLite finds the database damaged."""
     if not database.is_file():
         raise NoBackup(f"{database.parent} holds no backup: there is no {database}")
     found: dict[str, list[str]] = {}
@@ -58,6 +67,11 @@ def _versions(database: Path) -> dict[str, list[str]]:
             query = "SELECT tenant, adapter, number, digest FROM versions ORDER BY tenant, adapter, number"
             for tenant, adapter, number, digest in rows.execute(query):
                 found.setdefault(digest, []).append(f"{tenant}/{adapter}@{number}")
+            tables = {name for (name,) in rows.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            files: list[IncompleteFile] = []
+            if tables >= _FILES:  # an earlier release has none
+                asked = incomplete().compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
+                files = [IncompleteFile(*row) for row in rows.execute(str(asked))]
     except sqlite3.Error as error:
         raise NoBackup(f"{database} is damaged, and cannot be restored: {error}") from error
-    return found
+    return found, files

@@ -13,8 +13,9 @@ import uuid
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, case, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
@@ -201,6 +202,12 @@ class IncompleteFile:
 
 async def incomplete_files(database: Database) -> list[IncompleteFile]:
     """Customers' files whose bytes are not all there, or are too many; of one moment."""
+    async with database.read() as session:
+        return [IncompleteFile(*row) for row in (await session.execute(incomplete())).all()]
+
+
+def incomplete() -> Select[str, str, int, Any]:
+    """Asks for the fields of ``IncompleteFile``."""
     pieces = select(func.sum(func.length(FilePieceRow.data))).where(FilePieceRow.file == FileRow.id)
     lines = select(func.sum(BatchResultRow.size_bytes)).where(
         BatchResultRow.batch == FileRow.batch, BatchResultRow.failed == FileRow.failures
@@ -209,9 +216,7 @@ async def incomplete_files(database: Database) -> list[IncompleteFile]:
         case((FileRow.batch.is_(None), pieces.scalar_subquery()), else_=lines.scalar_subquery()), 0
     )
     query = select(FileRow.id, FileRow.tenant, FileRow.size_bytes, stored)
-    query = query.where(FileRow.ready, stored != FileRow.size_bytes).order_by(FileRow.id)
-    async with database.read() as session:
-        return [IncompleteFile(*row) for row in (await session.execute(query)).all()]
+    return query.where(FileRow.ready, stored != FileRow.size_bytes).order_by(FileRow.id)
 
 
 async def _found(session: AsyncSession, tenant: str, id_: str) -> FileRow:

@@ -60,6 +60,27 @@ async def test_a_backup_of_any_release_can_be_checked(tmp_path: Path) -> None:
     assert look(copy)[0] == 1
 
 
+async def test_a_customers_file_that_is_not_whole_is_named(tmp_path: Path) -> None:
+    """Its bytes are rows, which the database may have lost before the backup was made."""
+    live, copy = tmp_path / "live", tmp_path / "copy"
+    async with fake_site(live) as site:
+        key = await site.tenant("acme", {"a": tiny.adapter(1)})
+        async with site.openai(key) as client:
+            made = [
+                await client.files.create(file=(f"{n}.jsonl", b"x" * 100), purpose="batch") for n in range(2)
+            ]
+    assert data.back_up(settings(live), copy) == 0
+    assert look(copy)[0] == 0
+    with closing(sqlite3.connect(copy / "loraplex.db")) as rows, rows:
+        rows.execute("DELETE FROM file_pieces WHERE file = ?", (made[0].id,))
+    status, said = look(copy)
+    assert status == 1
+    assert f"a file of acme that is not whole, 0 of 100 bytes: {made[0].id}" in said
+    assert made[1].id not in said
+    status, said = look(copy, "--json")
+    assert [one["file"] for one in json.loads(said)["incomplete"]] == [made[0].id]
+
+
 async def test_rows_that_cannot_be_read_are_said_so(tmp_path: Path) -> None:
     live, copy = tmp_path / "live", tmp_path / "copy"
     await backed_up(live, copy)
