@@ -47,7 +47,7 @@ from adapters.worker.host_pool import HostPool, pin_for_cuda
 from adapters.worker.names import Names, checkpoint_modules, names_of
 from adapters.worker.not_finite import NotFiniteGuard
 from adapters.worker.notices import Teller, teller
-from adapters.worker.shards import cut_when_read, is_divided
+from adapters.worker.shards import cut_when_read, is_divided, is_merged, pin_nothing
 from adapters.worker.shared_filling import SharedFiller
 from adapters.worker.shared_rows_gpu import offer
 from adapters.worker.sizes import allocated, size_of
@@ -237,8 +237,11 @@ class _Pager:
         pool.touch()
         if not pool.size:
             pool.prefault(most)
-        if self._cuts:
+        copies = self._cuts or is_merged(self.tables)
+        if copies:
             cut_when_read(self.tables, lambda elements: pool.tensor(elements, dtype))
+            if pool.pinned:
+                pin_nothing()
         reads_into_parts = self._cuts and not pool.pinned
         read_with(Loader(BufferPool(1, KEPT_FOR_READING) if reads_into_parts else pool, dtype))
         return pool

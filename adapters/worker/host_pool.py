@@ -91,12 +91,14 @@ class HostPool(BufferPool):
         self._left: list[int] = []  # ranges that nothing refers to; a copy may still read them
         self._behind: list[tuple[Fence, list[int]]] = []
         self._fenced = False
+        self._begin = 0  # the piece's address
         self.misses = 0
         self.pinned = False
         if not self._arena.size:
             return
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._piece = mmap.mmap(-1, self._arena.size, flags=flags)
+        self._begin = ctypes.addressof(ctypes.c_char.from_buffer(self._piece))
         if pin is not None:
             self._pin(self._piece, pin)
 
@@ -144,6 +146,15 @@ class HostPool(BufferPool):
         # The collector may end a buffer in the middle of any method here: all that it does is this.
         weakref.finalize(buffer, self._left.append, at).atexit = False
         return buffer
+
+    def tensor(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """As there; pinned where the piece is, also if it did not fit in: then by one call of the driver."""
+        found = super().tensor(elements, dtype)
+        return found if not self.pinned or self.holds(found) else found.pin_memory()
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in the piece."""
+        return self._begin <= tensor.data_ptr() < self._begin + self.size
 
     def settle(self, fence: Callable[[], Fence]) -> None:
         """Frees what was left, once all that ``fence`` marks now has ended."""

@@ -8,6 +8,9 @@ leaves out the layers of the others. So one host holds, of an adapter, over all 
     fully_sharded_loras     one copy
     otherwise               one copy, and one more for each further worker of A where a layer is split by
                             column and of B where it is split by row, which vLLM wants whole on each
+
+Of a mixture one worker keeps the whole in the same way: vLLM puts a layer's experts together in new tensors,
+beside which what was read would stay.
 """
 
 from __future__ import annotations
@@ -31,6 +34,22 @@ def is_divided(tables: Any) -> bool:
     return any(_is_shared(layer) for layer in tables.modules.values()) or any(
         isinstance(module, PPMissingLayer) for module in tables.model.modules()
     )
+
+
+def is_merged(tables: Any) -> bool:
+    """Whether one worker has all of a model whose experts vLLM puts together in new tensors."""
+    return bool(getattr(tables, "_is_moe", False)) and not is_divided(tables)
+
+
+def pin_nothing() -> None:
+    """From now on vLLM pins no tensor of an adapter, in this process: each is copied into a room.
+
+    One by one that is 288 calls of the driver for the experts of 48 layers, and a question for each of the
+    36,864 tensors that 128 experts were read as.
+    """
+    from vllm.lora import lora_model, model_manager
+
+    lora_model.PIN_MEMORY = model_manager.PIN_MEMORY = False
 
 
 def cut_when_read(tables: Any, room: Room) -> None:

@@ -117,6 +117,11 @@ WORKERS: tuple[Use, ...] = (
         ("slice_lora_a(lora_a)", "slice_lora_b(lora_b)", "n_slices"),
         "as above",
     ),
+    Use(
+        "vllm.lora.model_manager", text=("and PIN_MEMORY",), why="switched off where we pin the whole adapter"
+    ),
+    Use("vllm.lora.lora_model", text=("and PIN_MEMORY",), why="as above"),
+    Use("vllm.lora.model_manager", "LoRAModelManager", ("_is_moe",), "its experts are put together anew"),
     Use("vllm.model_executor.models.utils", "PPMissingLayer", why="tells that there are pipeline stages"),
     Use("vllm.lora.request", "LoRARequest", ("is_3d_lora_weight", "lora_int_id", "lora_path"), "a load"),
     Use(
