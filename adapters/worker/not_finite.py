@@ -7,7 +7,8 @@ empty.
 
 Where steps are scheduled one after the other, as on a CPU, the worker looks at every step's logits, which a
 NaN in the request's keys or values reaches. Where it finds one it replaces what is not finite in the blocks
-of that request before the step ends, which is before the scheduler can free one of them.
+of that request before the step ends, which is before the scheduler can free one of them. A model that pools
+(embeddings, labels, scores) has no logits: there it looks at the hidden states that are pooled.
 
 Where the next step is scheduled before this one has ended, as on a GPU, that would be too late. There every
 block is zeroed as it is given to a request, before it is read, by what vLLM has for models that need it
@@ -40,11 +41,12 @@ def zeroes_new_blocks() -> bool:
 
 
 class NotFiniteGuard:
-    """Watches the logits of vLLM's ``runner`` (GPUModelRunner or its CPU kind), and cleans its KV cache.
+    """Watches the logits of vLLM's ``runner`` (GPUModelRunner or its CPU kind), or the hidden states where it
+    pools them, and cleans its KV cache.
 
     Uses of it ``_get_nans_in_logits``, which vLLM calls once a step where ``VLLM_COMPUTE_NANS_IN_LOGITS`` is
-    set, ``use_async_scheduling``, ``kv_caches``, ``kv_cache_config``, ``requests`` with their ``block_ids``,
-    and ``_init_kv_zero_meta``.
+    set, ``_pool``, which it calls once a step where the model pools, ``use_async_scheduling``, ``kv_caches``,
+    ``kv_cache_config``, ``requests`` with their ``block_ids``, ``input_batch`` and ``_init_kv_zero_meta``.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -54,6 +56,9 @@ class NotFiniteGuard:
         if self.in_step:
             self._count = runner._get_nans_in_logits
             runner._get_nans_in_logits = self._count_and_scrub
+        if self.in_step and hasattr(runner, "_pool"):
+            self._pool = runner._pool
+            runner._pool = self._scrub_and_pool
 
     def zero_new_blocks(self) -> None:
         """From now on the runner zeroes the blocks that the scheduler names, also of models for which vLLM
@@ -71,13 +76,42 @@ class NotFiniteGuard:
         counts: dict[str, int] = self._count(logits)
         found = {request: count for request, count in counts.items() if count}
         if found:
-            self._reported.update(found)
-            while len(self._reported) > REMEMBERED:
-                self._reported.popitem(last=False)
-            self.scrub(self._blocks(found))
+            self._found(found)
         if self._reported:
             counts |= {request: self._reported[request] for request in counts if request in self._reported}
         return counts
+
+    def _scrub_and_pool(
+        self, hidden_states: torch.Tensor, scheduled: int, by_request: Iterable[int], *args: Any
+    ) -> Any:
+        """vLLM's pooling of ``hidden_states`` (tokens, hidden), of which ``scheduled`` are requests' tokens,
+        as many as ``by_request`` says of each; cleans the cache of those with something that is not finite.
+
+        All that such a request has in the step becomes NaN, and so does its answer, by which the front end
+        knows it: also that of a prompt in pieces, whose last one sees a cache that was cleaned.
+        """
+        requests = self._runner.input_batch.req_ids
+        states = hidden_states[:scheduled]
+        known = not self._reported.keys().isdisjoint(requests)
+        if known or not torch.isfinite(states.sum(dtype=torch.float32)):
+            parts = dict(zip(requests, states.split([int(count) for count in by_request]), strict=True))
+            found = {
+                request: int(part.numel() - torch.isfinite(part).sum())
+                for request, part in parts.items()
+                if not torch.isfinite(part).all()
+            }
+            if found:
+                self._found(found)
+            for request in self._reported.keys() & parts.keys():
+                parts[request].fill_(torch.nan)
+        return self._pool(hidden_states, scheduled, by_request, *args)
+
+    def _found(self, counts: dict[str, int]) -> None:
+        """Remembers ``counts``, by request, of what was not finite, and cleans what these wrote."""
+        self._reported.update(counts)
+        while len(self._reported) > REMEMBERED:
+            self._reported.popitem(last=False)
+        self.scrub(self._blocks(counts))
 
     def _blocks(self, requests: Iterable[str]) -> set[int] | None:
         """The blocks of ``requests``; None if one is not known."""

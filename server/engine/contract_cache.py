@@ -14,10 +14,12 @@ CACHE_USES: tuple[Use, ...] = (
         "GPUModelRunner",
         (
             "_get_nans_in_logits(logits)",
+            "_pool(hidden_states, num_scheduled_tokens, num_scheduled_tokens_np)",
             "use_async_scheduling",
             "kv_caches",
             "kv_cache_config",
             "requests",
+            "input_batch",
             "_init_kv_zero_meta()",
             "_zero_block_ids(block_ids)",
         ),

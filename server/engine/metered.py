@@ -66,17 +66,18 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
                 one.gauge_lora_info = None
 
     def watch_for_nan(self, found: Callable[[Call], None]) -> None:
-        """From now on ends calls whose logits have NaN, after telling ``found`` of each.
+        """From now on ends calls whose logits have NaN, or whose embedding, label or score is none, after
+        telling ``found`` of each.
 
-        vLLM counts them by request and does nothing with the count.
+        vLLM counts the logits' by request and does nothing with the count.
         """
         process = self.output_processor.process_outputs
 
         def look_and_process(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-            sound = [output for output in outputs if not output.num_nans_in_logits]
+            sound = [output for output in outputs if _is_finite(output)]
             if len(sound) < len(outputs):
                 for output in outputs:
-                    if output.num_nans_in_logits:
+                    if not _is_finite(output):
                         self._end_for_nan(output.request_id, found)
             return process(sound, *args, **kwargs)
 
@@ -124,6 +125,7 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
 
     def encode(self, prompt: Any, pooling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
         call = call_of_request(request_id)
+        self._calls[request_id] = call
         stream = super().encode(prompt, pooling_params, request_id, **kwargs)
         return self._counted(call, request_id, prompt, stream)
 
@@ -360,6 +362,12 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
                 produced += state.detokenizer.num_output_tokens()
         if produced:
             meter.progressed(request_id, prompt, produced, 0)
+
+
+def _is_finite(output: Any) -> bool:
+    """Whether what the core tells of a request has no NaN in its logits or in what it pooled."""
+    pooled = output.pooling_output
+    return not output.num_nans_in_logits and (pooled is None or bool(pooled.isfinite().all()))
 
 
 async def refuse_structure(call: Call, params: Any) -> None:

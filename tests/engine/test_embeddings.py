@@ -14,10 +14,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
+from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.app import create_app
 from server.engine.arguments import slots_of
 from tests.engine.reference import ATTENTION, MLP
-from tests.support.embedding_suite import EmbeddingSuite, far, vectors
+from tests.support.embedding_suite import SAME, EmbeddingSuite, ask, far, vectors
+from tests.support.overflow import make_overflowing
 from tests.support.site import Site, engine_settings, serving
 from tests.support.trainer import Base, make_base
 
@@ -114,6 +116,40 @@ async def test_they_are_what_transformers_and_peft_compute(
         assert sum(x * y for x, y in zip(vector, expected, strict=True)) > 1 - TOLERANCE
     print("largest difference from PEFT:", worst)
     assert worst < TOLERANCE
+
+
+async def test_one_that_makes_nan_is_quarantined_and_nobody_elses_changes(
+    site: Site, key: str, base: Base, tmp_path: Path
+) -> None:
+    token = await asyncio.to_thread(make_overflowing, base.folder, tmp_path / "bad")
+    its = await site.tenant("overflowing")
+    files = {name: (tmp_path / "bad" / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    versions = "/admin/v1/tenants/overflowing/adapters/bad/versions"
+    anyhow = {"allow_implausible": True, "allow_no_effect": True}
+    made = await site.admin.post(versions, files=files, params=anyhow)
+    assert made.status_code == 201, made.text
+
+    async def everybody() -> list[list[list[float]]]:
+        models = ("a", "b", site.services.engine.base.name)
+        return await asyncio.gather(*(vectors(site, key, PROMPTS, model) for model in models))
+
+    def same(one: list[list[list[float]]], other: list[list[list[float]]]) -> bool:
+        pairs = zip(itertools.chain(*one), itertools.chain(*other), strict=True)
+        return all(far(*pair) < SAME for pair in pairs)
+
+    wanted = await everybody()
+    loud = [[*range(1, 8 + 9 * i), token, 5, 9] for i in range(10)]  # of as many blocks as others' prompts
+    beside = asyncio.gather(*(everybody() for _ in range(6)))
+    failed = await asyncio.gather(*(ask(site, its, [prompt, [3, 4]], "bad") for prompt in loud))
+    codes = {answer.json()["error"]["code"] for answer in failed}
+    assert "adapter_not_finite" in codes, [answer.text[:300] for answer in failed]
+    assert codes <= {"adapter_not_finite", "adapter_quarantined"}
+    assert all(same(one, wanted) for one in await beside)
+    assert same(await everybody(), wanted), "in blocks that it had written"
+    refused = await ask(site, its, [3, 4], "bad")
+    assert refused.json()["error"]["code"] == "adapter_quarantined"
+    (shown,) = (await site.admin.get(versions.removesuffix("/versions"))).json()["versions"]
+    assert shown["quarantine"], shown
 
 
 async def test_a_slot_costs_what_was_computed(site: Site) -> None:

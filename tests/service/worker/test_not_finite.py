@@ -27,6 +27,8 @@ def runner(*caches: torch.Tensor, **requests: tuple[list[int], ...]) -> Any:
         ),
         zeroed=[],
         _init_kv_zero_meta=lambda: None,
+        input_batch=SimpleNamespace(req_ids=list(requests)),
+        _pool=lambda states, scheduled, by_request, connector: states[:scheduled],
     )
 
 
@@ -83,6 +85,32 @@ def test_a_finite_step_costs_one_look_at_the_logits() -> None:
     NotFiniteGuard(step)
     assert step._get_nans_in_logits(torch.zeros(1, 4)) == {}
     assert bad(held) == list(range(BLOCKS))
+
+
+@pytest.mark.parametrize("kind", [NAN, INF])
+def test_what_is_pooled_of_a_request_with_nan_is_none_and_its_blocks_are_cleaned(kind: float) -> None:
+    held = cache()
+    step = runner(held, loud=([1, 4],), quiet=([0],))
+    NotFiniteGuard(step)
+    states = torch.ones(7, 8)
+    states[1, 3] = kind  # the second of the loud one's three tokens; the last two rows are nobody's
+    pooled = step._pool(states, 5, [3, 2], None)
+    assert bad(pooled) == [0, 1, 2]
+    assert bool((pooled[3:] == 1).all())
+    assert bad(held) == [0, 2, 3, 5]
+
+
+def test_a_later_piece_of_its_prompt_is_none_either() -> None:
+    """It reads a cache that was cleaned, and would be finite and wrong."""
+    held = cache()
+    step = runner(held, loud=([1],), quiet=([0],))
+    NotFiniteGuard(step)
+    assert bad(step._pool(torch.full((2, 8), NAN), 2, [2, 0], None)) == [0, 1]
+    held.fill_(NAN)
+    assert bad(step._pool(torch.ones(4, 8), 4, [1, 3], None)) == [0]
+    assert bad(held) == list(range(BLOCKS)), "there is nothing new to clean"
+    step.input_batch.req_ids = ["quiet"]
+    assert bad(step._pool(torch.ones(4, 8), 4, [4], None)) == []
 
 
 @pytest.mark.parametrize("cpu", [True, False])
