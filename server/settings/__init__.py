@@ -5,6 +5,7 @@ Order of precedence: arguments, ``LORAPLEX_*`` variables, the YAML file, the def
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +46,32 @@ class Settings(SignIn):
         if config is not None and not config.is_file():
             raise FileNotFoundError(f"there is no settings file {config}")
 
-        class FromFile(cls):  # type: ignore[valid-type,misc]
-            @classmethod
-            def settings_customise_sources(
-                cls,
-                settings_cls: type[BaseSettings],
-                init_settings: PydanticBaseSettingsSource,
-                env_settings: PydanticBaseSettingsSource,
-                dotenv_settings: PydanticBaseSettingsSource,
-                file_secret_settings: PydanticBaseSettingsSource,
-            ) -> tuple[PydanticBaseSettingsSource, ...]:
-                sources = (init_settings, env_settings, SecretFiles(settings_cls))
-                if config is None:
-                    return sources
-                try:
-                    return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=config))
-                except Exception as exc:  # PyYAML's own, and what a file that is a list or a text leads to
-                    raise ValueError(f"{config} does not hold settings in YAML: {exc}") from exc
+        return _read_from(cls, config)(**overrides)
 
-        return FromFile(**overrides)
+
+@functools.lru_cache(maxsize=8)
+def _read_from(kind: type[Settings], config: Path | None) -> type[Settings]:
+    """``kind`` with the sources of ``load``; the file is read for each object anew.
+
+    Kept, since to make a class of so many fields takes five times as long as to read all of them.
+    """
+
+    class FromFile(kind):  # type: ignore[valid-type,misc]
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            sources = (init_settings, env_settings, SecretFiles(settings_cls))
+            if config is None:
+                return sources
+            try:
+                return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=config))
+            except Exception as exc:  # PyYAML's own, and what a file that is a list or a text leads to
+                raise ValueError(f"{config} does not hold settings in YAML: {exc}") from exc
+
+    return FromFile

@@ -62,6 +62,8 @@ def test_arguments_over_variables_over_the_file_over_defaults(
     assert Settings.load(model="m").port == 2
     monkeypatch.delenv("LORAPLEX_ENGINE_ARGS")
     assert Settings.load(file).engine_args == {"seed": 1}
+    file.write_text("model: /from/file\nengine_args: {seed: 2}\n")
+    assert Settings.load(file).engine_args == {"seed": 2}, "the file as it is now"
 
 
 def test_every_setting_can_come_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
