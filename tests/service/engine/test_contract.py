@@ -11,11 +11,12 @@ import sys
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server.app import create_app
-from server.engine import contract
+from server.engine import contract, source_names
 from server.engine.contract import PINS, USES, ContractBroken, check
 from server.engine.source_names import Sources, Use, missing_of
 from tests.support import tiny
@@ -141,6 +142,25 @@ def test_another_vllm_has_what_is_used_of_it() -> None:
     check(roots | {"vllm": Path(os.environ["LORAPLEX_TEST_VLLM"])})
 
 
+class Parsed:
+    """Modules as ``Sources`` has them; those of the same name and text are parsed once."""
+
+    def __init__(self) -> None:
+        self._modules: dict[tuple[str, str, str], Any] = {}
+        self._parse = source_names._Module
+
+    def __call__(self, name: str, path: Path) -> Any:
+        key = (name, path.name, path.read_text(encoding="utf-8"))
+        if key not in self._modules:
+            self._modules[key] = self._parse(name, path)
+        return self._modules[key]
+
+
+@pytest.fixture(scope="module")
+def parsed() -> Parsed:
+    return Parsed()
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "named"),
     [
@@ -152,8 +172,15 @@ def test_another_vllm_has_what_is_used_of_it() -> None:
     ],
 )
 def test_a_vllm_that_has_changed_is_refused_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, old: str, new: str, named: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parsed: Parsed,
+    file: str,
+    old: str,
+    new: str,
+    named: str,
 ) -> None:
+    monkeypatch.setattr(source_names, "_Module", parsed)
     installed = contract._installed()
     copy = tmp_path / "vllm"
     for path in {
