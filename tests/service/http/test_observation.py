@@ -201,11 +201,11 @@ async def test_a_loop_of_refused_requests_does_not_fill_the_table(
     from server.accounts.usage import MAX_REFUSED
 
     key = await site.tenant("acme")
-    writer, second = site.services.usage_writer, now()
-    refused = writer.refused
+    quotas, second = site.services.completions.quotas, now()
+    record = quotas._record_refused
     for later in range(2):
         at = second + timedelta(seconds=later)
-        monkeypatch.setattr(writer, "refused", lambda record, at=at: refused(replace(record, at=at)))
+        monkeypatch.setattr(quotas, "_record_refused", lambda usage, at=at: record(replace(usage, at=at)))
         for _ in range(2 * MAX_REFUSED):
             await site.chat(key, "hi", model="nobody")
     assert len(await rows(site, "requests", limit=1000)) == 2 * MAX_REFUSED
