@@ -116,7 +116,7 @@ class DoraTables(DoraScales):
             self._in_use.discard(slot)
         if places:
             whole = torch.cat(factors).to(places[0].device)
-            for place, part in zip(places, whole.split([len(one) for one in factors]), strict=True):
+            for place, part in zip(places, torch.split(whole, [len(one) for one in factors]), strict=True):
                 place.copy_(part)
             self._in_use.add(slot)
 

@@ -10,8 +10,9 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from server.cli.bench_load import Asked, Load, Shot
 from server.cli.client import RemoteError
@@ -27,7 +28,7 @@ ROUNDS = 4
 BETWEEN_S = 0.5
 
 # Asks once, for so many tokens at most, and returns when that has ended.
-Ask = Callable[[Asked, int], Awaitable[Shot]]
+Ask = Callable[[Asked, int], Coroutine[Any, Any, Shot]]
 
 
 @dataclass(slots=True)
