@@ -17,7 +17,7 @@ import re
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,8 +80,8 @@ def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = ""
     A server may be writing to both meanwhile. Files whose bytes are not those of their name are left out, and
     so are files that are not there; both are named in the result. A part of what is there already is read
     again, and copied anew where it has rotted. Raises BackupFailed, BackupFull where less than ``reserve``
-    bytes would be free where ``folder`` is, and OSError where a disk fails. How large a PostgreSQL database
-    and blobs of an object store are is known once they are written; that they left too little is seen then.
+    bytes would be free where ``folder`` is, and OSError where a disk fails. How large a copy of a PostgreSQL
+    database is shows as it is written: it ends there.
     """
     url = checked_url(database_url)
     if url.get_backend_name() == "sqlite" and not Path(str(url.database)).is_file():
@@ -97,10 +97,10 @@ def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = ""
             before = missing
             with _partial(folder / DATABASE_FILE) as snapshot:
                 _refuse_full(folder, reserve, _database_bytes(url))
-                _copy_out(url, snapshot)
+                _copy_out(url, snapshot, lambda: _refuse_full(folder, reserve))
                 _refuse_full(folder, reserve)
                 wanted = _linked(snapshot)
-                copy = _within(reserve, _from(blobs, blobs_url), blobs, folder)
+                copy = _within(reserve, _from(blobs, blobs_url), _sizes(snapshot), folder)
                 if read is None:
                     read = _read_again(wanted, copy, folder / "blobs")
                 done, missing, broken = _copy_blobs(wanted - read.rotten, copy, folder / "blobs")
@@ -179,11 +179,11 @@ def _set_aside(path: Path, aside: Path) -> None:
     path.rename(aside / f"{path.name}-{uuid.uuid4().hex}")
 
 
-def _copy_out(url: URL, target: Path) -> None:
+def _copy_out(url: URL, target: Path, look: Callable[[], None]) -> None:
     if url.get_backend_name() == "sqlite":
         _copy_file(Path(str(url.database)), target)
         return
-    asyncio.run(transfer(url, checked_url(f"sqlite:///{target}")))
+    asyncio.run(transfer(url, checked_url(f"sqlite:///{target}"), look))
     with closing(sqlite3.connect(target)) as made:
         made.execute("PRAGMA journal_mode = DELETE")
     target.chmod(0o600)
@@ -232,6 +232,12 @@ def _linked(database: Path) -> set[str]:
         return {row[0] for row in connection.execute("SELECT DISTINCT digest FROM versions")}
 
 
+def _sizes(database: Path) -> dict[str, int]:
+    """In bytes, of all files of a digest."""
+    with closing(sqlite3.connect(database)) as connection:
+        return dict(connection.execute("SELECT digest, max(size_bytes) FROM versions GROUP BY digest"))
+
+
 async def _put(objects: ObjectStore, digests: Iterable[str], blobs: Path) -> None:
     for digest in digests:
         await objects.put(digest, blobs / digest)
@@ -265,12 +271,11 @@ def _from(blobs: Path, blobs_url: str) -> _Copy:
     return copy
 
 
-def _within(reserve: int, copy: _Copy, blobs: Path, folder: Path) -> _Copy:
-    """``copy``, which raises BackupFull before less than ``reserve`` bytes are free in ``folder``; of what
-    comes out of the object store, whose size is not known, afterwards."""
+def _within(reserve: int, copy: _Copy, sizes: Mapping[str, int], folder: Path) -> _Copy:
+    """``copy``, which raises BackupFull before less than ``reserve`` bytes are free in ``folder``."""
 
     def within(digest: str, into: Path) -> bool:
-        _refuse_full(folder, reserve, _bytes_of(*(blobs / digest).glob("*")))
+        _refuse_full(folder, reserve, sizes[digest])
         done = copy(digest, into)
         _refuse_full(folder, reserve)
         return done

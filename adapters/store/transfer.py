@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sqlalchemy import URL, Connection, delete, func, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -20,8 +22,9 @@ class NotEmpty(ValueError):
     """Rows would be mixed with others."""
 
 
-async def transfer(source: URL, target: URL) -> None:
-    """Copies every row. ``target`` is made, or is new; one with customers in it raises NotEmpty.
+async def transfer(source: URL, target: URL, look: Callable[[], None] = lambda: None) -> None:
+    """Copies every row. ``target`` is made, or is new; one with customers in it raises NotEmpty. ``look`` is
+    called now and then, at least after each ``_BATCH`` rows, and what it raises ends the copy.
 
     ``source`` is read in one transaction, beside whatever else is done to it. Its schema is this program's:
     ValueError if it is an earlier one, SchemaTooNew if it is a later one. Raises SQLAlchemy's errors.
@@ -48,6 +51,7 @@ async def transfer(source: URL, target: URL) -> None:
                 rows = await old.stream(select(table))
                 async for batch in rows.mappings().partitions(_BATCH):
                     await new.execute(insert(table), [dict(row) for row in batch])
+                    look()
             await _count_on(new)
     finally:
         await reading.dispose()
