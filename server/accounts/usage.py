@@ -212,6 +212,8 @@ class UsageWriter:
                 await self._adopt(left)
             except (AdapterError, OSError) as error:
                 logger.error("usage that an earlier process left cannot be written: %s", error)
+            except Exception:  # of one row; a start must not end for it
+                logger.exception("usage that an earlier process left cannot be written; it stays in its file")
             finally:
                 left.close()
 

@@ -219,6 +219,20 @@ async def test_a_line_that_was_cut_costs_no_other(tmp_path: Path, folder: Path) 
         assert await recorded(database) == names(3)
 
 
+async def test_what_the_database_does_not_take_ends_no_start(tmp_path: Path, folder: Path) -> None:
+    async with opened("postgres", tmp_path / "db") as database:
+        killed = writer(database, folder)
+        killed.record(replace(ONE, tenant="x" * 100))
+        await killed._keep()
+        kill(killed)
+        next_one = writer(database, folder)
+        await next_one.adopt()
+        record(next_one, 0, 1)
+        await next_one.stop()
+        assert await recorded(database) == names(1)
+        assert len(list((folder / FOLDER).iterdir())) == 1, "for the operator to look at"
+
+
 async def test_the_journal_stays_small(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under load, and in hours without a database."""
     monkeypatch.setattr(module, "JOURNAL_BYTES", 10_000)
