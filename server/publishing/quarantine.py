@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 
+from adapters.errors import DatabaseUnavailable, StorageBusy
 from adapters.model import Version
 from adapters.store.catalog import Catalog
 from adapters.store.quarantine import Quarantine
@@ -13,6 +15,9 @@ from server.scheduling.lease import Lease
 from server.scheduling.refusals import quarantined
 
 logger = logging.getLogger(__name__)
+
+# A database that is away or held by somebody is asked again so often, for ten minutes.
+AGAIN_S, TRIES = 1.0, 600
 
 
 async def quarantine(rows: Quarantine, dispatcher: Dispatcher, version: Version, reason: str) -> None:
@@ -43,7 +48,24 @@ async def quarantine_key(
 
     Nothing happens where no version has this key: the base model, a version that has been deleted, or one
     whose upload is still being tried, which is refused by its probe.
+
+    Nobody waits for it, so a database that is busy or away is asked again; its error is raised in the end.
     """
+    for tries in itertools.count(1):
+        try:
+            await _quarantine_key(rows, catalog, dispatcher, key, reason)
+            return
+        except (StorageBusy, DatabaseUnavailable) as exc:
+            if tries == TRIES:
+                raise
+            if tries == 1:
+                logger.error("%s cannot be quarantined yet, and will be: %s; %s", key, reason, exc)
+            await asyncio.sleep(AGAIN_S)
+
+
+async def _quarantine_key(
+    rows: Quarantine, catalog: Catalog, dispatcher: Dispatcher, key: str, reason: str
+) -> None:
     tenant, slash, rest = key.partition("/")
     named = await catalog.of_files(tenant, {rest.rpartition("@")[2]}) if slash else []
     found = [version for version in named if version.key == key]

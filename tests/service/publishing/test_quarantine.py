@@ -14,6 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
+from adapters.errors import StorageBusy
+from adapters.model import Version
+from adapters.store.quarantine import Quarantine
+from server.publishing import quarantine as use_case
 from server.publishing.quarantine import quarantine
 from tests.service.http.test_api import error
 from tests.service.publishing.test_upload import URL, files
@@ -84,6 +88,29 @@ async def test_a_quarantined_version_is_refused_with_the_reason_and_shown(site: 
     assert "loraplex_quarantined_versions 1.0" in (await site.http.get("/metrics")).text
     for path in ("warm", "verify"):
         error(await site.admin.post(f"{ADAPTER}/{path}"), 409, "adapter_quarantined")
+
+
+async def test_what_makes_nan_while_the_database_is_busy_is_quarantined_after_all(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, tried = Quarantine.put, list[str]()
+
+    async def busy(rows: Quarantine, version: Version, reason: str) -> bool:
+        tried.append(reason)
+        if len(tried) < 4:
+            raise StorageBusy("Something holds the database.")
+        return await plain(rows, version, reason)
+
+    monkeypatch.setattr(Quarantine, "put", busy)
+    monkeypatch.setattr(use_case, "AGAIN_S", 0.01)
+    version = await site.services.publishing.catalog.version("acme", "a", 2)
+    site.services.engine.on_fault(version.key, "it made NaN")
+    async with asyncio.timeout(60):
+        while not (await shown(site))[2]:
+            await asyncio.sleep(0.01)
+    assert tried == ["it made NaN"] * 4
+    assert caplog.text.count("cannot be quarantined yet") == 1
+    error(await ask(site, await key(site)), 409, "adapter_quarantined")
 
 
 @pytest.mark.parametrize("url", [ADAPTER, f"{ADAPTER}/versions/2"])
