@@ -30,6 +30,11 @@ def refuse_what_cannot_load(settings: Settings) -> None:
             "ENGINE_ARGS: pipeline_parallel_size needs a GPU: on a CPU vLLM gives the second stage no memory"
             " for what the first one computes. Use tensor_parallel_size."
         )
+    if settings.rank_slots and settings.engine_args.get("pipeline_parallel_size", 1) != 1:
+        raise ValueError(
+            "RANK_SLOTS: an adapter has other ranks on each stage of a pipeline, and a place in each is not"
+            " counted. Set it to 0, or use tensor_parallel_size alone."
+        )
     if settings.dora_on_gpu and (reason := _no_dora(settings)) is not None:
         raise ValueError(f"DORA_ON_GPU: {reason}. Switch it off, or serve such adapters merged.")
     folder = Path(settings.model)

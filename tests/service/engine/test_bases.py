@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from transformers import DeepseekV3Config, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
-from server.engine import contract
+from adapters.model import Head
+from server.engine import bases, contract
+from server.engine.arguments import base_model_of
 from server.engine.bases import has_experts, refuse_what_cannot_load, refuse_what_cannot_run
 from server.engine.engine import Engine
 from server.inference.dialects.registry import DIALECTS
@@ -112,3 +114,35 @@ def test_dora_on_a_gpu_is_refused_where_it_cannot_be_computed(
         return
     with pytest.raises(ValueError, match=rf"DORA_ON_GPU: .*{says}.* merged"):
         refuse_what_cannot_load(settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"), [({"rank_slots": 8}, "RANK_SLOTS"), ({"dora_on_gpu": True}, "DORA_ON_GPU")]
+)
+def test_what_stages_of_a_pipeline_do_not_serve_ends_the_start(
+    changes: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, where stages run. Heads and DoRAs of adapters are refused there at the upload."""
+    monkeypatch.setattr(bases.current_platform, "is_cpu", lambda: False)
+    LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    stages = {"pipeline_parallel_size": 2}
+    refuse_what_cannot_load(Settings(model=str(tmp_path), engine_args=stages))
+    with pytest.raises(ValueError, match=f"^{says}: "):
+        refuse_what_cannot_load(Settings(model=str(tmp_path), engine_args=stages, **changes))
+
+
+def test_adapters_on_stages_of_a_pipeline_bring_no_head_dora_or_vocabulary() -> None:
+    """As on any two workers: each describes its own layers, and the base's head is on the last."""
+    described = [
+        {"modules": {f"model.layers.{at}.mlp.up_proj": [8, 8]}, "aliases": {}, "fused": {}, "dora": True,
+         "head": head, "vocabulary": {"lm_head": [8, 32]}, "max_lora_rank": 8}
+        for at, head in enumerate((None, ["score", 8, 2, 64]))
+    ]  # fmt: skip
+    base = base_model_of("m", described)
+    assert len(base.modules) == 2
+    assert base.head == Head("score", 8, 2, 0)
+    assert not base.dora
+    assert not base.vocabulary
+    alone = base_model_of("m", described[1:])
+    assert alone.dora
+    assert alone.head == Head("score", 8, 2, 64)
