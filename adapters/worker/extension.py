@@ -42,7 +42,7 @@ from adapters.worker.cpu.packed import know_the_device
 from adapters.worker.dora import DoraScales
 from adapters.worker.experts import expert_shapes, has_stacked_experts, largest_pairs
 from adapters.worker.heads import head_of
-from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine
+from adapters.worker.host_memory import BufferPool, Loader, stay_beside_the_engine, take_short_turns
 from adapters.worker.host_pool import HostPool, pin_for_cuda
 from adapters.worker.names import Names, checkpoint_modules, names_of
 from adapters.worker.not_finite import NotFiniteGuard
@@ -208,6 +208,7 @@ class _Pager:
         self._held = 0.0
         self._notices = notices
         self._load = manager._load_adapter
+        take_short_turns()
         self._threads = ThreadPoolExecutor(STAGING, "loraplex-stage", initializer=stay_beside_the_engine)
         self._staging: dict[int, Future[tuple[Any, float]]] = {}
         self._evicted_while_staging: set[int] = set()

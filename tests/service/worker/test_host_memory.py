@@ -8,6 +8,7 @@ import mmap
 import os
 import random
 import struct
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from adapters.worker import host_memory
 from adapters.worker.extension import read_with
-from adapters.worker.host_memory import BufferPool, Loader, Weights
+from adapters.worker.host_memory import BufferPool, Loader, Weights, take_short_turns
 from tests.support import tiny
 
 MIB = 1 << 20
@@ -234,3 +235,14 @@ def test_vllms_own_loader_reads_through_it(pool: BufferPool, monkeypatch: pytest
     )
     sides = [side for layer in lora.loras.values() for side in (layer.lora_a, layer.lora_b)]
     assert len({side.untyped_storage().data_ptr() for side in sides}) == 1
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.005, 0.0005), (0.0001, 0.0001)])
+def test_a_load_gives_the_lock_away_in_time(before: float, after: float) -> None:
+    usual = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(before)
+        take_short_turns()
+        assert sys.getswitchinterval() == pytest.approx(after, rel=0.05)
+    finally:
+        sys.setswitchinterval(usual)
