@@ -4,4 +4,6 @@ import pytest
 
 import server.engine  # noqa: F401  # says what vLLM reads when it is imported, before any test imports it
 
-pytest.register_assert_rewrite("tests.support.engine_suite", "tests.support.tiny", "tests.support.world")
+pytest.register_assert_rewrite(
+    "tests.support.blobs", "tests.support.engine_suite", "tests.support.tiny", "tests.support.world"
+)

@@ -19,18 +19,8 @@ from adapters.errors import AdapterRejected
 from adapters.inspection.admit import admit
 from adapters.inspection.convert import plan
 from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE, BaseModel
-from tests.pure.adapters.test_inspect import (
-    K1,
-    Q0,
-    Config,
-    Tensors,
-    base,
-    make_llama,
-    read,
-    rename,
-    train,
-    write,
-)
+from tests.support.peft_adapters import K1, Q0, Config, Tensors, base, make_llama, read, train, write
+from tests.support.spoiled import rename
 
 __all__ = ["base"]
 

@@ -18,7 +18,7 @@ from adapters.inspection.base_model import read_base
 from adapters.inspection.dora import MAGNITUDE, NOTE, SCALE
 from adapters.inspection.inspect import check_fit
 from adapters.model import WEIGHTS_FILE, BaseModel
-from tests.pure.adapters.test_inspect import K1, Config, Tensors, make_llama, read, train, write
+from tests.support.peft_adapters import K1, Config, Tensors, make_llama, read, train, write
 
 M1 = f"base_model.model.{K1}{MAGNITUDE}"
 

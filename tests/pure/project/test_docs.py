@@ -24,7 +24,6 @@ SOURCES = sorted(path for package in ("server", "adapters") for path in (ROOT / 
 LONGEST_FILE = 500
 # Files of tests that are longer, and should be cut along their meaning: take a name out, add none.
 LONG_TESTS = {
-    "tests/pure/adapters/test_blobs.py", "tests/pure/adapters/test_inspect.py",
     "tests/pure/project/test_bench.py", "tests/pure/scheduling/test_plan_walks.py",
     "tests/pure/server/test_fields.py", "tests/service/cli/test_commands.py",
     "tests/service/fleet/test_fleet.py", "tests/service/limits/test_redis_ledger.py",

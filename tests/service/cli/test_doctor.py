@@ -17,9 +17,10 @@ from adapters.inspection.inspect import inspect
 from adapters.model import BaseModel, ModuleShape
 from adapters.offline.doctor import diagnose
 from server.cli import offline
-from tests.pure.adapters.test_inspect import base, good, make_llama, read, rename, write
 from tests.service.cli.test_commands import run as run_beside
 from tests.support.fakes import FakeEngine
+from tests.support.peft_adapters import base, good, make_llama, read, write
+from tests.support.spoiled import rename
 from tests.support.tiny import fake_site
 
 __all__ = ["base", "good"]

@@ -17,18 +17,9 @@ from adapters.inspection import peft_config
 from adapters.inspection.inspect import inspect
 from adapters.inspection.peft_config import PeftConfig, read_config
 from adapters.model import CONFIG_FILE, BaseModel
-from tests.pure.adapters.test_inspect import (
-    FUZZ,
-    K1,
-    Config,
-    accepted,
-    base,
-    good,
-    json_values,
-    make_llama,
-    read,
-    write,
-)
+from tests.pure.adapters.test_any_bytes import FUZZ, json_values
+from tests.pure.adapters.test_inspect import accepted
+from tests.support.peft_adapters import K1, Config, base, good, make_llama, read, write
 
 __all__ = ["accepted", "base", "good"]
 

@@ -1,6 +1,6 @@
 """Uploads that are broken or meant to break us, over HTTP, beside a customer who is being answered.
 
-What is wrong with the files is ``test_inspect``'s list, here through the front door; what is wrong with
+What is wrong with the files is ``test_spoiled``'s list, here through the front door; what is wrong with
 the request is below. Each gets its status and code; nothing of it is kept, and nobody else notices.
 """
 
@@ -21,8 +21,9 @@ import pytest
 import pytest_asyncio
 
 from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE
-from tests.pure.adapters.test_inspect import BAD, base, good, read, write
+from tests.pure.adapters.test_spoiled import BAD
 from tests.support.fakes import FakeEngine, Times
+from tests.support.peft_adapters import base, good, read, write
 from tests.support.site import Site, bearer
 from tests.support.tiny import fake_site
 

@@ -25,7 +25,7 @@ from adapters.offline.merge import INDEX_FILE, Merge, MergeError, Probe
 from server.cli import offline
 from server.demo.base import CHECKOUT, cache_folder, prepare
 from tests.pure.adapters.test_convert import PROMPT, STYLES, train_on_changed_base
-from tests.pure.adapters.test_inspect import K1, make_llama, read, train, write
+from tests.support.peft_adapters import K1, make_llama, read, train, write
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {},
