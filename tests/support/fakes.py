@@ -15,10 +15,7 @@ import asyncio
 import hashlib
 import json
 import math
-import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +23,7 @@ import numpy as np
 from safetensors import safe_open
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel
-from server.engine.calls import (
-    Answer,
-    Call,
-    EngineDied,
-    Kind,
-    PageOp,
-    PageReport,
-    PageResult,
-    StageResult,
-    WorkerReport,
-)
+from server.engine.calls import Answer, Call, EngineDied, Kind, PageOp, PageReport, WorkerReport
 from server.engine.engine import Engine
 from server.engine.errors import from_vllm, named, request_errors
 from server.engine.parsers import Parsers
@@ -45,18 +32,27 @@ from server.engine.sizing import EngineCapacity
 from server.errors import BadRequest, TooManyRequests, Unavailable
 from server.inference.dialects.registry import DIALECTS
 from tests.support import fake_dialects, fake_embeddings
-from tests.support.fake_embeddings import POOLED, labels_of, pooled_prompts
+from tests.support.fake_answers import (
+    NATURAL_LENGTH,
+    VOCABULARY,
+    Run,
+    chat_events,
+    checked,
+    completion_events,
+    error_event,
+    finish_of,
+    head,
+    length_of,
+    prompts_of,
+    text_of,
+    usage_of,
+)
+from tests.support.fake_embeddings import POOLED, labels_of
+from tests.support.fake_slots import FakeSlots, Times, read_adapter
+
+__all__ = ["FakeEngine", "Times", "log_probs", "push_of"]
 
 BASE_NAME = "base"
-NATURAL_LENGTH = 8
-VOCABULARY = 32
-
-
-def read_adapter(folder: Path) -> int:
-    """Bytes of the adapter in ``folder``; raises what is wrong with it."""
-    json.loads((folder / CONFIG_FILE).read_bytes())
-    with safe_open(folder / WEIGHTS_FILE, "np") as file:
-        return sum(len(bytes(file.get_tensor(name))) for name in file.keys())  # noqa: SIM118
 
 
 def push_of(folder: Path) -> float:
@@ -81,65 +77,7 @@ def log_probs(prompt: str, at: int, push: float, owner: str) -> list[float]:
     return [logit - total for logit in logits]
 
 
-@dataclass
-class Times:
-    """Seconds: to read an adapter, to activate one, between two tokens, until a page call begins.
-
-    ``in_step`` if all that runs has its tokens at the same moments, as in an engine.
-    """
-
-    stage: float = 0.0
-    activate: float = 0.0
-    step: float = 0.0
-    page: float = 0.0
-    start: float = 20.0
-    in_step: bool = False
-
-    def until_next(self) -> float:
-        """Seconds until the next token."""
-        if not self.in_step:
-            return self.step
-        now = time.monotonic()
-        return (round(now / self.step) + 1) * self.step - now
-
-
-@dataclass
-class _Run:
-    """A call in the engine. ``produced`` counts output tokens by part."""
-
-    call: Call
-    load_id: int | None
-    shown: str
-    prompts: list[int]
-    choices: int
-    limit: int
-    natural_end: bool
-    request: Any
-    produced: dict[str, int] = field(default_factory=dict)
-    aborted: bool = False
-    going: asyncio.Event = field(default_factory=asyncio.Event)
-    given_up: str | None = None
-    lost: EngineDied | None = None
-
-    @property
-    def sequences(self) -> int:
-        return self.choices * len(self.prompts)
-
-    def token(self, i: int) -> str:
-        return self.shown if i == 0 else f" {i}"
-
-    def text(self, tokens: int) -> str:
-        return "".join(self.token(i) for i in range(tokens))
-
-    def settle(self) -> None:
-        """Tells the meter all that was produced; needed before an abort forgets it."""
-        for prompt, (part, tokens) in zip(self.prompts, self.produced.items(), strict=True):
-            if tokens:
-                said = 0 if self.call.kind in POOLED else tokens
-                self.call.meter.progressed(part, prompt, said, 0)
-
-
-class FakeEngine:
+class FakeEngine(FakeSlots):
     lora_dtype = "float32"
     exact_on: str | None = None
     parsers = Parsers("hermes", None, tools_shown=True)
@@ -163,54 +101,28 @@ class FakeEngine:
         times: Times | None = None,
         read: Callable[[Path], int] = read_adapter,
     ) -> None:
+        super().__init__(gpu_slots=gpu_slots, host_slots=host_slots, times=times or Times(), read=read)
         self.base = base
         self._dialects = DIALECTS
         self.capacity = EngineCapacity(gpu_slots, host_slots, slot_bytes=1 << 20, entry_bytes=1 << 19)
         self.max_running = max_running
         self.max_model_len = max_model_len
-        self.times = times or Times()
-        self.violations: list[str] = []
         self.calls: list[Call] = []
         self.ops: list[PageOp] = []
-        self.running: list[_Run] = []
-        self.paused: list[_Run] = []
+        self.paused: list[Run] = []
         self.most_running = 0
         self.stopped = False
         # (HTTP status, tokens): every stream breaks with it after so many tokens.
         self.break_streams: tuple[int, int] | None = None
-        self._read = read
-        self._host_slots = host_slots
-        self._slots: list[int | None] = [None] * gpu_slots
-        self._host: set[int] = set()
-        self._loads: dict[int, PageOp] = {}
-        self._staging: dict[int, float] = {}
-        self._evicted_while_staging: set[int] = set()
-        self._failures: Counter[tuple[str, str]] = Counter()
         self._died: EngineDied | None = None
         self._hung = asyncio.Event()  # set while it answers
         self._hung.set()
         self._on_lost: Callable[[EngineDied], None] = lambda _: None
-        self._on_notice: Callable[[], None] = lambda: None
-        self.tells = False  # by itself, when a load has been read
         self.starts_fail = 0  # so many restarts fail
         self.lives = 1
         self._words = [""]  # by token id; 0 begins every prompt
 
     # --- what tests do to it ---------------------------------------------------------------------
-
-    def fail(self, verb: str, name: str, times: int = 1) -> None:
-        """The next ``times`` of this operation on this version fail."""
-        self._failures[verb, name] += times
-
-    def lose(self, name: str) -> None:
-        """Drops what it holds of a version, behind everybody's back."""
-        for load_id in [i for i in self._host if self._loads[i].name == name]:
-            self._remove(load_id)
-
-    def plant(self, load_id: int) -> None:
-        """Holds a load that nobody asked for."""
-        self._loads[load_id] = PageOp("stage", load_id, "stray")
-        self._host.add(load_id)
 
     def die(self) -> None:
         """Its process ends. Streams hear of it at their next token, paging at its next call."""
@@ -219,9 +131,6 @@ class FakeEngine:
     def hang(self) -> None:
         """It answers nothing any more, until ``kill``."""
         self._hung.clear()
-
-    def held(self, name: str) -> bool:
-        return any(self._loads[i].name == name for i in self._host)
 
     # --- the engine's public face ----------------------------------------------------------------
 
@@ -297,7 +206,7 @@ class FakeEngine:
         if call.kind in POOLED:
             return Answer(body=await self._embed(run))
         if request.stream:
-            events = self._completion_events if call.kind == "completion" else self._chat_events
+            events = completion_events if call.kind == "completion" else chat_events
             if call.kind == "responses":
                 chunks = fake_dialects.stream(call, self._sse(run, events, True))
                 return Answer(stream=raise_errors(call, prompt, chunks))
@@ -323,9 +232,9 @@ class FakeEngine:
             return {"prompt": " ".join(self._words[i] for i in request.tokens if i)}
         if kind == "count_tokens":
             with request_errors():
-                (prompt,) = _prompts("chat", fake_dialects.as_chat(request))
+                (prompt,) = prompts_of("chat", fake_dialects.as_chat(request))
             return {"input_tokens": len(prompt.split()) + 1}
-        (prompt,) = _prompts("chat" if hasattr(request, "messages") else "completion", request)
+        (prompt,) = prompts_of("chat" if hasattr(request, "messages") else "completion", request)
         words = prompt.split()
         self._words += dict.fromkeys(word for word in words if word not in self._words)
         ids = [0, *(self._words.index(word) for word in words)]
@@ -374,92 +283,9 @@ class FakeEngine:
             if run.call is call:
                 run.settle()
 
-    # --- paging ----------------------------------------------------------------------------------
-
-    def _carry_out(self, op: PageOp) -> PageResult:
-        if op.verb == "stage":
-            return PageResult(self._stage(op), 0.0)
-        if op.verb == "activate":
-            return PageResult(self._activate(op.load_id), self.times.activate)
-        if op.verb == "deactivate":
-            if op.load_id in self._host and self._fails("deactivate", self._loads[op.load_id]):
-                return PageResult("RuntimeError: injected", 0.0)
-            self._leave_slot(op.load_id)
-        elif op.load_id in self._staging:
-            self._evicted_while_staging.add(op.load_id)
-        else:
-            self._remove(op.load_id)
-        return PageResult(None, 0.0)
-
-    def _stage(self, op: PageOp) -> str | None:
-        if op.load_id in self._loads:
-            self._violated(f"load id {op.load_id} is used twice")
-        self._loads[op.load_id] = op
-        loop = asyncio.get_running_loop()
-        due = self._staging[op.load_id] = loop.time() + self.times.stage
-        if self.tells:
-            loop.call_at(due, self._on_notice)
-        return None
-
-    def _collect(self) -> list[StageResult]:
-        now = asyncio.get_running_loop().time()
-        staged = []
-        for load_id in [i for i, due in self._staging.items() if due <= now]:
-            del self._staging[load_id]
-            if load_id in self._evicted_while_staging:
-                self._evicted_while_staging.discard(load_id)
-                continue
-            error, size = self._outcome(self._loads[load_id])
-            if error is None and len(self._host) >= self._host_slots:
-                error = "host memory holds max_cpu_loras adapters already"
-            if error is not None:
-                staged.append(StageResult(load_id, error, 0.0, 0))
-                continue
-            self._host.add(load_id)
-            staged.append(StageResult(load_id, None, self.times.stage, size))
-        return staged
-
-    def _outcome(self, op: PageOp) -> tuple[str | None, int]:
-        if self._fails("stage", op):
-            return "OSError: injected", 0
-        try:
-            return None, self._read(Path(op.path))
-        except Exception as exc:  # as in a staging thread
-            return f"{type(exc).__name__}: {exc}", 0
-
-    def _activate(self, load_id: int) -> str | None:
-        if load_id not in self._host:
-            return f"LookupError: load {load_id} is not in host memory"
-        if load_id in self._slots:
-            return None
-        if None not in self._slots:
-            return "LookupError: no slot is free"
-        if self._fails("activate", self._loads[load_id]):
-            self._remove(load_id)  # as the worker does: half an adapter must not stay
-            return "RuntimeError: injected"
-        self._slots[self._slots.index(None)] = load_id
-        return None
-
-    def _remove(self, load_id: int) -> None:
-        self._leave_slot(load_id)
-        self._host.discard(load_id)
-
-    def _leave_slot(self, load_id: int) -> None:
-        if load_id in self._slots:
-            self._slots[self._slots.index(load_id)] = None
-            for run in self.running:
-                if run.load_id == load_id:
-                    self._violated(f"load {load_id} left its slot under a running request")
-
-    def _fails(self, verb: str, op: PageOp) -> bool:
-        if not self._failures[verb, op.name]:
-            return False
-        self._failures[verb, op.name] -= 1
-        return True
-
     # --- answers ---------------------------------------------------------------------------------
 
-    def _run_of(self, call: Call, request: Any) -> _Run:
+    def _run_of(self, call: Call, request: Any) -> Run:
         load_id = self._load_of(call.model)
         shown = BASE_NAME if load_id is None else Path(self._loads[load_id].path).name
         if call.kind == "responses":
@@ -469,7 +295,7 @@ class FakeEngine:
         else:
             limit = getattr(request, "max_completion_tokens", None) or request.max_tokens
         with request_errors():
-            prompts = [self._checked(text) for text in _prompts(call.kind, request)]
+            prompts = [checked(text, self.max_model_len) for text in prompts_of(call.kind, request)]
             if call.kind in POOLED:
                 fake_embeddings.check(request)
             else:
@@ -480,7 +306,7 @@ class FakeEngine:
         natural_end = limit is None
         limit = min(room, NATURAL_LENGTH if limit is None else limit)
         n = getattr(request, "n", None) or 1
-        run = _Run(call, load_id, shown, prompts, n, limit, natural_end, request)
+        run = Run(call, load_id, shown, prompts, n, limit, natural_end, request)
         for i in range(len(prompts)):
             call.request_ids.append(f"{call.id}-{i}")
             run.produced[call.request_ids[-1]] = 0
@@ -500,21 +326,7 @@ class FakeEngine:
         self._violated(f"{model} is to be run but has no slot")
         raise AssertionError(self.violations[-1])
 
-    def _checked(self, prompt: str | list[int]) -> int:
-        """Its tokens: as many as there are ids, or one per word and one more."""
-        from vllm.exceptions import VLLMValidationError
-
-        if isinstance(prompt, list) and not all(0 <= token < VOCABULARY for token in prompt):
-            raise VLLMValidationError("Token id is out of vocabulary", parameter="prompt")
-        tokens = _length(prompt)
-        if tokens >= self.max_model_len:
-            raise VLLMValidationError(
-                f"The prompt has {tokens} tokens; the maximum context length is {self.max_model_len}.",
-                parameter="prompt",
-            )
-        return tokens
-
-    async def _produce(self, run: _Run, said: int = 0) -> AsyncIterator[int]:
+    async def _produce(self, run: Run, said: int = 0) -> AsyncIterator[int]:
         """Token numbers, one step each beyond the first ``said``; ends early when the call is aborted."""
         if run.call.admission is not None:
             most = await run.call.admission.settle()
@@ -544,7 +356,7 @@ class FakeEngine:
                     run.produced[part] += run.choices
                 yield i
             if run.call.kind not in POOLED:
-                run.call.meter.finished([_finish(run, run.limit - 1)])
+                run.call.meter.finished([finish_of(run, run.limit - 1)])
         finally:
             run.settle()
             for runs in (self.running, self.paused):
@@ -552,7 +364,7 @@ class FakeEngine:
                     runs.remove(run)
 
     async def _sse(
-        self, run: _Run, events: Callable[[_Run, int], list[dict[str, Any]]], include_usage: bool
+        self, run: Run, events: Callable[[Run, int], list[dict[str, Any]]], include_usage: bool
     ) -> AsyncIterator[str]:
         last, relay = -1, run.call.relay
         said = 0 if relay is None else len(relay.said)
@@ -561,7 +373,7 @@ class FakeEngine:
             relay.begins(movable)
             if said and not movable:
                 run.call.failure = Unavailable("it cannot go on", code="replica_lost")
-                yield _error_event("it cannot go on", 503)
+                yield error_event("it cannot go on", 503)
                 return
         try:
             async for i in self._produce(run, said):
@@ -573,68 +385,54 @@ class FakeEngine:
                 elif relay is not None and i == 0:  # what was said comes as one output
                     relay.produced(relay.said, sum(run.prompts), relay.cached)
                 if self.break_streams and self._due_to_break(run):
-                    yield _error_event("it broke", self.break_streams[0])
+                    yield error_event("it broke", self.break_streams[0])
                     yield "data: [DONE]\n\n"
                     return
                 last = i
                 for event in events(run, i):
                     yield f"data: {json.dumps(event)}\n\n"
         except EngineDied:
-            yield _error_event("the engine is dead", 500)
+            yield error_event("the engine is dead", 500)
         except Unavailable as exc:
-            yield _error_event(exc.message, 503)
+            yield error_event(exc.message, 503)
         except TooManyRequests:
-            yield _error_event("Internal server error", 500)
+            yield error_event("Internal server error", 500)
         if run.aborted:
             for event in events(run, last + 1):
                 event["choices"][0]["finish_reason"] = "abort"
                 yield f"data: {json.dumps(event)}\n\n"
         if include_usage:
-            yield f"data: {json.dumps({**_head(run, stream=True), 'choices': [], 'usage': _usage(run)})}\n\n"
+            yield f"data: {json.dumps({**head(run, stream=True), 'choices': [], 'usage': usage_of(run)})}\n\n"
         yield "data: [DONE]\n\n"
 
-    def _due_to_break(self, run: _Run) -> bool:
+    def _due_to_break(self, run: Run) -> bool:
         assert self.break_streams is not None
         return min(run.produced.values()) > self.break_streams[1]
 
-    def _chat_events(self, run: _Run, i: int) -> list[dict[str, Any]]:
-        events = []
-        if i == 0:
-            for choice in range(run.sequences):
-                events.append(_chunk(run, choice, {"delta": {"role": "assistant", "content": ""}}, None))
-        for choice in range(run.sequences):
-            delta = {"delta": {"content": "" if run.aborted else run.token(i)}}
-            events.append(_chunk(run, choice, delta, _finish(run, i)))
-        return events
-
-    def _completion_events(self, run: _Run, i: int) -> list[dict[str, Any]]:
-        text = "" if run.aborted else run.token(i)
-        return [_chunk(run, choice, {"text": text}, _finish(run, i)) for choice in range(run.sequences)]
-
-    def _body(self, run: _Run) -> dict[str, Any]:
+    def _body(self, run: Run) -> dict[str, Any]:
         tokens = min(run.produced.values()) // run.choices
         text = run.text(tokens)
-        finish = "abort" if run.aborted else _finish(run, tokens - 1)
+        finish = "abort" if run.aborted else finish_of(run, tokens - 1)
         choices: list[dict[str, Any]] = []
         for i in range(run.sequences):
             if run.call.kind != "completion":
                 said = {"message": {"role": "assistant", "content": text}, "logprobs": None}
             else:
-                prompt = _prompts("completion", run.request)[i // run.choices]
-                echoed = _text(prompt) if run.request.echo else ""
+                prompt = prompts_of("completion", run.request)[i // run.choices]
+                echoed = text_of(prompt) if run.request.echo else ""
                 said = {"text": echoed + text, "logprobs": self._log_probs(run, prompt, tokens)}
             choices.append({"index": i, **said, "finish_reason": finish})
-        return {**_head(run, stream=False), "choices": choices, "usage": _usage(run)}
+        return {**head(run, stream=False), "choices": choices, "usage": usage_of(run)}
 
-    async def _embed(self, run: _Run) -> dict[str, Any]:
+    async def _embed(self, run: Run) -> dict[str, Any]:
         async for _ in self._produce(run):
             pass
         if run.aborted:
             raise Unavailable("it was cut off", code="shutting_down", retry_after=5)
         push = 0.0 if run.load_id is None else push_of(Path(self._loads[run.load_id].path))
         vectors = [
-            log_probs(_text(prompt), _length(prompt), push, run.shown)
-            for prompt in _prompts("embedding", run.request)
+            log_probs(text_of(prompt), length_of(prompt), push, run.shown)
+            for prompt in prompts_of("embedding", run.request)
         ]
         if run.call.kind != "embedding":
             assert self.base.head is not None
@@ -647,18 +445,18 @@ class FakeEngine:
             return fake_embeddings.classified(run.call, run.request, vectors, sum(run.prompts), labels)
         return fake_embeddings.document(run.call, run.request, vectors, sum(run.prompts))
 
-    def _log_probs(self, run: _Run, prompt: str | list[int], tokens: int) -> dict[str, Any] | None:
+    def _log_probs(self, run: Run, prompt: str | list[int], tokens: int) -> dict[str, Any] | None:
         """OpenAI's lists; with tokens as ids, which is how the probe asks."""
         top = run.request.logprobs
         if top is None:
             return None
         push = 0.0 if run.load_id is None else push_of(Path(self._loads[run.load_id].path))
-        length = _length(prompt)
+        length = length_of(prompt)
         ids = prompt if isinstance(prompt, list) else [i % VOCABULARY for i in range(length)]
         steps: list[dict[str, float] | None] = []
         names = []
         for at in range(0 if run.request.echo else length, length + tokens):
-            known = log_probs(_text(prompt), at, push, run.shown)
+            known = log_probs(text_of(prompt), at, push, run.shown)
             best = sorted(range(VOCABULARY), key=known.__getitem__, reverse=True)
             actual = ids[at] if at < length else best[0]
             names.append(f"token_id:{actual}")
@@ -675,58 +473,3 @@ class FakeEngine:
     def _alive(self) -> None:
         if self._died is not None:
             raise self._died
-
-    def _violated(self, what: str) -> None:
-        self.violations.append(what)
-
-
-def _length(prompt: str | list[int]) -> int:
-    return len(prompt) if isinstance(prompt, list) else len(prompt.split()) + 1
-
-
-def _text(prompt: str | list[int]) -> str:
-    return prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
-
-
-def _prompts(kind: str, request: Any) -> list[str | list[int]]:
-    if kind == "responses":
-        items = [request.input] if isinstance(request.input, str) else request.input
-        return [" ".join(item if isinstance(item, str) else str(dict(item).get("content")) for item in items)]
-    if kind not in ("completion", *POOLED):
-        return [" ".join(str(message.get("content")) for message in request.messages)]
-    given = pooled_prompts(request) if kind in POOLED else request.prompt
-    prompts = given if isinstance(given, list) else [given]
-    if not prompts:
-        raise ValueError("there is no prompt")
-    if isinstance(prompts[0], int):
-        prompts = [prompts]
-    return list(prompts)
-
-
-def _head(run: _Run, *, stream: bool) -> dict[str, Any]:
-    if run.call.kind != "completion":
-        id_, object_ = f"chatcmpl-{run.call.id}", "chat.completion.chunk" if stream else "chat.completion"
-    else:
-        id_, object_ = f"cmpl-{run.call.id}", "text_completion"
-    return {"id": id_, "object": object_, "created": 0, "model": run.call.public_model}
-
-
-def _chunk(run: _Run, index: int, said: dict[str, Any], finish: str | None) -> dict[str, Any]:
-    choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
-    return {**_head(run, stream=True), "choices": [choice]}
-
-
-def _finish(run: _Run, i: int) -> str | None:
-    if i != run.limit - 1:
-        return None
-    return "stop" if run.natural_end else "length"
-
-
-def _usage(run: _Run) -> dict[str, int]:
-    prompt, output = sum(run.prompts), sum(run.produced.values())
-    return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
-
-
-def _error_event(message: str, code: int) -> str:
-    error = {"message": message, "type": "BadRequestError", "param": None, "code": code}
-    return f"data: {json.dumps({'error': error})}\n\n"

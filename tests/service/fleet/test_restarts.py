@@ -22,7 +22,8 @@ from server.publishing.probe import Prober
 from server.scheduling.refusals import engine_restarting
 from tests.service.publishing.test_golden import URL, VERIFY, trained, upload
 from tests.support import tiny
-from tests.support.fakes import NATURAL_LENGTH, FakeEngine
+from tests.support.fake_answers import NATURAL_LENGTH
+from tests.support.fakes import FakeEngine
 from tests.support.fleet import FakeReplica, Fleet, fleet, replica
 from tests.support.site import bearer
 
