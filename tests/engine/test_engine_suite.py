@@ -17,7 +17,8 @@ from server.engine.calls import PageOp
 from server.engine.engine import Engine
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
 from tests.support.dialect_suite import DialectSuite
-from tests.support.engine_suite import EngineSuite, MakeAdapter
+from tests.support.engine_calls import MakeAdapter
+from tests.support.engine_suite import EngineSuite
 from tests.support.relay_suite import RelaySuite
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]

@@ -14,7 +14,7 @@ from server.engine.calls import PageOp
 from server.engine.engine import Engine
 from server.errors import Internal
 from tests.engine.reference import ATTENTION, MLP, Reference, Spec
-from tests.support.engine_suite import ask, bring_in, call, said, then
+from tests.support.engine_calls import ask, bring_in, call, said, then
 from tests.support.overflow import make_overflowing
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]

@@ -12,7 +12,7 @@ import pytest
 from server.engine.calls import Answer, Call, Kind, PageOp
 from server.engine.engine import Engine
 from server.errors import BadRequest, Unavailable
-from tests.support.engine_suite import (
+from tests.support.engine_calls import (
     PUBLIC,
     MakeAdapter,
     ask,

@@ -7,200 +7,40 @@ and ``make_adapter``, which gives the folder of adapter ``n``.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
-from server.engine.calls import Answer, Call, Kind, PageOp, StageResult
+from server.engine.calls import Kind, PageOp, StageResult
 from server.engine.engine import Engine
-from server.errors import BadRequest, Unavailable
-
-MakeAdapter = Callable[[int], Path]
-
-# Far from the ids that a plan gives out.
-_ids = itertools.count(1_000_000)
-PUBLIC = "my-adapter"
-
-
-@dataclass
-class RecordingMeter:
-    """part -> (prompt tokens, output tokens); why answers ended."""
-
-    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
-    reasons: list[str | None] = field(default_factory=list)
-
-    def finished(self, reasons: Sequence[str | None]) -> None:
-        self.reasons += reasons
-
-    def progressed(self, part: str, prompt_tokens: int, output_tokens: int, cached_tokens: int) -> None:
-        before = self.parts.get(part, (0, 0))
-        self.parts[part] = max(before[0], prompt_tokens), max(before[1], output_tokens)
-
-    @property
-    def prompt(self) -> int:
-        return sum(prompt for prompt, _ in self.parts.values())
-
-    @property
-    def output(self) -> int:
-        return sum(output for _, output in self.parts.values())
-
-    def usage(self) -> tuple[int, int]:
-        return self.prompt, self.output
+from server.errors import BadRequest
+from tests.support.engine_calls import (
+    PUBLIC,
+    QUESTION,
+    STREAMED,
+    TEXT,
+    MakeAdapter,
+    ask,
+    bring_in,
+    call,
+    events,
+    kinds,
+    meter_of,
+    new_ids,
+    read_in,
+    said,
+    spoken,
+    stage,
+    then,
+)
+from tests.support.pause_suite import PauseSuite
 
 
-def stage(folder: Path | str, name: str = "") -> PageOp:
-    load_id = next(_ids)
-    return PageOp("stage", load_id, name or f"tenant/adapter@{load_id}", str(folder))
-
-
-def then(verb: Any, staged: PageOp) -> PageOp:
-    return PageOp(verb, staged.load_id)
-
-
-async def read_in(
-    engine: Engine, *loads: PageOp, and_then: tuple[PageOp, ...] = ()
-) -> dict[int, StageResult]:
-    """Stages ``loads``, does ``and_then`` in the same call, and waits until each is staged or has failed."""
-    report = await engine.page([*loads, *and_then])
-    assert [result.error for result in report.results] == [None] * len(report.results)
-    wanted = {load.load_id for load in loads} - {op.load_id for op in and_then}
-    seen = {result.load_id: result for result in report.staged}
-    async with asyncio.timeout(240):
-        while wanted - seen.keys():
-            await asyncio.sleep(0.005)
-            for result in (await engine.page([])).staged:
-                assert result.load_id not in seen, "a load is reported once"
-                seen[result.load_id] = result
-    return seen
-
-
-async def bring_in(engine: Engine, folder: Path) -> PageOp:
-    """A version in a slot."""
-    load = stage(folder)
-    assert (await read_in(engine, load))[load.load_id].error is None
-    (activated,) = (await engine.page([then("activate", load)])).results
-    assert activated.error is None
-    return load
-
-
-def call(engine: Engine, kind: Kind, body: dict[str, Any], load: PageOp | None) -> tuple[Call, Any]:
-    """(call, vLLM's request) for ``body`` on ``load``, or on the base model."""
-    model = engine.base.name if load is None else load.name
-    made = Call(f"suite-{next(_ids)}", kind, model, PUBLIC, "salt-of-the-suite", RecordingMeter())
-    request = engine.parse(kind, body)
-    made.resumable = engine.resumable(request)
-    return made, request
-
-
-def meter_of(made: Call) -> RecordingMeter:
-    assert isinstance(made.meter, RecordingMeter)
-    return made.meter
-
-
-async def ask(
-    engine: Engine, kind: Kind, body: dict[str, Any], load: PageOp | None
-) -> tuple[Answer, RecordingMeter]:
-    made, request = call(engine, kind, body, load)
-    return await engine.answer(made, request), meter_of(made)
-
-
-async def events(answer: Answer) -> list[dict[str, Any]]:
-    """The events of a stream that ends as it should."""
-    assert answer.stream is not None
-    chunks = [chunk async for chunk in answer.stream]
-    assert chunks[-1] == "data: [DONE]\n\n"
-    assert all(chunk.startswith("data: ") and chunk.endswith("\n\n") for chunk in chunks)
-    return [json.loads(chunk.removeprefix("data: ")) for chunk in chunks[:-1]]
-
-
-def said(body: dict[str, Any], choice: int = 0) -> str:
-    one = body["choices"][choice]
-    return str(one["message"]["content"] if "message" in one else one["text"])
-
-
-def spoken(chunks: list[dict[str, Any]], choice: int = 0) -> str:
-    """The text of one choice of a stream."""
-    mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice]
-    return "".join(c["delta"].get("content") or "" if "delta" in c else c["text"] for c in mine)
-
-
-LOGPROBS: dict[Kind, dict[str, Any]] = {
-    "chat": {"logprobs": True, "top_logprobs": 2},
-    "completion": {"logprobs": 2},
-}
-
-
-async def whole(answer: Answer) -> dict[str, Any]:
-    """All that a client can tell of an answer, less ids and times, however its tokens came in chunks.
-
-    Of log-probabilities ``numbers`` holds the numbers, and ``marks`` the rest.
-    """
-    documents = [answer.body] if answer.body is not None else await events(answer)
-    told: dict[str, Any] = {"text": "", "marks": [], "numbers": [], "ends": [], "usage": None, "errors": []}
-    logprobs: dict[str, list[Any]] = {}
-    for document in documents:
-        assert document is not None
-        told["usage"] = document.get("usage") or told["usage"]
-        told["errors"] += [document["error"]] if "error" in document else []
-        for choice in document.get("choices", ()):
-            said_ = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
-            told["text"] += said_.get("content") or ""
-            told["ends"] += [choice["finish_reason"]] if choice.get("finish_reason") else []
-            for name, values in (choice.get("logprobs") or {}).items():
-                logprobs.setdefault(name, []).extend(values or ())
-    _sort_out(logprobs, told)
-    return told
-
-
-def _sort_out(value: Any, told: dict[str, Any]) -> None:
-    if isinstance(value, dict):
-        for key, one in value.items():
-            told["marks"].append(key)
-            _sort_out(one, told)
-    elif isinstance(value, list):
-        for one in value:
-            _sort_out(one, told)
-    elif value is not None:
-        told["numbers" if isinstance(value, float) else "marks"].append(value)
-
-
-def same(told: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Log-probabilities may differ by what another order of additions makes of them."""
-    return told == other | {"numbers": pytest.approx(other["numbers"], abs=5e-3)}
-
-
-async def read_all(engine: Engine, made: Call, request: Any) -> dict[str, Any]:
-    return await whole(await engine.answer(made, request))
-
-
-async def until(engine: Engine, made: Call, tokens: int) -> None:
-    """Wait until it has produced so many."""
-    while meter_of(made).output < tokens:
-        await asyncio.sleep(0.001)
-        engine.poll(made)
-
-
-# Without the tokens that end an answer, so that its length is known.
-ENDLESS = {"temperature": 0, "logit_bias": {"0": -100, "2": -100}}
-QUESTION: dict[str, Any] = {
-    "messages": [{"role": "user", "content": "Name three colours."}],
-    "max_tokens": 5,
-    **ENDLESS,
-}
-TEXT: dict[str, Any] = {"prompt": "Red, green and", "max_tokens": 5, **ENDLESS}
-BODIES: list[tuple[Kind, dict[str, Any]]] = [("chat", QUESTION), ("completion", TEXT)]
-STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
-kinds = pytest.mark.parametrize(("kind", "body"), BODIES, ids=["chat", "completion"])
-
-
-class EngineSuite:
+class EngineSuite(PauseSuite):
     # --- what it is ------------------------------------------------------------------------------
 
     async def test_it_describes_itself(self, engine: Engine) -> None:
@@ -255,7 +95,7 @@ class EngineSuite:
         self, engine: Engine, make_adapter: MakeAdapter
     ) -> None:
         before = await engine.report()
-        (result,) = (await engine.page([PageOp("activate", next(_ids))])).results
+        (result,) = (await engine.page([PageOp("activate", next(new_ids))])).results
         assert result.error is not None
         assert await engine.report() == before
 
@@ -330,7 +170,7 @@ class EngineSuite:
     ) -> None:
         load = await bring_in(engine, make_adapter(0))
         before = await engine.report()
-        unknown = next(_ids)
+        unknown = next(new_ids)
         results = (await engine.page([PageOp("deactivate", unknown), PageOp("evict", unknown)])).results
         assert [result.error for result in results] == [None, None]
         assert await engine.report() == before
@@ -437,120 +277,6 @@ class EngineSuite:
                     await engine.answer(made, request)
             else:
                 assert (await engine.answer(made, request)).body is not None
-
-    # --- pauses ----------------------------------------------------------------------------------
-
-    @kinds
-    async def test_a_paused_answer_goes_on_as_if_nothing_had_happened(
-        self, engine: Engine, make_adapter: MakeAdapter, kind: Kind, body: dict[str, Any]
-    ) -> None:
-        """Streamed or not, paused twice, after so many tokens each; its adapter leaves memory meanwhile."""
-        long = {**body, "max_tokens": 24, **LOGPROBS[kind]}
-        load = await bring_in(engine, make_adapter(0))
-        asked = [await ask(engine, kind, {**long, **how}, load) for how in ({}, STREAMED)]
-        wanted = [(await whole(answer), meter.usage()) for answer, meter in asked]
-        await engine.page([then("evict", load)])
-        paging = asyncio.Lock()  # a load's end is told once, to whoever asks
-
-        async def paused(streamed: bool, after: int) -> None:
-            async with paging:
-                mine = await bring_in(engine, make_adapter(0))
-            made, request = call(engine, kind, {**long, **(STREAMED if streamed else {})}, mine)
-            reading = asyncio.create_task(read_all(engine, made, request))
-            for pauses in (1, 2):
-                await until(engine, made, pauses * after)
-                if not await engine.pause(made):
-                    continue  # it has not begun, or it has ended, before
-                async with paging:
-                    await engine.page([then("evict", mine)])
-                await asyncio.sleep(0.05)
-                produced = meter_of(made).output
-                await asyncio.sleep(0.05)
-                engine.poll(made)
-                assert meter_of(made).output == produced, "it runs while it is paused"
-                assert not reading.done()
-                mine = stage(make_adapter(0), mine.name)
-                async with paging:
-                    await read_in(engine, mine)
-                    await engine.page([then("activate", mine)])
-                await engine.resume(made)
-            expected, usage = wanted[streamed]
-            assert same(await reading, expected)
-            assert meter_of(made).usage() == usage
-
-        await asyncio.gather(*(paused(how, after) for how in (False, True) for after in (0, 1, 7)))
-
-    async def test_a_stop_string_may_straddle_the_pause(self, engine: Engine) -> None:
-        body = {**TEXT, "max_tokens": 12}
-        text = said((await ask(engine, "completion", body, None))[0].body or {})
-        stop = text[len(text) // 3 : 2 * len(text) // 3]
-        stopping = {**body, "stop": [stop], **STREAMED}
-        answer, counted = await ask(engine, "completion", stopping, None)
-        wanted = await whole(answer)
-
-        async def paused(cut: int) -> None:
-            made, request = call(engine, "completion", stopping, None)
-            reading = asyncio.create_task(read_all(engine, made, request))
-            while meter_of(made).output < cut and not reading.done():
-                await asyncio.sleep(0.001)
-            if await engine.pause(made):
-                await engine.resume(made)
-            assert same(await reading, wanted)
-            assert meter_of(made).usage() == counted.usage()
-
-        await asyncio.gather(*map(paused, range(1, 12)))
-
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {"n": 2, "temperature": 1},
-            {"seed": 7, "temperature": 1},
-            {"presence_penalty": 0.5},
-            {"frequency_penalty": 0.5},
-            {"response_format": {"type": "json_object"}},
-        ],
-        ids=lambda changes: next(iter(changes)),
-    )
-    async def test_what_would_not_go_on_the_same_is_not_paused(
-        self, engine: Engine, changes: dict[str, Any]
-    ) -> None:
-        made, request = call(engine, "chat", {**QUESTION, "max_tokens": 20, **changes}, None)
-        assert not engine.resumable(request)
-        reading = asyncio.create_task(read_all(engine, made, request))
-        while meter_of(made).output == 0:
-            await asyncio.sleep(0.001)
-            engine.poll(made)
-        async with asyncio.timeout(240):
-            assert not await engine.pause(made)
-        await reading
-
-    async def test_a_paused_answer_can_be_aborted(self, engine: Engine) -> None:
-        made, request = call(engine, "chat", {**QUESTION, "max_tokens": 50, "stream": True}, None)
-        assert engine.resumable(request)
-        answer = await engine.answer(made, request)
-        assert answer.stream is not None
-        for _ in range(3):
-            await anext(answer.stream)
-        assert await engine.pause(made)
-        await engine.abort(made)
-        async with asyncio.timeout(240):
-            rest = [chunk async for chunk in answer.stream]
-        assert rest[-1] == "data: [DONE]\n\n"
-        assert '"finish_reason":"abort"' in "".join(rest).replace(" ", "")
-        await engine.resume(made)  # too late; nothing happens
-        assert 0 < meter_of(made).output < 50
-
-    @pytest.mark.parametrize("stream", [True, False])
-    async def test_a_paused_answer_can_be_given_up(self, engine: Engine, stream: bool) -> None:
-        made, request = call(engine, "chat", {**QUESTION, "max_tokens": 50, "stream": stream}, None)
-        reading = asyncio.create_task(read_all(engine, made, request))
-        while meter_of(made).output == 0:
-            await asyncio.sleep(0.001)
-            engine.poll(made)
-        assert await engine.pause(made)
-        await engine.give_up(made, "it is gone")
-        with pytest.raises(Unavailable, match="it is gone"):
-            await reading
 
     # --- endings ---------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import pytest
 from server.engine.calls import Answer, Call, Kind
 from server.engine.engine import Engine
 from server.errors import Unavailable
-from tests.support.engine_suite import (
+from tests.support.engine_calls import (
     QUESTION,
     STREAMED,
     TEXT,
@@ -66,7 +66,7 @@ async def relayed(engine: Engine, made: Call, request: Any, said: Sequence[int] 
 
 
 async def told(frames: Sequence[tuple[list[int], str]]) -> dict[str, Any]:
-    """All that a client can tell of ``frames``; see ``engine_suite.whole``."""
+    """All that a client can tell of ``frames``; see ``engine_calls.whole``."""
 
     async def chunks() -> AsyncIterator[str]:
         for chunk in "".join(text for _, text in frames).split("\n\n")[:-1]:

@@ -24,14 +24,10 @@ SOURCES = sorted(path for package in ("server", "adapters") for path in (ROOT / 
 LONGEST_FILE = 500
 # Files of tests that are longer, and should be cut along their meaning: take a name out, add none.
 LONG_TESTS = {
-    "tests/pure/project/test_bench.py", "tests/pure/scheduling/test_plan_walks.py",
-    "tests/pure/server/test_fields.py", "tests/service/cli/test_commands.py",
-    "tests/service/fleet/test_fleet.py", "tests/service/limits/test_redis_ledger.py",
-    "tests/service/publishing/test_demo_assets.py", "tests/service/scheduling/test_dispatcher.py",
+    "tests/service/cli/test_commands.py",
     "tests/service/store/test_backup.py", "tests/service/store/test_catalog.py",
     "tests/service/store/test_migrations.py",
     "tests/service/store/test_ownership.py", "tests/service/worker/test_experts.py",
-    "tests/support/engine_suite.py", "tests/support/fakes.py",
 }  # fmt: skip
 LONGEST_README = 1500
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.service.fleet.test_fleet import CHAT, body
 from tests.support import tiny
 from tests.support.fakes import Times
 from tests.support.fleet import FLEET_KEY, replica
+from tests.support.fleet_answers import CHAT, body
 from tests.support.ports import unused
 from tests.support.site import ADMIN_KEY, bearer
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.fleet.test_fleet import body, read, told, usage
 from tests.support import tiny
 from tests.support.fleet import FakeReplica, Fleet, fleet
+from tests.support.fleet_answers import body, read, told, usage
 from tests.support.site import bearer
 
 WITHIN_S = 60.0

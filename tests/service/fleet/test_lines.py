@@ -23,10 +23,10 @@ from server.fleet.lines import Frame, Line, Lines, Lost
 from server.fleet.wire import Kind, frame
 from server.http.pieces import Pieces, offer
 from server.http.streams import Way
-from tests.service.fleet.test_fleet import body, read, told, usage
 from tests.support import tiny
 from tests.support.fakes import Times
 from tests.support.fleet import Fleet, fleet
+from tests.support.fleet_answers import body, read, told, usage
 
 WITHIN_S = 120
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ntransfer-encoding: chunked\r\n\r\n"

@@ -12,10 +12,10 @@ import pytest
 
 from adapters.model import Tier
 from server.fleet.placement import Rules
-from tests.service.fleet.test_fleet import body, read
 from tests.support import tiny
 from tests.support.fakes import Times
 from tests.support.fleet import FakeReplica, Fleet, fleet
+from tests.support.fleet_answers import body, read
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 
 from tests.support import tiny
 from tests.support.dialect_suite import DialectSuite
-from tests.support.engine_suite import EngineSuite, MakeAdapter, call, stage, then
+from tests.support.engine_calls import MakeAdapter, call, stage, then
+from tests.support.engine_suite import EngineSuite
 from tests.support.fakes import FakeEngine, Times
 from tests.support.relay_suite import RelaySuite
 

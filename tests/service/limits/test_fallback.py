@@ -17,8 +17,8 @@ from server.limits.fallback import FallbackLedger
 from server.limits.quotas import Quotas
 from server.limits.redis import RedisLedger
 from tests.service.http.test_api import error
-from tests.service.limits.test_redis_ledger import _Gate, admitted, limited, opened, used
 from tests.support import tiny
+from tests.support.ledgers import Gate, admitted, limited, opened, used
 from tests.support.services import RedisServer
 from tests.support.tiny import fake_site
 from tests.support.world import tenant
@@ -69,7 +69,7 @@ async def test_limits_hold_in_the_process_while_redis_is_killed(server: RedisSer
 async def test_what_was_used_in_an_outage_is_told_to_a_redis_that_kept_its_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gate = _Gate()
+    gate = Gate()
     who = tenant(
         f"t{uuid.uuid4().hex[:12]}",
         limits=TenantLimits(tokens_per_minute=1000),

@@ -1,4 +1,4 @@
-"""Limits and budgets in a real Redis: as in memory, and shared by processes."""
+"""Limits in a real Redis: as in memory, and shared by processes."""
 
 from __future__ import annotations
 
@@ -6,114 +6,34 @@ import asyncio
 import random
 import sys
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from redis.exceptions import RedisError
 
-from server.accounts.tenants import Tenant
 from server.accounts.terms import Budget, Budgets, KeyLimits, TenantLimits
 from server.errors import TooManyRequests, Unavailable, headers_of
-from server.limits.budget import Amount, Spending
-from server.limits.ledger import Entry, Refused, Scope, TenantBudget
+from server.limits.budget import Amount
+from server.limits.ledger import Entry, Refused, Scope
 from server.limits.quotas import Quotas
 from server.limits.rate import LimitExceeded, RateMeter
 from server.limits.redis import LEASE_S, RedisLedger
-from server.limits.reservation import Reservation
-from server.scheduling.lease import Lease
-from server.settings import Price
 from tests.support import tiny
+from tests.support.ledgers import (
+    NO_BUDGET,
+    Gate,
+    admitted,
+    begun,
+    budgeted,
+    limited,
+    opened,
+    two_servers,
+    used,
+)
 from tests.support.services import RedisServer, redis
-from tests.support.site import Site
-from tests.support.tiny import fake_site
 from tests.support.world import tenant
-
-
-async def nothing_recorded(_since: datetime, _until: datetime) -> Amount:
-    return Amount()
-
-
-NO_BUDGET = TenantBudget("none", None, nothing_recorded)
-
-
-@asynccontextmanager
-async def opened(url: str | None = None, **options: Any) -> AsyncIterator[RedisLedger]:
-    shared = RedisLedger(url or redis(), **options)
-    await shared.open()
-    try:
-        yield shared
-    finally:
-        await shared.stop()
-
-
-def limited(**limits: int) -> Tenant:
-    return tenant(f"t{uuid.uuid4().hex[:12]}", limits=TenantLimits(**limits))
-
-
-def budgeted(**day: float) -> Tenant:
-    return tenant(f"t{uuid.uuid4().hex[:12]}", budgets=Budgets(day=Budget(**day)))
-
-
-def used(ticket: Reservation, tokens: int, *, ended: bool = False) -> None:
-    """It has produced so many tokens in all."""
-    lease = SimpleNamespace(
-        prompt_tokens=0, cached_tokens=0, output_tokens=tokens, outcome="completed", queued_for=0.0,
-        first_token_after=0.0, age=1.0, load_seconds=0.0, code=None, finish="stop",
-    )  # fmt: skip
-    (ticket.closed if ended else ticket.progressed)(cast("Lease", lease))
-
-
-async def begun(quotas: Quotas, who: Tenant) -> Reservation:
-    return await quotas.open(who, None, endpoint="chat", request_id="r")
-
-
-async def admitted(quotas: Quotas, who: Tenant, tokens: int = 10) -> Reservation:
-    reservation = await begun(quotas, who)
-    await reservation.reserve(0, tokens)
-    return reservation
-
-
-@asynccontextmanager
-async def two_servers(folder: Path) -> AsyncIterator[tuple[Site, Site]]:
-    """On one database and one Redis."""
-    both = {"limits_redis_url": redis(), "database_url": f"sqlite+aiosqlite:///{folder / 'both.db'}"}
-    async with fake_site(folder / "a", **both) as one, fake_site(folder / "b", **both) as two:
-        yield one, two
-
-
-class _Gate:
-    """Redis's clients go through it; closed, it keeps connections open and says nothing."""
-
-    def __init__(self) -> None:
-        self.open, self._writers = True, set[asyncio.StreamWriter]()
-
-    async def start(self) -> str:
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return f"redis://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/0"
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, _, port = redis().split("://")[1].split("/")[0].rpartition("@")[2].partition(":")
-        there, back = await asyncio.open_connection(host, int(port or 6379))
-        self._writers |= {writer, back}
-        await asyncio.gather(self._pipe(reader, back), self._pipe(there, writer))
-
-    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(65536):
-                if self.open:
-                    writer.write(data)
-        finally:
-            writer.close()
-
-    def close(self) -> None:
-        self.server.close()
-        for writer in self._writers:
-            writer.close()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -307,7 +227,7 @@ async def test_a_living_process_keeps_its_places_and_a_dead_one_does_not() -> No
 async def test_an_outage_refuses_only_those_with_limits_and_ends_by_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gate = _Gate()
+    gate = Gate()
     who, free = limited(requests_at_once=2), tenant("free")
     async with opened(await gate.start()) as shared:
         quotas = Quotas(shared)
@@ -457,196 +377,6 @@ async def test_does_not_start_without_redis_nor_shows_the_password() -> None:
     with pytest.raises(ValueError, match="rediss://") as wrong:
         RedisLedger("http://:secret@host")
     assert "secret" not in str(wrong.value)
-
-
-async def test_decides_about_budgets_as_is_done_in_memory() -> None:
-    outcomes = set().union(*[await _walk_over_budgets(seed) for seed in range(5)])
-    assert outcomes == {None, ("day", "tokens"), ("day", "cost"), ("month", "tokens")}
-
-
-async def _walk_over_budgets(seed: int) -> set[tuple[str, str] | None]:
-    """By which budgets requests were refused; None for those that were not."""
-    rng, now = random.Random(seed), datetime(2026, 3, 30, 22, tzinfo=UTC)
-    limits = Budgets(day=Budget(tokens=200, cost=450e-9), month=Budget(tokens=300))
-    expected = Spending()
-    shared = RedisLedger(redis(), wall=lambda: now, lease=1e6)
-    await shared.check()
-    shared._up = True
-    budget = TenantBudget(uuid.uuid4().hex, limits, nothing_recorded)
-    running: list[Entry] = []
-    outcomes: set[tuple[str, str] | None] = set()
-    for _ in range(300):
-        now += timedelta(minutes=rng.choice([0, 1, 20]))
-        if rng.random() < 0.6 or not running:
-            tokens = rng.randrange(1, 60)
-            asked = Amount(tokens, tokens * rng.randrange(1, 5))
-            passed = expected.check(limits, asked, now)
-            outcomes.add((passed.period, passed.unit) if passed else None)
-            if passed is None:
-                running.append(await shared.reserve([], budget, asked))
-                expected.reserved += asked
-            else:
-                with pytest.raises(Refused) as refused:
-                    await shared.reserve([], budget, asked)
-                assert refused.value.reason == passed
-        elif rng.random() < 0.3:
-            entry, more = rng.choice(running), Amount(*[rng.randrange(1, 20)] * 2)
-            passed = expected.check(limits, more, now, begun=True)
-            if passed is None:
-                await shared.change(entry, more, 0)
-                expected.reserved += more
-            else:
-                with pytest.raises(Refused) as refused:
-                    await shared.change(entry, more, 0)
-                assert refused.value.reason == passed
-        else:
-            entry = running.pop(rng.randrange(len(running)))
-            amount = Amount(rng.randrange(entry.reserved.tokens + 1), rng.randrange(entry.reserved.cost + 1))
-            expected.add(amount, now)
-            expected.reserved -= entry.reserved
-            shared.use(entry, amount, entry.reserved)
-            shared.close(entry)
-            await shared._report(only_closed=True)
-        expected.roll_over(now)
-        await shared.refresh(budget)
-        assert shared.spending(budget) == expected
-    await shared.stop()
-    return outcomes
-
-
-async def test_two_processes_spend_exactly_the_budget_between_them() -> None:
-    who = budgeted(tokens=1500)
-    async with opened() as one, opened() as two:
-        each = [Quotas(one), Quotas(two)]
-        results = await asyncio.gather(
-            *(admitted(each[i % 2], who) for i in range(300)), return_exceptions=True
-        )
-        tickets = [found for found in results if not isinstance(found, BaseException)]
-        assert len(tickets) == 150
-        refused = [found for found in results if isinstance(found, BaseException)]
-        assert {getattr(found, "code", found) for found in refused} == {"insufficient_quota"}
-        for ticket in tickets:
-            used(ticket, 4, ended=True)  # of 10
-        await asyncio.gather(one._report(), two._report())
-        for quotas in each:
-            assert (await begun(quotas, who)).max_output(0, 1) == 900
-        results = await asyncio.gather(
-            *(admitted(each[i % 2], who, 100) for i in range(20)), return_exceptions=True
-        )
-        assert sum(not isinstance(found, BaseException) for found in results) == 9
-
-
-async def test_what_a_long_answer_uses_is_known_to_the_other_process_before_its_end() -> None:
-    who = budgeted(tokens=100, soft_tokens=50)
-    async with opened() as one, opened() as two:
-        mine, theirs = Quotas(one), Quotas(two)
-        ticket = await admitted(mine, who, 60)
-        used(ticket, 55)
-        await one._report()
-        await begun(theirs, who)
-        assert "55 tokens of 50 tokens" in theirs.headers(who)["x-budget-warning"]
-        assert (await begun(theirs, who)).max_output(0, 1) == 40
-        with pytest.raises(TooManyRequests, match="55 tokens of 100 tokens of the day"):
-            await admitted(theirs, who, 41)
-        used(ticket, 57, ended=True)
-        await one._report()
-        last = await admitted(theirs, who, 43)
-        last.withdraw()
-
-
-async def test_money_is_shared_too() -> None:
-    who, prices = budgeted(cost=1.0), {"*": Price(input=0.0, output=100_000.0)}  # 0.1 a token
-    async with opened() as one, opened() as two:
-        mine, theirs = Quotas(one, prices=prices), Quotas(two, prices=prices)
-        ticket = await admitted(mine, who, 6)
-        with pytest.raises(TooManyRequests, match="of cost"):
-            await admitted(theirs, who, 5)
-        used(ticket, 2, ended=True)
-        await one._report()
-        (await admitted(theirs, who, 8)).withdraw()
-
-
-async def test_what_was_recorded_before_redis_knew_anything_counts_once() -> None:
-    who, asked_for = budgeted(tokens=100), []
-
-    async def recorded(tenant: str, start: datetime, end: datetime) -> tuple[int, int]:
-        asked_for.append(tenant)
-        return 70, 0
-
-    async with opened() as one, opened() as two:
-        mine, theirs = Quotas(one, spent=recorded), Quotas(two, spent=recorded)
-        ticket = await admitted(mine, who, 20)
-        with pytest.raises(TooManyRequests, match="70 tokens of 100"):
-            await admitted(theirs, who, 11)
-        used(ticket, 20, ended=True)
-        await one._report()
-        (await admitted(theirs, who, 10)).withdraw()
-        assert len(asked_for) == 2  # day and month
-        # Redis loses everything: the record has it.
-        keys = [key async for key in one._redis.scan_iter(f"loraplex:{who.id}*")]
-        await one._redis.delete(*keys)
-        with pytest.raises(TooManyRequests, match="70 tokens of 100"):
-            await admitted(mine, who, 31)
-        assert len(asked_for) == 4
-
-
-async def test_a_customer_that_is_made_again_begins_with_nothing_spent() -> None:
-    who = budgeted(tokens=100)
-    again = tenant(who.id, budgets=who.budgets)
-    async with opened() as shared:
-        quotas = Quotas(shared)
-        used(await admitted(quotas, who, 100), 100, ended=True)
-        with pytest.raises(TooManyRequests):
-            await admitted(quotas, who, 1)
-        (await admitted(quotas, again, 100)).withdraw()
-
-
-async def test_a_request_that_a_budget_refuses_is_none_of_the_minutes_requests() -> None:
-    who = tenant(
-        f"t{uuid.uuid4().hex[:12]}",
-        limits=TenantLimits(requests_per_minute=2),
-        budgets=Budgets(day=Budget(tokens=10)),
-    )
-    async with opened() as shared:
-        quotas = Quotas(shared)
-        for _ in range(5):
-            with pytest.raises(TooManyRequests) as refused:
-                await admitted(quotas, who, 11)
-            assert refused.value.code == "insufficient_quota"
-        (await admitted(quotas, who, 10)).withdraw()
-        assert quotas.headers(who)["x-ratelimit-remaining-requests"] == "1"
-
-
-async def test_a_dead_process_gives_back_what_it_held_of_a_budget() -> None:
-    who = budgeted(tokens=100)
-    now = 1_000_000.0
-    async with opened(clock=lambda: now) as dying, opened(clock=lambda: now) as other:
-        await admitted(Quotas(dying), who, 100)
-        assert dying._task is not None
-        dying._task.cancel()
-        await asyncio.wait([dying._task])
-        quotas = Quotas(other)
-        with pytest.raises(TooManyRequests):
-            await admitted(quotas, who, 1)
-        now += 1.1 * LEASE_S
-        (await admitted(quotas, who, 100)).withdraw()
-        dying._entries.clear()
-
-
-async def test_two_servers_share_a_budget(tmp_path: Path) -> None:
-    name = f"t{uuid.uuid4().hex[:12]}"
-    async with two_servers(tmp_path) as (one, two):
-        key = await one.tenant(name, budgets={"day": {"tokens": 60}})
-        codes, told = [], 0
-        for i in range(30):
-            answer = await (one, two)[i % 2].chat(key, "hi", model=tiny.NAME, max_tokens=2)
-            codes.append(answer.status_code)
-            if answer.status_code == 200:
-                told += answer.json()["usage"]["total_tokens"]
-        assert codes == sorted(codes)
-        assert set(codes) == {200, 429}
-        assert told <= 60
-        assert answer.json()["error"]["code"] == "insufficient_quota"
 
 
 async def test_two_servers_share_what_a_tenant_may(tmp_path: Path) -> None:
