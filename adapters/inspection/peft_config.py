@@ -50,7 +50,7 @@ REFUSED: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "use_dora": (
         "dora_unsupported",
         bool,
-        "DoRA needs the base's weights as they were trained, on one CPU worker",
+        "DoRA needs weights of the base that are not quantized, one worker, and on a GPU DORA_ON_GPU",
     ),
     "bias": ("bias_unsupported", lambda bias: bias != "none", "trained biases are not served"),
     "lora_bias": ("bias_unsupported", bool, "a bias on lora_B is not served"),

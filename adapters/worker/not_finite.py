@@ -94,7 +94,9 @@ class NotFiniteGuard:
         states = hidden_states[:scheduled]
         known = not self._reported.keys().isdisjoint(requests)
         if known or not torch.isfinite(states.sum(dtype=torch.float32)):
-            parts = dict(zip(requests, states.split([int(count) for count in by_request]), strict=True))
+            parts = dict(
+                zip(requests, torch.split(states, [int(count) for count in by_request]), strict=True)
+            )
             found = {
                 request: int(part.numel() - torch.isfinite(part).sum())
                 for request, part in parts.items()

@@ -108,6 +108,12 @@ class Server(ABC):
                     os.killpg(process.pid, signal.SIGKILL)
 
     async def _until_ready(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        try:
+            await self._ready(process, log)
+        except TimeoutError:
+            raise RuntimeError(f"{self.name} was not ready after {START:.0f} s:\n{tail(log)}") from None
+
+    async def _ready(self, process: asyncio.subprocess.Process, log: Path) -> None:
         async with asyncio.timeout(START):
             while True:
                 if process.returncode is not None:
