@@ -76,6 +76,15 @@ def llama_index_checks() -> dict[str, Check]:
         made = await model(should_use_structured_outputs=True).as_structured_llm(Place).achat(turns)
         assert made.raw.city in CITIES
 
+    async def responses() -> None:
+        from llama_index.llms.openai import OpenAIResponses
+
+        made = OpenAIResponses(
+            model=MODEL, api_base=BASE, api_key=KEY, max_output_tokens=TOKENS, max_retries=0,
+            context_window=1024, temperature=0,
+        )  # fmt: skip
+        assert (await made.achat(turns)).message.content
+
     async def embeddings() -> None:
         from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 
@@ -93,7 +102,7 @@ def llama_index_checks() -> dict[str, Check]:
     return {
         "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
         "tools: named": named, "tools: parallel": parallel, "structured output": structured,
-        "errors": errors, "retries": retries, "embeddings": embeddings,
+        "responses": responses, "errors": errors, "retries": retries, "embeddings": embeddings,
     }  # fmt: skip
 
 
@@ -151,6 +160,15 @@ def haystack_checks() -> dict[str, Check]:
         made = await generator(settings={"response_format": Place}).run_async(turns)
         city_of(made["replies"][0].text)
 
+    async def responses() -> None:
+        from haystack.components.generators.chat import OpenAIResponsesChatGenerator
+
+        made = OpenAIResponsesChatGenerator(
+            api_key=Secret.from_token(KEY), model=MODEL, api_base_url=BASE, max_retries=0,
+            generation_kwargs={"max_output_tokens": TOKENS, "temperature": 0},
+        )  # fmt: skip
+        assert (await made.run_async(turns))["replies"][0].text
+
     async def embeddings() -> None:
         from haystack.components.embedders import OpenAITextEmbedder
 
@@ -167,7 +185,7 @@ def haystack_checks() -> dict[str, Check]:
     return {
         "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
         "tools: named": named, "tools: parallel": parallel, "structured output": structured,
-        "errors": errors, "retries": retries, "embeddings": embeddings,
+        "responses": responses, "errors": errors, "retries": retries, "embeddings": embeddings,
     }  # fmt: skip
 
 
@@ -209,9 +227,9 @@ def autogen_checks() -> dict[str, Check]:
         agent = AssistantAgent("helper", client(), tools=[weather])
         assert (await agent.run(task=QUESTION)).messages
 
-    async def calls(choice: Any) -> list[Any]:
-        once = {"parallel_tool_calls": False}
-        made = await client().create(turns, tools=[tool], tool_choice=choice, extra_create_args=once)
+    async def calls(choice: Any, parallel: bool = False) -> list[Any]:
+        more = {"parallel_tool_calls": parallel}
+        made = await client().create(turns, tools=[tool], tool_choice=choice, extra_create_args=more)
         assert isinstance(made.content, list), made.content
         return made.content
 
@@ -220,6 +238,10 @@ def autogen_checks() -> dict[str, Check]:
 
     async def named() -> None:
         city_of((await calls(tool))[0].arguments)
+
+    async def parallel() -> None:
+        for called in await calls("required", parallel=True):
+            city_of(called.arguments)
 
     async def structured() -> None:
         made = await client().create(turns, json_output=Place)
@@ -235,14 +257,15 @@ def autogen_checks() -> dict[str, Check]:
 
     return {
         "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
-        "tools: named": named, "structured output": structured, "errors": errors, "retries": retries,
+        "tools: named": named, "tools: parallel": parallel, "structured output": structured,
+        "errors": errors, "retries": retries,
     }  # fmt: skip
 
 
 def agent_framework_checks() -> dict[str, Check]:
     """Microsoft's, which follows autogen."""
     from agent_framework import Agent
-    from agent_framework.openai import OpenAIChatCompletionClient, OpenAIEmbeddingClient
+    from agent_framework.openai import OpenAIChatClient, OpenAIChatCompletionClient, OpenAIEmbeddingClient
     from openai import AsyncOpenAI
     from pydantic import BaseModel
 
@@ -270,9 +293,9 @@ def agent_framework_checks() -> dict[str, Check]:
     async def auto() -> None:
         await agent().run(QUESTION, tools=[weather])
 
-    async def forced(choice: Any) -> None:
+    async def forced(choice: Any, **options: Any) -> None:
         told.clear()
-        await agent(tool_choice=choice).run(QUESTION, tools=[weather])
+        await agent(tool_choice=choice, **options).run(QUESTION, tools=[weather])
         assert told
         assert set(told) <= set(CITIES)
 
@@ -281,6 +304,15 @@ def agent_framework_checks() -> dict[str, Check]:
 
     async def named() -> None:
         await forced({"mode": "required", "required_function_name": "weather"})
+
+    async def parallel() -> None:
+        await forced("required", allow_multiple_tool_calls=True)
+
+    async def responses() -> None:
+        """Its other client, which asks so."""
+        client = OpenAIChatClient(MODEL, async_client=AsyncOpenAI(base_url=BASE, api_key=KEY, max_retries=0))
+        own: Any = {"max_tokens": TOKENS, "temperature": 0}
+        assert (await Agent(client, default_options=own).run(QUESTION)).text
 
     async def structured() -> None:
         made = await agent().run(QUESTION, options={"response_format": Place})
@@ -300,8 +332,8 @@ def agent_framework_checks() -> dict[str, Check]:
 
     return {
         "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
-        "tools: named": named, "structured output": structured, "errors": errors, "retries": retries,
-        "embeddings": embeddings,
+        "tools: named": named, "tools: parallel": parallel, "structured output": structured,
+        "responses": responses, "errors": errors, "retries": retries, "embeddings": embeddings,
     }  # fmt: skip
 
 

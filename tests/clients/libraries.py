@@ -11,7 +11,7 @@ import asyncio
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from checks import (
@@ -326,6 +326,11 @@ def pydantic_ai_checks() -> dict[str, Check]:
         agent: Any = Agent(model, output_type=Place, model_settings=settings)
         assert (await agent.run(QUESTION)).output.city in CITIES
 
+    async def parallel() -> None:
+        several = {**settings, "parallel_tool_calls": True}
+        agent: Any = Agent(model, output_type=Place, model_settings=several)
+        assert (await agent.run(QUESTION)).output.city in CITIES
+
     async def structured() -> None:
         agent: Any = Agent(model, output_type=NativeOutput(Place), model_settings=settings)
         assert (await agent.run(QUESTION)).output.city in CITIES
@@ -333,6 +338,13 @@ def pydantic_ai_checks() -> dict[str, Check]:
     async def responses() -> None:
         asked = OpenAIResponsesModel(MODEL, provider=OpenAIProvider(base_url=BASE, api_key=KEY))
         assert (await Agent(asked, model_settings=settings).run(QUESTION)).output
+
+    async def embeddings() -> None:
+        from pydantic_ai import Embedder
+        from pydantic_ai.embeddings.openai import OpenAIEmbeddingModel
+
+        asked = OpenAIEmbeddingModel(MODEL, provider=OpenAIProvider(base_url=BASE, api_key=KEY))
+        assert len((await Embedder(asked).embed_documents(["one", "two"])).embeddings) == 2
 
     async def errors() -> None:
         await refused(Agent(model).run("word " * 4000), *TOO_LONG)
@@ -344,8 +356,8 @@ def pydantic_ai_checks() -> dict[str, Check]:
 
     return {
         "chat": chat, "stream": stream, "tools: auto": auto, "tools: required": required,
-        "structured output": structured, "responses": responses,
-        "errors": errors, "retries": retries,
+        "tools: parallel": parallel, "structured output": structured, "responses": responses,
+        "errors": errors, "retries": retries, "embeddings": embeddings,
     }  # fmt: skip
 
 
@@ -380,6 +392,26 @@ def instructor_checks() -> dict[str, Check]:
     async def named() -> None:
         await made_by(instructor.Mode.TOOLS)
 
+    async def parallel() -> None:
+        """It lets the model choose, and takes an answer without a call for an error."""
+        from instructor.core.exceptions import IncompleteOutputException, InstructorRetryException
+
+        several = {**options, "response_model": Iterable[Place]}
+        try:
+            found = list(await client(instructor.Mode.PARALLEL_TOOLS).create(**several))
+        except (IncompleteOutputException, InstructorRetryException) as exc:
+            made: Any = exc.last_completion
+        else:
+            assert all(one.city in CITIES for one in found)
+            return
+        assert made.choices[0].message.content, made
+        assert not made.choices[0].message.tool_calls, made
+
+    async def responses() -> None:
+        asked = {name: options[name] for name in ("model", "messages", "response_model", "max_retries")}
+        made = await client(instructor.Mode.RESPONSES_TOOLS).create(**asked, max_output_tokens=TOKENS)
+        assert made.city in CITIES
+
     async def structured() -> None:
         await made_by(instructor.Mode.JSON_SCHEMA)
 
@@ -392,7 +424,8 @@ def instructor_checks() -> dict[str, Check]:
         await asyncio.gather(*(narrow.create(**options) for _ in range(3)))
 
     return {
-        "chat": chat, "stream": stream, "tools: named": named, "structured output": structured,
+        "chat": chat, "stream": stream, "tools: named": named, "tools: parallel": parallel,
+        "structured output": structured, "responses": responses,
         "errors": errors, "retries": retries,
     }  # fmt: skip
 

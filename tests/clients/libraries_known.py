@@ -34,5 +34,7 @@ WHY_NOT = (
 )
 # What is tried on a base that makes embeddings instead of text, by ``libraries.py LIBRARY embeddings``.
 EMBEDDINGS = "embeddings"
-EMBEDDERS = ("openai", "litellm", "langchain-openai", "llama-index", "haystack", "agent-framework")
+EMBEDDERS = (
+    "openai", "litellm", "langchain-openai", "pydantic-ai", "llama-index", "haystack", "agent-framework",
+)  # fmt: skip
 JAVASCRIPT_EMBEDDERS = ("openai (JS)", "Vercel AI SDK")
