@@ -23,6 +23,7 @@ import httpx
 import pytest
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
+from tests.service.store.test_busy import holding
 from tests.support import crashes, tiny
 from tests.support.forks import PROCESSES
 from tests.support.ports import unused
@@ -290,3 +291,37 @@ async def test_what_clients_were_told_is_on_record(sig: signal.Signals, tmp_path
         for user, told in clients.told.items()
         if told.key in stayed and user not in missing
     )
+
+
+async def test_a_kill_while_the_database_is_held_loses_no_answer_that_is_in_the_journal(
+    tmp_path: Path,
+) -> None:
+    port = unused()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600) as http:
+        server = Server(tmp_path, http, port)
+        await server.start()
+        try:
+            clients = Clients(http, await prepared(http))
+            other = await holding(tmp_path / "data" / "loraplex.db")
+            for number in range(5):
+                assert await clients.ask(str(number), random.Random(number), max_tokens=3)
+            journals = tmp_path / "data" / "usage"
+            async with asyncio.timeout(240):
+                while sum(file.read_bytes().count(b"\n") for file in journals.glob("*.jsonl")) < 5:
+                    await asyncio.sleep(0.05)
+            await server.end(signal.SIGKILL)
+            other.execute("ROLLBACK")
+            other.close()
+            assert server.rows() == {}
+            await server.start()
+            taken, rows = server.taken(), server.rows()
+            assert rows.keys() == {taken[user] for user in clients.told}
+            for user, told in clients.told.items():
+                row = rows[taken[user]]
+                assert (row["prompt_tokens"], row["output_tokens"]) == (
+                    told.prompt_tokens,
+                    told.output_tokens,
+                )
+        finally:
+            server.process.kill()
+            server.process.join()
