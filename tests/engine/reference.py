@@ -42,6 +42,7 @@ class Reference:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         ids = range(len(self.tokenizer))
+        self._scored: dict[tuple[Path | None, tuple[int, ...], tuple[str, ...]], Answer] = {}
         self._id_of = {
             text: i for i, text in zip(ids, self.tokenizer.batch_decode([[i] for i in ids]), strict=True)
         }
@@ -89,8 +90,15 @@ class Reference:
         """What greedy decoding says after each of ``tokens``, in one pass.
 
         The answer's tokens equal ``tokens`` exactly when ``tokens`` is the greedy answer: by induction, each
-        is then the most likely one after the ones before it.
+        is then the most likely one after the ones before it. Computed once for the same arguments: nobody
+        changes an adapter's folder.
         """
+        asked = (folder, tuple(prompt), tuple(tokens))
+        if asked not in self._scored:
+            self._scored[asked] = self._score(*asked)
+        return self._scored[asked]
+
+    def _score(self, folder: Path | None, prompt: tuple[int, ...], tokens: tuple[str, ...]) -> Answer:
         ids = [self._id_of[token] for token in tokens]
         with self.adapter(folder) as model, torch.inference_mode():
             logits = model(torch.tensor([[*prompt, *ids]])).logits[0]

@@ -18,7 +18,7 @@ from tests.support.site import Site
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 CUSTOMERS = 50
-LENGTH = 16
+LENGTH = 8
 PROMPT = "What should I do when my parcel has not arrived?"
 TOLERANCE = 1e-2
 
@@ -66,6 +66,13 @@ async def check(reference: Reference, folder: Path | None, got: Answer) -> None:
     assert got.log_probs == pytest.approx(want.log_probs, abs=TOLERANCE), folder
 
 
+def apart(one: Answer, other: Answer) -> bool:
+    """Whether neither could pass for the other in ``check``."""
+    if one.tokens != other.tokens:
+        return True
+    return max(abs(a - b) for a, b in zip(one.log_probs, other.log_probs, strict=True)) > 2 * TOLERANCE
+
+
 def engine_memory() -> int:
     """Unique bytes of the engine's processes, which are this process's children."""
     return sum(p.memory_full_info().uss for p in psutil.Process().children(recursive=True))
@@ -88,7 +95,9 @@ async def test_every_answer_is_the_customers_own(
     grown = engine_memory() - start
 
     first = dict(answers)
-    assert len({got.tokens for got in first.values()}) > CUSTOMERS * 0.8
+    assert len({got.tokens for got in first.values()}) > CUSTOMERS / 2
+    for one, other in itertools.combinations(customers, 2):
+        assert apart(first[one], first[other]), f"{one} and {other} could pass for each other"
     for tenant, (_, folder) in customers.items():
         await check(reference, folder, first[tenant])
     for tenant, got in answers:
