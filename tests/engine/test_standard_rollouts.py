@@ -11,6 +11,7 @@ import itertools
 import os
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,8 @@ async def test_rollouts_at_five_requests_a_second(
     frank = live | {"chat_template.jinja": f"{FRANK}{reference.tokenizer.chat_template}".encode()}
     data = tmp_path / "data"
     data.mkdir()
-    own = {"ADMIN_KEY": ADMIN_KEY, "ENGINE_ARGS": '{"dtype": "float32"}'}
-    async with server(base_dir, data, **own) as running:
+    served = partial(server, base_dir, data, ADMIN_KEY=ADMIN_KEY, ENGINE_ARGS='{"dtype": "float32"}')
+    async with served() as running:
         customer = Customer(running)
         await customer.prepare([live, live, as_base, frank])
         await customer.begin(3)
@@ -149,7 +150,7 @@ async def test_rollouts_at_five_requests_a_second(
         running.process.kill()
         await running.exit_status()
         assert not await gone(family, 240), "the engine's processes outlived the server"
-    async with server(base_dir, data, **own) as running:
+    async with served() as running:
         customer.running = running
         ended = await customer.until("completed")
         assert ended["decisions"][: len(before["decisions"])] == before["decisions"], "what was decided stays"
