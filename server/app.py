@@ -192,9 +192,9 @@ async def _open_stores(settings: Settings, stack: AsyncExitStack) -> _Stores:
         await ownership.join()
         await ownership.claim()
         authentication = await _authentication(settings, database)
+        usage_writer = UsageWriter(database, data_dir, keep_days=settings.keep_usage_days, rolls_up=alone)
+        await usage_writer.adopt()
     redis_ledger = await _redis_ledger(settings, stack)
-    usage_writer = UsageWriter(database, data_dir, keep_days=settings.keep_usage_days, rolls_up=alone)
-    await usage_writer.adopt()
     usage_writer.start()
     stack.push_async_callback(usage_writer.stop)
     if alone:

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sqlalchemy import ColumnElement, Select, delete, func, insert, null, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
-from adapters.database.rows import AdminKeyRow, KeyRow, MetaRow, UsageRow, matching, now
+from adapters.database.rows import AdminKeyRow, KeyRow, UsageRow, matching, now
 from adapters.errors import AdapterError, cause_of
 from adapters.tasks import run_in_thread, uninterruptible
+from server.accounts import usage_marks as marks
 from server.accounts.terms import COST_UNIT
 from server.accounts.usage_journal import FOLDER, Journal, Left, left_behind
 from server.accounts.usage_records import ORIGIN
@@ -43,7 +43,8 @@ FLUSH_INTERVAL_S = 0.25
 JOURNAL_INTERVAL_S = 0.05
 JOURNAL_AGAIN_S = 5.0  # after its disk failed
 JOURNAL_BYTES = 256 << 10  # below it a journal is not written anew
-META_PREFIX = "usage:"  # and a journal's id: the row of ``meta`` with the last turn that is written
+ADOPT_AGAIN_S = 60.0  # where the database did not take what an earlier process left
+ROWS_AT_ONCE = 1000  # a statement: PostgreSQL has ``DATABASE_TIMEOUT`` for each
 COMPLAIN_INTERVAL_S = 30.0  # between lines of the log while nothing can be written
 MAX_WAITING = 10_000
 # Refused requests a second that are recorded: a client in a loop must not fill the disk.
@@ -84,6 +85,7 @@ class UsageWriter:
         self._folder = Path() if data_dir is None else data_dir / FOLDER
         self._journal = Journal(self._folder)
         self._journals = data_dir is not None
+        self._leaves = False  # whether something of an earlier process is still to be written
         self._marked = False  # whether ``meta`` has the row of the journal
         self._unwritten: list[tuple[int, Usage]] = []  # to the journal
         self._most = JOURNAL_BYTES  # a journal that is larger is written anew
@@ -108,6 +110,8 @@ class UsageWriter:
             work["loraplex-roll-up"] = self._repeat(self.roll_up, ROLL_UP_INTERVAL_S)
         if self._journals:
             work["loraplex-usage-journal"] = self._journal_forever()
+        if self._leaves:
+            work["loraplex-usage-left"] = self._adopt_later()
         self._tasks = [asyncio.create_task(task, name=name) for name, task in work.items()]
 
     async def stop(self) -> None:
@@ -126,11 +130,19 @@ class UsageWriter:
         try:
             await self.flush()
             await self.write_used()
-            await asyncio.to_thread(self._journal.remove)
-            if self._marked:
-                await self._forget(self._journal.id)
+            await self._end_journal()
         finally:
             self._journal.close()
+
+    async def _end_journal(self) -> None:
+        """All of it is written. While the file is there its mark is needed, or it would be written again."""
+        try:
+            await asyncio.to_thread(self._journal.remove)
+        except OSError as error:
+            logger.warning("the journal of usage stays until the next start: %s", error)
+            return
+        if self._marked:
+            await marks.forget(self._database, self._journal.id)
 
     def record(self, record: Usage) -> None:
         """Takes a record; it is written within a second."""
@@ -174,14 +186,13 @@ class UsageWriter:
                     await moving.enter_async_context(self._moving)
                     if (
                         self._taken is not None
-                        and await _written(session, self._journal.id) >= self._taken.turn
+                        and await marks.written(session, self._journal.id) >= self._taken.turn
                     ):
                         self._taken = None  # its commit was made
                     taken = self._take()
                     if taken.records:
-                        rows = [record.as_row() for record in taken.records]
-                        await session.execute(insert(UsageRow), rows)
-                        await _mark(session, self._journal.id, taken.turn)
+                        await _insert(session, taken.records)
+                        await marks.mark(session, self._journal.id, taken.turn)
                     taken.sent = self._marked = True
                 self._taken = None
                 self._unwritten = [one for one in self._unwritten if one[0] > taken.turn]
@@ -194,24 +205,34 @@ class UsageWriter:
     def _take(self) -> _Taken:
         """All that is not in the database is on its way there."""
         before = [] if self._taken is None else self._taken.records
-        self._taken = _Taken(self._turn, [*before, *self._waiting])
+        records = [*before, *self._waiting]
+        if len(records) > MAX_WAITING:  # commits fail, or are not answered, one after another
+            records = added_up(records)
+        self._taken = _Taken(self._turn, records)
         self._waiting, self._turn = [], self._turn + 1
         return self._taken
 
-    async def _forget(self, journal: str) -> None:
-        """After its file is gone, or its lines would be written again."""
-        async with self._database.append() as session:
-            await session.execute(delete(MetaRow).where(MetaRow.key == META_PREFIX + journal))
+    @property
+    def _count(self) -> int:
+        """How many records wait."""
+        return len(self._waiting) + (len(self._taken.records) if self._taken else 0)
 
     async def adopt(self) -> None:
-        """Writes what earlier processes on the data folder recorded and did not; logs what it cannot."""
+        """Writes what earlier processes on the data folder recorded and did not; logs what it cannot.
+
+        What the database does not take now is tried again after ``start``.
+        """
+        self._leaves = False
         if not self._journals:
             return
         for left in left_behind(self._folder):
             try:
                 await self._adopt(left)
             except (AdapterError, OSError) as error:
-                logger.error("usage that an earlier process left cannot be written: %s", error)
+                self._leaves |= isinstance(error, AdapterError)
+                logger.error(
+                    "usage that an earlier process left cannot be written: %s (%s)", error, cause_of(error)
+                )
             except Exception:  # of one row; a start must not end for it
                 logger.exception("usage that an earlier process left cannot be written; it stays in its file")
             finally:
@@ -220,15 +241,22 @@ class UsageWriter:
     async def _adopt(self, left: Left) -> None:
         lines = await asyncio.to_thread(left.lines)
         async with self._database.append() as session:
-            written = await _written(session, left.id)
+            written = await marks.written(session, left.id)
             lost = [record for turn, record in lines if turn > written]
             if lost:
-                await session.execute(insert(UsageRow), [record.as_row() for record in lost])
-                await _mark(session, left.id, max(turn for turn, _ in lines))
+                await _insert(session, lost)
+                await marks.mark(session, left.id, max(turn for turn, _ in lines))
         if lost:
             logger.warning("wrote %d records of usage that an earlier process had no time for", len(lost))
         await asyncio.to_thread(left.remove)
-        await self._forget(left.id)
+        await marks.forget(self._database, left.id)
+
+    async def _adopt_later(self) -> None:
+        while self._leaves:
+            await self._pause(ADOPT_AGAIN_S)
+            if self._stopping.is_set():
+                return
+            await self.adopt()
 
     async def _journal_forever(self) -> None:
         """Keeps in the journal what is not in the database yet."""
@@ -255,8 +283,11 @@ class UsageWriter:
             return True
         try:
             await run_in_thread(self._journal.rewrite if anew else self._journal.append, records)
-        except OSError as error:
-            logger.debug("the journal of usage: %s", error)
+        except Exception as error:
+            if isinstance(error, OSError):  # said once, by whoever called
+                logger.debug("the journal of usage: %s", error)
+            else:
+                logger.exception("the journal of usage fails")
             self._most = -1  # the next time
             self._noted.set()
             return False
@@ -294,13 +325,13 @@ class UsageWriter:
                 if not self._complained or clock() - self._complained > COMPLAIN_INTERVAL_S:
                     logger.error(
                         "usage could not be written; %d records wait: %s (%s)",
-                        len(self._waiting),
+                        self._count,
                         error,
                         cause_of(error),
                     )
                     self._complained = clock()
             except Exception:
-                logger.exception("usage could not be written; %d records wait", len(self._waiting))
+                logger.exception("usage could not be written; %d records wait", self._count)
             took = clock() - began
             if not self._waiting and self._taken is None:
                 self._recorded.clear()
@@ -338,22 +369,10 @@ class UsageWriter:
             pass
 
 
-async def _written(session: AsyncSession, journal: str) -> int:
-    """The last turn that is in the database; waits for a commit of it that is still under way."""
-    key = META_PREFIX + journal
-    # A row that is not there cannot be waited for.
-    inserting: Any = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
-    await session.execute(inserting(MetaRow).values(key=key, value="0").on_conflict_do_nothing())
-    found = await session.scalar(select(MetaRow.value).where(MetaRow.key == key).with_for_update())
-    return int(found or 0)
-
-
-async def _mark(session: AsyncSession, journal: str, turn: int) -> None:
-    """In the transaction that writes the records of ``turn``."""
-    key, value = META_PREFIX + journal, str(turn)
-    marked = update(MetaRow).where(MetaRow.key == key).values(value=value).returning(MetaRow.key)
-    if await session.scalar(marked) is None:
-        await session.execute(insert(MetaRow).values(key=key, value=value))
+async def _insert(session: AsyncSession, records: Sequence[Usage]) -> None:
+    for first in range(0, len(records), ROWS_AT_ONCE):
+        rows = [record.as_row() for record in records[first : first + ROWS_AT_ONCE]]
+        await session.execute(insert(UsageRow), rows)
 
 
 async def roll_up(database: Database, before: datetime) -> bool:

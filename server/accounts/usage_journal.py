@@ -1,13 +1,16 @@
 """Usage that waits for the database, in a file that outlives its process.
 
     <data_dir>/usage/<id>.jsonl     of one process, which locks it: lines of ``<turn> <record as JSON>``
+    <data_dir>/usage/<id>.partial   the same while it is written anew
+    <data_dir>/usage/<id>.damaged   left by a process that is gone: not every line could be read
 
 Records are written to the database in turns. A row of ``meta`` has the last turn that is there, and is
 changed in the transaction of its records: so whoever finds the file of a process that is gone knows which of
 its lines the database lacks, and whoever got no answer to a commit finds out whether it was made.
 
-The calls are synchronous and belong in a thread. No ``fsync``: what a killed process wrote is in the kernel,
-and what a machine without power loses are seconds of usage.
+The calls are synchronous and belong in a thread. No ``fsync`` of what is added: what a killed process wrote
+is in the kernel, and what a machine without power loses are seconds of usage. But what takes an older file's
+place, or makes its row of ``meta`` needless, is on disk before.
 """
 
 from __future__ import annotations
@@ -17,17 +20,19 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from adapters.files import sync_path
 from server.accounts.usage_records import Usage
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "usage"  # of the data folder
 ENDING = ".jsonl"
+PARTIAL = ".partial"
+DAMAGED = ".damaged"
 # The lock of a file is its process's own: a second one within it would be granted.
 _mine: set[Path] = set()
 
@@ -55,12 +60,13 @@ class Journal:
     def rewrite(self, lines: Sequence[Line]) -> None:
         """Leaves only ``lines``, in one step."""
         self._path.parent.mkdir(mode=0o700, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
+        partial = self._path.with_suffix(PARTIAL)
+        _mine.add(self._path)
         made = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(made, fcntl.LOCK_EX)
             size = _written(made, lines)
-            _mine.add(self._path)
+            os.fsync(made)
             partial.replace(self._path)
         except BaseException:
             os.close(made)
@@ -70,9 +76,9 @@ class Journal:
         self._file, self.size = made, size
 
     def remove(self) -> None:
-        """All of it is in the database."""
-        with suppress(OSError):
-            self._path.unlink(missing_ok=True)
+        """All of it is in the database. Raises OSError where the file may be found again."""
+        if self._file is not None:
+            _remove(self._path)
         self.close()
 
     def close(self) -> None:
@@ -93,45 +99,98 @@ class Left:
         self.id = path.stem
         self._path = path
         self._file = file
+        self._damaged = 0
 
     def lines(self) -> list[Line]:
-        """Without those that are not whole: the last one of a process that was killed as it wrote."""
+        """Those that can be read. The last one of a process that was killed as it wrote may not be whole."""
         found = []
-        with os.fdopen(os.dup(self._file), "rb") as file:
+        self._damaged = 0
+        os.lseek(self._file, 0, os.SEEK_SET)
+        # By this very descriptor: to close another one of the file would give up the lock.
+        with os.fdopen(self._file, "rb", closefd=False) as file:
             for number, line in enumerate(file, 1):
                 turn, _, record = line.partition(b" ")
                 try:
                     found.append((int(turn), _RECORD.validate_json(record)))
                 except (ValidationError, ValueError) as error:
                     logger.warning("line %d of %s is no record of usage: %s", number, self._path, error)
+                    self._damaged += line.endswith(b"\n")
         return found
 
     def remove(self) -> None:
-        """All of it is in the database."""
-        self._path.unlink(missing_ok=True)
+        """What ``lines`` found is in the database. A file with damaged lines stays, under another name.
+
+        Raises OSError where the file may be found again.
+        """
+        if self._damaged:
+            aside = self.set_aside()
+            logger.error("%d lines are no records of usage; they are in %s", self._damaged, aside)
+        else:
+            _remove(self._path)
+
+    def set_aside(self) -> Path:
+        """Where it lies from now on, for the operator to look at: no process writes its lines any more."""
+        aside = self._path.replace(self._path.with_suffix(DAMAGED))
+        sync_path(aside.parent)
+        return aside
 
     def close(self) -> None:
         os.close(self._file)
 
 
 def left_behind(folder: Path) -> Iterator[Left]:
-    """The files in ``folder`` that no process has; each is to be closed before the next one is asked for."""
-    for path in sorted(folder.glob(f"*{ENDING}")) if folder.is_dir() else ():
-        if path in _mine:
+    """The files in ``folder`` that no process has; each is to be closed before the next one is asked for.
+
+    Logs those that cannot be opened. Removes what a process was killed over as it wrote its file anew.
+    """
+    try:
+        paths = sorted(folder.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        logger.error("usage that an earlier process left cannot be looked for: %s", error)
+        return
+    for path in paths:
+        if path.suffix not in (ENDING, PARTIAL) or path.with_suffix(ENDING) in _mine:
             continue
-        with suppress(FileNotFoundError):
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Else another process had it in between, and has written what it holds.
-                is_there = os.fstat(file).st_nlink > 0
-            except OSError as error:
-                logger.debug("%s is locked: %s", path, error)
-                is_there = False
-            if is_there:
-                yield Left(path, file)
-            else:
-                os.close(file)
+        try:
+            file = _locked(path)
+            if file is not None and path.suffix == PARTIAL:
+                try:
+                    path.unlink(missing_ok=True)
+                finally:
+                    os.close(file)
+                continue
+        except OSError as error:
+            logger.error("usage that an earlier process left in %s cannot be read: %s", path, error)
+            continue
+        if file is not None:
+            yield Left(path, file)
+
+
+def _locked(path: Path) -> int | None:
+    """The file, open; None if it is gone, or another process's. Raises OSError where it cannot be opened."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Else another process had it in between, and has written what it holds.
+        if os.fstat(file).st_nlink > 0:
+            return file
+    except (BlockingIOError, PermissionError) as error:
+        logger.debug("%s is locked: %s", path, error)
+    except OSError:
+        os.close(file)
+        raise
+    os.close(file)
+    return None
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    sync_path(path.parent)
 
 
 def _written(file: int, lines: Sequence[Line]) -> int:

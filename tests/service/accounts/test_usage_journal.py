@@ -21,8 +21,9 @@ from adapters.database.database import Database
 from adapters.database.rows import MetaRow, UsageRow
 from adapters.errors import DatabaseUnavailable
 from server.accounts import usage as module
-from server.accounts.usage import META_PREFIX, Usage, UsageWriter
+from server.accounts.usage import Usage, UsageWriter
 from server.accounts.usage_journal import FOLDER, left_behind
+from server.accounts.usage_marks import META_PREFIX
 from tests.support.databases import KINDS, opened
 
 ONE = Usage(
