@@ -70,7 +70,7 @@ from server.publishing import truth
 from server.publishing.intake import Intake
 from server.publishing.probe import Prober
 from server.publishing.publish import Publishing, verify_all
-from server.publishing.quarantine import quarantine_key
+from server.publishing.quarantine import Faults
 from server.rollouts.judge import Judge
 from server.rollouts.replay import Replayer
 from server.rollouts.runner import looking
@@ -264,9 +264,10 @@ async def _start(
     await fitness.open(Serving(engine.base, engine.lora_dtype, __version__, settings.same_bases))
     stack.push_async_callback(fitness.save)
 
+    faults = Faults()
+
     def on_fault(key: str, reason: str) -> None:
-        publishing = services.publishing
-        work = quarantine_key(publishing.quarantine, catalog, dispatcher, key, reason)
+        work = faults.quarantine(services.publishing.quarantine, catalog, dispatcher, key, reason)
         services.in_background(work)
 
     cache = stores.cache

@@ -87,6 +87,10 @@ def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = ""
     if url.get_backend_name() == "sqlite" and not Path(str(url.database)).is_file():
         raise BackupFailed(f"there is no database {url.database}")
     _refuse_source(url, blobs, folder)
+
+    def held(digest: str) -> bool:
+        return bool(blobs_url) or (blobs / digest).exists()
+
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     copied: set[str] = set()
     missing: set[str] = set()
@@ -100,7 +104,7 @@ def back_up(database_url: str, blobs: Path, folder: Path, *, blobs_url: str = ""
                 _copy_out(url, snapshot, lambda: _refuse_full(folder, reserve))
                 _refuse_full(folder, reserve)
                 wanted = _linked(snapshot)
-                copy = _within(reserve, _from(blobs, blobs_url), _sizes(snapshot), folder)
+                copy = _within(reserve, _from(blobs, blobs_url), _sizes(snapshot), folder, held)
                 if read is None:
                     read = _read_again(wanted, copy, folder / "blobs")
                 done, missing, broken = _copy_blobs(wanted - read.rotten, copy, folder / "blobs")
@@ -184,8 +188,6 @@ def _copy_out(url: URL, target: Path, look: Callable[[], None]) -> None:
         _copy_file(Path(str(url.database)), target)
         return
     asyncio.run(transfer(url, checked_url(f"sqlite:///{target}"), look))
-    with closing(sqlite3.connect(target)) as made:
-        made.execute("PRAGMA journal_mode = DELETE")
     target.chmod(0o600)
     sync_path(target)
 
@@ -271,11 +273,17 @@ def _from(blobs: Path, blobs_url: str) -> _Copy:
     return copy
 
 
-def _within(reserve: int, copy: _Copy, sizes: Mapping[str, int], folder: Path) -> _Copy:
-    """``copy``, which raises BackupFull before less than ``reserve`` bytes are free in ``folder``."""
+def _within(
+    reserve: int, copy: _Copy, sizes: Mapping[str, int], folder: Path, held: Callable[[str], bool]
+) -> _Copy:
+    """``copy``, which raises BackupFull before less than ``reserve`` bytes are free in ``folder``.
+
+    What is not ``held`` anywhere takes no room.
+    """
 
     def within(digest: str, into: Path) -> bool:
-        _refuse_full(folder, reserve, sizes[digest])
+        if held(digest):
+            _refuse_full(folder, reserve, sizes[digest])
         done = copy(digest, into)
         _refuse_full(folder, reserve)
         return done

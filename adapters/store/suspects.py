@@ -27,6 +27,7 @@ META_KEY = "suspects"
 LOSSES_KEY = "losses"
 KEPT_S = 3600.0  # a loss; longer than anything asks for it
 GONE_S = 86400.0  # another server's suspects are kept for so long: it may never come back
+RENEW_S = GONE_S / 4
 RETRY_S = 2.0
 STOP_S = 5.0
 
@@ -50,7 +51,7 @@ def _named(row: object) -> object:
 
 
 class KeptSuspect(BaseModel):
-    """A version, since when it has been suspected, and by whom."""
+    """A version, when its server last said that it suspects it, and which server that is."""
 
     version: str
     at: FiniteFloat
@@ -117,7 +118,11 @@ class StoredSuspects:
 
     async def _write_forever(self) -> None:
         while True:
-            await self._changed.wait()
+            try:
+                async with asyncio.timeout(RENEW_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                self._mine = frozenset()  # written anew: those of a server that lives do not age
             self._changed.clear()
             try:
                 await self._write()
@@ -136,10 +141,8 @@ class StoredSuspects:
                 there = await _value(session, META_KEY, SUSPECT, lock=True)
                 recent = [one for one in there if one.at > time.time() - GONE_S]
                 kept = [one for one in recent if one.owner != self._owner]
-                since = {one.version: one.at for one in there if one.owner == self._owner}
                 for version in sorted(now):
-                    at = since.get(version, time.time())
-                    kept.append(KeptSuspect(version=version, at=at, owner=self._owner))
+                    kept.append(KeptSuspect(version=version, at=time.time(), owner=self._owner))
                 await _put(session, META_KEY, [one.model_dump() for one in kept])
             if losses != self._my_losses:
                 found = await _value(session, LOSSES_KEY, LOSS, lock=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 
 from sqlalchemy import URL, Connection, delete, func, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -34,6 +36,10 @@ async def transfer(source: URL, target: URL, look: Callable[[], None] = lambda: 
         await made.open()
     finally:
         await made.close()
+    if target.get_backend_name() == "sqlite":
+        # A write-ahead log would have all rows, and its end would copy them into the file: twice the room.
+        with closing(sqlite3.connect(str(target.database))) as empty:
+            empty.execute("PRAGMA journal_mode = DELETE")
     reading, writing = _engine(source), _engine(target)
     try:
         if source.get_backend_name() != "sqlite":

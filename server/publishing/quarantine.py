@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 
-from adapters.errors import DatabaseUnavailable, StorageBusy
+from adapters.errors import DatabaseUnavailable, StorageBusy, StorageFailed, StorageFull
 from adapters.model import Version
 from adapters.store.catalog import Catalog
 from adapters.store.quarantine import Quarantine
@@ -16,7 +16,7 @@ from server.scheduling.refusals import quarantined
 
 logger = logging.getLogger(__name__)
 
-# A database that is away or held by somebody is asked again so often, for ten minutes.
+# A database that cannot be written is asked again so often, for ten minutes.
 AGAIN_S, TRIES = 1.0, 600
 
 
@@ -41,6 +41,25 @@ async def quarantine(rows: Quarantine, dispatcher: Dispatcher, version: Version,
     dispatcher.retire(version)
 
 
+class Faults:
+    """Quarantines versions as the engine finds them out: each of their answers says so, and one is enough."""
+
+    def __init__(self) -> None:
+        self._under_way: set[str] = set()
+
+    async def quarantine(
+        self, rows: Quarantine, catalog: Catalog, dispatcher: Dispatcher, key: str, reason: str
+    ) -> None:
+        """``quarantine_key``, unless that is under way for ``key``."""
+        if key in self._under_way:
+            return
+        self._under_way.add(key)
+        try:
+            await quarantine_key(rows, catalog, dispatcher, key, reason)
+        finally:
+            self._under_way.discard(key)
+
+
 async def quarantine_key(
     rows: Quarantine, catalog: Catalog, dispatcher: Dispatcher, key: str, reason: str
 ) -> None:
@@ -49,13 +68,14 @@ async def quarantine_key(
     Nothing happens where no version has this key: the base model, a version that has been deleted, or one
     whose upload is still being tried, which is refused by its probe.
 
-    Nobody waits for it, so a database that is busy or away is asked again; its error is raised in the end.
+    Nobody waits for it, so a database that is busy or away, or whose disk fails, is asked again; its error is
+    raised in the end.
     """
     for tries in itertools.count(1):
         try:
             await _quarantine_key(rows, catalog, dispatcher, key, reason)
             return
-        except (StorageBusy, DatabaseUnavailable) as exc:
+        except (StorageBusy, StorageFull, StorageFailed, DatabaseUnavailable) as exc:
             if tries == TRIES:
                 raise
             if tries == 1:

@@ -14,6 +14,7 @@ from sqlalchemy import select, text
 
 from adapters.database.database import Database
 from adapters.database.rows import MetaRow
+from adapters.store import suspects
 from adapters.store.suspects import GONE_S, KEPT_S, LOSSES_KEY, META_KEY, StoredSuspects
 from server.scheduling.evidence import Loss
 from tests.support.databases import KINDS, opened
@@ -100,6 +101,25 @@ async def test_suspects_of_a_server_that_never_comes_back_are_forgotten(
     monkeypatch.setattr(time, "time", lambda: clock() + GONE_S + 1)
     await suspect(database, "http://one", "b")
     assert [one["version"] for one in (await written(database))[META_KEY]] == ["b"]
+
+
+async def test_suspects_of_a_server_that_lives_are_kept_however_long(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has asked for it since, so it is still not known whether it ends the engine."""
+    monkeypatch.setattr(suspects, "RENEW_S", 0.01)
+    lives = await StoredSuspects(database, "http://one").open()
+    lives.note(["a"])
+    while not (await written(database)).get(META_KEY):
+        await asyncio.sleep(0.01)
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + GONE_S + 1)
+    async with asyncio.timeout(60):
+        while (await written(database))[META_KEY][0]["at"] < clock() + GONE_S:
+            await asyncio.sleep(0.01)
+    await suspect(database, "http://two", "b")
+    assert {one["version"] for one in (await written(database))[META_KEY]} == {"a", "b"}
+    await lives.stop()
 
 
 async def test_suspects_of_a_release_that_had_no_owners_are_the_only_servers(database: Database) -> None:
