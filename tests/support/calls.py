@@ -1,4 +1,8 @@
-"""What an action costs, the same on every machine: a count of calls instead of seconds."""
+"""What an action costs, the same on every machine: a count of calls instead of seconds.
+
+It sees what is done item by item. It does not see operators, what one call into C does with much data, or
+other threads: bound those by what they read, copy or compare.
+"""
 
 from __future__ import annotations
 

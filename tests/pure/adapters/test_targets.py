@@ -64,8 +64,18 @@ def test_expressions_are_not_run() -> None:
     assert re.fullmatch("a+", module)
 
 
+class Name(str):
+    """Its comparisons are calls, and thus counted."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other)
+
+
 def test_the_longest_lists_are_cheap() -> None:
-    names, others = ([f"{letter}{n}" for n in range(100_000)] for letter in "nm")
+    names, others = ([Name(f"{letter}{n}") for n in range(100_000)] for letter in "nm")
     modules = [f"model.layers.{n}.mlp.up_proj" for n in range(1000)]
 
     def look() -> None:

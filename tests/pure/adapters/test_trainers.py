@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from adapters.inspection.admit import admit
 from adapters.inspection.base_model import read_base
 from adapters.model import CONFIG_FILE, BaseModel
-from tests.pure.adapters.test_inspect import make_llama
+from tests.support.peft_adapters import make_llama
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Of Axolotl 0.21 (``loaders/adapter.py``), for its example of a QLoRA: what is not said in its YAML is None.
