@@ -238,8 +238,8 @@ class _Pager:
         pool.touch()
         if not pool.size:
             pool.prefault(most)
-        copies = self._cuts or is_merged(self.tables)
-        if copies:
+        # Experts that are put together lie in memory that vLLM pins by itself, unless it is pinned already.
+        if self._cuts or (pool.pinned and is_merged(self.tables)):
             cut_when_read(self.tables, lambda elements: pool.tensor(elements, dtype))
             if pool.pinned:
                 pin_nothing()

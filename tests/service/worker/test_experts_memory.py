@@ -12,7 +12,7 @@ import torch
 from vllm.lora import lora_model, model_manager
 from vllm.lora.model_manager import LoRAModelManager
 
-from adapters.worker import shards
+from adapters.worker import extension, shards
 from adapters.worker.extension import read_with
 from adapters.worker.host_memory import Loader
 from adapters.worker.host_pool import HostPool
@@ -110,6 +110,36 @@ def test_they_lie_in_the_piece_and_are_pinned_with_it(
     pool.settle(lambda: Ended())
     assert pool.account()["free"] == pool.size - (1 << 20), "what was read is free, the adapter is not"
     assert pool.misses == 0
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_they_stay_where_vllm_pins_them_if_no_memory_was_pinned(
+    pooled: bool, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots are filled by copies that nobody waits for, which want memory that is pinned."""
+    places: dict[int, torch.Tensor] = {}
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        made = tensor.clone()
+        return places.setdefault(made.data_ptr(), made)
+
+    def refuse(address: int, size: int) -> None:
+        raise RuntimeError("the driver refuses")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(extension, "pin_for_cuda", refuse)
+    monkeypatch.setattr(extension, "PREFAULTED_BYTES", 1 << 20)
+    monkeypatch.setattr(extension, "allocated", lambda model: 1 << 20)
+    for module in (lora_model, model_manager):
+        monkeypatch.setattr(module, "PIN_MEMORY", True)
+    monkeypatch.setattr(lora_model, "safetensors", lora_model.safetensors)
+    pager = object.__new__(extension._Pager)
+    pager.manager = SimpleNamespace(lora_config=SimpleNamespace(lora_dtype=torch.float32))
+    pager.tables, pager.host_slots, pager._slots = Tables(), 1, 1
+    pager._on_cpu, pager._on_cuda, pager._cuts = False, True, False
+    assert not pager._make_room(pooled, 1).pinned
+    lora = merged(pager.tables, folders["apart"], "apart")
+    assert all(tensor.data_ptr() in places for tensor in tensors(lora))
 
 
 def of(one: Any) -> list[torch.Tensor]:
