@@ -10,7 +10,7 @@ kernels (``adapters.worker.cpu.kernels``) once A and B have been added:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class DoraScales:
         """From now on ``slot`` has these and no others. ValueError where one fits no layer."""
         placed = 0
         for name, layer in self._tables.modules.items():
-            found = list(self._of_layer(name, layer, scales)) if scales else []
+            found = list(_scalings(layer, self._of_layer(name, layer, scales))) if scales else []
             by_slot = layer.punica_wrapper.scalings.setdefault(id(layer.lora_b_stacked), {})
             by_slot.pop(slot, None)
             if found:
@@ -95,16 +95,22 @@ class DoraScales:
         if placed != len(scales):
             raise ValueError(f"{len(scales) - placed} of {len(scales)} DoRA scales fit no layer")
 
-    def _of_layer(self, name: str, layer: Any, scales: Scales) -> Iterable[Scaling]:
+    def _of_layer(self, name: str, layer: Any, scales: Scales) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first column, d) of each part of ``layer`` that is scaled."""
         parts: Sequence[str] = self._tables.packed_modules.get(name) or [name]
         widths = getattr(layer, "output_slices", ())
-        base = getattr(layer, "base_layer", None)
-        bias = None if getattr(base, "skip_bias_add", False) else getattr(base, "bias", None)
         first = 0
         for part, width in zip(parts, widths if len(parts) > 1 else [sum(widths)], strict=False):
             if (factors := scales.get(part)) is not None:
                 if len(factors) != width:
                     raise ValueError(f"DoRA's scale of {part} has {len(factors)} numbers, not {width}")
-                own = None if bias is None else bias[first : first + width].float()
-                yield Scaling(first, factors, own)
+                yield first, factors
             first += width
+
+
+def _scalings(layer: Any, parts: Iterable[tuple[int, torch.Tensor]]) -> Iterator[Scaling]:
+    base = getattr(layer, "base_layer", None)
+    bias = None if getattr(base, "skip_bias_add", False) else getattr(base, "bias", None)
+    for first, factors in parts:
+        own = None if bias is None else bias[first : first + len(factors)].float()
+        yield Scaling(first, factors, own)

@@ -10,7 +10,8 @@
 
 The tables are there before anything is captured, so that an engine has them or not from its start on
 (DORA_ON_GPU): the operations cost every step, whatever its adapters. Where a row's factor is one nothing is
-added to it, and it keeps its bits. One worker; no quantized base, as the scale needs the weights themselves.
+added to it, and it keeps its bits. One worker; no quantized base, as the scale needs the weights themselves;
+no ``fully_sharded_loras``, whose layers add both products by calls of their own.
 
 Not run on a GPU yet. vLLM's layers and kernels have been run with this in Triton's interpreter.
 """
@@ -22,10 +23,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.lora.layers import MergedColumnParallelLinearWithLoRA, ReplicatedLinearWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
 from adapters.worker.dora import DoraScales, Scales
+
+# Of vLLM's layers: those methods that end in ``_apply_lora_to_output``, which is what scales.
+_SCALED = (
+    BaseLinearLayerWithLoRA.apply,
+    MergedColumnParallelLinearWithLoRA.apply,
+    ReplicatedLinearWithLoRA.apply,
+)
 
 
 class DoraRows:
@@ -70,7 +79,8 @@ def scale_outputs() -> None:
     def connect_and_make_room(layer: Any, wrapper: Any) -> None:
         connect(layer, wrapper)
         # A classifier's head has an output of its own, which no DoRA is served on.
-        if isinstance(wrapper, DoraRows) and type(layer)._apply_lora_to_output is add_and_scale:
+        scaled = type(layer)._apply_lora_to_output is add_and_scale and type(layer).apply in _SCALED
+        if isinstance(wrapper, DoraRows) and scaled:
             slots, outputs = len(layer.lora_b_stacked[0]), sum(layer.output_slices)
             device = layer.lora_b_stacked[0].device
             # By default the model's dtype is that of new tensors while vLLM makes it.
@@ -89,9 +99,17 @@ def tables_bytes(layer: Any) -> int:
 
 
 class DoraTables(DoraScales):
-    """``tables`` is vLLM's ``LRUCacheLoRAModelManager``, whose layers ``DoraRows`` serves."""
+    """``tables`` is vLLM's ``LRUCacheLoRAModelManager``, whose layers ``DoraRows`` serves.
 
-    def __init__(self, tables: Any) -> None:
+    ``quantization`` is that of the base, None where its weights are as they were trained; else ValueError.
+    """
+
+    def __init__(self, tables: Any, quantization: str | None) -> None:
+        if quantization is not None:
+            raise ValueError(
+                "DORA_ON_GPU: the scale of a DoRA is computed from weights that are not quantized, and those"
+                f" of MODEL are ({quantization}). Switch it off, or serve such adapters merged."
+            )
         super().__init__(tables)
         self._layers = {
             name: layer
@@ -99,15 +117,26 @@ class DoraTables(DoraScales):
             if getattr(layer, "loraplex_extra", None) is not None
         }
         self._in_use: set[int] = set()
+        extras = [layer.loraplex_extra for layer in self._layers.values()]
+        self._on_device = extras[0].device if extras else torch.device("cpu")
+        self._columns = sum(extra.shape[1] for extra in extras)
+        self._room()  # the first one is made by the driver, the later ones are the same memory
+
+    def _room(self) -> torch.Tensor:
+        """For the numbers of a slot, pinned where there is a device; lent anew once it has been copied."""
+        return torch.empty(self._columns, pin_memory=self._on_device.type != "cpu")
 
     def fill(self, slot: int, scales: Scales) -> None:
-        """As there. One copy to the device, and a short one within it for each layer, behind the steps."""
+        """As there. One copy to the device, and a short one within it for each layer, behind the steps.
+
+        It waits for none of them: a copy from memory that is not pinned would hold the engine until all the
+        steps in flight have ended.
+        """
         places, factors = [], []
         for name, layer in self._layers.items() if scales else ():
-            for scaling in self._of_layer(name, layer, scales):
-                columns = slice(scaling.first, scaling.first + len(scaling.factors))
-                places.append(layer.loraplex_extra[slot, columns])
-                factors.append(scaling.factors - 1)
+            for first, d in self._of_layer(name, layer, scales):
+                places.append(layer.loraplex_extra[slot, first : first + len(d)])
+                factors.append(d - 1)
         if len(places) != len(scales):
             raise ValueError(f"{len(scales) - len(places)} of {len(scales)} DoRA scales fit no layer")
         if slot in self._in_use:
@@ -115,7 +144,9 @@ class DoraTables(DoraScales):
                 layer.loraplex_extra[slot].zero_()
             self._in_use.discard(slot)
         if places:
-            whole = torch.cat(factors).to(places[0].device)
+            room = self._room()[: sum(len(one) for one in factors)]
+            torch.cat(factors, out=room)
+            whole = room.to(self._on_device, non_blocking=True)
             for place, part in zip(places, torch.split(whole, [len(one) for one in factors]), strict=True):
                 place.copy_(part)
             self._in_use.add(slot)

@@ -191,10 +191,10 @@ class _Pager:
             from adapters.worker.cpu.kernels import install
 
             self._wrappers += install(self.tables)
-            if model.quantization is None:
+            if model.quantization is None and not manager.lora_config.fully_sharded_loras:
                 self._dora = DoraScales(self.tables)
         elif self._on_cuda and dora_gpu.serves(self.tables):
-            self._dora = dora_gpu.DoraTables(self.tables)
+            self._dora = dora_gpu.DoraTables(self.tables, model.quantization)
         self._cuts = shards and is_divided(self.tables)
         self._pool = self._make_room(pool, workers)
         self._copies: Copies = CopiesOnGPU() if self._on_cuda else CopiesOnCPU()

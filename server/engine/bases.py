@@ -59,10 +59,13 @@ def _no_dora(settings: Settings) -> str | None:
         return "a DoRA is served by one worker, and ENGINE_ARGS ask for several"
     if settings.rank_slots:
         return "adapters that share slots (RANK_SLOTS) are no DoRAs"
+    if given.get("fully_sharded_loras"):
+        return "with fully_sharded_loras, in ENGINE_ARGS, vLLM's layers add adapters elsewhere"
     if os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0":
         return "with VLLM_LORA_ENABLE_DUAL_STREAM vLLM adds adapters elsewhere"
     config = read_base_config(Path(settings.model)) or {}
-    if quantization_in(config) is not None:
+    asked = given.get("quantization") or given.get("quantization_config")
+    if asked or quantization_in(config) is not None:
         return "the scale of a DoRA is computed from weights that are not quantized, and those of MODEL are"
     return "the experts of a mixture are not scaled" if has_experts(config) else None
 

@@ -88,8 +88,14 @@ WORKERS: tuple[Use, ...] = (
     Use(
         "vllm.lora.layers.base_linear",
         "BaseLinearLayerWithLoRA",
-        ("_apply_lora_to_output(x, output)", "set_mapping(punica_wrapper)", "output_slices"),
+        (
+            "_apply_lora_to_output(x, output)",
+            "set_mapping(punica_wrapper)",
+            "output_slices",
+            "apply(x, bias)",
+        ),
         "wrapped: outputs are scaled where a GPU serves DoRA",
+        text=("return self._apply_lora_to_output(x, output)",),
     ),
     Use(
         "vllm.v1.core.sched.scheduler", text=("self.lora_config.max_loras",), why="counts adapters, not slots"

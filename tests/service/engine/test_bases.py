@@ -94,6 +94,10 @@ def test_a_config_that_is_none_is_said_to_be(tmp_path: Path) -> None:
     [
         (LlamaConfig(**SIZES).to_dict(), {"tensor_parallel_size": 2}, 0, "one worker, and ENGINE_ARGS ask"),
         (LlamaConfig(**SIZES).to_dict(), {}, 8, "share slots"),
+        (LlamaConfig(**SIZES).to_dict(), {"fully_sharded_loras": True}, 0, "fully_sharded_loras"),
+        (LlamaConfig(**SIZES).to_dict(), {"fully_sharded_loras": False}, 0, None),
+        (LlamaConfig(**SIZES).to_dict(), {"quantization": "fp8"}, 0, "quantized"),
+        (LlamaConfig(**SIZES).to_dict(), {"quantization_config": {"linear": "fp8"}}, 0, "quantized"),
         (
             LlamaConfig(**SIZES).to_dict() | {"quantization_config": {"quant_method": "fp8"}},
             {},

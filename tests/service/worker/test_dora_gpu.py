@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import parallel_state
@@ -25,7 +26,7 @@ from vllm.model_executor.layers import linear
 from vllm.platforms import current_platform
 
 from adapters.inspection.dora import MAGNITUDE
-from adapters.worker import dora_gpu, shared_rows_gpu
+from adapters.worker import dora_gpu, extension, shared_rows_gpu
 from adapters.worker.cpu.kernels import GroupedPunicaWrapper
 from adapters.worker.dora import Scales
 from adapters.worker.dora_gpu import DoraRows, DoraTables, tables_bytes
@@ -84,10 +85,10 @@ def scales_of(model: Any) -> Scales:
     return found
 
 
-def layers_of(wrapper: Any, model: Any, dtype: torch.dtype) -> dict[str, Any]:
+def layers_of(wrapper: Any, model: Any, dtype: torch.dtype, *, fully: bool = False) -> dict[str, Any]:
     """vLLM's layers with the weights of ``model``, as an engine makes them."""
     with set_current_vllm_config(VllmConfig()):
-        lora = LoRAConfig(max_loras=SLOTS, max_lora_rank=RANK, lora_dtype=dtype)
+        lora = LoRAConfig(max_loras=SLOTS, max_lora_rank=RANK, lora_dtype=dtype, fully_sharded_loras=fully)
         inside: dict[str, Any] = {"bias": True, "params_dtype": dtype}
         qkv = linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, **inside)
         out = linear.RowParallelLinear(HIDDEN, HIDDEN, **inside)
@@ -131,7 +132,8 @@ def differences(wrapper: Any, dtype: torch.dtype) -> list[float]:
             model=object(),
             modules=layers,
             packed_modules={"attn.qkv_proj": [f"attn.{part}" for part in LAYERS["qkv_proj"]]},
-        )
+        ),
+        None,
     )
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype)
@@ -203,12 +205,79 @@ def test_only_layers_of_such_an_engine_have_tables() -> None:
 
 def test_a_scale_that_fits_no_layer_is_not_passed_over() -> None:
     layers = layers_of(DoraRowsOnCPU(TOKENS, TOKENS, "cpu"), trained(1), torch.float32)
-    tables = DoraTables(SimpleNamespace(model=object(), modules=layers, packed_modules={}))
+    tables = DoraTables(SimpleNamespace(model=object(), modules=layers, packed_modules={}), None)
     with pytest.raises(ValueError, match="fit no layer"):
         tables.fill(0, {"attn.other": torch.ones(HIDDEN)})
     with pytest.raises(ValueError, match="has 9 numbers"):
         tables.fill(0, {"attn.o_proj": torch.ones(9)})
     assert not layers["attn.o_proj"].loraplex_extra.any()
+
+
+def test_layers_that_add_adapters_by_calls_of_their_own_have_no_tables() -> None:
+    """As those of ``fully_sharded_loras``: a DoRA there would be served as the LoRA beneath it."""
+    layers = layers_of(DoraRowsOnCPU(TOKENS, TOKENS, "cpu"), trained(1), torch.float32, fully=True)
+    assert {type(layer).__name__ for layer in layers.values()} == {
+        "MergedQKVParallelLinearWithShardedLoRA",
+        "RowParallelLinearWithShardedLoRA",
+    }
+    tables = SimpleNamespace(model=object(), modules=layers, packed_modules={})
+    assert not dora_gpu.serves(tables)
+    with pytest.raises(ValueError, match="fit no layer"):
+        DoraTables(tables, None).fill(0, {"attn.o_proj": torch.ones(HIDDEN)})
+
+
+def test_a_worker_of_a_base_that_is_quantized_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no config.json in a folder says so, as for a model of the hub."""
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(current_platform, "is_cuda_alike", lambda: True)
+    layers = layers_of(DoraRowsOnCPU(TOKENS, TOKENS, "cpu"), trained(1), torch.float32)
+    manager = SimpleNamespace(_adapter_manager=SimpleNamespace(modules=layers, lora_slots=SLOTS))
+    with pytest.raises(ValueError, match=r"DORA_ON_GPU: .* not quantized, .* \(fp8\)"):
+        extension._Pager(manager, 1, 1, SimpleNamespace(model="org/model", quantization="fp8"))
+
+
+class Crossings(TorchFunctionMode):
+    """What is copied to another device by ``to``, and which memory was asked to be pinned; none is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: list[torch.Tensor] = []
+        self.crossed: list[tuple[int, bool]] = []  # where from, and whether nobody waits
+        self.widened = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        pinned = func is torch.empty and kwargs.pop("pin_memory", False)
+        made = func(*args, **kwargs)
+        if pinned:
+            self.pinned.append(made)
+        self.widened += func is torch.Tensor.float
+        if func is torch.Tensor.copy_:
+            assert args[0].device == args[1].device, "on the device, each to its place"
+        if func is torch.Tensor.to and made.device != args[0].device:
+            self.crossed.append((args[0].data_ptr(), kwargs.get("non_blocking", False)))
+        return made
+
+
+def test_a_slot_is_filled_without_waiting_for_the_steps_in_flight() -> None:
+    """A copy from memory that is not pinned would end behind the step that the engine runs."""
+    layers = layers_of(DoraRowsOnCPU(TOKENS, TOKENS, "cpu"), trained(1), torch.float32)
+    for layer in layers.values():
+        layer.loraplex_extra = layer.loraplex_extra.to("meta")
+    tables = SimpleNamespace(
+        model=object(),
+        modules=layers,
+        packed_modules={"attn.qkv_proj": [f"attn.{part}" for part in LAYERS["qkv_proj"]]},
+    )
+    of_adapters = [scales_of(trained(1)), scales_of(trained(2, target_modules=["q_proj", "o_proj"]))]
+    with Crossings() as seen:
+        dora = DoraTables(tables, None)
+        for scales in of_adapters:
+            dora.fill(1, scales)
+    assert len(seen.pinned) == 3, "the first is made before any step"
+    from_pinned = [(room.data_ptr(), True) for room in seen.pinned[1:]]
+    assert seen.crossed == from_pinned, "one for each slot that is filled"
+    assert not seen.widened, "biases were widened when the layers were made"
 
 
 def test_it_is_compiled_in_one_piece_for_any_number_of_rows() -> None:

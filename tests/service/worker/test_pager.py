@@ -101,6 +101,19 @@ def test_slices_put_into_slots_what_one_call_does(tables: Any, folders: dict[str
     assert all(torch.equal(*pair) for pair in zip(sliced, whole, strict=True))
 
 
+def test_no_dora_is_served_where_layers_add_adapters_by_calls_of_their_own(
+    tables: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ``fully_sharded_loras``, whose outputs nobody scales: the LoRA beneath it would answer."""
+    found = []
+    for fully in (False, True):
+        monkeypatch.setattr(tables.lora_config, "fully_sharded_loras", fully)
+        paging = pager(tables, folders)
+        found.append(paging.describe()["dora"])
+        paging.close()
+    assert found == [True, False]
+
+
 def test_what_has_left_leaves_its_memory(tables: Any, folders: dict[str, Path]) -> None:
     """Also that of a slot, which kernels on a CPU read where it lies."""
     paging = pager(tables, folders)
