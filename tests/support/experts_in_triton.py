@@ -1,6 +1,6 @@
 """What ``interpreted`` runs of a mixture: vLLM's fused kernels on the tensors that adapters were put into.
 
-Imported where vLLM has found Triton, and nowhere else. Float32, which the interpreter multiplies exactly, so
+Also with the kernels written out in torch (``kernels_in_torch``). Float32, which both multiply exactly, so
 that what a token gets of each expert is held against PEFT's delta of it to the sixth digit.
 
 Not tried here: which block of tokens belongs to which expert is computed by a CUDA kernel

@@ -1,6 +1,6 @@
 """What ``interpreted`` runs: adapters in shared slots and in their own, by a GPU's wrappers of kernels.
 
-Imported where vLLM has found Triton, and nowhere else.
+Also with the kernels written out in torch (``kernels_in_torch``).
 """
 
 from __future__ import annotations

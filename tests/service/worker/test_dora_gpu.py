@@ -1,7 +1,7 @@
 """DoRA as a GPU's wrapper of kernels computes it: PEFT's answers, for its rows, until its slot is another's.
 
-Here with our kernels for a CPU beneath; with vLLM's own for a GPU in Triton's interpreter
-(``test_interpreted``).
+Here with our kernels for a CPU beneath; with those for a GPU written out in torch (``test_gpu_wrappers``),
+and with vLLM's own in Triton's interpreter (``test_interpreted``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""vLLM's kernels for a GPU, run by Triton's interpreter where Triton is installed."""
+"""vLLM's kernels for a GPU, run by Triton's interpreter where Triton is installed.
+
+What calls them is tried everywhere, with kernels written out in torch (``test_gpu_wrappers``).
+"""
 
 from __future__ import annotations
 
