@@ -44,6 +44,7 @@ JOURNAL_INTERVAL_S = 0.05
 JOURNAL_AGAIN_S = 5.0  # after its disk failed
 JOURNAL_BYTES = 256 << 10  # below it a journal is not written anew
 ADOPT_AGAIN_S = 60.0  # where the database did not take what an earlier process left
+MARK_AGAIN_S = 86400.0
 ROWS_AT_ONCE = 1000  # a statement: PostgreSQL has ``DATABASE_TIMEOUT`` for each
 COMPLAIN_INTERVAL_S = 30.0  # between lines of the log while nothing can be written
 MAX_WAITING = 10_000
@@ -110,6 +111,7 @@ class UsageWriter:
             work["loraplex-roll-up"] = self._repeat(self.roll_up, ROLL_UP_INTERVAL_S)
         if self._journals:
             work["loraplex-usage-journal"] = self._journal_forever()
+            work["loraplex-usage-mark"] = self._repeat(self.renew_mark, MARK_AGAIN_S)
         if self._leaves:
             work["loraplex-usage-left"] = self._adopt_later()
         self._tasks = [asyncio.create_task(task, name=name) for name, task in work.items()]
@@ -242,13 +244,21 @@ class UsageWriter:
         lines = await asyncio.to_thread(left.lines)
         async with self._database.append() as session:
             written = await marks.written(session, left.id)
-            lost = [record for turn, record in lines if turn > written]
+            unknown = not written and marks.outlived(left.changed)
+            lost = [] if unknown else [record for turn, record in lines if turn > written]
             if lost:
                 await _insert(session, lost)
                 await marks.mark(session, left.id, max(turn for turn, _ in lines))
         if lost:
             logger.warning("wrote %d records of usage that an earlier process had no time for", len(lost))
-        await asyncio.to_thread(left.remove)
+        if unknown:
+            aside = await asyncio.to_thread(left.set_aside)
+            logger.error(
+                "%s is usage of a process that ended more than %d days ago; whether it is in the database is"
+                " not known any more, so it is not written", aside, marks.MARK_DAYS,
+            )  # fmt: skip
+        else:
+            await asyncio.to_thread(left.remove)
         await marks.forget(self._database, left.id)
 
     async def _adopt_later(self) -> None:
@@ -257,6 +267,11 @@ class UsageWriter:
             if self._stopping.is_set():
                 return
             await self.adopt()
+
+    async def renew_mark(self) -> None:
+        """Else that of a process without usage for months would be taken for a lost one's."""
+        if self._marked:
+            await marks.renew(self._database, self._journal.id)
 
     async def _journal_forever(self) -> None:
         """Keeps in the journal what is not in the database yet."""
@@ -367,6 +382,7 @@ class UsageWriter:
         """Adds up the days that are over; in a fleet one process does it for all."""
         while await roll_up(self._database, now() - timedelta(days=self.keep_days)):
             pass
+        await marks.forget_old(self._database)
 
 
 async def _insert(session: AsyncSession, records: Sequence[Usage]) -> None:

@@ -93,10 +93,11 @@ class Journal:
 
 
 class Left:
-    """The file of a process that is gone, locked; ``id`` is its journal's."""
+    """The file of a process that is gone, locked; ``id`` is its journal's, ``changed`` seconds since 1970."""
 
     def __init__(self, path: Path, file: int) -> None:
         self.id = path.stem
+        self.changed = os.fstat(file).st_mtime
         self._path = path
         self._file = file
         self._damaged = 0

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Never
 
@@ -15,6 +17,7 @@ import pytest
 from sqlalchemy import event
 
 from adapters.database.database import Database
+from adapters.database.rows import MetaRow, now
 from adapters.errors import DatabaseUnavailable
 from server.accounts import usage as module
 from server.accounts import usage_marks
@@ -29,7 +32,7 @@ from tests.service.accounts.test_usage_journal import (
     recorded,
     writer,
 )
-from tests.support.databases import opened
+from tests.support.databases import KINDS, opened
 
 LOCKED = (
     "import fcntl, sys; file = open(sys.argv[1], 'a')\n"
@@ -292,3 +295,56 @@ async def test_the_log_counts_what_is_on_its_way(
     await one.stop()
     assert "3 records wait" in caplog.text
     assert await recorded(database) == names(3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_marks_of_lost_journals_go_after_months(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    async with opened(kind, tmp_path / "db") as database:
+        lost, idle, later = writer(database, folder), writer(database, folder), writer(database, folder)
+        past = now() - timedelta(days=usage_marks.MARK_DAYS + 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(usage_marks, "now", lambda: past)
+            for one in (lost, idle):
+                record(one, 0, 1)
+                await one.flush()
+        async with database.append() as session:
+            session.add(MetaRow(key=f"{usage_marks.META_PREFIX}old", value="7"))
+            session.add(MetaRow(key="usage_", value="no mark"))
+        record(later, 1, 1)
+        await later.flush()
+        await idle.renew_mark()
+        await later.roll_up()
+        assert await marks(database) == 3
+        async with database.append() as session:
+            assert await usage_marks.written(session, "old") == 7, "one without a time"
+            assert await usage_marks.written(session, idle._journal.id) == 1
+            assert await usage_marks.written(session, lost._journal.id) == 0
+
+
+async def test_a_file_that_may_have_outlived_its_mark_is_kept_and_not_written(
+    database: Database, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be written already."""
+    file = await left(database, folder, 0, 3)
+    past = (now() - timedelta(days=usage_marks.MARK_DAYS + 1)).timestamp()
+    os.utime(file, (past, past))
+    await writer(database, folder).adopt()
+    assert await recorded(database) == []
+    assert list((folder / FOLDER).iterdir()) == [file.with_suffix(".damaged")]
+    assert "whether it is in the database is not known" in caplog.text
+    assert await marks(database) == 0
+
+
+async def test_an_old_file_whose_mark_is_there_is_written(database: Database, folder: Path) -> None:
+    killed = writer(database, folder)
+    record(killed, 0, 1)
+    await killed.flush()
+    killed.record(replace(ONE, request_id="r1"))
+    await killed._keep()
+    kill(killed)
+    (file,) = (folder / FOLDER).iterdir()
+    os.utime(file, (0, 0))
+    await writer(database, folder).adopt()
+    assert await recorded(database) == names(2)
