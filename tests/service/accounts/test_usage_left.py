@@ -214,15 +214,18 @@ async def test_a_file_that_was_being_written_anew_goes(database: Database, folde
 async def test_an_error_in_the_journal_ends_neither_it_nor_what_it_is_for(
     database: Database, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def wrong(_: Any) -> Never:
+        raise KeyError(0)
+
     one = writer(database, folder)
-    monkeypatch.setattr(one._journal, "rewrite", lambda lines: {}[0])
+    monkeypatch.setattr(one._journal, "rewrite", wrong)
     record(one, 0, 3)
     assert not await one._keep()
     assert "KeyError" in caplog.text
     monkeypatch.undo()
     assert await one._keep(), "all of it is due again"
     assert one._journal.size
-    monkeypatch.setattr(one._journal, "append", lambda lines: {}[0])
+    monkeypatch.setattr(one._journal, "append", wrong)
     record(one, 3, 2)
     await one.stop()
     assert await recorded(database) == names(5)
