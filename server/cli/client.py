@@ -25,7 +25,8 @@ _OWN_REPORTS = {
 }
 # An upload is answered when the engine has tried the adapter, which waits for what runs.
 _UPLOAD_SECONDS = 900.0
-_SECONDS = 30.0
+# Without a byte of an answer. A gateway answers before that without its slow replicas.
+SECONDS = 30.0
 
 
 class RemoteError(Exception):
@@ -73,7 +74,7 @@ class AdminClient:
             self._http = httpx.Client(
                 base_url=url,
                 headers={"Authorization": f"Bearer {key}"},
-                timeout=_SECONDS,
+                timeout=SECONDS,
                 transport=transport,
                 # The system's certificates take longer to read than most answers to come.
                 verify=not url.startswith("http://"),
@@ -92,7 +93,7 @@ class AdminClient:
         asked = {name: value for name, value in query.items() if value is not None}
         return self._ask("GET", path, params=asked).json()
 
-    def post(self, *path: str | int, body: Mapping[str, Any], seconds: float = _SECONDS, **query: int) -> Any:
+    def post(self, *path: str | int, body: Mapping[str, Any], seconds: float = SECONDS, **query: int) -> Any:
         """``seconds``: how long the answer may take."""
         return self._ask("POST", path, json=body, params=query, timeout=seconds).json()
 

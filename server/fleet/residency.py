@@ -14,7 +14,9 @@ from server.fleet.directory import Directory, Known
 
 # After which the others are shown without one that does not answer.
 LOOK_S = 2.0
-EVENTS_S = 30.0  # the same where events are asked for: up to 8,192 of each, and the state before them
+# The same where events are asked for: up to 8,192 of each, and the state before them. The command line
+# gives up after ``server.cli.client.SECONDS`` without a byte, and must have the others' events by then.
+EVENTS_S = 20.0
 SUMMED = ("queued", "running", "counters")  # by tenant
 COUNTED = ("aside", "drains", "preemptions")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from server.cli import client
 from server.fleet import residency
 from server.fleet.residency import FleetResidency, merged
 
@@ -87,6 +88,11 @@ async def test_events_are_waited_for_longer_than_slots(events: int, monkeypatch:
     found = await FleetResidency(directory, dict).residency(OWN, events, None)
     assert found["replicas"][0]["answered"] is bool(events)
     assert found.get("events") == ([{"replica": "x", "event": "tick"}] if events else None)
+
+
+def test_the_command_line_waits_for_longer_than_a_gateway_does() -> None:
+    """It gave up just before the answer came that says which replica is slow."""
+    assert residency.EVENTS_S + residency.LOOK_S <= client.SECONDS
 
 
 def test_without_replicas_nothing_is_there() -> None:
