@@ -99,7 +99,7 @@ def create_app(
     tracer = tracer_of(settings.traces_url, settings.traces_share, settings.role)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         async with AsyncExitStack() as stack:
             if tracer is not None:
                 stack.push_async_callback(tracer.close)
@@ -114,7 +114,7 @@ def create_app(
             if settings.role != "replica":
                 services.batches.start(stack)
             await stack.enter_async_context(trimmed())
-            yield
+            yield {"vouches": services.authentication.vouches}  # for connections
             await services.cancel_tasks()
 
     app = FastAPI(

@@ -173,6 +173,10 @@ class Authentication:
             await self._holder(key)
         raise Forbidden("This key cannot administer. Use the admin key.")
 
+    def vouches(self, key: str) -> bool:
+        """Whether ``key`` is the one of a gateway, which names the customer beside it."""
+        return self._is(digest_of(key), self._service)
+
     async def require_metrics(self, authorization: str | None) -> None:
         """Unauthorized without the metrics key, where there is one."""
         if self._metrics is not None and not self._is(digest_of(_bearer(authorization)), self._metrics):

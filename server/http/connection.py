@@ -23,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from adapters.awake import grace
 from server.errors import envelope
 from server.http.pieces import offer
-from server.http.shares import Shares, Who, shares_of, who_asks
+from server.http.shares import Asking, shares_of, who_asks
 from server.http.turns import turns_of
 
 HEAD_BYTES = 64 << 10
@@ -49,6 +49,10 @@ _KINDS = {  # of refusals that are no fault of the request: the error's type, an
     HTTPStatus.SERVICE_UNAVAILABLE: ("service_unavailable_error", _LATER),
     HTTPStatus.TOO_MANY_REQUESTS: ("rate_limit_error", _LATER),
 }
+
+
+def _nobody(_: str) -> bool:
+    return False
 
 
 class _Patient:
@@ -81,7 +85,8 @@ class BoundedHeads(HttpToolsProtocol):
     connections are open: a new one takes the place of those that have been idle longest, or on which a body
     comes most slowly. Where there are none of either, up to ``SPARE`` more are open, on which probes are
     answered and all else is refused with 503. A request of a key that has its share of the connections
-    (``shares``) is refused with 429.
+    (``shares``) is refused with 429, unless it is a probe. The app's lifespan may put ``vouches`` into its
+    state: whether a key is that of a gateway, whose customers have a share each.
 
     Trailers are thrown away: as headers they would come behind all that a proxy looked at. A request to go on
     in another protocol is answered in this one, its body too, which Java's client sends along; llhttp would
@@ -97,13 +102,13 @@ class BoundedHeads(HttpToolsProtocol):
     _received = _body = 0
     _body_began, _body_bytes = 0.0, 0
     _heard = 0.0  # when the last bytes came
-    _who: Who = ()  # whose request is under way
-    _shares: Shares
+    _asking: Asking
+    _running: Any = None  # the cycle that is answered; ``cycle`` may wait behind it
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(_Patient(transport, self))  # type: ignore[arg-type]
         self._heard = self.loop.time()
-        self._shares = shares_of(self.server_state)
+        self._asking = Asking(shares_of(self.server_state))
         self._begin()
         if len(self.connections) > self.limit:
             self._is_spare = not self._make_room()
@@ -117,7 +122,11 @@ class BoundedHeads(HttpToolsProtocol):
         circles, for which every stream waits.
         """
         self._late.cancel()
-        self._counts_for(())
+        self._asking.leave()
+        running, self._running = self._running, None
+        if running is not None and not running.response_complete:  # uvicorn tells the last one alone
+            running.disconnected = True
+            running.message_event.set()
         super().connection_lost(exc)
         self.transport.closing = None  # type: ignore[attr-defined]
         self.pipeline.clear()
@@ -189,12 +198,12 @@ class BoundedHeads(HttpToolsProtocol):
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too_many_connections")
             self._overrun = True
             return
-        who = () if self.url.startswith(_FLEET) else who_asks(self.headers)
-        if who != self._who and self._shares.exceeds(who, self.limit):
+        counts = not (self.url.startswith(_FLEET) or self._is_probe())
+        who = who_asks(self.headers, self.app_state.get("vouches", _nobody)) if counts else frozenset[int]()
+        if not self._asking.begin(who, self.limit):
             self._refuse(HTTPStatus.TOO_MANY_REQUESTS, "too_many_connections", _ONE_KEY)
             self._overrun = True
             return
-        self._counts_for(who)
         self._in_head = False
         self._received = 0
         self._body_began, self._body_bytes = self.loop.time(), 0
@@ -203,6 +212,7 @@ class BoundedHeads(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         offer(cycle)
+        self._running = cycle
         turns_of(self.loop).begin(partial(super()._start_asgi_task, cycle, app), cycle.scope)
 
     def on_body(self, body: bytes) -> None:
@@ -220,18 +230,12 @@ class BoundedHeads(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        if not self.pipeline:
-            self._counts_for(())
+        self._asking.end()
         super().on_response_complete()
         if self.parser is None:  # set so just now, as the connection was lost
             self._part()  # type: ignore[unreachable]
         elif not (self._between or self._in_head or self.transport.is_closing()):
             self._late = self.loop.call_later(self.rest_seconds, self._overdue, self.transport.close)
-
-    def _counts_for(self, who: Who) -> None:
-        self._shares.end(self._who)
-        self._shares.begin(who)
-        self._who = who
 
     def timeout_keep_alive_handler(self) -> None:
         """Closes an idle connection, but none on which a request has come while the process stood still."""
@@ -278,7 +282,13 @@ class BoundedHeads(HttpToolsProtocol):
         if len(self.connections) <= self.limit or self._make_room():
             self._is_spare = False
             return True
-        return self.url.partition(b"?")[0].rstrip(b"/").rpartition(b"/")[2] in _PROBES
+        return self._is_probe()
+
+    def _is_probe(self) -> bool:
+        """Below any prefix. A body may be long in coming, and what follows ``#`` or ``?`` is no path."""
+        path = self.url.partition(b"#")[0].partition(b"?")[0]
+        is_read = self.parser.get_method() in (b"GET", b"HEAD")
+        return is_read and path.rstrip(b"/").rpartition(b"/")[2] in _PROBES
 
     def _make_room(self) -> bool:
         """Closes a part of the idle connections, the longest idle first; where there are none, of those on

@@ -37,6 +37,7 @@ class Site:
     url: str
     admin: httpx.AsyncClient
     http: httpx.AsyncClient
+    server: uvicorn.Server
 
     @property
     def services(self) -> Any:
@@ -132,6 +133,6 @@ async def serving(app: FastAPI) -> AsyncIterator[Site]:
         ) as admin,
         httpx.AsyncClient(base_url=url, timeout=300, limits=limits, verify=TLS) as http,
     ):
-        yield Site(app, url, admin, http)
+        yield Site(app, url, admin, http, server)
     server.should_exit = True
     await task
