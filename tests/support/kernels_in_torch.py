@@ -48,8 +48,9 @@ def lora_expand(
     for shrunk, b in zip(x, b_stacked, strict=True):
         products = torch.einsum("tr,tor->to", shrunk[rows].float(), b[slots[rows].long(), 0].float())
         columns = slice(first, first + b.shape[2])
-        before = y[rows, columns].float() if add_inputs else 0
-        y[rows, columns] = (before + products).to(y.dtype)
+        if add_inputs:
+            products += y[rows, columns].float()
+        y[rows, columns] = products.to(y.dtype)
         first += b.shape[2]
 
 
@@ -90,9 +91,9 @@ def fused_moe_lora(
         first = 0
         for a, b in zip(a_stacked, b_stacked, strict=True):
             product = b[slot, expert] @ (a[slot, expert] @ x[pair // each])
-            y[token, place, first : first + len(product)] += product * (
-                topk_weights[token, place] if weighted else 1
-            )
+            if weighted:
+                product *= topk_weights[token, place]
+            y[token, place, first : first + len(product)] += product
             first += len(product)
 
 
