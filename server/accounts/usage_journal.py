@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from adapters.files import sync_path
+from adapters.files import sync_path, write_all
 from server.accounts.usage_records import Usage
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,5 @@ def _remove(path: Path) -> None:
 def _written(file: int, lines: Sequence[Line]) -> int:
     """How many bytes ``lines`` are, once they are in ``file``."""
     text = b"".join(b"%d %b\n" % (turn, _RECORD.dump_json(record)) for turn, record in lines)
-    done = 0
-    while done < len(text):  # a disk that fills up takes a part, and raises at the next
-        done += os.write(file, text[done:])
-    return done
+    write_all(file, text)  # a disk that fills up takes a part, and raises at the next
+    return len(text)

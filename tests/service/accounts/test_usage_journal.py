@@ -263,8 +263,8 @@ async def test_a_disk_that_fails_stops_nothing_and_is_made_up_for(
 ) -> None:
     real, fails = os.write, True
 
-    def write(file: int, data: bytes) -> int:
-        if fails and b"acme" in data:
+    def write(file: int, data: memoryview) -> int:
+        if fails and b"acme" in bytes(data):
             real(file, data[:50])
             raise OSError(28, "No space left on device")
         return real(file, data)
