@@ -160,7 +160,7 @@ class BatchEnded(AdapterConflict):
 class AdapterQuarantined(AdapterConflict):
     """A version that made NaN or was running when the engine died; the message names the reason.
 
-    ``version`` is the adapter's name and the number, where a request asked for it.
+    ``version`` is the adapter's name and the number.
     """
 
     code = "adapter_quarantined"
@@ -170,7 +170,7 @@ class AdapterQuarantined(AdapterConflict):
 class AdapterUnfit(AdapterConflict):
     """Fine when it was uploaded, and not what the engine of now can serve; the message says why.
 
-    ``version`` as of ``AdapterQuarantined``.
+    ``version`` as of ``AdapterQuarantined``, where a request asked for it.
     """
 
     code = "adapter_unfit"

@@ -78,9 +78,7 @@ def in_service(
     released = [(version, share) for version, share in shares if version.quarantine is None]
     if shares and not released:
         first = shares[0][0]
-        error = _quarantined(first.adapter, first.number, str(first.quarantine))
-        error.version = first.adapter, first.number
-        raise error
+        raise _quarantined(first.adapter, first.number, str(first.quarantine))
     well = tuple((version, share) for version, share in released if problem(version) is None)
     if not well and released and (why := problem(released[0][0])) is not None:
         if isinstance(why, AdapterUnfit):
@@ -106,7 +104,9 @@ def _of(tenant: str, digest: str) -> Select[VersionRow]:
 
 
 def _quarantined(adapter: str, number: int, reason: str) -> AdapterQuarantined:
-    return AdapterQuarantined(
+    error = AdapterQuarantined(
         f"Version {number} of `{adapter}` is out of service: {reason}. Upload another version, or ask the"
         " operator to release it."
     )
+    error.version = adapter, number
+    return error

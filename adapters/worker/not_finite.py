@@ -74,9 +74,7 @@ class NotFiniteGuard:
         if not self._reported and (logits is None or not torch.isnan(logits.sum())):
             return {}  # one pass instead of vLLM's three
         counts: dict[str, int] = self._count(logits)
-        found = {request: count for request, count in counts.items() if count}
-        if found:
-            self._found(found)
+        self._found(counts)
         if self._reported:
             counts |= {request: self._reported[request] for request in counts if request in self._reported}
         return counts
@@ -97,23 +95,23 @@ class NotFiniteGuard:
             parts = dict(
                 zip(requests, torch.split(states, [int(count) for count in by_request]), strict=True)
             )
-            found = {
-                request: int(part.numel() - torch.isfinite(part).sum())
-                for request, part in parts.items()
-                if not torch.isfinite(part).all()
-            }
-            if found:
-                self._found(found)
+            self._found(
+                {request: int(part.numel() - torch.isfinite(part).sum()) for request, part in parts.items()}
+            )
             for request in self._reported.keys() & parts.keys():
                 parts[request].fill_(torch.nan)
         return self._pool(hidden_states, scheduled, by_request, *args)
 
     def _found(self, counts: dict[str, int]) -> None:
-        """Remembers ``counts``, by request, of what was not finite, and cleans what these wrote."""
-        self._reported.update(counts)
+        """Remembers ``counts``, by request, of what was not finite where something was not, and cleans what
+        these requests wrote."""
+        found = {request: count for request, count in counts.items() if count}
+        if not found:
+            return
+        self._reported.update(found)
         while len(self._reported) > REMEMBERED:
             self._reported.popitem(last=False)
-        self.scrub(self._blocks(counts))
+        self.scrub(self._blocks(found))
 
     def _blocks(self, requests: Iterable[str]) -> set[int] | None:
         """The blocks of ``requests``; None if one is not known."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
+from adapters.worker.dora_gpu import DoraRowsOnGPU
 from adapters.worker.ranges import Range
 from adapters.worker.scheduler import adapters_of, serves_dora
 from adapters.worker.shared_slots import SharedRows
@@ -29,6 +30,10 @@ class SharedRowsOnGPU(SharedRows, PunicaWrapperGPU):  # type: ignore[misc]  # vL
             self.settle(slot, Range(slot, 0, config.max_lora_rank))
 
 
+def _named(wrapper: type) -> str:
+    return f"{wrapper.__module__}.{wrapper.__qualname__}"
+
+
 def offer() -> None:
     """Makes it the wrapper of an engine that shares slots, in this process, and another one that of an engine
     that serves DoRA; elsewhere vLLM's own stays.
@@ -43,9 +48,9 @@ def offer() -> None:
     def chosen() -> str:
         config = get_current_vllm_config()
         if adapters_of(config):
-            return f"{SharedRowsOnGPU.__module__}.{SharedRowsOnGPU.__qualname__}"
+            return _named(SharedRowsOnGPU)
         if serves_dora(config):
-            return "adapters.worker.dora_gpu.DoraRowsOnGPU"
+            return _named(DoraRowsOnGPU)
         return str(usual())
 
     current_platform.get_punica_wrapper = chosen
