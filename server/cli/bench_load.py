@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 
@@ -63,6 +65,12 @@ class Load:
             mean = 1 / self.rate
             shape = self.burst**-2 if self.burst else 0.0
             at += rng.gammavariate(shape, mean / shape) if shape else mean
+
+    async def due(self, rng: random.Random, began: float) -> AsyncIterator[None]:
+        """Goes on at each of the ``arrivals``; ``began`` is a moment of ``time.monotonic()``."""
+        for at in self.arrivals(rng):
+            await asyncio.sleep(max(0.0, began + at - time.monotonic()))
+            yield
 
     def picks(self, choices: Sequence[Asked], rng: random.Random) -> Iterator[Asked]:
         """The first one most often."""

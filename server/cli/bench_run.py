@@ -62,8 +62,7 @@ async def _run(url: str, keys: Sequence[str], models: Sequence[str], load: Load)
         choices = await _choices(http, keys, models)
         rng, began = random.Random(load.seed), time.monotonic()  # noqa: S311  a load, no secret
         picks, shots, tasks = load.picks(choices, rng), [], []
-        for at in load.arrivals(rng):
-            await asyncio.sleep(max(0.0, began + at - time.monotonic()))
+        async for _ in load.due(rng, began):
             asked = next(picks)
             shots.append(Shot(asked.model, time.monotonic() - began))
             prompt = " ".join(rng.choices(_WORDS, k=load.prompt_words))

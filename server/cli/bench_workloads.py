@@ -150,11 +150,10 @@ async def overload(bench: Bench) -> None:
     await bench.closed("as many as it can", [picks] * (4 * CLIENTS))
     good = sum(shot.error is None for shot in bench.phases["as many as it can"])
     load = replace(bench.load, rate=TIMES * max(1, good) / bench.load.seconds, burst=1.0)
-    began = time.monotonic()
-    asking = []
-    for at in load.arrivals(bench.rng):
-        await asyncio.sleep(max(0.0, began + at - time.monotonic()))
-        asking.append(asyncio.create_task(bench.ask(next(picks), bench.load.max_tokens)))
+    asking = [
+        asyncio.create_task(bench.ask(next(picks), bench.load.max_tokens))
+        async for _ in load.due(bench.rng, time.monotonic())
+    ]
     await bench.each("one more", [last])
     bench.phases["three times as many"] = list(await asyncio.gather(*asking))
 
