@@ -23,6 +23,7 @@ from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.app import create_app
 from tests.engine.reference import ATTENTION
 from tests.support.site import Site, bearer, engine_settings, serving
+from tests.support.trainer import draw
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
@@ -78,10 +79,7 @@ async def key(site: Site) -> str:
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     model = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=ATTENTION, task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.3)
+    draw(adapted, of="lora_B", std=0.3)
     folder = tmp_path_factory.mktemp("adapter")
     adapted.save_pretrained(folder)
     return {file: (folder / file).read_bytes() for file in (CONFIG_FILE, WEIGHTS_FILE)}

@@ -18,6 +18,7 @@ from tests.support.engine_calls import (
     ask,
     bring_in,
     call,
+    given_up,
     meter_of,
     read_in,
     said,
@@ -214,13 +215,7 @@ class DialectSuite:
     async def test_a_document_that_is_given_up_is_unavailable(self, engine: Engine, kind: Kind) -> None:
         made, request = call(engine, kind, limited(kind, 50), None)
         reading = asyncio.create_task(engine.answer(made, request))
-        while meter_of(made).output == 0:
-            await asyncio.sleep(0.001)
-            engine.poll(made)
-        assert await engine.pause(made)
-        await engine.give_up(made, "it is gone")
-        with pytest.raises(Unavailable, match="it is gone"):
-            await reading
+        await given_up(engine, made, reading)
 
     # --- tokens ----------------------------------------------------------------------------------
 

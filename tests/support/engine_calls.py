@@ -14,6 +14,7 @@ import pytest
 
 from server.engine.calls import Answer, Call, Kind, PageOp, StageResult
 from server.engine.engine import Engine
+from server.errors import Unavailable
 
 MakeAdapter = Callable[[int], Path]
 
@@ -171,6 +172,17 @@ def same(told: dict[str, Any], other: dict[str, Any]) -> bool:
 
 async def read_all(engine: Engine, made: Call, request: Any) -> dict[str, Any]:
     return await whole(await engine.answer(made, request))
+
+
+async def given_up(engine: Engine, made: Call, reading: asyncio.Task[Any]) -> None:
+    """Pauses what ``reading`` reads once it has begun, and gives it up: whoever reads it is told why."""
+    while meter_of(made).output == 0:
+        await asyncio.sleep(0.001)
+        engine.poll(made)
+    assert await engine.pause(made)
+    await engine.give_up(made, "it is gone")
+    with pytest.raises(Unavailable, match="it is gone"):
+        await reading
 
 
 async def until(engine: Engine, made: Call, tokens: int) -> None:

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from vllm import _custom_ops
 from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import FusedMoEWithLoRA, LoRAMapping
@@ -33,12 +32,11 @@ from tests.service.worker.test_experts import (
     HIDDEN,
     INNER,
     LAYER,
-    PARAMETERS,
-    RANK,
     RECIPES,
     Experts,
+    added,
+    gpt_oss_trained,
     loaded,
-    make_gpt_oss,
     tables,
     trained_by,
 )
@@ -127,16 +125,7 @@ def fill(layer: Any, slot: int, recipe: str, folder: Path) -> dict[str, torch.Te
 
 def fill_gpt_oss(layer: Any, slot: int, folder: Path) -> dict[str, torch.Tensor]:
     """The same of GPT-OSS, whose rows of gate and up take turns; sizes are rounded up by 8."""
-    config = LoraConfig(
-        r=RANK, lora_alpha=5, target_modules=["q_proj"], target_parameters=PARAMETERS, task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(make_gpt_oss(), config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.normal_(std=0.1)
-    model.save_pretrained(folder)
-    lora = loaded(folder)
+    model, lora = gpt_oss_trained(folder), loaded(folder)
     LoRAModelManager._convert_3d_to_2d_moe_lora(tables(model="GptOssForCausalLM"), lora, layer, LAYER)
     FusedMoEWithLoRA.set_lora(layer, slot, lora.get_lora(LAYER).lora_a, lora.get_lora(LAYER).lora_b)
     found = {name: delta.transpose(1, 2) for name, delta in added(model).items()}
@@ -144,12 +133,6 @@ def fill_gpt_oss(layer: Any, slot: int, folder: Path) -> dict[str, torch.Tensor]
         "w13": torch.nn.functional.pad(found["gate_up_proj"], (0, 8, 0, 16)),
         "w2": torch.nn.functional.pad(found["down_proj"], (0, 8, 0, 8)),
     }
-
-
-def added(model: Any) -> dict[str, torch.Tensor]:
-    """What PEFT adds to each of a layer's two parameters."""
-    outer = model.base_model.model.get_submodule(LAYER)
-    return {one.parameter_name: one.get_delta_weight("default").detach() for one in (outer, outer.base_layer)}
 
 
 def context(layer: Any, wrapper: Any, shape: Shape) -> MoELoRAContext:

@@ -9,7 +9,6 @@ import pytest
 
 from server.engine.calls import Kind
 from server.engine.engine import Engine
-from server.errors import Unavailable
 from tests.support.engine_calls import (
     LOGPROBS,
     QUESTION,
@@ -19,6 +18,7 @@ from tests.support.engine_calls import (
     ask,
     bring_in,
     call,
+    given_up,
     kinds,
     meter_of,
     read_all,
@@ -137,10 +137,4 @@ class PauseSuite:
     async def test_a_paused_answer_can_be_given_up(self, engine: Engine, stream: bool) -> None:
         made, request = call(engine, "chat", {**QUESTION, "max_tokens": 50, "stream": stream}, None)
         reading = asyncio.create_task(read_all(engine, made, request))
-        while meter_of(made).output == 0:
-            await asyncio.sleep(0.001)
-            engine.poll(made)
-        assert await engine.pause(made)
-        await engine.give_up(made, "it is gone")
-        with pytest.raises(Unavailable, match="it is gone"):
-            await reading
+        await given_up(engine, made, reading)

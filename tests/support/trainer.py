@@ -159,6 +159,14 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.T
 # --- training -------------------------------------------------------------------------------------------
 
 
+def draw(model: Any, of: str = "lora_", std: float = 0.1) -> None:
+    """Random numbers, in place of training, into the parameters of PEFT's ``model`` whose name has ``of``."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if of in name:
+                parameter.normal_(std=std)
+
+
 def _config(one: Specimen, **more: Any) -> LoraConfig:
     return LoraConfig(**(DEFAULTS | dict(one.options) | more))
 

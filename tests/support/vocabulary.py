@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 
-from tests.support.trainer import SIZES, Base, build
+from tests.support.trainer import SIZES, Base, build, draw
 
 BOTH = ("lm_head", "embed_tokens")
 
@@ -23,10 +23,7 @@ def train(base: Base, targets: tuple[str, ...], folder: Path, **options: Any) ->
     torch.manual_seed(3)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM", **options)
     model = get_peft_model(base.fresh(), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.1)
+    draw(model)
     model.save_pretrained(folder)
     (folder / "README.md").unlink()
     return model.eval()

@@ -14,6 +14,7 @@ from adapters.inspection.admit import admit
 from adapters.inspection.base_model import read_base
 from adapters.model import CONFIG_FILE, BaseModel
 from tests.support.peft_adapters import make_llama
+from tests.support.trainer import draw
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Of Axolotl 0.21 (``loaders/adapter.py``), for its example of a QLoRA: what is not said in its YAML is None.
@@ -72,10 +73,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 def test_what_a_trainer_writes_is_taken_as_it_is(trainer: str, base: BaseModel, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = get_peft_model(make_llama(), LoraConfig(**TRAINERS[trainer]))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.1)
+    draw(model, of="lora_B")
     model.save_pretrained(tmp_path)
     manifest = admit(tmp_path, base, serving_dtype="float32")
     assert not manifest.conversions

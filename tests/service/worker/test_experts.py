@@ -39,6 +39,7 @@ from adapters.offline.doctor import diagnose
 from adapters.offline.merge import Merge, MergeError
 from adapters.worker.experts import expert_shapes, has_stacked_experts
 from adapters.worker.names import names_of
+from tests.support.trainer import draw
 
 EXPERTS, HIDDEN, INNER, RANK, SLOTS = 4, 32, 24, 3, 2
 LAYER = "model.layers.0.mlp.experts"
@@ -170,21 +171,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(make_model(), config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.normal_(std=0.1)
+    draw(model)
     folder = tmp_path_factory.mktemp("stacked")
     model.save_pretrained(folder)
     return folder, model
 
 
+def added(model: Any) -> dict[str, torch.Tensor]:
+    """What PEFT adds to each of the layer's two parameters, by name."""
+    outer = model.base_model.model.get_submodule(LAYER)
+    return {one.parameter_name: one.get_delta_weight("default").detach() for one in (outer, outer.base_layer)}
+
+
 def deltas(model: Any) -> dict[str, torch.Tensor]:
     """Projection -> (experts, out, in) that PEFT adds to the weights."""
-    outer = model.base_model.model.get_submodule(LAYER)
-    found = {one.parameter_name: one.get_delta_weight("default") for one in (outer, outer.base_layer)}
+    found = added(model)
     gate, up = found["gate_up_proj"].chunk(2, dim=1)
-    return {"gate_proj": gate.detach(), "up_proj": up.detach(), "down_proj": found["down_proj"].detach()}
+    return {"gate_proj": gate, "up_proj": up, "down_proj": found["down_proj"]}
 
 
 def loaded(folder: Path) -> LoRAModel:
@@ -256,10 +259,7 @@ def trained_by(recipe: str, folder: Path, **changed: Any) -> tuple[Any, BaseMode
     make, targets, layer = RECIPES[recipe]
     config = LoraConfig(r=RANK, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM", **changed)
     model = get_peft_model(make(), config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.normal_(std=0.1)
+    draw(model)
     model.save_pretrained(folder)
     return model, base_with(layer, model.config.model_type), layer
 
@@ -383,10 +383,7 @@ def test_one_projection_alone_gets_zeros_beside_it(recipe: str, alone: str, tmp_
     make, _, layer = RECIPES[recipe]
     config = LoraConfig(r=RANK, lora_alpha=5, target_modules=["q_proj"], target_parameters=[alone])
     model = get_peft_model(make(), config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.normal_(std=0.1)
+    draw(model)
     model.save_pretrained(tmp_path)
     base = base_with(layer, model.config.model_type)
     manifest = admit(tmp_path, base, serving_dtype="float32")
@@ -560,17 +557,20 @@ def test_sizes_are_the_checkpoints_where_vllm_rounds_them_up() -> None:
     assert expert_shapes(tables(), LAYER, RealExperts(rounded=8, workers=2)) == {}
 
 
-def test_experts_of_gpt_oss_whose_gate_and_up_take_turns(tmp_path: Path) -> None:
-    """In slots that vLLM rounded up by 8: what follows the adapter's own sizes stays zero."""
+def gpt_oss_trained(folder: Path) -> Any:
+    """PEFT's model of GPT-OSS with experts adapted, saved in ``folder``."""
     config = LoraConfig(
         r=RANK, lora_alpha=5, target_modules=["q_proj"], target_parameters=PARAMETERS, task_type="CAUSAL_LM"
     )
     model = get_peft_model(make_gpt_oss(), config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.normal_(std=0.1)
-    model.save_pretrained(tmp_path)
+    draw(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_experts_of_gpt_oss_whose_gate_and_up_take_turns(tmp_path: Path) -> None:
+    """In slots that vLLM rounded up by 8: what follows the adapter's own sizes stays zero."""
+    model = gpt_oss_trained(tmp_path)
     shapes = expert_shapes(tables(three_dimensional=True), LAYER, RealExperts(rounded=8))
     shapes["model.layers.0.self_attn.q_proj"] = [HIDDEN - 8, 32]
     modules = {name: ModuleShape(*shape) for name, shape in shapes.items()}
@@ -578,9 +578,8 @@ def test_experts_of_gpt_oss_whose_gate_and_up_take_turns(tmp_path: Path) -> None
     lora, layer = loaded(tmp_path), Experts()
     LoRAModelManager._convert_3d_to_2d_moe_lora(tables(model="GptOssForCausalLM"), lora, layer, LAYER)
     layer.set_lora(1, lora.get_lora(LAYER).lora_a, lora.get_lora(LAYER).lora_b)
-    outer = model.base_model.model.get_submodule(LAYER)
-    found = {one.parameter_name: one.get_delta_weight("default") for one in (outer, outer.base_layer)}
-    gate_up, down = (found[name].detach().transpose(1, 2) for name in ("gate_up_proj", "down_proj"))
+    found = added(model)
+    gate_up, down = (found[name].transpose(1, 2) for name in ("gate_up_proj", "down_proj"))
     wanted = {"gate_proj": gate_up[:, ::2], "up_proj": gate_up[:, 1::2], "down_proj": down}
     padded = {name: torch.nn.functional.pad(delta, (0, 8, 0, 8)) for name, delta in wanted.items()}
     print(f"| GPT-OSS, target_parameters, rounded up | what slots hold | {check(layer, padded):.1e} |")
