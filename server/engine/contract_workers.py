@@ -84,6 +84,43 @@ WORKERS: tuple[Use, ...] = (
         text=("self.add_shrink(", "self.add_expand("),
         why="as above, on a GPU",
     ),
+    # Heads of prompts: adapters/worker/prompts.py
+    Use(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        ("_get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)",),
+        "wrapped: the head's kernels are told the adapters of a prompt's rows",
+        text=("logits = self.model.compute_logits(prompt_hidden_states)",),
+    ),
+    Use(
+        "vllm.v1.worker.gpu.sample.prompt_logprob",
+        "PromptLogprobsWorker",
+        (
+            "compute_prompt_logprobs(logits_fn, hidden_states)",
+            "compute_prompt_token_id_logprobs(logits_fn, hidden_states)",
+        ),
+        "as above, of the other runner",
+        text=("logits_fn(prompt_hidden_states[start_idx:end_idx])",),
+    ),
+    Use(
+        "vllm.v1.worker.gpu.model_runner",
+        text=("self.prompt_logprobs_worker.compute_prompt_logprobs(", "self.model.compute_logits,"),
+        why="as above",
+    ),
+    Use(
+        "vllm.lora.ops.triton_ops.lora_kernel_metadata",
+        "LoRAKernelMeta",
+        ("prepare_tensors(token_lora_mapping)",),
+        "as above, on a GPU",
+    ),
+    Use(
+        "vllm.lora.punica_wrapper.punica_gpu",
+        text=(
+            "self.prompt_mapping_meta = LoRAKernelMeta.make(",
+            "self.prompt_mapping_meta.prepare_tensors(self.sampler_indices)",
+        ),
+        why="as above",
+    ),
     Use("vllm.platforms.interface", "Platform", ("get_punica_wrapper",), "says which wrapper a GPU has"),
     Use(
         "vllm.lora.layers.base_linear",

@@ -25,7 +25,8 @@ from server.app import create_app
 from server.engine.arguments import slots_of
 from server.engine.calls import PageOp
 from tests.support.site import Site, bearer, engine_settings, serving
-from tests.support.trainer import LENGTH, PROMPT, Base, Truth, answer, make_base, token
+from tests.support.trainer import Base, make_base
+from tests.support.truth import Truth, answer, echoed, heard
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
@@ -43,11 +44,9 @@ class Pair:
     truths: dict[str, Truth]
 
     async def ask(self, model: str) -> Truth:
-        body = {"model": model, "prompt": list(PROMPT), "max_tokens": LENGTH, "temperature": 0, "logprobs": 1}
-        response = await self.site.http.post("/v1/completions", json=body, headers=bearer(self.key))
+        response = await self.site.http.post("/v1/completions", json=echoed(model), headers=bearer(self.key))
         assert response.status_code == 200, response.text
-        said = response.json()["choices"][0]["logprobs"]
-        return Truth(tuple(map(token, said["tokens"])), tuple(said["token_logprobs"]))
+        return heard(response.json())
 
 
 def make(base: Base, folder: Path, rank: int) -> Truth:
@@ -101,8 +100,7 @@ async def test_answers_are_pefts_while_adapters_come_and_go(pair: Pair) -> None:
     for name in [*pair.truths, *reversed(pair.truths)]:  # four through two slots and three entries
         got, truth = await pair.ask(name), pair.truths[name]
         assert got.ids == truth.ids, name
-        apart = max(abs(a - b) for a, b in zip(got.log_probs, truth.log_probs, strict=True))
-        assert apart < TOLERANCE, name
+        assert got.apart(truth) < TOLERANCE, name
     engine = pair.site.services.engine
     assert (await engine.report()).in_step_loads == 0
 

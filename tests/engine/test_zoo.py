@@ -16,7 +16,8 @@ from server.app import create_app
 from server.settings import Settings
 from tests.support.resting import RESTING
 from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer, serving
-from tests.support.trainer import LENGTH, PROMPT, Truth, answer, breed, make_base, token, words
+from tests.support.trainer import breed, make_base
+from tests.support.truth import Truth, answer, echoed, heard, words
 from tests.support.zoo import MAX_RANK, SPECIMENS
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -43,12 +44,9 @@ class Zoo:
         return await self.site.admin.post(f"/admin/v1/tenants/zoo/adapters/{_id(name)}/versions", files=files)
 
     async def ask(self, model: str) -> Truth:
-        body = {"model": model, "prompt": PROMPT, "max_tokens": LENGTH, "temperature": 0, "logprobs": 1}
-        response = await self.site.http.post("/v1/completions", json=body, headers=bearer(self.key))
+        response = await self.site.http.post("/v1/completions", json=echoed(model), headers=bearer(self.key))
         assert response.status_code == 200, response.text
-        said = response.json()["choices"][0]["logprobs"]
-        ids = tuple(map(token, said["tokens"]))
-        return Truth(ids, tuple(said["token_logprobs"]))
+        return heard(response.json())
 
 
 def _id(name: str) -> str:
@@ -123,12 +121,8 @@ async def _fault(zoo: Zoo, name: str) -> str | None:
     got = await zoo.ask(_id(name))
     if got.ids != truth.ids:
         return f"said {words(got.ids)} instead of {words(truth.ids)}"
-    if _distance(got, truth) > TOLERANCE:
-        return f"log-probabilities are {_distance(got, truth):.3g} apart"
-    if truth.ids == zoo.bare.ids and _distance(truth, zoo.bare) < LEAST_EFFECT:
+    if got.apart(truth) > TOLERANCE:
+        return f"log-probabilities are {got.apart(truth):.3g} apart"
+    if truth.ids == zoo.bare.ids and truth.apart(zoo.bare) < LEAST_EFFECT:
         return "the base says the same"
     return None
-
-
-def _distance(one: Truth, other: Truth) -> float:
-    return max(abs(a - b) for a, b in zip(one.log_probs, other.log_probs, strict=True))

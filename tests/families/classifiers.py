@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen3C
 from server.app import create_app
 from tests.families.measure import settings_of
 from tests.support.site import Site, bearer, serving
-from tests.support.trainer import SIZES, build_classifier, read, words, write
+from tests.support.trainer import SIZES, build_classifier, read, write
+from tests.support.truth import words
 
 BASES = {
     "classifier-llama": LlamaConfig(**SIZES, num_labels=3),

@@ -22,7 +22,8 @@ from server.inference.dialects.registry import DIALECTS
 from server.settings import Settings
 from tests.support.families import FAMILIES, Family, adapters
 from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer, serving
-from tests.support.trainer import LENGTH, PROMPT, SIZES, Truth, answer, breed, build, token, words
+from tests.support.trainer import SIZES, breed, build
+from tests.support.truth import PROMPT, Truth, answer, echoed, heard, words
 
 TOLERANCE = 1e-2
 # A base that answers in place of an adapter must not pass for it: the adapter moves the answer by at least so
@@ -74,7 +75,7 @@ async def measure(name: str, root: Path) -> Row:
                     raise ValueError(uploaded.text[:300])
                 apart = _distance(await _ask(site, key, folders[kind].name), truth)
                 differences.append(apart)
-                if truth.ids == bare.ids and _apart(truth, bare) < LEAST_EFFECT * apart:
+                if truth.ids == bare.ids and truth.apart(bare) < LEAST_EFFECT * apart:
                     raise ValueError("the base says the same")
             except ValueError as error:
                 wrong[kind] = str(error)
@@ -109,12 +110,12 @@ def settings_of(root: Path, dtype: str = "float32") -> Settings:
 
 
 async def _ask(site: Site, key: str, model: str) -> Truth:
-    body = {"model": model, "prompt": PROMPT, "max_tokens": LENGTH, "temperature": 0, "logprobs": 1}
-    response: httpx.Response = await site.http.post("/v1/completions", json=body, headers=bearer(key))
+    response: httpx.Response = await site.http.post(
+        "/v1/completions", json=echoed(model), headers=bearer(key)
+    )
     if response.status_code != 200:
         raise ValueError(response.text[:300])
-    said = response.json()["choices"][0]["logprobs"]
-    return Truth(tuple(map(token, said["tokens"])), tuple(said["token_logprobs"]))
+    return heard(response.json())
 
 
 async def apart_by_force(site: Site, key: str, model: str, truth: Truth) -> float:
@@ -134,14 +135,10 @@ def _distance(got: Truth, truth: Truth) -> float:
     """ValueError where the tokens differ or the log-probabilities are too far apart."""
     if got.ids != truth.ids:
         raise ValueError(f"said {words(got.ids)} instead of {words(truth.ids)}")
-    apart = _apart(got, truth)
+    apart = got.apart(truth)
     if apart > TOLERANCE:
         raise ValueError(f"log-probabilities are {apart:.3g} apart")
     return apart
-
-
-def _apart(one: Truth, other: Truth) -> float:
-    return max(abs(a - b) for a, b in zip(one.log_probs, other.log_probs, strict=True))
 
 
 def table(rows: Sequence[Row]) -> str:

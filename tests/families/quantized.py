@@ -14,7 +14,8 @@ from server.settings import Settings
 from tests.families.measure import apart_by_force, settings_of
 from tests.support.quantized import make_plain, quantize
 from tests.support.site import serving
-from tests.support.trainer import answer, breed
+from tests.support.trainer import breed
+from tests.support.truth import answer
 from tests.support.zoo import LINEAR, Specimen
 
 ADAPTERS = {

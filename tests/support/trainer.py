@@ -10,7 +10,7 @@ import copy
 import functools
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,10 @@ from transformers import (
 )
 
 from adapters.inspection.inspect import PREFIX
-from adapters.inspection.logprobs import PROMPTS
 from adapters.model import CONFIG_FILE, INITIAL_FILE, WEIGHTS_FILE
+from tests.support.truth import VOCABULARY, Truth, answer, word
 from tests.support.zoo import DEFAULTS, LAYERS, Specimen
 
-VOCABULARY = 256
-PROBED = tuple(dict.fromkeys(" ".join(PROMPTS).split()))
-PROMPT = (5, 17, 3, 88, 41, 200, 9)
-LENGTH = 16
 SOME_ROWS = [5, 41, 200]  # of the vocabulary
 # Standard deviation of what an adapter adds to a layer's output, which is itself about 1.5.
 EFFECT = 0.5
@@ -60,14 +56,6 @@ SIZES = {
     "eos_token_id": None,
 }
 _CONFIGS = {"llama": LlamaConfig, "qwen": Qwen2Config}
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The greedy answer to PROMPT: LENGTH ids and their log-probabilities."""
-
-    ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
 
 
 def make_base(kind: str, folder: Path) -> Base:
@@ -100,14 +88,6 @@ def build(config: Any, folder: Path, kind: Any = AutoModelForCausalLM) -> Base:
     return Base(folder)
 
 
-def word(token: int) -> str:
-    """Those of the server's probes first, so that they are not all the same to a model."""
-    return PROBED[token] if token < len(PROBED) else f"w{token}"
-
-
-_TOKENS = {word(token): token for token in range(VOCABULARY)}
-
-
 @dataclass(frozen=True)
 class Base:
     folder: Path
@@ -135,16 +115,6 @@ def breed(base: Base, name: str, one: Specimen, folder: Path) -> Truth | None:
     for path in folder.glob("README.md"):
         path.unlink()
     return None if one.code else answer(trained)
-
-
-def answer(model: Any) -> Truth:
-    ids, log_probs = list(PROMPT), []
-    with torch.inference_mode():
-        for _ in range(LENGTH):
-            best = torch.log_softmax(model.eval()(torch.tensor([ids])).logits[0, -1], dim=-1).max(dim=-1)
-            ids.append(int(best.indices))
-            log_probs.append(float(best.values))
-    return Truth(tuple(ids[len(PROMPT) :]), tuple(log_probs))
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -477,11 +447,3 @@ STYLES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
     "diffusers": _renamed(("lora_A", "lora.down"), ("lora_B", "lora.up")),
     "linear_in": _renamed(("lora_A", "adapter.linear_in"), ("lora_B", "adapter.linear_out")),
 }
-
-
-def token(word: str) -> int:
-    return _TOKENS[word.strip()]
-
-
-def words(ids: Sequence[int]) -> tuple[str, ...]:
-    return tuple(word(i) for i in ids)

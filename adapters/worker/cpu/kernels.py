@@ -140,7 +140,11 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is n
     ) -> None:
         super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         self._tokens = Groups.of(self.token_lora_indices.tolist())
-        self._samples = Groups.of(self.sampler_indices.tolist())
+        self.sample(self.sampler_indices)
+
+    def sample(self, slots: torch.Tensor) -> None:
+        """``slots`` (rows,): the slot of each row of the next ``add_lora_logits``, -1 for none."""
+        self._samples = Groups.of(slots.tolist())
 
     def add_lora_linear(
         self,

@@ -26,7 +26,8 @@ from adapters.offline.reference import golden
 from server.engine.quantization import refuse
 from tests.support.families import FAMILIES
 from tests.support.quantized import KINDS, make_plain, quantize
-from tests.support.trainer import PROMPT, SIZES, Base, breed, build, read, write
+from tests.support.trainer import SIZES, Base, breed, build, read, write
+from tests.support.truth import PROMPT
 from tests.support.zoo import Specimen
 
 ADAPTED = Specimen({"target_modules": "all-linear"})
