@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 
 from adapters.errors import DatabaseUnavailable, StorageBusy, StorageFailed, StorageFull
@@ -16,8 +15,8 @@ from server.scheduling.refusals import quarantined
 
 logger = logging.getLogger(__name__)
 
-# A database that cannot be written is asked again so often, for ten minutes.
-AGAIN_S, TRIES = 1.0, 600
+# A database that cannot be written is asked again so often, in seconds.
+AGAIN_S = 1.0
 
 
 async def quarantine(rows: Quarantine, dispatcher: Dispatcher, version: Version, reason: str) -> None:
@@ -30,11 +29,16 @@ async def quarantine(rows: Quarantine, dispatcher: Dispatcher, version: Version,
         about = {"tenant": version.tenant, "adapter": version.adapter, "version": version.number}
         name = f"{version.tenant}/{version.adapter}@{version.number}"
         logger.error("%s is quarantined: %s", name, reason, extra=about)
+    await _stop(dispatcher, version, reason)
+
+
+async def _stop(dispatcher: Dispatcher, version: Version, reason: str) -> None:
+    """Ends what waits for ``version`` and what runs on it; it leaves memory."""
     dispatcher.pin(version, False)
     running = [
         lease
         for lease in dispatcher.open_leases()
-        if lease.version is not None and lease.version.key == version.key
+        if lease.version is not None and lease.version.key == version.key and lease.version.number
     ]
     dispatcher.quarantine(version, reason)
     await asyncio.gather(*(_end(lease, reason) for lease in running), return_exceptions=True)
@@ -68,19 +72,24 @@ async def quarantine_key(
     Nothing happens where no version has this key: the base model, a version that has been deleted, or one
     whose upload is still being tried, which is refused by its probe.
 
-    Nobody waits for it, so a database that is busy or away, or whose disk fails, is asked again; its error is
-    raised in the end.
+    The version is out of service here and now. A database that is busy or away, or whose disk fails, is asked
+    again until it has the row, which then decides, also after a restart.
     """
-    for tries in itertools.count(1):
+    dispatcher.out_of_service.put(key, reason)
+    known = dispatcher.version(key)
+    if known is not None and known.number:
+        dispatcher.spawn(_stop(dispatcher, known, reason))
+    said = False
+    while True:
         try:
             await _quarantine_key(rows, catalog, dispatcher, key, reason)
-            return
+            break
         except (StorageBusy, StorageFull, StorageFailed, DatabaseUnavailable) as exc:
-            if tries == TRIES:
-                raise
-            if tries == 1:
-                logger.error("%s cannot be quarantined yet, and will be: %s; %s", key, reason, exc)
+            if not said:
+                logger.error("%s is out of service until a restart, %s; its row waits: %s", key, reason, exc)
+            said = True
             await asyncio.sleep(AGAIN_S)
+    dispatcher.out_of_service.take_out(key)
 
 
 async def _quarantine_key(

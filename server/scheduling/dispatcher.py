@@ -45,6 +45,7 @@ from server.scheduling.nouns import (
     Warmed,
     by_tenant,
 )
+from server.scheduling.out_of_service import OutOfService
 from server.scheduling.refusals import engine_stopped, error_of
 from server.telemetry.by_adapter import Loaded
 
@@ -105,6 +106,7 @@ class Dispatcher(EngineLoop):
             on_losses,
             losses,
         )
+        self.out_of_service = OutOfService()
         self._preparation = preparation
         self._preparing: set[int] = set()  # loads that the engine has not heard of yet
         self._unprepared: AdapterError | None = None  # why, while the plan is told that a load failed
@@ -136,7 +138,8 @@ class Dispatcher(EngineLoop):
         return f"{tenant}-{next(self._ids)}"
 
     async def submit(self, ask: Ask, version: Version | None = None, *, payer: str | None = None) -> Lease:
-        """Waits until the request may run. Raises TooManyRequests, Unavailable or AdapterUnavailable.
+        """Waits until the request may run. Raises TooManyRequests, Unavailable, AdapterUnavailable or
+        AdapterQuarantined.
 
         ``version`` is the one whose key ``ask`` has. ``payer`` is the tenant that the lease is of, where it
         waits in a queue that is not its own (``ask.tenant``).
@@ -146,6 +149,7 @@ class Dispatcher(EngineLoop):
         """
         if self._died is not None:
             raise engine_stopped()
+        self.out_of_service.check(version)
         tenant = payer or ask.tenant
         if version is not None:
             self._versions[version.key] = version
@@ -209,6 +213,7 @@ class Dispatcher(EngineLoop):
         Raises AdapterUnavailable if it cannot be loaded, and Unavailable if for ``timeout`` seconds no room
         was free or held by an idle adapter.
         """
+        self.out_of_service.check(version)
         warmed = asyncio.get_running_loop().create_future()
         waiters = self._warming.setdefault(version.key, set())
         waiters.add(warmed)
@@ -232,6 +237,7 @@ class Dispatcher(EngineLoop):
 
     def pin(self, version: Version, pinned: bool) -> None:
         """A pinned version is loaded whenever there is room, and then stays in its slot."""
+        pinned = pinned and not self.out_of_service.has(version)
         if pinned:
             self._versions[version.key] = version
         self._tell(self._plan.pin, version.key, pinned, version.tenant)

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters.errors import StorageBusy
+from adapters.errors import StorageBusy, StorageFull
 from adapters.model import Version
 from adapters.store.quarantine import Quarantine
 from server.publishing import quarantine as use_case
@@ -110,8 +110,49 @@ async def test_what_makes_nan_while_the_database_is_busy_is_quarantined_after_al
         while not (await shown(site))[2]:
             await asyncio.sleep(0.01)
     assert tried == ["it made NaN"] * 4
-    assert caplog.text.count("cannot be quarantined yet") == 1
+    assert caplog.text.count("its row waits") == 1
     error(await ask(site, await key(site)), 409, "adapter_quarantined")
+
+
+async def test_a_version_is_out_of_service_while_its_row_waits_for_the_database(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also its waiting and running requests, its pin, and the same files under another name."""
+    plain, free = Quarantine.put, asyncio.Event()
+
+    async def full(rows: Quarantine, version: Version, reason: str) -> bool:
+        if not free.is_set():
+            raise StorageFull("The disk is full.")
+        return await plain(rows, version, reason)
+
+    monkeypatch.setattr(Quarantine, "put", full)
+    monkeypatch.setattr(use_case, "AGAIN_S", 0.01)
+    assert (await site.admin.post(URL.replace("/a/", "/b/"), files=files(2))).status_code == 201
+    headers, dispatcher = await key(site), site.services.dispatcher
+    version = await site.services.publishing.catalog.version("acme", "a", 2)
+    site.services.engine.times.step = 0.05
+    runs = asyncio.create_task(ask(site, headers, "a@2", max_tokens=2000))
+    async with asyncio.timeout(60):
+        while not dispatcher.open_leases():
+            await asyncio.sleep(0.01)
+    site.services.engine.on_fault(version.key, "it made NaN")
+    for model in ("a", "a@2", "b"):
+        refused = error(await ask(site, headers, model), 409, "adapter_quarantined")
+        assert "it made NaN" in refused["message"]
+    assert "it made NaN" in (await runs).text
+    error(await site.admin.post(f"{ADAPTER}/warm"), 409, "adapter_quarantined")
+    dispatcher.pin(version, True)
+    assert all(slot.version != version.key for slot in dispatcher.snapshot().slots)
+    assert not (await shown(site))[2], "the row is not there yet"
+    site.services.engine.times.step = 0.001
+    assert (await ask(site, headers, "a@1")).status_code == 200
+    free.set()
+    async with asyncio.timeout(60):
+        while not (await shown(site))[2] or dispatcher.out_of_service.has(version):
+            await asyncio.sleep(0.01)
+    error(await ask(site, headers), 409, "adapter_quarantined")
+    assert (await site.admin.patch(ADAPTER, json={"quarantined": False})).status_code == 200
+    assert (await ask(site, headers)).status_code == 200, "from then on the row decides"
 
 
 @pytest.mark.parametrize("url", [ADAPTER, f"{ADAPTER}/versions/2"])
