@@ -28,7 +28,10 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 CONTENT_TYPES: dict[Form, str] = {"text": CONTENT_TYPE_LATEST, "openmetrics": _OPENMETRICS}
 
-Outcome = Literal["completed", "disconnected", "rejected", "refused", "unavailable", "failed", "cut"]
+# How a request ended; ``quarantined``: the version that it asked for is out of service.
+Outcome = Literal[
+    "completed", "disconnected", "rejected", "refused", "quarantined", "unavailable", "failed", "cut"
+]
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)

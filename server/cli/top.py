@@ -26,7 +26,7 @@ COUNTED = {
 _LINE = re.compile(r"(\w+)\{([^}]*)\} (\S+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 # Outcomes of requests that were not answered, for no fault of theirs.
-_REFUSED = ("refused", "unavailable", "failed")
+_REFUSED = ("refused", "quarantined", "unavailable", "failed")
 
 Counts = Mapping[str, Mapping[str, float]]  # by tenant, then by name
 

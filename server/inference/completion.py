@@ -480,6 +480,8 @@ def estimate_prompt_tokens(text: str) -> int:
 def _outcome_of(exc: BaseException) -> Outcome:
     if isinstance(exc, TooManyRequests):
         return "refused"
+    if isinstance(exc, AdapterQuarantined):
+        return "quarantined"
     if isinstance(exc, Unavailable):
         return "unavailable"
     if isinstance(exc, BadRequest | ModelNotFound | Forbidden):

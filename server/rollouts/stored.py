@@ -12,7 +12,7 @@ from server.rollouts.guards import Guards, Seen
 from server.rollouts.plan import Decision, Rollout
 
 # What failed was the server's fault, or the version's; not what limits refused, nor whom its client left.
-_FAILED = ("failed", "unavailable")
+_FAILED = ("failed", "unavailable", "quarantined")
 # Of these the version knows nothing: the server was full, stopped, or without what it leans on. A version
 # that is in no slot yet meets them more often than the live one.
 _NO_TURN = frozenset(

@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 
 from server import __version__
 
-_FAILED = frozenset({"failed", "unavailable", "cut"})
+_FAILED = frozenset({"failed", "unavailable", "quarantined", "cut"})
 
 
 class Trace(Protocol):

@@ -51,6 +51,7 @@ def test_what_got_no_turn_says_nothing_of_the_version(code: str) -> None:
 @pytest.mark.parametrize(
     ("outcome", "code"),
     [
+        ("quarantined", "adapter_quarantined"),
         ("unavailable", "adapter_damaged"),
         ("unavailable", "adapter_unavailable"),
         ("unavailable", "engine_restarting"),

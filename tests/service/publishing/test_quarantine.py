@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sqlite3
 import time
 from collections.abc import AsyncIterator
@@ -65,6 +66,12 @@ async def out(site: Site, number: int, *reasons: str) -> None:
         await quarantine(site.services.publishing.quarantine, site.services.dispatcher, version, reason)
 
 
+def _outcomes(page: str) -> dict[str, int]:
+    """How many requests ended how, of all tenants, on a page of metrics."""
+    found = re.findall(r'^loraplex_requests_total\{outcome="(\w+)",[^}]*\} (\d+)', page, re.MULTILINE)
+    return {outcome: int(count) for outcome, count in found if int(count)}
+
+
 async def shown(site: Site) -> dict[int, Any]:
     versions = (await site.admin.get(ADAPTER)).json()["versions"]
     return {version["version"]: version["quarantine"] for version in versions}
@@ -78,9 +85,11 @@ async def test_a_quarantined_version_is_refused_with_the_reason_and_shown(site: 
         refused = error(await ask(site, headers, model), 409, "adapter_quarantined")
         assert "it made NaN" in refused["message"]
     rows = (await site.admin.get("/admin/v1/requests", params={"limit": 2})).json()["data"]
-    assert [(row["adapter"], row["version"], row["code"]) for row in rows] == [
-        ("a", 2, "adapter_quarantined")
+    assert [(row["adapter"], row["version"], row["outcome"], row["code"]) for row in rows] == [
+        ("a", 2, "quarantined", "adapter_quarantined")
     ] * 2, "the operator is asked which one it was"
+    counted = _outcomes((await site.http.get("/metrics")).text)
+    assert counted == {"completed": 1, "quarantined": 2}, "the alert on errors is of others"
     assert (await ask(site, headers, "a@1")).status_code == 200
     found = await shown(site)
     assert found[1] is None
