@@ -48,6 +48,7 @@ from adapters.worker.names import Names, checkpoint_modules, names_of
 from adapters.worker.not_finite import NotFiniteGuard
 from adapters.worker.notices import Teller, teller
 from adapters.worker.prompts import PromptHeads
+from adapters.worker.sampling import FairSampling
 from adapters.worker.shards import cut_when_read, is_divided, is_merged, pin_nothing
 from adapters.worker.shared_filling import SharedFiller
 from adapters.worker.shared_rows_gpu import offer
@@ -117,6 +118,7 @@ class LoraplexWorker:
         )
         self._loraplex_state.make_kernels(runner.scheduler_config)
         PromptHeads(runner, self._loraplex_state.tables)
+        FairSampling(runner)
         self._loraplex_guard = NotFiniteGuard(runner)
         self._loraplex_guard.zero_new_blocks()
         return self._loraplex_state.describe()

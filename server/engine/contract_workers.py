@@ -84,6 +84,45 @@ WORKERS: tuple[Use, ...] = (
         text=("self.add_shrink(", "self.add_expand("),
         why="as above, on a GPU",
     ),
+    # What other requests of a step must not change: adapters/worker/sampling.py
+    Use(
+        "vllm.v1.sample.sampler",
+        "Sampler",
+        (
+            "gather_specific_token_logprobs(logprobs, logprob_token_ids, sampled)",
+            "gather_logprobs(logprobs, num_logprobs, token_ids)",
+        ),
+        "the first is wrapped: it gives the whole step the columns of the requests that name tokens",
+        text=("logprobs_tensors = logprob_token_ids_tensors",),
+    ),
+    Use(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        ("sample_tokens(grammar_output)", "discard_request_mask", "input_batch", "sampler"),
+        "wrapped on a CPU, whose generators cannot be set back",
+        text=("gen.set_offset(gen.get_offset() - 4)",),
+    ),
+    Use("vllm.v1.worker.gpu_input_batch", "InputBatch", ("generators", "max_num_logprobs"), "as above"),
+    Use(
+        "vllm.v1.worker.gpu_input_batch",
+        text=("generators=self.generators,",),
+        why="as above: what is taken out for a step is not drawn from in it",
+    ),
+    Use(
+        "vllm.v1.sample.thinking_budget_state",
+        "ThinkingBudgetStateHolder",
+        ("sync_batch(batch_update)", "_state"),
+        "wrapped: a budget does not stay in the row of a request that has ended",
+        text=("for i1, i2, direction in batch_update.moved:",),
+    ),
+    Use("vllm.v1.worker.gpu_input_batch", "InputBatch", ("thinking_budget_state_holder",), "as above"),
+    Use(
+        "vllm.v1.sample.logits_processor.interface",
+        "BatchUpdate",
+        ("moved",),
+        "as above: (from, to, direction)",
+    ),
+    Use("vllm.v1.sample.logits_processor.interface", "MoveDirectionality", ("SWAP",), "as above"),
     # Heads of prompts: adapters/worker/prompts.py
     Use(
         "vllm.v1.worker.gpu_model_runner",
