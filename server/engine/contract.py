@@ -151,6 +151,7 @@ USES: tuple[Use, ...] = (
         ("request_id", "put(output)"),
         "an error is put into the queue of a request that is given up",
     ),
+    Use("vllm.outputs", "RequestOutput", ("prompt_logprobs", "add(next_output)"), "added where it is lost"),
     Use(
         "vllm.v1.metrics.stats",
         "LoRARequestStates",

@@ -113,6 +113,8 @@ class MeteredLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not typed for us
         if getattr(sampling_params, "thinking_token_budget", None) is not None and not self._thinks:
             sampling_params.thinking_token_budget = None  # vLLM would refuse a budget for no thoughts
         stream = super().generate(prompt, sampling_params, request_id, **kwargs)
+        if getattr(sampling_params, "n", 1) > 1 and sampling_params.prompt_logprobs is not None:
+            stream = with_prompt_logprobs(stream)
         if getattr(sampling_params, "structured_outputs", None) is not None:
             stream = self._checked(call, sampling_params.structured_outputs, stream)
         return self._counted(call, request_id, prompt, stream, sampling_params)
@@ -386,6 +388,19 @@ def _processes_of(cores: Iterable[int]) -> dict[int, str]:
     for pid in cores:
         found |= {pid: guard.started_at(pid), **guard.descendants(pid)}
     return found
+
+
+async def with_prompt_logprobs(stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """``stream``, of several answers to one prompt, with the prompt's log-probabilities in each output.
+
+    vLLM has them in the first of each answer, and loses those of an answer that begins after another one
+    where the two outputs are put together, as happens when the prompt is read at different steps for them.
+    """
+    found = None
+    async for output in stream:
+        found = output.prompt_logprobs or found
+        output.prompt_logprobs = found
+        yield output
 
 
 def call_of_request(request_id: str) -> Call:
