@@ -17,6 +17,7 @@ from server.accounts.tenants import Tenant
 from server.errors import BadRequest, TooManyRequests
 from server.http.middleware import matched_path
 from server.http.services import ServicesOf, services_of
+from server.http.shares import joined
 from server.http.turns import turns_of
 from server.inference.dialects.messages import speaks_anthropic
 
@@ -25,6 +26,11 @@ T = TypeVar("T")
 
 # Headers that decide who asks for what: of two, a proxy and this server might each read another one.
 SINGLE_HEADERS = ("Authorization", "X-Customer-ID", "X-API-Key", "Idempotency-Key", "Content-Type", "Host")
+
+ALL_KEYS = (
+    "As many of this server's connections have a request of your keys under way as one customer may have."
+    " Send this one again when some of them are answered."
+)
 
 
 async def single_headers(request: Request) -> None:
@@ -65,7 +71,8 @@ async def _slowed(request: Request, check: Awaitable[T]) -> T:
 async def tenant_of(request: Request, *scopes: KeyScope) -> Tenant:
     """The tenant whose key, with one of ``scopes`` (``inference`` if none are named), the request has.
 
-    Raises as ``Authentication.authenticate``.
+    Raises as ``Authentication.authenticate``, and TooManyRequests (``too_many_connections``) where requests
+    of the tenant, with whatever keys, are under way on its share of the connections.
     """
     services = services_of(request)
     authorization, key = request.headers.get("authorization"), request.headers.get("x-api-key")
@@ -74,6 +81,8 @@ async def tenant_of(request: Request, *scopes: KeyScope) -> Tenant:
     customer = request.headers.get("x-customer-id")
     tenant = await _slowed(request, services.authentication.authenticate(authorization, customer, *scopes))
     request.state.log["tenant"] = tenant.id
+    if not joined(request.scope, tenant.id):
+        raise TooManyRequests(ALL_KEYS, code="too_many_connections", retry_after=1)
     turns_of(asyncio.get_running_loop()).let_in(request.scope)
     if tenant.key is not None:
         services.usage_writer.used(tenant.key.id)

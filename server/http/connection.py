@@ -85,8 +85,9 @@ class BoundedHeads(HttpToolsProtocol):
     connections are open: a new one takes the place of those that have been idle longest, or on which a body
     comes most slowly. Where there are none of either, up to ``SPARE`` more are open, on which probes are
     answered and all else is refused with 503. A request of a key that has its share of the connections
-    (``shares``) is refused with 429, unless it is a probe. The app's lifespan may put ``vouches`` into its
-    state: whether a key is that of a gateway, whose customers have a share each.
+    (``shares``) is refused with 429, unless it is a probe; ``auth`` looks whether its tenant has. The app's
+    lifespan may put ``vouches`` into its state: whether a key is that of a gateway, whose customers have a
+    share each.
 
     Trailers are thrown away: as headers they would come behind all that a proxy looked at. A request to go on
     in another protocol is answered in this one, its body too, which Java's client sends along; llhttp would
@@ -212,6 +213,7 @@ class BoundedHeads(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         offer(cycle)
+        self._asking.offer(cycle.scope)
         self._running = cycle
         turns_of(self.loop).begin(partial(super()._start_asgi_task, cycle, app), cycle.scope)
 

@@ -15,11 +15,10 @@ import pytest
 
 from server.http import connection
 from server.http.connection import BoundedHeads, connections_for
-from server.http.shares import SHARE, shares_of
 from tests.support import tiny
 from tests.support.bad_requests import CHAT, GOOD
 from tests.support.fakes import FakeEngine, Times
-from tests.support.site import SERVICE_KEY, Site, bearer
+from tests.support.site import Site, bearer
 from tests.support.tiny import fake_site
 
 PATIENCE = 0.6
@@ -282,7 +281,7 @@ async def test_probes_are_answered_while_requests_take_all_places(tmp_path: Path
     async with fake_site(tmp_path, engine) as site:
         keys = [await site.tenant(name, {"a": tiny.adapter(1)}) for name in ("acme", "globex")]
         engine.times = Times(step=30.0)
-        held = [await opened(site, _chat(keys[number % 2])) for number in range(few + 1)]
+        held = [await opened(site, chat_request(keys[number % 2])) for number in range(few + 1)]
         async with asyncio.timeout(60):
             while not await _is_answered(site, "/v1/models", b"503"):  # until each place has its request
                 await asyncio.sleep(0.05)
@@ -297,128 +296,13 @@ async def test_probes_are_answered_while_requests_take_all_places(tmp_path: Path
             holding.transport.abort()
 
 
-def _chat(key: str, customer: str = "") -> bytes:
+def chat_request(key: str, customer: str = "") -> bytes:
     body = json.dumps({"model": "a", "messages": [{"role": "user", "content": "hi"}]})
     named = f"X-Customer-ID: {customer}\r\n" if customer else ""
     return (
         f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n{named}"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
     ).encode()
-
-
-def _asked(*headers: str, target: str = "GET /v1/models", then: str = "close") -> bytes:
-    lines = (f"{target} HTTP/1.1", "Host: x", f"Connection: {then}", *headers)
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-async def _until_told(site: Site, asked: bytes, status: bytes) -> bytes:
-    async with asyncio.timeout(60):
-        while not (told := await _told(site, asked)).startswith(b"HTTP/1.1 " + status):
-            await asyncio.sleep(0.02)
-    return told
-
-
-async def _until_shares(site: Site, *counts: int) -> None:
-    async with asyncio.timeout(60):
-        while str(shares_of(site.server.server_state)) != f"<Shares {list(counts)}>":
-            await asyncio.sleep(0.02)
-
-
-async def test_one_key_has_a_share_of_the_connections(tmp_path: Path, few: int) -> None:
-    """Whatever its requests wait for, others find a place; and it may ask again when some have ended."""
-    engine = FakeEngine(tiny.base())
-    async with fake_site(tmp_path, engine) as site:
-        greedy = await site.tenant("acme", {"a": tiny.adapter(1)})
-        other = await site.tenant("globex", {"a": tiny.adapter(1)})
-        engine.times = Times(step=30.0)
-        held = [await opened(site, _chat(greedy)) for _ in range(int(few * SHARE))]
-        key = f"Authorization: Bearer {greedy}"
-        refusal = await _until_told(site, _asked(f"Authorization:  bearer   {greedy}"), b"429 ")
-        assert b"Retry-After: 1" in refusal
-        assert b'"type": "rate_limit_error"' in refusal
-        assert b'"code": "too_many_connections"' in refusal
-        siblings = (f"x-api-key: {greedy}", f"X-Api-Key: {greedy}\r\nAuthorization: Basic eDp5")
-        for header in (*siblings, f"{key}\r\nX-Customer-ID: nobody"):
-            assert (await _told(site, _asked(header))).startswith(b"HTTP/1.1 429 "), header
-        assert (await _told(site, _asked(f"Authorization: Bearer {other}"))).startswith(b"HTTP/1.1 200 ")
-        for _, writer in held[:3]:
-            writer.transport.abort()
-        await _until_told(site, _asked(key), b"200 ")
-        for _, writer in held:
-            writer.transport.abort()
-        await _until_shares(site)
-
-
-async def test_probes_with_a_key_at_its_share_are_answered(tmp_path: Path, few: int) -> None:
-    """A probe or a scrape may come through a client that sends its key with everything."""
-    engine = FakeEngine(tiny.base())
-    async with fake_site(tmp_path, engine) as site:
-        key = await site.tenant("acme", {"a": tiny.adapter(1)})
-        engine.times = Times(step=30.0)
-        held = [await opened(site, _chat(key)) for _ in range(int(few * SHARE))]
-        own = f"Authorization: Bearer {key}"
-        await _until_told(site, _asked(own), b"429 ")
-        for target in ("GET /health", "HEAD /ready", "GET /metrics?x=/y", "GET /health/#/x"):
-            told = await _told(site, _asked(own, target=target))
-            assert told.startswith(b"HTTP/1.1 200 "), (target, told)
-        for target in (f"POST {CHAT}#/health", "PATCH /v1/adapters/health", "GET /v1/models?x=/health"):
-            told = await _told(site, _asked(own, target=target))
-            assert told.startswith(b"HTTP/1.1 429 "), (target, told)
-        for _, writer in held:
-            writer.transport.abort()
-
-
-async def test_each_customer_behind_a_gateway_has_a_share(tmp_path: Path, few: int) -> None:
-    """The service key is the key of all of them."""
-    engine = FakeEngine(tiny.base())
-    async with fake_site(tmp_path, engine) as site:
-        keys = {name: await site.tenant(name, {"a": tiny.adapter(1)}) for name in ("acme", "globex")}
-        engine.times = Times(step=30.0)
-        held = [await opened(site, _chat(SERVICE_KEY, "acme")) for _ in range(int(few * SHARE))]
-        vouched = f"Authorization: Bearer {SERVICE_KEY}"
-        await _until_told(site, _asked(vouched, "X-Customer-ID: acme"), b"429 ")
-        for headers in ((vouched, "X-Customer-ID: globex"), (f"Authorization: Bearer {keys['globex']}",)):
-            told = await _told(site, _asked(*headers))
-            assert told.startswith(b"HTTP/1.1 200 "), (headers, told)
-        for _, writer in held:
-            writer.transport.abort()
-        await _until_shares(site)
-
-
-async def test_requests_behind_another_keys_count_beside_it(tmp_path: Path, few: int) -> None:
-    """A junk key, sent behind a request under way, took that one's key off the count."""
-    engine = FakeEngine(tiny.base())
-    async with fake_site(tmp_path, engine) as site:
-        greedy, other = [await site.tenant(name, {"a": tiny.adapter(1)}) for name in ("acme", "globex")]
-        engine.times = Times(step=30.0)
-        share = int(few * SHARE)
-        behind = [_asked(f"x-api-key: junk{number}") for number in range(share)]
-        held = [await opened(site, _chat(greedy) + one) for one in behind]
-        await _until_shares(site, share, *[1] * share)
-        await _until_told(site, _asked(f"Authorization: Bearer {greedy}"), b"429 ")
-        for _, writer in held:
-            writer.transport.abort()
-        await _until_shares(site)
-        async with asyncio.timeout(60):
-            while site.server.server_state.tasks:  # what ran ahead of another request ends with its client
-                await asyncio.sleep(0.02)
-        # Each counts until its own answer, not until that of the last one behind it.
-        quick = _asked(f"Authorization: Bearer {greedy}", then="keep-alive")
-        held = [await opened(site, quick + _chat(other)) for _ in range(3)]
-        for reader, _ in held:
-            assert (await asyncio.wait_for(reader.readline(), 60)).startswith(b"HTTP/1.1 200 ")
-        await _until_shares(site, 3)
-        for _, writer in held:
-            writer.transport.abort()
-        await _until_shares(site)
-
-
-async def _told(site: Site, asked: bytes) -> bytes:
-    reader, writer = await opened(site, asked)
-    try:
-        return await reader.read()
-    finally:
-        writer.close()
 
 
 async def _is_answered(site: Site, path: str, status: bytes) -> bool:
