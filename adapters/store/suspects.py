@@ -2,7 +2,9 @@
 
 See ``server.scheduling.suspects`` and ``evidence`` for what follows from that. A row of ``meta`` each has
 them, as a JSON list. A loss is of one server's engine, and says nothing of what ran in others: it has an
-``owner``, as the suspects that it makes have, and they are told to that one only.
+``owner``, as the suspects that it makes have, and they are told to that one only. Suspects that a release
+without owners left are everybody's until one server has settled them, as in an upgrade of one replica after
+the other.
 """
 
 from __future__ import annotations
@@ -47,15 +49,15 @@ class KeptLoss(BaseModel):
 
 def _named(row: object) -> object:
     """As releases before this one wrote them, which had no owners."""
-    return {"version": row, "at": time.time()} if isinstance(row, str) else row
+    return {"version": row, "at": time.time(), "owner": None} if isinstance(row, str) else row
 
 
 class KeptSuspect(BaseModel):
-    """A version, when its server last said that it suspects it, and which server that is."""
+    """A version, when its server last said that it suspects it, and which server that is; None: all are."""
 
     version: str
     at: FiniteFloat
-    owner: str = ""
+    owner: str | None = ""
 
 
 SUSPECT: TypeAdapter[KeptSuspect] = TypeAdapter(Annotated[KeptSuspect, BeforeValidator(_named)])
@@ -76,6 +78,7 @@ class StoredSuspects:
         self._database = database
         self._owner = owner
         self._mine: frozenset[str] = frozenset()  # as this process has written them
+        self._everybodys: frozenset[str] = frozenset()  # at the start, and not settled here since
         self._now: frozenset[str] = frozenset()
         self._my_losses: list[dict[str, Any]] = []
         self._losses_now: list[dict[str, Any]] = []
@@ -89,7 +92,8 @@ class StoredSuspects:
             losses = await _value(session, LOSSES_KEY, LOSS)
         mine = [one for one in losses if one.owner == self._owner]
         self.losses = [one.model_dump(include={"at", "ran"}) for one in mine]
-        found = frozenset(one.version for one in suspects if one.owner == self._owner)
+        self._everybodys = frozenset(one.version for one in suspects if one.owner is None)
+        found = self._everybodys | {one.version for one in suspects if one.owner == self._owner}
         self.versions = self._mine = self._now = found
         self._my_losses = self._losses_now = self.losses
         self._writing = asyncio.create_task(self._write_forever(), name="loraplex-suspects")
@@ -134,6 +138,7 @@ class StoredSuspects:
     async def _write(self) -> None:
         """Servers that share a database keep each other's."""
         now, losses = self._now, self._losses_now
+        settled = self._everybodys - now
         if now == self._mine and losses == self._my_losses:
             return
         async with self._database.write() as session:
@@ -141,6 +146,7 @@ class StoredSuspects:
                 there = await _value(session, META_KEY, SUSPECT, lock=True)
                 recent = [one for one in there if one.at > time.time() - GONE_S]
                 kept = [one for one in recent if one.owner != self._owner]
+                kept = [one for one in kept if one.owner is not None or one.version not in settled]
                 for version in sorted(now):
                     kept.append(KeptSuspect(version=version, at=time.time(), owner=self._owner))
                 await _put(session, META_KEY, [one.model_dump() for one in kept])
@@ -151,6 +157,7 @@ class StoredSuspects:
                 mine = [dict(one, owner=self._owner) for one in losses]
                 await _put(session, LOSSES_KEY, others + mine)
         self._mine, self._my_losses = now, losses
+        self._everybodys -= settled
 
 
 async def _value(session: AsyncSession, key: str, form: TypeAdapter[T], *, lock: bool = False) -> list[T]:

@@ -122,10 +122,36 @@ async def test_suspects_of_a_server_that_lives_are_kept_however_long(
     await lives.stop()
 
 
-async def test_suspects_of_a_release_that_had_no_owners_are_the_only_servers(database: Database) -> None:
+async def test_suspects_of_a_release_that_had_no_owners_are_everybodys_until_one_has_settled_them(
+    database: Database,
+) -> None:
+    """Replicas are upgraded one after the other, and each may be the one whose engine it ends next."""
+    await put(database, META_KEY, json.dumps(["a", "b"]))
+    for url in ("", "http://one", "http://two"):
+        assert await suspected(database, url) == {"a", "b"}
+    await suspect(database, "http://one", "b", "c")  # "a" did its work in peace, or is quarantined
+    assert await suspected(database, "http://one") == {"b", "c"}
+    assert await suspected(database, "http://two") == {"b"}
+    await suspect(database, "http://two")
+    assert await suspected(database, "http://new") == set()
+    assert await suspected(database, "http://one") == {"b", "c"}, "its own by now"
+
+
+async def test_what_a_release_without_owners_suspects_anew_is_not_taken_for_settled(
+    database: Database,
+) -> None:
+    """One that still runs beside, and writes all of them."""
     await put(database, META_KEY, json.dumps(["a"]))
-    assert await suspected(database, "") == {"a"}
-    assert await suspected(database, "http://one") == set()
+    mine = await StoredSuspects(database, "http://one").open()
+    mine.note([])
+    async with asyncio.timeout(60):
+        while (await written(database))[META_KEY]:
+            await asyncio.sleep(0.01)
+    async with database.write() as session:
+        (await session.get_one(MetaRow, META_KEY)).value = json.dumps(["a"])
+    mine.note(["b"])
+    await mine.stop()
+    assert await suspected(database, "http://two") == {"a"}
 
 
 async def test_a_loss_stays_one_when_it_is_told_again_with_its_moment_measured_anew(
