@@ -5,16 +5,20 @@ Imported by ``Engine.start`` alone, as ``server.engine.arguments`` is.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 from vllm.platforms import current_platform
 
 from adapters.inspection.base_config import quantization_in, read_base_config
 from server.engine import quantization
 from server.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 # Where configs say how many experts a layer has: vLLM's list (``model_arch_config_convertor.py``).
 _EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
@@ -23,7 +27,8 @@ _EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_exp
 def refuse_what_cannot_load(settings: Settings) -> None:
     """ValueError for a base that cannot be served on this machine, or not as ENGINE_ARGS say.
 
-    Reads the config.json of its folder and no weights; of a base that is no folder nothing is known yet.
+    Reads its config.json, in its folder or from the hub, and no weights. Where that cannot be had nothing is
+    known yet: vLLM says why.
     """
     if current_platform.is_cpu() and settings.engine_args.get("pipeline_parallel_size", 1) != 1:
         raise ValueError(
@@ -35,14 +40,14 @@ def refuse_what_cannot_load(settings: Settings) -> None:
             "RANK_SLOTS: an adapter has other ranks on each stage of a pipeline, and a place in each is not"
             " counted. Set it to 0, or use tensor_parallel_size alone."
         )
-    if settings.dora_on_gpu and (reason := _no_dora(settings)) is not None:
+    config = _config_of(settings)
+    if settings.dora_on_gpu and (reason := _no_dora(settings, config or {})) is not None:
         raise ValueError(f"DORA_ON_GPU: {reason}. Switch it off, or serve such adapters merged.")
-    folder = Path(settings.model)
-    if (config := read_base_config(folder)) is None:
+    if config is None:
         return
     on_cpu = current_platform.is_cpu()
     if on_cpu and has_experts(config):
-        raise _experts(str(folder))
+        raise _experts(settings.model)
     if settings.engine_args.get("convert") == "classify":
         _refuse_headless(config, settings)
     if (found := quantization_in(config)) is not None:
@@ -52,7 +57,22 @@ def refuse_what_cannot_load(settings: Settings) -> None:
         )
 
 
-def _no_dora(settings: Settings) -> str | None:
+def _config_of(settings: Settings) -> dict[str, Any] | None:
+    """As ``read_base_config``; of a hub's id what the hub or its cache has, which vLLM reads next."""
+    folder, given = Path(settings.model), settings.engine_args
+    if folder.exists():
+        return read_base_config(folder)
+    try:
+        found: dict[str, Any] = PretrainedConfig.get_config_dict(
+            settings.model, revision=given.get("revision"), token=given.get("hf_token")
+        )[0]
+    except OSError as exc:
+        logger.info("the config.json of %s is not known before it is loaded: %s", settings.model, exc)
+        return None
+    return found or None
+
+
+def _no_dora(settings: Settings, config: dict[str, Any]) -> str | None:
     """Why the engine cannot serve DoRA, which scales what one worker makes of whole weights."""
     given = settings.engine_args
     if any(given.get(f"{how}_parallel_size", 1) != 1 for how in ("tensor", "pipeline")):
@@ -63,7 +83,6 @@ def _no_dora(settings: Settings) -> str | None:
         return "with fully_sharded_loras, in ENGINE_ARGS, vLLM's layers add adapters elsewhere"
     if os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0":
         return "with VLLM_LORA_ENABLE_DUAL_STREAM vLLM adds adapters elsewhere"
-    config = read_base_config(Path(settings.model)) or {}
     asked = given.get("quantization") or given.get("quantization_config")
     if asked or quantization_in(config) is not None:
         return "the scale of a DoRA is computed from weights that are not quantized, and those of MODEL are"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from transformers import DeepseekV3Config, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
 from adapters.model import Head
@@ -118,6 +119,37 @@ def test_dora_on_a_gpu_is_refused_where_it_cannot_be_computed(
         return
     with pytest.raises(ValueError, match=rf"DORA_ON_GPU: .*{says}.* merged"):
         refuse_what_cannot_load(settings)
+
+
+def in_the_cache(name: str, config: Any, folder: Path) -> None:
+    """As the hub's library keeps what it has fetched."""
+    of_model = folder / f"models--{name.replace('/', '--')}"
+    (of_model / "refs").mkdir(parents=True)
+    (of_model / "refs" / "main").write_text("0" * 40)
+    config.save_pretrained(of_model / "snapshots" / ("0" * 40))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_a_base_of_the_hub_is_refused_before_it_is_loaded(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_the_cache("org/mixed", MIXTURES["qwen3-moe"], hub)
+    in_the_cache("org/dense", LlamaConfig(**SIZES), hub)
+    with pytest.raises(ValueError, match=f"org/mixed is {EXPERTS}"):
+        refuse_what_cannot_load(Settings(model="org/mixed"))
+    monkeypatch.setattr(bases.current_platform, "is_cpu", lambda: False)
+    refuse_what_cannot_load(Settings(model="org/mixed"))
+    with pytest.raises(ValueError, match="DORA_ON_GPU: the experts of a mixture are not scaled"):
+        refuse_what_cannot_load(Settings(model="org/mixed", dora_on_gpu=True))
+    refuse_what_cannot_load(Settings(model="org/dense", dora_on_gpu=True))
+    for unknown in ("org/not-there", str(tmp_path / "not-there")):
+        refuse_what_cannot_load(Settings(model=unknown, dora_on_gpu=True))
 
 
 @pytest.mark.parametrize(
