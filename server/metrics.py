@@ -43,8 +43,8 @@ class Gauges:
     """The server's state at one moment. ``adapters`` counts versions by tier, disk meaning on disk alone.
 
     ``loaded`` are the versions in memory; ``build`` says what runs here, as labels;
-    ``disk_free`` are the bytes left for adapters. ``most_running`` is how many sequences the engine of this
-    process runs at once, 0 where it has none.
+    ``disk_free`` are the bytes left for adapters, ``usage_aside`` files of usage not read whole.
+    ``most_running`` is how many sequences the engine of this process runs at once, 0 where it has none.
     """
 
     adapters: Mapping[str, int]
@@ -65,6 +65,7 @@ class Gauges:
     loaded: Sequence[Loaded] = ()
     build: Mapping[str, str] | None = None
     disk_free: int | None = None
+    usage_aside: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,6 +379,11 @@ class Metrics:
             "loraplex_differing_versions",
             "Versions that answer, and differ from the golden probes they came with.",
             [({}, now.differing)],
+        )
+        yield gauge(
+            "loraplex_usage_files_aside",
+            "Files of usage of which not every line is in the database, until an operator removes them.",
+            [({}, now.usage_aside)],
         )
         states = ("running", "held", "completed", "rolled_back")
         rollouts = [({"state": state}, now.rollouts.get(state, 0)) for state in states]

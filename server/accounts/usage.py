@@ -30,7 +30,7 @@ from adapters.errors import AdapterError, cause_of
 from adapters.tasks import run_in_thread, uninterruptible
 from server.accounts import usage_marks as marks
 from server.accounts.terms import COST_UNIT
-from server.accounts.usage_journal import FOLDER, Journal, Left, left_behind
+from server.accounts.usage_journal import FOLDER, Journal, Left, left_behind, set_aside
 from server.accounts.usage_records import ORIGIN
 from server.accounts.usage_records import SUMS as SUMS
 from server.accounts.usage_records import Usage as Usage
@@ -218,6 +218,10 @@ class UsageWriter:
     def _count(self) -> int:
         """How many records wait."""
         return len(self._waiting) + (len(self._taken.records) if self._taken else 0)
+
+    def set_aside(self) -> int:
+        """How many files of usage wait for an operator; reads a folder."""
+        return set_aside(self._folder) if self._journals else 0
 
     async def adopt(self) -> None:
         """Writes what earlier processes on the data folder recorded and did not; logs what it cannot.

@@ -18,11 +18,13 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import uuid
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from adapters.files import sync_path, write_all
 from server.accounts.usage_records import Usage
@@ -38,6 +40,8 @@ _mine: set[Path] = set()
 
 Line = tuple[int, Usage]  # a turn, and a record of it
 _RECORD = TypeAdapter(Usage)
+_BEGIN = re.compile(rb"[0-9]+ \{")
+_BEGINNINGS = 8  # looked at in a damaged line, which may be as long as the file
 
 
 class Journal:
@@ -110,12 +114,12 @@ class Left:
         # By this very descriptor: to close another one of the file would give up the lock.
         with os.fdopen(self._file, "rb", closefd=False) as file:
             for number, line in enumerate(file, 1):
-                turn, _, record = line.partition(b" ")
                 try:
-                    found.append((int(turn), _RECORD.validate_json(record)))
-                except (ValidationError, ValueError) as error:
+                    found.append(_read(line))
+                except ValueError as error:
                     logger.warning("line %d of %s is no record of usage: %s", number, self._path, error)
                     self._damaged += line.endswith(b"\n")
+                    found += _behind(line)
         return found
 
     def remove(self) -> None:
@@ -137,6 +141,14 @@ class Left:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def set_aside(folder: Path) -> int:
+    """How many files in ``folder`` wait for the operator to look at them; 0 where it cannot be read."""
+    try:
+        return sum(path.suffix == DAMAGED for path in folder.iterdir())
+    except OSError:
+        return 0
 
 
 def left_behind(folder: Path) -> Iterator[Left]:
@@ -167,6 +179,22 @@ def left_behind(folder: Path) -> Iterator[Left]:
             continue
         if file is not None:
             yield Left(path, file)
+
+
+def _read(line: bytes) -> Line:
+    """ValueError for what is no record of usage."""
+    turn, _, record = line.partition(b" ")
+    return int(turn), _RECORD.validate_json(record)
+
+
+def _behind(line: bytes) -> list[Line]:
+    """The record at the end of a damaged line: damage may have taken the end of the line before."""
+    for begin in reversed(deque(_BEGIN.finditer(line, 1), maxlen=_BEGINNINGS)):
+        try:
+            return [_read(line[begin.start() :])]
+        except ValueError:
+            continue
+    return []
 
 
 def _locked(path: Path) -> int | None:

@@ -69,6 +69,7 @@ async def metrics(request: Request, services: ServicesOf) -> Response:
         build=_build(services),
         disk_free=(await asyncio.to_thread(shutil.disk_usage, services.settings.data_dir)).free,
         rollouts=counted.rollouts,
+        usage_aside=await asyncio.to_thread(services.usage_writer.set_aside),
     )
     form = form_of(request.headers.get("accept", ""))
     return Response(services.metrics.render(gauges, form), media_type=CONTENT_TYPES[form])

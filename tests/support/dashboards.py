@@ -87,6 +87,7 @@ def _fleet() -> list[Panel]:
                 ("loads that failed", f"sum(increase(loraplex_load_failures_total{{{BY}}}[1h]))"),
                 ("out of service", f"sum(loraplex_quarantined_versions{{{BY}}})"),
                 ("not served", f"sum(loraplex_unserved_versions{{{BY}}})"),
+                ("usage set aside", f"sum(loraplex_usage_files_aside{{{BY}}})"),
                 ("defects", f"sum(increase(loraplex_plan_check_failures_total{{{BY}}}[1h]))"),
             ],
         ),

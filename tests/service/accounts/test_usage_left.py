@@ -167,6 +167,26 @@ async def test_a_file_with_a_damaged_line_is_kept(
     assert await marks(database) == 0
 
 
+@pytest.mark.parametrize("lost", [b"\0", b'{"7 {\xff'], ids=["zeros", "like-a-beginning"])
+async def test_what_lies_behind_damage_in_the_middle_of_a_file_is_written(
+    database: Database, folder: Path, lost: bytes
+) -> None:
+    """A block that the disk lost ends in the middle of a line, and has taken the ends of those within."""
+    file = await left(database, folder, 0, 6)
+    whole = file.read_bytes()
+    ends = [at for at, byte in enumerate(whole) if byte == ord("\n")]
+    begin, end = ends[0] + 20, ends[2]  # the second line from its middle, and the third with its end
+    block = (lost * (end - begin + 1))[: end + 1 - begin]
+    file.write_bytes(whole[:begin] + block + whole[end + 1 :])
+    writing = writer(database, folder)
+    assert writing.set_aside() == 0
+    await writing.adopt()
+    assert await recorded(database) == ["r0", "r3", "r4", "r5"]
+    assert writing.set_aside() == 1
+    await writing.adopt()
+    assert await recorded(database) == ["r0", "r3", "r4", "r5"], "once each"
+
+
 async def test_files_that_cannot_be_opened_end_no_start(
     database: Database, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -125,13 +125,24 @@ async def versions(site: Site, watching: Prometheus, folder: Path) -> None:
         await site.chat(key, "hi", model="plain")
 
     await watching.fires_while(("LoraplexUnserved",), ask)
+
+    (folder / "usage" / "left.jsonl").write_bytes(b"1 {no record\n")
+    await site.services.usage_writer.adopt()
+    await watching.until("LoraplexUsageAside", fires=True)
+    (folder / "usage" / "left.damaged").unlink()
     weights.write_bytes(good)
     await site.admin.delete("/admin/v1/tenants/acme/adapters/plain")
     # The version that was trained on this engine answers again.
     await site.admin.patch(ADAPTER, json={"live": 2})
     await ended(
         watching,
-        ("LoraplexGoldenProbesDiffer", "LoraplexRolledBack", "LoraplexSelfCheckFailed", "LoraplexUnserved"),
+        (
+            "LoraplexGoldenProbesDiffer",
+            "LoraplexRolledBack",
+            "LoraplexSelfCheckFailed",
+            "LoraplexUnserved",
+            "LoraplexUsageAside",
+        ),
     )
 
 
