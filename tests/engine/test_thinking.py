@@ -1,7 +1,8 @@
 """A base that thinks, on an engine of its own: a tiny random Qwen3 with tags for thoughts in its template.
 
 Nothing else shows it: what is read as a thought depends on the base's template. Its embedding has rows with
-no token, too, which special tokens of an adapter's own may have.
+no token, too, which special tokens of an adapter's own may have. Requests of every sort are asked of it alone
+and all at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
@@ -22,12 +24,14 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from server.app import create_app
 from tests.engine.reference import ATTENTION
+from tests.support import company
 from tests.support.site import Site, bearer, engine_settings, serving
 from tests.support.trainer import draw
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
 SPARE = 6
+SEED = 1
 TURNS: list[Any] = [{"role": "user", "content": "Name a colour."}]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -64,8 +68,8 @@ async def site(base: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIte
         tmp_path_factory.mktemp("thinking"),
         max_lora_rank=8,
         max_model_len=512,
-        engine_args={"dtype": "float32", "max_num_seqs": 8},
-    )
+        engine_args={"dtype": "float32", "max_num_seqs": 8, "max_num_batched_tokens": 32},
+    ).model_copy(update={"gpu_slots": 3, "host_slots": 4})
     async with serving(create_app(settings)) as site:
         yield site
 
@@ -212,3 +216,40 @@ async def test_tokens_in_rows_without_one_are_read(
     )
     assert (refused.status_code, refused.json()["error"]["code"]) == (422, "added_tokens")
     assert "embedding ends with" in refused.json()["error"]["message"]
+
+
+# What an adapter of the company adapts, and how.
+KINDS: list[dict[str, Any]] = [
+    {"r": 4, "target_modules": "all-linear"},
+    {"r": 8, "target_modules": ["q_proj", "lm_head"]},
+    {"r": 1, "target_modules": ["up_proj", "embed_tokens"]},
+    {"r": 2, "target_modules": ["down_proj", "k_proj"], "use_dora": True},
+]
+
+
+async def test_an_answer_is_the_same_alone_and_in_company(site: Site, base: Path, tmp_path: Path) -> None:
+    """Prompts are read in pieces, adapters outnumber slots, and clients go away."""
+    keys = []
+    for number in range(2):  # what has the same name is another adapter with the other customer
+        folders = {}
+        for place, kind in enumerate(KINDS):
+            torch.manual_seed(10 * number + place)
+            model = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32)
+            adapted = get_peft_model(model, LoraConfig(lora_alpha=8, task_type="CAUSAL_LM", **kind))
+            draw(adapted, std=0.2)
+            folders[f"a{place}"] = tmp_path / f"{number}-{place}"
+            adapted.save_pretrained(folders[f"a{place}"], save_embedding_layers=False)
+        keys.append(await site.tenant(f"company-{number}", folders, base_allowed=True))
+    random = Random(SEED)
+    models = ["thinker", *folders]
+    asked = [company.draw(random, keys, models) for _ in range(48)]
+    others = [company.draw(random, keys, models) for _ in range(8)]
+    alone = [await company.ask(site.http, one) for one in asked]
+    together = await company.asked_together(site.http, random, asked, others)
+    wrong = {
+        str(one): found
+        for one, first, second in zip(asked, alone, together, strict=True)
+        if (found := company.differences(first, second))
+    }
+    assert wrong == {}, f"seed {SEED}"
+    assert (await site.services.engine.report()).in_step_loads == 0
