@@ -123,6 +123,11 @@ WORKERS: tuple[Use, ...] = (
         "as above: (from, to, direction)",
     ),
     Use("vllm.v1.sample.logits_processor.interface", "MoveDirectionality", ("SWAP",), "as above"),
+    Use(
+        "vllm.v1.worker.gpu.sample.logit_bias",
+        text=("MAX_NUM_ALLOWED_TOKEN_IDS = 1024", "MAX_NUM_STOP_TOKEN_IDS = 128", "if min_tokens > 0 and"),
+        why="more raise in the step; server/engine/validation.py refuses them",
+    ),
     # Heads of prompts: adapters/worker/prompts.py
     Use(
         "vllm.v1.worker.gpu_model_runner",

@@ -24,6 +24,8 @@ PIECE = 64
 _PARTED = ("content", "tool_calls", "summary", "output")
 # One piece in each turn of the event loop, however many bodies there are.
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+# vLLM's second runner has room for 1,024, and for 128 with those that end the base's answers.
+MAX_ALLOWED, MAX_STOPS_LATER = 1024, 100
 _LISTS = ("list", "tuple", "set", "frozenset")
 
 
@@ -97,10 +99,21 @@ def _moved(exc: ValidationError, by: int) -> ValidationError:
 
 
 def check_token_ids(request: Any, vocabulary: int) -> None:
-    """BadRequest for ids beyond the vocabulary, with which vLLM's core would read beside its logits."""
+    """BadRequest for ids beyond the vocabulary, with which vLLM's core would read beside its logits; and for
+    more than its second runner has room for, with which that would end its step, and the engine."""
     for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
         if not all(0 <= token < vocabulary for token in getattr(request, name, None) or ()):
             raise BadRequest(f"{name}: token ids go from 0 to {vocabulary - 1}", param=name)
+    if len(getattr(request, "allowed_token_ids", None) or ()) > MAX_ALLOWED:
+        raise BadRequest(
+            f"allowed_token_ids: at most {MAX_ALLOWED}; forbid the others with logit_bias, or send a grammar",
+            param="allowed_token_ids",
+        )
+    stops = len(getattr(request, "stop_token_ids", None) or ())
+    if stops > MAX_STOPS_LATER and getattr(request, "min_tokens", None):
+        raise BadRequest(
+            f"stop_token_ids: at most {MAX_STOPS_LATER} beside min_tokens", param="stop_token_ids"
+        )
 
 
 def parsed(model: type[BaseModel], body: dict[str, Any], vocabulary: int) -> Any:
