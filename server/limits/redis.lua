@@ -4,7 +4,7 @@
 --   (by request); of the budget, if there is one, leases, reserved tokens, reserved cost (by request), day, month.
 -- ARGV: refresh|reserve|change|renew|close; now (0: Redis's clock), window and grain in seconds; lease in seconds,
 --   id of the request, its reserved and used tokens, reserved and used cost; number of meters; of each meter its
---   limits at once, of requests, of tokens (0: none); of day and month the most tokens and cost (-1: no limit),
+--   limits at once, of requests (-1: they are not even counted), of tokens (0: none); of day and month the most tokens and cost (-1: no limit),
 --   tokens and cost used before Redis knew of them (-1: not known), seconds to keep it.
 -- Answers {why not or {}, of each meter {requests, until empty, tokens with reserved, until empty},
 --   {tokens, cost of the day, of the month, reserved}}; {{'unknown'}, {}, {}} where what was used before is needed.
@@ -179,7 +179,7 @@ if what == 'reserve' or what == 'change' then
 end
 if #refused == 0 and what ~= 'refresh' then
   for _, m in ipairs(meters) do
-    if what == 'reserve' then add(m.requests, 1) end
+    if what == 'reserve' and m.rate >= 0 then add(m.requests, 1) end
     if used > 0 then add(m.tokens, used) end
     hold(m.leases, m.held, reserved)
   end
@@ -193,7 +193,8 @@ if #refused == 0 and what ~= 'refresh' then
 end
 local states = {}
 for index, m in ipairs(meters) do
-  local requests, tokens, held = window(m.requests), window(m.tokens), sum_held(m.held)
+  local requests = m.rate >= 0 and window(m.requests) or {total = 0, parts = {}}
+  local tokens, held = window(m.tokens), sum_held(m.held)
   states[index] = {text(requests.total), text(empty(requests)), text(tokens.total + held),
     text(held > 0 and WINDOW or empty(tokens))}
 end

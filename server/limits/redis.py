@@ -34,7 +34,7 @@ from adapters.database.rows import now as wall_now
 from server.accounts.terms import PERIODS, UNITS, Budget, Period, Unit
 from server.limits.budget import Amount, BudgetExceeded, Spending, period_end, period_start
 from server.limits.errors import limits_unavailable
-from server.limits.ledger import SWEEP_EVERY, Entry, Refused, Scope, TenantBudget
+from server.limits.ledger import PLACES, SWEEP_EVERY, Entry, Refused, Scope, TenantBudget
 from server.limits.rate import GRAIN_S, WINDOW_S, LimitExceeded, Remaining
 
 logger = logging.getLogger(__name__)
@@ -280,10 +280,11 @@ class RedisLedger:
         args += [entry.reserved.cost, entry.used.cost, len(entry.scopes)]
         for scope in entry.scopes:
             limits = scope.limits
+            counted = -1 if scope.whose == PLACES else 0  # of a place only whether it is taken
             keys += [f"loraplex:{scope.name}:{part}" for part in ("requests", "tokens", "leases", "reserved")]
             args += [
                 limits.requests_at_once or 0,
-                limits.requests_per_minute or 0,
+                limits.requests_per_minute or counted,
                 limits.tokens_per_minute or 0,
             ]
         return keys, args

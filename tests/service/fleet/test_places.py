@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -15,11 +16,13 @@ import pytest
 
 from adapters.errors import AdapterError
 from server.accounts.tenants import Tenant
+from server.accounts.terms import KeyLimits
 from server.app import create_app
 from server.errors import ServerError, TooManyRequests, Unavailable
 from server.fleet.places import Place, Places
 from server.inference.embeddings import inputs_of, most_places
 from server.inference.embeddings import places_of as places_of_inputs
+from server.limits.ledger import PLACES, Scope
 from server.limits.memory import MemoryLedger
 from server.limits.redis import RedisLedger
 from tests.support import tiny
@@ -90,6 +93,24 @@ async def test_requests_wait_in_order_and_large_ones_run_alone() -> None:
         each.give_back()
     assert order == [0, 1, 2]
     assert places.waiting() == {}
+
+
+async def test_what_redis_reads_of_a_place_does_not_grow_with_the_places_of_the_last_minute() -> None:
+    now, one = 1000.0, some(max_running=2)
+    scope = Scope(f"{one.queue} {PLACES}", PLACES, KeyLimits(tokens_per_minute=2))
+    async with shared(clock=lambda: now, lease=1e6) as ledger:
+        places, held = places_of(ledger), deque[Place]()
+        for number in range(100):
+            if len(held) == 2:
+                held.popleft().give_back()
+            held.append(await places.take(one, 1))
+            assert ledger.remaining(scope)["tokens"].remaining == (1 if number == 0 else 0)
+            now += 0.1
+        keys = [f"loraplex:{scope.name}:{part}" for part in ("requests", "tokens")]
+        assert await ledger._redis.exists(*keys) == 0, "no part of a window"
+        assert await ledger._redis.hlen(f"loraplex:{scope.name}:reserved") == 2
+        while held:
+            held.pop().give_back()
 
 
 async def test_too_many_may_not_wait_and_none_for_ever() -> None:
