@@ -10,7 +10,8 @@ It is renewed with the limits, and free again when a gateway that died has not r
 
 A request that finds no place waits here, those of one customer in order of arrival. Whoever is first looks
 again every few hundredths of a second, at no fixed beat, so that no gateway is always the first to see what
-another one gave back.
+another one gave back. The ledger knows who is first at each gateway, and since when it waits: nobody takes
+what those who came before it need; see ``server.limits.line``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from server.accounts.tenants import Tenant
 from server.accounts.terms import KeyLimits
 from server.limits.budget import Amount
 from server.limits.ledger import PLACES, Entry, Ledger, Refused, Scope, TenantBudget
+from server.limits.line import Waits
 from server.scheduling.nouns import Refusal
 from server.scheduling.refusals import error_of, shutting_down
 
@@ -36,6 +39,8 @@ logger = logging.getLogger(__name__)
 # Between two looks of whoever is first; longer where more customers wait than that, so that a gateway asks
 # its ledger at most 500 times a second.
 LOOK_EVERY_S, OFTEN_FOR = 0.02, 10
+# Whoever has not looked for so many beats is passed, as one whose gateway died.
+LOOKS = 50
 RETRY_SOONEST, RETRY_LATEST = 1.0, 60.0  # seconds
 
 
@@ -93,15 +98,28 @@ class Places:
         wanted = Amount(min(sequences, most))
         budget = TenantBudget(scope.name, None, _nothing)
 
+        clock = asyncio.get_running_loop().time
+        id_, came = secrets.token_hex(12), clock()
+
+        def waits() -> Waits:
+            return Waits(id_, clock() - came, LOOKS * self._beat)
+
         async def taken() -> Place | None:
             try:
-                return Place(self._ledger, await self._ledger.reserve([scope], budget, wanted))
+                return Place(self._ledger, await self._ledger.reserve([scope], budget, wanted, waits()))
             except Refused:
                 return None
 
-        if tenant.queue not in self._lines and (place := await taken()) is not None:
+        place = None
+        try:
+            if tenant.queue not in self._lines:
+                place = await taken()
+            if place is None:
+                place = await self._in_line(tenant, taken)
             return place
-        return await self._in_line(tenant, taken)
+        finally:
+            if place is None:
+                self._ledger.leave(scope, waits())
 
     def drain(self) -> None:
         """What waits is told that the server is shutting down."""
@@ -138,10 +156,14 @@ class Places:
             else:
                 del self._lines[tenant.queue]
 
+    @property
+    def _beat(self) -> float:
+        """Seconds from one look to the next, on average."""
+        return LOOK_EVERY_S * max(1.0, len(self._lines) / OFTEN_FOR)
+
     async def _until_next_look(self) -> None:
-        beat = LOOK_EVERY_S * max(1.0, len(self._lines) / OFTEN_FOR)
         try:
-            async with asyncio.timeout(random.uniform(0.5, 1.5) * beat):  # noqa: S311 - no secret
+            async with asyncio.timeout(random.uniform(0.5, 1.5) * self._beat):  # noqa: S311 - no secret
                 await self._stopping.wait()
         except TimeoutError:
             pass

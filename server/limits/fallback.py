@@ -10,6 +10,7 @@ from adapters.database.rows import now as wall_now
 from server.errors import Unavailable
 from server.limits.budget import Amount, Spending
 from server.limits.ledger import PLACES, Entry, Scope, TenantBudget
+from server.limits.line import Waits
 from server.limits.memory import MemoryLedger
 from server.limits.rate import Remaining
 from server.limits.redis import RedisLedger
@@ -50,21 +51,30 @@ class FallbackLedger:
         except Unavailable:
             await self._outage().refresh(budget)
 
-    async def reserve(self, scopes: Sequence[Scope], budget: TenantBudget, amount: Amount) -> Entry:
+    async def reserve(
+        self, scopes: Sequence[Scope], budget: TenantBudget, amount: Amount, waits: Waits | None = None
+    ) -> Entry:
         """See ``Ledger.reserve``."""
         if self._redis.up:
             self._memory = None
             try:
-                return await self._redis.reserve(scopes, budget, amount)
+                return await self._redis.reserve(scopes, budget, amount, waits)
             except Unavailable:
                 pass
         memory = self._outage()
         await memory.refresh(budget)
-        entry = await memory.reserve(scopes, budget, amount)
+        entry = await memory.reserve(scopes, budget, amount, waits)
         if any(scope.whose != PLACES for scope in scopes) or budget.budgets is not None:
             self._on_local()
         self._local[entry] = memory
         return entry
+
+    def leave(self, scope: Scope, waits: Waits) -> None:
+        """See ``Ledger.leave``."""
+        if self._memory is not None:
+            self._memory.leave(scope, waits)
+        if self._redis.up:
+            self._redis.leave(scope, waits)
 
     async def change(self, entry: Entry, more: Amount, whole: int) -> None:
         """See ``Ledger.change``. What Redis admitted and cannot be asked about now gets what it needs."""

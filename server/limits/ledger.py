@@ -17,6 +17,7 @@ from typing import Protocol
 
 from server.accounts.terms import Budgets, KeyLimits
 from server.limits.budget import Amount, BudgetExceeded, Spending
+from server.limits.line import Waits
 from server.limits.rate import LimitExceeded, Remaining
 
 # Reservations between two searches for counts that nobody needs any more.
@@ -84,8 +85,17 @@ class Ledger(Protocol):
     async def refresh(self, budget: TenantBudget) -> None:
         """Brings ``spending(budget)`` up to date."""
 
-    async def reserve(self, scopes: Sequence[Scope], budget: TenantBudget, amount: Amount) -> Entry:
-        """Counts a new request that may use ``amount``. Raises Refused."""
+    async def reserve(
+        self, scopes: Sequence[Scope], budget: TenantBudget, amount: Amount, waits: Waits | None = None
+    ) -> Entry:
+        """Counts a new request that may use ``amount``. Raises Refused.
+
+        ``waits`` for places, of one scope: it is in the ``Line`` of all who ask this ledger from the first
+        time that it is refused, until it is admitted or ``leave`` is called, and asks with the same id.
+        """
+
+    def leave(self, scope: Scope, waits: Waits) -> None:
+        """It waits no more, and was not admitted; never waits."""
 
     async def change(self, entry: Entry, more: Amount, whole: int) -> None:
         """Reserves ``more`` (below 0: less) for a request of ``whole`` tokens in all. Raises Refused."""

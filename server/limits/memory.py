@@ -14,6 +14,7 @@ from adapters.database.rows import now as wall_now
 from server.accounts.terms import PERIODS
 from server.limits.budget import Amount, Spending, period_start
 from server.limits.ledger import SWEEP_EVERY, Entry, Refused, Scope, TenantBudget
+from server.limits.line import Waits
 from server.limits.rate import RateMeter, Remaining
 
 
@@ -54,11 +55,13 @@ class MemoryLedger:
                     spending.used[period] += amount
             self._refreshed.add(budget.name)
 
-    async def reserve(self, scopes: Sequence[Scope], budget: TenantBudget, amount: Amount) -> Entry:
+    async def reserve(
+        self, scopes: Sequence[Scope], budget: TenantBudget, amount: Amount, waits: Waits | None = None
+    ) -> Entry:
         """See ``Ledger.reserve``; a limit is looked at before a budget."""
         now, meters = self._clock(), [self._meter(scope) for scope in scopes]
         for scope, meter in zip(scopes, meters, strict=True):
-            if (exceeded := meter.check(scope.limits, amount.tokens, now)) is not None:
+            if (exceeded := meter.check(scope.limits, amount.tokens, now, waits)) is not None:
                 raise Refused(exceeded, scope.whose)
         spending = self.spending(budget)
         if budget.budgets is not None:
@@ -66,12 +69,16 @@ class MemoryLedger:
             if passed is not None:
                 raise Refused(passed)
         for meter in meters:
-            meter.begin(amount.tokens, now)
+            meter.begin(amount.tokens, now, waits)
         spending.reserved += amount
         self._reservations += 1
         if self._reservations % SWEEP_EVERY == 0:
             self.sweep()
         return Entry(scopes, budget, amount)
+
+    def leave(self, scope: Scope, waits: Waits) -> None:
+        """See ``Ledger.leave``."""
+        self._meter(scope).line.leave(waits.id)
 
     async def change(self, entry: Entry, more: Amount, whole: int) -> None:
         """See ``Ledger.change``."""

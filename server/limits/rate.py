@@ -16,6 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from server.accounts.terms import KeyLimits
+from server.limits.line import Line, Waits
 
 # Seconds that a window looks back.
 WINDOW_S = 60.0
@@ -101,9 +102,20 @@ class RateMeter:
     tokens: Window = field(default_factory=Window)
     running: int = 0
     reserved: int = 0
+    line: Line = field(default_factory=Line)
 
-    def check(self, limits: KeyLimits, tokens: int, now: float) -> LimitExceeded | None:
-        """The limit that forbids a new request of at most ``tokens`` tokens now; None if it may run."""
+    def check(
+        self, limits: KeyLimits, tokens: int, now: float, waits: Waits | None = None
+    ) -> LimitExceeded | None:
+        """The limit that forbids a new request of at most ``tokens`` tokens now; None if it may run.
+
+        One that ``waits`` leaves what those before it want, and is in the line if it is refused.
+        """
+        if waits is not None:
+            ahead = self.line.ahead(waits, now)
+            if (exceeded := self.check_tokens(limits, tokens, tokens + ahead, now)) is not None:
+                self.line.wait(waits, tokens, now)
+            return exceeded
         rate = limits.requests_per_minute
         if limits.requests_at_once is not None and self.running >= limits.requests_at_once:
             return LimitExceeded("requests_at_once", limits.requests_at_once, self.running + 1, 1.0)
@@ -131,8 +143,10 @@ class RateMeter:
         """
         return 1.0 if self.reserved >= over else self.tokens.until(now, over - self.reserved)
 
-    def begin(self, tokens: int, now: float) -> None:
-        """Counts a new request and reserves ``tokens`` for it."""
+    def begin(self, tokens: int, now: float, waits: Waits | None = None) -> None:
+        """Counts a new request and reserves ``tokens`` for it; it waits no more."""
+        if waits is not None:
+            self.line.leave(waits.id)
         self.requests.add(now, 1)
         self.running += 1
         self.reserved += tokens
@@ -149,7 +163,7 @@ class RateMeter:
 
     def idle(self, now: float) -> bool:
         """Whether it says the same as a new meter."""
-        return not (self.running or self.requests.used(now) or self.tokens.used(now))
+        return not (self.running or self.line or self.requests.used(now) or self.tokens.used(now))
 
     def remaining(self, limits: KeyLimits, now: float) -> dict[str, Remaining]:
         """What is left of ``requests`` and ``tokens`` a minute, where there is a limit."""

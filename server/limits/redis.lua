@@ -1,9 +1,11 @@
 -- Counts one request in its meters and its budget, all or none: server.limits.redis asks, and the arithmetic is
 -- that of server.limits.rate.RateMeter and server.limits.budget.Spending.
 -- KEYS: of each meter its requests and tokens (hashes by grain of time), its leases (by end), what is reserved
---   (by request); of the budget, if there is one, leases, reserved tokens, reserved cost (by request), day, month.
+--   (by request); of places, whose requests are not counted, in the place of these who waits, by request: since
+--   when, until when it is to be heard of again, for how many (server.limits.line.Line); of the budget, if there is one, leases, reserved tokens, reserved cost (by request), day, month.
 -- ARGV: refresh|reserve|change|renew|close; now (0: Redis's clock), window and grain in seconds; lease in seconds,
---   id of the request, its reserved and used tokens, reserved and used cost; number of meters; of each meter its
+--   id of the request, its reserved and used tokens, reserved and used cost; number of meters; seconds that it has waited for
+--   places (-1: it does not wait) and in which it asks again, seconds that are too far ahead; of each meter its
 --   limits at once, of requests (-1: they are not even counted), of tokens (0: none); of day and month the most tokens and cost (-1: no limit),
 --   tokens and cost used before Redis knew of them (-1: not known), seconds to keep it.
 -- Answers {why not or {}, of each meter {requests, until empty, tokens with reserved, until empty},
@@ -11,7 +13,8 @@
 local what, now, WINDOW, GRAIN = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local lease, id, reserved, used = tonumber(ARGV[5]), ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
 local costs, count = {reserved = tonumber(ARGV[9]), used = tonumber(ARGV[10])}, tonumber(ARGV[11])
-local HEAD = 11
+local waited, again, FAR = tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
+local HEAD = 14
 if now == 0 then
   local time = redis.call('TIME')
   now = tonumber(time[1]) + tonumber(time[2]) / 1000000
@@ -64,10 +67,37 @@ local function drop_dead(leases, ...)
   drop('(' .. string.format('%.6f', now + 2 * lease), '+inf')
 end
 
+local function since_of(kept) return tonumber(string.match(kept, '^%S+')) end
+
+-- How many places those want who came before this one.
+local function ahead(line)
+  local flat, sum, mine = redis.call('HGETALL', line), 0, now - waited
+  local known = redis.call('HGET', line, id)
+  if known then mine = since_of(known) end
+  for i = 1, #flat, 2 do
+    local since, till, wanted = string.match(flat[i + 1], '^(%S+) (%S+) (%S+)$')
+    since = tonumber(since)
+    if tonumber(till) <= now or since > now + FAR then
+      redis.call('HDEL', line, flat[i])
+    elseif flat[i] ~= id and (since < mine or (since == mine and flat[i] < id)) then
+      sum = sum + tonumber(wanted)
+    end
+  end
+  return sum
+end
+
+local function join(line)
+  local known = redis.call('HGET', line, id)
+  local since = known and since_of(known) or now - waited
+  redis.call('HSET', line, id, string.format('%.6f %.6f %d', since, now + again, reserved))
+  redis.call('EXPIRE', line, math.ceil(again) + 60)
+end
+
 local function meter(m)
   local k, a = 4 * (m - 1), HEAD + 3 * (m - 1)
   local found = {requests = KEYS[k + 1], tokens = KEYS[k + 2], leases = KEYS[k + 3], held = KEYS[k + 4],
     once = tonumber(ARGV[a + 1]), rate = tonumber(ARGV[a + 2]), most = tonumber(ARGV[a + 3])}
+  if found.rate < 0 then found.line = found.requests end
   drop_dead(found.leases, found.held)
   return found
 end
@@ -111,6 +141,7 @@ local function check_tokens(m)
   if used + reserved > m.most then return {'tokens_per_minute', whole(m.most), whole(used + reserved), text(WINDOW), '1'} end
   local found, held = window(m.tokens), sum_held(m.held) - tonumber(redis.call('HGET', m.held, id) or 0)
   local over = found.total + held + used + reserved - m.most
+  if m.line and what == 'reserve' and waited >= 0 then over = over + ahead(m.line) end
   if over > 0 then
     local seconds = held >= over and 1 or wait(found, over - held)
     return {'tokens_per_minute', whole(m.most), whole(used + reserved), text(seconds), '0'}
@@ -170,6 +201,7 @@ if what == 'reserve' or what == 'change' then
     local found
     if what == 'reserve' then found = check(m) else found = check_tokens(m) end
     if found then
+      if m.line and waited >= 0 then join(m.line) end
       table.insert(found, 1, whole(index - 1))
       refused = found
       break
@@ -179,7 +211,7 @@ if what == 'reserve' or what == 'change' then
 end
 if #refused == 0 and what ~= 'refresh' then
   for _, m in ipairs(meters) do
-    if what == 'reserve' and m.rate >= 0 then add(m.requests, 1) end
+    if m.line then redis.call('HDEL', m.line, id) elseif what == 'reserve' then add(m.requests, 1) end
     if used > 0 then add(m.tokens, used) end
     hold(m.leases, m.held, reserved)
   end
@@ -193,7 +225,7 @@ if #refused == 0 and what ~= 'refresh' then
 end
 local states = {}
 for index, m in ipairs(meters) do
-  local requests = m.rate >= 0 and window(m.requests) or {total = 0, parts = {}}
+  local requests = m.line and {total = 0, parts = {}} or window(m.requests)
   local tokens, held = window(m.tokens), sum_held(m.held)
   states[index] = {text(requests.total), text(empty(requests)), text(tokens.total + held),
     text(held > 0 and WINDOW or empty(tokens))}

@@ -35,6 +35,7 @@ from server.accounts.terms import PERIODS, UNITS, Budget, Period, Unit
 from server.limits.budget import Amount, BudgetExceeded, Spending, period_end, period_start
 from server.limits.errors import limits_unavailable
 from server.limits.ledger import PLACES, SWEEP_EVERY, Entry, Refused, Scope, TenantBudget
+from server.limits.line import FAR_S, Waits
 from server.limits.rate import GRAIN_S, WINDOW_S, LimitExceeded, Remaining
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,13 @@ KEEP_PERIOD = timedelta(days=1)
 # Scopes of which the last answer is kept, for headers.
 REMEMBERED_SCOPES = 10_000
 
+
+async def _nothing_recorded(_since: datetime, _until: datetime) -> Amount:
+    return Amount()
+
+
 _FAILURES = (RedisError, OSError, TimeoutError)
+_NO_BUDGET = TenantBudget("none", None, _nothing_recorded)
 _SCRIPT = Path(__file__).with_name("redis.lua").read_text()
 
 
@@ -153,9 +160,11 @@ class RedisLedger:
             self._lost(exc)
             raise limits_unavailable() from exc
 
-    async def reserve(self, scopes: Sequence[Scope], budget: TenantBudget, amount: Amount) -> Entry:
+    async def reserve(
+        self, scopes: Sequence[Scope], budget: TenantBudget, amount: Amount, waits: Waits | None = None
+    ) -> Entry:
         """See ``Ledger.reserve``. Does not ask Redis where nothing has to be counted."""
-        entry = Entry(scopes, budget, amount, id=secrets.token_hex(12))
+        entry = Entry(scopes, budget, amount, id=waits.id if waits is not None else secrets.token_hex(12))
         if not scopes and budget.budgets is None:
             return entry
         self._check_up()
@@ -163,7 +172,7 @@ class RedisLedger:
             if self._closed:
                 # Who asks right after an answer has its place back. Not cut short, or it would count twice.
                 await asyncio.shield(asyncio.ensure_future(self._report(only_closed=True)))
-            refusal = await self._run("reserve", entry)
+            refusal = await self._run("reserve", entry, waits)
         except _FAILURES as exc:
             self._lost(exc)
             self._abandon(entry)
@@ -178,6 +187,11 @@ class RedisLedger:
         if self._reservations % SWEEP_EVERY == 0:
             self.sweep()
         return entry
+
+    def leave(self, scope: Scope, waits: Waits) -> None:
+        """See ``Ledger.leave``; reported at once."""
+        if waits.id not in self._entries:
+            self._abandon(Entry([scope], _NO_BUDGET, Amount(), id=waits.id))
 
     async def change(self, entry: Entry, more: Amount, whole: int) -> None:
         """See ``Ledger.change``. What is given back only is reported later."""
@@ -244,9 +258,9 @@ class RedisLedger:
         if not self._up:
             raise limits_unavailable()
 
-    async def _run(self, command: str, entry: Entry) -> list[bytes]:
+    async def _run(self, command: str, entry: Entry, waits: Waits | None = None) -> list[bytes]:
         """Why Redis refuses, or nothing. Reads recorded usage where Redis needs it."""
-        keys, args = self._arguments(command, entry)
+        keys, args = self._arguments(command, entry, waits)
         if entry.budget.budgets is None:
             return await self._ask(entry, keys, args)
         now = self._wall()
@@ -272,16 +286,20 @@ class RedisLedger:
         if not reading.cancelled():
             reading.exception()  # whoever still waits raises it
 
-    def _arguments(self, command: str, entry: Entry) -> tuple[list[str], list[str | float]]:
+    def _arguments(
+        self, command: str, entry: Entry, waits: Waits | None
+    ) -> tuple[list[str], list[str | float]]:
         """Keys and arguments of the script, without those of the budget."""
         keys: list[str] = []
         args: list[str | float] = [command, self._clock() if self._clock else 0, WINDOW_S, GRAIN_S]
         args += [self._lease, entry.id, entry.reserved.tokens, entry.used.tokens]
         args += [entry.reserved.cost, entry.used.cost, len(entry.scopes)]
+        args += [-1, 0, FAR_S] if waits is None else [waits.waited, waits.again, FAR_S]
         for scope in entry.scopes:
             limits = scope.limits
-            counted = -1 if scope.whose == PLACES else 0  # of a place only whether it is taken
-            keys += [f"loraplex:{scope.name}:{part}" for part in ("requests", "tokens", "leases", "reserved")]
+            # Of a place only whether it is taken, and who waits for it.
+            counted, first = (-1, "line") if scope.whose == PLACES else (0, "requests")
+            keys += [f"loraplex:{scope.name}:{part}" for part in (first, "tokens", "leases", "reserved")]
             args += [
                 limits.requests_at_once or 0,
                 limits.requests_per_minute or counted,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -22,12 +22,16 @@ from server.errors import ServerError, TooManyRequests, Unavailable
 from server.fleet.places import Place, Places
 from server.inference.embeddings import inputs_of, most_places
 from server.inference.embeddings import places_of as places_of_inputs
-from server.limits.ledger import PLACES, Scope
+from server.limits.budget import Amount
+from server.limits.ledger import PLACES, Entry, Refused, Scope
+from server.limits.line import Waits
 from server.limits.memory import MemoryLedger
+from server.limits.rate import RateMeter
 from server.limits.redis import RedisLedger
 from tests.support import tiny
 from tests.support.fakes import Times
 from tests.support.fleet import FLEET_KEY, Fleet, fleet
+from tests.support.ledgers import NO_BUDGET
 from tests.support.services import redis
 from tests.support.site import Site, serving
 from tests.support.world import tenant
@@ -106,11 +110,92 @@ async def test_what_redis_reads_of_a_place_does_not_grow_with_the_places_of_the_
             held.append(await places.take(one, 1))
             assert ledger.remaining(scope)["tokens"].remaining == (1 if number == 0 else 0)
             now += 0.1
-        keys = [f"loraplex:{scope.name}:{part}" for part in ("requests", "tokens")]
+        keys = [f"loraplex:{scope.name}:{part}" for part in ("requests", "tokens", "line")]
         assert await ledger._redis.exists(*keys) == 0, "no part of a window"
         assert await ledger._redis.hlen(f"loraplex:{scope.name}:reserved") == 2
         while held:
             held.pop().give_back()
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_redis_keeps_the_line_as_the_meter_in_memory_does(seed: int) -> None:
+    rng, now = random.Random(seed), 1000.0
+    limits = KeyLimits(tokens_per_minute=4)
+    scope, meter = Scope(f"{uuid.uuid4().hex} {PLACES}", PLACES, limits), RateMeter()
+    came = {f"{number:02}": 0.0 for number in range(6)}
+    held: list[tuple[Entry, int]] = []
+    outcomes = Counter[str]()
+    async with shared(clock=lambda: now, lease=1e6) as ledger:
+        for _ in range(250):
+            now += rng.choice([0.25, 0.5, 1.0])
+            id_ = rng.choice(list(came))
+            waits = Waits(id_, now - (came[id_] or now), 2.0)
+            came[id_] = came[id_] or now
+            match rng.choice(("ask", "ask", "end", "leave")):
+                case "ask" if all(entry.id != id_ for entry, _ in held):
+                    wanted = rng.randrange(1, 5)
+                    refused = meter.check(limits, wanted, now, waits)
+                    if refused is None:
+                        meter.begin(wanted, now, waits)
+                    try:
+                        entry = await ledger.reserve([scope], NO_BUDGET, Amount(wanted), waits)
+                    except Refused:
+                        assert refused is not None
+                        outcomes["passed over" if meter.reserved + wanted <= 4 else "full"] += 1
+                    else:
+                        assert refused is None
+                        held.append((entry, wanted))
+                        came[id_] = 0.0
+                        outcomes["taken"] += 1
+                case "end" if held:
+                    entry, wanted = held.pop(rng.randrange(len(held)))
+                    meter.use(0, wanted, now)
+                    meter.end()
+                    ledger.use(entry, Amount(), entry.reserved)
+                    ledger.close(entry)
+                    await ledger._report(only_closed=True)
+                case "leave" if all(entry.id != id_ for entry, _ in held):
+                    meter.line.leave(id_)
+                    ledger.leave(scope, waits)
+                    await ledger._report(only_closed=True)
+                    came[id_] = 0.0
+        for entry, _ in held:
+            ledger.close(entry)
+    assert min(outcomes.values()) >= 5
+    assert len(outcomes) == 3
+
+
+async def test_small_requests_of_another_gateway_do_not_pass_a_large_one_for_ever() -> None:
+    one = some(max_running=2)
+    async with shared() as first, shared() as second:
+        here, there = places_of(first), places_of(second)
+        answered, stopped = 0, asyncio.Event()
+
+        async def small() -> None:
+            nonlocal answered
+            while not stopped.is_set():
+                place = await there.take(one, 1)
+                await asyncio.sleep(random.uniform(0.01, 0.03))
+                place.give_back()
+                answered += 1
+
+        async with asyncio.timeout(120), asyncio.TaskGroup() as group:
+            for _ in range(8):
+                group.create_task(small())
+            await until(lambda: answered > 8)
+            large = await here.take(one, 2)
+            before = answered
+            await asyncio.sleep(0.2)
+            assert answered == before, "it has all places"
+            large.give_back()
+            await until(lambda: answered > before)
+            gone = asyncio.create_task(here.take(one, 2))
+            await until(lambda: here.waiting() != {})
+            gone.cancel()
+            left = answered
+            await until(lambda: answered > left + 8)
+            stopped.set()
+        assert (await first._redis.hlen(f"loraplex:{one.queue} {PLACES}:line")) == 0
 
 
 async def test_too_many_may_not_wait_and_none_for_ever() -> None:
