@@ -27,6 +27,15 @@ def read_base_config(model_dir: Path) -> dict[str, Any] | None:
     return config
 
 
+def read_hub_config(model: str, *, revision: str | None, token: str | bool | None) -> dict[str, Any] | None:
+    """The same of a hub's id, from the hub or its cache; None where it says nothing. Raises OSError where
+    neither has it."""
+    from transformers import PretrainedConfig
+
+    found: dict[str, Any] = PretrainedConfig.get_config_dict(model, revision=revision, token=token)[0]
+    return found or None
+
+
 def quantization_in(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Its ``quantization_config``; None where the weights are as they were trained."""
     inner = config.get("text_config")

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 from vllm.platforms import current_platform
 
-from adapters.inspection.base_config import quantization_in, read_base_config
+from adapters.inspection.base_config import quantization_in, read_base_config, read_hub_config
 from server.engine import quantization
 from server.settings import Settings
 
@@ -63,13 +62,10 @@ def _config_of(settings: Settings) -> dict[str, Any] | None:
     if folder.exists():
         return read_base_config(folder)
     try:
-        found: dict[str, Any] = PretrainedConfig.get_config_dict(
-            settings.model, revision=given.get("revision"), token=given.get("hf_token")
-        )[0]
+        return read_hub_config(settings.model, revision=given.get("revision"), token=given.get("hf_token"))
     except OSError as exc:
         logger.info("the config.json of %s is not known before it is loaded: %s", settings.model, exc)
         return None
-    return found or None
 
 
 def _no_dora(settings: Settings, config: dict[str, Any]) -> str | None:
