@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from operator import itemgetter
 from typing import Any
 
 from adapters.errors import AdapterRejected, AdapterUnavailable, fault
@@ -29,6 +30,7 @@ from server.scheduling.refusals import engine_restarting
 TENANT = "_server"  # not a tenant's id, see adapters.model.is_tenant_id
 TIMEOUT = 120.0
 _TOP = 20
+_PART = 4  # one in so many of the engine's places is the most that a probe takes
 _NO_ROOM = "The server found no room to try the adapter, and has changed nothing; try it again later."
 
 
@@ -134,28 +136,43 @@ class Prober:
 
     async def _top(self, version: Version | None) -> Scores:
         top = min(_TOP, self._engine.max_logprobs)
-        said = await self._ask(version, "completion", [_echoed(prompt, top) for prompt in PROMPTS])
-        return [one["choices"][0]["logprobs"]["top_logprobs"][1:] for one in said]
+        choices = await self._each(version, "completion", lambda prompts: _echoed(prompts, top), "choices")
+        return [choice["logprobs"]["top_logprobs"][1:] for choice in choices]
 
     async def _vectors(self, version: Version | None) -> Vectors:
         """Embeddings, or a head's scores as they are: a probability hides how far one moves."""
         if self._engine.base.makes == "labels":
-            asked = [{"input": prompt, "use_activation": False} for prompt in PROMPTS]
-            said = await self._ask(version, "classification", asked)
-            return [one["data"][0]["probs"] for one in said]
-        said = await self._ask(version, "embedding", [{"input": prompt} for prompt in PROMPTS])
-        return [one["data"][0]["embedding"] for one in said]
+            scored = await self._each(
+                version, "classification", lambda texts: {"input": texts, "use_activation": False}, "data"
+            )
+            return [one["probs"] for one in scored]
+        embedded = await self._each(version, "embedding", lambda texts: {"input": texts}, "data")
+        return [one["embedding"] for one in embedded]
+
+    async def _each(
+        self, version: Version | None, kind: Kind, body: Callable[[list[str]], dict[str, Any]], field: str
+    ) -> list[dict[str, Any]]:
+        """What ``field`` of the answers has for each of ``PROMPTS``, in their order.
+
+        They share the engine's steps, as far as a part of its places goes: until all that a request needs are
+        free at once, it may hold up others.
+        """
+        together = min(len(PROMPTS), max(1, self._dispatcher.max_running // _PART))
+        bodies = [body(list(PROMPTS[i : i + together])) for i in range(0, len(PROMPTS), together)]
+        said = await self._ask(version, kind, bodies, sequences=together)
+        return [one for answer in said for one in sorted(answer[field], key=itemgetter("index"))]
 
     async def _ask(
-        self, version: Version | None, kind: Kind, bodies: Sequence[dict[str, Any]]
+        self, version: Version | None, kind: Kind, bodies: Sequence[dict[str, Any]], *, sequences: int = 1
     ) -> list[dict[str, Any]]:
-        """What is answered to each body; under one lease."""
+        """What is answered to each body, one after the other; under one lease for so many sequences."""
         ask = Ask(
             id=self._dispatcher.new_id(TENANT),
             tenant=TENANT,
             version=version.key if version else None,
             prompt_tokens=max(1, sum(len(str(body)) for body in bodies) // 4),
             max_tokens=len(bodies),
+            sequences=sequences,
         )
         lease = await self._dispatcher.submit(ask, version)
         try:
@@ -186,8 +203,8 @@ class Prober:
         return answer.body
 
 
-def _echoed(prompt: str | list[int], top: int) -> dict[str, Any]:
-    """Asks for the log-probabilities of a prompt and one token more, with ids for tokens."""
+def _echoed(prompt: str | list[int] | list[str], top: int) -> dict[str, Any]:
+    """Asks for the log-probabilities of a prompt, or of several, and one token more, with ids for tokens."""
     return {
         "prompt": prompt,
         "echo": True,

@@ -199,6 +199,11 @@ class Dispatcher(EngineLoop):
         """How many requests wait or run that are not in the background."""
         return sum(not lease.background for lease in self._leases.values())
 
+    @property
+    def max_running(self) -> int:
+        """How many sequences run in the engine at once."""
+        return self._capacity.max_running
+
     def open_leases(self) -> list[Lease]:
         """What still runs, for closing at the end of a drain."""
         return [lease for id_, lease in self._leases.items() if id_ not in self._waiting]

@@ -78,6 +78,22 @@ async def test_the_report_says_what_the_adapter_changes(site: Site) -> None:
     assert weaker["kl"] < found["kl"]
 
 
+@pytest.mark.parametrize(("places", "at_once"), [(4, 1), (8, 2), (12, 3), (16, 4), (64, 4)])
+async def test_prompts_are_answered_at_once_in_a_quarter_of_the_places(
+    tmp_path: Path, places: int, at_once: int
+) -> None:
+    """And come out as one after the other."""
+    found = []
+    for number, (most, together) in enumerate([(1, 1), (places, at_once)]):
+        engine = FakeEngine(tiny.base(), max_running=most)
+        async with fake_site(tmp_path / str(number), engine) as site:
+            await site.admin.post("/admin/v1/tenants", json={"id": "acme"})
+            found.append((await site.admin.post(URL, files=files())).json()["report"]["probe"])
+        assert len(engine.calls) == 3 * math.ceil(4 / together)
+        assert engine.most_running == together
+    assert found[0] == found[1]
+
+
 async def test_what_the_engine_cannot_tell_from_the_base_is_refused(site: Site, tmp_path: Path) -> None:
     said = error(await site.admin.post(URL, files=times(1e-12)), 422, "adapter_no_effect")
     assert "no log-probability changes" in said["message"]
