@@ -12,6 +12,7 @@ moved by an adapter as far as the product of its real matrices goes.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import math
@@ -65,7 +66,8 @@ def push_of(folder: Path) -> float:
         return float(np.float32(1) + np.float32(moved * config["lora_alpha"] / config["r"])) - 1
 
 
-def log_probs(prompt: str, at: int, push: float, owner: str) -> list[float]:
+@functools.lru_cache(10_000)  # each upload asks for the base's again
+def log_probs(prompt: str, at: int, push: float, owner: str) -> tuple[float, ...]:
     """Of each token of the vocabulary, after ``at`` tokens of ``prompt``."""
     logits = []
     for token in range(VOCABULARY):
@@ -74,7 +76,7 @@ def log_probs(prompt: str, at: int, push: float, owner: str) -> list[float]:
         logits.append(seed[0] / 50 + push * (turn[0] - 128) / 32)
     highest = max(logits)
     total = math.log(sum(math.exp(logit - highest) for logit in logits)) + highest
-    return [logit - total for logit in logits]
+    return tuple(logit - total for logit in logits)
 
 
 class FakeEngine(FakeSlots):
