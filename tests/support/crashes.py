@@ -24,8 +24,9 @@ from typing import Any
 import httpx
 from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import configure_mappers
 
-from adapters.database.database import Database
+from adapters.database.database import Database, newest_revision
 from adapters.model import BaseModel
 from server import __main__, app
 from server.accounts.usage import Usage, UsageWriter
@@ -36,7 +37,10 @@ from server.settings import Settings
 from tests.support.fakes import FakeEngine, Times
 from tests.support.site import ADMIN_KEY, bearer
 
-router_of()  # looked at before the fork, which each process would take 75 ms for
+# Before the fork, or each process would do so.
+router_of()
+newest_revision()
+configure_mappers()
 
 # What changes the disk in a way that a start can see, or waits for it.
 CALLS = ("mkdir", "write", "fsync", "rename", "chmod", "unlink", "rmdir")
