@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from random import Random
@@ -31,7 +32,7 @@ from tests.support.trainer import draw
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
 SPARE = 6
-SEED = 1
+SEED = int(os.environ.get("SEED", "1"))  # of the company
 TURNS: list[Any] = [{"role": "user", "content": "Name a colour."}]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
