@@ -247,10 +247,10 @@ async def test_an_answer_is_the_same_alone_and_in_company(site: Site, base: Path
     others = [company.draw(random, keys, models) for _ in range(8)]
     alone = [await company.ask(site.http, one) for one in asked]
     together = await company.asked_together(site.http, random, asked, others)
-    wrong = {
-        str(one): found
+    wrong = [
+        f"{one.url} {one.body}: {found[:5]}"
         for one, first, second in zip(asked, alone, together, strict=True)
         if (found := company.differences(first, second))
-    }
-    assert wrong == {}, f"seed {SEED}"
+    ]
+    assert not wrong, "\n".join([f"seed {SEED}", *wrong])
     assert (await site.services.engine.report()).in_step_loads == 0
