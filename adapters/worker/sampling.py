@@ -34,7 +34,7 @@ class FairSampling:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        sampler = getattr(runner, "sampler", None)
+        sampler: Any = getattr(runner, "sampler", None)
         if hasattr(sampler, "gather_specific_token_logprobs"):
             self._gather = sampler.gather_specific_token_logprobs
             sampler.gather_specific_token_logprobs = self._gather_for_all
