@@ -34,6 +34,7 @@ async def home(page: Page) -> Response:
         tokens_today=None if note else sum(row["total_tokens"] for row in today),
         requests_today=None if note else sum(row["requests"] for row in today),
         gauges=shared.gauges(me),
+        uncounted=shared.uncounted(me),
         usage=views.stacked(used, "day", "adapter", "total_tokens", shared.moments(30)),
         usage_note=note,
         key_facts=[

@@ -103,6 +103,7 @@ async def customer(page: Page) -> Response:
         keys_api=f"{where.lstrip('/')}/keys",
         may_write=True,
         gauges=shared.gauges(limits),
+        uncounted=shared.uncounted(limits),
         usage=views.stacked(used["data"], "day", "adapter", "total_tokens", shared.moments(30)),
         audit=[(entry, _changes(entry)) for entry in audit["data"]],
         upload_api=f"{where.lstrip('/')}/adapters",

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from adapters.errors import CURES
 from server.console import views
 from server.console.api import Api, Refused
-from server.console.formats import NONE, flat, segment, size
+from server.console.formats import NONE, flat, number, segment, size
 from server.console.web import Page
 
 DAYS = {"1": 1, "7": 7, "30": 30, "90": 90}
@@ -56,9 +56,8 @@ def gauges(standing: Mapping[str, Any]) -> list[views.Gauge]:
     """The limits and budgets of ``GET …/limits`` that say how much of them is used."""
     found = []
     for row in standing["limits"]:
-        if "used" in row:
-            name = row["limit"].replace("_", " ") + (" of this key" if row["of"] == "key" else "")
-            found.append(views.gauge(name, row["used"], row["allowed"]))
+        if row["used"] is not None:
+            found.append(views.gauge(_limit_name(row), row["used"], row["allowed"]))
     for row in standing["budgets"]:
         limit, kind = (row["allowed"], "") if row["allowed"] is not None else (row["soft"], " (soft)")
         found.append(
@@ -70,6 +69,24 @@ def gauges(standing: Mapping[str, Any]) -> list[views.Gauge]:
             )
         )
     return [it for it in found if it is not None]
+
+
+def uncounted(standing: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of the other limits of ``GET …/limits``: those of which nothing is used up."""
+    return [(_limit_name(row), _allowed(row)) for row in standing["limits"] if row["used"] is None]
+
+
+def _limit_name(row: Mapping[str, Any]) -> str:
+    return row["limit"].replace("_", " ") + ("" if row["of"] == "tenant" else " of this key")
+
+
+def _allowed(row: Mapping[str, Any]) -> str:
+    allowed = row["allowed"]
+    if isinstance(allowed, bool):
+        return "yes" if allowed else "no"
+    if isinstance(allowed, list):
+        return ", ".join(allowed) or NONE
+    return size(allowed) if row["limit"].endswith("_bytes") else number(allowed)
 
 
 def rows_of(adapters: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.accounts.terms import TenantLimits
 from server.demo.run import console_path
 from tests.support import tiny
 from tests.support.site import ADMIN_KEY, SERVICE_KEY, Site, bearer
@@ -123,6 +124,35 @@ async def test_every_page_is_there_and_says_what_may_run_in_it(site: Site) -> No
                 assert not re.search(r"\son[a-z]+=|\sstyle=|<script>|<style", page.text), path
                 foreign = re.findall(r'(?:src|href|action)="((?:https?:)?//[^"]+)', page.text)
                 assert foreign == []
+
+
+async def test_limits_of_every_kind_are_shown_to_operator_and_customer(site: Site) -> None:
+    """Those of which something is used up as gauges, the others by their value."""
+    counted = {"requests_per_minute": 1001, "tokens_per_minute": 1002}
+    others = {"requests_at_once": 1003, "max_tokens": 1004, "adapters": ["first", "second"], "base": False}
+    of_tenant = {"max_adapters": 1005, "max_storage_bytes": 3 << 20}
+    key = await site.tenant("acme", limits={"max_adapters": 1005})
+    pages = [(ADMIN_KEY, "/customers/acme"), (key, "/")]
+    for limits in ({"max_adapters": 1005}, counted | others | of_tenant):
+        assert set(limits) <= set(TenantLimits.model_fields)
+        changed = await site.admin.patch("/admin/v1/tenants/acme", json={"limits": limits})
+        assert changed.status_code == 200, changed.text
+        for who, path in pages:
+            async with browser(site, who) as client:
+                page = await client.get(f"/console{path}")
+            assert page.status_code == 200, f"{limits}: {page.text}"
+            assert "Nothing limits this customer" not in page.text
+            assert "<dt>max adapters</dt><dd>1,005</dd>" in page.text
+    assert set(limits) == set(TenantLimits.model_fields)
+    for shown in (
+        "0 of 1,001", "0 of 1,002", "<dd>1,003</dd>", "<dd>1,004</dd>", "<dd>first, second</dd>",
+        "<dt>base</dt><dd>no</dd>", "<dd>3.0 MiB</dd>",
+    ):  # fmt: skip
+        assert shown in page.text, shown
+    own = {"limits": {"max_tokens": 7}}
+    made = await site.admin.post("/admin/v1/tenants/acme/keys", json=own)
+    async with browser(site, made.json()["key"]) as client:
+        assert "<dt>max tokens of this key</dt><dd>7</dd>" in (await client.get("/console/")).text
 
 
 async def test_static_files_are_ours_and_can_be_kept(site: Site) -> None:
