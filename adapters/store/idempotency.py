@@ -1,7 +1,8 @@
 """What uploads were answered, for a client that repeats one because it never saw the answer.
 
 The client gives each upload a key of its own (``Idempotency-Key``). A success is kept for a day, in the same
-transaction as its version, so that there is never one without the other; a refusal may be tried again.
+transaction as its version, so that there is never one without the other; a refusal may be tried again. Once
+that version is deleted its answer is true no more, and the upload is a new one.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ import hashlib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from weakref import WeakValueDictionary
 
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.database import Database
-from adapters.database.rows import UploadRow, steady_now
+from adapters.database.rows import UploadRow, VersionRow, steady_now
 from adapters.errors import AdapterConflict
 from adapters.model import is_tenant_id
 
@@ -28,16 +29,26 @@ IDEMPOTENCY_TTL = timedelta(hours=24)
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """An upload that has an ``Idempotency-Key``. ``answer`` is None until the upload has succeeded."""
+    """An upload that has an ``Idempotency-Key``. ``answer`` is None until there is a version of it.
+
+    ``outlived`` is when an upload succeeded with this key whose version is gone.
+    """
 
     tenant: str
     key: str
     fingerprint: str
     answer: Mapping[str, Any] | None = None
+    outlived: datetime | None = None
 
     async def keep(self, session: AsyncSession, answer: Mapping[str, Any]) -> None:
-        """Stores ``answer`` in the transaction of ``session``, and deletes answers past IDEMPOTENCY_TTL."""
+        """Stores ``answer`` in the transaction of ``session``, and deletes answers past IDEMPOTENCY_TTL.
+
+        Of two processes that both found the one before outlived, the second fails.
+        """
         await session.execute(delete(UploadRow).where(UploadRow.created_at < steady_now() - IDEMPOTENCY_TTL))
+        if self.outlived is not None:
+            mine = (UploadRow.tenant == self.tenant, UploadRow.key == self.key)
+            await session.execute(delete(UploadRow).where(*mine, UploadRow.created_at == self.outlived))
         session.add(
             UploadRow(
                 tenant=self.tenant,
@@ -68,7 +79,7 @@ class Receipts:
             return
         fingerprint = hashlib.sha256(repr(asked).encode()).hexdigest()
         async with self._under_way.setdefault((tenant, key), asyncio.Lock()):
-            known = await self._find(tenant, key)
+            known, linked = await self._find(tenant, key)
             if known is not None and known.fingerprint != fingerprint:
                 raise AdapterConflict(
                     "Another upload has this Idempotency-Key: its name, files or options differ. Take a new"
@@ -76,15 +87,27 @@ class Receipts:
                     code="idempotency_conflict",
                     param="Idempotency-Key",
                 )
-            yield Receipt(tenant, key, fingerprint, known.answer if known else None)
+            if known is None:
+                yield Receipt(tenant, key, fingerprint)
+            elif linked:
+                yield Receipt(tenant, key, fingerprint, known.answer)
+            else:
+                yield Receipt(tenant, key, fingerprint, outlived=known.created_at)
 
     async def has(self, tenant: str, key: str | None) -> bool:
-        """Whether an upload with this key has been answered."""
-        return key is not None and await self._find(tenant, key) is not None
+        """Whether an upload with this key has been answered, and its version is still there."""
+        return key is not None and (await self._find(tenant, key))[1]
 
-    async def _find(self, tenant: str, key: str) -> UploadRow | None:
+    async def _find(self, tenant: str, key: str) -> tuple[UploadRow | None, bool]:
+        """What is kept under ``key``, and whether the version that it tells of is still there."""
         if not is_tenant_id(tenant):
-            return None
+            return None, False
         async with self._database.read() as session:
             row = await session.get(UploadRow, (tenant, key))
-        return row if row is not None and row.created_at >= steady_now() - IDEMPOTENCY_TTL else None
+            if row is None or row.created_at < steady_now() - IDEMPOTENCY_TTL:
+                return None, False
+            said = row.answer
+            version = (VersionRow.adapter == said["adapter"], VersionRow.number == said["version"])
+            query = select(VersionRow.digest).where(VersionRow.tenant == tenant, *version)
+            digest = await session.scalar(query)
+        return row, digest == said["digest"]

@@ -318,6 +318,18 @@ async def test_an_upload_that_is_repeated_has_the_rollout_that_it_began(site: Si
     error(await upload(site, 3, "twice", rollout="standard"), 409, "rollout_running")
 
 
+async def test_an_upload_whose_version_is_gone_begins_none_beside_another(site: Site) -> None:
+    await site.tenant("acme", {"a": tiny.adapter(1)})
+    first = (await upload(site, 2, "once", rollout="standard")).json()
+    await site.admin.patch(f"{ROLLOUTS}/{first['rollout']['id']}", json={"action": "roll_back"})
+    assert (await site.admin.delete(f"{ADAPTER}/versions/2")).status_code == 204
+    other = (await upload(site, 3, "twice", rollout="standard")).json()
+    error(await upload(site, 2, "once", rollout="standard"), 409, "rollout_running")
+    await site.admin.patch(f"{ROLLOUTS}/{other['rollout']['id']}", json={"action": "roll_back"})
+    again = (await upload(site, 2, "once", rollout="standard")).json()
+    assert (again["version"], again["rollout"]["version"], again["rollout"]["state"]) == (4, 4, "running")
+
+
 async def test_of_two_who_decide_one_does(site: Site) -> None:
     """Both have seen the same state; what the second one wants would overwrite what the first one did."""
     await two_versions(site)

@@ -22,6 +22,8 @@ from tests.support.fakes import FakeEngine, Times
 from tests.support.site import Site
 from tests.support.tiny import fake_site
 
+ADAPTER = URL.removesuffix("/versions")
+
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
 
@@ -135,14 +137,44 @@ async def test_a_day_later_it_is_forgotten(site: Site, monkeypatch: pytest.Monke
         assert await session.scalar(select(func.count()).select_from(UploadRow)) == 1, "the rest is pruned"
 
 
-async def test_it_outlives_a_restart_and_the_version(tmp_path: Path) -> None:
+async def test_it_outlives_a_restart(tmp_path: Path) -> None:
     async with fake_site(tmp_path) as site:
         await site.admin.post("/admin/v1/tenants", json={"id": "acme"})
         first = (await upload(site, "one")).json()
-        await site.admin.delete("/admin/v1/tenants/acme/adapters/a")
     async with fake_site(tmp_path) as site:
         assert (await upload(site, "one")).json() == first
-        assert (await site.admin.get("/admin/v1/tenants/acme/adapters")).json()["data"] == []
+        assert await versions(site) == [1]
+
+
+async def test_what_is_deleted_comes_again(site: Site) -> None:
+    first = await upload(site, "one")
+    assert (await site.admin.delete(ADAPTER)).status_code == 204
+    again = await upload(site, "one")
+    assert (again.status_code, again.json()["version"]) == (201, 2)
+    assert again.json()["digest"] == first.json()["digest"]
+    assert await versions(site) == [2]
+    assert (await upload(site, "one")).json() == again.json(), "which is now kept"
+    assert await versions(site) == [2]
+    refused = await upload(site, "one", seed=2)
+    error(refused, 409, "idempotency_conflict", "Idempotency-Key")
+
+
+async def test_a_version_that_is_deleted_comes_again(site: Site) -> None:
+    await upload(site, "one")
+    await upload(site, "two", seed=2)
+    assert (await site.admin.delete(f"{ADAPTER}/versions/1")).status_code == 204
+    assert (await upload(site, "one")).json()["version"] == 3
+    assert (await upload(site, "two", seed=2)).json()["version"] == 2
+    assert await versions(site) == [2, 3]
+
+
+async def test_a_version_that_made_room_comes_again(site: Site) -> None:
+    await upload(site, "one")
+    await site.admin.patch(ADAPTER, json={"keep_versions": 1})
+    await upload(site, "two", seed=2)
+    assert await versions(site) == [2]
+    assert (await upload(site, "one")).json()["version"] == 3
+    assert await versions(site) == [3]
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 256, "ä".encode("latin-1").decode("latin-1")])
