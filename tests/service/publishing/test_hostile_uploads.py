@@ -106,7 +106,7 @@ class Scene:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def scene(tmp_path_factory: pytest.TempPathFactory, base: Any, good: Path) -> AsyncIterator[Scene]:
     folder = tmp_path_factory.mktemp("site")
-    engine = FakeEngine(base, times=Times(step=0.0005))
+    engine = FakeEngine(base, times=Times(step=0.005))
     async with fake_site(folder, engine, max_upload_bytes=LIMIT, **AT_ONCE) as site:
         await site.admin.post("/admin/v1/tenants", json={"id": "acme"})
         control = Control(site, await site.tenant("control", {"mine": good}))
