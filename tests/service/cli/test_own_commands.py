@@ -177,7 +177,7 @@ async def test_requests_are_found_by_their_id(site: Site) -> None:
     await quarantine(site.services.publishing.quarantine, site.services.dispatcher, version, "NaN")
     assert (await site.chat(key, "hi", model="a")).status_code == 409
     _, refused, *_ = await shown(site, "requests", "--tenant", "acme")
-    assert refused[2:4] == ["a@1", "unavailable (adapter_quarantined)"]
+    assert refused[2:4] == ["a@1", "quarantined (adapter_quarantined)"]
 
 
 async def test_people(site: Site) -> None:
