@@ -31,7 +31,7 @@ from server.inference.completion import (
 from server.inference.dialects.base import Dialect
 from server.inference.dialects.registry import COUNTING, SURFACES
 from server.inference.embeddings import embed
-from server.limits.permissions import may_name
+from server.limits.permissions import check_model, may_name
 from server.scheduling.lease import told_of
 
 router = APIRouter(prefix="/v1", tags=["inference"])
@@ -112,6 +112,7 @@ async def _tokens(request: Request, dialect: Dialect) -> Response:
     service = services.completions
     check_dialect(service.answers.base, dialect)
     version, _ = await resolve(service, tenant, body.get("model"))
+    check_model(tenant, version.adapter if version else None)
     request.state.headers = lambda: version_header(version)
     document = await service.answers.tokens(dialect, dialect.allowed_fields(body), version)
     return await long_answer(document, services.settings.client_timeout)

@@ -431,6 +431,19 @@ async def test_the_list_of_models_has_what_may_be_named(site: Site) -> None:
     assert [row["outcome"] for row in rows] == ["rejected"], "it is no fault of the server's"
 
 
+async def test_tokens_are_counted_of_what_may_be_named_alone(site: Site) -> None:
+    adapters = {"a": tiny.adapter(1), "b": tiny.adapter(2)}
+    key = await site.tenant("acme", adapters, limits={"adapters": ["b"], "base": False})
+    turns: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+    calls = {"/tokenize": {"prompt": "hi"}, "/detokenize": {"tokens": [0]}}
+    for url, body in (calls | {"/v1/messages/count_tokens": turns}).items():
+        for model in ("a", "a@1", tiny.NAME):
+            refused = await site.http.post(url, json={**body, "model": model}, headers=bearer(key))
+            assert (refused.status_code, "may use" in refused.text) == (403, True), refused.text
+        allowed = await site.http.post(url, json={**body, "model": "b"}, headers=bearer(key))
+        assert allowed.status_code == 200, allowed.text
+
+
 @pytest.mark.parametrize(
     ("limits", "param"),
     [
