@@ -44,6 +44,7 @@ from adapters.inspection.heads import heads_of, without_heads
 from adapters.inspection.inspect import (
     PREFIX,
     Upload,
+    check_expressions,
     check_module,
     check_tensors,
     parse_name,
@@ -194,6 +195,7 @@ def plan(folder: Path, base: BaseModel) -> Conversion | Upload:
     if config.dora and initial is not None:
         raise _refuse("dora_unsupported", "no initial weights are subtracted from a DoRA.")
     config.check_targets(base, set(trained.values()))
+    rewritten += check_expressions(config, base, set(trained.values()))
     tensors, notes, twice = upload.tensors, [*upload.notes, *rewritten], 1
     if initial is not None:
         tensors, twice = _subtract(tensors, initial.tensors), 2

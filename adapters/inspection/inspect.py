@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import takewhile
@@ -119,6 +119,7 @@ def inspect(
     check_base(config, base)
     ignored = check_unknown_fields(config, waived.fields)
     pairs = check_tensors(upload.tensors, config, base)
+    unknown = check_expressions(config, base, pairs)
     labels = check_head(upload.tensors, config.saves, base)
     with one_thread():
         norms, too_large = _sizes(folder / WEIGHTS_FILE, pairs, config, base, serving_dtype)
@@ -129,7 +130,7 @@ def inspect(
         raise _refuse(
             "adapter_no_effect", f"in each of its {len(pairs)} modules lora_B times lora_A is zero."
         )
-    warnings = config.warnings(base, pairs)
+    warnings = [*config.warnings(base, pairs), *unknown]
     beside = [name for name in PICKLES if (folder / name).exists()]
     if beside:
         warnings.append(ignored_pickles(beside))
@@ -179,6 +180,28 @@ def check_tensors(
     check_experts({module: pair.rank for module, pair in pairs.items()}, base)
     config.check_targets(base, pairs)
     return pairs
+
+
+def check_expressions(config: PeftConfig, base: BaseModel, adapted: Collection[str]) -> list[str]:
+    """As ``config.check_targets``, with what its expressions match, which are run; returns warnings.
+
+    Rows of the vocabulary that were trained are pairs that no expression has named.
+    """
+    expressions = config.targets.expressions
+    if not expressions:
+        return []
+    adapted = [module for module in adapted if module not in base.vocabulary]
+    try:
+        targets = config.targets.run({*base.modules, *adapted})
+    except ValueError as exc:
+        what = f"target_modules, exclude_modules or layers_pattern is no expression: {exc}."
+        raise fault("target_mismatch", f"{CONFIG_FILE}: {what}", param=CONFIG_FILE) from exc
+    config.check_targets(base, adapted, targets)
+    return [
+        f"its expression {show(text)} takes too long to run: the tensors are taken at their word"
+        for how, text in expressions
+        if (how, text) not in targets.ran
+    ]
 
 
 def check_fit(folder: Path, base: BaseModel, *, serving_dtype: str | None = None) -> None:

@@ -171,9 +171,12 @@ class PeftConfig(pydantic.BaseModel):
             self.target_modules or (), self.exclude_modules, self.layers_to_transform, self.layers_pattern
         )
 
-    def check_targets(self, base: BaseModel, adapted: Collection[str]) -> None:
+    def check_targets(
+        self, base: BaseModel, adapted: Collection[str], targets: Targets | None = None
+    ) -> None:
         """Refuses tensors that PEFT would ignore, and missing ones that it would fill at random."""
-        beyond = [module for module in adapted if not self._covers(module)]
+        targets = targets or self.targets
+        beyond = [module for module in adapted if not self._covers(module, targets)]
         if beyond:
             raise _refuse(
                 "target_mismatch",
@@ -181,7 +184,7 @@ class PeftConfig(pydantic.BaseModel):
                 " have tensors.",
             )
         if (self.model_extra or {}).get("init_lora_weights") is False:
-            missing = [m for m in base.modules if m not in adapted and self.targets.covers(m)]
+            missing = [m for m in base.modules if m not in adapted and targets.covers(m)]
             if missing:
                 raise _refuse(
                     "target_mismatch",
@@ -189,11 +192,11 @@ class PeftConfig(pydantic.BaseModel):
                     " PEFT fills those at random.",
                 )
 
-    def _covers(self, module: str) -> bool:
+    def _covers(self, module: str, targets: Targets) -> bool:
         """False where PEFT would ignore its tensors; True also where only an expression could tell."""
         if is_stacked(module) or self.targets_weight(module):
             return self.targets_weight(module)
-        return self.targets.covers(module) is not False
+        return targets.covers(module) is not False
 
     def _other_base(self, base: BaseModel) -> Iterable[str]:
         named = self.base_model_name_or_path

@@ -1,15 +1,16 @@
 """Which modules PEFT would adapt: ``check_target_module_exists`` of ``peft/tuners/tuners_utils.py``.
 
 PEFT ignores tensors of modules that its config does not target; vLLM serves every tensor. Expressions in an
-upload are never run: where one decides, the tensors are taken at their word, as PEFT wrote both.
+upload are run by ``run`` alone, and elsewhere; see ``adapters.inspection.expressions``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
+from adapters.inspection.expressions import Expression, Matches, run_all
 from adapters.inspection.module_names import suffixes
 
 # Without any operator but ".", which is any one character: linear by construction.
@@ -22,12 +23,16 @@ Names = frozenset[str] | str
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """PEFT's fields of the same names; a string is an expression, except "all-linear" as ``modules``."""
+    """PEFT's fields of the same names; a string is an expression, except "all-linear" as ``modules``.
+
+    ``ran`` is what expressions were seen to match.
+    """
 
     modules: Names
     exclude: Names
     layers: frozenset[int] | None
     layers_pattern: tuple[str, ...]
+    ran: Mapping[Expression, Matches] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -47,16 +52,33 @@ class Targets:
             tuple(pattern for pattern in patterns if pattern),
         )
 
+    @property
+    def expressions(self) -> list[Expression]:
+        """Those that only running them tells of."""
+        wholes = [self.exclude] if self.modules == "all-linear" else [self.modules, self.exclude]
+        layers = self.layers_pattern if self.layers is not None else ()
+        found: list[Expression] = [("whole", one) for one in wholes if isinstance(one, str)]
+        if not isinstance(self.modules, str) and len(layers) <= _MOST_LAYER_PATTERNS:
+            found += [("layer", one) for one in layers]
+        return [one for one in found if not _LITERAL.fullmatch(one[1])]
+
+    def run(self, modules: Collection[str]) -> Targets:
+        """These, with what their expressions match of ``modules``; one that takes too long stays unknown.
+
+        Raises ValueError for what is no expression. Call it in a thread.
+        """
+        return replace(self, ran=run_all(self.expressions, modules))
+
     def covers(self, module: str) -> bool | None:
-        """Whether PEFT adapts ``module``; None where only running an expression could tell.
+        """Whether PEFT adapts ``module``; None where an expression decides that was not run for it.
 
         Excluded goes before targeted. A full name counts in every layer, a suffix only in ``layers``; an
         expression knows of no layers.
         """
-        excluded = _is_listed(module, self.exclude)
+        excluded = self._is_listed(module, self.exclude)
         if excluded:
             return False
-        targeted = True if self.modules == "all-linear" else _is_listed(module, self.modules)
+        targeted = True if self.modules == "all-linear" else self._is_listed(module, self.modules)
         if targeted and not isinstance(self.modules, str) and module not in self.modules:
             targeted = self._is_in_layers(module)
         if targeted is False:
@@ -69,18 +91,27 @@ class Targets:
         if len(self.layers_pattern) > _MOST_LAYER_PATTERNS:
             return None
         found = None if self.layers_pattern else _LAYER.match(module)
+        index = found["index"] if found else None
         for pattern in self.layers_pattern:
-            if not _LITERAL.fullmatch(pattern):
+            if _LITERAL.fullmatch(pattern):
+                found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", module)
+                index = found["index"] if found else None
+            elif (ran := self.ran.get(("layer", pattern))) is not None:
+                index = ran.get(module)
+            else:
                 return None
-            found = found or re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", module)
-        return found is not None and int(found["index"]) in self.layers
+            if index is not None:
+                break
+        return index is not None and int(index) in self.layers
+
+    def _is_listed(self, module: str, names: Names) -> bool | None:
+        if not isinstance(names, str):
+            return any(suffix in names for suffix in suffixes(module))
+        if _LITERAL.fullmatch(names):
+            return re.fullmatch(names, module) is not None
+        ran = self.ran.get(("whole", names))
+        return None if ran is None else module in ran
 
 
 def _names(names: Iterable[str] | str) -> Names:
     return names if isinstance(names, str) else frozenset(names)
-
-
-def _is_listed(module: str, names: Names) -> bool | None:
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None if _LITERAL.fullmatch(names) else None
-    return any(suffix in names for suffix in suffixes(module))

@@ -213,6 +213,13 @@ def test_training_on_a_quantized_copy_is_said(good: Path, base: BaseModel, tmp_p
     assert inspect(folder, dataclasses.replace(base, source="/models/tiny-llama-bnb-4bit")).warnings == ()
 
 
+def test_an_expression_that_takes_too_long_is_said(good: Path, base: BaseModel, tmp_path: Path) -> None:
+    config, tensors = read(good)
+    config["target_modules"] = "(" + "[a-z0-9._]+" * 2 + ")+!"
+    (warning,) = inspect(write(tmp_path, config, tensors), base).warnings
+    assert "takes too long to run" in warning
+
+
 def test_another_fingerprint_is_refused_unless_it_is_meant(
     good: Path, base: BaseModel, tmp_path: Path
 ) -> None:

@@ -144,6 +144,9 @@ BAD: dict[str, Bad] = {
     ),
     "excluded": field("target_mismatch", "exclude_modules", ["k_proj"], K1),
     "excluded by its full name": field("target_mismatch", "exclude_modules", K1, K1),
+    "not what the expression targets": field("target_mismatch", "target_modules", r".*\.v_proj", Q0),
+    "what the expression excludes": field("target_mismatch", "exclude_modules", r".*\.q_proj", Q0),
+    "no expression": field("target_mismatch", "target_modules", ".*(q_proj"),
     "another layer": field("target_mismatch", "layers_to_transform", [1], Q0),
     "no layer of that pattern": Bad(
         "target_mismatch", (Q0,), lambda c, t: c.update(layers_to_transform=[0, 1], layers_pattern=["h"])

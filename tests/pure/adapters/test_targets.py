@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from typing import Any
 
 import pytest
@@ -54,14 +53,43 @@ def test_all_linear_is_every_module() -> None:
     assert not Targets.of("all-linear", ["q_proj"], None, None).covers("a.q_proj")
 
 
-def test_expressions_are_not_run() -> None:
-    module = "a" * 60
-    evil = "(a|a)*b"
-    assert Targets.of(evil, None, None, None).covers(module) is None
-    assert Targets.of([module], evil, None, None).covers(module) is None
-    assert Targets.of(["q_proj"], None, [1], [evil]).covers("model.layers.1.q_proj") is None
+def test_expressions_are_run_where_asked_and_end() -> None:
+    module, evil = "a" * 60, "(a|a)*b"
+    for targets, name in (
+        (Targets.of(evil, None, None, None), module),
+        (Targets.of([module], evil, None, None), module),
+        (Targets.of(["q_proj"], None, [1], [evil]), f"{module}.1.q_proj"),
+    ):
+        assert targets.covers(name) is None
+    assert targets.run([name]).covers(name) is None, "it has an end"
     assert Targets.of(["x"], evil, None, None).covers(module) is False
-    assert re.fullmatch("a+", module)
+    with pytest.raises(ValueError, match="unterminated subpattern"):
+        Targets.of("(q_proj", None, None, None).run([module])
+    deep = Targets.of("(" * 5000 + "a" + ")" * 5000, None, None, None)
+    with pytest.raises(ValueError, match="recursion"):
+        deep.run([module])
+
+
+RUN: list[tuple[Any, Any, Any, Any]] = [
+    (r".*\.(q|up)_proj", None, None, None),
+    (r".*k_proj", None, None, None),
+    (r".*_proj", r".*layers\.1\..*", None, None),
+    (["q_proj"], r".*q_proj", None, None),
+    (["q_proj", "up_proj"], None, [1, 11], ["h", "la.ers"]),
+    (["up_proj"], None, 1, ["(layers|experts)"]),
+    (r"(?i).*Q_PROJ", None, [0], ["la.ers"]),
+]
+
+
+@pytest.mark.parametrize("fields", RUN, ids=str)
+def test_what_is_run_is_pefts(fields: tuple[Any, Any, Any, Any]) -> None:
+    config = LoraConfig(target_modules=["x"])
+    config.target_modules, config.exclude_modules = fields[:2]
+    config.layers_to_transform, config.layers_pattern = fields[2:]
+    ours = Targets.of(*fields).run(MODULES)
+    for module in MODULES:
+        theirs = check_target_module_exists(config, module)
+        assert ours.covers(module) == (bool(theirs) and type(theirs).__name__ != "_ExcludedModule"), module
 
 
 class Name(str):

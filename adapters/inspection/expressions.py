@@ -1,0 +1,81 @@
+"""Expressions of a stranger's config, run as PEFT runs them, in a process of their own.
+
+A regular expression is a program: ``(a|a)*b`` takes twice as long for each letter. Here it ends with its
+process, which has a second of processor time for all that an upload has. The process is this file, run by
+itself, and imports nothing but the standard library. It reads a JSON list of [how, expression] and one of
+names, and writes a line for each expression.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
+
+SECONDS = 1  # of processor time: a machine that is busy says nothing of an expression
+MEMORY = 1 << 29
+
+# "whole": it matches the whole name. "layer": a pattern before a layer's number, which the answer then is.
+How = Literal["whole", "layer"]
+Expression = tuple[How, str]
+# Name -> the layer's number, or the name itself; those that do not match are missing.
+Matches = Mapping[str, str]
+
+
+def run_all(expressions: Sequence[Expression], names: Collection[str]) -> dict[Expression, Matches]:
+    """What each expression matches of ``names``; those that took too much time or memory are missing.
+
+    Raises ValueError for what is no expression. Blocks for some 20 ms, at most for as long as ``SECONDS`` of
+    processor time take: call it in a thread.
+    """
+    asked = sorted(names)
+    try:
+        done = subprocess.run(  # noqa: S603  (our own file)
+            [sys.executable, "-I", "-S", __file__],
+            input=json.dumps([list(expressions), asked]).encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={},
+            check=False,
+        )
+    except OSError:  # no memory for a process: they are as unknown as one that takes too long
+        return {}
+    lines = done.stdout.split(b"\n")[:-1]  # the last one is broken off, or empty
+    found: dict[Expression, Matches] = {}
+    for expression, line in zip(expressions, lines, strict=False):
+        answer = json.loads(line)
+        if isinstance(answer, str):
+            raise ValueError(answer)
+        if answer is not None:
+            found[expression] = dict(answer)
+    return found
+
+
+def _main() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    expressions, names = json.load(sys.stdin)
+    for how, expression in expressions:
+        print(json.dumps(_matched(how, expression, names)), flush=True)
+
+
+def _matched(how: How, expression: str, names: Sequence[str]) -> list[tuple[str, str]] | str | None:
+    """As ``check_target_module_exists`` of ``peft/tuners/tuners_utils.py``; a text says why it cannot be."""
+    try:
+        if how == "whole":
+            return [(name, name) for name in names if re.fullmatch(expression, name)]
+        layer = re.compile(rf"(?:^|.*?\.){expression}\.(?P<index>\d+)\.")
+        return [(name, found["index"]) for name in names if (found := layer.match(name))]
+    except (re.error, RecursionError, OverflowError) as exc:
+        return str(exc)
+    except MemoryError:
+        return None
+
+
+if __name__ == "__main__":
+    _main()
