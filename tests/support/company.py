@@ -18,6 +18,7 @@ import httpx
 from tests.support.site import bearer
 
 CLOSE = 1e-3
+FORBIDDEN = -9999.0  # how the logarithm of 0 is told
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 _WORDS = "The capital of France is a red fox, which jumps 12 times over green hills; why not? Say so."
 _SCHEMA = {
@@ -139,7 +140,12 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
 
 
 def _kept(told: Any) -> Any:
+    """Without what passes; and of a chat's most likely tokens without those that a grammar forbids, all of
+    which are as unlikely as each other: which of them are shown depends on how many rows torch sorts."""
     if isinstance(told, dict):
+        tops = told.get("top_logprobs")
+        if isinstance(tops, list) and "token" in told:
+            told = {**told, "top_logprobs": [one for one in tops if one["logprob"] > FORBIDDEN]}
         return {name: _kept(value) for name, value in told.items() if name not in _PASSING}
     return [_kept(value) for value in told] if isinstance(told, list) else told
 
@@ -157,7 +163,7 @@ def _joined(events: Any) -> dict[int, dict[str, Any]]:
             one["end"] = choice["finish_reason"] or one["end"]
             told = choice.get("logprobs") or {}
             if "content" in told:
-                one["told"] += told["content"]
+                one["told"] += _kept(told["content"])
             elif told:
                 tops = told["top_logprobs"] or [None] * len(told["tokens"])
                 one["told"] += map(list, zip(told["tokens"], told["token_logprobs"], tops, strict=True))
