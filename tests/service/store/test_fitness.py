@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, ModuleShape, Tier
+from adapters.store.blobs import BlobStore
+from adapters.store.fitness import Fitness
 from server.publishing import truth
 from tests.service.http.test_api import error
 from tests.support import tiny
+from tests.support.databases import opened
 from tests.support.fakes import FakeEngine
 from tests.support.site import Site
 from tests.support.tiny import fake_site
@@ -276,3 +280,14 @@ async def test_a_deleted_version_is_not_called_damaged(tmp_path: Path) -> None:
         assert await metric(site, "damaged") == 0
         fitness = site.services.publishing.fitness
         assert fitness.known() == set()
+
+
+async def test_where_there_is_no_version_none_is_looked_for(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path, max_bytes=1)
+    async with opened("sqlite", tmp_path) as database:
+        seen: list[str] = []
+        event.listen(
+            database._engine.sync_engine, "before_cursor_execute", lambda *args: seen.append(args[2])
+        )
+        await truth.hold_all(Fitness(blobs), database, blobs.path)
+    assert [statement.split(" ", 1)[0] for statement in seen if statement != "BEGIN"] == ["SELECT"]
