@@ -83,10 +83,14 @@ async def test_the_same_key_for_something_else_is_a_conflict(site: Site) -> None
         await upload(site, "one", seed=2),
         await upload(site, "one", url=URL.replace("/a/", "/b/")),
         await upload(site, "one", url=f"{URL}?allow_no_effect=true"),
+        await upload(site, "one", url=f"{URL}?note=second"),
+        await upload(site, "one", url=f"{URL}?rollout=standard"),
     ):
         said = error(other, 409, "idempotency_conflict", "Idempotency-Key")
         assert "new" in said["message"]
-    assert await versions(site) == [1]
+    await upload(site, "two", seed=2, url=f"{URL}?note=first")
+    error(await upload(site, "two", seed=2), 409, "idempotency_conflict", "Idempotency-Key")
+    assert await versions(site) == [1, 2]
     assert await versions(site, "b") == []
 
 
