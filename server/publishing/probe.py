@@ -86,7 +86,7 @@ class Prober:
                     self._base = await say(None)
                 again = await say(None)
                 scores = await say(version)
-        except (TimeoutError, TooManyRequests, AdapterUnavailable) as exc:
+        except (TimeoutError, TooManyRequests) as exc:
             raise AdapterUnavailable(_NO_ROOM) from exc
         except Internal as exc:
             raise (_not_numbers() if exc.code == "adapter_not_finite" else exc) from exc
@@ -103,7 +103,7 @@ class Prober:
         try:
             async with asyncio.timeout(TIMEOUT):
                 await self._ask(version, "chat", [{"messages": turns, "max_tokens": 1, "temperature": 0}])
-        except (TimeoutError, TooManyRequests, AdapterUnavailable) as exc:
+        except (TimeoutError, TooManyRequests) as exc:
             raise AdapterUnavailable(_NO_ROOM) from exc
         except BadRequest as exc:
             raise fault("chat_template_invalid", exc.message, param=TEMPLATE_FILE) from exc
@@ -124,7 +124,7 @@ class Prober:
                 for one in golden.probes:
                     (said,) = await self._ask(version, "completion", [_echoed(one.prompt, top=0)])
                     found.append(said["choices"][0]["logprobs"]["token_logprobs"][1:-1])
-        except (TimeoutError, TooManyRequests, AdapterUnavailable) as exc:
+        except (TimeoutError, TooManyRequests) as exc:
             raise AdapterUnavailable(_NO_ROOM) from exc
         except Internal as exc:
             raise (_not_numbers() if exc.code == "adapter_not_finite" else exc) from exc
