@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,46 @@ async def test_what_strict_says_changes_nothing_of_a_call_that_must_be(
     (called,) = made.choices[0].message.tool_calls or []
     assert called.type == "function"
     assert city(called.function.arguments) in ("Paris", "Rome")
+
+
+async def test_a_tool_without_parameters_is_called_with_an_empty_object(site: Site, key: str) -> None:
+    """Also in a stream, and in responses."""
+    named = {"type": "function", "function": {"name": "ping"}}
+    asked: dict[str, Any] = {"messages": QUESTION, "model": "hammer", "max_tokens": 60, "temperature": 0}
+
+    async def arguments(parameters: dict[str, Any], choice: Any) -> str:
+        tools: Any = [{"type": "function", "function": {"name": "ping", **parameters}}]
+        client = site.openai(key)
+        made = await client.chat.completions.create(
+            **asked, tools=tools, tool_choice=choice, parallel_tool_calls=False
+        )
+        (called,) = made.choices[0].message.tool_calls or []
+        assert called.type == "function"
+        return called.function.arguments
+
+    async def streamed() -> str:
+        body = asked | {"tools": [named], "tool_choice": named, "stream": True}
+        stream = await site.openai(key).chat.completions.create(**body)
+        deltas = [chunk.choices[0].delta async for chunk in stream if chunk.choices]
+        parts = [part.function for delta in deltas for part in delta.tool_calls or ()]
+        return "".join(part.arguments or "" for part in parts if part)
+
+    async def response(parameters: dict[str, Any]) -> str:
+        tool = {"type": "function", "name": "ping", **parameters}
+        body = {"model": "hammer", "input": "Hi", "tools": [tool], "tool_choice": "required"}
+        body |= {"max_output_tokens": 60, "temperature": 0, "parallel_tool_calls": False}
+        made = await site.http.post("/v1/responses", json=body, headers=bearer(key))
+        assert made.status_code == 200, made.text
+        (called,) = [item for item in made.json()["output"] if item["type"] == "function_call"]
+        return str(called["arguments"])
+
+    absent: list[dict[str, Any]] = [{}, {"parameters": None}, {"parameters": {}}]
+    spoken = await asyncio.gather(
+        *(arguments(parameters, choice) for parameters in absent for choice in ("required", named)),
+        *(response(parameters) for parameters in absent),
+        streamed(),
+    )
+    assert [json.loads(text) for text in spoken] == [{}] * 10, spoken
 
 
 async def test_several_calls_at_once_all_fit(site: Site, key: str) -> None:

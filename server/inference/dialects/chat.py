@@ -15,10 +15,14 @@ from server.inference.dialects.fields import (
     VLLM_CHAT,
     VLLM_SAMPLING,
     Only,
-    with_strict_tools,
 )
 from server.inference.dialects.schema import ANY, BOOL, LIMIT, OPENAI, QUESTION, TURNS, object_of
-from server.inference.dialects.tools import check_own_choice, check_own_tools, with_allowed_tools
+from server.inference.dialects.tools import (
+    check_own_choice,
+    check_own_tools,
+    with_allowed_tools,
+    with_strict_tools,
+)
 
 # How other servers of models name the switch.
 _THINKING = 'Send chat_template_kwargs, as in {"enable_thinking": false}; the model\'s template reads it.'

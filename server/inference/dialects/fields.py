@@ -241,24 +241,6 @@ def _structured(given: Any) -> dict[str, Any]:
     return kept
 
 
-def with_strict_tools(tools: Any, forced: bool) -> Any:
-    """``tools``, whose calls' arguments fit their schemas where a request makes the model call one.
-
-    Without ``strict`` vLLM lets the arguments be any JSON, a bare text too.
-    """
-    if not forced or not isinstance(tools, list):
-        return tools
-    return [_strict(tool) for tool in tools]
-
-
-def _strict(tool: Any) -> Any:
-    if not isinstance(tool, dict):
-        return tool
-    if isinstance(inner := tool.get("function"), dict):  # chat; responses and messages have it at the top
-        return tool | {"function": inner | {"strict": True}}
-    return tool | {"strict": True}
-
-
 def check_template_variables(given: Any) -> None:
     """BadRequest for ``chat_template_kwargs`` that are more than variables of the chat template."""
     where = "chat_template_kwargs"

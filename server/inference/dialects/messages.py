@@ -14,9 +14,9 @@ from server.engine.errors import FAILED, TOO_LONG
 from server.errors import Internal, ServerError, body_of, status_of
 from server.inference.dialects.answers import Message
 from server.inference.dialects.base import Dialect
-from server.inference.dialects.fields import Only, with_strict_tools
+from server.inference.dialects.fields import Only
 from server.inference.dialects.schema import ANY, LIMIT, MODEL, QUESTION, SAMPLED, TEXT, TURNS, object_of
-from server.inference.dialects.tools import check_own_tools
+from server.inference.dialects.tools import check_own_tools, with_strict_tools
 from server.inference.dialects.turns import check_blocks
 
 PROMPT_FIELDS = frozenset(

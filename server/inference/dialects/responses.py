@@ -21,10 +21,14 @@ from server.inference.dialects.fields import (
     VLLM_SAMPLING,
     Only,
     check_boolean,
-    with_strict_tools,
 )
 from server.inference.dialects.schema import ANY, LIMIT, MODEL, SAMPLED, TEXT, TURNS, object_of
-from server.inference.dialects.tools import check_own_choice, check_own_tools, with_allowed_tools
+from server.inference.dialects.tools import (
+    check_own_choice,
+    check_own_tools,
+    with_allowed_tools,
+    with_strict_tools,
+)
 from server.inference.dialects.turns import whole_input
 
 _OPENING = ("response.created", "response.in_progress")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from server.errors import BadRequest
+
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+_CHOICES = ("anyOf", "oneOf", "allOf")
 
 
 def check_own_tools(tools: Any, kinds: Sequence[str]) -> None:
     """BadRequest for a tool that is none of ``kinds``: its vendor runs it, and nothing runs here.
 
-    OpenAI's custom tools, which a model calls with any text, are not served.
+    OpenAI's custom tools, which a model calls with any text, are not served. Neither is a tool whose
+    arguments are no object: a call's are one in each of the APIs.
     """
     for index, tool in enumerate(tools if isinstance(tools, list) else ()):
+        _check_arguments(index, tool)
         kind = tool.get("type", kinds[0]) if isinstance(tool, dict) else kinds[0]
         if kind is not None and kind not in kinds:
             why = "no tool runs here. Offer one of your own."
@@ -22,6 +27,74 @@ def check_own_tools(tools: Any, kinds: Sequence[str]) -> None:
             raise BadRequest(
                 f"Only tools of the type {kinds[0]} are served: {why}", param=f"tools.{index}.type"
             )
+
+
+def _check_arguments(index: int, tool: Any) -> None:
+    path, schema = _schema_of(tool)
+    if isinstance(schema, dict) and _is_no_object(schema):
+        where = f"tools.{index}.{path}"
+        raise BadRequest(
+            f"{where} has to be the schema of an object, since the arguments of a call are one."
+            ' Send {"type": "object", "properties": {…}}.',
+            param=where,
+        )
+
+
+def _schema_of(tool: Any) -> tuple[str, Any]:
+    """Where within ``tool`` the schema of its arguments is, and the schema."""
+    if not isinstance(tool, dict):
+        return "parameters", None
+    if isinstance(inner := tool.get("function"), dict):  # chat; responses and messages have it at the top
+        return "function.parameters", inner.get("parameters")
+    name = "input_schema" if "input_schema" in tool else "parameters"
+    return name, tool.get(name)
+
+
+def _is_no_object(schema: Mapping[str, Any]) -> bool:
+    """Whether ``schema`` names another type, itself or in a choice at its top, which goes before ``type``."""
+    choices = [schema.get(name) for name in _CHOICES]
+    members = [schema, *(part for listed in choices if isinstance(listed, list) for part in listed)]
+    return any(
+        isinstance(part, dict) and part.get("type") not in (None, "object", ["object"]) for part in members
+    )
+
+
+def with_strict_tools(tools: Any, forced: bool) -> Any:
+    """``tools``, whose calls' arguments fit their schemas where a tool is ``strict`` or a call is ``forced``.
+
+    vLLM lets them be any JSON, a bare text too, without ``strict``, and where there are no parameters.
+    """
+    if not isinstance(tools, list):
+        return tools
+    return [_strict(tool) if forced or _asks_strict(tool) else tool for tool in tools]
+
+
+def _asks_strict(tool: Any) -> bool:
+    inner = tool.get("function", tool) if isinstance(tool, dict) else None
+    return isinstance(inner, dict) and inner.get("strict") is True
+
+
+def _strict(tool: Any) -> Any:
+    if not isinstance(tool, dict):
+        return tool
+    if isinstance(inner := tool.get("function"), dict):
+        return tool | {"function": _with_object(inner) | {"strict": True}}
+    return _with_object(tool) | {"strict": True}
+
+
+def _with_object(function: dict[str, Any]) -> dict[str, Any]:
+    """With parameters that are an object: none at all where it has none, as OpenAI's API takes it.
+
+    vLLM itself does so for Anthropic's ``input_schema``.
+    """
+    schema = function.get("parameters")
+    if "input_schema" in function or not (schema is None or isinstance(schema, dict)):
+        return function
+    if not schema:
+        return function | {"parameters": _NO_PARAMETERS}
+    if schema.keys() & {"type", "$ref", "const", "enum", *_CHOICES}:
+        return function
+    return function | {"parameters": {"type": "object"} | schema}
 
 
 def with_allowed_tools(body: dict[str, Any], *, nested: bool) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""Which schemas the arguments of a tool may have, and what becomes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from server.errors import BadRequest
+from server.inference.dialects.registry import DIALECTS
+
+TURNS = [{"role": "user", "content": "hi"}]
+EMPTY = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def allowed(kind: str, schema: dict[str, Any], *, forced: bool = True, **fields: Any) -> dict[str, Any]:
+    """The function of a request's only tool as the engine gets it; ``schema`` has its parameters, if any."""
+    if kind == "chat":
+        tool = {"type": "function", "function": {"name": "f", **schema, **fields}}
+        body = {"messages": TURNS, "tools": [tool], "tool_choice": "required" if forced else "auto"}
+    elif kind == "responses":
+        tool = {"type": "function", "name": "f", **schema, **fields}
+        body = {"input": "hi", "tools": [tool], "tool_choice": "required" if forced else "auto"}
+    else:
+        tool = {"name": "f", "input_schema": schema["parameters"], **fields}
+        choice = {"type": "any" if forced else "auto"}
+        body = {"messages": TURNS, "tools": [tool], "tool_choice": choice}
+        if kind == "messages":
+            body["max_tokens"] = 5
+    (kept,) = DIALECTS[kind].allowed_fields(body)["tools"]
+    return dict(kept.get("function", kept))
+
+
+@pytest.mark.parametrize("kind", ["chat", "responses"])
+@pytest.mark.parametrize("given", [{}, {"parameters": None}, {"parameters": {}}])
+def test_no_parameters_are_an_empty_object_where_a_call_has_to_fit(kind: str, given: dict[str, Any]) -> None:
+    assert allowed(kind, given)["parameters"] == EMPTY
+    assert allowed(kind, given, forced=False, strict=True)["parameters"] == EMPTY
+    left = allowed(kind, given, forced=False)
+    assert {name: left[name] for name in left.keys() & {"parameters"}} == given
+
+
+@pytest.mark.parametrize("kind", ["chat", "responses"])
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ({"description": "none"}, {"type": "object", "description": "none"}),
+        ({"required": []}, {"type": "object", "required": []}),
+        ({"type": "object"}, {"type": "object"}),
+        ({"type": ["object"]}, {"type": ["object"]}),
+        ({"$ref": "#/$defs/a", "$defs": {"a": EMPTY}}, {"$ref": "#/$defs/a", "$defs": {"a": EMPTY}}),
+        ({"anyOf": [EMPTY, {"type": "object"}]}, {"anyOf": [EMPTY, {"type": "object"}]}),
+    ],
+)
+def test_parameters_are_of_an_object(kind: str, given: dict[str, Any], made: dict[str, Any]) -> None:
+    assert allowed(kind, {"parameters": given})["parameters"] == made
+
+
+@pytest.mark.parametrize("kind", ["chat", "responses", "messages", "count_tokens"])
+@pytest.mark.parametrize("forced", [True, False])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string"},
+        {"type": ["object", "null"]},
+        {"type": True},
+        {"type": []},
+        {"anyOf": [EMPTY, {"type": "string"}]},
+        {"type": "object", "oneOf": [{"type": "integer"}]},
+    ],
+)
+def test_a_tool_whose_arguments_may_be_no_object_is_refused(
+    kind: str, forced: bool, schema: dict[str, Any]
+) -> None:
+    with pytest.raises(BadRequest, match="the schema of an object") as refused:
+        allowed(kind, {"parameters": schema}, forced=forced)
+    where = {"chat": "function.parameters", "responses": "parameters"}.get(kind, "input_schema")
+    assert refused.value.param == f"tools.0.{where}"
