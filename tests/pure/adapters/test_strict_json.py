@@ -42,7 +42,8 @@ def test_what_is_let_in_is_what_python_reads(value: Any, ascii_only: bool) -> No
         (b"[" + b"1e9," * 900 + b"1]", "fractions"),
         (b'["' + b'","' * (1 << 17) + b'"]', "strings"),
         (b"[" + b"9" * 1000 + b"]", "more than 100 digits"),
-        (b"{" + b",".join(b'"%d":1' % n for n in range(300)) + b"}", "more than 200 items that are no token"),
+        (b"[" + b"1234567890," * 50 + b"1234567890" * 10 + b"1]", "more than 100 digits"),
+        (b"{" + b",".join(b'"%d":1' % n for n in range(300)) + b"}", "more than 200 members"),
         (b"[" + b"true," * 300 + b"true]", "more than 200 items that are no token"),
         (b"[" + b"1," * 300 + b"null]", "more than 200 items that are no token"),
         (b"[%d]" % 2**63, "does not fit in 64 bits"),
@@ -66,6 +67,23 @@ def test_too_many_are_refused_without_parsing(piece: bytes, monkeypatch: pytest.
     monkeypatch.setattr(strict_json.json, "loads", None)
     with pytest.raises(ValueError, match="more than"):
         strict_json.loads(b"[" + piece * ((4 << 20) // len(piece)), BOUNDS)
+
+
+def test_too_many_members_are_refused_without_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one object, and in all together; a colon within a text is none."""
+    few = {"logit_bias": {f"{n}:::": 1 for n in range(190)}, "text": ":" * 5000}
+    assert strict_json.loads(json.dumps(few).encode(), BOUNDS) == few
+    monkeypatch.setattr(strict_json.json, "loads", None)
+    members = b",".join(b'"%d":1' % n for n in range(150))
+    for data in (b"{" + members + b"," + members + b"}", b'{"a":{' + members + b'},"b":{' + members + b"}}"):
+        with pytest.raises(ValueError, match="more than 200 members"):
+            strict_json.loads(data, BOUNDS)
+
+
+def test_numbers_of_a_hundred_digits_are_read() -> None:
+    value = [int("1" * 100), "2" * 5000, int("3" * 100)]
+    data = json.dumps(value).encode()
+    assert strict_json.loads(data, Bounds(max_items=5)) == value
 
 
 def test_a_short_text_with_a_long_number_says_so_in_json_s_words() -> None:
