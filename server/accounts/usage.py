@@ -490,3 +490,7 @@ def _totals(row: Any) -> dict[str, float]:
     total["total_tokens"] = total["prompt_tokens"] + total["output_tokens"]
     total |= {name: round(float(row[name]), 6) for name in SUMS if name.endswith("seconds")}
     return total | {"cost": int(row["cost"]) / COST_UNIT}
+
+
+# What each row of ``usage`` has beside its groups.
+TOTALS = tuple(_totals(dict.fromkeys(SUMS, 0)))

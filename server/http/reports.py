@@ -19,7 +19,7 @@ from adapters.database.audit import Search, entries
 from adapters.database.database import Database
 from server.accounts.percentiles import PERCENTS, TIMES
 from server.accounts.percentiles import percentiles as percentiles_of
-from server.accounts.usage import GROUPS, Group, Question, shown_group, usage
+from server.accounts.usage import GROUPS, TOTALS, Group, Question, shown_group, usage
 from server.errors import Unprocessable
 from server.http.answers import Audit, Usage
 from server.http.auth import ADMIN, Manager, UsageReader
@@ -140,15 +140,17 @@ async def answer(request: Request, question: Question, format: str | None, timed
     services = services_of(request)
     await services.usage_writer.flush()
     rows = await usage(services.database, question)
+    names = [*question.by, *TOTALS]
     if timed:
         times = {
             tuple(map(shown_group, question.by, key)): found
             for key, found in (await percentiles_of(services.database, question)).items()
         }
         none = dict.fromkeys(f"{name}_p{percent}" for name in TIMES for percent in PERCENTS)
+        names += none
         rows = [row | none | times.get(tuple(row[name] for name in question.by), {}) for row in rows]
     if format == "csv" or (format is None and "text/csv" in request.headers.get("accept", "")):
-        return Response(_csv(rows, question), media_type="text/csv")
+        return Response(_csv(rows, names), media_type="text/csv")
     return JSONResponse({"object": "list", "data": rows})
 
 
@@ -166,10 +168,10 @@ def utc(time: datetime | None) -> datetime | None:
     return time.replace(tzinfo=UTC) if time is not None and time.tzinfo is None else time
 
 
-def _csv(rows: list[dict[str, Any]], question: Question) -> str:
+def _csv(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """With the heads of all columns also where there are no rows."""
     file = io.StringIO()
-    names = rows[0] if rows else question.by
-    writer = csv.DictWriter(file, list(names))
+    writer = csv.DictWriter(file, names)
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()

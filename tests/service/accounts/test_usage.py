@@ -381,8 +381,12 @@ async def test_usage_as_csv(site: Site) -> None:
     assert by_format.headers["content-type"].startswith("text/csv")
     (row,) = csv.DictReader(io.StringIO(by_format.text))
     assert (row["tenant"], row["adapter"], row["requests"], row["output_tokens"]) == ("acme", "a", "1", "5")
-    empty = await site.admin.get(url, params={"by": "tenant", "tenant": "nobody", "format": "csv"})
-    assert empty.status_code == 200
+    for more in ({}, {"percentiles": "true"}):
+        asked = {"by": "tenant,adapter", "format": "csv", **more}
+        some = await site.admin.get(url, params=asked)
+        empty = await site.admin.get(url, params={**asked, "tenant": "nobody"})
+        assert empty.status_code == 200
+        assert (len(some.text.splitlines()), empty.text.splitlines()) == (2, some.text.splitlines()[:1])
 
 
 @pytest.mark.parametrize(
