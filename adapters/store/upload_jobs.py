@@ -104,7 +104,7 @@ class UploadJobs:
         return _shown(row, self._here)
 
     async def search(self, search: JobSearch, most: int) -> list[dict[str, Any]]:
-        """As JSON, newest first."""
+        """As JSON, newest first. AdapterNotFound (``upload_not_found``) for an ``after`` that it has not."""
         query = select(UploadJobRow).order_by(UploadJobRow.created_at.desc(), UploadJobRow.id.desc())
         for name in ("tenant", "adapter", "state"):
             if (value := getattr(search, name)) is not None:
@@ -112,11 +112,16 @@ class UploadJobs:
         async with self._database.read() as session:
             if search.after is not None:
                 last = await session.get(UploadJobRow, _plain(search.after, 32))
-                if last is None:
-                    return []
+                if last is None or not _is_among(last, search):
+                    raise AdapterNotFound("There is no such upload.", code="upload_not_found", param="after")
                 same = and_(UploadJobRow.created_at == last.created_at, UploadJobRow.id < last.id)
                 query = query.where(or_(UploadJobRow.created_at < last.created_at, same))
             return [_shown(row, self._here) for row in await session.scalars(query.limit(most))]
+
+
+def _is_among(row: UploadJobRow, search: JobSearch) -> bool:
+    """Whether a page of ``search`` can have ended with ``row``, whatever became of it since."""
+    return search.tenant in (None, row.tenant) and search.adapter in (None, row.adapter)
 
 
 async def _forget(session: AsyncSession, tenant: str) -> None:

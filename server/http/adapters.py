@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from adapters.database.rows import MAX_INTEGER
 from adapters.errors import AdapterNotFound
-from adapters.model import Quota, Version, Waivers
+from adapters.model import ADAPTER_PATTERN, Quota, Version, Waivers
 from adapters.split import WHOLE
 from adapters.store.downloads import Download
 from adapters.store.notes import annotate
@@ -132,7 +132,9 @@ class Warm(Body):
 
 
 Versions = Annotated[int, Query(ge=1, le=1000, description="Most versions of a page, all adapters together.")]
-AdaptersAfter = Annotated[str | None, Query(max_length=128, description="`next` of the page before.")]
+AdaptersAfter = Annotated[
+    str | None, Query(pattern=f"^{ADAPTER_PATTERN}$", description="`next` of the page before.")
+]
 UploadsAfter = Annotated[str | None, Query(max_length=32, description="`next` of the page before.")]
 WarmBody = Annotated[Warm, body_as(Warm)]
 UploadOptionsOf = Annotated[UploadOptions, Depends(_upload_options)]

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
+from adapters.model import TENANT_PATTERN
 from adapters.store.replicas import as_json as replica_as_json
 from adapters.store.upload_jobs import JobSearch, State
 from server.accounts.keys import DEFAULT_SCOPES, SCOPES, KeyScope
@@ -104,7 +105,9 @@ async def create_tenant(
 async def list_tenants(
     services: ServicesOf,
     q: Annotated[str | None, Query(max_length=200, description="A part of the id or the name.")] = None,
-    after: Annotated[str | None, Query(max_length=200, description="`next` of the page before.")] = None,
+    after: Annotated[
+        str | None, Query(pattern=f"^{TENANT_PATTERN}$", description="`next` of the page before.")
+    ] = None,
     limit: Annotated[int | None, Query(ge=1, le=PAGE)] = None,
 ) -> dict[str, Any]:
     most = None if limit is None else limit + 1

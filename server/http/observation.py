@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
-from adapters.model import Tier
+from adapters.model import ADAPTER_PATTERN, TENANT_PATTERN, Tier
 from adapters.store.listing import Has, Wanted, adapters
 from server import __version__
 from server.accounts.requests import RequestSearch, requests
@@ -26,6 +26,7 @@ from server.metrics import Outcome
 
 router = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=[ADMIN])
 
+_AFTER = f"^{TENANT_PATTERN}/{ADAPTER_PATTERN}$"
 Part = Annotated[str | None, Query(max_length=200, description="A part of it, in letters of either case.")]
 
 
@@ -83,7 +84,7 @@ async def list_all(
     tenant: str | None = None,
     tier: Tier | None = None,
     has: Has | None = None,
-    after: Annotated[str | None, Query(max_length=200, description="`next` of the page before.")] = None,
+    after: Annotated[str | None, Query(pattern=_AFTER, description="`next` of the page before.")] = None,
     limit: Limit = 100,
 ) -> dict[str, Any]:
     """By tenant and name."""

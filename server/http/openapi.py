@@ -102,13 +102,21 @@ def _short(path: str) -> str:
     return re.sub(r"^(/admin)?/v1(/tenants/{tenant}(?=/adapters))?", "", path)
 
 
+_LISTS = (
+    "/files",
+    "/batches",
+    "/uploads",
+    "/residency",
+)  # with an `after` or a replica that may not be there
+
+
 def _statuses(tag: str, path: str, arguments: bool, body: bool) -> list[str]:
     found = ["400", "401", "403", "429", "500"]
     if body:
         found += ["408", "413", "415"]
     if body and tag == "inference":
         found += ["503"]
-    if "{" in path or tag == "inference" or path.endswith(("/files", "/batches", "/residency")):
+    if "{" in path or tag == "inference" or path.endswith(_LISTS):
         found += ["404"]
     if tag != "inference" and arguments:
         found += ["409", "422"]

@@ -102,6 +102,15 @@ async def test_all_customers_adapters_are_searched_by_the_page(site: Site) -> No
         pages += [f"{row['tenant']}/{row['name']}" for row in page["data"]]
         after = page["next"]
     assert pages == ["acme/sales", "acme/support", "zeta/Support"]
+    assert await rows(site, "adapters", after="zeta/zzz") == []
+    assert await rows(site, "tenants", after="zzz") == []
+    for list_, cursors in (
+        ("adapters", ("bad", "/", "acme/", "/a", "acme/a/b", "acme/a b")),
+        ("tenants", ("Bad", "a/b", "")),
+    ):
+        for cursor in cursors:
+            refused = await site.admin.get(f"{ADMIN}/{list_}", params={"after": cursor})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (422, "query.after"), cursor
     await site.chat(key, "hi", model="Support", max_tokens=1)
     assert [row["name"] for row in await rows(site, "adapters", tier="gpu", tenant="zeta")] == ["Support"]
     on_disk = {row["name"] for row in await rows(site, "adapters", tier="disk")}

@@ -118,6 +118,17 @@ async def test_refused_uploads_are_kept_with_their_reason(site: Site) -> None:
     rest = (await site.admin.get("/admin/v1/uploads", params={"limit": 2, "after": first["next"]})).json()
     assert [*first["data"], *rest["data"]] == whole["data"]
     assert (await site.admin.get("/admin/v1/uploads", params={"tenant": "acme"})).json()["data"] == []
+    a0, a1 = (f"/admin/v1/tenants/zeta/adapters/{name}/uploads" for name in ("a0", "a1"))
+    for url, after in (
+        ("/admin/v1/uploads", "x"),
+        ("/admin/v1/uploads", "0" * 32),
+        ("/admin/v1/uploads?tenant=acme", first["next"]),
+        (a1.replace("zeta", "acme"), own[0]["id"]),
+        (a1, own[0]["id"]),
+    ):
+        strange = await site.admin.get(url, params={"after": after, **dict(httpx.URL(url).params)})
+        error(strange, 404, "upload_not_found", "after")
+    assert (await site.admin.get(a0, params={"after": own[0]["id"]})).json()["data"] == []
 
 
 async def test_no_more_than_so_many_are_kept_and_a_lost_one_says_so(site: Site) -> None:

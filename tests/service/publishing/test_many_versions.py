@@ -119,6 +119,7 @@ async def test_the_list_of_adapters_comes_in_pages(site: Site) -> None:
     assert found == whole["data"]
     big = (await site.admin.get(ADAPTERS, params={"limit": "1"})).json()
     assert [one["name"] for one in big["data"]] == ["a"]
-    none = (await site.admin.get(ADAPTERS, params={"after": "/"})).json()
+    none = (await site.admin.get(ADAPTERS, params={"after": "zzz"})).json()
     assert none == {"object": "list", "data": [], "next": None}
+    assert (await site.admin.get(ADAPTERS, params={"after": "/"})).status_code == 422
     assert (await site.admin.get(ADAPTERS, params={"limit": "0"})).status_code == 422
