@@ -75,6 +75,22 @@ class _NotTwice(logging.Filter):
         return not (record.name == "uvicorn.error" and str(record.msg).startswith("Traceback"))
 
 
+class _NotOfModels(logging.Filter):
+    """Drops vLLM's error for a call of a tool that is no whole one, unless its logger is at DEBUG.
+
+    It is what a model wrote until ``max_tokens``, and its answer says so; any customer can have many of them.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith("vllm.tool_parsers.") or not record.exc_info:
+            return True
+        if not isinstance(
+            record.exc_info[1], ValueError | SyntaxError
+        ):  # JSON's and Python's for what is cut off
+            return True
+        return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
+
+
 _FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s"
 Form = Literal["json", "text"]
 
@@ -115,12 +131,16 @@ def _configuration(form: Form, level: str) -> dict[str, Any]:
             },
             "text": {"format": _FIELDS},
         },
-        "filters": {"once": {"()": "server.logs._NotTwice"}, "request": {"()": "server.logs._OfRequest"}},
+        "filters": {
+            "once": {"()": "server.logs._NotTwice"},
+            "models": {"()": "server.logs._NotOfModels"},
+            "request": {"()": "server.logs._OfRequest"},
+        },
         "handlers": {
             "stderr": {
                 "class": "logging.StreamHandler",
                 "formatter": form,
-                "filters": ["once", "request"],
+                "filters": ["once", "models", "request"],
             }
         },
         "root": {"handlers": ["stderr"], "level": level.upper()},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,36 @@ def test_text_lines_and_levels(capsys: pytest.CaptureFixture[str], level: str) -
     expected = every[every.index(level) :]
     assert [line.split("said at ")[1] for line in told] == expected
     assert all(f"{each.upper()} server.x said at" in line for each, line in zip(expected, told, strict=True))
+
+
+CUT_OFF: dict[str, Callable[[], object]] = {
+    "JSON": lambda: json.loads('{"name": "ping", "argum'),
+    "Python": lambda: ast.parse("ping(a="),
+}
+
+
+def refused(level: str, read: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Who is heard of those who cannot ``read`` a text."""
+    logs.configure("json", level)
+    for name in ("vllm.tool_parsers.hermes_tool_parser", "vllm.entrypoints.other"):
+        try:
+            read()
+        except Exception:
+            logging.getLogger(name).exception("Error in extracting tool call from response.")
+    return [line["logger"] for line in lines(capsys.readouterr().err)]
+
+
+@pytest.mark.parametrize("what", CUT_OFF)
+def test_a_call_that_was_cut_off_is_no_error_of_the_server(
+    what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """vLLM writes an error with a traceback for each, of which any customer could cause thousands."""
+    both = ["vllm.tool_parsers.hermes_tool_parser", "vllm.entrypoints.other"]
+    assert refused("info", CUT_OFF[what], capsys) == ["vllm.entrypoints.other"]
+    assert refused("debug", CUT_OFF[what], capsys) == both
+    assert refused("info", lambda: {}["a defect"], capsys) == both
+    logging.getLogger(both[0]).error("said without an exception")
+    assert [line["logger"] for line in lines(capsys.readouterr().err)] == both[:1]
 
 
 async def test_no_prompt_answer_or_key_is_ever_logged(
