@@ -77,7 +77,8 @@ def uncounted(standing: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _limit_name(row: Mapping[str, Any]) -> str:
-    return row["limit"].replace("_", " ") + ("" if row["of"] == "tenant" else " of this key")
+    name = str(row["limit"]).replace("_", " ")
+    return name if row["of"] == "tenant" else f"{name} of this key"
 
 
 def _allowed(row: Mapping[str, Any]) -> str:
