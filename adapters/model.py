@@ -89,6 +89,8 @@ class BaseChat:
 
     ``stop_token_ids`` end its answers. ``free`` are ids that special tokens of an adapter's own may have:
     rows of the embedding without a token, and special tokens that an adapter may call otherwise.
+    ``tokenizer`` has the digests that each part of its tokenizer.json may have (``tokenizer_parts``), and
+    ``flags`` what its tokenizer does beside them; empty where that is not known.
     """
 
     template: str | None = None
@@ -97,6 +99,8 @@ class BaseChat:
     vocabulary: int = 0
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     stop_token_ids: tuple[int, ...] = ()
+    tokenizer: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    flags: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from adapters.model import BaseChat
+from adapters.inspection.tokenizer_parts import PARTS, parts_of
+from adapters.model import TOKENIZER_FILE, BaseChat
+
+# Of a tokenizer_config.json: what changes the tokens of a text.
+FLAGS = ("add_bos_token", "add_eos_token", "do_lower_case")
 
 logger = logging.getLogger(__name__)
 
@@ -15,12 +21,14 @@ logger = logging.getLogger(__name__)
 class BaseTokenizer:
     """``template`` is the one for chats with tools where there are two; None where there is none.
 
-    ``tokenizer`` is that of transformers; None where it has none for this model.
+    ``tokenizer`` is that of transformers; None where it has none for this model. ``parts`` has the digests of
+    its parts as its file has them, and as transformers writes them.
     """
 
     model_type: str
     template: str | None
     tokenizer: Any = None
+    parts: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def read_base_chat(model: str, *, trust_remote_code: bool = False) -> BaseTokenizer:
@@ -37,7 +45,29 @@ def read_base_chat(model: str, *, trust_remote_code: bool = False) -> BaseTokeni
     except Exception as exc:  # whatever a model's own code raises; vLLM will say it again if it matters
         logger.info("transformers has no tokenizer for %s: %s", model, exc)
         return BaseTokenizer(model_type, None)
-    return BaseTokenizer(model_type, template_of(tokenizer), tokenizer)
+    return BaseTokenizer(model_type, template_of(tokenizer), tokenizer, _parts(model, tokenizer))
+
+
+def _parts(model: str, tokenizer: Any) -> dict[str, frozenset[str]]:
+    """Empty where the tokenizer has no such file and could have none."""
+    from transformers.utils import cached_file
+
+    if not getattr(tokenizer, "is_fast", False):
+        return {}
+    texts = [tokenizer.backend_tokenizer.to_str().encode()]
+    try:
+        path = cached_file(model, TOKENIZER_FILE)
+    except OSError:
+        path = None
+    if path is not None:
+        texts.append(Path(path).read_bytes())
+    found = [parts_of(text) for text in texts]
+    return {part: frozenset(one[part] for one in found) for part in PARTS}
+
+
+def _flags(tokenizer: Any) -> dict[str, bool]:
+    given = getattr(tokenizer, "init_kwargs", {})
+    return {name: bool(getattr(tokenizer, name, None) or given.get(name)) for name in FLAGS}
 
 
 def template_of(tokenizer: Any) -> str | None:
@@ -83,4 +113,6 @@ def described(
         vocabulary=vocabulary,
         special_tokens={name: token for name, token in special.items() if isinstance(token, str)},
         stop_token_ids=stop_token_ids,
+        tokenizer=found.parts,
+        flags=_flags(tokenizer) if tokenizer is not None else {},
     )

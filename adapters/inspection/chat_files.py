@@ -19,6 +19,7 @@ from typing import Any
 from adapters.errors import AdapterRejected, fault
 from adapters.inspection import strict_json
 from adapters.inspection.strict_json import show
+from adapters.inspection.tokenizer_parts import PARTS, read_parts
 from adapters.model import (
     ADDED_TOKENS_FILE,
     CHAT_FILE,
@@ -75,7 +76,8 @@ _QUIET = frozenset(
 class ChatFound:
     """What of the files differs from the base. ``ignored`` is for people: what was passed over, and why.
 
-    ``tokens`` are special tokens of the adapter's own, with ids that the base embeds.
+    ``tokens`` are special tokens of the adapter's own, with ids that the base embeds. ``warnings`` say where
+    its tokenizer reads texts otherwise than the base's, which is the one that is served.
     """
 
     template: str | None = None
@@ -84,6 +86,7 @@ class ChatFound:
     stop_token_ids: tuple[int, ...] = ()
     defaults: Mapping[str, float | int] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def is_kept(self) -> bool:
@@ -126,6 +129,7 @@ def read_chat_files(folder: Path, base: BaseChat | None) -> ChatFound | None:
         stop_token_ids=_stops(generation, special, {**known.tokens, **tokens}, known),
         defaults=_sampling(generation),
         ignored=_passed_over(folder, generation),
+        warnings=tuple(_differing(folder, config, known)),
     )
 
 
@@ -326,6 +330,26 @@ def _passed_over(folder: Path, generation: Mapping[str, Any]) -> tuple[str, ...]
     if (folder / SPECIAL_TOKENS_FILE).exists() and not (folder / TOKENIZER_CONFIG_FILE).exists():
         notes.append(f"{SPECIAL_TOKENS_FILE} says nothing without {TOKENIZER_CONFIG_FILE}")
     return tuple(notes)
+
+
+def _differing(folder: Path, config: Mapping[str, Any], base: BaseChat) -> Iterator[str]:
+    """What of the upload's tokenizer is not the base's. AdapterRejected where its file is no JSON object."""
+    otherwise = "the adapter was trained on other tokens than prompts have here, by the base's tokenizer"
+    path = folder / TOKENIZER_FILE
+    if path.exists():
+        try:
+            parts = read_parts(path)
+        except ValueError as exc:
+            raise _invalid(TOKENIZER_FILE, f"it is no JSON that can be read: {exc}") from exc
+        if parts is None:
+            yield f"{TOKENIZER_FILE} is too large to be compared with the base's"
+        elif base.tokenizer:
+            differ = [part for part in PARTS if parts[part] not in base.tokenizer[part]]
+            if differ:
+                yield f"{TOKENIZER_FILE} has another {', '.join(differ)} than the base's: {otherwise}"
+    for name, does in base.flags.items():
+        if isinstance(config.get(name), bool) and config[name] != does:
+            yield f"{TOKENIZER_CONFIG_FILE} has {name} {config[name]}, and the base {does}: {otherwise}"
 
 
 def _json(folder: Path, name: str) -> dict[str, Any]:

@@ -220,7 +220,7 @@ async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tup
             from adapters.inspection.admit import admit
 
             golden = await incoming.examine(take)
-            chat = await _chat_of(service, tenant, incoming)
+            chat, doubts = await _chat_of(service, tenant, incoming)
             manifest = await incoming.examine(
                 partial(
                     admit,
@@ -230,7 +230,7 @@ async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tup
                     waived=waived,
                 )
             )
-            manifest = replace(manifest, chat=chat)
+            manifest = replace(manifest, chat=chat, warnings=(*manifest.warnings, *doubts))
             if pickles:
                 warning = ignored_pickles(sorted(pickles))
                 manifest = replace(manifest, warnings=(*manifest.warnings, warning))
@@ -259,8 +259,10 @@ async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tup
     return Published(answer, await _make_room(service, adapter))
 
 
-async def _chat_of(service: Publishing, tenant: str, incoming: Incoming) -> dict[str, Any] | None:
-    """What the upload says about chats, for its report; kept among its files where it is not the base's.
+async def _chat_of(
+    service: Publishing, tenant: str, incoming: Incoming
+) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """What the upload says about chats, for its report, and warnings; kept where it is not the base's.
 
     AdapterRejected, also for a template that does not run (``chat_template_invalid``).
     """
@@ -275,9 +277,9 @@ async def _chat_of(service: Publishing, tenant: str, incoming: Incoming) -> dict
             ) from exc
     await incoming.examine(partial(take_chat_files, found=found))
     if found is None:
-        return None
+        return None, ()
     kept = found.template is not None or bool(found.tokens or found.stop_token_ids)
-    return found.as_json() | {"kept": kept, "content_format": form}
+    return found.as_json() | {"kept": kept, "content_format": form}, found.warnings
 
 
 async def _none_is_live(service: Publishing, tenant: str, name: str) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from adapters.errors import AdapterRejected
+from adapters.inspection.base_chat import described, read_base_chat
 from adapters.inspection.chat_files import MAX_TEMPLATE, read_chat_files, take_chat_files
+from adapters.inspection.tokenizer_parts import PARTS, parts_of
 from adapters.model import CHAT_FILE, BaseChat
 
 BASE = BaseChat(
@@ -52,6 +55,81 @@ def test_the_bases_own_files_say_nothing(tmp_path: Path) -> None:
     assert (found.template, found.stop_token_ids, dict(found.defaults)) == (None, (), {})
     take_chat_files(folder, found)
     assert list(folder.iterdir()) == []
+
+
+WORDS: dict[str, Any] = {
+    "added_tokens": [],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "Whitespace"},
+    "post_processor": None,
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "dropout": None},
+}
+SWAPPED = WORDS["model"] | {"vocab": {"a": 1, "b": 0, "ab": 2}}
+TOKENIZING = replace(
+    BASE,
+    tokenizer={part: frozenset({digest}) for part, digest in parts_of(json.dumps(WORDS).encode()).items()},
+    flags={"add_bos_token": False, "do_lower_case": False},
+)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"tokenizer": WORDS | {"model": SWAPPED}}, "another model than the base's"),
+        ({"tokenizer": WORDS | {"model": WORDS["model"] | {"merges": []}}}, "another model"),
+        ({"tokenizer": WORDS | {"normalizer": {"type": "Lowercase"}}}, "another normalizer"),
+        ({"tokenizer": WORDS | {"pre_tokenizer": None}}, "another pre_tokenizer"),
+        ({"tokenizer": WORDS | {"post_processor": {"type": "ByteLevel"}}}, "another post_processor"),
+        ({"tokenizer": {}}, "another model, pre_tokenizer than"),
+        ({"tokenizer_config": {"add_bos_token": True}}, "add_bos_token True, and the base False"),
+        ({"tokenizer_config": {"do_lower_case": True}}, "do_lower_case"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_differs_is_a_warning(tmp_path: Path, files: dict[str, Any], says: str) -> None:
+    found = read_chat_files(folder_of(tmp_path, **files), TOKENIZING)
+    assert found is not None
+    (warning,) = found.warnings
+    assert says in warning
+    assert "trained on other tokens" in warning
+
+
+def test_a_tokenizer_that_is_the_bases_is_none(tmp_path: Path) -> None:
+    older = WORDS["model"] | {"merges": ["a b"], "byte_fallback": False}
+    config = {"add_bos_token": False, "do_lower_case": False}
+    same = folder_of(tmp_path, tokenizer=WORDS | {"model": older}, tokenizer_config=config)
+    for base in (TOKENIZING, BASE, None):
+        found = read_chat_files(same, base)
+        assert found is not None
+        assert found.warnings == ()
+
+
+def test_a_base_is_described_as_trainers_save_it(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="a").save_pretrained(tmp_path / "base")
+    read = read_base_chat(str(tmp_path / "base"))
+    base = described(read, template=None, vocabulary=2, stop_token_ids=())
+    assert base.tokenizer.keys() == set(PARTS)
+    read.tokenizer.save_pretrained(tmp_path / "same")
+    found = read_chat_files(tmp_path / "same", base)
+    assert found is not None
+    assert found.warnings == ()
+    text = (tmp_path / "same" / "tokenizer.json").read_text()
+    (tmp_path / "same" / "tokenizer.json").write_text(text.replace('"b"', '"c"'))
+    other = read_chat_files(tmp_path / "same", base)
+    assert other is not None
+    assert "another model than" in other.warnings[0]
+
+
+@pytest.mark.parametrize("text", ["xx", "[]", "", "[" * 100_000])
+def test_a_tokenizer_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(AdapterRejected, match=r"tokenizer\.json") as refused:
+        read_chat_files(folder_of(tmp_path, tokenizer=text), TOKENIZING)
+    assert refused.value.code == "chat_file_invalid"
 
 
 def test_what_differs_is_kept(tmp_path: Path) -> None:
@@ -217,9 +295,9 @@ def test_many_unknown_fields_are_not_all_told(tmp_path: Path) -> None:
 
 
 def test_added_tokens_are_read_as_trainers_write_them(tmp_path: Path) -> None:
-    """Indented, and behind them a vocabulary that is not read."""
+    """Indented, and behind them a vocabulary that is not read for them."""
     text = json.dumps({"version": "1.0", "added_tokens": [TOOL, TOOL | {"id": 96, "content": "]"}]}, indent=2)
-    found = read_chat_files(folder_of(tmp_path, tokenizer=text[:-2] + ', "model": {'), BASE)
+    found = read_chat_files(folder_of(tmp_path, tokenizer=text[:-2] + ', "model": {}}'), BASE)
     assert found is not None
     assert found.tokens == {"<|tool|>": 95, "]": 96}
     none = read_chat_files(folder_of(tmp_path, tokenizer={"added_tokens": [], "model": {}}), BASE)

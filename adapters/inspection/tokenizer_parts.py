@@ -1,0 +1,81 @@
+"""What a ``tokenizer.json`` does with a text, as digests to compare: its model and what stands around it.
+
+A file has megabytes, and a reader of JSON keeps Python's lock for all of it: a stranger's is read in a
+process of its own, which is this file, run by itself, and imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PARTS = ("model", "normalizer", "pre_tokenizer", "post_processor")
+LONGEST = 64 << 20  # bytes; Gemma's has 33 million
+SECONDS = 20  # of processor time
+MEMORY = 2 << 30
+
+
+def parts_of(data: bytes) -> dict[str, str]:
+    """The digest of each of ``PARTS``; ValueError where ``data`` is no JSON object."""
+    try:
+        found = json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return {part: _digest(part, found.get(part)) for part in PARTS}
+
+
+def read_parts(path: Path) -> dict[str, str] | None:
+    """``parts_of`` a stranger's file, read elsewhere; None where that takes too much. ValueError.
+
+    Blocks for a second where the file is large: call it in a thread.
+    """
+    if path.stat().st_size > LONGEST:
+        return None
+    with path.open("rb") as file:
+        try:
+            done = subprocess.run(  # noqa: S603  (our own file)
+                [sys.executable, "-I", "-S", __file__],
+                stdin=file,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={},
+                check=False,
+            )
+        except OSError:  # no memory for a process
+            return None
+    if done.returncode:
+        return None
+    answer = json.loads(done.stdout)
+    if isinstance(answer, str):
+        raise ValueError(answer)
+    return dict(answer)
+
+
+def _digest(part: str, value: Any) -> str:
+    if part == "model" and isinstance(value, dict):
+        value = {name: one for name, one in value.items() if one}  # what is off need not be there
+        merges = value.get("merges")
+        if isinstance(merges, list):  # older releases write "a b", newer ones ["a", "b"]
+            value["merges"] = [one.split(" ") if isinstance(one, str) else one for one in merges]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _main() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    try:
+        print(json.dumps(parts_of(sys.stdin.buffer.read())))
+    except ValueError as exc:
+        print(json.dumps(str(exc)[:200]))
+
+
+if __name__ == "__main__":
+    _main()
