@@ -223,6 +223,11 @@ class InFlight:
         """Whether the call is out of the engine, and can be resumed."""
         return self.call.paused
 
+    @property
+    def failed(self) -> bool:
+        """Whether the engine has ended the call, and knows why."""
+        return self.call.failure is not None
+
 
 # The call whose request vLLM's front end works on, for what vLLM calls back into.
 current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("loraplex_call", default=None)

@@ -173,6 +173,7 @@ class RemoteCall:
     """
 
     paused = False
+    failed = False
     sink: Sink | None = None
 
     def __init__(self, answers: RemoteAnswers, order: Order, lease: Lease, granted: Granted | None) -> None:

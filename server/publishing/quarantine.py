@@ -103,7 +103,12 @@ async def _quarantine_key(
 
 
 async def _end(lease: Lease, reason: str) -> None:
-    """Ends a running request: with an error that says ``reason`` where the engine can pause it, else cut."""
+    """Ends a running request: with an error that says ``reason`` where the engine can pause it, else cut.
+
+    One that the engine has ended has its own error to tell: that its answer was not a number, for one.
+    """
+    if lease.work is not None and lease.work.failed:
+        return
     lease.failure = lease.failure or quarantined(reason)
     if lease.work is not None and (lease.work.paused or await lease.work.pause()):
         await lease.work.give_up(lease.failure.message)

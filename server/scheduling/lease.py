@@ -34,6 +34,10 @@ class Work(Protocol):
     def paused(self) -> bool:
         """Whether the request is out of the engine, so that ``resume`` can go on with it."""
 
+    @property
+    def failed(self) -> bool:
+        """Whether the engine has ended the request, with an error that whoever reads is still to meet."""
+
 
 class Account(Protocol):
     """Who is told what a lease has used, as it is produced; see ``server.limits.reservation.Reservation``."""

@@ -7,7 +7,7 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import pytest
 from adapters.errors import StorageBusy, StorageFull
 from adapters.model import Version
 from adapters.store.quarantine import Quarantine
+from server.engine.calls import Answer, Call
+from server.errors import Internal
 from server.publishing import quarantine as use_case
 from server.publishing.quarantine import quarantine
 from tests.service.http.test_api import error
@@ -339,3 +341,31 @@ async def test_a_version_whose_answer_was_no_number_is_quarantined_by_the_engine
     refused = error(await ask(site, headers), 409, "adapter_quarantined")
     assert "an answer of its was not a number" in refused["message"]
     assert (await ask(site, headers, "a@1")).status_code == 200
+
+
+async def test_the_request_whose_answer_was_no_number_is_told_so(tmp_path: Path) -> None:
+    """Its version is out of service before the answer has come to its end."""
+    with_nan = NotFinite(tiny.base())
+    async with fake_site(tmp_path, with_nan) as site:
+        await two_versions(site)
+        headers = await key(site)
+        with_nan.fails = site
+        error(await ask(site, headers), 500, "adapter_not_finite")
+        error(await ask(site, headers), 409, "adapter_quarantined")
+
+
+class NotFinite(FakeEngine):
+    """Answers on the site ``fails`` are not numbers; each ends when all that follows has happened."""
+
+    fails: Site | None = None
+    on_fault: Callable[[str, str], None]  # as the app sets it
+
+    async def answer(self, call: Call, request: Any) -> Answer:
+        if self.fails is None:
+            return await super().answer(call, request)
+        call.failure = Internal("It is not a number.", code="adapter_not_finite")
+        self.on_fault(call.model, "NaN")
+        async with asyncio.timeout(60):
+            while self.fails.services.tasks:
+                await asyncio.sleep(0.005)
+        raise call.failure

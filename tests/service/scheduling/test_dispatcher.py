@@ -22,6 +22,7 @@ class Idle:
     """Work that does nothing."""
 
     paused = False
+    failed = False
 
     async def abort(self) -> None: ...
 
