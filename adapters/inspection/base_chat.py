@@ -50,7 +50,7 @@ def read_base_chat(model: str, *, trust_remote_code: bool = False) -> BaseTokeni
 
 def _parts(model: str, tokenizer: Any) -> dict[str, frozenset[str]]:
     """Empty where the tokenizer has no such file and could have none."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     if not getattr(tokenizer, "is_fast", False):
         return {}

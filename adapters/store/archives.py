@@ -1,13 +1,14 @@
 """An adapter's folder as one tar, tar.gz or zip: its known files in pieces, and nothing unpacked.
 
 The archive is kept in a file without a name until it is read, so that a crash leaves nothing. Other files in
-it are passed over; a link under a known file's name, paths that lead out, and whatever would fill memory or
-disk are refused.
+it are passed over, whatever their paths; a link under a known file's name, a path to one that leads out, and
+whatever would fill memory or disk are refused.
 """
 
 from __future__ import annotations
 
 import gzip
+import re
 import struct
 import tarfile
 import zipfile
@@ -26,10 +27,11 @@ from adapters.model import CHAT_FILES, CONFIG_FILE, INITIAL_FILE, PROBES_FILE, W
 from adapters.store.blobs import disk_errors
 from adapters.tasks import run_in_thread
 
-MAX_ENTRIES = 1000
-# A zip's list of entries, and a tar's extended header: read in one piece.
+MAX_ENTRIES = 10_000  # a folder of TensorBoard's or wandb's has thousands
+MAX_ZIP_LISTING = 2 << 20  # of their names; like a tar's extended header it is read in one piece
 MAX_LISTING = 1 << 20
 _BLOCK = 1 << 20
+_SEPARATORS = re.compile(r"[/\\:\0]")
 _KNOWN = frozenset({CONFIG_FILE, WEIGHTS_FILE, INITIAL_FILE, PROBES_FILE, *CHAT_FILES, *PICKLES})
 _END_OF_ZIP, _END_OF_ZIP64 = b"PK\x05\x06", b"PK\x06\x07"
 _UNREADABLE = (
@@ -95,7 +97,8 @@ def _chosen(paths: list[str]) -> set[str]:
     """Of the ``paths`` of known files, those of the adapter: of each name the one nearest to the top.
 
     A trainer keeps ``checkpoint-500/adapter_config.json`` below the finished adapter. Raises AdapterRejected
-    (``archive_invalid``) where two of a name are equally near, and (``layout_foreign``) where the only
+    (``archive_invalid``) where two of a name are equally near, or the config and the weights that are nearest
+    lie in different folders, and (``layout_foreign``) where the only
     weights are another trainer's.
     """
     chosen: dict[str, str] = {}
@@ -109,7 +112,7 @@ def _chosen(paths: list[str]) -> set[str]:
             raise _refuse(f"it holds {name} twice")
         chosen.setdefault(name, path)
     folders = {chosen[name].rpartition("/")[0] for name in (CONFIG_FILE, WEIGHTS_FILE) if name in chosen}
-    if len(folders) > 1 and len(paths) > len(chosen):
+    if len(folders) > 1:
         raise _refuse("the config and the weights nearest to its top lie in different folders")
     pickles = sorted(chosen.keys() & set(PICKLES))
     if pickles and WEIGHTS_FILE not in chosen:
@@ -143,13 +146,15 @@ def _refuse(what: str) -> AdapterRejected:
 
 
 def _is_wanted(path: str, count: int) -> bool:
-    """Whether the entry is a known file, at the top or in a folder; refuses paths that lead out."""
+    """Whether the entry is a known file, at the top or in a folder; refuses paths to one that lead out."""
     if count > MAX_ENTRIES:
         raise _refuse(f"it has more than {MAX_ENTRIES} entries")
+    name = _SEPARATORS.split(path)[-1]  # of whatever system
+    if not (name in _KNOWN or trainer_of(name) is not None or unused(path) is not None):
+        return False
     if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/") or path[1:2] == ":":
         raise _refuse(f"{show(path)} leads out of it")
-    name = path.rpartition("/")[2]
-    return name in _KNOWN or trainer_of(name) is not None or unused(path) is not None
+    return True
 
 
 def _tar(file: IO[bytes], compressed: bool, max_bytes: int) -> Iterator[tuple[str, IO[bytes]]]:
@@ -217,6 +222,12 @@ def _check_listing(file: IO[bytes]) -> None:
     if at < 0 or len(tail) < at + 22:
         raise _refuse("it is a zip without an end")
     entries, listing = struct.unpack("<HI", tail[at + 10 : at + 16])
-    if entries > MAX_ENTRIES or listing > MAX_LISTING or tail[max(0, at - 20) : at].startswith(_END_OF_ZIP64):
-        raise _refuse(f"it is a zip of more than {MAX_ENTRIES} entries or {MAX_LISTING} bytes of their names")
+    if (
+        entries > MAX_ENTRIES
+        or listing > MAX_ZIP_LISTING
+        or tail[max(0, at - 20) : at].startswith(_END_OF_ZIP64)
+    ):
+        raise _refuse(
+            f"it is a zip of more than {MAX_ENTRIES} entries or {MAX_ZIP_LISTING} bytes of their names"
+        )
     file.seek(0)

@@ -105,6 +105,12 @@ GOOD: dict[str, bytes] = {
         entry("p", type=tarfile.FIFOTYPE),
     ),
     "with a link in a zip": zipped(*FILES.items(), (special("latest", stat.S_IFLNK | 0o777), b"x")),
+    "with a log of thousands of files": tar(*[entry(f"wandb/run-1/{i}") for i in range(1200)], *BOTH),
+    "with names of Windows": zipped(("logs\\x.txt", b"x"), ("C:\\x", b"x"), *FILES.items()),
+    "with a name that has a colon": tar(entry("events.out:1", b"x"), entry("C:x", b"x"), *BOTH),
+    "with an absolute path beside": tar(*BOTH, entry("/etc/passwd", b"x")),
+    "with a path out beside": tar(*BOTH, entry("a/../../b", b"x")),
+    "with an absolute link": tar(*BOTH, entry("/data", type=tarfile.SYMTYPE, linkname="/mnt/data")),
     "zip of a Mac": zipped(*FILES.items(), (f"__MACOSX/._{CONFIG_FILE}", b"\0")),
 }
 
@@ -149,17 +155,18 @@ BAD: dict[str, bytes] = {
     "a zip of many": claims(MAX_ENTRIES + 1, 100),
     "a zip with an endless list": claims(2, 200 << 20),
     "an encrypted zip": encrypted(),
-    "a tar of many": tar(*[entry(f"f{i}") for i in range(MAX_ENTRIES + 1)]),
     "a file twice": tar(*BOTH, BOTH[0]),
     "a file in two folders": tar(*IN_A_FOLDER, entry(f"./other/{WEIGHTS_FILE}", b"x")),
     "a file twice in a zip": zipped((f"y/{CONFIG_FILE}", b"{}"), (f"x/{CONFIG_FILE}", b"{}")),
     "two runs mixed": tar(BOTH[0], *[entry(f"{n}/{WEIGHTS_FILE}", b"x") for n in ("a", "a/b")]),
     "an absolute path": tar(entry(f"/{CONFIG_FILE}", b"{}")),
-    "an absolute path beside": tar(*BOTH, entry("/etc/passwd", b"x")),
+    "a checkpoint's config beside the weights": tar(entry(f"checkpoint-1/{CONFIG_FILE}", b"{}"), BOTH[1]),
+    "weights below their config": zipped((CONFIG_FILE, b"{}"), (f"best/{WEIGHTS_FILE}", b"x")),
     "a path out": tar(entry(f"../{CONFIG_FILE}", b"{}")),
-    "a path out, later": tar(*BOTH, entry("a/../../b", b"x")),
-    "a path of Windows": zipped(("C:\\x", b"x")),
-    "a drive": tar(entry("C:x", b"x")),
+    "a path out, later": tar(*BOTH, entry(f"a/../../{WEIGHTS_FILE}", b"x")),
+    "a path of Windows": zipped((f"C:\\{CONFIG_FILE}", b"x")),
+    "a path out of Windows": tar(entry(f"..\\{CONFIG_FILE}", b"x")),
+    "a drive": tar(entry(f"C:{CONFIG_FILE}", b"x")),
     "a path out of a zip": zipped((f"../{CONFIG_FILE}", b"{}")),
     "a symbolic link": tar(entry(CONFIG_FILE, type=tarfile.SYMTYPE, linkname="/etc/passwd")),
     "a hard link": tar(BOTH[0], entry(WEIGHTS_FILE, type=tarfile.LNKTYPE, linkname=CONFIG_FILE)),
@@ -178,6 +185,14 @@ def test_what_is_no_archive_of_an_adapter_is_refused(kind: str) -> None:
     assert caught.value.code == "archive_invalid"
     assert caught.value.message.endswith(CURES["archive_invalid"])
     assert len(caught.value.message) < 600
+
+
+def test_a_tar_has_only_so_many_entries() -> None:
+    many = tarfile.TarInfo("f").tobuf() * MAX_ENTRIES
+    assert unpack(many + tar(), max_bytes=64 << 20) == {}
+    with pytest.raises(AdapterRejected, match="more than 10000 entries") as refused:
+        unpack(many + tar(entry("g")), max_bytes=64 << 20)
+    assert refused.value.code == "archive_invalid"
 
 
 def zeros(name: str, size: int) -> bytes:
