@@ -79,14 +79,13 @@ class _NotOfModels(logging.Filter):
     """Drops vLLM's error for a call of a tool that is no whole one, unless its logger is at DEBUG.
 
     It is what a model wrote until ``max_tokens``, and its answer says so; any customer can have many of them.
+    Parsers of JSON end on it with a ValueError, those of Python's syntax with a SyntaxError.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not record.name.startswith("vllm.tool_parsers.") or not record.exc_info:
             return True
-        if not isinstance(
-            record.exc_info[1], ValueError | SyntaxError
-        ):  # JSON's and Python's for what is cut off
+        if not isinstance(record.exc_info[1], ValueError | SyntaxError):
             return True
         return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
 

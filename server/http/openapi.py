@@ -102,12 +102,8 @@ def _short(path: str) -> str:
     return re.sub(r"^(/admin)?/v1(/tenants/{tenant}(?=/adapters))?", "", path)
 
 
-_LISTS = (
-    "/files",
-    "/batches",
-    "/uploads",
-    "/residency",
-)  # with an `after` or a replica that may not be there
+# With an ``after``, or a replica, that may not be there.
+_LISTS = ("/files", "/batches", "/uploads", "/residency")
 
 
 def _statuses(tag: str, path: str, arguments: bool, body: bool) -> list[str]:

@@ -124,7 +124,7 @@ async def test_a_tool_without_parameters_is_called_with_an_empty_object(site: Si
         )
         (called,) = made.choices[0].message.tool_calls or []
         assert called.type == "function"
-        return called.function.arguments
+        return str(called.function.arguments)
 
     async def streamed() -> str:
         body = asked | {"tools": [named], "tool_choice": named, "stream": True}
@@ -135,7 +135,7 @@ async def test_a_tool_without_parameters_is_called_with_an_empty_object(site: Si
 
     async def response(parameters: dict[str, Any]) -> str:
         tool = {"type": "function", "name": "ping", **parameters}
-        body = {"model": "hammer", "input": "Hi", "tools": [tool], "tool_choice": "required"}
+        body: dict[str, Any] = {"model": "hammer", "input": "Hi", "tools": [tool], "tool_choice": "required"}
         body |= {"max_output_tokens": 60, "temperature": 0, "parallel_tool_calls": False}
         made = await site.http.post("/v1/responses", json=body, headers=bearer(key))
         assert made.status_code == 200, made.text

@@ -104,7 +104,7 @@ def test_a_call_that_was_cut_off_is_no_error_of_the_server(
     both = ["vllm.tool_parsers.hermes_tool_parser", "vllm.entrypoints.other"]
     assert refused("info", CUT_OFF[what], capsys) == ["vllm.entrypoints.other"]
     assert refused("debug", CUT_OFF[what], capsys) == both
-    assert refused("info", lambda: {}["a defect"], capsys) == both
+    assert refused("info", lambda: dict[str, str]()["a defect"], capsys) == both
     logging.getLogger(both[0]).error("said without an exception")
     assert [line["logger"] for line in lines(capsys.readouterr().err)] == both[:1]
 
