@@ -13,6 +13,7 @@ from pathlib import Path
 from fastapi import Request
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, StrictParserError
 
+from adapters.inspection.strict_json import show
 from adapters.store.archives import unpacked
 from server.errors import BadRequest
 from server.http.bodies import json_object, limited_body
@@ -77,8 +78,13 @@ async def _of_source(
 
 
 async def _of_form(fields: Files, folder: Path, max_bytes: int) -> Files:
+    begun: set[str] = set()
     async for name, piece in fields:
         if name != ARCHIVE:
+            if not piece:  # every part begins with an empty piece
+                if name in begun:
+                    raise BadRequest(f"A part named {show(name)} came twice.", code="multipart_invalid")
+                begun.add(name)
             yield name, piece
             continue
         async for entry in unpacked(_only_archive(piece, fields), folder, max_bytes=max_bytes):
