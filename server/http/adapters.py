@@ -31,6 +31,7 @@ from server.http.bodies import Body, body_as
 from server.http.reports import page_of
 from server.http.services import Services, services_of
 from server.http.uploads import files_of
+from server.limits.permissions import may_manage
 from server.publishing.jobs import publish_later
 from server.publishing.publish import Published, move_pin, publish, unpublish_at_last
 from server.rollouts.stored import as_json as rollout_as_json
@@ -141,9 +142,10 @@ UploadOptionsOf = Annotated[UploadOptions, Depends(_upload_options)]
 
 
 async def listed(services: Services, tenant: Tenant, after: str | None, limit: int) -> Response:
-    """Adapters of ``tenant``, as many as have ``limit`` versions together."""
+    """Adapters of ``tenant`` that its key may manage; of all, as many as have ``limit`` versions together."""
     adapters, last = await services.publishing.catalog.page(tenant.id, after or "", limit)
-    shown = await asyncio.gather(*(adapter_text(adapter, services) for adapter in adapters))
+    own = [adapter for adapter in adapters if may_manage(tenant, adapter.name)]
+    shown = await asyncio.gather(*(adapter_text(adapter, services) for adapter in own))
     text = f'{{"object":"list","data":[{",".join(shown)}],"next":{json.dumps(last)}}}'
     return Response(text, media_type="application/json")
 

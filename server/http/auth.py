@@ -20,6 +20,8 @@ from server.http.services import ServicesOf, services_of
 from server.http.shares import joined
 from server.http.turns import turns_of
 from server.inference.dialects.messages import speaks_anthropic
+from server.limits.errors import adapter_not_allowed
+from server.limits.permissions import may_manage
 
 T = TypeVar("T")
 
@@ -123,7 +125,12 @@ async def _named_tenant(tenant: str, services: ServicesOf) -> Tenant:
 
 
 async def _adapter_owner(request: Request) -> Tenant:
-    return await tenant_of(request, "adapters:write")
+    """Forbidden (``model_not_allowed``) for an adapter that the key's limits do not name."""
+    tenant = await tenant_of(request, "adapters:write")
+    name = request.path_params.get("name")
+    if name is not None and not may_manage(tenant, name):
+        raise adapter_not_allowed()
+    return tenant
 
 
 async def _usage_reader(request: Request) -> Tenant:

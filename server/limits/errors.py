@@ -51,6 +51,15 @@ def model_not_allowed() -> Forbidden:
     return Forbidden("This model is not one that you may use.", code="model_not_allowed", param="model")
 
 
+def adapter_not_allowed() -> Forbidden:
+    """The key's list does not have the adapter that it would manage."""
+    return Forbidden(
+        "This key's limits name the adapters that it may manage, and this is none of them.",
+        code="model_not_allowed",
+        param="name",
+    )
+
+
 def max_tokens_too_large(whose: str, most: int, param: str) -> BadRequest:
     """One answer may have at most ``most`` tokens; ``param`` asked for more."""
     return BadRequest(

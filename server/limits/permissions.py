@@ -38,6 +38,13 @@ def check_model(tenant: Tenant, adapter: str | None) -> None:
         raise model_not_allowed()
 
 
+def may_manage(tenant: Tenant, adapter: str) -> bool:
+    """Whether the tenant's key may read and change this adapter: its own limits say so, and not the tenant's,
+    which are about what is asked. Without a key it is an operator, who may."""
+    limits = tenant.key.limits if tenant.key is not None else None
+    return limits is None or limits.allows(adapter)
+
+
 def check_max_tokens(tenant: Tenant, max_tokens: int, param: str) -> None:
     """BadRequest (``max_tokens_too_large``) if one answer may not be so long."""
     for whose, limits in limits_of(tenant):

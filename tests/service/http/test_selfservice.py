@@ -52,6 +52,27 @@ async def upload(client: httpx.AsyncClient, name: str, seed: int) -> httpx.Respo
     return await client.post(f"/v1/adapters/{name}/versions", files=files)
 
 
+async def test_a_key_manages_the_adapters_that_its_limits_name(site: Site) -> None:
+    async with await owner(site) as client:
+        for name in ("a", "b"):
+            assert (await upload(client, name, 1)).status_code == 201
+    body = {"scopes": ["adapters:write"], "limits": {"adapters": ["b", "c"]}}
+    made = await site.admin.post("/admin/v1/tenants/acme/keys", json=body)
+    async with httpx.AsyncClient(base_url=site.url, headers=bearer(made.json()["key"]), timeout=60) as client:
+        listed = (await client.get("/v1/adapters")).json()
+        assert [one["name"] for one in listed["data"]] == ["b"]
+        for method, path in ROUTES[1:]:
+            refused = await client.request(method, path, json={} if method == "PATCH" else None)
+            error(refused, 403, "model_not_allowed", "name")
+        for more in ("uploads", "uploads/0", "versions/1/download"):
+            error(await client.get(f"/v1/adapters/a/{more}"), 403, "model_not_allowed", "name")
+        error(await upload(client, "d", 2), 403, "model_not_allowed", "name")
+        assert (await upload(client, "c", 2)).status_code == 201
+        assert (await client.get("/v1/adapters/b")).status_code == 200
+    everything = (await site.admin.get("/admin/v1/tenants/acme/adapters")).json()["data"]
+    assert [one["name"] for one in everything] == ["a", "b", "c"], "for operators nothing is left out"
+
+
 async def test_the_whole_life_of_an_adapter_without_an_operator(site: Site) -> None:
     async with await owner(site) as client:
         for number in (1, 2):
