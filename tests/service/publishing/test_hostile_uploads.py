@@ -259,8 +259,8 @@ REQUESTS: dict[str, tuple[tuple[int, str], Callable[[Files], dict[str, Any]]]] =
     # which files
     "no config": (CUT, lambda f: {"files": {WEIGHTS_FILE: f[WEIGHTS_FILE]}}),
     "no weights": (CUT, lambda f: {"files": {CONFIG_FILE: f[CONFIG_FILE]}}),
-    "the config twice": ((422, "config_invalid"), lambda f: extra(CONFIG_FILE, f[CONFIG_FILE])(f)),
-    "the weights twice": ((422, "weights_invalid"), lambda f: extra(WEIGHTS_FILE, f[WEIGHTS_FILE])(f)),
+    "the config twice": (BROKEN, lambda f: extra(CONFIG_FILE, f[CONFIG_FILE])(f)),
+    "the weights twice": (BROKEN, lambda f: extra(WEIGHTS_FILE, f[WEIGHTS_FILE])(f)),
     "each under the other's name": (
         (422, "config_invalid"),
         lambda f: {"files": {CONFIG_FILE: f[WEIGHTS_FILE], WEIGHTS_FILE: f[CONFIG_FILE]}},
