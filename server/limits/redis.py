@@ -189,8 +189,8 @@ class RedisLedger:
         return entry
 
     def leave(self, scope: Scope, waits: Waits) -> None:
-        """See ``Ledger.leave``; reported at once."""
-        if waits.id not in self._entries:
+        """See ``Ledger.leave``; reported at once, and not without Redis: what it holds of a line expires."""
+        if self._up and waits.id not in self._entries:
             self._abandon(Entry([scope], _NO_BUDGET, Amount(), id=waits.id))
 
     async def change(self, entry: Entry, more: Amount, whole: int) -> None:

@@ -16,7 +16,8 @@ from redis.exceptions import RedisError
 from server.accounts.terms import Budget, Budgets, KeyLimits, TenantLimits
 from server.errors import TooManyRequests, Unavailable, headers_of
 from server.limits.budget import Amount
-from server.limits.ledger import Entry, Refused, Scope
+from server.limits.ledger import PLACES, Entry, Refused, Scope
+from server.limits.line import Waits
 from server.limits.quotas import Quotas
 from server.limits.rate import LimitExceeded, RateMeter
 from server.limits.redis import LEASE_S, RedisLedger
@@ -251,6 +252,32 @@ async def test_an_outage_refuses_only_those_with_limits_and_ends_by_itself(
         tickets = [await admitted(quotas, who) for _ in range(2)]
         for one in tickets:
             one.withdraw()
+    gate.close()
+
+
+async def test_who_leaves_a_line_in_an_outage_leaves_nothing_to_be_reported_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each refused request does; what Redis holds of a line ends by itself."""
+    gate = Gate()
+    scope = Scope(f"{uuid.uuid4().hex} {PLACES}", PLACES, KeyLimits(tokens_per_minute=1))
+    async with opened(await gate.start()) as shared:
+        gate.open = False
+        monkeypatch.setattr("server.limits.redis.TIMEOUT_S", 1.0)
+        waits = [Waits(f"{number:024}", 0.0, 2.0) for number in range(20)]
+        async with asyncio.timeout(60):
+            with pytest.raises(Unavailable):  # which Redis may have heard of, so it is told of the end
+                await shared.reserve([scope], NO_BUDGET, Amount(1), waits[0])
+        for each in waits:
+            with pytest.raises(Unavailable):
+                await shared.reserve([scope], NO_BUDGET, Amount(1), each)
+            shared.leave(scope, each)
+        assert shared._entries.keys() == {waits[0].id}
+        monkeypatch.setattr("server.limits.redis.TIMEOUT_S", 60.0)
+        gate.open = True
+        async with asyncio.timeout(60):
+            while not shared._up:
+                await asyncio.sleep(0.1)
     gate.close()
 
 
