@@ -100,11 +100,14 @@ class Places:
 
         clock = asyncio.get_running_loop().time
         id_, came = secrets.token_hex(12), clock()
+        asked = False
 
         def waits() -> Waits:
             return Waits(id_, clock() - came, LOOKS * self._beat)
 
         async def taken() -> Place | None:
+            nonlocal asked
+            asked = True
             try:
                 return Place(self._ledger, await self._ledger.reserve([scope], budget, wanted, waits()))
             except Refused:
@@ -118,7 +121,7 @@ class Places:
                 place = await self._in_line(tenant, taken)
             return place
         finally:
-            if place is None:
+            if asked and place is None:
                 self._ledger.leave(scope, waits())
 
     def drain(self) -> None:

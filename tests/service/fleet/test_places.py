@@ -214,6 +214,36 @@ async def test_too_many_may_not_wait_and_none_for_ever() -> None:
     (await places.take(one, 1)).give_back()
 
 
+async def test_a_ledger_is_told_only_of_those_that_asked_it() -> None:
+    """Whoever is refused at the gateway, or is behind others there, would be a question to Redis each."""
+    ledger, one = Counted(), some(max_running=1, max_queued=2)
+    places = places_of(ledger)
+    held = await places.take(one, 1)
+    waiting = [asyncio.create_task(places.take(one, 1)) for _ in range(2)]
+    await until(lambda: places.waiting() == {one.id: 2})
+    for _ in range(20):
+        with pytest.raises(TooManyRequests):
+            await places.take(one, 1)
+    waiting.pop().cancel()  # the last one, which has never been first
+    await until(lambda: places.waiting() == {one.id: 1})
+    assert ledger.left == 0
+    waiting.pop().cancel()
+    await until(lambda: places.waiting() == {})
+    assert ledger.left == 1, "the first one has asked"
+    held.give_back()
+    (await places.take(one, 1)).give_back()
+
+
+class Counted(MemoryLedger):
+    """How often it was told that somebody has left a line."""
+
+    left = 0
+
+    def leave(self, scope: Scope, waits: Waits) -> None:
+        self.left += 1
+        super().leave(scope, waits)
+
+
 async def test_a_gateway_that_stops_tells_what_waits() -> None:
     places, one = places_of(), some(max_running=1)
     await places.take(one, 1)
