@@ -10,10 +10,11 @@ decide it for everybody's requests from then on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from server.engine.grammars import Spec
+from server.engine.passed_over import is_passed_over
 from server.errors import BadRequest
 
 # Of one schema, pattern, grammar or list of choices; OpenAI takes 120,000. What is larger would cost the
@@ -23,14 +24,10 @@ UNSUPPORTED = (
     "The schema has a keyword that is not enforced here, beside others or at all: multipleOf, uniqueItems,"
     " contains, minContains, maxContains, an unknown format, pattern or format with minLength or maxLength,"
     " propertyNames or patternProperties with properties, allOf with several members, not, if, $dynamicRef,"
-    " dependentSchemas, dependentRequired, a $ref to another document. Leave it out, and check the answer for"
-    " it."
-)
-# What the compiler passes over without a word, beside what vLLM knows of.
-_PASSED_OVER = frozenset({"not", "if", "$dynamicRef", "dependentSchemas", "dependentRequired"})
-_SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
-_SCHEMAS = frozenset(
-    {"items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf", "unevaluatedProperties"}
+    " dependentSchemas, dependentRequired, a $ref to another document, anything that limits answers beside"
+    " $ref, const, enum, anyOf, oneOf or allOf, a limit without the type that it is for, required names that"
+    " are no properties, (?=…), (?!…) and anchors in the middle of a pattern. Leave it out, and check the"
+    " answer for it."
 )
 
 
@@ -159,26 +156,9 @@ def _refuse_unsupported(schema: Any) -> None:
     except ValueError as exc:
         raise BadRequest("The schema is not valid JSON.") from exc
     if isinstance(parsed, dict) and (
-        has_xgrammar_unsupported_json_features(parsed) or _has_passed_over(parsed)
+        has_xgrammar_unsupported_json_features(parsed) or is_passed_over(parsed)
     ):
         raise BadRequest(UNSUPPORTED)
-
-
-def _has_passed_over(schema: Mapping[str, Any]) -> bool:
-    """Looks at subschemas only: a property may be called ``not``, and a constant may be anything."""
-    waiting: list[Any] = [schema]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, list):
-            waiting += part
-        elif isinstance(part, dict):
-            ref = part.get("$ref")
-            if part.keys() & _PASSED_OVER or (isinstance(ref, str) and not ref.startswith("#")):
-                return True
-            waiting += [part[name] for name in part.keys() & _SCHEMAS]
-            for name in part.keys() & _SCHEMAS_BY_NAME:
-                waiting += part[name].values() if isinstance(part[name], dict) else ()
-    return False
 
 
 def check_size(characters: int, param: str | None = None) -> None:
