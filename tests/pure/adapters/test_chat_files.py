@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,10 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterRejected
+from adapters.inspection import tokenizer_parts
 from adapters.inspection.base_chat import described, read_base_chat
 from adapters.inspection.chat_files import MAX_TEMPLATE, read_chat_files, take_chat_files
-from adapters.inspection.tokenizer_parts import PARTS, parts_of
+from adapters.inspection.tokenizer_parts import MOST_MARKS, PARTS, parts_of, read_parts
 from adapters.model import CHAT_FILE, BaseChat
 
 BASE = BaseChat(
@@ -303,3 +307,34 @@ def test_added_tokens_are_read_as_trainers_write_them(tmp_path: Path) -> None:
     none = read_chat_files(folder_of(tmp_path, tokenizer={"added_tokens": [], "model": {}}), BASE)
     assert none is not None
     assert not none.tokens
+
+
+@pytest.mark.parametrize("item", [b"[],", b"{},", b"1,"], ids=repr)
+def test_a_tokenizer_of_many_small_items_is_not_even_parsed(tmp_path: Path, item: bytes) -> None:
+    """An empty list has two bytes, and takes 64 of Python's. This is no JSON, which only a parser says."""
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(item * (MOST_MARKS + 1))
+    assert read_parts(path) is None
+
+
+def test_one_tokenizer_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(WORDS))
+    run, running, most = subprocess.run, 0, 0
+    counting = threading.Lock()
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal running, most
+        with counting:
+            running += 1
+            most = max(most, running)
+        try:
+            return run(*args, **options)
+        finally:
+            with counting:
+                running -= 1
+
+    monkeypatch.setattr(tokenizer_parts.subprocess, "run", counted)
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(read_parts, [path] * 8))
+    assert most == 1
