@@ -22,8 +22,9 @@ MEMORY = 1 << 29
 # "whole": it matches the whole name. "layer": a pattern before a layer's number, which the answer then is.
 How = Literal["whole", "layer"]
 Expression = tuple[How, str]
-# Name -> the layer's number, or the name itself; those that do not match are missing.
-Matches = Mapping[str, str]
+# Name -> the layer's number, or the name itself; those that do not match are missing. None is for a pattern
+# that matches beside the number, as one with "|" at its top can.
+Matches = Mapping[str, str | None]
 
 
 def run_all(expressions: Sequence[Expression], names: Collection[str]) -> dict[Expression, Matches]:
@@ -64,7 +65,7 @@ def _main() -> None:
         print(json.dumps(_matched(how, expression, names)), flush=True)
 
 
-def _matched(how: How, expression: str, names: Sequence[str]) -> list[tuple[str, str]] | str | None:
+def _matched(how: How, expression: str, names: Sequence[str]) -> list[tuple[str, str | None]] | str | None:
     """As ``check_target_module_exists`` of ``peft/tuners/tuners_utils.py``; a text says why it cannot be."""
     try:
         if how == "whole":

@@ -95,12 +95,13 @@ class Targets:
         for pattern in self.layers_pattern:
             if _LITERAL.fullmatch(pattern):
                 found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", module)
-                index = found["index"] if found else None
-            elif (ran := self.ran.get(("layer", pattern))) is not None:
-                index = ran.get(module)
-            else:
+                if found:
+                    index = found["index"]
+                    break
+            elif (ran := self.ran.get(("layer", pattern))) is None:
                 return None
-            if index is not None:
+            elif module in ran:  # the first that matches decides, also without a number: "layers|h"
+                index = ran[module]
                 break
         return index is not None and int(index) in self.layers
 

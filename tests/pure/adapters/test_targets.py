@@ -78,6 +78,8 @@ RUN: list[tuple[Any, Any, Any, Any]] = [
     (["q_proj", "up_proj"], None, [1, 11], ["h", "la.ers"]),
     (["up_proj"], None, 1, ["(layers|experts)"]),
     (r"(?i).*Q_PROJ", None, [0], ["la.ers"]),
+    (["q_proj"], None, [1], ["model|zzz", "layers"]),
+    (["q_proj"], None, [1], ["zzz|layers", "model|zzz"]),
 ]
 
 
