@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 # A database that cannot be written is asked again so often, in seconds.
 AGAIN_S = 1.0
+_OF_THE_DATABASE = (StorageBusy, StorageFull, StorageFailed, DatabaseUnavailable)
 
 
 async def quarantine(rows: Quarantine, dispatcher: Dispatcher, version: Version, reason: str) -> None:
@@ -55,6 +56,7 @@ class Faults:
         self, rows: Quarantine, catalog: Catalog, dispatcher: Dispatcher, key: str, reason: str
     ) -> None:
         """``quarantine_key``, unless that is under way for ``key``."""
+        dispatcher.out_of_service.put(key, reason)
         if key in self._under_way:
             return
         self._under_way.add(key)
@@ -73,7 +75,8 @@ async def quarantine_key(
     whose upload is still being tried, which is refused by its probe.
 
     The version is out of service here and now. A database that is busy or away, or whose disk fails, is asked
-    again until it has the row, which then decides, also after a restart.
+    again until it has the row, which then decides, also after a restart. So it is after a defect of ours:
+    that may not put the version back.
     """
     dispatcher.out_of_service.put(key, reason)
     known = dispatcher.version(key)
@@ -84,9 +87,11 @@ async def quarantine_key(
         try:
             await _quarantine_key(rows, catalog, dispatcher, key, reason)
             break
-        except (StorageBusy, StorageFull, StorageFailed, DatabaseUnavailable) as exc:
+        except Exception as exc:
             if not said:
-                logger.error("%s is out of service until a restart, %s; its row waits: %s", key, reason, exc)
+                defect = None if isinstance(exc, _OF_THE_DATABASE) else exc
+                words = "%s is out of service until a restart, %s; its row waits: %s"
+                logger.error(words, key, reason, exc, exc_info=defect)
             said = True
             await asyncio.sleep(AGAIN_S)
     dispatcher.out_of_service.take_out(key)

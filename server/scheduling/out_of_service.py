@@ -13,15 +13,19 @@ class OutOfService:
     """
 
     def __init__(self) -> None:
-        self._reasons: dict[tuple[str, str], str] = {}
+        self._reasons: dict[tuple[str, str], dict[str, str]] = {}  # by files, then by key
 
     def put(self, key: str, reason: str) -> None:
         """``key`` is ``Version.key``; the first reason stays."""
-        self._reasons.setdefault(_files(key), reason)
+        self._reasons.setdefault(_files(key), {}).setdefault(key, reason)
 
     def take_out(self, key: str) -> None:
-        """The rows say it now, or there is no such version any more."""
-        self._reasons.pop(_files(key), None)
+        """The rows say it now, or there is no such version any more. Its files stay where another key has
+        them here, whose row may be still to come."""
+        kept = self._reasons.get(_files(key), {})
+        kept.pop(key, None)
+        if not kept:
+            self._reasons.pop(_files(key), None)
 
     def has(self, version: Version) -> bool:
         return version.number > 0 and _files(version.key) in self._reasons
@@ -29,7 +33,7 @@ class OutOfService:
     def check(self, version: Version | None) -> None:
         """Raises AdapterQuarantined for one of them; None is the base."""
         if version is not None and self.has(version):
-            raise quarantined(self._reasons[_files(version.key)])
+            raise quarantined(next(iter(self._reasons[_files(version.key)].values())))
 
     def __repr__(self) -> str:
         return f"<OutOfService {sorted(f'{tenant}@{digest}' for tenant, digest in self._reasons)}>"

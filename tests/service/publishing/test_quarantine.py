@@ -166,6 +166,50 @@ async def test_a_version_is_out_of_service_while_its_row_waits_for_the_database(
     assert (await ask(site, headers)).status_code == 200, "from then on the row decides"
 
 
+async def test_another_version_of_its_files_does_not_put_it_back_while_its_row_waits(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one that is gone, which has no row to wait for."""
+
+    async def busy(_rows: Quarantine, _version: Version, _reason: str) -> bool:
+        raise StorageBusy("Something holds the database.")
+
+    monkeypatch.setattr(Quarantine, "put", busy)
+    headers, services = await key(site), site.services
+    version = await services.publishing.catalog.version("acme", "a", 2)
+    services.engine.on_fault(version.key, "it made NaN")
+    others = set(services.tasks)
+    services.engine.on_fault(f"acme/gone@{version.digest}", "it made NaN, too")
+    (other,) = services.tasks - others
+    await other
+    assert "it made NaN." in error(await ask(site, headers, "a@2"), 409, "adapter_quarantined")["message"]
+
+
+async def test_a_defect_while_its_row_is_written_is_logged_and_it_stays_out_of_service(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, tried = Quarantine.put, list[str]()
+
+    async def broken(rows: Quarantine, version: Version, reason: str) -> bool:
+        tried.append(reason)
+        if len(tried) < 4:
+            raise ZeroDivisionError("a defect")
+        return await plain(rows, version, reason)
+
+    monkeypatch.setattr(Quarantine, "put", broken)
+    monkeypatch.setattr(use_case, "AGAIN_S", 0.01)
+    version = await site.services.publishing.catalog.version("acme", "a", 2)
+    site.services.engine.on_fault(version.key, "it made NaN")
+    headers = await key(site)
+    error(await ask(site, headers), 409, "adapter_quarantined")
+    async with asyncio.timeout(60):
+        while not (await shown(site))[2]:
+            await asyncio.sleep(0.01)
+    assert caplog.text.count("its row waits") == 1
+    assert "ZeroDivisionError: a defect" in caplog.text
+    error(await ask(site, headers), 409, "adapter_quarantined")
+
+
 @pytest.mark.parametrize("url", [ADAPTER, f"{ADAPTER}/versions/2"])
 async def test_an_operator_releases_it_and_nobody_else(site: Site, url: str) -> None:
     headers = await key(site)
