@@ -57,15 +57,33 @@ def refuse_what_cannot_load(settings: Settings) -> None:
 
 
 def _config_of(settings: Settings) -> dict[str, Any] | None:
-    """As ``read_base_config``; of a hub's id what the hub or its cache has, which vLLM reads next."""
-    folder, given = Path(settings.model), settings.engine_args
-    if folder.exists():
-        return read_base_config(folder)
-    try:
-        return read_hub_config(settings.model, revision=given.get("revision"), token=given.get("hf_token"))
-    except OSError as exc:
-        logger.info("the config.json of %s is not known before it is loaded: %s", settings.model, exc)
-        return None
+    """As ``read_base_config``; of a hub's id what the hub or its cache has, which vLLM reads next.
+
+    ENGINE_ARGS may name another place for it (``hf_config_path``), and change it (``hf_overrides``).
+    """
+    given = settings.engine_args
+    place = str(given.get("hf_config_path") or settings.model)
+    if Path(place).exists():
+        config = read_base_config(Path(place))
+    else:
+        try:
+            config = read_hub_config(place, revision=given.get("revision"), token=given.get("hf_token"))
+        except OSError as exc:
+            logger.info("the config.json of %s is not known before it is loaded: %s", place, exc)
+            return None
+    changes = given.get("hf_overrides")
+    return _overridden(config, changes) if config is not None and isinstance(changes, dict) else config
+
+
+def _overridden(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """As vLLM's ``ModelConfig`` does it: configs within ``config`` are changed, all else is replaced."""
+    changed = dict(config)
+    for name, value in changes.items():
+        within = None if name == "quantization_config" else config.get(name)
+        if isinstance(value, dict) and isinstance(within, dict):
+            value = _overridden(within, value)
+        changed[name] = value
+    return changed
 
 
 def _no_dora(settings: Settings, config: dict[str, Any]) -> str | None:
@@ -109,8 +127,7 @@ def _experts(model: str) -> ValueError:
 def _refuse_headless(config: dict[str, Any], settings: Settings) -> None:
     """A checkpoint that makes text has no head, unless one is made of its vocabulary's."""
     texts = all(name.endswith("ForCausalLM") for name in config.get("architectures") or ())
-    said = config | (settings.engine_args.get("hf_overrides") or {})
-    if texts and "classifier_from_token" not in said:
+    if texts and "classifier_from_token" not in config:
         raise ValueError(
             f"MODEL: {settings.model} makes text and has no head to classify with. Save one with"
             " transformers'"

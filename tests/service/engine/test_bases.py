@@ -83,6 +83,29 @@ def test_what_is_to_classify_has_a_head(tmp_path: Path) -> None:
     refuse_what_cannot_load(settings_of(tmp_path, headed, **args))
 
 
+def test_the_config_is_the_one_that_the_engine_reads(tmp_path: Path) -> None:
+    """Which ENGINE_ARGS may name, and change."""
+    mixed, dense = MIXTURES["qwen3-moe"], LlamaConfig(**SIZES)
+    none = {"num_experts": 0, "num_local_experts": 0}  # the same by two names
+    settings_of(tmp_path / "mixed", mixed)
+    settings_of(tmp_path / "dense", dense)
+    refuse_what_cannot_load(settings_of(tmp_path / "mixed", hf_config_path=str(tmp_path / "dense")))
+    with pytest.raises(ValueError, match=EXPERTS):
+        refuse_what_cannot_load(settings_of(tmp_path / "dense", hf_config_path=str(tmp_path / "mixed")))
+    refuse_what_cannot_load(settings_of(tmp_path / "mixed", hf_overrides=none))
+    with pytest.raises(ValueError, match=EXPERTS):
+        refuse_what_cannot_load(settings_of(tmp_path / "mixed", hf_overrides={"rope_theta": 10.0}))
+
+    around = json.dumps({"text_config": mixed.to_dict()})
+    (tmp_path / "around").mkdir()
+    (tmp_path / "around" / "config.json").write_text(around)
+    refuse_what_cannot_load(settings_of(tmp_path / "around", hf_overrides={"text_config": none}))
+    with pytest.raises(ValueError, match=EXPERTS):
+        refuse_what_cannot_load(
+            settings_of(tmp_path / "around", hf_overrides={"text_config": {"rope_theta": 10.0}})
+        )
+
+
 def test_a_config_that_is_none_is_said_to_be(tmp_path: Path) -> None:
     for text, words in ((json.dumps([]), "is no JSON object"), ("{", "is no JSON: ")):
         (tmp_path / "config.json").write_text(text)
