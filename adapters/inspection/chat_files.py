@@ -36,7 +36,7 @@ MAX_TEMPLATE = 128 << 10
 MAX_CONFIG = 4 << 20
 MAX_TOKENS = 1024
 LONGEST_TOKEN = 128
-MAX_STOPS = 128
+MAX_STOPS = 64  # leaves requests with min_tokens as many of their own; see server.engine.validation
 # A tokenizer's file begins with its added tokens; its vocabulary is not read.
 _HEAD = 4 << 20
 _ENTRY = 4096  # characters of one of them

@@ -355,12 +355,13 @@ class Engine:
 
     def parse(self, kind: Kind, body: dict[str, Any]) -> Any:
         """``body`` as vLLM's request model. Raises BadRequest naming the field that is wrong."""
-        return parsed(serving.resolve(self._dialects[kind].request_model(body)), body, self.vocabulary)
+        model = serving.resolve(self._dialects[kind].request_model(body))
+        return parsed(model, body, self.vocabulary, _stops_of(self.base))
 
     async def parse_in_turns(self, kind: Kind, body: dict[str, Any]) -> Any:
         """As ``parse``, for a body of any size: others have their turns in between."""
         model = serving.resolve(self._dialects[kind].request_model(body))
-        return await parsed_in_turns(model, body, self.vocabulary)
+        return await parsed_in_turns(model, body, self.vocabulary, _stops_of(self.base))
 
     def resumable(self, request: Any) -> bool:
         """Whether ``request`` may be paused, by what is cheap to see; ``pause`` has the last word."""
@@ -466,3 +467,8 @@ class Engine:
         with contextlib.suppress(EngineDied), engine_errors():
             while not await self._llm.reset_prefix_cache():
                 await asyncio.sleep(PREFIX_RESET_RETRY_S)
+
+
+def _stops_of(base: BaseModel) -> int:
+    """How many tokens end the answers of ``base``."""
+    return len(base.chat.stop_token_ids) if base.chat is not None else 0

@@ -24,8 +24,8 @@ PIECE = 64
 _PARTED = ("content", "tool_calls", "summary", "output")
 # One piece in each turn of the event loop, however many bodies there are.
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
-# vLLM's second runner has room for 1,024, and for 128 with those that end the base's answers.
-MAX_ALLOWED, MAX_STOPS_LATER = 1024, 100
+# vLLM's second runner has room for 1,024, and for 128 that end an answer, of which one is left free.
+MAX_ALLOWED, MAX_STOPS_LATER = 1024, 127
 _LISTS = ("list", "tuple", "set", "frozenset")
 
 
@@ -98,9 +98,12 @@ def _moved(exc: ValidationError, by: int) -> ValidationError:
     return ValidationError.from_exception_data(exc.title, [{"type": error, "loc": moved, "input": None}])
 
 
-def check_token_ids(request: Any, vocabulary: int) -> None:
+def check_token_ids(request: Any, vocabulary: int, base_stops: int = 0) -> None:
     """BadRequest for ids beyond the vocabulary, with which vLLM's core would read beside its logits; and for
-    more than its second runner has room for, with which that would end its step, and the engine."""
+    more than its second runner has room for, with which that would end its step, and the engine.
+
+    ``base_stops`` is how many tokens end the base's answers. The adapter's own are in the request already.
+    """
     for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
         if not all(0 <= token < vocabulary for token in getattr(request, name, None) or ()):
             raise BadRequest(f"{name}: token ids go from 0 to {vocabulary - 1}", param=name)
@@ -110,25 +113,30 @@ def check_token_ids(request: Any, vocabulary: int) -> None:
             param="allowed_token_ids",
         )
     stops = len(getattr(request, "stop_token_ids", None) or ())
-    if stops > MAX_STOPS_LATER and getattr(request, "min_tokens", None):
+    room = max(0, MAX_STOPS_LATER - base_stops)
+    if stops + base_stops > MAX_STOPS_LATER and getattr(request, "min_tokens", None):
         raise BadRequest(
-            f"stop_token_ids: at most {MAX_STOPS_LATER} beside min_tokens", param="stop_token_ids"
+            f"min_tokens: at most {room} stop_token_ids beside it, the adapter's own among them; these are"
+            f" {stops}",
+            param="min_tokens",
         )
 
 
-def parsed(model: type[BaseModel], body: dict[str, Any], vocabulary: int) -> Any:
+def parsed(model: type[BaseModel], body: dict[str, Any], vocabulary: int, base_stops: int = 0) -> Any:
     """``body`` as ``model``. Raises BadRequest naming the field that is wrong."""
     with parse_errors():
         request = validate(model, body)
-    check_token_ids(request, vocabulary)
+    check_token_ids(request, vocabulary, base_stops)
     return request
 
 
-async def parsed_in_turns(model: type[BaseModel], body: dict[str, Any], vocabulary: int) -> Any:
+async def parsed_in_turns(
+    model: type[BaseModel], body: dict[str, Any], vocabulary: int, base_stops: int = 0
+) -> Any:
     """As ``parsed``, for a body of any size: others have their turns in between."""
     with parse_errors():
         request = await validate_in_turns(model, body)
-    check_token_ids(request, vocabulary)
+    check_token_ids(request, vocabulary, base_stops)
     return request
 
 

@@ -96,7 +96,7 @@ BAD: list[Bad] = [
     Bad("a stop token beyond the vocabulary", CHAT, {"stop_token_ids": [10**7], "min_tokens": 2}),
     Bad("an allowed token below zero", CHAT, {"allowed_token_ids": [-1]}),
     Bad("more allowed tokens than there is room for", CHAT, {"allowed_token_ids": [1] * 1025}),
-    Bad("more stop tokens than can wait", CHAT, {"stop_token_ids": [1] * 101, "min_tokens": 1}),
+    Bad("more stop tokens than can wait", CHAT, {"stop_token_ids": [1] * 128, "min_tokens": 1}),
     Bad("a constraint that is none", CHAT, {"structured_outputs": {"grammar": "root ::= ("}}, real=True),
     Bad("a template in a request", CHAT, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}),
     Bad(

@@ -245,7 +245,7 @@ HOSTILE_FILES: dict[str, dict[str, Any]] = {
             "top_k": ["1.5", "-2", "4294967296"],
             "repetition_penalty": ["0", "1e6"],
             "max_new_tokens": ["0", "-5", "0.5", "1e999", "9" * 5000],
-            "eos_token_id": ["[[1]]", '[{"a": 1}]', "true", "[1.0]", '"7"', f"[{', '.join(['1'] * 129)}]"],
+            "eos_token_id": ["[[1]]", '[{"a": 1}]', "true", "[1.0]", '"7"', f"[{', '.join(['1'] * 65)}]"],
         }.items()
         for number in numbers
     },

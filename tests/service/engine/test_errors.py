@@ -9,7 +9,9 @@ import pytest
 from pydantic import BaseModel
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_STOP_TOKEN_IDS
 
+from adapters.inspection import chat_files
 from server.engine import MAX_STOPS, validation
 from server.engine.errors import parse_errors
 from server.errors import BadRequest
@@ -51,6 +53,24 @@ def test_vllm_takes_as_many_stop_texts_as_are_promised(
     stops = [str(number) for number in range(MAX_STOPS)]
     assert getattr(validation.parsed(model, {**body, name: stops}, 100), name) == stops
     assert validation.parsed(ChatCompletionRequest, {**BODY, "stop": stops}, 100).stop == stops
+
+
+@pytest.mark.parametrize("base_stops", [1, 29, 200])
+def test_what_ends_an_answer_has_room_in_vllm_s_second_runner(base_stops: int) -> None:
+    """Its own bound, on the request's and the base's together, ends its step, and the engine."""
+    room = max(0, MAX_NUM_STOP_TOKEN_IDS - 1 - base_stops)
+    body = BODY | {"min_tokens": 1, "stop_token_ids": list(range(room))}
+    if base_stops < MAX_NUM_STOP_TOKEN_IDS:
+        found = validation.parsed(ChatCompletionRequest, body, 200, base_stops)
+        assert len(found.stop_token_ids) + base_stops < MAX_NUM_STOP_TOKEN_IDS
+    body["stop_token_ids"] = list(range(room + 1))
+    with pytest.raises(BadRequest, match=f"min_tokens: at most {room} ") as told:
+        validation.parsed(ChatCompletionRequest, body, 200, base_stops)
+    assert told.value.param == "min_tokens"
+
+
+def test_an_adapter_s_own_ends_leave_room_for_min_tokens() -> None:
+    assert 2 * chat_files.MAX_STOPS <= MAX_NUM_STOP_TOKEN_IDS
 
 
 def test_a_field_that_vllm_misses_is_named() -> None:
