@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from server.errors import BadRequest
@@ -15,7 +15,7 @@ def check_own_tools(tools: Any, kinds: Sequence[str]) -> None:
     """BadRequest for a tool that is none of ``kinds``: its vendor runs it, and nothing runs here.
 
     OpenAI's custom tools, which a model calls with any text, are not served. Neither is a tool whose
-    arguments are no object: a call's are one in each of the APIs.
+    arguments can be no object: a call's are one in each of the APIs.
     """
     for index, tool in enumerate(tools if isinstance(tools, list) else ()):
         _check_arguments(index, tool)
@@ -50,13 +50,37 @@ def _schema_of(tool: Any) -> tuple[str, Any]:
     return name, tool.get(name)
 
 
-def _is_no_object(schema: Mapping[str, Any]) -> bool:
-    """Whether ``schema`` names another type, itself or in a choice at its top, which goes before ``type``."""
-    choices = [schema.get(name) for name in _CHOICES]
-    members = [schema, *(part for listed in choices if isinstance(listed, list) for part in listed)]
-    return any(
-        isinstance(part, dict) and part.get("type") not in (None, "object", ["object"]) for part in members
+def _is_no_object(schema: dict[str, Any]) -> bool:
+    """Whether nothing that fits ``schema`` is an object, by its type and by the choices at its top."""
+    either = [listed for name in ("anyOf", "oneOf") if isinstance(listed := schema.get(name), list)]
+    every = schema.get("allOf")
+    return (
+        _is_another(schema)
+        or any(listed and all(map(_is_another, listed)) for listed in either)
+        or (isinstance(every, list) and any(map(_is_another, every)))
     )
+
+
+def _is_another(schema: Any) -> bool:
+    """Whether its type is not an object's, nor one of several that are."""
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    return kind not in (None, "object") and not (isinstance(kind, list) and "object" in kind)
+
+
+def _of_objects(schema: Any) -> Any:
+    """``schema`` without what is no object: of ``{"type": ["object", "null"]}`` a call has an object."""
+    if not isinstance(schema, dict):
+        return schema
+    kept = dict(_of_object(schema))
+    for name in _CHOICES:
+        if isinstance(listed := schema.get(name), list):
+            kept[name] = [_of_object(part) for part in listed if not _is_another(part)]
+    return kept
+
+
+def _of_object(schema: Any) -> Any:
+    several = isinstance(schema, dict) and isinstance(schema.get("type"), list)
+    return schema | {"type": "object"} if several else schema
 
 
 def with_strict_tools(tools: Any, forced: bool) -> Any:
@@ -88,10 +112,14 @@ def _with_object(function: dict[str, Any]) -> dict[str, Any]:
     vLLM itself does so for Anthropic's ``input_schema``.
     """
     schema = function.get("parameters")
-    if "input_schema" in function or not (schema is None or isinstance(schema, dict)):
+    if "input_schema" in function:
+        return function | {"input_schema": _of_objects(function["input_schema"])}
+    if not (schema is None or isinstance(schema, dict)):
         return function
     if not schema:
         return function | {"parameters": _NO_PARAMETERS}
+    schema = _of_objects(schema)
+    function = function | {"parameters": schema}
     if schema.keys() & {"type", "$ref", "const", "enum", *_CHOICES}:
         return function
     return function | {"parameters": {"type": "object"} | schema}

@@ -47,9 +47,16 @@ def test_no_parameters_are_an_empty_object_where_a_call_has_to_fit(kind: str, gi
         ({"description": "none"}, {"type": "object", "description": "none"}),
         ({"required": []}, {"type": "object", "required": []}),
         ({"type": "object"}, {"type": "object"}),
-        ({"type": ["object"]}, {"type": ["object"]}),
+        ({"type": ["object"]}, {"type": "object"}),
         ({"$ref": "#/$defs/a", "$defs": {"a": EMPTY}}, {"$ref": "#/$defs/a", "$defs": {"a": EMPTY}}),
         ({"anyOf": [EMPTY, {"type": "object"}]}, {"anyOf": [EMPTY, {"type": "object"}]}),
+        ({"type": ["object", "null"]}, {"type": "object"}),
+        ({"type": ["object", "null"], "required": ["a"]}, {"type": "object", "required": ["a"]}),
+        ({"anyOf": [EMPTY, {"type": "null"}]}, {"anyOf": [EMPTY]}),
+        ({"oneOf": [{"type": "string"}, {"type": ["null", "object"]}]}, {"oneOf": [{"type": "object"}]}),
+        ({"allOf": [EMPTY, {"type": ["object", "null"]}]}, {"allOf": [EMPTY, {"type": "object"}]}),
+        ({"anyOf": [True, {"$ref": "#/$defs/a"}]}, {"anyOf": [True, {"$ref": "#/$defs/a"}]}),
+        ({"anyOf": []}, {"anyOf": []}),
     ],
 )
 def test_parameters_are_of_an_object(kind: str, given: dict[str, Any], made: dict[str, Any]) -> None:
@@ -62,17 +69,24 @@ def test_parameters_are_of_an_object(kind: str, given: dict[str, Any], made: dic
     "schema",
     [
         {"type": "string"},
-        {"type": ["object", "null"]},
+        {"type": ["array", "null"]},
         {"type": True},
         {"type": []},
-        {"anyOf": [EMPTY, {"type": "string"}]},
+        {"anyOf": [{"type": "null"}, {"type": "string"}]},
+        {"allOf": [EMPTY, {"type": "string"}]},
         {"type": "object", "oneOf": [{"type": "integer"}]},
     ],
 )
-def test_a_tool_whose_arguments_may_be_no_object_is_refused(
+def test_a_tool_whose_arguments_can_be_no_object_is_refused(
     kind: str, forced: bool, schema: dict[str, Any]
 ) -> None:
     with pytest.raises(BadRequest, match="the schema of an object") as refused:
         allowed(kind, {"parameters": schema}, forced=forced)
     where = {"chat": "function.parameters", "responses": "parameters"}.get(kind, "input_schema")
     assert refused.value.param == f"tools.0.{where}"
+
+
+def test_the_input_of_a_message_s_tool_is_an_object_too() -> None:
+    given = {"parameters": {"type": ["object", "null"], "properties": {}}}
+    assert allowed("messages", given)["input_schema"] == {"type": "object", "properties": {}}
+    assert allowed("messages", given, forced=False)["input_schema"] == given["parameters"]
