@@ -108,7 +108,8 @@ class Left:
 
     def lines(self) -> list[Line]:
         """Those that can be read. The last one of a process that was killed as it wrote may not be whole."""
-        found = []
+        found: list[Line] = []
+        doubtful: list[tuple[int, Line]] = []  # behind damage, and how many of ``found`` are before it
         self._damaged = 0
         os.lseek(self._file, 0, os.SEEK_SET)
         # By this very descriptor: to close another one of the file would give up the lock.
@@ -119,7 +120,10 @@ class Left:
                 except ValueError as error:
                     logger.warning("line %d of %s is no record of usage: %s", number, self._path, error)
                     self._damaged += line.endswith(b"\n")
-                    found += _behind(line)
+                    doubtful += [(len(found), one) for one in _behind(line)]
+        for at, one in reversed(doubtful):
+            if _fits(one[0], found, at):
+                found.insert(at, one)
         return found
 
     def remove(self) -> None:
@@ -195,6 +199,14 @@ def _behind(line: bytes) -> list[Line]:
         except ValueError:
             continue
     return []
+
+
+def _fits(turn: int, lines: Sequence[Line], at: int) -> bool:
+    """Whether ``turn`` may stand before ``lines[at]``: turns only grow, by one each. Digits that damage left
+    before it, or took from it, make another number, by which a record would be written twice, or never."""
+    before = lines[at - 1][0] if at else 0
+    after = lines[at][0] if at < len(lines) else before + 1
+    return before <= turn <= after
 
 
 def _locked(path: Path) -> int | None:

@@ -187,6 +187,22 @@ async def test_what_lies_behind_damage_in_the_middle_of_a_file_is_written(
     assert await recorded(database) == ["r0", "r3", "r4", "r5"], "once each"
 
 
+@pytest.mark.parametrize("line", [1, 2], ids=["middle", "end"])
+async def test_digits_before_a_turn_behind_damage_do_not_make_it_another(
+    database: Database, folder: Path, line: int
+) -> None:
+    """By a later turn, what the database has already would be written again."""
+    file = await left(database, folder, 0, 3)
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[line] = b'1 {"tokens":20' + lines[line]
+    file.write_bytes(b"".join(lines))
+    (one,) = left_behind(folder / FOLDER)
+    assert [turn for turn, _ in one.lines()] == [1, 1]
+    one.remove()
+    one.close()
+    assert list((folder / FOLDER).iterdir()) == [file.with_suffix(".damaged")]
+
+
 async def test_files_that_cannot_be_opened_end_no_start(
     database: Database, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
