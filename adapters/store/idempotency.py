@@ -68,8 +68,13 @@ class Receipts:
         self._under_way: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
-    async def once(self, tenant: str, key: str | None, *asked: object) -> AsyncIterator[Receipt | None]:
-        """Yields the receipt of the upload that ``asked`` describes; None without a key.
+    async def once(
+        self, tenant: str, key: str | None, *asked: object, note: str | None = None, make_live: bool = True
+    ) -> AsyncIterator[Receipt | None]:
+        """Yields the receipt of the upload that these describe; None without a key.
+
+        Earlier releases kept ``asked`` alone: such a receipt holds where the version has that ``note``, and
+        went live or not as asked now.
 
         Two uploads of one key take turns. Raises AdapterConflict
         (``idempotency_conflict``) if something else was asked with this key.
@@ -77,10 +82,14 @@ class Receipts:
         if key is None:
             yield None
             return
-        fingerprint = hashlib.sha256(repr(asked).encode()).hexdigest()
+        more = () if note is None else (("note", note),)
+        fingerprint = _fingerprint(*asked, *more, *(() if make_live else ("rollout",)))
         async with self._under_way.setdefault((tenant, key), asyncio.Lock()):
-            known, linked = await self._find(tenant, key)
-            if known is not None and known.fingerprint != fingerprint:
+            known, linked, noted = await self._find(tenant, key)
+            is_same = known is None or known.fingerprint == fingerprint
+            if known is not None and not is_same and known.fingerprint == _fingerprint(*asked):
+                is_same = noted == note and (known.answer["live"] == known.answer["version"]) == make_live
+            if not is_same:
                 raise AdapterConflict(
                     "Another upload has this Idempotency-Key: its name, files or options differ. Take a new"
                     " key for a new upload.",
@@ -98,16 +107,22 @@ class Receipts:
         """Whether an upload with this key has been answered, and its version is still there."""
         return key is not None and (await self._find(tenant, key))[1]
 
-    async def _find(self, tenant: str, key: str) -> tuple[UploadRow | None, bool]:
-        """What is kept under ``key``, and whether the version that it tells of is still there."""
+    async def _find(self, tenant: str, key: str) -> tuple[UploadRow | None, bool, str | None]:
+        """What is kept under ``key``; whether the version that it tells of is still there; and its note."""
         if not is_tenant_id(tenant):
-            return None, False
+            return None, False, None
         async with self._database.read() as session:
             row = await session.get(UploadRow, (tenant, key))
             if row is None or row.created_at < steady_now() - IDEMPOTENCY_TTL:
-                return None, False
+                return None, False, None
             said = row.answer
             version = (VersionRow.adapter == said["adapter"], VersionRow.number == said["version"])
-            query = select(VersionRow.digest).where(VersionRow.tenant == tenant, *version)
-            digest = await session.scalar(query)
-        return row, digest == said["digest"]
+            query = select(VersionRow.digest, VersionRow.note).where(VersionRow.tenant == tenant, *version)
+            found = (await session.execute(query)).one_or_none()
+        if found is None or found.digest != said["digest"]:
+            return row, False, None
+        return row, True, found.note
+
+
+def _fingerprint(*asked: object) -> str:
+    return hashlib.sha256(repr(asked).encode()).hexdigest()

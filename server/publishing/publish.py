@@ -213,7 +213,9 @@ async def _publish(service: Publishing, upload: Upload, files: AsyncIterator[tup
                 await incoming.write(filename, chunk)
         uploaded = await incoming.finish()
         await upload.progress("inspecting", incoming.size_bytes)
-        async with service.receipts.once(tenant, key, name, uploaded, *_asked(upload)) as receipt:
+        asked = (name, uploaded, *_asked(waived))
+        once = service.receipts.once(tenant, key, *asked, note=upload.annotation, make_live=upload.make_live)
+        async with once as receipt:
             if receipt is not None and receipt.answer is not None:
                 return Published(receipt.answer)
             # Brings torch along, which a gateway does without.
@@ -289,16 +291,13 @@ async def _none_is_live(service: Publishing, tenant: str, name: str) -> bool:
         return True
 
 
-def _asked(upload: Upload) -> tuple[object, ...]:
-    """What of the options tells two uploads with one idempotency key apart.
+def _asked(waived: Waivers) -> tuple[object, ...]:
+    """What of ``waived`` tells two uploads with one idempotency key apart.
 
-    The first alone where nothing else is asked: receipts that an earlier release kept stay valid.
+    The first alone where nothing else is waived: receipts that an earlier release kept stay valid.
     """
-    waived = upload.waived
     more = (waived.implausible, waived.fields)
-    note = () if upload.annotation is None else (("note", upload.annotation),)
-    rollout = () if upload.make_live else ("rollout",)
-    return (waived.no_effect, *(more if any(more) else ()), *note, *rollout)
+    return (waived.no_effect, *more) if any(more) else (waived.no_effect,)
 
 
 async def _probed(

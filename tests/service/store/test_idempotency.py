@@ -94,6 +94,25 @@ async def test_the_same_key_for_something_else_is_a_conflict(site: Site) -> None
     assert await versions(site, "b") == []
 
 
+@pytest.mark.parametrize("asked", ["note=first", "rollout=standard", "note=first&rollout=standard"])
+async def test_what_an_earlier_release_kept_is_answered(site: Site, asked: str) -> None:
+    """Its receipts are as those of an upload without note and rollout; the version tells of both."""
+    await upload(site, "first")
+    await upload(site, "bare", seed=2)
+    made = await upload(site, "one", seed=2, url=f"{URL}?{asked}")
+    bare = select(UploadRow.fingerprint).where(UploadRow.key == "bare").scalar_subquery()
+    async with site.services.database.write() as session:
+        await session.execute(update(UploadRow).where(UploadRow.key == "one").values(fingerprint=bare))
+    again = await upload(site, "one", seed=2, url=f"{URL}?{asked}")
+    assert (made.status_code, again.status_code) == (201, 201)
+    progress = {"rollout": None}  # which goes on
+    assert again.json() | progress == made.json() | progress
+    for other in ("note=second", "note=second&rollout=standard", f"{asked}&allow_no_effect=true"):
+        refused = await upload(site, "one", seed=2, url=f"{URL}?{other}")
+        error(refused, 409, "idempotency_conflict", "Idempotency-Key")
+    assert await versions(site) == [1, 2, 3]
+
+
 async def test_keys_are_each_tenants_own(site: Site) -> None:
     await site.admin.post("/admin/v1/tenants", json={"id": "zeta"})
     await upload(site, "one")
