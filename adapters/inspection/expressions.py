@@ -9,12 +9,15 @@ names, and writes a line for each expression.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import resource
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
+
+logger = logging.getLogger(__name__)
 
 SECONDS = 1  # of processor time: a machine that is busy says nothing of an expression
 MEMORY = 1 << 29
@@ -43,8 +46,11 @@ def run_all(expressions: Sequence[Expression], names: Collection[str]) -> dict[E
             env={},
             check=False,
         )
-    except OSError:  # no memory for a process: they are as unknown as one that takes too long
+    except OSError as exc:  # they are as unknown as one that takes too long
+        logger.error("expressions of an upload go unchecked, no process could be started for them: %s", exc)
         return {}
+    if done.returncode > 0 and not done.stdout:  # one that takes too much ends by a signal
+        logger.error("expressions of an upload go unchecked, their process ended with %d", done.returncode)
     lines = done.stdout.split(b"\n")[:-1]  # the last one is broken off, or empty
     found: dict[Expression, Matches] = {}
     for expression, line in zip(expressions, lines, strict=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -92,6 +93,15 @@ def test_what_is_run_is_pefts(fields: tuple[Any, Any, Any, Any]) -> None:
     for module in MODULES:
         theirs = check_target_module_exists(config, module)
         assert ours.covers(module) == (bool(theirs) and type(theirs).__name__ != "_ExcludedModule"), module
+
+
+@pytest.mark.parametrize("python", ["/nowhere/python", "/bin/false"])
+def test_expressions_that_could_not_be_run_are_told_to_the_operator(
+    python: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", python)
+    assert Targets.of(".*q_proj", None, None, None).run(MODULES).covers(MODULES[1]) is None
+    assert "go unchecked" in caplog.text
 
 
 class Name(str):
