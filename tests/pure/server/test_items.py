@@ -18,13 +18,19 @@ def choosing(mode: str, *names: str) -> dict[str, Any]:
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
+# Of a tool without parameters that has to be called.
+NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
 def test_the_model_is_offered_the_tools_that_are_allowed() -> None:
     asked = {**LEAST["chat"], "tools": FUNCTIONS}
     kept = DIALECTS["chat"].allowed_fields(asked | {"tool_choice": choosing("auto", "a", "c")})
     assert ([tool["function"]["name"] for tool in kept["tools"]], kept["tool_choice"]) == (["a", "c"], "auto")
     kept = DIALECTS["chat"].allowed_fields(asked | {"tool_choice": choosing("required", "b")})
     assert kept["tool_choice"] == "required"
-    assert kept["tools"] == [{"type": "function", "function": {"name": "b", "strict": True}}]
+    assert kept["tools"] == [
+        {"type": "function", "function": {"name": "b", "parameters": NOTHING, "strict": True}}
+    ]
     number = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": 5}}
     wrong = choosing("any", "a"), choosing("auto", "d"), choosing("auto"), {"type": "allowed_tools"}, number
     for choice in wrong:
@@ -38,7 +44,7 @@ def test_responses_choose_among_tools_too() -> None:
     some = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "b"}]}
     kept = DIALECTS["responses"].allowed_fields(asked | {"tool_choice": some})
     assert kept["tool_choice"] == "required"
-    assert kept["tools"] == [{**tools[1], "strict": True}]
+    assert kept["tools"] == [{**tools[1], "parameters": NOTHING, "strict": True}]
     for wrong, param in (
         (some | {"mode": "any"}, "tool_choice"),
         (some | {"tools": [{"type": "function", "name": "d"}]}, "tool_choice.tools"),
