@@ -15,6 +15,7 @@ import xgrammar
 
 from server.engine import grammar_process
 from server.engine.grammars import MOST_WAITING, Grammars, Spec
+from server.engine.passed_over import is_passed_over
 from server.engine.structure import MOST_CHARACTERS, settle, specs_of
 from server.errors import BadRequest, ServerError, TooManyRequests, Unavailable
 from server.inference.dialects.registry import DIALECTS
@@ -374,6 +375,23 @@ PASSED_OVER: list[dict[str, Any]] = [
 async def test_what_the_compiler_passes_over_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(BadRequest, match="not enforced"):
         specs_of(asked(json=given))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": [{}], "const": 1},
+        {"type": {"a": 1}, "anyOf": [{"type": "string"}]},
+        {"type": "integer", "enum": [1e999, 10**400]},
+        {"type": "string", "anyOf": [{"type": [{}]}]},
+        {"type": "object", "required": [{}], "properties": {}},
+        {"type": "string", "pattern": "[" * (MOST_CHARACTERS - 100)},
+        {"type": "string", "pattern": "[" * 60_000 + "\\"},
+    ],
+)
+async def test_what_is_no_schema_is_looked_at_in_one_pass(given: dict[str, Any]) -> None:
+    """A pattern of brackets that none closes took minutes, and a type of another kind was a defect."""
+    assert isinstance(is_passed_over(given), bool)
 
 
 @pytest.mark.parametrize(
