@@ -2,8 +2,7 @@
 
 A regular expression is a program: ``(a|a)*b`` takes twice as long for each letter. Here it ends with its
 process, which has a second of processor time for all that an upload has. The process is this file, run by
-itself, and imports nothing but the standard library. It reads a JSON list of [how, expression] and one of
-names, and writes a line for each expression.
+``alone``. It reads a JSON list of [how, expression] and one of names, and writes a line for each expression.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import resource
-import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
@@ -36,19 +33,12 @@ def run_all(expressions: Sequence[Expression], names: Collection[str]) -> dict[E
     Raises ValueError for what is no expression. Blocks for some 20 ms, at most for as long as ``SECONDS`` of
     processor time take: call it in a thread.
     """
-    asked = sorted(names)
-    try:
-        done = subprocess.run(  # noqa: S603  (our own file)
-            [sys.executable, "-I", "-S", __file__],
-            input=json.dumps([list(expressions), asked]).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={},
-            check=False,
-        )
-    except OSError as exc:  # they are as unknown as one that takes too long
-        logger.error("expressions of an upload go unchecked, no process could be started for them: %s", exc)
-        return {}
+    from adapters.inspection.alone import run_alone  # not in the other process, which knows no packages
+
+    given = json.dumps([list(expressions), sorted(names)]).encode()
+    done = run_alone(__file__, given, memory=MEMORY, seconds=SECONDS)
+    if done is None:
+        return {}  # they are as unknown as one that takes too long
     if done.returncode > 0 and not done.stdout:  # one that takes too much ends by a signal
         logger.error("expressions of an upload go unchecked, their process ended with %d", done.returncode)
     lines = done.stdout.split(b"\n")[:-1]  # the last one is broken off, or empty
@@ -63,9 +53,6 @@ def run_all(expressions: Sequence[Expression], names: Collection[str]) -> dict[E
 
 
 def _main() -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     expressions, names = json.load(sys.stdin)
     for how, expression in expressions:
         print(json.dumps(_matched(how, expression, names)), flush=True)

@@ -1,15 +1,13 @@
 """What a ``tokenizer.json`` does with a text, as digests to compare: its model and what stands around it.
 
 A file has megabytes, and a reader of JSON keeps Python's lock for all of it: a stranger's is read in a
-process of its own, which is this file, run by itself, and imports nothing but the standard library.
+process of its own, which is this file, run by ``alone``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import resource
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -44,19 +42,11 @@ def read_parts(path: Path) -> dict[str, str] | None:
     """
     if path.stat().st_size > LONGEST:
         return None
+    from adapters.inspection.alone import run_alone  # not in the other process, which knows no packages
+
     with _reading, path.open("rb") as file:
-        try:
-            done = subprocess.run(  # noqa: S603  (our own file)
-                [sys.executable, "-I", "-S", __file__],
-                stdin=file,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={},
-                check=False,
-            )
-        except OSError:  # no memory for a process
-            return None
-    if done.returncode:
+        done = run_alone(__file__, file, memory=MEMORY, seconds=SECONDS)
+    if done is None or done.returncode:
         return None
     answer = json.loads(done.stdout)
     if isinstance(answer, str):
@@ -74,9 +64,6 @@ def _digest(part: str, value: Any) -> str:
 
 
 def _main() -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     try:
         data = sys.stdin.buffer.read()
         found = parts_of(data) if sum(map(data.count, _MARKS)) <= MOST_MARKS else None

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterRejected
-from adapters.inspection import tokenizer_parts
+from adapters.inspection import alone
 from adapters.inspection.base_chat import described, read_base_chat
 from adapters.inspection.chat_files import MAX_TEMPLATE, read_chat_files, take_chat_files
 from adapters.inspection.tokenizer_parts import MOST_MARKS, PARTS, parts_of, read_parts
@@ -334,7 +334,7 @@ def test_one_tokenizer_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
             with counting:
                 running -= 1
 
-    monkeypatch.setattr(tokenizer_parts.subprocess, "run", counted)
+    monkeypatch.setattr(alone.subprocess, "run", counted)
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(read_parts, [path] * 8))
     assert most == 1
