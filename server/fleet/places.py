@@ -23,7 +23,6 @@ import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime
 
 from adapters.awake import AwakeTimeout
 from server.accounts.tenants import Tenant
@@ -96,7 +95,7 @@ class Places:
             return Place(self._ledger, None)
         scope = Scope(f"{tenant.queue} {PLACES}", PLACES, KeyLimits(tokens_per_minute=most))
         wanted = Amount(min(sequences, most))
-        budget = TenantBudget(scope.name, None, _nothing)
+        budget = TenantBudget.none(scope.name)
 
         clock = asyncio.get_running_loop().time
         id_, came = secrets.token_hex(12), clock()
@@ -170,7 +169,3 @@ class Places:
                 await self._stopping.wait()
         except TimeoutError:
             pass
-
-
-async def _nothing(_since: datetime, _until: datetime) -> Amount:
-    return Amount()

@@ -30,6 +30,10 @@ PLACES = "places"
 Recorded = Callable[[datetime, datetime], Awaitable[Amount]]
 
 
+async def _nothing(_since: datetime, _until: datetime) -> Amount:
+    return Amount()
+
+
 @dataclass(frozen=True, slots=True)
 class Scope:
     """A tenant or one of its keys, and its limits. ``whose`` is ``tenant``, ``key <id>`` or ``PLACES``."""
@@ -49,6 +53,11 @@ class TenantBudget:
     name: str
     budgets: Budgets | None
     recorded: Recorded
+
+    @classmethod
+    def none(cls, name: str) -> TenantBudget:
+        """For what no budget bounds."""
+        return cls(name, None, _nothing)
 
 
 @dataclass(slots=True, eq=False)

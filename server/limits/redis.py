@@ -53,13 +53,8 @@ KEEP_PERIOD = timedelta(days=1)
 # Scopes of which the last answer is kept, for headers.
 REMEMBERED_SCOPES = 10_000
 
-
-async def _nothing_recorded(_since: datetime, _until: datetime) -> Amount:
-    return Amount()
-
-
 _FAILURES = (RedisError, OSError, TimeoutError)
-_NO_BUDGET = TenantBudget("none", None, _nothing_recorded)
+_NO_BUDGET = TenantBudget.none("none")
 _SCRIPT = Path(__file__).with_name("redis.lua").read_text()
 
 

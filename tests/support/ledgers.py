@@ -29,7 +29,7 @@ async def nothing_recorded(_since: datetime, _until: datetime) -> Amount:
     return Amount()
 
 
-NO_BUDGET = TenantBudget("none", None, nothing_recorded)
+NO_BUDGET = TenantBudget.none("none")
 
 
 @asynccontextmanager
