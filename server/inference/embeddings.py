@@ -38,11 +38,10 @@ from server.inference.dialects.scoring import (
     pairs_of,
     scores_of,
 )
+from server.scheduling.nouns import together
 
 # What the engine is given at a time: a text, the ids of its tokens, or two texts to compare.
 Input = str | list[int] | tuple[str, str]
-# A request takes at most one in so many of the engine's places.
-_SHARE = 4
 _ENCODINGS = ("float", "base64")
 
 
@@ -132,7 +131,7 @@ def part_of(request: Any, inputs: Sequence[Input]) -> Any:
 
 def places_of(inputs: Sequence[Input], max_running: int) -> int:
     """How many of ``inputs`` run at the same time."""
-    return min(len(inputs), max(1, max_running // _SHARE))
+    return together(len(inputs), max_running)
 
 
 def most_places(fields: dict[str, Any], max_running: int) -> int:
@@ -142,7 +141,7 @@ def most_places(fields: dict[str, Any], max_running: int) -> int:
     """
     lists = (value for value in fields.values() if isinstance(value, list))
     longest = max((len(each) for each in lists if not (each and isinstance(each[0], int))), default=1)
-    return min(max(1, longest), max(1, max_running // _SHARE))
+    return together(max(1, longest), max_running)
 
 
 def finite(part: dict[str, Any], dialect: Dialect) -> dict[str, Any]:

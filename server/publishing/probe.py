@@ -24,13 +24,12 @@ from server.engine.manners import Manners
 from server.errors import BadRequest, Internal, TooManyRequests
 from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.lease import Lease
-from server.scheduling.nouns import Ask
+from server.scheduling.nouns import Ask, together
 from server.scheduling.refusals import engine_restarting
 
 TENANT = "_server"  # not a tenant's id, see adapters.model.is_tenant_id
 TIMEOUT = 120.0
 _TOP = 20
-_PART = 4  # one in so many of the engine's places is the most that a probe takes
 _NO_ROOM = "The server found no room to try the adapter, and has changed nothing; try it again later."
 
 
@@ -154,12 +153,11 @@ class Prober:
     ) -> list[dict[str, Any]]:
         """What ``field`` of the answers has for each of ``PROMPTS``, in their order.
 
-        They share the engine's steps, as far as a part of its places goes: until all that a request needs are
-        free at once, it may hold up others.
+        They share the engine's steps, as far as ``together`` goes.
         """
-        together = min(len(PROMPTS), max(1, self._dispatcher.max_running // _PART))
-        bodies = [body(list(PROMPTS[i : i + together])) for i in range(0, len(PROMPTS), together)]
-        said = await self._ask(version, kind, bodies, sequences=together)
+        size = together(len(PROMPTS), self._dispatcher.max_running)
+        bodies = [body(list(PROMPTS[i : i + size])) for i in range(0, len(PROMPTS), size)]
+        said = await self._ask(version, kind, bodies, sequences=size)
         return [one for answer in said for one in sorted(answer[field], key=itemgetter("index"))]
 
     async def _ask(

@@ -20,6 +20,9 @@ from typing import Any, Protocol
 
 from adapters.model import Tier
 
+# A request that can be asked in parts takes at most one in so many of the engine's places.
+_SHARE = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
@@ -43,6 +46,14 @@ class Capacity:
     def __post_init__(self) -> None:
         if min(self.gpu_slots, self.max_running, self.max_staging) < 1 or self.host_slots < self.gpu_slots:
             raise ValueError(f"limits must be at least 1, and host_slots at least gpu_slots: {self}")
+
+
+def together(count: int, max_running: int) -> int:
+    """How many of a request's ``count`` sequences run at once, of ``max_running`` in the engine.
+
+    Until all that it takes are free at once, it may hold up others.
+    """
+    return min(count, max(1, max_running // _SHARE))
 
 
 @dataclass(frozen=True, slots=True)
