@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,9 @@ async def test_one_key_has_a_share_of_the_connections(tmp_path: Path, few: int) 
         for header in (*siblings, f"{key}\r\nX-Customer-ID: nobody"):
             assert (await _told(site, _asked(header))).startswith(b"HTTP/1.1 429 "), header
         assert (await _told(site, _asked(f"Authorization: Bearer {other}"))).startswith(b"HTTP/1.1 200 ")
-        for _, writer in held[:3]:
-            writer.transport.abort()
+        _leave(held[:3])
         await _until_told(site, _asked(key), b"200 ")
-        for _, writer in held:
-            writer.transport.abort()
+        _leave(held)
         await _until_shares(site)
 
 
@@ -84,11 +83,9 @@ async def test_all_keys_of_a_customer_have_one_share(tmp_path: Path, few: int) -
         vouched = _asked(f"Authorization: Bearer {SERVICE_KEY}", "X-Customer-ID: acme")
         assert (await _told(site, vouched)).startswith(b"HTTP/1.1 429 ")
         assert (await _told(site, _asked(f"Authorization: Bearer {other}"))).startswith(b"HTTP/1.1 200 ")
-        for _, writer in held[:3]:
-            writer.transport.abort()
+        _leave(held[:3])
         await _until_told(site, _asked(f"Authorization: Bearer {keys[0]}"), b"200 ")
-        for _, writer in held:
-            writer.transport.abort()
+        _leave(held)
         await _until_shares(site)
 
 
@@ -107,8 +104,7 @@ async def test_probes_with_a_key_at_its_share_are_answered(tmp_path: Path, few: 
         for target in (f"POST {CHAT}#/health", "PATCH /v1/adapters/health", "GET /v1/models?x=/health"):
             told = await _told(site, _asked(own, target=target))
             assert told.startswith(b"HTTP/1.1 429 "), (target, told)
-        for _, writer in held:
-            writer.transport.abort()
+        _leave(held)
 
 
 async def test_each_customer_behind_a_gateway_has_a_share(tmp_path: Path, few: int) -> None:
@@ -123,8 +119,7 @@ async def test_each_customer_behind_a_gateway_has_a_share(tmp_path: Path, few: i
         for headers in ((vouched, "X-Customer-ID: globex"), (f"Authorization: Bearer {keys['globex']}",)):
             told = await _told(site, _asked(*headers))
             assert told.startswith(b"HTTP/1.1 200 "), (headers, told)
-        for _, writer in held:
-            writer.transport.abort()
+        _leave(held)
         await _until_shares(site)
 
 
@@ -139,8 +134,7 @@ async def test_requests_behind_another_keys_count_beside_it(tmp_path: Path, few:
         held = [await opened(site, chat_request(greedy) + one) for one in behind]
         await _until_shares(site, share, share, *[1] * share)  # the key, its tenant, and the junk
         await _until_told(site, _asked(f"Authorization: Bearer {greedy}"), b"429 ")
-        for _, writer in held:
-            writer.transport.abort()
+        _leave(held)
         await _until_shares(site)
         async with asyncio.timeout(60):
             while site.server.server_state.tasks:  # what ran ahead of another request ends with its client
@@ -151,9 +145,13 @@ async def test_requests_behind_another_keys_count_beside_it(tmp_path: Path, few:
         for reader, _ in held:
             assert (await asyncio.wait_for(reader.readline(), 60)).startswith(b"HTTP/1.1 200 ")
         await _until_shares(site, 3, 3)  # the key and its tenant
-        for _, writer in held:
-            writer.transport.abort()
+        _leave(held)
         await _until_shares(site)
+
+
+def _leave(held: Iterable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> None:
+    for _, writer in held:
+        writer.transport.abort()
 
 
 async def _told(site: Site, asked: bytes) -> bytes:

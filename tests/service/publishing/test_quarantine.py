@@ -101,19 +101,25 @@ async def test_a_quarantined_version_is_refused_with_the_reason_and_shown(site: 
         error(await site.admin.post(f"{ADAPTER}/{path}"), 409, "adapter_quarantined")
 
 
+def written_at_the_fourth_time(monkeypatch: pytest.MonkeyPatch, fails: Exception) -> list[str]:
+    """The reasons with which a row was to be written so far; one that ``fails`` is tried again at once."""
+    plain, tried = Quarantine.put, list[str]()
+
+    async def put(rows: Quarantine, version: Version, reason: str) -> bool:
+        tried.append(reason)
+        if len(tried) < 4:
+            raise fails
+        return await plain(rows, version, reason)
+
+    monkeypatch.setattr(Quarantine, "put", put)
+    monkeypatch.setattr(use_case, "AGAIN_S", 0.01)
+    return tried
+
+
 async def test_what_makes_nan_while_the_database_is_busy_is_quarantined_after_all(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain, tried = Quarantine.put, list[str]()
-
-    async def busy(rows: Quarantine, version: Version, reason: str) -> bool:
-        tried.append(reason)
-        if len(tried) < 4:
-            raise StorageBusy("Something holds the database.")
-        return await plain(rows, version, reason)
-
-    monkeypatch.setattr(Quarantine, "put", busy)
-    monkeypatch.setattr(use_case, "AGAIN_S", 0.01)
+    tried = written_at_the_fourth_time(monkeypatch, StorageBusy("Something holds the database."))
     version = await site.services.publishing.catalog.version("acme", "a", 2)
     for _ in range(20):  # answers, each of which says so
         site.services.engine.on_fault(version.key, "it made NaN")
@@ -188,16 +194,7 @@ async def test_another_version_of_its_files_does_not_put_it_back_while_its_row_w
 async def test_a_defect_while_its_row_is_written_is_logged_and_it_stays_out_of_service(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain, tried = Quarantine.put, list[str]()
-
-    async def broken(rows: Quarantine, version: Version, reason: str) -> bool:
-        tried.append(reason)
-        if len(tried) < 4:
-            raise ZeroDivisionError("a defect")
-        return await plain(rows, version, reason)
-
-    monkeypatch.setattr(Quarantine, "put", broken)
-    monkeypatch.setattr(use_case, "AGAIN_S", 0.01)
+    written_at_the_fourth_time(monkeypatch, ZeroDivisionError("a defect"))
     version = await site.services.publishing.catalog.version("acme", "a", 2)
     site.services.engine.on_fault(version.key, "it made NaN")
     headers = await key(site)
