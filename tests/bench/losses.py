@@ -380,6 +380,7 @@ async def run(times: int, faults: list[str], *, real: bool) -> bool:
                 try:
                     while not await losses.hit_in_time(fault):
                         print(f"{fault} {number + 1}: the machine is too slow; once more", flush=True)
+                    print(f"{fault} {number + 1}: {losses.pauses[fault][-1]:.2f} s", flush=True)
                 except Wrong as exc:
                     failed[fault] += 1
                     print(f"{fault} {number + 1}: {exc}", flush=True)
