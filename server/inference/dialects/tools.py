@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.errors import BadRequest
+from server.inference.dialects.arguments import held_arguments
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
-_CHOICES = ("anyOf", "oneOf", "allOf")
 
 
 def check_own_tools(tools: Any, kinds: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ def check_own_tools(tools: Any, kinds: Sequence[str]) -> None:
 
 def _check_arguments(index: int, tool: Any) -> None:
     path, schema = _schema_of(tool)
-    if isinstance(schema, dict) and _is_no_object(schema):
+    if isinstance(schema, dict) and held_arguments(schema) is None:
         where = f"tools.{index}.{path}"
         raise BadRequest(
             f"{where} has to be the schema of an object, since the arguments of a call are one."
@@ -48,39 +48,6 @@ def _schema_of(tool: Any) -> tuple[str, Any]:
         return "function.parameters", inner.get("parameters")
     name = "input_schema" if "input_schema" in tool else "parameters"
     return name, tool.get(name)
-
-
-def _is_no_object(schema: dict[str, Any]) -> bool:
-    """Whether nothing that fits ``schema`` is an object, by its type and by the choices at its top."""
-    either = [listed for name in ("anyOf", "oneOf") if isinstance(listed := schema.get(name), list)]
-    every = schema.get("allOf")
-    return (
-        _is_another(schema)
-        or any(listed and all(map(_is_another, listed)) for listed in either)
-        or (isinstance(every, list) and any(map(_is_another, every)))
-    )
-
-
-def _is_another(schema: Any) -> bool:
-    """Whether its type is not an object's, nor one of several that are."""
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    return kind not in (None, "object") and not (isinstance(kind, list) and "object" in kind)
-
-
-def _of_objects(schema: Any) -> Any:
-    """``schema`` without what is no object: of ``{"type": ["object", "null"]}`` a call has an object."""
-    if not isinstance(schema, dict):
-        return schema
-    kept = dict(_of_object(schema))
-    for name in _CHOICES:
-        if isinstance(listed := schema.get(name), list):
-            kept[name] = [_of_object(part) for part in listed if not _is_another(part)]
-    return kept
-
-
-def _of_object(schema: Any) -> Any:
-    several = isinstance(schema, dict) and isinstance(schema.get("type"), list)
-    return schema | {"type": "object"} if several else schema
 
 
 def with_strict_tools(tools: Any, forced: bool) -> Any:
@@ -111,18 +78,11 @@ def _with_object(function: dict[str, Any]) -> dict[str, Any]:
 
     vLLM itself does so for Anthropic's ``input_schema``.
     """
-    schema = function.get("parameters")
-    if "input_schema" in function:
-        return function | {"input_schema": _of_objects(function["input_schema"])}
-    if not (schema is None or isinstance(schema, dict)):
-        return function
-    if not schema:
-        return function | {"parameters": _NO_PARAMETERS}
-    schema = _of_objects(schema)
-    function = function | {"parameters": schema}
-    if schema.keys() & {"type", "$ref", "const", "enum", *_CHOICES}:
-        return function
-    return function | {"parameters": {"type": "object"} | schema}
+    name = "input_schema" if "input_schema" in function else "parameters"
+    schema = function.get(name)
+    if name == "parameters" and schema in (None, {}):
+        return function | {name: _NO_PARAMETERS}
+    return function | {name: held_arguments(schema)} if isinstance(schema, dict) else function
 
 
 def with_allowed_tools(body: dict[str, Any], *, nested: bool) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from server.inference.dialects.registry import DIALECTS
 
 TURNS = [{"role": "user", "content": "hi"}]
 EMPTY = {"type": "object", "properties": {}, "additionalProperties": False}
+ONE: dict[str, Any] = {"properties": {"a": {"type": "integer"}}, "required": ["a"]}
+NONE: dict[str, Any] = {"type": "object", "properties": {}, "required": []}
+OF_A = {"type": "object"} | ONE
 
 
 def allowed(kind: str, schema: dict[str, Any], *, forced: bool = True, **fields: Any) -> dict[str, Any]:
@@ -45,18 +48,51 @@ def test_no_parameters_are_an_empty_object_where_a_call_has_to_fit(kind: str, gi
     ("given", "made"),
     [
         ({"description": "none"}, {"type": "object", "description": "none"}),
-        ({"required": []}, {"type": "object", "required": []}),
+        ({"required": []}, {"type": "object"}),
         ({"type": "object"}, {"type": "object"}),
         ({"type": ["object"]}, {"type": "object"}),
-        ({"$ref": "#/$defs/a", "$defs": {"a": EMPTY}}, {"$ref": "#/$defs/a", "$defs": {"a": EMPTY}}),
+        ({"$ref": "#/$defs/a", "$defs": {"a": EMPTY}}, EMPTY | {"$defs": {"a": EMPTY}}),
+        ({"$ref": "#/$defs/a", "$defs": {"a": ONE}}, ONE | {"$defs": {"a": ONE}, "type": "object"}),
+        ({"$ref": "#"}, {"$ref": "#"}),
         ({"anyOf": [EMPTY, {"type": "object"}]}, {"anyOf": [EMPTY, {"type": "object"}]}),
         ({"type": ["object", "null"]}, {"type": "object"}),
-        ({"type": ["object", "null"], "required": ["a"]}, {"type": "object", "required": ["a"]}),
+        ({"type": ["object", "null"], "required": ["a"]}, {"type": "object"}),
         ({"anyOf": [EMPTY, {"type": "null"}]}, {"anyOf": [EMPTY]}),
         ({"oneOf": [{"type": "string"}, {"type": ["null", "object"]}]}, {"oneOf": [{"type": "object"}]}),
-        ({"allOf": [EMPTY, {"type": ["object", "null"]}]}, {"allOf": [EMPTY, {"type": "object"}]}),
-        ({"anyOf": [True, {"$ref": "#/$defs/a"}]}, {"anyOf": [True, {"$ref": "#/$defs/a"}]}),
+        ({"allOf": [EMPTY, {"type": ["object", "null"]}]}, {"allOf": [NONE]}),
+        ({"anyOf": [True, {"$ref": "#/$defs/a"}]}, {"anyOf": [{"type": "object"}, {"$ref": "#/$defs/a"}]}),
         ({"anyOf": []}, {"anyOf": []}),
+        # Beside a choice a grammar goes by nothing else, and a choice without a type may be a bare text.
+        (ONE | {"anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, ONE | {"type": "object"}),
+        (ONE | {"type": "object", "allOf": [{"if": {}, "then": {}}]}, ONE | {"type": "object"}),
+        (
+            {"type": "object", "oneOf": [{"required": ["a"]}, ONE]},
+            {"type": "object", "oneOf": [{"type": "object"}, OF_A]},
+        ),
+        ({"anyOf": [{"anyOf": [ONE]}, {"enum": ["x"]}]}, {"anyOf": [{"type": "object"}, {"type": "object"}]}),
+        (
+            {"anyOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": ONE}},
+            {"anyOf": [{"type": "object"}], "$defs": {"a": ONE}},
+        ),
+        (
+            {"allOf": [OF_A, {"properties": {"a": {}, "b": {}}, "required": ["b", "c"]}]},
+            {
+                "allOf": [
+                    {
+                        "type": "object",
+                        "properties": {"a": {"type": "integer"}, "b": {}},
+                        "required": ["a", "b"],
+                    }
+                ]
+            },
+        ),
+        (
+            {"allOf": [{"$ref": "#/$defs/a"}, {}], "$defs": {"a": OF_A}},
+            {"allOf": [OF_A], "$defs": {"a": OF_A}},
+        ),
+        ({"type": "object", "required": ["a"]}, {"type": "object"}),
+        ({"enum": ["x", {"a": 1}]}, {"enum": [{"a": 1}]}),
+        ({"const": {"a": 1}}, {"enum": [{"a": 1}]}),
     ],
 )
 def test_parameters_are_of_an_object(kind: str, given: dict[str, Any], made: dict[str, Any]) -> None:
@@ -75,6 +111,10 @@ def test_parameters_are_of_an_object(kind: str, given: dict[str, Any], made: dic
         {"anyOf": [{"type": "null"}, {"type": "string"}]},
         {"allOf": [EMPTY, {"type": "string"}]},
         {"type": "object", "oneOf": [{"type": "integer"}]},
+        {"const": "x"},
+        {"type": "object", "enum": ["x", 1]},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}},
+        {"anyOf": [{"$ref": "#/$defs/a"}, False], "$defs": {"a": {"type": "string"}}},
     ],
 )
 def test_a_tool_whose_arguments_can_be_no_object_is_refused(

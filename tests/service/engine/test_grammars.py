@@ -18,6 +18,7 @@ from server.engine.grammars import MOST_WAITING, Grammars, Spec
 from server.engine.passed_over import is_passed_over
 from server.engine.structure import MOST_CHARACTERS, settle, specs_of
 from server.errors import BadRequest, ServerError, TooManyRequests, Unavailable
+from server.inference.dialects.arguments import held_arguments
 from server.inference.dialects.registry import DIALECTS
 from tests.support.calls import counted
 
@@ -131,6 +132,31 @@ async def test_between_the_parts_of_a_call_is_one_blank_at_a_time(blanks: str, w
         assert spec.text == params.structural_tag
         allowed = accepts(xgrammar.Grammar.from_structural_tag(spec.text), written.join(CALL))
         assert allowed is (any_whitespace or len(blanks) == 1)
+
+
+PART = {"properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    "schema_of_a_tool",
+    [
+        PART | {"anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        {"type": "object", "anyOf": [{"required": ["a"]}, PART]},
+        {"type": "object", "allOf": [PART, {"minProperties": 1}]},
+        {"anyOf": [{"$ref": "#/$defs/x"}], "$defs": {"x": {"enum": ["x", {"a": 1}]}}},
+        {"$ref": "#/$defs/x", "$defs": {"x": {"oneOf": [True, {"type": "null"}]}}},
+        {"type": "object", "enum": ["x", {"a": 1}]},
+        {"type": "object", "minProperties": 1},
+    ],
+)
+async def test_what_a_call_is_held_to_lets_it_be_nothing_but_an_object(
+    schema_of_a_tool: dict[str, Any],
+) -> None:
+    from xgrammar.testing import _is_grammar_accept_string as accepts
+
+    grammar = xgrammar.Grammar.from_json_schema(json.dumps(held_arguments(schema_of_a_tool)))
+    assert accepts(grammar, '{"a":1}')
+    assert not any(accepts(grammar, text) for text in ('"x"', "1", "[]", "null", "true", '[{"a":1}]'))
 
 
 LATE = [
