@@ -7,6 +7,7 @@ whatever would fill memory or disk are refused.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import re
 import struct
@@ -45,6 +46,8 @@ _UNREADABLE = (
     ValueError,
     struct.error,
 )
+# Of a place that the archive's own numbers name and no file has; a disk that fails says something else.
+_NO_PLACE = frozenset({errno.EINVAL, errno.EOVERFLOW})
 
 
 async def unpacked(
@@ -91,6 +94,10 @@ def read(file: IO[bytes], *, max_bytes: int) -> Iterator[tuple[str, bytes]]:
                 yield name, piece
     except _UNREADABLE as error:
         raise _refuse(f"it cannot be read as a tar, tar.gz or zip ({type(error).__name__})") from error
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        raise _refuse("it names places that it does not have; it is damaged, or cut off") from error
 
 
 def _chosen(paths: list[str]) -> set[str]:
@@ -162,6 +169,8 @@ def _tar(file: IO[bytes], compressed: bool, max_bytes: int) -> Iterator[tuple[st
     with tarfile.open(fileobj=source, mode="r:") as archive:
         for count, member in enumerate(archive, 1):
             wanted = _is_wanted(member.name, count)
+            if member.size < 0:
+                raise _refuse(f"{show(member.name)} claims {show(member.size)} bytes")
             if member.isdir():
                 continue
             if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
@@ -171,6 +180,8 @@ def _tar(file: IO[bytes], compressed: bool, max_bytes: int) -> Iterator[tuple[st
             opened = archive.extractfile(member) if wanted else None
             if opened is not None:
                 yield member.name, opened
+    while source.read(_BLOCK):  # a tar ends before its gzip, whose end has the sum of it all
+        pass
 
 
 class _Bounded:
@@ -204,13 +215,14 @@ def _zip(file: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
     _check_listing(file)
     with zipfile.ZipFile(file) as archive:
         for count, info in enumerate(archive.infolist(), 1):
-            wanted = _is_wanted(info.orig_filename, count)
+            path = info.orig_filename.replace("\\", "/")  # as Windows PowerShell's Compress-Archive has them
+            wanted = _is_wanted(path, count)
             kind = info.external_attr >> 28  # of the mode that Unix keeps there
-            if wanted and kind not in (0, 4, 8) and not unused(info.filename):
-                raise _refuse(f"{show(info.filename)} is a link, a device or another special file")
-            if wanted and not info.is_dir():
+            if wanted and kind not in (0, 4, 8) and not unused(path):
+                raise _refuse(f"{show(path)} is a link, a device or another special file")
+            if wanted and not path.endswith("/"):
                 with archive.open(info) as opened:
-                    yield info.filename, opened
+                    yield path, opened
 
 
 def _check_listing(file: IO[bytes]) -> None:
@@ -222,11 +234,11 @@ def _check_listing(file: IO[bytes]) -> None:
     if at < 0 or len(tail) < at + 22:
         raise _refuse("it is a zip without an end")
     entries, listing = struct.unpack("<HI", tail[at + 10 : at + 16])
-    if (
-        entries > MAX_ENTRIES
-        or listing > MAX_ZIP_LISTING
-        or tail[max(0, at - 20) : at].startswith(_END_OF_ZIP64)
-    ):
+    if tail[max(0, at - 20) : at].startswith(_END_OF_ZIP64):
+        raise _refuse(
+            "it is a Zip64, as for more than 65,535 files or 4 GiB; pack it as a plain zip, or as a tar"
+        )
+    if entries > MAX_ENTRIES or listing > MAX_ZIP_LISTING:
         raise _refuse(
             f"it is a zip of more than {MAX_ENTRIES} entries or {MAX_ZIP_LISTING} bytes of their names"
         )

@@ -112,6 +112,9 @@ GOOD: dict[str, bytes] = {
     "with a path out beside": tar(*BOTH, entry("a/../../b", b"x")),
     "with an absolute link": tar(*BOTH, entry("/data", type=tarfile.SYMTYPE, linkname="/mnt/data")),
     "zip of a Mac": zipped(*FILES.items(), (f"__MACOSX/._{CONFIG_FILE}", b"\0")),
+    "zip of Windows PowerShell": zipped(*((f"run\\{name}", content) for name, content in FILES.items())),
+    "tar.gz with zeros behind": tar(*BOTH, mode="w:gz") + b"\0" * 512,
+    "tar.gz in two pieces": gzip.compress(tar(*BOTH)[:5000]) + gzip.compress(tar(*BOTH)[5000:]),
 }
 
 
@@ -134,6 +137,43 @@ def encrypted() -> bytes:
             data[start + at] |= 1
             start += 4
     return bytes(data)
+
+
+def flipped() -> bytes:
+    """A bit of the weights is another one than when they were packed, which their gzip's sum tells."""
+    packed = bytearray(gzip.compress(tar(*BOTH), compresslevel=0))
+    packed[packed.rindex(b"weights")] ^= 1
+    return bytes(packed)
+
+
+def misplaced(magic: bytes, at: int, place: int) -> bytes:
+    """A zip that says that something of it is at ``place``."""
+    data = bytearray(zipped(*FILES.items()))
+    start = data.rindex(magic) + at
+    data[start : start + 4] = struct.pack("<I", place)
+    return bytes(data)
+
+
+def far_away() -> bytes:
+    """A zip whose last file is where no file system has a place."""
+    data = bytearray(zipped(*FILES.items()))
+    last, end = data.rindex(b"PK\1\2"), data.rindex(b"PK\5\6")
+    far = struct.pack("<HHQ", 1, 8, 2**62)
+    data[end + 12 : end + 16] = struct.pack(
+        "<I", struct.unpack("<I", data[end + 12 : end + 16])[0] + len(far)
+    )
+    data[end:end] = far
+    data[last + 30 : last + 32], data[last + 42 : last + 46] = struct.pack("<H", len(far)), b"\xff" * 4
+    return bytes(data)
+
+
+def negative(size: int) -> bytes:
+    """A tar with a file of less than no bytes: what follows would be read again."""
+    head = bytearray(tarfile.TarInfo(CONFIG_FILE).tobuf())
+    head[124:136] = (size % (1 << 96)).to_bytes(12, "big")
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head[:512])
+    return bytes(head) + tar(*BOTH)
 
 
 def long_header() -> bytes:
@@ -175,13 +215,27 @@ BAD: dict[str, bytes] = {
     "a link in a zip": zipped((special(CONFIG_FILE, stat.S_IFLNK | 0o777), b"/etc/passwd")),
     "a header without end": long_header(),
     "the same in gzip": gzip.compress(long_header()),
+    "a tar.gz with another bit": flipped(),
+    "a tar.gz with another sum": tar(*BOTH, mode="w:gz")[:-8] + b"\0" * 8,
+    "a tar.gz cut at its sum": tar(*BOTH, mode="w:gz")[:-5],
+    "a tar.gz with something behind": tar(*BOTH, mode="w:gz") + b"x" * 100,
+    "a zip whose list is elsewhere": misplaced(b"PK\5\6", 16, 10**6),
+    "a zip whose list is nowhere": misplaced(b"PK\5\6", 16, 0xFFFFFFFF),
+    "a zip with a file elsewhere": misplaced(b"PK\1\2", 42, 10**6),
+    "a zip with a file far away": far_away(),
+    "a file of less than no bytes": negative(-512),
+    "one that leads before the beginning": negative(-(1 << 20)),
+    "the same, in gzip": gzip.compress(negative(-1024)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_is_no_archive_of_an_adapter_is_refused(kind: str) -> None:
-    with pytest.raises(AdapterRejected) as caught:
-        unpack(BAD[kind])
+def test_what_is_no_archive_of_an_adapter_is_refused(kind: str, tmp_path: Path) -> None:
+    """Of a real file, which says other things than one in memory where a place is none."""
+    (tmp_path / "archive").write_bytes(BAD[kind])
+    with (tmp_path / "archive").open("rb") as file, pytest.raises(AdapterRejected) as caught:
+        for _ in read(file, max_bytes=MAX):
+            pass
     assert caught.value.code == "archive_invalid"
     assert caught.value.message.endswith(CURES["archive_invalid"])
     assert len(caught.value.message) < 600
