@@ -37,6 +37,8 @@ RECONCILE_EVERY = 5.0
 # The part of the time that an engine has for an answer after which it counts as one that may hang.
 SILENT_AFTER = 0.25
 WATCH_EVERY = 0.5
+# Versions that ran when the engine was lost, as the log names them.
+NAMED = 20
 # Of the event loop, before a check of the plan lets others run; and between two such slices.
 CHECK_SLICE, CHECK_PAUSE = 0.0005, 0.01
 
@@ -290,7 +292,8 @@ class EngineLoop:
                 self._staging.discard(op.load_id)
                 self._failed("stage", op.load_id, result.error)
             else:
-                logger.error("%s of load %d failed: %s", op.verb, op.load_id, result.error)
+                whose = self._name(self._version_of.get(op.load_id))
+                logger.error("%s of load %d (%s) failed: %s", op.verb, op.load_id, whose, result.error)
                 self._reconcile_soon = True
 
     def _took(self, load_id: int, seconds: float) -> None:
@@ -298,8 +301,16 @@ class EngineLoop:
         if (version := self._version_of.get(load_id)) is not None:
             self._loaded[version] = self._loaded.get(version, 0.0) + seconds
 
+    def _name(self, key: str | None) -> str:
+        """Whose version it is and which, for the log; ``key`` where no more is known of it."""
+        if key is None:
+            return "a version that is not known any more"
+        found = self._versions.get(key)
+        return f"{found.tenant}/{found.adapter}@{found.number}" if found is not None else key
+
     def _failed(self, step: str, load_id: int, error: str) -> None:
-        logger.error("%s of load %d failed: %s", step, load_id, error)
+        whose = self._name(self._version_of.get(load_id))
+        logger.error("%s of load %d (%s) failed: %s", step, load_id, whose, error)
         self._reconcile_soon = True
         if step == "stage":
             self.metrics.load_failed("stage")
@@ -382,10 +393,19 @@ class EngineLoop:
             known = [dict(loss, at=min(loss["at"] - ahead, self.now())) for loss in before]
             self._losses_before = ()
             self._tell(self._plan.recall, known)
+        self._log_running()
         self._tell(self._plan.engine_stopped, kept)
         self._on_losses([dict(loss.as_json(), at=loss.at + ahead) for loss in self._plan.losses])
         self._lost_event.set()
         self._pager_wake.set()
+
+    def _log_running(self) -> None:
+        """Which versions run at a loss, for whoever looks before one of them is found to be the reason."""
+        slots = self._plan.snapshot().slots
+        ran = sorted(self._name(slot.version) for slot in slots if slot.version and slot.running)
+        told = ", ".join(ran[:NAMED]) if ran else "no version of an adapter"
+        more = f" and {len(ran) - NAMED} more" if len(ran) > NAMED else ""
+        logger.critical("when the engine was lost there ran: %s%s", told, more)
 
     async def _heal(self) -> bool:
         """Start the engine again until it stays; False once it has been lost too often."""

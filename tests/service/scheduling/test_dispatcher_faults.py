@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
 
 @pytest.mark.parametrize("verb", ["stage", "activate"])
-def test_a_load_that_fails_is_its_own_requests_affair(verb: str) -> None:
+def test_a_load_that_fails_is_its_own_requests_affair(verb: str, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with World(gpu_slots=2) as world, world.busy("warm") as warm:
             world.engine.fail(verb, version("bad").key)
@@ -42,6 +43,8 @@ def test_a_load_that_fails_is_its_own_requests_affair(verb: str) -> None:
             assert f'loraplex_load_failures_total{{step="{verb}"}} 1.0' in text
 
     run(scenario())
+    (told,) = (line for line in caplog.messages if " of load " in line)
+    assert re.match(rf"{verb} of load \d+ \(bad/a@1\) failed: ", told), "whose it is"
 
 
 def test_the_engines_death_ends_everything_once() -> None:

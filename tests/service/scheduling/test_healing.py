@@ -229,6 +229,32 @@ def test_a_version_that_ran_in_two_losses_in_a_row_is_named() -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("customers", "told"),
+    [
+        (["zeta", "acme"], "acme/a@1, zeta/a@1"),
+        ([], "no version of an adapter"),
+        ([f"t{n:02}" for n in range(23)], ", ".join(f"t{n:02}/a@1" for n in range(20)) + " and 3 more"),
+    ],
+)
+def test_the_log_has_the_versions_that_ran_when_the_engine_was_lost(
+    customers: list[str], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        most = max(1, len(customers))
+        async with World(gpu_slots=most, host_slots=most + 1, max_running=most, restarts=3) as world:
+            asking = [asyncio.create_task(world.ask(name, max_tokens=200)) for name in customers]
+            while len(world.engine.running) < len(customers):
+                await asyncio.sleep(0.05)
+            world.engine.die()
+            await asyncio.gather(*asking)
+            await asyncio.sleep(1)
+
+    run(scenario())
+    found = [line for line in caplog.messages if line.startswith("when the engine was lost")]
+    assert found == [f"when the engine was lost there ran: {told}"]
+
+
 def test_a_check_that_fails_ends_nothing_and_logs_what_replays_to_that_state(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
