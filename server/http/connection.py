@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import heapq
 import json
+import logging
 import multiprocessing
 import os
 import resource
+import signal
 import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -25,6 +27,8 @@ from server.errors import envelope
 from server.http.pieces import offer
 from server.http.shares import Asking, shares_of, who_asks
 from server.http.turns import turns_of
+
+logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 64 << 10
 # What still comes is thrown away for so long: closing at once would overtake the answer.
@@ -387,8 +391,15 @@ class DrainingServer(uvicorn.Server):
             _leave_at_once(sig)
         if self._draining is not None:
             super().handle_exit(sig, frame)
+            self._say("%s again: the server does not wait for what runs", sig)
             return
+        self._say("%s: the server drains; a second signal ends it at once", sig)
         asyncio.get_running_loop().call_soon_threadsafe(self._begin_drain)
+
+    def _say(self, message: str, sig: int) -> None:
+        """Not within the handler of a signal, which may have interrupted the log itself."""
+        name = signal.Signals(sig).name
+        asyncio.get_running_loop().call_soon_threadsafe(logger.warning, message, name)
 
     def _begin_drain(self) -> None:
         self._draining = asyncio.ensure_future(self._drain())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # Largest bodies that may be in memory: of one customer, and in all.
 BODIES_EACH, BODIES = 32, 128
+# Seconds between two lines of the log about what a drain waits for.
+DRAIN_TOLD_S = 30.0
 
 
 class Peers(Protocol):
@@ -127,13 +130,29 @@ class Services:
     async def drain(self) -> None:
         """Makes the server not ready at once; cuts requests that still run after ``drain_timeout``."""
         self.draining = True
+        began, left = time.monotonic(), self.settings.drain_timeout
+        logger.info(
+            "draining: %s; what runs is cut after DRAIN_TIMEOUT, %g s", _under_way(self.dispatcher), left
+        )
         self.dispatcher.drain()
         if self.on_drain is not None:
             self.in_background(self.on_drain())
-        if not await self.dispatcher.wait_until_idle(self.settings.drain_timeout):
+        while not await self.dispatcher.wait_until_idle(min(left, DRAIN_TOLD_S)):
+            left -= DRAIN_TOLD_S
+            if left > 0:
+                logger.info("still draining: %s; %g s are left", _under_way(self.dispatcher), left)
+                continue
             leases = self.dispatcher.open_leases()
             logger.warning("cut %d requests that were still running", len(leases))
             await asyncio.gather(*map(_cut, leases))
+            break
+        logger.info("drained, after %.1f s", time.monotonic() - began)
+
+
+def _under_way(dispatcher: Dispatcher) -> str:
+    leases = dispatcher.open_leases()
+    customers = len({lease.tenant for lease in leases})
+    return f"{len(leases)} requests of {customers} customers run"
 
 
 async def _cut(lease: Lease) -> None:

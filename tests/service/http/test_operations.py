@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from adapters.errors import DatabaseUnavailable
 from server.app import create_app, drain
 from server.engine.calls import EngineDied
+from server.http import services
 from server.http.connection import DrainingServer
 from server.settings import Settings
 from tests.service.http.test_api import CHAT, CHAT_URL, digest, error
@@ -144,16 +145,22 @@ async def test_a_drain_refuses_what_comes_and_lets_what_runs_end(tmp_path: Path)
 
 
 async def test_a_drain_that_takes_too_long_cuts_what_runs(
-    site: Site, caplog: pytest.LogCaptureFixture
+    site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(services, "DRAIN_TOLD_S", 0.1)
     key = await site.tenant("acme", {"a": tiny.adapter(1)})
     streams = [await begun(site, key) for _ in range(2)]
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO, services.__name__):
         await drain(site.app)
     for text in await asyncio.gather(*streams):
         assert '"finish_reason": "abort"' in text
         assert text.endswith("data: [DONE]")
-    assert "cut 2 requests" in caplog.text
+    told = [record.message for record in caplog.records if record.name == services.__name__]
+    run = "2 requests of 1 customers run"
+    assert told[0] == f"draining: {run}; what runs is cut after DRAIN_TIMEOUT, 0.3 s"
+    assert told[1] == f"still draining: {run}; 0.2 s are left"
+    assert told[-2] == "cut 2 requests that were still running"
+    assert told[-1].startswith("drained, after ")
     assert value(await samples(site), "loraplex_requests_total", tenant="acme", outcome="cut") == 2
 
 
@@ -175,7 +182,7 @@ async def test_the_first_signal_drains(tmp_path: Path) -> None:
                 await asyncio.sleep(0.01)
 
 
-async def test_the_second_signal_does_not_wait(site: Site) -> None:
+async def test_the_second_signal_does_not_wait(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     key = await site.tenant("acme", {"a": tiny.adapter(1)})
     stream = await begun(site, key)
     server = DrainingServer(uvicorn.Config(site.app), site.services.drain)
@@ -187,6 +194,12 @@ async def test_the_second_signal_does_not_wait(site: Site) -> None:
     assert not server.should_exit
     server.handle_exit(signal.SIGTERM, None)
     assert server.should_exit
+    await asyncio.sleep(0)
+    told = [line for line in caplog.messages if line.startswith("SIGTERM")]
+    assert told == [
+        "SIGTERM: the server drains; a second signal ends it at once",
+        "SIGTERM again: the server does not wait for what runs",
+    ]
     stream.cancel()
 
 
