@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from pydantic import ByteSize
 from typer.main import get_command
 
-from adapters.errors import CURES
+from adapters.errors import CURES, AdapterUnfit
 from server.app import create_app
 from server.metrics import Metrics
 from server.settings import Settings
@@ -81,6 +81,25 @@ def codes() -> Iterator[str]:
 @pytest.mark.parametrize("code", sorted(set(codes()) - {"adapter_error", "adapter_invalid"}))
 def test_error_codes(code: str) -> None:
     assert any(f"`{code}`" in PAGES[page] for page in ("api.md", "admin.md", "adapters.md"))
+
+
+def codes_of_failures() -> list[str]:
+    """Those of the API's page whose requests end as ``failed`` or ``unavailable``, by a fault of the server's
+    or of what is stored: all with a status of 500 and more, and of others those that are named here."""
+    named = re.findall(r"^\| ([\d, ]+) \| ([^|]+) \|", PAGES["api.md"], re.MULTILINE)
+    found = {code for status, cell in named if status.startswith("5") for code in quoted(cell)}
+    return sorted(found | {AdapterUnfit.code})
+
+
+def quoted(text: str) -> set[str]:
+    return set(re.findall(r"`(\w+)`", text))
+
+
+@pytest.mark.parametrize("code", codes_of_failures())
+def test_the_runbook_says_what_to_do_about_each_code_of_a_failure(code: str) -> None:
+    part = PAGES["runbook.md"].partition("\n## Requests fail\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in part.splitlines() if line.startswith("| ")]
+    assert code in quoted(" ".join(rows))
 
 
 def test_admin_calls() -> None:
