@@ -36,7 +36,7 @@ from adapters.model import (
 )
 from adapters.split import WHOLE, choose
 from adapters.store.idempotency import Receipt
-from adapters.store.quarantine import in_service, refuse_quarantined_files
+from adapters.store.quarantine import in_service, refuse_quarantined_files, release
 from adapters.store.room import check_quota, has_versions, names_within
 from adapters.store.verdicts import VERDICTS, has_verdict, with_verdict
 from adapters.store.versions import (
@@ -62,7 +62,8 @@ class AdapterChanges(TypedDict, total=False):
     """What ``update`` may change. ``live``, ``default`` and ``pinned`` stay as they are where None.
 
     ``split`` (version -> percent, 100 in all) is ended by None, ``keep_versions`` given back to the server;
-    ``defaults`` are what requests that say nothing get, over those that a version came with.
+    ``defaults`` are what requests that say nothing get, over those that a version came with. ``released``
+    puts the version that is live then back into service.
     """
 
     live: int | None
@@ -71,6 +72,7 @@ class AdapterChanges(TypedDict, total=False):
     split: Mapping[int, int] | None
     keep_versions: int | None
     defaults: Mapping[str, Any] | None
+    released: bool
 
 
 class Catalog:
@@ -271,13 +273,13 @@ class Catalog:
                 row.keep_versions = changes["keep_versions"]
             if "defaults" in changes:
                 row.defaults = dict(changes["defaults"]) if changes["defaults"] else None
-            if pinned is not None:
-                row.pinned = pinned
+            if changes.get("released") and row.live is not None:
+                await release(session, tenant, name, row.live)
+            row.pinned = row.pinned if pinned is None else pinned
             if default:
                 had = update(AdapterRow).where(AdapterRow.tenant == tenant, AdapterRow.is_default)
                 await session.execute(had.values(is_default=False))
-            if default is not None:
-                row.is_default = default
+            row.is_default = row.is_default if default is None else default
             await session.flush()
             note(session, "adapter.update", tenant, name, before=before, after=_state(row))
             return await self._one(session, tenant, name)

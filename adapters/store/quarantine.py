@@ -51,18 +51,23 @@ class Quarantine:
     async def release(self, tenant: str, name: str, number: int) -> None:
         """Puts the files of a version back into service; nothing to do where they are. AdapterNotFound."""
         async with self._database.write() as session:
-            found = await version_row(session, tenant, name, number)
-            for row in await _rows_of(session, tenant, found.digest):
-                if row.quarantine is not None:
-                    target = f"{row.adapter}@{row.number}"
-                    note(session, "version.release", tenant, target, before=row.quarantine)
-                    row.quarantine = None
+            await release(session, tenant, name, number)
 
     async def count(self) -> int:
         """How many versions of all tenants are out of service."""
         query = select(func.count()).select_from(VersionRow).where(VersionRow.quarantine.is_not(None))
         async with self._database.read() as session:
             return await session.scalar(query) or 0
+
+
+async def release(session: AsyncSession, tenant: str, name: str, number: int) -> None:
+    """``Quarantine.release`` as a part of another change."""
+    found = await version_row(session, tenant, name, number)
+    for row in await _rows_of(session, tenant, found.digest):
+        if row.quarantine is not None:
+            target = f"{row.adapter}@{row.number}"
+            note(session, "version.release", tenant, target, before=row.quarantine)
+            row.quarantine = None
 
 
 def in_service(

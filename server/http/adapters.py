@@ -266,10 +266,7 @@ async def update(services: Services, tenant: Tenant, name: str, change: AdapterC
     changes = change.model_dump(exclude_unset=True)
     if change.defaults is not None:
         changes["defaults"] = change.defaults.model_dump(exclude_none=True)
-    if changes.pop("quarantined", None) is False:
-        live = (await services.publishing.catalog.adapter(tenant.id, name)).live
-        if live is not None:
-            await services.publishing.quarantine.release(tenant.id, name, live)
+    changes["released"] = changes.pop("quarantined", None) is False
     if "split" in changes:
         await services.judge.check_idle(tenant.id, name)
     move_pin(services.dispatcher, await services.publishing.catalog.update(tenant.id, name, **changes))

@@ -228,6 +228,34 @@ async def test_an_operator_releases_it_and_nobody_else(site: Site, url: str) -> 
     assert changes["version.release"]["target"] == "a@2"
 
 
+@pytest.mark.parametrize("change", [{"live": 9}, {"split": {"1": 50, "9": 50}}])
+async def test_a_change_that_is_refused_releases_nothing(site: Site, change: dict[str, Any]) -> None:
+    await out(site, 2)
+    refused = await site.admin.patch(ADAPTER, json={"quarantined": False, **change})
+    error(refused, 404, "version_not_found", *change)
+    assert (await shown(site))[2] is not None
+
+
+async def test_a_rollout_keeps_the_split_and_the_quarantine(site: Site) -> None:
+    await out(site, 2)
+    assert (await site.admin.post(URL, files=files(3))).status_code == 201
+    assert (await site.admin.post(f"{ADAPTER}/rollouts", json={"version": 1})).status_code == 201
+    await out(site, 3)
+    refused = await site.admin.patch(ADAPTER, json={"quarantined": False, "split": None})
+    error(refused, 409, "rollout_running")
+    assert (await shown(site))[3] is not None
+
+
+async def test_the_version_that_is_made_live_is_the_one_that_is_released(site: Site) -> None:
+    for number in (1, 2):
+        await out(site, number)
+    changed = await site.admin.patch(ADAPTER, json={"live": 1, "quarantined": False})
+    assert changed.status_code == 200, changed.text
+    quarantined = await shown(site)
+    assert (quarantined[1], bool(quarantined[2])) == (None, True)
+    assert (await ask(site, await key(site))).status_code == 200
+
+
 async def test_releasing_a_version_that_is_not_there(site: Site) -> None:
     missing = await site.admin.patch(f"{ADAPTER}/versions/9", json={"quarantined": False})
     error(missing, 404, "version_not_found")
