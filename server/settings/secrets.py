@@ -47,7 +47,7 @@ class SecretFiles(PydanticBaseSettingsSource):
         file = os.environ.get(f"{variable}_FILE") if field_name in SECRETS else None
         if not file:
             return None, field_name, False
-        if variable in os.environ:
+        if os.environ.get(variable):
             raise ValueError(f"{variable} and {variable}_FILE are both given; one of them would be ignored")
         if not Path(file).is_file():
             raise FileNotFoundError(f"{variable}_FILE: there is no file {file}")

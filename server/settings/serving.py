@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -24,6 +26,7 @@ from pydantic_settings import (
 )
 from sqlalchemy import URL
 
+from adapters.model import ADAPTER_PATTERN, TENANT_PATTERN
 from server.settings.addresses import is_every, url_of
 from server.settings.engine_args import (
     CACHE_HASHES,
@@ -35,6 +38,8 @@ from server.settings.engine_args import (
 
 # The sizes that vLLM compiles its LoRA kernels for (vllm.config.lora.MaxLoRARanks).
 ALLOWED_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+_PRICED = re.compile(f"{TENANT_PATTERN}/{ADAPTER_PATTERN}", re.ASCII)
 
 # What host_slots 0 stands for.
 HOST_PER_GPU_SLOT = 4
@@ -62,9 +67,12 @@ class Price(BaseModel):
 class Serving(BaseSettings):
     """What the server serves, and how."""
 
-    model_config = SettingsConfigDict(env_prefix="LORAPLEX_", frozen=True, extra="forbid")
+    # Compose, Kubernetes and .env hand on as empty what nobody has set.
+    model_config = SettingsConfigDict(
+        env_prefix="LORAPLEX_", env_ignore_empty=True, frozen=True, extra="forbid"
+    )
 
-    model: str = Field(description="Folder (or hub id) of the base model.")
+    model: str = Field(min_length=1, description="Folder (or hub id) of the base model.")
     served_model_name: str = Field(
         "", description="The base model's public name; the last part of MODEL if empty."
     )
@@ -372,7 +380,18 @@ class Serving(BaseSettings):
                 parts.scheme not in ("http", "https") or not parts.hostname or origin.count("/") != 2
             ):
                 raise ValueError(f"{origin!r} must be an origin, as https://app.example, or *")
-        return origins
+            if origin != "*" and "*" in origin:
+                raise ValueError(
+                    f"{origin!r} must be an origin without *, which stands for all of them alone"
+                )
+        return tuple(origin.lower() for origin in origins)  # as browsers send them
+
+    @field_validator("prices")
+    def _prices_are_of_somebody(cls, prices: dict[str, Price]) -> dict[str, Price]:
+        for name in prices:
+            if name not in ("base", "*") and not _PRICED.fullmatch(name):
+                raise ValueError(f"{name!r} must be tenant/adapter, as acme/support, or base, or *")
+        return prices
 
     @field_validator("root_path")
     def _is_a_path(cls, path: str) -> str:
@@ -392,6 +411,8 @@ class Serving(BaseSettings):
     @field_validator("engine_args")
     @classmethod
     def _engine_args_are_not_ours(cls, args: dict[str, Any]) -> dict[str, Any]:
+        if len({name.replace("-", "_") for name in args}) < len(args):
+            raise ValueError("an argument is given twice, with dashes and with underscores")
         for name in args:
             if name.replace("-", "_") in OWNED_ENGINE_ARGS:
                 raise ValueError(f"{name!r} is set through {OWNED_ENGINE_ARGS[name.replace('-', '_')]}")
@@ -418,16 +439,26 @@ class Serving(BaseSettings):
             )
         return given
 
+    @classmethod
+    def _unset_if_empty(cls) -> set[str]:
+        """Folders, and what may be unset: no secret is empty."""
+        return {"data_dir"} | {name for name, field in cls.model_fields.items() if field.default is None}
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Derived defaults are filled in before the model is frozen, so that readers see one value."""
-        filled = dict(values)
+        filled = {
+            name: value for name, value in values.items() if value != "" or name not in cls._unset_if_empty()
+        }
         slots = str(filled.get("gpu_slots") or cls.model_fields["gpu_slots"].default)
         if filled.get("model") and not filled.get("served_model_name"):
             filled["served_model_name"] = str(filled["model"]).rstrip("/").rsplit("/", 1)[-1]
         if filled.get("host_slots") in (None, 0, "0", "") and slots.isdigit():
             filled["host_slots"] = HOST_PER_GPU_SLOT * int(slots)
+        for name in ("data_dir", "backup_dir"):
+            if isinstance(filled.get(name), str | Path):
+                filled[name] = os.path.expanduser(filled[name])  # as it is without a home
         data_dir = Path(str(filled.get("data_dir") or cls.model_fields["data_dir"].default))
         if str(filled.get("backup_dir") or ".") == ".":
             filled["backup_dir"] = data_dir / "backups"

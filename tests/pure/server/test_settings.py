@@ -122,7 +122,14 @@ def test_origins_come_with_commas_or_as_a_list(monkeypatch: pytest.MonkeyPatch, 
     assert made().cors_origins == ("https://a.example", "http://b:80")
 
 
-@pytest.mark.parametrize("origin", ["app.example", "https://a.example/path", "ftp://a.example"])
+def test_an_origin_is_as_browsers_send_it() -> None:
+    assert made(cors_origins="https://App.Example, *").cors_origins == ("https://app.example", "*")
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["app.example", "https://a.example/path", "ftp://a.example", "https://*.example", "https://a.example:*"],
+)
 def test_an_origin_is_one(origin: str) -> None:
     with pytest.raises(ValueError, match="must be an origin"):
         made(cors_origins=[origin])
@@ -188,6 +195,56 @@ def test_the_database_is_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.
 
         url = make_url(settings.database_url)
         assert (url.drivername, url.database) == ("sqlite+aiosqlite", str(folder.absolute() / "loraplex.db"))
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As Compose and ``.env`` hand on what nobody has set."""
+    monkeypatch.setenv("LORAPLEX_MODEL", "/models/tiny")
+    before = Settings.load()
+    monkeypatch.setenv(f"LORAPLEX_{name.upper()}", "")
+    if name == "model":
+        with pytest.raises(ValidationError, match="Field required"):
+            Settings.load()
+    else:
+        assert Settings.load() == before
+
+
+@pytest.mark.parametrize("name", ["data_dir", "backup_dir", "max_model_len", *SECRETS])
+def test_so_it_is_in_the_file(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f'model: /models/tiny\n{name}: ""\n')
+    assert Settings.load(file).model_dump() == made().model_dump()
+
+
+def test_an_empty_variable_is_no_second_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_text("a-key-of-the-file-that-is-long")
+    monkeypatch.setenv("LORAPLEX_SERVICE_KEY", "")
+    monkeypatch.setenv("LORAPLEX_SERVICE_KEY_FILE", str(tmp_path / "key"))
+    key = made().service_key
+    assert key is not None
+    assert key.get_secret_value() == "a-key-of-the-file-that-is-long"
+
+
+def test_a_folder_may_be_below_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = made(data_dir="~/loraplex", backup_dir="~/backups")
+    assert (settings.data_dir, settings.backup_dir) == (Path("/home/me/loraplex"), Path("/home/me/backups"))
+    assert settings.database_url.endswith("/home/me/loraplex/loraplex.db")
+
+
+@pytest.mark.parametrize(
+    "name", ["acme", "acme/", "/support", "acme/support@1", "Acme/support", "Base", "acme/*"]
+)
+def test_a_price_that_nobody_would_pay_is_refused(name: str) -> None:
+    price = {"input": 1.0, "output": 2.0}
+    assert made(prices={"acme/support": price, "base": price, "*": price})
+    field, said = refusal(prices={name: price})
+    assert (field, repr(name) in said) == ("prices", True)
+
+
+def test_an_argument_is_given_once() -> None:
+    assert "twice" in refusal(engine_args={"max-num-seqs": 4, "max_num_seqs": 8})[1]
 
 
 def test_dashes_and_underscores_are_the_same_to_the_engine() -> None:

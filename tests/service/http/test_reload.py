@@ -57,6 +57,19 @@ async def test_a_rotated_key_counts_at_once(
         assert (shown["log_level"], shown["max_queued"]) == ("debug", 256)
 
 
+async def test_keys_that_are_empty_are_unset_as_at_the_start(
+    tmp_path: Path, told: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fake_site(tmp_path) as site:
+        for name, value in {"MODEL": "/m", "DATA_DIR": str(tmp_path), "ADMIN_KEY": ADMIN_KEY}.items():
+            monkeypatch.setenv(f"LORAPLEX_{name}", value)
+        for name in ("SERVICE_KEY", "METRICS_KEY", "ROLLOUT_KEY", "LIMITS_REDIS_URL"):
+            monkeypatch.setenv(f"LORAPLEX_{name}", "")
+        monkeypatch.setenv("LORAPLEX_LOG_LEVEL", "debug")
+        take_over(site.services, Settings.load)
+        assert (told, await status(site, ADMIN_KEY)) == ([("json", "debug")], 200)
+
+
 @pytest.mark.parametrize(
     "changes", [{"admin_key": SERVICE_KEY}, {"admin_key": "short"}, {"gpu_slots": "many"}]
 )
