@@ -16,6 +16,7 @@ from adapters.model import PROBES_FILE
 from server import __version__
 from server.cli import examples, reports
 from server.cli.adapters import adapters
+from server.cli.arguments import named_folder
 from server.cli.bench import bench
 from server.cli.chat import chat
 from server.cli.command import LOCAL, Key, Url, connected, say
@@ -192,7 +193,10 @@ def adopt(
 
 @cli.command()
 def backup(
-    folder: Annotated[Path, typer.Argument(help="Folder of the backup; only what it lacks is copied.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(parser=named_folder, help="Folder of the backup; only what it lacks is copied."),
+    ],
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
 ) -> None:
     """Copy all adapters and rows, while the server runs or not."""
@@ -203,7 +207,7 @@ def backup(
 
 @cli.command()
 def restore(
-    folder: Annotated[Path, typer.Argument(help="Folder that `backup` wrote.")],
+    folder: Annotated[Path, typer.Argument(parser=named_folder, help="Folder that `backup` wrote.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
 ) -> None:
     """Copy a backup into an empty data folder and database, with the server stopped."""
@@ -218,7 +222,9 @@ def check(
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
     url: Annotated[str, typer.Option(help="Ask the server there instead of reading its files.")] = "",
     key: Key = "",
-    backup: Annotated[Path | None, typer.Option(help="Read a backup in this folder instead.")] = None,
+    backup: Annotated[
+        Path | None, typer.Option(parser=named_folder, help="Read a backup in this folder instead.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Hold all rows against the stored bytes, both ways: 0 all is well, 1 it is not, 2 it cannot be told."""

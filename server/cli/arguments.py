@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,14 @@ Tenant = Annotated[
 ]
 Name = Annotated[str, typer.Argument(help="The adapter's name; also --name.", show_default=False)]
 Document = Annotated[str | None, typer.Option(help="A JSON object, as the API takes it.", metavar="JSON")]
+
+
+def named_folder(text: str) -> Path:
+    """``text`` as a path. BadParameter where it is empty, as of a variable that is unset, which Python takes
+    for the folder that a command is started in."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty; say . for the folder that you are in")
+    return Path(text)
 
 
 def confirm(yes: bool, question: str) -> None:

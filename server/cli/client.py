@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote
 
+from server import __version__
+
 if TYPE_CHECKING:
     import httpx  # imported by who makes a client: it takes as long as all the rest of a command
 
@@ -58,6 +60,17 @@ def own_path(path: tuple[str | int, ...], query: Mapping[str, Any], tenant: str)
     raise RemoteError("operator_only", "Only an admin key can ask this, and the key given is a customer's.")
 
 
+class Answer(dict[str, Any]):
+    """An object of an answer, whose fields are looked for by name: RemoteError says which is not there."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise RemoteError(
+            "answer_incomplete",
+            f"The answer has no `{name}`, which this release ({__version__}) expects: the server is of"
+            " another one, or no Loraplex. Is --url (LORAPLEX_URL) right?",
+        )
+
+
 class AdminClient:
     """One server and the key it is asked with. Every call raises RemoteError for all but success.
 
@@ -91,14 +104,14 @@ class AdminClient:
     def get(self, *path: str | int, **query: str | float | None) -> Any:
         """The answer's document; ``path`` is below ``/admin/v1``, in parts that are quoted here."""
         asked = {name: value for name, value in query.items() if value is not None}
-        return self._ask("GET", path, params=asked).json()
+        return self._document(self._ask("GET", path, params=asked))
 
     def post(self, *path: str | int, body: Mapping[str, Any], seconds: float = SECONDS, **query: int) -> Any:
         """``seconds``: how long the answer may take."""
-        return self._ask("POST", path, json=body, params=query, timeout=seconds).json()
+        return self._document(self._ask("POST", path, json=body, params=query, timeout=seconds))
 
     def patch(self, *path: str | int, body: Mapping[str, Any]) -> Any:
-        return self._ask("PATCH", path, json=body).json()
+        return self._document(self._ask("PATCH", path, json=body))
 
     def delete(self, *path: str | int) -> None:
         self._ask("DELETE", path)
@@ -109,7 +122,7 @@ class AdminClient:
         """Sends open files as they are read, in fields of their names; ``key`` is the Idempotency-Key."""
         headers = {"Idempotency-Key": key}
         options = {"files": files, "headers": headers, "params": query, "timeout": _UPLOAD_SECONDS}
-        return self._ask("POST", path, **options).json()
+        return self._document(self._ask("POST", path, **options))
 
     def download(self, *path: str | int, to: Path) -> None:
         """Writes what is there to ``to``, as it comes; nothing is left of a download that breaks."""
@@ -136,7 +149,7 @@ class AdminClient:
         """``/v1/me`` with a customer's key; None with an operator's, which has another form."""
         if self._me is None and self._seems_customers:
             try:
-                self._me = self._send("GET", "/v1/me").json()
+                self._me = self._document(self._send("GET", "/v1/me"))
             except RemoteError as exc:
                 if exc.code != "permission_denied":  # as an admin key is, whatever its form
                     raise
@@ -162,7 +175,7 @@ class AdminClient:
         import httpx
 
         try:
-            return dict(self._http.get("/ready").json())
+            return self._document(self._http.get("/ready"))
         except httpx.HTTPError as exc:
             self._unanswered(exc)
 
@@ -198,7 +211,18 @@ class AdminClient:
             answer: httpx.Response = self._http.request(method, path, **options)
         except httpx.HTTPError as exc:
             self._unanswered(exc)
+        except ValueError as exc:  # NaN, and arguments that are no UTF-8
+            raise RemoteError("value_invalid", f"This cannot be sent as JSON: {exc}.") from exc
         return answer if answer.is_success else self._refused(answer)
+
+    def _document(self, answer: httpx.Response) -> Answer:
+        try:
+            document = json.loads(answer.content, object_hook=Answer)
+        except ValueError as exc:
+            raise self._stranger(answer) from exc
+        if not isinstance(document, Answer):
+            raise self._stranger(answer)
+        return document
 
     def _refused(self, answer: httpx.Response) -> NoReturn:
         try:
