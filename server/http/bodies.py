@@ -30,6 +30,8 @@ async def limited_body(request: Request, limit: int) -> AsyncIterator[bytes]:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise UnsupportedEncoding("Send the body as it is, without Content-Encoding.")
+    if request.headers.get("transfer-encoding", "chunked").lower() != "chunked":
+        raise UnsupportedEncoding("Send the body as it is: of Transfer-Encodings only `chunked` is read.")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise UploadTooLarge(

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NoReturn
 
 import httptools
 import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from adapters.awake import grace
@@ -189,6 +190,10 @@ class BoundedHeads(HttpToolsProtocol):
             self._begin()
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Without the blanks behind a value, which are none of it (RFC 9112, 5.1); llhttp leaves them."""
+        super().on_header(name, value.rstrip(b" \t"))
+
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= PIPELINED:
             self._overrun = True
@@ -219,6 +224,9 @@ class BoundedHeads(HttpToolsProtocol):
         offer(cycle)
         self._asking.offer(cycle.scope)
         self._running = cycle
+        if cycle.scope["http_version"] == "1.0":
+            cycle.waiting_for_100_continue = False
+            app = partial(_without_chunks, cycle, app)
         turns_of(self.loop).begin(partial(super()._start_asgi_task, cycle, app), cycle.scope)
 
     def on_body(self, body: bytes) -> None:
@@ -338,6 +346,24 @@ class BoundedHeads(HttpToolsProtocol):
         else:
             self.flow.resume_reading()
             self.loop.call_later(_LINGER, transport.close)
+
+
+async def _without_chunks(cycle: Any, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """``app`` for a client of HTTP/1.0: an answer without a length ends with its connection (RFC 9112)."""
+    ends_with_connection = False
+
+    async def plain(message: Message) -> None:
+        nonlocal ends_with_connection
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", ())}
+            ends_with_connection = b"content-length" not in names
+            if ends_with_connection:
+                cycle.chunked_encoding = False
+        elif ends_with_connection:
+            cycle.expected_content_length = len(message.get("body", b""))  # what uvicorn holds it against
+        await send(message)
+
+    await app(scope, receive, plain)
 
 
 def connections_for(descriptors: int) -> int:

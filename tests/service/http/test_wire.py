@@ -114,6 +114,40 @@ async def test_connect_is_refused(site: Site) -> None:
     assert answers.startswith(b"HTTP/1.1 400 ")
 
 
+async def test_blanks_behind_a_header_are_none_of_it(site: Site, key: str) -> None:
+    sent = (f"Content-Length: {len(BODY)} ", "Content-Encoding: identity\t", "Connection: close ")
+    for blanks in (" ", " \t ", "\t"):
+        asked = head(f"Authorization: Bearer {key}{blanks}", *sent) + BODY
+        assert (await told(site, asked)).startswith(b"HTTP/1.1 200 ")
+        vouched = head(f"Authorization: Bearer {SERVICE_KEY}", f"X-Customer-ID: acme{blanks}", *sent) + BODY
+        assert (await told(site, vouched)).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("coding", ["gzip, chunked", "gzip,chunked", "identity, chunked"])
+async def test_a_body_that_is_packed_on_its_way_is_refused(site: Site, key: str, coding: str) -> None:
+    sent = head(f"Authorization: Bearer {key}", f"Transfer-Encoding: {coding}", "Connection: close")
+    answer = await told(site, sent + b"5\r\n\x1f\x8b\x08{}\r\n0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 415 "), answer
+    assert b"Transfer-Encoding" in answer
+
+
+@pytest.mark.parametrize(("path", "stream"), [(CHAT, True), (CHAT, False), ("/metrics", False)])
+async def test_a_client_of_http_1_0_gets_no_chunks(site: Site, key: str, path: str, stream: bool) -> None:
+    """It would take their sizes for a part of the answer; nor does it know what 100 means."""
+    body = json.dumps(GOOD[CHAT] | {"stream": stream}).encode() if path == CHAT else b""
+    method = "POST" if path == CHAT else "GET"
+    sent = [f"Authorization: Bearer {key}", "Expect: 100-continue", f"Content-Length: {len(body)}"]
+    old = await told(site, head(*sent, first=f"{method} {path} HTTP/1.0") + body)
+    assert old.startswith(b"HTTP/1.1 200 ")
+    assert b"transfer-encoding" not in old.lower()
+    if stream and path == CHAT:
+        events = old.partition(b"\r\n\r\n")[2]
+        assert events.startswith(b"data: {")
+        assert events.endswith(b"data: [DONE]\n\n")
+    new = await told(site, head(*sent, "Connection: close", first=f"{method} {path} HTTP/1.1") + body)
+    assert b"HTTP/1.1 200 " in new
+
+
 async def test_two_headers_with_two_keys_are_refused_where_both_are_read(site: Site, key: str) -> None:
     """A proxy may check one of them, and this server another."""
     other = await site.tenant("globex", {"a": tiny.adapter(2)})
