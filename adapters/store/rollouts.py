@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import and_, delete, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import undefer
@@ -37,7 +37,9 @@ from adapters.errors import AdapterConflict, AdapterNotFound, AdapterQuarantined
 from adapters.model import is_adapter_name, is_tenant_id
 from adapters.store.versions import version_row
 
-ACTIVE = ("running", "held")
+State = Literal["running", "held", "completed", "rolled_back"]
+STATES: tuple[State, ...] = get_args(State)
+ACTIVE: tuple[State, ...] = ("running", "held")
 # Requests read at once.
 PAGE = 2000
 REMEMBERED = 256  # adapters under rollout, as they were at the last look
@@ -90,6 +92,15 @@ class Adapted:
     answering: Answering
     quarantined: Mapping[int, str | None]
     reports: Mapping[int, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSearch:
+    """Which of all customers'; ``after`` is the id of the last one of the page before."""
+
+    tenant: str | None = None
+    states: tuple[State, ...] = STATES
+    after: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +240,26 @@ class Rollouts:
             query = select(RolloutRow).where(RolloutRow.tenant == tenant, RolloutRow.adapter == adapter)
             newest = query.order_by(RolloutRow.created_at.desc(), RolloutRow.id).limit(most)
             return [_stored(row, whole=False) for row in await session.scalars(newest)]
+
+    async def search(self, search: RolloutSearch, most: int) -> list[Stored]:
+        """Of all adapters, newest first; without their evidence. AdapterNotFound (``rollout_not_found``) for
+        an ``after`` that no page can have given."""
+        query = select(RolloutRow).order_by(RolloutRow.created_at.desc(), RolloutRow.id.desc())
+        query = query.where(RolloutRow.state.in_(search.states))
+        if search.tenant is not None:
+            if not is_tenant_id(search.tenant):
+                return []
+            query = query.where(RolloutRow.tenant == search.tenant)
+        async with self._database.read() as session:
+            if search.after is not None:
+                last = await session.get(RolloutRow, search.after[:32].replace("\0", ""))
+                if last is None or search.tenant not in (None, last.tenant):
+                    raise AdapterNotFound(
+                        "There is no such rollout.", code="rollout_not_found", param="after"
+                    )
+                same = and_(RolloutRow.created_at == last.created_at, RolloutRow.id < last.id)
+                query = query.where(or_(RolloutRow.created_at < last.created_at, same))
+            return [_stored(row, whole=False) for row in await session.scalars(query.limit(most))]
 
     async def of_version(self, tenant: str, adapter: str, version: int) -> Stored | None:
         """The newest rollout of this version, if there was any."""

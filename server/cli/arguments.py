@@ -9,13 +9,15 @@ from typing import Annotated, Any
 import typer
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-Tenant = Annotated[
-    str,
-    typer.Argument(
-        help="The customer's id; also --tenant. Not with a customer's own key.", show_default=False
-    ),
-]
-Name = Annotated[str, typer.Argument(help="The adapter's name; also --name.", show_default=False)]
+_TENANT = typer.Argument(
+    help="The customer's id; also --tenant. Not with a customer's own key.", show_default=False
+)
+_NAME = typer.Argument(help="The adapter's name; also --name.", show_default=False)
+Tenant = Annotated[str, _TENANT]
+Name = Annotated[str, _NAME]
+# Of a command that says something of all of them too.
+SomeTenant = Annotated[str | None, _TENANT]
+SomeName = Annotated[str | None, _NAME]
 Document = Annotated[str | None, typer.Option(help="A JSON object, as the API takes it.", metavar="JSON")]
 
 

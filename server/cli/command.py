@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from server.cli.arguments import Name, Tenant
+from server.cli.arguments import Name, SomeName, SomeTenant, Tenant
 from server.cli.client import OWN, AdminClient, RemoteError
 from server.cli.tables import Shown
 
@@ -63,7 +63,7 @@ def command(
 
         added = [_keyword(n, annotation=a, default=d) for n, (a, d) in _COMMON.items()]
         wrapped.__signature__ = inspect.Signature([*own, *more, *added])  # type: ignore[attr-defined]
-        leading = [p.name for p in own if p.annotation in (Tenant, Name)]
+        leading = [p.name for p in own if p.annotation in (Tenant, Name, SomeTenant, SomeName)]
         group.command(name, cls=_named_first(leading))(wrapped)
         return run
 

@@ -103,7 +103,11 @@ EXAMPLES = {
     "adapters delete": ["loraplex adapters delete acme support"],
     "adapters delete-version": ["loraplex adapters delete-version acme support 1"],
     "rollouts start": ["loraplex rollouts start acme support 3"],
-    "rollouts list": ["loraplex rollouts list acme support"],
+    "rollouts list": [
+        "loraplex rollouts list",
+        "loraplex rollouts list --state rolled_back",
+        "loraplex rollouts list acme support",
+    ],
     "rollouts show": ["loraplex rollouts show acme support"],
     "rollouts watch": ["loraplex rollouts watch acme support"],
     "rollouts pause": ["loraplex rollouts pause acme support"],

@@ -10,8 +10,8 @@ import typer
 
 from server.cli import tables as show
 from server.cli.adapters import Number
-from server.cli.arguments import Document, Name, Tenant, json_objects
-from server.cli.client import AdminClient
+from server.cli.arguments import Document, Name, SomeName, SomeTenant, Tenant, json_objects
+from server.cli.client import OWN, AdminClient
 from server.cli.command import command
 from server.cli.looks import looks
 from server.cli.tables import Shown
@@ -48,15 +48,49 @@ def start(
 
 
 @command(rollouts, "list")
-def list_rollouts(server: AdminClient, tenant: Tenant, name: Name) -> Shown:
-    """An adapter's rollouts, newest first."""
-    document = server.get(*_path(tenant, name))
+def list_rollouts(
+    server: AdminClient,
+    tenant: SomeTenant = None,
+    name: SomeName = None,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            help="running, held, completed or rolled_back; if not given, those that have not ended."
+        ),
+    ] = None,
+    after: Annotated[str | None, typer.Option(help="`next` of the page before.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Most rollouts shown.")] = 50,
+) -> Shown:
+    """An adapter's rollouts, newest first; without an adapter those of all customers, or of one."""
+    if name is None and (tenant is None or server.me() is None):
+        asked = {"state": state or "active", "after": after, "limit": limit}
+        return _of_all(server.get("rollouts", tenant=tenant, **asked))
+    if state is not None or after is not None:
+        raise typer.BadParameter("leave --state and --after out for one adapter", param_hint="the options")
+    owner, adapter = (OWN, tenant) if name is None else (tenant or OWN, name)
+    document = server.get(*_path(owner, adapter or ""), limit=min(limit, 100))
     headings = ("rollout", "version", "state", "share", "begun", "reason")
     rows = [
         (one["id"], one["version"], one["state"], f"{one['share']} %", one["created_at"], one["reason"])
         for one in document["data"]
     ]
     return document, show.table(headings, rows)
+
+
+def _of_all(document: Any) -> Shown:
+    headings = ("tenant", "adapter", "version", "beside", "state", "share", "held by", "updated", "reason")
+    names = ("tenant", "adapter", "version", "live", "state")
+    rows = [
+        (
+            *(one[name] for name in names),
+            f"{one['share']} %",
+            one["held_by"],
+            show.when(one["updated_at"]),
+            one["reason"],
+        )
+        for one in document["data"]
+    ]
+    return document, show.table(headings, rows) if rows else "none"
 
 
 @command(rollouts, "show")

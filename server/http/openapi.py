@@ -103,7 +103,7 @@ def _short(path: str) -> str:
 
 
 # With an ``after``, or a replica, that may not be there.
-_LISTS = ("/files", "/batches", "/uploads", "/residency")
+_LISTS = ("/files", "/batches", "/uploads", "/residency", "/rollouts")
 
 
 def _statuses(tag: str, path: str, arguments: bool, body: bool) -> list[str]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import Query
+from fastapi import APIRouter, Query
 from pydantic import Field, JsonValue, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from adapters.store.rollouts import ACTIVE, STATES, RolloutSearch, State
 from server.accounts.tenants import Tenant
 from server.http.answers import Number, Time
+from server.http.auth import ADMIN
 from server.http.bodies import Body, body_as, documented
 from server.http.both import Both
+from server.http.reports import Limit, page_of
 from server.http.services import ServicesOf
 from server.inference.dialects.answers import Answer, Count
 from server.rollouts.guards import Guards
@@ -21,6 +24,7 @@ from server.rollouts.plan import STANDARD_GUARDS, STANDARD_HOLD_S, STANDARD_STEP
 from server.rollouts.stored import as_json
 
 both = Both("/{name}/rollouts")
+operators = APIRouter(prefix="/admin/v1", tags=["admin"], dependencies=[ADMIN])
 
 MAX_STEPS = 20
 LONGEST_HOLD_S = 30 * 86400
@@ -80,7 +84,7 @@ class Rollout(Answer):
     adapter: str
     version: Number
     live: Annotated[Number, Field(description="The version that it is compared with.")]
-    state: Literal["running", "held", "completed", "rolled_back"]
+    state: State
     steps: list[int]
     step: Annotated[Count, Field(description="Which of `steps` it is at, from 0.")]
     share: Annotated[int, Field(ge=0, le=WHOLE, description="Percent of the requests, now.")]
@@ -102,8 +106,15 @@ class Rollouts(Answer):
     data: list[Rollout]
 
 
+class AllRollouts(Rollouts):
+    """One page of all customers', the newest first."""
+
+    next: Annotated[str | None, Field(description="What `after` of the next page is; null at the end.")]
+
+
 _New = Annotated[NewRollout, body_as(NewRollout)]
 _Change = Annotated[RolloutChange, body_as(RolloutChange)]
+_Wanted = Literal["active", "running", "held", "completed", "rolled_back"]
 _Most = Annotated[int, Query(ge=1, le=100)]
 
 
@@ -118,6 +129,22 @@ async def create_rollout(owner: Tenant, name: str, body: _New, services: Service
 async def list_rollouts(owner: Tenant, name: str, services: ServicesOf, limit: _Most = 20) -> dict[str, Any]:
     found = await services.judge.rows.of_adapter(owner.id, name, limit)
     return {"object": "list", "data": [as_json(one) for one in found]}
+
+
+@operators.get(
+    "/rollouts", response_model=AllRollouts, summary="All customers' rollouts, newest first, a page at a time"
+)
+async def all_rollouts(
+    services: ServicesOf,
+    tenant: str | None = None,
+    state: Annotated[_Wanted | None, Query(description="`active`: running or held.")] = None,
+    after: Annotated[str | None, Query(max_length=32, description="`next` of the page before.")] = None,
+    limit: Limit = 100,
+) -> dict[str, Any]:
+    """Which of them run, are held, or were taken back of late."""
+    states = STATES if state is None else ACTIVE if state == "active" else (state,)
+    found = await services.judge.rows.search(RolloutSearch(tenant, states, after), limit + 1)
+    return page_of([as_json(one) for one in found], limit, "id")
 
 
 @both.get("/{rollout}", response_model=Rollout)

@@ -53,6 +53,7 @@ def _router_of(internal: APIRouter | None) -> APIRouter:
         self_service.router,
         adapter_calls.both.operators,
         adapter_calls.both.customers,
+        rollouts.operators,
         rollouts.both.operators,
         rollouts.both.customers,
         operations.router,

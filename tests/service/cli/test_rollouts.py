@@ -52,7 +52,33 @@ async def test_a_rollout_from_a_terminal(site: Site) -> None:
     headings, row = await shown(site, "rollouts", "list", *which)
     assert headings[:4] == ["rollout", "version", "state", "share"]
     assert row[1:4] == ["2", "rolled_back", "0 %"]
+    assert (await run(site, "rollouts", "list", *which, "--state", "held")).exit_code == 2
     assert (await document(site, "rollouts", "watch", *which))["state"] == "rolled_back"
+
+
+async def test_which_of_all_customers_rollouts_run_or_are_held(site: Site) -> None:
+    for tenant in ("acme", "zeta"):
+        await site.tenant(tenant, {"a": tiny.adapter(1)})
+        await site.upload(tenant, "a", tiny.adapter(2))
+        await document(site, "adapters", "live", tenant, "a", "1")
+        await document(site, "rollouts", "start", tenant, "a", "2", "--hold", "1h")
+    await document(site, "rollouts", "pause", "zeta", "a")
+    headings, *rows = await shown(site, "rollouts", "list")
+    assert headings[:7] == ["tenant", "adapter", "version", "beside", "state", "share", "held by"]
+    assert [row[:5] for row in rows] == [["zeta", "a", "2", "1", "held"], ["acme", "a", "2", "1", "running"]]
+    (held,) = (await document(site, "rollouts", "list", "--state", "held"))["data"]
+    assert (held["tenant"], held["held_by"]) == ("zeta", "admin")
+    assert [one["tenant"] for one in (await document(site, "rollouts", "list", "acme"))["data"]] == ["acme"]
+    await document(site, "rollouts", "back", "acme", "a")
+    assert len((await document(site, "rollouts", "list"))["data"]) == 1
+    (back,) = (await document(site, "rollouts", "list", "--state", "rolled_back"))["data"]
+    assert back["tenant"] == "acme"
+    assert await shown(site, "rollouts", "list", "--state", "completed") == [["none"]]
+    own = (await site.admin.post("/admin/v1/tenants/acme/keys", json={"scopes": ["adapters:write"]})).json()
+    mine = await run(site, "rollouts", "list", "a", "--json", LORAPLEX_KEY=own["key"])
+    assert [one["id"] for one in json.loads(mine.stdout)["data"]] == [back["id"]]
+    refused = await run(site, "rollouts", "list", LORAPLEX_KEY=own["key"])
+    assert "operator_only: " in refused.stderr
 
 
 async def test_a_push_that_goes_live_by_a_rollout(site: Site) -> None:

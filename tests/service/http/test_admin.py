@@ -62,6 +62,7 @@ ROUTES = [
     ("GET", "/tenants/{tenant}/adapters/{name}/rollouts"),
     ("GET", "/tenants/{tenant}/adapters/{name}/rollouts/{rollout}"),
     ("PATCH", "/tenants/{tenant}/adapters/{name}/rollouts/{rollout}"),
+    ("GET", "/rollouts"),
     ("GET", "/residency"),
     ("GET", "/usage"),
     ("GET", "/audit"),

@@ -171,6 +171,7 @@ async def test_every_field_is_documented(tmp_path: Path) -> None:
             "/server",
             "/adapters",
             "/requests",
+            "/rollouts",
         ):
             await call("GET", f"/admin/v1{path}", f"/admin/v1{path}")
         for path in ("/v1/usage", "/v1/adapters", "/v1/models"):

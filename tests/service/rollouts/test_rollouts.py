@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated")
 
 ADAPTER = "/admin/v1/tenants/acme/adapters/a"
 ROLLOUTS = f"{ADAPTER}/rollouts"
+ALL = "/admin/v1/rollouts"
 # Certain after some dozens of requests, so that a test takes seconds.
 QUICK = {"version": 2, "steps": [50, 100], "hold": 0, "guards": {
     "errors": 0.3, "refusals": 0.3, "finish": 0.4, "min_samples": 5,
@@ -97,6 +98,32 @@ async def test_an_equal_version_goes_live_by_itself(site: Site) -> None:
     error(await site.admin.patch(f"{ROLLOUTS}/{id_}", json={"action": "pause"}), 409, "rollout_ended")
     metrics = (await site.http.get("/metrics")).text
     assert 'loraplex_rollouts{state="completed"} 1.0' in metrics
+
+
+async def test_all_customers_rollouts_come_by_the_page(site: Site) -> None:
+    await two_versions(site)
+    made = []
+    for _ in range(3):
+        made.insert(0, await begun(site))
+        await site.admin.patch(f"{ROLLOUTS}/{made[0]}", json={"action": "roll_back"})
+    made.insert(0, await begun(site, hold=600))
+    seen, after = [], None
+    while after is not None or not seen:
+        page = await site.admin.get(ALL, params={"limit": 3} | ({"after": after} if after else {}))
+        seen += [one["id"] for one in page.json()["data"]]
+        after = page.json()["next"]
+    assert seen == made, "newest first, each once"
+    for asked, found in (
+        ({"state": "active"}, made[:1]),
+        ({"state": "rolled_back"}, made[1:]),
+        ({"tenant": "acme", "state": "held"}, []),
+        ({"tenant": "nobody"}, []),
+        ({"tenant": "no body\0"}, []),
+    ):
+        assert [one["id"] for one in (await site.admin.get(ALL, params=asked)).json()["data"]] == found
+    for wrong in ({"after": "0" * 32}, {"after": made[0], "tenant": "zeta"}):
+        error(await site.admin.get(ALL, params=wrong), 404, "rollout_not_found", "after")
+    error(await site.admin.get(ALL, params={"state": "gone"}), 422, "invalid_request", "query.state")
 
 
 async def test_a_look_reads_the_adapter_again_once_something_was_written(
