@@ -109,6 +109,18 @@ async def bytes_of(session: AsyncSession, tenant: str) -> int:
     return int(await session.scalar(versions) or 0) + int(await session.scalar(files) or 0)
 
 
+async def sizes_of(database: Database, tenants: Collection[str]) -> dict[str, int]:
+    """``size_of`` of each of ``tenants``."""
+    found = dict.fromkeys(tenants, 0)
+    async with database.read() as session:
+        for some in slices(found):
+            for row in (VersionRow, FileRow):
+                query = select(row.tenant, func.sum(row.size_bytes)).where(row.tenant.in_(some))
+                for tenant, size in (await session.execute(query.group_by(row.tenant))).all():
+                    found[tenant] += int(size)
+    return found
+
+
 async def versions_of(database: Database, digests: Collection[str]) -> dict[str, list[str]]:
     """Digest -> the names ``tenant/adapter@number`` of the versions that have these files."""
     found: dict[str, list[str]] = {digest: [] for digest in digests}
@@ -123,11 +135,11 @@ async def versions_of(database: Database, digests: Collection[str]) -> dict[str,
     return found
 
 
-def slices(digests: Collection[str]) -> Iterator[list[str]]:
+def slices(wanted: Collection[str]) -> Iterator[list[str]]:
     """As many at once as a statement takes."""
-    wanted = list(digests)
-    for start in range(0, len(wanted), _PAGE):
-        yield wanted[start : start + _PAGE]
+    every = list(wanted)
+    for start in range(0, len(every), _PAGE):
+        yield every[start : start + _PAGE]
 
 
 async def count_of(database: Database, digests: Collection[str], bases: Collection[str] = ()) -> int:

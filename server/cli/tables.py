@@ -105,6 +105,7 @@ def size(count: int | None) -> str | None:
 def tenant_cells(tenant: dict[str, Any]) -> tuple[Any, ...]:
     return (
         *(tenant[field] for field in ("id", "name", "weight", "base_allowed", "max_queued", "max_running")),
+        size(tenant["stored_bytes"]),
         when(tenant["created_at"]),
     )
 

@@ -21,9 +21,9 @@ tenants = typer.Typer(no_args_is_help=True, help="Customers of a running server.
 
 @command(tenants, "list")
 def list_tenants(server: AdminClient) -> Shown:
-    """All of them."""
-    document = server.get("tenants")
-    headings = ("tenant", "name", "weight", "base", "max queued", "max running", "since")
+    """All of them, and what each of them stores."""
+    document = server.get("tenants", stored="true")
+    headings = ("tenant", "name", "weight", "base", "max queued", "max running", "stored", "since")
     return document, show.table(headings, map(show.tenant_cells, document["data"]))
 
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from adapters.model import TENANT_PATTERN
 from adapters.store.replicas import as_json as replica_as_json
 from adapters.store.upload_jobs import JobSearch, State
+from adapters.store.versions import sizes_of
 from server.accounts.keys import DEFAULT_SCOPES, SCOPES, KeyScope
 from server.accounts.tenants import Priority
 from server.accounts.terms import Budgets, KeyLimits, Places, TenantLimits, Weight
@@ -100,7 +101,10 @@ async def create_tenant(
 
 
 @router.get(
-    "/tenants", response_model=answers.Tenants, summary="Customers by id: all of them, or a page of `limit`"
+    "/tenants",
+    response_model=answers.Tenants,
+    response_model_exclude_unset=True,
+    summary="Customers by id: all of them, or a page of `limit`",
 )
 async def list_tenants(
     services: ServicesOf,
@@ -109,10 +113,15 @@ async def list_tenants(
         str | None, Query(pattern=f"^{TENANT_PATTERN}$", description="`next` of the page before.")
     ] = None,
     limit: Annotated[int | None, Query(ge=1, le=PAGE)] = None,
+    stored: Annotated[bool, Query(description="Also how many bytes each of them stores.")] = False,
 ) -> dict[str, Any]:
     most = None if limit is None else limit + 1
     found = [tenant.as_json() for tenant in await services.tenants.list(q=q, after=after, most=most)]
-    return page_of(found, limit or len(found), "id")
+    page = page_of(found, limit or len(found), "id")
+    if stored:
+        sizes = await sizes_of(services.database, [tenant["id"] for tenant in page["data"]])
+        page["data"] = [tenant | {"stored_bytes": sizes[tenant["id"]]} for tenant in page["data"]]
+    return page
 
 
 @router.get("/tenants/{tenant}", response_model=answers.Tenant)

@@ -83,11 +83,20 @@ class Tenant(Answer):
     created_at: Time
 
 
+class ListedTenant(Tenant):
+    """A customer, and what it stores."""
+
+    stored_bytes: Annotated[
+        Count | None,
+        Field(description="Of its versions and files, as its quota counts them. Only with `stored=true`."),
+    ] = None
+
+
 class Tenants(Answer):
     """All customers."""
 
     object: Literal["list"]
-    data: list[Tenant]
+    data: list[ListedTenant]
     next: Annotated[str | None, Field(description="What `after` of the next page is; null at the end.")]
 
 

@@ -51,6 +51,7 @@ class Disk(Answer):
     total: Count
     used: Count
     free: Count
+    reserve: Annotated[Count, Field(description="Uploads get 507 where they would leave less than this.")]
 
 
 class ServedParsers(Answer):

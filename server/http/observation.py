@@ -61,7 +61,8 @@ async def server(services: ServicesOf) -> dict[str, Any]:
         "started_at": started.isoformat(),
         "uptime_seconds": round(time.time() - services.started, 1),
         "draining": services.draining,
-        "disk": await asyncio.to_thread(_disk, services.settings.data_dir),
+        "disk": await asyncio.to_thread(_disk, services.settings.data_dir)
+        | {"reserve": services.intake.reserve},
         "engine_restarts": services.dispatcher.restarts,
         "engine_state": "restarting" if services.dispatcher.is_restarting else "running",
     }

@@ -50,6 +50,7 @@ async def test_the_server_says_what_it_is_and_no_secret(site: Site) -> None:
     assert found["base"]["name"] == tiny.NAME
     assert (found["capacity"]["gpu_slots"], found["capacity"]["max_lora_rank"]) == (2, 8)
     assert found["disk"]["free"] > 0
+    assert found["disk"]["reserve"] == site.services.settings.disk_reserve
     assert found["parsers"] == {
         "tool_parser": "hermes",
         "reasoning_parser": None,
@@ -62,6 +63,25 @@ async def test_the_server_says_what_it_is_and_no_secret(site: Site) -> None:
     whole = str(found)
     for secret in (ADMIN_KEY, SERVICE_KEY, "metrics-key-of-the-tests"):
         assert secret not in whole
+
+
+async def test_who_has_the_room(site: Site) -> None:
+    await site.tenant("acme", {"a": tiny.adapter(1), "b": tiny.adapter(2)})
+    key = await site.tenant("zeta", {"a": tiny.adapter(1)})
+    await site.tenant("empty")
+    sent = {"files": {"file": b"{}\n" * 1000}, "data": {"purpose": "batch"}}
+    assert (await site.http.post("/v1/files", headers=bearer(key), **sent)).status_code == 200
+    listed = await rows(site, "tenants", stored=True)
+    stored = {tenant["id"]: tenant["stored_bytes"] for tenant in listed}
+    one = (await rows(site, "adapters", tenant="zeta"))[0]["size_bytes"]
+    assert stored == {
+        "acme": sum(row["size_bytes"] for row in await rows(site, "adapters", tenant="acme")),
+        "empty": 0,
+        "zeta": one + 3000,
+    }
+    assert min(stored["acme"], one) > 0
+    assert [tenant["id"] for tenant in await rows(site, "tenants", stored=True, limit=1)] == ["acme"]
+    assert "stored_bytes" not in (await rows(site, "tenants"))[0], "it costs a look at all versions"
 
 
 def test_settings_are_shown_without_what_is_secret() -> None:
