@@ -22,7 +22,7 @@ from sqlalchemy import select
 from adapters.database.cache import ReadCache
 from adapters.database.database import Database
 from adapters.database.rows import KeyRow, MetaRow, TenantRow
-from server.accounts.keys import DEFAULT_SCOPES, KeyInfo, KeyScope, digest_of, key_info
+from server.accounts.keys import DEFAULT_SCOPES, EndedKey, KeyInfo, KeyScope, digest_of, key_info
 from server.accounts.people import SETTINGS_KEY, People, Person, Role
 from server.accounts.sign_ins import SignIns
 from server.accounts.tenants import Tenant, Tenants, tenant_of
@@ -139,7 +139,11 @@ class Authentication:
                 param="X-Customer-ID",
             )
         assert tenant.key is not None
-        tenant.key.check(*scopes)
+        try:
+            tenant.key.check(*scopes)
+        except EndedKey as exc:
+            exc.tenant = tenant.id
+            raise
         tenant.check()
         return tenant
 

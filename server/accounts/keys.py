@@ -16,6 +16,17 @@ SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)
 DEFAULT_SCOPES: tuple[KeyScope, ...] = ("inference",)
 
 
+class EndedKey(Unauthorized):
+    """The key was good until it expired. ``key`` is its id, ``tenant`` whose it is, where that is known."""
+
+    code = "expired_api_key"
+
+    def __init__(self, key: str) -> None:
+        super().__init__("This API key has expired.")
+        self.key = key
+        self.tenant: str | None = None
+
+
 def digest_of(key: str) -> str:
     """What is kept of a key: its SHA-256, in hexadecimal."""
     return hashlib.sha256(key.encode()).hexdigest()
@@ -45,7 +56,7 @@ class KeyInfo:
     def check(self, *scopes: KeyScope) -> None:
         """Unauthorized (``expired_api_key``), or Forbidden (``scope_missing``) without any of ``scopes``."""
         if self.expires_at is not None and self.expires_at <= now():
-            raise Unauthorized("This API key has expired.", code="expired_api_key")
+            raise EndedKey(self.id)
         if not set(scopes) & set(self.scopes):
             wanted = " or ".join(f"`{scope}`" for scope in scopes)
             raise Forbidden(f"This key does not have the scope {wanted}.", code="scope_missing")

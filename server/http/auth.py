@@ -11,10 +11,10 @@ from fastapi import Depends, Request
 
 from adapters.database.audit import ACTOR, Actor
 from server.accounts.authentication import WrongKey
-from server.accounts.keys import SCOPES, KeyScope
+from server.accounts.keys import SCOPES, EndedKey, KeyScope
 from server.accounts.people import Person, Role
 from server.accounts.tenants import Tenant
-from server.errors import BadRequest, TooManyRequests
+from server.errors import BadRequest, TooManyRequests, Unauthorized
 from server.http.middleware import matched_path
 from server.http.services import ServicesOf, services_of
 from server.http.shares import joined
@@ -53,13 +53,22 @@ async def single_headers(request: Request) -> None:
 
 
 async def _slowed(request: Request, check: Awaitable[T]) -> T:
-    """``check``; TooManyRequests (``too_many_wrong_keys``) instead of WrongKey for an address with many."""
+    """``check``; TooManyRequests (``too_many_wrong_keys``) instead of WrongKey for an address with many.
+
+    Of who is not let in the access line has the address, as this server sees it, and the key where it is
+    known: that of one which has expired.
+    """
     try:
         return await check
-    except WrongKey:
+    except Unauthorized as exc:
+        address = request.client.host if request.client else ""
+        request.state.log["client"] = address or None
+        if isinstance(exc, EndedKey) and exc.tenant is not None:
+            request.state.log |= {"tenant": exc.tenant, "key": exc.key}
+        if not isinstance(exc, WrongKey):
+            raise
         services = services_of(request)
         services.metrics.wrong_key()
-        address = request.client.host if request.client else ""
         wait = services.wrong_keys.add(address, time.monotonic())
         if wait is None:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -62,6 +63,33 @@ def after(monkeypatch: pytest.MonkeyPatch, hours: float) -> None:
     for module in ("keys", "tenants"):
         later = f"server.accounts.{module}.now"
         monkeypatch.setattr(later, lambda: datetime.now(UTC) + timedelta(hours=hours))
+
+
+async def test_the_log_says_who_came_with_a_key_that_does_not_open(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await site.tenant("acme", {"a": tiny.adapter(1)})
+    key = await issue(site, expires_at=(datetime.now(UTC) + timedelta(hours=1)).isoformat())
+    revoked = await issue(site)
+    assert (await site.admin.delete(f"{KEYS}/{revoked['id']}")).status_code == 204
+    caplog.set_level(logging.INFO, "loraplex.access")
+
+    async def line(secret: str, path: str = CHAT_URL) -> dict[str, Any]:
+        caplog.clear()
+        headers = bearer(secret) if secret else {}
+        answer = await site.http.post(path, json=CHAT, headers=headers)
+        (record,) = (r for r in caplog.records if r.name == "loraplex.access")
+        assert not secret or secret not in str(vars(record))
+        found = {name: vars(record).get(name) for name in ("client", "tenant", "key", "code")}
+        return {"status": answer.status_code, **{n: v for n, v in found.items() if v is not None}}
+
+    assert await line(key["key"]) == {"status": 200, "tenant": "acme"}
+    here = {"status": 401, "client": "127.0.0.1"}
+    for secret in ("", "wrong", revoked["key"]):
+        assert await line(secret) == {**here, "code": "invalid_api_key"}
+    assert await line("lp-admin-wrong", "/admin/v1/tenants") == {**here, "code": "invalid_api_key"}
+    after(monkeypatch, 1)
+    assert await line(key["key"]) == {**here, "code": "expired_api_key", "tenant": "acme", "key": key["id"]}
 
 
 async def test_a_key_expires(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
