@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from adapters.errors import AdapterDamaged, AdapterRejected, AdapterUnfit
+from adapters.errors import CURES, AdapterDamaged, AdapterRejected, AdapterUnfit
 from adapters.model import BaseModel, Version
 from adapters.store.blobs import BlobStore
 from adapters.store.digests import digest_of
@@ -138,9 +138,14 @@ class Fitness:
             return None
         verdict = self._verdicts.get(version.digest)
         if verdict is not None:
+            code, message = verdict
+            # Its cure is for whoever uploads: these files were accepted once, and are not what has changed.
+            reason = message.removesuffix(CURES.get(code, "")).rstrip()
             return AdapterUnfit(
                 f"Version {version.number} of `{version.adapter}` cannot be served faithfully by the engine"
-                f" as it is set up now ({verdict[0]}): {verdict[1]}"
+                f" as it is set up now ({code}): {reason} It could be when it was uploaded, so the engine was"
+                " started otherwise since: ask the operator to start it as it was, or upload a version for"
+                " the engine of now."
             )
         other = self._serving.other_base(version)
         self._met_other_base |= other is not None

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
+from adapters.errors import CURES
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE, BaseModel, ModuleShape, Tier
 from adapters.store.blobs import BlobStore
 from adapters.store.fitness import Fitness
@@ -108,6 +109,7 @@ async def test_what_the_engine_of_now_cannot_serve_is_refused_and_named_until_it
                 for model in ("a", "a@1", "default"):
                     refused = error(await site.chat(key, "hi", model=model), 409, "adapter_unfit")
                     assert why in refused["message"]
+                    assert not any(cure in refused["message"] for cure in CURES.values()), "it was accepted"
                 assert (await site.chat(key, "hi", model=tiny.NAME)).status_code == 200
                 shown = await problem_of(site)
                 assert shown is not None
