@@ -14,6 +14,8 @@ _ITEMS = frozenset(
         "custom_tool_call_output",
     }
 )  # fmt: skip
+_ROLES = ("user", "assistant", "system", "developer")
+_PARTS = ("input_text", "input_image", "input_file")
 _SAID = {"output_text": "text", "input_text": "text", "refusal": "refusal"}
 _AS_TEXT = "send its text as a block of the type text"
 _NO_TOOL = "no tool runs here; leave it out, or offer a tool of your own"
@@ -42,6 +44,10 @@ def _whole(number: int, item: Any) -> Any:
     if not isinstance(item, dict):
         return item
     _check_item(number, item)
+    if item.get("type", "") is None:
+        item = {name: value for name, value in item.items() if name != "type"}
+    if item.get("type", "message") == "message":
+        _check_message(f"input.{number}", item)
     if item.get("role") == "assistant":
         return _whole_answer(number, item)
     if item.get("type") == "reasoning":
@@ -60,6 +66,23 @@ def _check_item(number: int, item: Mapping[str, Any]) -> None:
             " outputs, and reasoning. Leave it out.",
             param=param,
         )
+
+
+def _check_message(where: str, item: Mapping[str, Any]) -> None:
+    """BadRequest for a turn that is none: vLLM finds the id missing that another kind of item would need."""
+    role, content = item.get("role"), item.get("content")
+    if role not in _ROLES:
+        raise BadRequest(
+            f"{where}.role must be one of {', '.join(_ROLES)}; what a function gave is an item of the type"
+            " function_call_output.",
+            param=f"{where}.role",
+        )
+    if not isinstance(content, str | list):
+        raise BadRequest(f"{where}.content must be a text, or a list of parts.", param=f"{where}.content")
+    for place, part in enumerate(content if role != "assistant" and isinstance(content, list) else ()):
+        if isinstance(part, dict) and part.get("type") not in _PARTS:
+            param = f"{where}.content.{place}.type"
+            raise BadRequest(f"{param} must be one of {', '.join(_PARTS)}.", param=param)
 
 
 def _whole_answer(number: int, item: Mapping[str, Any]) -> Any:

@@ -119,6 +119,39 @@ def test_items_that_only_their_vendor_has_a_use_for(item: dict[str, Any], code: 
     assert len(refused.value.message) < 300
 
 
+@pytest.mark.parametrize(
+    ("item", "param"),
+    [
+        ({}, "role"),
+        ({"content": "a"}, "role"),
+        ({"role": "tool", "content": "a"}, "role"),
+        ({"role": 5, "content": "a"}, "role"),
+        ({"role": ["user"], "content": "a"}, "role"),
+        ({"type": "message", "content": "a"}, "role"),
+        ({"type": None, "content": "a"}, "role"),
+        ({"role": "user"}, "content"),
+        ({"role": "assistant", "content": None}, "content"),
+        ({"role": "user", "content": {"type": "input_text", "text": "a"}}, "content"),
+        ({"role": "user", "content": [{"text": "a"}]}, "content.0.type"),
+        (
+            {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "text"}]},
+            "content.1.type",
+        ),
+        ({"role": "system", "content": [{"type": "input_audio", "input_audio": {}}]}, "content.0.type"),
+    ],
+)
+def test_a_turn_that_is_none_is_told_what_it_lacks(item: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest, match="must be") as refused:
+        DIALECTS["responses"].allowed_fields({"input": [{"role": "user", "content": "x"}, item]})
+    assert refused.value.param == f"input.1.{param}"
+
+
+def test_a_type_that_is_null_is_none() -> None:
+    turns: list[Any] = [{"type": None, "role": role, "content": "a"} for role in ("user", "assistant")]
+    kept = DIALECTS["responses"].allowed_fields({"input": turns})["input"]
+    assert kept == [{"role": role, "content": "a"} for role in ("user", "assistant")]
+
+
 @pytest.mark.parametrize("kind", ["messages", "count_tokens"])
 @pytest.mark.parametrize(
     ("block", "reason"),
