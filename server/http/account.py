@@ -91,7 +91,7 @@ async def create_key(
 async def rotate_key(
     tenant: KeyOwner, key_id: str, body: Annotated[Rotation, body_as(Rotation)], services: ServicesOf
 ) -> dict[str, Any]:
-    """Not a key that may do more than the one that asks."""
+    """Not a key that may do more than the one that asks, or for longer."""
     await _check_not_stronger(tenant, key_id, services)
     overlap = timedelta(seconds=body.overlap_seconds)
     issued, old = await services.tenants.rotate_key(tenant.id, key_id, overlap)
@@ -106,9 +106,11 @@ async def revoke_key(tenant: KeyOwner, key_id: str, services: ServicesOf) -> Res
 
 
 async def _check_not_stronger(tenant: Tenant, key_id: str, services: ServicesOf) -> None:
-    """Forbidden for a key that may more than the one that asks: whoever rotates it, has it."""
+    """Forbidden for a key that may more than the one that asks, or for longer: whoever rotates it, has it."""
     assert tenant.key is not None
+    ends = tenant.key.expires_at
     for key in await services.tenants.keys(tenant.id):
         more = set(key.scopes) - set(tenant.key.scopes)
-        if key.id == key_id and (more or (key.limits != tenant.key.limits and tenant.key.limits)):
-            raise Forbidden("That key may do more than yours. Ask the operator to rotate it.")
+        longer = ends is not None and (key.expires_at is None or key.expires_at > ends)
+        if key.id == key_id and (more or longer or (key.limits != tenant.key.limits and tenant.key.limits)):
+            raise Forbidden("That key may do more than yours, or for longer. Ask the operator to rotate it.")

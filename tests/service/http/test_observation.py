@@ -377,6 +377,27 @@ async def test_a_customer_makes_keys_that_may_no_more_than_its_own(site: Site) -
     error(await site.http.get("/v1/keys", headers=bearer(plain)), 403, "scope_missing")
 
 
+async def test_a_key_that_ends_gives_no_key_that_ends_later(site: Site) -> None:
+    await site.tenant("acme")
+    keys = f"{ADMIN}/tenants/acme/keys"
+    scopes = {"scopes": ["inference", "keys:write"]}
+    own = (await site.admin.post(keys, json=scopes | {"expires_at": "2199-01-01T00:00:00Z"})).json()
+    later = [
+        (await site.admin.post(keys, json=ends)).json()["id"]
+        for ends in ({}, {"expires_at": "2199-01-01T00:00:01Z"})
+    ]
+    sooner = (await site.admin.post(keys, json={"expires_at": "2198-01-01T00:00:00Z"})).json()["id"]
+    async with httpx.AsyncClient(base_url=site.url, headers=bearer(own["key"]), timeout=60) as client:
+        for id_ in later:
+            refused = await client.post(f"/v1/keys/{id_}/rotate", json={"overlap_seconds": 60})
+            assert "longer" in error(refused, 403, "permission_denied")["message"]
+        for id_ in (sooner, own["id"]):
+            turned = await client.post(f"/v1/keys/{id_}/rotate", json={"overlap_seconds": 60})
+            assert turned.status_code == 201, turned.text
+    kept = {key["id"]: key["expires_at"] for key in (await site.admin.get(keys)).json()["data"]}
+    assert kept[later[0]] is None
+
+
 async def test_a_customer_reads_its_own_audit_newest_first(site: Site) -> None:
     async with await owner(site, "acme") as client, await owner(site, "zeta") as other:
         await site.admin.patch(f"{ADMIN}/tenants/acme", json={"weight": 2})
