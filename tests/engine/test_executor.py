@@ -34,6 +34,15 @@ async def taken(site: Site, key: str) -> tuple[float, float]:
     return after.user + after.system - before.user - before.system, took
 
 
+async def tell(engine: Engine, how: str) -> None:
+    """How it waits from now on. One that is lost leaves the call unanswered; the one after it rests."""
+    try:
+        async with asyncio.timeout(240):
+            await engine._llm.collective_rpc(how)
+    except TimeoutError:
+        pytest.fail(f"no engine took `{how}` in 240 s: it was lost, or another has taken its place")
+
+
 async def test_the_engine_waits_for_its_worker_without_taking_a_core_from_a_load(
     site: Site, tmp_path: Path
 ) -> None:
@@ -41,11 +50,11 @@ async def test_the_engine_waits_for_its_worker_without_taking_a_core_from_a_load
     engine: Engine = site.services.engine
     config = tmp_path / CONFIG_FILE
     os.mkfifo(config)
-    await engine._llm.collective_rpc(AS_SERVED)
+    await tell(engine, AS_SERVED)
     try:
         await looked_for(site, key, config, engine)
     finally:
-        await engine._llm.collective_rpc(REST)
+        await tell(engine, REST)
 
 
 async def looked_for(site: Site, key: str, config: Path, engine: Engine) -> None:
