@@ -133,7 +133,7 @@ def probed(rollout: Rollout, probes: Probes, at: datetime) -> Rollout:
         if rollout.share == 0 and probes.live_effect and not probes.effect:
             why = "the new version answers as the base model does, unlike the live one"
             return back(rollout, why, GUARDS, at, probes.numbers)
-    return _further(rollout, GUARDS, at, probes.numbers)
+    return _further(rollout, GUARDS, at, probes.numbers, _why_further(rollout, probes))
 
 
 def looked(rollout: Rollout, evidence: Evidence, at: datetime) -> Rollout:
@@ -202,20 +202,25 @@ def overtaken(rollout: Rollout, live: int | None, reason: str, at: datetime) -> 
     return back(rollout, reason, "hand", at, {})
 
 
-def _further(
-    rollout: Rollout, by: str, at: datetime, numbers: dict[str, Any], why: str | None = None
-) -> Rollout:
+def _further(rollout: Rollout, by: str, at: datetime, numbers: dict[str, Any], why: str) -> Rollout:
     step = rollout.step + 1 if rollout.share else 0
     share = rollout.steps[step]
     if share == WHOLE:
-        return _completed(replace(rollout, step=step), by, at, why or "the only step", numbers)
+        said = "the only step" if by == GUARDS else why
+        return _completed(replace(rollout, step=step), by, at, said, numbers)
     action: Action = "forward" if rollout.share else "start"
     moved = replace(rollout, step=step, share=share, due=False, since=at, samples=0, waits_for=None)
-    return _decided(moved, action, by, at, why or _why_further(rollout), numbers)
+    return _decided(moved, action, by, at, why, numbers)
 
 
-def _why_further(rollout: Rollout) -> str:
-    return "no guard objects" if rollout.share else "the new version answers as its probes say"
+def _why_further(rollout: Rollout, probes: Probes) -> str:
+    if rollout.share:
+        return "no guard objects"
+    if not rollout.guards.probes:
+        return "it begins without a look at golden probes, as was asked for"
+    if probes.matches is None:
+        return "the new version came without golden probes"
+    return "the new version answers as its probes say"
 
 
 def _completed(rollout: Rollout, by: str, at: datetime, reason: str, numbers: dict[str, Any]) -> Rollout:

@@ -71,6 +71,23 @@ def test_probes_that_do_not_match_and_answers_like_the_base_end_it(probes: Probe
     assert probed(careless, probes, AT).share == 5
 
 
+@pytest.mark.parametrize(
+    ("guards", "probes", "reason"),
+    [
+        (Guards(), Probes(matches=True), "the new version answers as its probes say"),
+        (Guards(), Probes(), "the new version came without golden probes"),
+        (Guards(probes=False), Probes(), "it begins without a look at golden probes, as was asked for"),
+    ],
+)
+def test_it_says_what_was_known_of_its_probes(guards: Guards, probes: Probes, reason: str) -> None:
+    begun = probed(Rollout(2, 1, AT, guards=guards), probes, AT)
+    assert (begun.share, begun.reason) == (5, reason)
+    later = probed(replace(begun, due=True), probes, AT)
+    assert (later.share, later.reason) == (25, "no guard objects")
+    whole = probed(Rollout(2, 1, AT, steps=(100,), guards=guards), probes, AT)
+    assert (whole.state, whole.reason) == ("completed", "the only step")
+
+
 def test_it_waits_for_its_hold_for_samples_and_at_the_end_for_certainty() -> None:
     rollout = begun(steps=(5, 100))
     rollout = looked(rollout, seen(100), AT + SOON)
