@@ -41,6 +41,12 @@ _TEXT_ALONE = re.compile(r"is not a multimodal model")
 _OTHER_HOST = re.compile(r"must be from one of the allowed domains")
 _NO_PART = re.compile(r"Unsupported chat content part type: '([a-z_]{1,40})")
 _ABOUT_PROMPTS = (TOO_LONG, "not_supported_by_base")
+# Ends of messages that are for who runs vLLM, or quote its objects.
+_FOR_OTHERS = re.compile(
+    r" To increase this limit, set the VLLM_\w+ environment variable\b.*"
+    r"| but (?:multiple|none) are specified: .*",
+    re.DOTALL,
+)
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")
 _TYPES = frozenset({"bool", "bytes", "dict", "float", "int", "list", "none", "nullable", "str", "tuple"})
 _ABOUT = re.compile(r"`?([a-z][a-z_]*(?:\.[a-z_]+)?)`?(?::| must| cannot| should| is set)")
@@ -83,6 +89,7 @@ def filled(error: ServerError, request: Any, most: int) -> ServerError:
 
 def refusal(message: str, param: str | None) -> BadRequest:
     """vLLM's refusal of a request, with the code that OpenAI's clients look for and in words of ours."""
+    message = _for_clients(message)
     if answer := _ANSWER.match(message):
         field, asked, most = answer.groups()
         told = f"{_OPENAI_WORDS} {most} tokens. However, you asked for an answer of {asked} tokens."
@@ -195,7 +202,7 @@ def invalid_request(exc: ValidationError) -> BadRequest:
     # The first of those; a value of the wrong type says less than a wrong value.
     nearest = max(same, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     param = ".".join(str(part) for part in nearest["loc"] if _is_field(part)) or None
-    message = nearest["msg"].removeprefix("Value error, ")
+    message = _for_clients(nearest["msg"].removeprefix("Value error, "))
     return BadRequest(f"{param}: {message}" if param else message, param=param or _named_in(message))
 
 
@@ -234,4 +241,10 @@ def _named_in(message: str) -> str | None:
 
 def message_of(exc: Exception) -> str:
     """The message alone: vLLM's ``str()`` appends the rejected value, however long it is."""
-    return str(exc.args[0]) if exc.args else str(exc)
+    return _for_clients(str(exc.args[0]) if exc.args else str(exc))
+
+
+def _for_clients(message: str) -> str:
+    """Without what no client can do."""
+    kept = _FOR_OTHERS.sub("", message)
+    return kept if kept == message or kept.endswith(".") else f"{kept}."

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from server.engine.errors import TOO_LONG, invalid_request, named, refusal
+from server.engine.errors import TOO_LONG, invalid_request, message_of, named, refusal
 from server.errors import BadRequest, body_of
 from server.inference.dialects.messages import anthropic_error
 
@@ -50,6 +50,41 @@ def test_a_prompt_that_is_too_long_has_the_words_that_libraries_look_for(said: s
 )
 def test_the_field_is_named_where_only_the_words_name_it(said: str, param: str | None) -> None:
     assert refusal(said, None).param == param
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "prompt list length 1025 exceeds the maximum allowed count of 1024. To increase this limit, set"
+            " the VLLM_MAX_COMPLETION_PROMPTS environment variable.",
+            "prompt list length 1025 exceeds the maximum allowed count of 1024.",
+        ),
+        (
+            "You can only use one kind of structured outputs constraint but multiple are specified: {'json':"
+            " {'type': 'object'}, 'regex': None}",
+            "You can only use one kind of structured outputs constraint.",
+        ),
+        ("n must be at least 1, got 0.", "n must be at least 1, got 0."),
+        ("no end", "no end"),
+    ],
+)
+def test_a_client_is_told_what_it_can_do(said: str, told: str) -> None:
+    """And not what whoever runs vLLM could, nor of what its objects consist."""
+    assert refusal(said, None).message == told
+    assert message_of(ValueError(said)) == told
+    with pytest.raises(ValidationError) as caught:
+        Judged(text=said)
+    assert invalid_request(caught.value).message == f"text: {told}"
+
+
+class Judged(BaseModel):
+    text: str
+
+    @field_validator("text")
+    @classmethod
+    def _never(cls, text: str) -> str:
+        raise ValueError(text)
 
 
 class Text(BaseModel):
