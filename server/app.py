@@ -268,7 +268,7 @@ async def _start(
 
     def on_fault(key: str, reason: str) -> None:
         work = faults.quarantine(services.publishing.quarantine, catalog, dispatcher, key, reason)
-        services.in_background(work)
+        services.in_background(work, lasting=True)
 
     cache = stores.cache
     dispatcher = Dispatcher(

@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 # Largest bodies that may be in memory: of one customer, and in all.
 BODIES_EACH, BODIES = 32, 128
 # Seconds between two lines of the log about what a drain waits for.
+# What has to be in the database before the server ends has so long, in seconds.
+LASTING_S = 5.0
 DRAIN_TOLD_S = 30.0
 
 
@@ -92,6 +94,7 @@ class Services:
     busy: set[str] = field(default_factory=set)
     holding: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    lasting: set[asyncio.Task[None]] = field(default_factory=set)
     checking: asyncio.Task[dict[str, str]] | None = None
     counted: LastCounted = field(default_factory=LastCounted)
     bodies: HeldBodies = field(init=False)
@@ -113,15 +116,19 @@ class Services:
             self.checking = asyncio.ensure_future(look(self))
         return await asyncio.shield(self.checking)
 
-    def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Lets ``work`` go on after the answer; ``cancel_tasks`` ends what is left when the server stops."""
+    def in_background(self, work: Coroutine[Any, Any, None], *, lasting: bool = False) -> asyncio.Task[None]:
+        """Lets ``work`` go on after the answer. ``cancel_tasks`` ends what is left when the server stops;
+        what is ``lasting`` has ``LASTING_S`` then."""
         task = asyncio.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        for tasks in (self.tasks, self.lasting) if lasting else (self.tasks,):
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
         return task
 
     async def cancel_tasks(self) -> None:
         """Ends the background work and waits until it has ended."""
+        if self.lasting:
+            await asyncio.wait(self.lasting, timeout=LASTING_S)
         tasks = list(self.tasks)
         for task in tasks:
             task.cancel()

@@ -20,6 +20,7 @@ from adapters.model import Version
 from adapters.store.quarantine import Quarantine
 from server.engine.calls import Answer, Call
 from server.errors import Internal
+from server.http import services as of_services
 from server.publishing import quarantine as use_case
 from server.publishing.quarantine import quarantine
 from tests.service.http.test_api import error
@@ -189,6 +190,26 @@ async def test_another_version_of_its_files_does_not_put_it_back_while_its_row_w
     (other,) = services.tasks - others
     await other
     assert "it made NaN." in error(await ask(site, headers, "a@2"), 409, "adapter_quarantined")["message"]
+
+
+async def test_what_the_last_engine_was_lost_to_is_out_of_service_after_the_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server ends in the same moment, when that was one loss too many."""
+    plain = Quarantine.put
+
+    async def slow(rows: Quarantine, version: Version, reason: str) -> bool:
+        await asyncio.sleep(1)
+        return await plain(rows, version, reason)
+
+    monkeypatch.setattr(Quarantine, "put", slow)
+    monkeypatch.setattr(of_services, "LASTING_S", 60.0)
+    async with fake_site(tmp_path, engine()) as site:
+        await two_versions(site)
+        version = await site.services.publishing.catalog.version("acme", "a", 2)
+        site.services.engine.on_fault(version.key, "it ended the engine")
+    async with fake_site(tmp_path, engine()) as site:
+        error(await ask(site, await key(site)), 409, "adapter_quarantined")
 
 
 async def test_a_defect_while_its_row_is_written_is_logged_and_it_stays_out_of_service(
