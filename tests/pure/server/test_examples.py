@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from server.__main__ import cli
 from server.cli.examples import EXAMPLES, PANELS, commands
+from tests.support.commands import Commands
 
 ROOT: Any = typer.main.get_command(cli)
 LINES = [line for lines in EXAMPLES.values() for line in lines]
@@ -41,8 +41,8 @@ def test_an_example_is_parsed(line: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_help_shows_them() -> None:
-    shown = CliRunner().invoke(cli, ["adapters", "live", "--help"], env={"COLUMNS": "120"}).output
+    shown = Commands().invoke(cli, ["adapters", "live", "--help"], env={"COLUMNS": "120"}).output
     assert "$ loraplex adapters live acme support 2" in shown
-    top = CliRunner().invoke(cli, ["--help"], env={"COLUMNS": "120"}).output
+    top = Commands().invoke(cli, ["--help"], env={"COLUMNS": "120"}).output
     for panel in PANELS.values():
         assert panel in top

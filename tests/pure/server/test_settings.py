@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from typer.testing import CliRunner
 
 from server import __main__ as command_line
 from server.settings import SECRETS, Settings
@@ -18,6 +17,7 @@ from server.settings.engine_args import (
     REFUSED_ENGINE_ARGS,
     REFUSED_EXECUTORS,
 )
+from tests.support.commands import Commands
 
 
 @pytest.fixture(autouse=True)
@@ -330,7 +330,7 @@ def test_a_wrong_setting_is_said_in_a_line(
         (tmp_path / "settings.yaml").write_text(file)
         arguments += ["--config", str(tmp_path / "settings.yaml")]
     monkeypatch.setattr(command_line, "_serve", lambda _: pytest.fail("it was served"))
-    done = CliRunner().invoke(command_line.cli, arguments)
+    done = Commands().invoke(command_line.cli, arguments)
     assert done.exit_code == 2, done.exception
     assert isinstance(done.exception, SystemExit)
     assert said.lower() in done.output.lower().replace("\n", "")
@@ -338,7 +338,7 @@ def test_a_wrong_setting_is_said_in_a_line(
 
 
 def test_a_file_that_does_not_exist_is_said_in_a_line() -> None:
-    done = CliRunner().invoke(command_line.cli, ["serve", "--config", "nowhere.yaml"])
+    done = Commands().invoke(command_line.cli, ["serve", "--config", "nowhere.yaml"])
     assert done.exit_code == 2
     assert "nowhere.yaml" in done.output
 
@@ -348,7 +348,7 @@ def test_settings_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LORAPLEX_ENGINE_ARGS", json.dumps({"dtype": "float32"}))
     served: list[Settings] = []
     monkeypatch.setattr(command_line, "_serve", lambda settings, config: served.append(settings) or 7)
-    assert CliRunner().invoke(command_line.cli, ["serve"]).exit_code == 7
+    assert Commands().invoke(command_line.cli, ["serve"]).exit_code == 7
     assert served[0].engine_args == {"dtype": "float32"}
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import Result
-from typer.testing import CliRunner
 
 from server.__main__ import cli
 from server.cli import client as remote
@@ -24,6 +23,7 @@ from server.cli import command, tables, top
 from server.metrics import Metrics
 from server.publishing.quarantine import quarantine
 from tests.support import tiny
+from tests.support.commands import Commands
 from tests.support.fakes import FakeEngine, Times
 from tests.support.site import ADMIN_KEY, Site, bearer
 from tests.support.tiny import fake_site
@@ -42,7 +42,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 async def run(site: Site, *words: str, key: str = ADMIN_KEY, answer: str = "", **env: str) -> Result:
     """The command as a process would run it; the server goes on in this loop meanwhile."""
     settings = {"LORAPLEX_URL": site.url, "LORAPLEX_ADMIN_KEY": key, "COLUMNS": "200"} | env
-    return await asyncio.to_thread(CliRunner().invoke, cli, list(words), input=answer, env=settings)
+    return await asyncio.to_thread(Commands().invoke, cli, list(words), input=answer, env=settings)
 
 
 def test_a_pipe_gets_a_row_in_one_line(

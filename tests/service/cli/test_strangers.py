@@ -9,13 +9,13 @@ from typing import Any
 
 import httpx
 import pytest
-from typer.main import get_command
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from server.__main__ import cli
 from server.cli import client as remote
 from server.cli.client import Answer
 from server.cli.examples import CUSTOMERS, EXAMPLES, LOOKING, PANELS
+from tests.support.commands import Commands
 
 # They look again and again, or need files or a customer's own key.
 LEFT_OUT = ("bench", "chat", "adapters push", "adapters download")
@@ -39,15 +39,6 @@ ANSWERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of typer's commands click's are made each time, which takes longer than to run one."""
-    monkeypatch.setattr("typer.testing._get_command", lambda _: COMMAND())
-
-
-COMMAND = functools.cache(lambda: get_command(cli))
-
-
 def answering(monkeypatch: pytest.MonkeyPatch, **answer: Any) -> None:
     def handle(_: httpx.Request) -> httpx.Response:
         return httpx.Response(**{"status_code": 200} | answer)
@@ -59,7 +50,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, **answer: Any) -> None:
 def run(*words: str) -> Result:
     environment = {"LORAPLEX_URL": "http://127.0.0.1:1", "LORAPLEX_ADMIN_KEY": "k" * 20}
     more = ["--count", "1"] if words[0] == "top" else []
-    return CliRunner().invoke(cli, [*words, *more], env=environment, input="y\n")
+    return Commands().invoke(cli, [*words, *more], env=environment, input="y\n")
 
 
 @pytest.mark.parametrize("kind", ANSWERS)

@@ -9,13 +9,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from adapters.store import backup
 from server.__main__ import cli
 from server.cli import data
 from tests.service.store.test_backup import blobs_in, change_a_byte, remove, turn_back
 from tests.support import tiny
+from tests.support.commands import Commands
 from tests.support.tiny import fake_site, settings
 
 
@@ -30,7 +30,7 @@ async def backed_up(live: Path, copy: Path, count: int = 2) -> list[str]:
 
 
 def look(folder: Path, *options: str) -> tuple[int, str]:
-    done = CliRunner().invoke(cli, ["check", "--backup", str(folder), *options])
+    done = Commands().invoke(cli, ["check", "--backup", str(folder), *options])
     return done.exit_code, done.output
 
 
