@@ -25,13 +25,12 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, event, select, text, update
-from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import PoolProxiedConnection
 
-from adapters.database import postgres
+from adapters.database import postgres, sqlite
 from adapters.database.rows import MetaRow
 from adapters.database.turns import QueueStuck, QueueTooLong, Turns
 from adapters.database.unusable import ordinary, usable
@@ -44,14 +43,12 @@ logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 MIGRATIONS = "adapters.database:migrations"
-# How long a SQLite writer of another process (the command line, a backup) may hold up a write, and the start.
-BUSY_TIMEOUT_MS = 3_000
+# How long a SQLite writer of another process (the command line, a backup) may hold up the start.
 OPEN_BUSY_TIMEOUT_MS = 30_000
 LEAST_FREE_BYTES = 8 << 20  # below it SQLite is taken for full
 # How long PostgreSQL may take to connect or for one statement, in seconds, unless a setting says otherwise.
 ANSWER_TIMEOUT_S = 5.0
 OPEN_CONNECT_TIMEOUT_S = 30.0  # at a start, when the machine may have just booted
-WAL_TRIES = 200
 # Names the PostgreSQL advisory lock under which the schema is upgraded.
 UPGRADE_LOCK = 0x6C6F7261
 # The row of ``meta`` that every write changes, and how often other processes look at it, in seconds.
@@ -370,51 +367,13 @@ def _engine(
     url: URL,
     *,
     foreign_keys: bool = True,
-    busy_timeout_ms: int = BUSY_TIMEOUT_MS,
+    busy_timeout_ms: int = sqlite.BUSY_TIMEOUT_MS,
     connect_timeout: float = ANSWER_TIMEOUT_S,
     statement_timeout: float | None = ANSWER_TIMEOUT_S,
 ) -> AsyncEngine:
     if url.get_backend_name() != "sqlite":
         return postgres.engine(url, connect_timeout, statement_timeout)
-    engine = create_async_engine(url)
-
-    # SQLAlchemy's recipe for transactions with the sqlite3 driver: the driver begins none, we begin all.
-    @event.listens_for(engine.sync_engine, "connect")
-    def connected(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {busy_timeout_ms}")
-        _use_wal(cursor)
-        cursor.execute("PRAGMA synchronous = FULL")
-        cursor.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
-        cursor.close()
-
-    @event.listens_for(engine.sync_engine, "handle_error")
-    def failed(context: ExceptionContext) -> None:
-        code = getattr(context.original_exception, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_READONLY:
-            context.is_disconnect = True
-
-    # A transaction that reads first and writes later fails at once with "database is locked" when
-    # another one wrote in between; one that takes the write lock at its beginning waits instead.
-    @event.listens_for(engine.sync_engine, "begin")
-    def began(connection: Connection) -> None:
-        writes = connection.get_execution_options().get("loraplex_writes", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return engine
-
-
-def _use_wal(cursor: Any) -> None:
-    """A new file turns into a WAL database in a moment that SQLite's busy timeout does not wait for."""
-    for left in reversed(range(WAL_TRIES)):
-        try:
-            cursor.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError:
-            if not left:
-                raise
-            time.sleep(0.01)
+    return sqlite.engine(url, foreign_keys=foreign_keys, busy_timeout_ms=busy_timeout_ms)
 
 
 def _written(log: Path) -> float | None:

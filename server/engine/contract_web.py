@@ -86,4 +86,11 @@ WEB_USES: tuple[Use, ...] = (
     ),
     Use("sqlalchemy.pool.base", "PoolProxiedConnection", ("driver_connection",), "watches past SQLAlchemy"),
     Use("aiosqlite", "Connection", ("execute_fetchall",), "watches for writes of other processes"),
+    # adapters/database/sqlite.py
+    Use(
+        "aiosqlite",
+        "Connection",
+        ("__init__(connector, iter_chunk_size)", "_execute(fn)", "_conn", "_thread", "cursor"),
+        "a statement is one turn of the thread, and so is all that opens a connection",
+    ),
 )

@@ -20,8 +20,8 @@ from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.util import LRUCache
 
-from adapters.database import database as opening
 from adapters.database import postgres as opening_postgres
+from adapters.database import sqlite as opening_sqlite
 from adapters.database.database import Database
 from tests.support.services import postgres
 
@@ -57,7 +57,7 @@ def _engine(*args: Any, **options: Any) -> AsyncEngine:
     return made
 
 
-for module in (opening, opening_postgres):
+for module in (opening_sqlite, opening_postgres):
     vars(module)["create_async_engine"] = _engine
 
 
