@@ -27,6 +27,7 @@ OWN_ENGINE = (
     "test_zoo.py",
     "test_fleet.py",
     "test_truth.py",
+    "test_tools.py",
     "test_two_workers.py",
     "test_process.py",
     "test_embeddings.py",

@@ -19,6 +19,7 @@ from server.app import create_app
 from server.demo.base import cache_folder, prepare
 from server.engine.engine import Engine
 from tests.engine.reference import Reference
+from tests.support.shallow import make_shallow
 from tests.support.site import Site, engine_settings, serving
 
 # What the memory of the settings below comes to.
@@ -27,8 +28,19 @@ HOST_SLOTS = 16
 
 
 @pytest.fixture(scope="session")
-def base_dir() -> Path:
+def whole_base_dir() -> Path:
+    """The demo's base as it is."""
     return prepare(cache_folder())
+
+
+@pytest.fixture(scope="session")
+def base_dir(whole_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shallow(whole_base_dir, tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def whole_reference(whole_base_dir: Path) -> Reference:
+    return Reference(whole_base_dir)
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +53,8 @@ async def site(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
     settings = engine_settings(
         base_dir,
         tmp_path_factory.mktemp("data"),
-        adapter_gpu_memory="800MiB",
-        adapter_host_memory="1.6GiB",
+        adapter_gpu_memory="320MiB",
+        adapter_host_memory="640MiB",
         max_lora_rank=64,
         max_model_len=1024,
         rollout_key="a key of the tests that is long enough",

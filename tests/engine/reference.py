@@ -31,7 +31,9 @@ class Spec:
 
 @dataclass(frozen=True)
 class Answer:
-    tokens: tuple[str, ...]
+    """``tokens`` by their ids: the text of some depends on those around them."""
+
+    tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
 
 
@@ -41,11 +43,7 @@ class Reference:
         torch.set_num_threads(1)
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-        ids = range(len(self.tokenizer))
-        self._scored: dict[tuple[Path | None, tuple[int, ...], tuple[str, ...]], Answer] = {}
-        self._id_of = {
-            text: i for i, text in zip(ids, self.tokenizer.batch_decode([[i] for i in ids]), strict=True)
-        }
+        self._scored: dict[tuple[Path | None, tuple[int, ...], tuple[int, ...]], Answer] = {}
 
     def make(self, spec: Spec, folder: Path) -> Path:
         """Saves a random adapter that changes every layer it targets by a noticeable share of its output."""
@@ -86,7 +84,7 @@ class Reference:
         )["input_ids"]
         return [int(i) for i in ids]
 
-    def score(self, folder: Path | None, prompt: Sequence[int], tokens: Sequence[str]) -> Answer:
+    def score(self, folder: Path | None, prompt: Sequence[int], tokens: Sequence[int]) -> Answer:
         """What greedy decoding says after each of ``tokens``, in one pass.
 
         The answer's tokens equal ``tokens`` exactly when ``tokens`` is the greedy answer: by induction, each
@@ -98,13 +96,9 @@ class Reference:
             self._scored[asked] = self._score(*asked)
         return self._scored[asked]
 
-    def _score(self, folder: Path | None, prompt: tuple[int, ...], tokens: tuple[str, ...]) -> Answer:
-        ids = [self._id_of[token] for token in tokens]
+    def _score(self, folder: Path | None, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> Answer:
         with self.adapter(folder) as model, torch.inference_mode():
-            logits = model(torch.tensor([[*prompt, *ids]])).logits[0]
+            logits = model(torch.tensor([[*prompt, *tokens]])).logits[0]
         steps = torch.log_softmax(logits[len(prompt) - 1 : -1].float(), dim=-1)
         best = steps.max(dim=-1)
-        return Answer(
-            tokens=tuple(self.tokenizer.decode([i]) for i in best.indices.tolist()),
-            log_probs=tuple(best.values.tolist()),
-        )
+        return Answer(tuple(best.indices.tolist()), tuple(best.values.tolist()))

@@ -72,7 +72,9 @@ async def test_each_sampling_field_changes_what_is_said(site: Site, key: str) ->
 
 
 async def test_where_an_answer_ends(site: Site, key: str) -> None:
-    brief = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 60}
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ending = {"logit_bias": {"2": 16}}  # as likely an end as a base of all its layers comes to
+    brief: dict[str, Any] = {"messages": question, "max_tokens": 60, **ending}
     endless = {**brief, "ignore_eos": True}
     shown: dict[str, Any] = {"skip_special_tokens": False}
     ends, goes_on, least, marked, loud, tight, ids = await each(

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 CUSTOMERS = 50
 LENGTH = 8
 PROMPT = "What should I do when my parcel has not arrived?"
-TOLERANCE = 1e-2
+TOLERANCE = 1e-3
 
 TARGETS = (("q_proj", "v_proj"), ATTENTION, MLP, ("q_proj", "down_proj"))
 
@@ -51,12 +51,11 @@ async def customers(
 
 
 async def answer(site: Site, key: str, model: str = "support") -> Answer:
-    response = await site.chat(
-        key, PROMPT, model=model, max_tokens=LENGTH, temperature=0, logprobs=True, top_logprobs=1
-    )
+    fields = {"max_tokens": LENGTH, "temperature": 0, "logprobs": True, "top_logprobs": 1}
+    response = await site.chat(key, PROMPT, model=model, return_token_ids=True, **fields)
     assert response.status_code == 200, response.text
-    content = response.json()["choices"][0]["logprobs"]["content"]
-    return Answer(tuple(t["token"] for t in content), tuple(t["logprob"] for t in content))
+    (choice,) = response.json()["choices"]
+    return Answer(tuple(choice["token_ids"]), tuple(one["logprob"] for one in choice["logprobs"]["content"]))
 
 
 async def check(reference: Reference, folder: Path | None, got: Answer) -> None:

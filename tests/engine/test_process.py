@@ -21,12 +21,13 @@ OLD, NEW = "a-metrics-key-of-the-tests", "another-metrics-key-of-the-tests"
 BODY = {"messages": [{"role": "user", "content": "Count to a hundred."}], "temperature": 0}
 
 
-async def test_the_life_of_a_server(base_dir: Path, reference: Reference, tmp_path: Path) -> None:
-    folder = await asyncio.to_thread(reference.make, Spec(seed=5, rank=8, targets=ATTENTION), tmp_path / "a")
+async def test_the_life_of_a_server(whole_base_dir: Path, whole_reference: Reference, tmp_path: Path) -> None:
+    spec = Spec(seed=5, rank=8, targets=ATTENTION)
+    folder = await asyncio.to_thread(whole_reference.make, spec, tmp_path / "a")
     data = tmp_path / "data"
     data.mkdir()
     # As an operator starts it: its processes import what they need by themselves.
-    async with server(base_dir, data, forked="nothing", **SETTINGS) as first:
+    async with server(whole_base_dir, data, forked="nothing", **SETTINGS) as first:
         key = await _set_up(first, folder)
         before = (
             await first.http.post(
@@ -40,7 +41,7 @@ async def test_the_life_of_a_server(base_dir: Path, reference: Reference, tmp_pa
 
     rotated = tmp_path / "metrics_key"
     rotated.write_text(OLD)
-    async with server(base_dir, data, **SETTINGS, METRICS_KEY_FILE=str(rotated)) as second:
+    async with server(whole_base_dir, data, **SETTINGS, METRICS_KEY_FILE=str(rotated)) as second:
         assert second.log.read_text().count("Admin key") == 1, "the key is shown once, not at every start"
         after = await second.http.post(
             "/v1/chat/completions", json={**BODY, "max_tokens": 16}, headers=bearer(key)

@@ -42,14 +42,18 @@ async def set_up(client: Client, folder: Path) -> None:
     await client.begin(hold=HOLD_S)
 
 
-async def test_a_kill_changes_nothing(base_dir: Path, reference: Reference, tmp_path: Path) -> None:
-    folder = await asyncio.to_thread(reference.make, Spec(seed=7, rank=8, targets=ATTENTION), tmp_path / "a")
+async def test_a_kill_changes_nothing(
+    whole_base_dir: Path, whole_reference: Reference, tmp_path: Path
+) -> None:
+    folder = await asyncio.to_thread(
+        whole_reference.make, Spec(seed=7, rank=8, targets=ATTENTION), tmp_path / "a"
+    )
     data = tmp_path / "data"
     data.mkdir()
     client: Client | None = None
     decisions = 0
     for _ in range(KILLS):
-        async with server(base_dir, data, ADMIN_KEY=ADMIN_KEY) as running:
+        async with server(whole_base_dir, data, ADMIN_KEY=ADMIN_KEY) as running:
             if client is None:
                 client = Client(running.http)
                 await set_up(client, folder)
@@ -66,7 +70,7 @@ async def test_a_kill_changes_nothing(base_dir: Path, reference: Reference, tmp_
             await running.exit_status()
             assert not await gone(family, 240), "the engine's processes outlived the server"
     assert client is not None
-    async with server(base_dir, data, ADMIN_KEY=ADMIN_KEY) as running:
+    async with server(whole_base_dir, data, ADMIN_KEY=ADMIN_KEY) as running:
         client.http = running.http
         assert len((await client.hold())["decisions"]) >= decisions, "what was decided stays"
         async with asyncio.timeout(300):

@@ -125,15 +125,17 @@ class Customer:
 
 
 async def test_rollouts_at_five_requests_a_second(
-    base_dir: Path, reference: Reference, tmp_path: Path
+    whole_base_dir: Path, whole_reference: Reference, tmp_path: Path
 ) -> None:
-    folder = await asyncio.to_thread(reference.make, Spec(seed=7, rank=8, targets=ATTENTION), tmp_path / "a")
+    folder = await asyncio.to_thread(
+        whole_reference.make, Spec(seed=7, rank=8, targets=ATTENTION), tmp_path / "a"
+    )
     live = files_of(folder)
     as_base = live | {WEIGHTS_FILE: nothing_of(folder)}
-    frank = live | {"chat_template.jinja": f"{FRANK}{reference.tokenizer.chat_template}".encode()}
+    frank = live | {"chat_template.jinja": f"{FRANK}{whole_reference.tokenizer.chat_template}".encode()}
     data = tmp_path / "data"
     data.mkdir()
-    served = partial(server, base_dir, data, ADMIN_KEY=ADMIN_KEY, ENGINE_ARGS='{"dtype": "float32"}')
+    served = partial(server, whole_base_dir, data, ADMIN_KEY=ADMIN_KEY, ENGINE_ARGS='{"dtype": "float32"}')
     async with served() as running:
         customer = Customer(running)
         await customer.prepare([live, live, as_base, frank])

@@ -1,17 +1,22 @@
-"""Tools, on a server whose settings say nothing of them: the parser is chosen for the base model."""
+"""Tools, on a server whose settings say nothing of them: the parser is chosen for the base model.
+
+On the whole of the demo's base, an engine of its own: with six layers it would write spaces for ever.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
+from server.app import create_app
 from tests.engine.reference import ATTENTION, Reference, Spec
-from tests.support.site import Site, bearer
+from tests.support.site import Site, bearer, engine_settings, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -25,6 +30,21 @@ SCHEMA = {
 # Without ``strict``, as most libraries send it: the model, which was not trained for tools, is held to it.
 WEATHER = {"name": "weather", "description": "The weather in a city.", "parameters": SCHEMA}
 CHAT_TOOLS: list[Any] = [{"type": "function", "function": WEATHER}]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def site(whole_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    settings = engine_settings(
+        whole_base_dir,
+        tmp_path_factory.mktemp("data"),
+        adapter_gpu_memory="100MiB",
+        adapter_host_memory="200MiB",
+        max_lora_rank=8,
+        max_model_len=1024,
+        engine_args={"dtype": "float32", "max_num_seqs": 16},
+    )
+    async with serving(create_app(settings)) as site:
+        yield site
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

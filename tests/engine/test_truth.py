@@ -1,4 +1,7 @@
-"""The real engine set up anew, on what was uploaded for the one before: served as PEFT does, or refused."""
+"""The real engine set up anew, on what was uploaded for the one before: served as PEFT does, or refused.
+
+On the whole of the demo's base, with all its layers.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +29,20 @@ def made(base: Path, data: Path, **args: Any) -> Any:
 
 
 async def agrees(site: Site, key: str, model: str, reference: Reference, folder: Path) -> None:
-    fields = {"max_tokens": 6, "temperature": 0, "logprobs": True}
+    fields = {"max_tokens": 6, "temperature": 0, "logprobs": True, "return_token_ids": True}
     answer = await site.chat(key, QUESTION, model=model, **fields)
     assert answer.status_code == 200, answer.text
-    said = answer.json()["choices"][0]["logprobs"]["content"]
-    truth = reference.score(folder, reference.chat_ids(QUESTION), [token["token"] for token in said])
+    (choice,) = answer.json()["choices"]
+    said = choice["logprobs"]["content"]
+    truth = reference.score(folder, reference.chat_ids(QUESTION), choice["token_ids"])
     differences = [abs(a["logprob"] - b) for a, b in zip(said, truth.log_probs, strict=True)]
     assert max(differences) < TOLERANCE
 
 
 async def test_a_narrower_engine_and_another_base_refuse_what_they_cannot_serve(
-    base_dir: Path, reference: Reference, tmp_path: Path
+    whole_base_dir: Path, whole_reference: Reference, tmp_path: Path
 ) -> None:
-    data = tmp_path / "data"
+    base_dir, reference, data = whole_base_dir, whole_reference, tmp_path / "data"
     whole = reference.make(Spec(seed=1, rank=8, targets=("q_proj", "up_proj")), tmp_path / "whole")
     narrow = reference.make(Spec(seed=2, rank=8, targets=("q_proj", "v_proj")), tmp_path / "narrow")
     async with serving(made(base_dir, data)) as site:

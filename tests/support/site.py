@@ -100,7 +100,7 @@ def engine_settings(
         log_format="text",
         log_level="warning",
         engine_args={**RESTING, **(engine_args or {})},
-        **fields,
+        **{"sse_keepalive": 600.0, **fields},  # a busy machine is no reason to begin a stream
     )
 
 
