@@ -210,6 +210,20 @@ def verify(
     return show.fields(server.post("tenants", tenant, "adapters", name, "verify", body={}, **query))
 
 
+@command(adapters, "quarantine")
+def quarantine(
+    server: AdminClient,
+    tenant: Tenant,
+    name: Name,
+    version: Number,
+    reason: Annotated[str | None, typer.Option(help="Why, which its customers read.")] = None,
+) -> Shown:
+    """Take a version out of service at once, the only one too; `release` puts it back."""
+    path = ("tenants", tenant, "adapters", name, "versions", version)
+    server.patch(*path, body={"quarantined": True} | ({} if reason is None else {"reason": reason}))
+    return show.adapter(server.get("tenants", tenant, "adapters", name))
+
+
 @command(adapters, "release")
 def release(server: AdminClient, tenant: Tenant, name: Name, version: Number) -> Shown:
     """Put a version that was taken out of service back into it."""

@@ -91,6 +91,7 @@ EXAMPLES = {
         "loraplex adapters canary acme support --off",
     ],
     "adapters verify": ["loraplex adapters verify acme support"],
+    "adapters quarantine": ['loraplex adapters quarantine acme support 2 --reason "it ends the engine"'],
     "adapters release": ["loraplex adapters release acme support 2"],
     "adapters default": ["loraplex adapters default acme support"],
     "adapters defaults": [

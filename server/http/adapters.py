@@ -34,6 +34,7 @@ from server.http.uploads import files_of
 from server.limits.permissions import may_manage
 from server.publishing.jobs import publish_later
 from server.publishing.publish import Published, move_pin, publish, unpublish_at_last
+from server.publishing.quarantine import quarantine
 from server.rollouts.stored import as_json as rollout_as_json
 
 Note = Annotated[str, Field(min_length=1, max_length=500, pattern=r"^[^\x00]*$")]
@@ -82,10 +83,18 @@ class AdapterChange(Body):
 
 
 class VersionChange(Body):
-    """Puts a version back into service, or keeps a note with it; null takes the note away."""
+    """Takes a version out of service, for a ``reason`` that its customers read as a clause, or puts it back;
+    keeps a note with it, which null takes away."""
 
-    quarantined: Literal[False] | None = None
+    quarantined: bool | None = None
+    reason: Note | None = None
     note: Note | None = None
+
+    @model_validator(mode="after")
+    def _reason_of_a_quarantine(self) -> Self:
+        if self.reason is not None and not self.quarantined:
+            raise PydanticCustomError("reason", "A reason goes with `quarantined` true.")
+        return self
 
 
 AdapterChangeBody = Annotated[AdapterChange, body_as(AdapterChange)]
@@ -276,11 +285,16 @@ async def update(services: Services, tenant: Tenant, name: str, change: AdapterC
 async def update_version(
     services: Services, tenant: Tenant, name: str, version: int, change: VersionChange
 ) -> Response:
-    """Puts a quarantined version back into service, and changes its note; Unprocessable for neither."""
+    """Takes a version out of service or puts it back, and changes its note; Unprocessable for neither."""
     if not change.model_fields_set:
         raise Unprocessable(f"Name at least one of {', '.join(VersionChange.model_fields)}.")
-    if change.quarantined is False:
-        await services.publishing.quarantine.release(tenant.id, name, version)
+    publishing = services.publishing
+    if change.quarantined:
+        found = await publishing.catalog.version(tenant.id, name, version, quarantined=True)
+        reason = change.reason or "an operator has taken it out of service"
+        await quarantine(publishing.quarantine, services.dispatcher, found, reason)
+    elif change.quarantined is False:
+        await publishing.quarantine.release(tenant.id, name, version)
     if "note" in change.model_fields_set:
         await annotate(services.database, tenant.id, name, version, change.note)
     return await one(services, tenant, name)

@@ -27,7 +27,7 @@ SUMMARIES = {
     "patch /adapters/{name}": "Choose the live version, split the requests, pin, or make it the default",
     "delete /adapters/{name}": "Remove an adapter; running requests finish",
     "post /adapters/{name}/warm": "Bring an adapter nearer to the GPU before it is asked for",
-    "patch /adapters/{name}/versions/{version}": "Put a quarantined version back into service",
+    "patch /adapters/{name}/versions/{version}": "Take a version out of service, or put it back",
     "delete /adapters/{name}/versions/{version}": "Remove a version that does not answer",
     "post /adapters/{name}/verify": "Hold a version against the golden probes it came with",
     "get /residency": "Slots, host memory and queues as they are now",

@@ -64,9 +64,9 @@ async def update_adapter(
 async def update_version(
     owner: AdapterOwner, name: str, version: int, body: VersionChangeBody, services: ServicesOf
 ) -> Response:
-    """Its note; the operator alone puts it back into service."""
-    if "quarantined" in body.model_fields_set:
-        raise Forbidden("Only the operator can release a version.", param="quarantined")
+    """Its note; the operator alone takes it out of service and puts it back."""
+    if body.model_fields_set & {"quarantined", "reason"}:
+        raise Forbidden("Only the operator can quarantine or release a version.", param="quarantined")
     return await adapters.update_version(services, owner, name, version, body)
 
 

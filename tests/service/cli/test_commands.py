@@ -501,6 +501,8 @@ async def test_what_is_out_of_service_is_shown_and_released(site: Site) -> None:
     released = (await run(site, "adapters", "release", "acme", "a", "1")).stdout
     assert "out of service" not in released
     assert "version 9" in await refusal(site, "adapters", "release", "acme", "a", "9")
+    out = (await run(site, "adapters", "quarantine", "acme", "a", "1", "--reason", "it is too slow")).stdout
+    assert "it is too slow" in out
 
 
 def test_writing_to_who_has_gone_is_an_error_and_not_the_end() -> None:

@@ -192,6 +192,31 @@ async def test_another_version_of_its_files_does_not_put_it_back_while_its_row_w
     assert "it made NaN." in error(await ask(site, headers, "a@2"), 409, "adapter_quarantined")["message"]
 
 
+async def test_an_operator_takes_the_only_version_out_of_service_and_nobody_else(site: Site) -> None:
+    """What runs on it ends, with the reason."""
+    headers, owner, url = await key(site), await key(site, "adapters:write"), f"{ADAPTER}/versions/2"
+    assert (await site.admin.delete(f"{ADAPTER}/versions/1")).status_code == 204
+    for body in ({"quarantined": True}, {"quarantined": True, "reason": "it is mine"}):
+        refused = await site.http.patch("/v1/adapters/a/versions/2", json=body, headers=owner)
+        error(refused, 403, "permission_denied", "quarantined")
+    for body in ({"reason": "it ends the engine"}, {"quarantined": False, "reason": "it is well"}):
+        assert (await site.admin.patch(url, json=body)).status_code == 422
+    assert (await site.admin.patch(f"{ADAPTER}/versions/9", json={"quarantined": True})).status_code == 404
+    site.services.engine.times.step = 0.05
+    runs = asyncio.create_task(ask(site, headers, max_tokens=2000))
+    async with asyncio.timeout(60):
+        while not site.services.dispatcher.open_leases():
+            await asyncio.sleep(0.01)
+    taken = await site.admin.patch(url, json={"quarantined": True, "reason": "it ends the engine"})
+    assert taken.status_code == 200, taken.text
+    assert (await shown(site))[2]["reason"] == "it ends the engine"
+    assert "it ends the engine" in (await runs).text
+    assert "it ends the engine" in error(await ask(site, headers), 409, "adapter_quarantined")["message"]
+    site.services.engine.times.step = 0.001
+    assert (await site.admin.patch(url, json={"quarantined": False})).status_code == 200
+    assert (await ask(site, headers)).status_code == 200
+
+
 async def test_what_the_last_engine_was_lost_to_is_out_of_service_after_the_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,7 +260,6 @@ async def test_an_operator_releases_it_and_nobody_else(site: Site, url: str) -> 
     owner = await key(site, "adapters:write")
     refused = await site.http.patch("/v1/adapters/a", json={"quarantined": False}, headers=owner)
     error(refused, 403, "permission_denied", "quarantined")
-    assert (await site.admin.patch(url, json={"quarantined": True})).status_code == 422
     released = await site.admin.patch(url, json={"quarantined": False})
     assert released.status_code == 200, released.text
     assert await shown(site) == {1: None, 2: None}
