@@ -136,9 +136,6 @@ class FleetDispatcher:
     def pin(self, version: Version, pinned: bool) -> None:
         """Replicas read it."""
 
-    def quarantine(self, version: Version, reason: str) -> None:
-        """The row refuses what comes from now on; what replicas have begun goes on to its end."""
-
     def retire(self, version: Version) -> None:
         """Replicas read it."""
 

@@ -292,7 +292,8 @@ async def update_version(
     if change.quarantined:
         found = await publishing.catalog.version(tenant.id, name, version, quarantined=True)
         reason = change.reason or "an operator has taken it out of service"
-        await quarantine(publishing.quarantine, services.dispatcher, found, reason)
+        here = services.dispatcher if services.peers is None else None  # a gateway's run at replicas
+        await quarantine(publishing.quarantine, here, found, reason)
     elif change.quarantined is False:
         await publishing.quarantine.release(tenant.id, name, version)
     if "note" in change.model_fields_set:

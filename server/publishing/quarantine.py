@@ -20,17 +20,19 @@ AGAIN_S = 1.0
 _OF_THE_DATABASE = (StorageBusy, StorageFull, StorageFailed, DatabaseUnavailable)
 
 
-async def quarantine(rows: Quarantine, dispatcher: Dispatcher, version: Version, reason: str) -> None:
+async def quarantine(rows: Quarantine, dispatcher: Dispatcher | None, version: Version, reason: str) -> None:
     """Refuses ``version`` from now on, and at once what waits for it; ends its running requests.
 
-    ``reason`` is a clause that the customer reads, as in "it made NaN". Once this returns, the row is on
-    disk. May be repeated: the first reason stays.
+    Without a ``dispatcher``, as on a gateway, what waits or runs goes on. ``reason`` is a clause that the
+    customer reads, as in "it made NaN". Once this returns, the row is on disk. May be repeated: the first
+    reason stays.
     """
     if await rows.put(version, reason):
         about = {"tenant": version.tenant, "adapter": version.adapter, "version": version.number}
         name = f"{version.tenant}/{version.adapter}@{version.number}"
         logger.error("%s is quarantined: %s", name, reason, extra=about)
-    await _stop(dispatcher, version, reason)
+    if dispatcher is not None:
+        await _stop(dispatcher, version, reason)
 
 
 async def _stop(dispatcher: Dispatcher, version: Version, reason: str) -> None:

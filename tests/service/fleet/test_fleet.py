@@ -74,6 +74,20 @@ class TestAnswering:
         (row,) = await usage(two)
         assert (row["requests"], row["output_tokens"]) == (2, 23)
 
+    async def test_an_operator_takes_a_version_out_of_service_of_which_one_runs(self, two: Fleet) -> None:
+        """What a replica has begun goes on to its end."""
+        key = await two.gateway.tenant("acme", {"a": tiny.adapter(1)})
+        reading = asyncio.create_task(read(two.gateway, key, body(100)))
+        async with asyncio.timeout(60):
+            while not two.gateway.services.dispatcher.open_leases():
+                await asyncio.sleep(0.01)
+        url = "/admin/v1/tenants/acme/adapters/a/versions/1"
+        change = {"quarantined": True, "reason": "it is bad"}
+        assert (await two.gateway.admin.patch(url, json=change)).status_code == 200
+        refused = await two.gateway.chat(key, "hello", model="a", max_tokens=3)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "adapter_quarantined")
+        assert told(await reading)[1]["completion_tokens"] == 100
+
     async def test_a_cold_request_says_how_long_its_load_took(self, tmp_path: Path) -> None:
         """A gateway's row of it, and so its access line and trace, know what a replica has waited for."""
         times = Times(stage=0.05, activate=0.02, step=0.005)
