@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 # Largest bodies that may be in memory: of one customer, and in all.
 BODIES_EACH, BODIES = 32, 128
 # Seconds between two lines of the log about what a drain waits for.
+DRAIN_TOLD_S = 30.0
 # What has to be in the database before the server ends has so long, in seconds.
 LASTING_S = 5.0
-DRAIN_TOLD_S = 30.0
 
 
 class Peers(Protocol):
