@@ -17,14 +17,11 @@ DEFAULT_SCOPES: tuple[KeyScope, ...] = ("inference",)
 
 
 class EndedKey(Unauthorized):
-    """The key was good until it expired. ``key`` is its id, ``tenant`` whose it is, where that is known."""
+    """The key was good until it expired. ``key`` is its id, ``tenant`` whose it is, where they are known."""
 
     code = "expired_api_key"
-
-    def __init__(self, key: str) -> None:
-        super().__init__("This API key has expired.")
-        self.key = key
-        self.tenant: str | None = None
+    key: str | None = None
+    tenant: str | None = None
 
 
 def digest_of(key: str) -> str:
@@ -56,7 +53,9 @@ class KeyInfo:
     def check(self, *scopes: KeyScope) -> None:
         """Unauthorized (``expired_api_key``), or Forbidden (``scope_missing``) without any of ``scopes``."""
         if self.expires_at is not None and self.expires_at <= now():
-            raise EndedKey(self.id)
+            ended = EndedKey("This API key has expired.")
+            ended.key = self.id
+            raise ended
         if not set(scopes) & set(self.scopes):
             wanted = " or ".join(f"`{scope}`" for scope in scopes)
             raise Forbidden(f"This key does not have the scope {wanted}.", code="scope_missing")

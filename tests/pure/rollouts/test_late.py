@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from types import SimpleNamespace
+
+import pytest
 
 from adapters.store.rollouts import Record
+from server.rollouts import stored
 from server.rollouts.late import LATE_S, Window
 from server.rollouts.stored import MOST, some
 
@@ -40,8 +44,10 @@ def test_a_clock_that_is_put_back_settles_what_was_marked() -> None:
     assert Window.from_json(None, 9) == Window(9)
 
 
-def test_of_many_requests_some_of_each_version_are_looked_at() -> None:
+def test_of_many_requests_some_of_each_version_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most so many, in their order, of either version, and none more likely than another."""
+    draw = random.Random(1)
+    monkeypatch.setattr(stored, "random", SimpleNamespace(Random=lambda: draw))
 
     def record(id_: int) -> Record:
         return Record(id_, 2 if id_ % 20 == 0 else 1, "completed", 0.0, 0.1, 1.0, 5, "stop")
