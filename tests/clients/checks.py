@@ -12,7 +12,7 @@ BASE = f"{URL}/v1"
 # A call in the form of the demo's base has forty tokens.
 TOKENS = 80
 # Tries, a second apart, of a request that has to wait for two others.
-PATIENCE = 40
+PATIENCE = 120
 QUESTION = "What is the weather in Paris?"
 TURNS: list[Any] = [{"role": "user", "content": QUESTION}]
 LONG: list[Any] = [{"role": "user", "content": "word " * 4000}]
