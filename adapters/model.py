@@ -48,6 +48,11 @@ def is_adapter_name(text: str) -> bool:
     return re.fullmatch(ADAPTER_PATTERN, text) is not None
 
 
+def well_formed(tenant: str, name: str) -> bool:
+    """PostgreSQL refuses some text (NUL, lone surrogates), so names are looked at before it is asked."""
+    return is_tenant_id(tenant) and is_adapter_name(name)
+
+
 class Tier(StrEnum):
     """How near to the GPU an adapter version is."""
 

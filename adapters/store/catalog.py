@@ -33,6 +33,7 @@ from adapters.model import (
     Version,
     is_adapter_name,
     is_tenant_id,
+    well_formed,
 )
 from adapters.split import WHOLE, choose
 from adapters.store.idempotency import Receipt
@@ -275,11 +276,13 @@ class Catalog:
                 row.defaults = dict(changes["defaults"]) if changes["defaults"] else None
             if changes.get("released") and row.live is not None:
                 await release(session, tenant, name, row.live)
-            row.pinned = row.pinned if pinned is None else pinned
+            if pinned is not None:
+                row.pinned = pinned
             if default:
                 had = update(AdapterRow).where(AdapterRow.tenant == tenant, AdapterRow.is_default)
                 await session.execute(had.values(is_default=False))
-            row.is_default = row.is_default if default is None else default
+            if default is not None:
+                row.is_default = default
             await session.flush()
             note(session, "adapter.update", tenant, name, before=before, after=_state(row))
             return await self._one(session, tenant, name)
@@ -422,7 +425,7 @@ class Catalog:
             query = rows_of(tenant).where(AdapterRow.name == name, VersionRow.number == int(numbered[2]))
         else:
             query = query.where(VersionRow.adapter == name)
-        if _well_formed(tenant, name):
+        if well_formed(tenant, name):
             async with self._database.read() as session:
                 for adapter in await self._load(session, query):
                     if numbered:
@@ -432,7 +435,7 @@ class Catalog:
         raise AdapterNotFound(absent, code="model_not_found", param="model")
 
     async def _one(self, session: AsyncSession, tenant: str, name: str, *more: Any) -> Adapter:
-        if _well_formed(tenant, name):
+        if well_formed(tenant, name):
             for adapter in await self._load(session, rows_of(tenant, *more).where(AdapterRow.name == name)):
                 return adapter
         raise AdapterNotFound(f"There is no adapter `{printable(name)}`.")
@@ -461,7 +464,7 @@ class Catalog:
         return await self._there(session, tenant, name)
 
     async def _there(self, session: AsyncSession, tenant: str, name: str) -> AdapterRow:
-        if _well_formed(tenant, name) and await has_versions(session, tenant, name):
+        if well_formed(tenant, name) and await has_versions(session, tenant, name):
             return await session.get_one(AdapterRow, (tenant, name))
         raise AdapterNotFound(f"There is no adapter `{printable(name)}`.")
 
@@ -493,8 +496,3 @@ async def _lock(session: AsyncSession, tenant: str) -> bool:
     """Whether the tenant exists. Every write to its adapters starts here: on PostgreSQL the lock on its
     row keeps another process (a restart that overlaps, the command line) from counting along."""
     return is_tenant_id(tenant) and bool(await session.get(TenantRow, tenant, with_for_update=True))
-
-
-def _well_formed(tenant: str, name: str) -> bool:
-    """PostgreSQL refuses some text (NUL, lone surrogates), so names are looked at before it is asked."""
-    return is_tenant_id(tenant) and is_adapter_name(name)
