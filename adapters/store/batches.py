@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal, get_args
 
-from sqlalchemy import and_, case, delete, func, or_, select
+from sqlalchemy import case, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -26,6 +26,7 @@ from adapters.database.database import Database
 from adapters.database.rows import BatchResultRow, BatchRow, FileRow, now
 from adapters.errors import BatchEnded, BatchNotFound, QuotaExceeded
 from adapters.store.files import UNFINISHED, StoredFile, plain
+from adapters.store.pages import by_time
 
 State = Literal["validating", "failed", "in_progress", "completed", "expired", "cancelling", "cancelled"]
 STATES: tuple[State, ...] = get_args(State)
@@ -133,7 +134,7 @@ class Batches:
 
     async def search(self, search: BatchSearch, most: int) -> list[Batch]:
         """Newest first. BatchNotFound for an ``after`` that is not there."""
-        query = select(BatchRow).order_by(BatchRow.created_at.desc(), BatchRow.id.desc())
+        query, last = select(BatchRow), None
         if search.tenant is not None:
             query = query.where(BatchRow.tenant == plain(search.tenant))
         if search.state is not None:
@@ -141,9 +142,7 @@ class Batches:
         async with self._database.read() as session:
             if search.after is not None:
                 last = await _found(session, search.tenant, search.after)
-                same = and_(BatchRow.created_at == last.created_at, BatchRow.id < last.id)
-                query = query.where(or_(BatchRow.created_at < last.created_at, same))
-            rows = list(await session.scalars(query.limit(most)))
+            rows = list(await session.scalars(by_time(query, BatchRow, last).limit(most)))
             counts = await _counts(session, rows)
         return [_batch_of(row, counts[row.id]) for row in rows]
 

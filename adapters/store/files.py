@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from adapters.database.database import Database
 from adapters.database.rows import BatchResultRow, BatchRow, FilePieceRow, FileRow, now
 from adapters.errors import FileInUse, FileNotFound, QuotaExceeded
+from adapters.store.pages import by_time
 
 PIECE = 64 << 10
 # Pieces of one transaction, and lines of one look.
@@ -127,18 +128,13 @@ class Files:
         self, tenant: str, *, purpose: str | None, after: str | None, most: int, oldest: bool
     ) -> list[StoredFile]:
         """Newest first, or ``oldest``. FileNotFound for an ``after`` that is none of the tenant's."""
-        at, id_ = FileRow.created_at, FileRow.id
         query = select(FileRow).where(FileRow.tenant == tenant, FileRow.ready, _lives())
         if purpose is not None:
             query = query.where(FileRow.purpose == plain(purpose))
-        query = query.order_by(*((at, id_) if oldest else (at.desc(), id_.desc())))
         async with self._database.read() as session:
-            if after is not None:
-                last = await _found(session, tenant, after)
-                beyond = at > last.created_at if oldest else at < last.created_at
-                tie = id_ > last.id if oldest else id_ < last.id
-                query = query.where(or_(beyond, and_(at == last.created_at, tie)))
-            return [_file_of(row) for row in await session.scalars(query.limit(most))]
+            last = None if after is None else await _found(session, tenant, after)
+            page = by_time(query, FileRow, last, oldest=oldest).limit(most)
+            return [_file_of(row) for row in await session.scalars(page)]
 
     async def content(self, file: StoredFile) -> AsyncIterator[bytes]:
         """Its bytes, some at a time. What is removed meanwhile is missing at the end."""

@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Literal, get_args
 
-from sqlalchemy import and_, delete, func, or_, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import undefer
@@ -34,7 +34,8 @@ from adapters.database.rows import (
     now,
 )
 from adapters.errors import AdapterConflict, AdapterNotFound, AdapterQuarantined
-from adapters.model import is_adapter_name, is_tenant_id
+from adapters.model import is_tenant_id, well_formed
+from adapters.store.pages import by_time
 from adapters.store.versions import version_row
 
 State = Literal["running", "held", "completed", "rolled_back"]
@@ -244,8 +245,7 @@ class Rollouts:
     async def search(self, search: RolloutSearch, most: int) -> list[Stored]:
         """Of all adapters, newest first; without their evidence. AdapterNotFound (``rollout_not_found``) for
         an ``after`` that no page can have given."""
-        query = select(RolloutRow).order_by(RolloutRow.created_at.desc(), RolloutRow.id.desc())
-        query = query.where(RolloutRow.state.in_(search.states))
+        query, last = select(RolloutRow).where(RolloutRow.state.in_(search.states)), None
         if search.tenant is not None:
             if not is_tenant_id(search.tenant):
                 return []
@@ -257,9 +257,8 @@ class Rollouts:
                     raise AdapterNotFound(
                         "There is no such rollout.", code="rollout_not_found", param="after"
                     )
-                same = and_(RolloutRow.created_at == last.created_at, RolloutRow.id < last.id)
-                query = query.where(or_(RolloutRow.created_at < last.created_at, same))
-            return [_stored(row, whole=False) for row in await session.scalars(query.limit(most))]
+            page = by_time(query, RolloutRow, last).limit(most)
+            return [_stored(row, whole=False) for row in await session.scalars(page)]
 
     async def of_version(self, tenant: str, adapter: str, version: int) -> Stored | None:
         """The newest rollout of this version, if there was any."""
@@ -387,8 +386,7 @@ async def _adapter(session: AsyncSession, tenant: str, name: str) -> AdapterRow 
 
 
 async def _locked(session: AsyncSession, tenant: str, name: str) -> AdapterRow:
-    known = is_tenant_id(tenant) and is_adapter_name(name)
-    row = await _adapter(session, tenant, name) if known else None
+    row = await _adapter(session, tenant, name) if well_formed(tenant, name) else None
     if row is None:
         raise _no_adapter(name)
     return row
@@ -396,8 +394,7 @@ async def _locked(session: AsyncSession, tenant: str, name: str) -> AdapterRow:
 
 async def _known(session: AsyncSession, tenant: str, name: str) -> None:
     """AdapterNotFound where the tenant never had an adapter of this name."""
-    known = is_tenant_id(tenant) and is_adapter_name(name)
-    if not known or await session.get(AdapterRow, (tenant, name)) is None:
+    if not well_formed(tenant, name) or await session.get(AdapterRow, (tenant, name)) is None:
         raise _no_adapter(name)
 
 

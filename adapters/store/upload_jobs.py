@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
-from sqlalchemy import and_, delete, or_, select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from adapters.database.audit import ACTOR
 from adapters.database.database import Database
 from adapters.database.rows import UploadJobRow, now
 from adapters.errors import AdapterNotFound
+from adapters.store.pages import by_time
 
 State = Literal["receiving", "inspecting", "probing", "linking", "done", "refused"]
 STATES: tuple[State, ...] = get_args(State)
@@ -105,7 +106,7 @@ class UploadJobs:
 
     async def search(self, search: JobSearch, most: int) -> list[dict[str, Any]]:
         """As JSON, newest first. AdapterNotFound (``upload_not_found``) for an ``after`` that it has not."""
-        query = select(UploadJobRow).order_by(UploadJobRow.created_at.desc(), UploadJobRow.id.desc())
+        query, last = select(UploadJobRow), None
         for name in ("tenant", "adapter", "state"):
             if (value := getattr(search, name)) is not None:
                 query = query.where(getattr(UploadJobRow, name) == _plain(value, 128))
@@ -114,9 +115,8 @@ class UploadJobs:
                 last = await session.get(UploadJobRow, _plain(search.after, 32))
                 if last is None or not _is_among(last, search):
                     raise AdapterNotFound("There is no such upload.", code="upload_not_found", param="after")
-                same = and_(UploadJobRow.created_at == last.created_at, UploadJobRow.id < last.id)
-                query = query.where(or_(UploadJobRow.created_at < last.created_at, same))
-            return [_shown(row, self._here) for row in await session.scalars(query.limit(most))]
+            page = by_time(query, UploadJobRow, last).limit(most)
+            return [_shown(row, self._here) for row in await session.scalars(page)]
 
 
 def _is_among(row: UploadJobRow, search: JobSearch) -> bool:
