@@ -104,20 +104,25 @@ async def size_of(database: Database, tenant: str) -> int:
 
 async def bytes_of(session: AsyncSession, tenant: str) -> int:
     """As ``size_of``."""
-    versions = select(func.sum(VersionRow.size_bytes)).where(VersionRow.tenant == tenant)
-    files = select(func.sum(FileRow.size_bytes)).where(FileRow.tenant == tenant)
-    return int(await session.scalar(versions) or 0) + int(await session.scalar(files) or 0)
+    return (await _bytes_by(session, [tenant]))[tenant]
 
 
 async def sizes_of(database: Database, tenants: Collection[str]) -> dict[str, int]:
     """``size_of`` of each of ``tenants``."""
-    found = dict.fromkeys(tenants, 0)
+    found: dict[str, int] = {}
     async with database.read() as session:
-        for some in slices(found):
-            for row in (VersionRow, FileRow):
-                query = select(row.tenant, func.sum(row.size_bytes)).where(row.tenant.in_(some))
-                for tenant, size in (await session.execute(query.group_by(row.tenant))).all():
-                    found[tenant] += int(size)
+        for some in slices(tenants):
+            found |= await _bytes_by(session, some)
+    return found
+
+
+async def _bytes_by(session: AsyncSession, tenants: Collection[str]) -> dict[str, int]:
+    """Of no more tenants than a statement takes."""
+    found = dict.fromkeys(tenants, 0)
+    for row in (VersionRow, FileRow):
+        query = select(row.tenant, func.sum(row.size_bytes)).where(row.tenant.in_(tenants))
+        for tenant, size in (await session.execute(query.group_by(row.tenant))).all():
+            found[tenant] += int(size)
     return found
 
 
