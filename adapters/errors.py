@@ -63,9 +63,13 @@ class AdapterError(Exception):
 
 
 class AdapterRejected(AdapterError):
-    """Refused at upload. Build it with ``fault()``, so that every code has its cure."""
+    """Refused at upload. Build it with ``fault()``, so that every code has its cure.
+
+    ``reason`` is the message without that cure.
+    """
 
     code = "adapter_invalid"
+    reason = ""
 
 
 class UploadTooLarge(AdapterError):
@@ -294,4 +298,6 @@ CURES: dict[str, str] = {
 
 def fault(code: str, message: str, *, param: str | None = None) -> AdapterRejected:
     """An ``AdapterRejected`` whose message ends with the cure of ``code``."""
-    return AdapterRejected(f"{message} {CURES[code]}", code=code, param=param)
+    error = AdapterRejected(f"{message} {CURES[code]}", code=code, param=param)
+    error.reason = message
+    return error

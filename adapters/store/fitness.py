@@ -5,7 +5,7 @@ modules, take smaller ranks, compute in another type or run another base model, 
 byte. No version is read into memory before both have been looked at since the start: its bytes against its
 digest, its config and header against the engine.
 
-    <root>/fits/<mark>.json    {digest: null, or [code, message]}: verdicts on files for one engine
+    <root>/fits/<mark>.json    {digest: null, or [code, reason]}: verdicts on files for one engine
 
 A verdict follows from the digest and the engine, so it is kept over restarts, and 10,000 versions are known
 at once. The file is a cache: without it the verdicts are found again.
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from adapters.errors import CURES, AdapterDamaged, AdapterRejected, AdapterUnfit
+from adapters.errors import AdapterDamaged, AdapterRejected, AdapterUnfit
 from adapters.model import BaseModel, Version
 from adapters.store.blobs import BlobStore
 from adapters.store.digests import digest_of
@@ -138,9 +138,7 @@ class Fitness:
             return None
         verdict = self._verdicts.get(version.digest)
         if verdict is not None:
-            code, message = verdict
-            # Its cure is for whoever uploads: these files were accepted once, and are not what has changed.
-            reason = message.removesuffix(CURES.get(code, "")).rstrip()
+            code, reason = verdict
             return AdapterUnfit(
                 f"Version {version.number} of `{version.adapter}` cannot be served faithfully by the engine"
                 f" as it is set up now ({code}): {reason} It could be when it was uploaded, so the engine was"
@@ -306,7 +304,8 @@ def _verdict(folder: Path, serving: Serving) -> Verdict:
     try:
         check_fit(folder, serving.base, serving_dtype=_NARROW if serving.dtype == _NARROW else None)
     except AdapterRejected as error:
-        return error.code, error.message
+        # Its cure is for whoever uploads: these files were accepted once, and are not what has changed.
+        return error.code, error.reason
     return None
 
 
