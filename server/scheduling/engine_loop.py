@@ -292,9 +292,7 @@ class EngineLoop:
                 self._staging.discard(op.load_id)
                 self._failed("stage", op.load_id, result.error)
             else:
-                whose = self._name(self._version_of.get(op.load_id))
-                logger.error("%s of load %d (%s) failed: %s", op.verb, op.load_id, whose, result.error)
-                self._reconcile_soon = True
+                self._note_failed(op.verb, op.load_id, result.error)
 
     def _took(self, load_id: int, seconds: float) -> None:
         """A step of a load has taken ``seconds``."""
@@ -308,10 +306,13 @@ class EngineLoop:
         found = self._versions.get(key)
         return f"{found.tenant}/{found.adapter}@{found.number}" if found is not None else key
 
-    def _failed(self, step: str, load_id: int, error: str) -> None:
+    def _note_failed(self, step: str, load_id: int, error: str) -> None:
         whose = self._name(self._version_of.get(load_id))
         logger.error("%s of load %d (%s) failed: %s", step, load_id, whose, error)
         self._reconcile_soon = True
+
+    def _failed(self, step: str, load_id: int, error: str) -> None:
+        self._note_failed(step, load_id, error)
         if step == "stage":
             self.metrics.load_failed("stage")
             self._tell(self._plan.stage_failed, load_id, error)
