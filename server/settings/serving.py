@@ -448,9 +448,8 @@ class Serving(BaseSettings):
     @classmethod
     def _fill_in(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Derived defaults are filled in before the model is frozen, so that readers see one value."""
-        filled = {
-            name: value for name, value in values.items() if value != "" or name not in cls._unset_if_empty()
-        }
+        unset = cls._unset_if_empty()
+        filled = {name: value for name, value in values.items() if value != "" or name not in unset}
         slots = str(filled.get("gpu_slots") or cls.model_fields["gpu_slots"].default)
         if filled.get("model") and not filled.get("served_model_name"):
             filled["served_model_name"] = str(filled["model"]).rstrip("/").rsplit("/", 1)[-1]
