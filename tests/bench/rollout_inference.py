@@ -15,7 +15,6 @@ import json
 import math
 import random
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,14 @@ import psutil
 
 from adapters.model import CONFIG_FILE, WEIGHTS_FILE
 from tests.bench.losses import ADMIN, Process, check, prepared, started, until
-from tests.bench.stats import bootstrap, median
+from tests.bench.scenarios.rollout_cost import begun
+from tests.bench.servers import processor_s
+from tests.bench.stats import median, middle, percent_more
 from tests.support.resting import RESTING
 from tests.support.site import bearer
 
 TENANT = "/admin/v1/tenants/acme"
 TOKENS, WARM = 48, 6
-BODY = {"version": 2, "steps": [50, 100], "hold": "1d", "guards": {"probes": False}}
 
 
 async def customer(http: httpx.AsyncClient, folder: Path) -> dict[str, str]:
@@ -46,29 +46,10 @@ async def customer(http: httpx.AsyncClient, folder: Path) -> dict[str, str]:
     return bearer((await http.post(f"{TENANT}/keys", json={}, headers=ADMIN)).json()["key"])
 
 
-async def begin(http: httpx.AsyncClient) -> str:
-    """The address of a rollout of ``a`` that has its first share."""
-    made = await http.post(f"{TENANT}/adapters/a/rollouts", json=BODY, headers=ADMIN)
-    made.raise_for_status()
-    one = f"{TENANT}/adapters/a/rollouts/{made.json()['id']}"
-
-    async def has_share() -> bool:
-        return int((await http.get(one, headers=ADMIN)).json()["share"]) > 0
-
-    await until(has_share, "the rollout has its first share")
-    return one
-
-
-def processor_s(processes: list[psutil.Process]) -> float:
-    """What they have used so far, all their threads, also those that have ended."""
-    # The number of another process's clock (CPUCLOCK_SCHED), as clock_getcpuclockid(3) makes it.
-    return sum(time.clock_gettime(~one.pid << 3 | 2) for one in processes)
-
-
 async def pairs(server: Process, key: dict[str, str], many: int) -> dict[str, list[float]]:
     """Milliseconds of processor time of each request, by adapter; those of one place are a pair."""
     tree = psutil.Process(server.process.pid)
-    processes = [tree, *tree.children(recursive=True)]
+    processes = [one.pid for one in (tree, *tree.children(recursive=True))]
     asked, draw = 0, random.Random(1)
 
     async def took(name: str) -> float:
@@ -82,9 +63,9 @@ async def pairs(server: Process, key: dict[str, str], many: int) -> dict[str, li
             "temperature": 0,
             "user": str(asked),  # whose requests stay with one version
         }
-        before = processor_s(processes)
+        before = processor_s(*processes)
         (await server.http.post("/v1/chat/completions", json=body, headers=key)).raise_for_status()
-        return 1000 * (processor_s(processes) - before)
+        return 1000 * (processor_s(*processes) - before)
 
     found: dict[str, list[float]] = {"a": [], "b": []}
     for number in range(WARM + many):
@@ -105,7 +86,7 @@ async def run(many: int) -> None:
         try:
             await until(server.is_ready, "the server is ready")
             key = await customer(server.http, folder)
-            one = await begin(server.http)
+            one = await begun(server.http, f"{TENANT}/adapters/a", ADMIN)
             found = await pairs(server, key, many)
             seen = (await server.http.get(one, headers=ADMIN)).json()
         finally:
@@ -113,10 +94,8 @@ async def run(many: int) -> None:
     check(seen["state"] == "running", seen)
     new = seen["numbers"]["new"]["requests"]
     check(new > 0, "the new version has answered nothing")
-    logs = sorted(math.log(a / b) for a, b in zip(found["a"], found["b"], strict=True))
-    middle = logs[many // 10 : many - many // 10]
-    low, high = bootstrap(middle)
-    more, least, most = (100 * math.expm1(value) for value in (sum(middle) / len(middle), low, high))
+    logs = middle(math.log(a / b) for a, b in zip(found["a"], found["b"], strict=True))
+    more, least, most = percent_more(logs)
     print(
         f"{median(found['b']):.0f} ms of processor time for {TOKENS} tokens without a rollout, and beside one"
     )

@@ -38,6 +38,20 @@ def bootstrap(values: Sequence[float], times: int = 4000) -> tuple[float, float]
     return percentile(means, 2.5), percentile(means, 97.5)
 
 
+def middle(values: Iterable[float]) -> list[float]:
+    """The middle 80 % of ``values``, in order."""
+    ordered = sorted(values)
+    edge = len(ordered) // 10
+    return ordered[edge : len(ordered) - edge]
+
+
+def percent_more(logs: Sequence[float]) -> tuple[float, float, float]:
+    """What ratios with these logarithms are more than 1, in percent: their mean, and where 95 % of its
+    bootstrap begin and end."""
+    mean, (low, high) = sum(logs) / len(logs), bootstrap(logs)
+    return 100 * math.expm1(mean), 100 * math.expm1(low), 100 * math.expm1(high)
+
+
 def jain(shares: Sequence[float]) -> float:
     """Jain's fairness index, (Σx)² / (n·Σx²): 1 when all are equal, 1/n when one has everything."""
     squares = sum(x * x for x in shares)

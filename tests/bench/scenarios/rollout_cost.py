@@ -37,7 +37,8 @@ from server.demo.process import free_port
 from server.rollouts import runner
 from server.settings import Settings
 from tests.bench.scenario import Goal, Measure, Round, Simulation, Values
-from tests.bench.stats import bootstrap, median
+from tests.bench.servers import processor_s
+from tests.bench.stats import bootstrap, median, middle, percent_more
 from tests.support import tiny
 from tests.support.fakes import FakeEngine
 from tests.support.forks import PROCESSES
@@ -104,14 +105,9 @@ class Served:
         except httpx.TransportError:
             return False
 
-    def processor_s(self) -> float:
-        """What the process has used so far, all its threads, also those that have ended."""
-        # The number of another process's clock (CPUCLOCK_SCHED), as clock_getcpuclockid(3) makes it.
-        return time.clock_gettime(~self.process.pid << 3 | 2)
-
     async def round(self, requests: int) -> float:
         """Milliseconds of processor time by request."""
-        before, began = self.processor_s(), time.monotonic()
+        before, began = processor_s(self.process.pid), time.monotonic()
         left = iter(range(requests))
 
         async def client() -> None:
@@ -121,11 +117,11 @@ class Served:
         await asyncio.gather(*(client() for _ in range(CLIENTS)))
         await asyncio.sleep(max(0.0, SETTLE_S - (time.monotonic() - began)))
         await asyncio.sleep(SETTLE_S / 2)
-        return 1000 * (self.processor_s() - before) / requests
+        return 1000 * (processor_s(self.process.pid) - before) / requests
 
     async def block(self, seconds: float) -> float:
         """Milliseconds of processor time by request of clients who do not pause for so long."""
-        before, until, asked = self.processor_s(), time.monotonic() + seconds, self.asked
+        before, until, asked = processor_s(self.process.pid), time.monotonic() + seconds, self.asked
 
         async def client() -> None:
             while time.monotonic() < until:
@@ -133,7 +129,7 @@ class Served:
 
         await asyncio.gather(*(client() for _ in range(CLIENTS)))
         await asyncio.sleep(WRITTEN_S)
-        return 1000 * (self.processor_s() - before) / (self.asked - asked)
+        return 1000 * (processor_s(self.process.pid) - before) / (self.asked - asked)
 
     async def _ask(self) -> None:
         self.asked += 1
@@ -142,7 +138,7 @@ class Served:
         answer.raise_for_status()
 
     async def begin(self) -> str:
-        return await _begun(self.http, ADAPTER, BODY)
+        return await begun(self.http, ADAPTER, ADMIN)
 
     async def end(self, one: str) -> None:
         seen = (await self.http.get(one, headers=ADMIN)).json()
@@ -156,13 +152,13 @@ def _body(adapter: str, number: int) -> dict[str, Any]:
     return {"model": adapter, "messages": turns, "max_tokens": TOKENS, "user": str(number)}
 
 
-async def _begun(http: httpx.AsyncClient, adapter: str, body: dict[str, Any]) -> str:
-    """The address of a new rollout that has its first share."""
-    answer = await http.post(f"{adapter}/rollouts", json=body, headers=ADMIN)
+async def begun(http: httpx.AsyncClient, adapter: str, admin: dict[str, str]) -> str:
+    """The address of a new rollout of version 2 that has its first share; ``admin``: headers with a key."""
+    answer = await http.post(f"{adapter}/rollouts", json=BODY, headers=admin)
     answer.raise_for_status()
     one = f"{adapter}/rollouts/{answer.json()['id']}"
     async with asyncio.timeout(120):
-        while (await http.get(one, headers=ADMIN)).json()["share"] == 0:
+        while (await http.get(one, headers=admin)).json()["share"] == 0:
             await asyncio.sleep(0.1)
     return one
 
@@ -233,7 +229,7 @@ async def pairs(many: int) -> Values:
             for name in "ab":
                 await site.upload("acme", name, tiny.adapter(2))
                 await site.admin.patch(ADAPTER.removesuffix("a") + name, json={"live": 1})
-            await _begun(site.admin, ADAPTER, BODY)
+            await begun(site.admin, ADAPTER, ADMIN)
 
             async def nothing(_: Any) -> None:
                 """Looks are measured by ``looks``."""
@@ -259,11 +255,11 @@ async def pairs(many: int) -> Values:
                 taken = {name: await took(name) for name in draw.sample("ab", 2)}
                 found.append(taken["a"] - taken["b"])
                 alone.append(taken["b"])
-    middle = sorted(found)[many // 10 : many - many // 10]
-    low, high = bootstrap(middle)
+    kept = middle(found)
+    low, high = bootstrap(kept)
     return {
         "pair_alone": median(alone),
-        "pair_more": sum(middle) / len(middle),
+        "pair_more": sum(kept) / len(kept),
         "pair_least": low,
         "pair_most": high,
     }
@@ -323,10 +319,8 @@ async def _block(one: Served, kind: str, seconds: float) -> float:
 
 def _more(kind: str, these: list[float], those: list[float]) -> Values:
     """In percent, by the mean of neighbours' ratios, and what 95 % of its bootstrap lies between."""
-    logs = [math.log(a / b) for a, b in zip(these, those, strict=True)]
-    low, high = bootstrap(logs)
-    named = {"more": sum(logs) / len(logs), "least": low, "most": high}
-    return {f"{kind}_{name}": 100 * math.expm1(value) for name, value in named.items()}
+    found = percent_more([math.log(a / b) for a, b in zip(these, those, strict=True)])
+    return {f"{kind}_{name}": value for name, value in zip(("more", "least", "most"), found, strict=True)}
 
 
 def simulate(round_: Round) -> Values:
