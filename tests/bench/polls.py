@@ -56,8 +56,10 @@ async def measure(root: Path, base: Path, *, told: bool) -> tuple[Loads, Loads]:
         max_model_len=1024,
         served_model_name="base",
         load_notices=told,
+        gpu_slots=SLOTS,
+        host_slots=SLOTS,
         engine_args={"dtype": "float32", "max_num_seqs": 4},
-    ).model_copy(update={"gpu_slots": SLOTS, "host_slots": SLOTS})
+    )
     async with serving(create_app(settings)) as site:
         key = await site.tenant("t", {f"a{i}": root / f"a{i}" for i in range(LOADS)}, base_allowed=True)
         asked = counted(site)

@@ -119,8 +119,14 @@ async def served(folder: Path, **engine_args: object) -> AsyncIterator[dict[str,
     if not adapter.exists():
         Reference(base).make(Spec(seed=5, rank=8, targets=ATTENTION), adapter)
     settings = engine_settings(
-        base, folder, max_lora_rank=16, max_model_len=1024, engine_args={"dtype": "float32", **engine_args}
-    ).model_copy(update={"gpu_slots": 2, "host_slots": 2})
+        base,
+        folder,
+        {"dtype": "float32", **engine_args},
+        gpu_slots=2,
+        host_slots=2,
+        max_lora_rank=16,
+        max_model_len=1024,
+    )
     async with serving(create_app(settings)) as site:
         key = await site.tenant("clients", {"support": adapter})
         narrow = {"limits": {"requests_at_once": 1}}

@@ -67,10 +67,12 @@ async def site(base: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIte
     settings = engine_settings(
         base,
         tmp_path_factory.mktemp("thinking"),
+        gpu_slots=3,
+        host_slots=4,
         max_lora_rank=8,
         max_model_len=512,
         engine_args={"dtype": "float32", "max_num_seqs": 8, "max_num_batched_tokens": 32},
-    ).model_copy(update={"gpu_slots": 3, "host_slots": 4})
+    )
     async with serving(create_app(settings)) as site:
         yield site
 

@@ -86,7 +86,7 @@ def waits_at_most(site: Site, seconds: float) -> None:
 def engine_settings(
     model: Path, data_dir: Path, engine_args: Mapping[str, Any] | None = None, **fields: Any
 ) -> Settings:
-    """For a server on a real engine: as many slots as memory allows, and a log that says little.
+    """For a server on a real engine: with as many slots as memory allows, if not given, and a terse log.
 
     The engine leaves its core to other tests while it waits for a step.
     """
@@ -95,12 +95,11 @@ def engine_settings(
         data_dir=data_dir,
         admin_key=ADMIN_KEY,
         service_key=SERVICE_KEY,
-        gpu_slots="auto",
-        host_slots="auto",
         log_format="text",
         log_level="warning",
         engine_args={**RESTING, **(engine_args or {})},
-        **{"sse_keepalive": 600.0, **fields},  # a busy machine is no reason to begin a stream
+        # A busy machine is no reason to begin a stream.
+        **{"gpu_slots": "auto", "host_slots": "auto", "sse_keepalive": 600.0, **fields},
     )
 
 
