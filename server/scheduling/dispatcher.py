@@ -127,6 +127,8 @@ class Dispatcher(EngineLoop):
         self._pager.watch(self._engine_lost)
 
     async def stop(self) -> None:
+        # The engine ends next: whoever still asks it hears of that, and it is no loss.
+        self._pager.watch(lambda exc: self._pager.detach(str(exc)))
         for loop in self._loops:
             loop.cancel()
         if self._timer is not None:

@@ -255,6 +255,25 @@ def test_the_log_has_the_versions_that_ran_when_the_engine_was_lost(
     assert found == [f"when the engine was lost there ran: {told}"]
 
 
+def test_an_engine_that_ends_with_the_server_is_no_loss(caplog: pytest.LogCaptureFixture) -> None:
+    """Nor evidence for the next start, which knows the losses of the last ten minutes."""
+
+    async def scenario() -> None:
+        async with World() as world:
+            asking = asyncio.create_task(world.ask("acme", max_tokens=200))
+            while not world.engine.running:
+                await asyncio.sleep(0.05)
+            await world.dispatcher.stop()
+            world.engine.die()
+            await asyncio.sleep(1)
+            assert world.plan.losses == ()
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    run(scenario())
+    assert not [line for line in caplog.messages if "the engine died" in line]
+
+
 def test_a_check_that_fails_ends_nothing_and_logs_what_replays_to_that_state(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
